@@ -1,0 +1,70 @@
+"""Holdfast: immunize open-weight models against harmful fine-tuning, and audit honestly whether it worked.
+
+The verbs are `immunize`, `audit` and `pretrain`; `load_task` and `load_model` give them their input. Names are loaded
+on first use, so that the command line's help does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from holdfast.adversaries import BATTERIES, Adversary, FineTuning
+    from holdfast.defenses import DEFENSES, Defense, Sophon
+    from holdfast.errors import HoldfastError
+    from holdfast.finetune import Strategy
+    from holdfast.models import ModelSpec, SplitModel, load_model
+    from holdfast.pipeline import audit, halves, immunize, pretrain, read_result
+    from holdfast.report import write_report
+    from holdfast.results import AuditResult, RunResult
+    from holdfast.tasks import ArrayTask, Task, TaskSpec, load_task
+
+__all__ = [
+    "BATTERIES",
+    "DEFENSES",
+    "Adversary",
+    "ArrayTask",
+    "AuditResult",
+    "Defense",
+    "FineTuning",
+    "HoldfastError",
+    "ModelSpec",
+    "RunResult",
+    "Sophon",
+    "SplitModel",
+    "Strategy",
+    "Task",
+    "TaskSpec",
+    "audit",
+    "halves",
+    "immunize",
+    "load_model",
+    "load_task",
+    "pretrain",
+    "read_result",
+    "write_report",
+]
+
+_HOME = {
+    "adversaries": ("BATTERIES", "Adversary", "FineTuning"),
+    "defenses": ("DEFENSES", "Defense", "Sophon"),
+    "errors": ("HoldfastError",),
+    "finetune": ("Strategy",),
+    "models": ("ModelSpec", "SplitModel", "load_model"),
+    "pipeline": ("audit", "halves", "immunize", "pretrain", "read_result"),
+    "report": ("write_report",),
+    "results": ("AuditResult", "RunResult"),
+    "tasks": ("ArrayTask", "Task", "TaskSpec", "load_task"),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module 'holdfast' has no attribute {name!r}")
+    return getattr(import_module(f"holdfast.{_MODULE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,7 @@
+"""Adversaries: ways to fine-tune a released model, and the batteries that an audit runs."""
+
+from holdfast.adversaries.base import Adversary
+from holdfast.adversaries.batteries import BATTERIES, battery
+from holdfast.adversaries.finetuning import FineTuning
+
+__all__ = ["BATTERIES", "Adversary", "FineTuning", "battery"]

@@ -1,0 +1,94 @@
+"""The contract of an adversary: authors write `run`; the framework copies, counts steps and scores."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from holdfast.execution import Run
+from holdfast.models import SplitModel
+from holdfast.results import Curve, Role
+from holdfast.tasks import Task
+
+
+class Adversary(ABC):
+    """One way to fine-tune a released model.
+
+    Attributes:
+        name: unique in its battery.
+        batch_size: samples a step, so that curves can be read in samples.
+    """
+
+    name: str
+    batch_size: int
+
+    @abstractmethod
+    def run(self, model: SplitModel, task: Task, *, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
+        """Trains `model` in place, for ever: yields once where it starts from, then after every step.
+
+        Args:
+            model: a copy that belongs to this adversary.
+            task: what it may learn from; its training split only.
+            generator: for its random choices; torch's global generators are seeded as well.
+            device: where model and data are.
+
+        Yields:
+            First a scalar that is ignored, then the training loss of each step, detached.
+        """
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Returns every setting: what somebody needs to repeat this attack."""
+
+    def not_applicable(self, model: SplitModel, task: Task) -> str | None:
+        """Says why this adversary cannot start on a model and a task, or None if it can."""
+        return None
+
+    @final
+    def attack(
+        self, model: SplitModel, task: Task, *, budgets: Sequence[int], run: Run, role: Role = "immunized", seed: int = 0
+    ) -> Curve:
+        """Runs the adversary against a copy of a model and scores it at every budget.
+
+        An adversary never declares its own success: scores are computed here, on the test split. Random choices depend
+        on the run's seed, the adversary and `seed`, not on the role: the controls see the same batches.
+
+        Args:
+            model: the released model; left as it is.
+            task: the restricted task with the adversary's training data.
+            budgets: steps at which to score, ascending; 0 is the adversary's starting point.
+            run: seed and device.
+            role: whose curve this is.
+            seed: repetition.
+
+        Returns:
+            Scores and mean training losses at the budgets.
+        """
+        victim = model.clone().to(run.device)
+        scores: list[float | None] = []
+        losses: list[float | None] = []
+        since: list[Tensor] = []
+        with run.seeded("attack", self.name, seed) as generator:
+            work = self.run(victim, task, generator=generator, device=run.device)
+            for step, loss in enumerate(work):
+                if step:
+                    since.append(loss)
+                if step in budgets:
+                    scores.append(_finite(task.score(victim)))
+                    losses.append(_finite(float(torch.stack(since).mean())) if since else None)
+                    since = []
+                if step >= budgets[-1]:
+                    break
+        return Curve(
+            adversary=self.name, role=role, seed=seed, budgets=list(budgets), scores=scores, losses=losses,
+            batch_size=self.batch_size,
+        )  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,39 @@
+"""Batteries: named, versioned, frozen lists of adversaries. A published one never changes; a better one gets a new name."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from holdfast.adversaries.base import Adversary
+from holdfast.adversaries.finetuning import FineTuning
+from holdfast.errors import unknown
+from holdfast.finetune import Strategy
+
+BATTERIES: Final[dict[str, tuple[Adversary, ...]]] = {
+    # SOPHON's three strategies, Adam and momentum, learning rates from 1e-4 (the paper's default attack) to 1e-2.
+    "quick-v1": (
+        FineTuning(Strategy("direct", "all", "momentum", 1e-4, 50, 1e-4)),
+        FineTuning(Strategy("direct", "all", "momentum", 1e-2, 50)),
+        FineTuning(Strategy("direct", "all", "adam", 1e-3, 50)),
+        FineTuning(Strategy("head", "all", "momentum", 1e-2, 50)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50)),
+        FineTuning(Strategy("head", "all", "adam", 3e-3, 50)),
+        FineTuning(Strategy("head", "head", "adam", 1e-2, 50)),
+    ),
+}
+"""Adversaries by the name of their battery."""
+
+
+def battery(name: str) -> tuple[Adversary, ...]:
+    """Returns a battery by name.
+
+    Raises:
+        HoldfastError: for an unknown name.
+
+    Example:
+        >>> len(battery("quick-v1"))
+        7
+    """
+    if name not in BATTERIES:
+        raise unknown("battery", name, BATTERIES)
+    return BATTERIES[name]

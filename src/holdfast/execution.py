@@ -1,0 +1,266 @@
+"""Where and how things run: device, seeds, progress, and the folder that makes a long job resumable.
+
+The only file that knows Accelerate. Every random choice is drawn from a generator whose seed is derived from the
+run's seed and the *purpose* of the choice, so that no random state needs saving: a resumed job asks for the same
+purposes and gets the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from holdfast.errors import HoldfastError
+
+
+def derive_seed(seed: int, *purpose: object) -> int:
+    """Returns a seed in [0, 2**63) for one purpose; different purposes give independent streams.
+
+    Example:
+        >>> derive_seed(0, "audit", 3) == derive_seed(0, "audit", 3) != derive_seed(0, "audit", 4)
+        True
+    """
+    text = json.dumps([seed, *map(str, purpose)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def fingerprint(value: Any) -> str:
+    """Returns the SHA-256 of a JSON-able value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Returns the device to compute on.
+
+    Args:
+        name: `auto` (the accelerator that Accelerate finds, else the CPU) or a torch device such as `cpu`, `cuda:1`.
+
+    Raises:
+        HoldfastError: if torch does not know the device or this machine does not have it.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
+    """
+    if name == "auto":
+        return torch.device(PartialState().device)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise HoldfastError(f"Device {name!r} cannot be used here ({reason}). Try 'auto' or 'cpu'.") from error
+    return device
+
+
+@dataclass
+class Run:
+    """One job: its seed, device, folder and progress display, handed to every stage.
+
+    Args:
+        seed: all randomness of the job derives from it.
+        device: see `resolve_device`.
+        folder: where checkpoints go; None keeps everything in memory, and then nothing can be resumed.
+        quiet: show no progress.
+    """
+
+    seed: int = 0
+    device: torch.device = field(default_factory=resolve_device)
+    folder: Path | None = None
+    quiet: bool = True
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    def generator(self, *purpose: object) -> torch.Generator:
+        """Returns a fresh CPU generator for one purpose."""
+        return torch.Generator().manual_seed(derive_seed(self.seed, *purpose))
+
+    @contextlib.contextmanager
+    def seeded(self, *purpose: object) -> Iterator[torch.Generator]:
+        """Seeds torch's global generators (dropout, initialisers) inside the block and restores them after it.
+
+        Yields:
+            A generator for the same purpose, for what takes one explicitly.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        cudnn = torch.backends.cudnn
+        before = cudnn.deterministic, cudnn.benchmark
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(derive_seed(self.seed, "global", *purpose))
+            cudnn.deterministic, cudnn.benchmark = True, False
+            try:
+                yield self.generator(*purpose)
+            finally:
+                cudnn.deterministic, cudnn.benchmark = before
+
+    def path(self, *parts: str) -> Path | None:
+        """Returns a path inside `checkpoints/` of the run's folder, or None without a folder."""
+        return None if self.folder is None else self.folder.joinpath("checkpoints", *parts)
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total: int, done: int = 0) -> Iterator[Ticker]:
+        """Shows a bar with the time left on a terminal, and one line per stage elsewhere."""
+        if self.quiet:
+            yield Ticker()
+        elif not self.console.is_terminal:
+            self.console.print(f"{description}: {total - done} to do" + (f", {done} done before" if done else ""))
+            yield Ticker()
+        else:
+            columns = (
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"),
+            )  # fmt: skip
+            with Progress(*columns, console=self.console) as bar:
+                yield Ticker(bar, bar.add_task(description, total=total, completed=done, note=""))
+
+    def say(self, message: str) -> None:
+        """Prints one line to the person at the terminal, unless quiet."""
+        if not self.quiet:
+            self.console.print(message, highlight=False, markup=False)
+
+
+@dataclass
+class Ticker:
+    """Advances a progress bar, if there is one."""
+
+    bar: Progress | None = None
+    task: TaskID | None = None
+
+    def tick(self, note: str = "") -> None:
+        """Counts one unit of work; `note` replaces the text behind the bar."""
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, advance=1, **({"note": note} if note else {}))
+
+
+def writable_folder(folder: Path) -> Path:
+    """Makes a folder and proves that it can be written to.
+
+    Raises:
+        HoldfastError: if it cannot, before any work is spent.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise HoldfastError(
+            f"Cannot write to {str(folder)!r}: {error.strerror}. Choose another folder with --out."
+        ) from error
+    return folder
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Writes a whole file or nothing: a reader, or a resumed job, never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
+        handle.write(data.encode() if isinstance(data, str) else data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary = Path(handle.name)
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Writes tensors and a JSON-able mapping as one safetensors file, atomically.
+
+    The mapping travels in the header, so that both are of the same moment.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(own, temporary, metadata={"holdfast": json.dumps(meta)})
+    temporary.replace(path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `save_tensors` wrote, or any safetensors file; nothing in it can be executed.
+
+    Returns:
+        The tensors on the CPU, and the mapping (empty for a file of another origin).
+
+    Raises:
+        HoldfastError: if the file is missing or is not safetensors; a pickle is named as such and refused.
+    """
+    if not path.is_file():
+        raise HoldfastError(f"No weights at {str(path)!r}: the file does not exist.")
+    with path.open("rb") as handle:
+        start = handle.read(2)
+    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise HoldfastError(
+            f"{str(path)!r} is a pickle (a torch.save file), which can run code when it is opened; refused. "
+            "Convert it once, on a machine you can lose, with safetensors.torch.save_file(model.state_dict(), ...)."
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            meta = json.loads((handle.metadata() or {}).get("holdfast", "{}"))
+            return {name: handle.get_tensor(name) for name in handle.keys()}, meta  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise HoldfastError(f"{str(path)!r} is not a readable safetensors file: {error}.") from error
+
+
+class Journal:
+    """A durable list of finished pieces of work: one JSON line each, written through to the disk.
+
+    The first line names what the work belongs to. A journal of other work is refused, not mixed; a last line torn
+    by a kill is dropped, and its piece of work done again.
+
+    Args:
+        path: the file; None keeps the entries in memory.
+        belongs_to: JSON-able description of the battery, data, models and seed that the entries depend on.
+
+    Raises:
+        HoldfastError: if the file belongs to other work; the message names the fields that differ.
+    """
+
+    def __init__(self, path: Path | None, belongs_to: Mapping[str, Any]) -> None:
+        self.path = path
+        self.entries: dict[str, Any] = {}
+        head = json.loads(json.dumps(belongs_to, default=str))
+        if path is None:
+            return
+        lines = self._whole_lines(path)
+        if not lines:
+            write_atomic(path, json.dumps({"belongs_to": head}) + "\n")
+            return
+        found = lines[0]["belongs_to"]
+        if found != head:
+            differ = sorted(k for k in {*found, *head} if found.get(k) != head.get(k))
+            raise HoldfastError(
+                f"{str(path.parent.parent)!r} holds an unfinished audit with another {', '.join(differ)}: results "
+                "are never mixed. Continue it with the command that began it, or choose another folder with --out."
+            )
+        self.entries = {line["key"]: line["value"] for line in lines[1:]}
+
+    @staticmethod
+    def _whole_lines(path: Path) -> list[dict[str, Any]]:
+        if not path.exists():
+            return []
+        raw = path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if whole != raw:
+            write_atomic(path, whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def add(self, key: str, value: Any) -> None:
+        """Stores one finished piece of work; when this returns, it survives a kill."""
+        self.entries[key] = value
+        if self.path is not None:
+            with self.path.open("a") as handle:
+                handle.write(json.dumps({"key": key, "value": value}) + "\n")
+                handle.flush()
+                os.fsync(handle.fileno())

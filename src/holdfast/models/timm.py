@@ -1,0 +1,59 @@
+"""Any image model of timm, split at the classifier that timm itself names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from torch import nn
+
+from holdfast.errors import HoldfastError, unknown
+
+
+def build_timm(
+    name: str, input_shape: tuple[int, ...], num_outputs: int, options: dict[str, Any]
+) -> tuple[nn.Module, str, tuple[tuple[float, ...], tuple[float, ...]]]:
+    """Creates a timm model.
+
+    Args:
+        name: a name of `timm.list_models()`, with or without a pretrained tag.
+        input_shape: (channels, height, width) of the images it will get.
+        num_outputs: number of logits.
+        options: further arguments of `timm.create_model`, such as `pretrained: true`.
+
+    Returns:
+        The model, the dotted name of its head, and (mean, std) of its pretrained configuration.
+
+    Raises:
+        HoldfastError: if timm does not know the name, rejects an option, or names no classifier.
+    """
+    if not timm.is_model(name):
+        raise unknown("timm model", name, timm.list_models())
+    if len(input_shape) != 3:
+        raise HoldfastError(f"timm:{name} takes images; this task's inputs have shape {input_shape}.")
+    given = {"num_classes": num_outputs, "in_chans": input_shape[0], **options}
+    try:
+        model = timm.create_model(name, **given)
+    except (TypeError, RuntimeError, ValueError, OSError) as error:
+        raise HoldfastError(f"timm:{name} cannot be created with {given}: {error}.") from error
+    config = model.pretrained_cfg
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    if len(mean) != input_shape[0]:
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return model, find_head(name, model), (mean, std)
+
+
+def find_head(name: str, model: Any) -> str:
+    """Returns the dotted name of a timm model's last layer, inside what `get_classifier` returns.
+
+    Raises:
+        HoldfastError: if the model has no classifier, or it holds no linear layer.
+    """
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    inside = [m for m in classifier.modules() if isinstance(m, nn.Linear | nn.Conv2d)] if isinstance(classifier, nn.Module) else []
+    if not inside:
+        raise HoldfastError(
+            f"timm:{name}: no head was found (get_classifier gives {type(classifier).__name__}); Holdfast needs one linear "
+            "layer that makes the logits."
+        )
+    return next(dotted for dotted, module in model.named_modules() if module is inside[-1])

@@ -1,0 +1,350 @@
+"""The verbs: immunize a model, audit a model, or run a whole recipe; each can leave a folder that others can read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+
+from holdfast.auditing import AuditSpec, tables
+from holdfast.auditing import audit as run_audit
+from holdfast.defenses import Defense
+from holdfast.errors import HoldfastError
+from holdfast.execution import Run, fingerprint, resolve_device, writable_folder, write_atomic
+from holdfast.finetune import Strategy, finetune
+from holdfast.models import SplitModel, load_model
+from holdfast.recipe import PretrainSpec, Recipe, build_defense
+from holdfast.report import write_report
+from holdfast.results import AuditResult, ImmunizationResult, ModelFacts, RunResult, TaskFacts, provenance
+from holdfast.tasks import Task, load_task
+
+HALVES_SEED = 0
+"""Seed of the split into defender's and adversary's half. It is the same for everybody, whatever their run's seed, so that
+a defender and an auditor who never met do not share restricted training data."""
+
+
+def halves(restricted: Task) -> tuple[Task, Task]:
+    """Returns the defender's and the adversary's half of a restricted task's training data."""
+    return restricted.halves(HALVES_SEED)
+
+
+def pretrain(
+    model: SplitModel, task: Task, *, steps: int = 600, strategy: Strategy | None = None, seed: int = 0, run: Run | None = None
+) -> SplitModel:
+    """Trains a copy of a model honestly on a task.
+
+    Args:
+        model: left as it is.
+        task: what to learn.
+        steps: gradient steps.
+        strategy: optimizer, learning rate, batch size; by default Adam at 2e-3 with batches of 64.
+        seed: of the batches; ignored if a `run` is given.
+        run: seed, device and progress display.
+
+    Returns:
+        The trained model.
+
+    Example:
+        >>> import holdfast
+        >>> task = holdfast.load_task("digits[0-4]")
+        >>> model = holdfast.pretrain(holdfast.load_model("mlp", task), task, steps=100)
+        >>> task.score(model) > 0.9
+        True
+    """
+    run = run or Run(seed)
+    strategy = strategy or PretrainSpec().strategy()  # type: ignore[call-arg]
+    trained = model.clone().to(run.device)
+    with run.seeded("pretrain") as generator, run.progress("Training the original", steps) as bar:
+        training = finetune(trained, task, strategy, generator=generator, device=run.device)
+        for _ in range(steps):
+            next(training)
+            bar.tick()
+    return trained.eval()
+
+
+def immunize(
+    model: SplitModel,
+    *,
+    benign: Task,
+    restricted: Task,
+    defense: str | Defense = "sophon",
+    seed: int = 0,
+    device: str = "auto",
+    folder: Path | str | None = None,
+    quiet: bool = True,
+    **options: Any,
+) -> SplitModel:
+    """Returns an immunized copy of a model.
+
+    Args:
+        model: left as it is.
+        benign: what it must stay good at.
+        restricted: what it must not be fine-tuned to; only the defender's half of its training data is used.
+        defense: a name, or a `Defense`.
+        seed: of everything random.
+        device: `auto`, or a torch device.
+        folder: where to keep checkpoints, `model.safetensors` and `result.json`; a second call continues there.
+        quiet: show no progress.
+        options: hyper-parameters of the defense, when it is given by name.
+
+    Raises:
+        HoldfastError: for input that cannot work, before any work is done.
+    """
+    chosen = build_defense({"name": defense, **options}) if isinstance(defense, str) else defense
+    job = _Job.start("immunize", f"{chosen.name} on {model.name}", seed, device, folder, quiet)
+    job.claim({"defense": {"name": chosen.name, **chosen.config()}, "model": model.facts().sha256})
+    job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.note_model("original", model)
+    immunized, result = job.immunize(model, benign, halves(restricted)[0], chosen)
+    if folder is not None:
+        job.save(immunization=result)
+    return immunized
+
+
+def audit(
+    model: SplitModel,
+    *,
+    original: SplitModel,
+    benign: Task,
+    restricted: Task,
+    seed: int = 0,
+    device: str = "auto",
+    folder: Path | str | None = None,
+    quiet: bool = True,
+    **options: Any,
+) -> AuditResult:
+    """Audits a model against its controls.
+
+    Args:
+        model: the released model in question.
+        original: what it was before immunization.
+        benign: its own task.
+        restricted: the task that it must not be fine-tuned to; adversaries get the adversary's half of its training data.
+        seed: of everything random.
+        device: `auto`, or a torch device.
+        folder: where to keep finished trials, `result.json` and `report.html`; a second call continues there.
+        quiet: show no progress.
+        options: of `AuditSpec`: battery, budgets, seeds, shots, thresholds.
+
+    Raises:
+        HoldfastError: for input that cannot work, before any work is done.
+    """
+    try:
+        spec = AuditSpec.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise HoldfastError(f"audit: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+    job = _Job.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
+    facts = {"model": model.facts().sha256, "original": original.facts().sha256}
+    job.claim({"audit": spec.model_dump(mode="json"), **facts})
+    job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.note_model("original", original)
+    job.note_model("immunized", model)
+    result = job.audit(model, original, benign, halves(restricted)[1], spec)
+    if folder is not None:
+        job.save(audit=result)
+    return result
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    folder: Path,
+    data_dir: Path | str | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> RunResult:
+    """Runs a recipe from data to report, or what is missing of it.
+
+    Args:
+        recipe: see `holdfast.recipe.load`.
+        folder: gets `result.json`, `report.html`, `model.safetensors` and `checkpoints/`. If it already holds this very
+            recipe, the job continues where it was; if it holds another, it is refused.
+        data_dir: where tasks and weights are looked up.
+        device: `auto`, or a torch device.
+        overwrite: throw away what a former run left in the folder.
+        quiet: show no progress.
+
+    Raises:
+        HoldfastError: for input that cannot work; nothing in the folder is lost.
+    """
+    defense = recipe.build_defense()
+    chosen = resolve_device(device)
+    benign = load_task(recipe.benign, data_dir=data_dir)
+    restricted = load_task(recipe.restricted, data_dir=data_dir)
+    run = Run(recipe.seed, chosen)
+    with run.seeded("initialise"):
+        model = load_model(recipe.model, benign, data_dir=data_dir, device=chosen)
+    if recipe.pretrain is None and recipe.model.weights is None and not recipe.model.options.get("pretrained"):
+        raise HoldfastError(
+            f"Recipe {recipe.title!r}: the model has no weights. Give `model.weights`, or `pretrain` to train one."
+        )
+    defenders, adversarys = halves(restricted)
+    if recipe.audit.shots is not None:
+        adversarys.few_shot(recipe.audit.shots, 0)
+
+    job = _Job.start("run", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
+    job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.claim({"recipe": job.recipe, "tasks": {k: v.sha256 for k, v in job.tasks.items()}})
+    finished = job.finished()
+    if finished is not None:
+        job.run.say(f"{folder}: already complete. Nothing to do; --overwrite runs it again.")
+        write_report(finished, folder / "report.html")
+        return finished
+    original = job.original(model, benign, recipe.pretrain)
+    immunized, immunization = job.immunize(original, benign, defenders, defense)
+    audited = job.audit(immunized, original, benign, adversarys, recipe.audit)
+    return job.save(immunization=immunization, audit=audited)
+
+
+@dataclass
+class _Job:
+    """What the verbs share: a run, its folder, and the facts that go into the result."""
+
+    kind: Literal["run", "immunize", "audit"]
+    title: str
+    run: Run
+    recipe: dict[str, Any]
+    started: str
+    tasks: dict[str, TaskFacts] = field(default_factory=dict)
+    models: dict[str, ModelFacts] = field(default_factory=dict)
+    timing: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def start(
+        cls,
+        kind: Literal["run", "immunize", "audit"],
+        title: str,
+        seed: int,
+        device: str,
+        folder: Path | str | None,
+        quiet: bool,
+        recipe: dict[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> _Job:
+        where = None if folder is None else writable_folder(Path(folder))
+        if where is not None and overwrite:
+            for name in ("job.json", "result.json", "report.html", "model.safetensors"):
+                (where / name).unlink(missing_ok=True)
+            shutil.rmtree(where / "checkpoints", ignore_errors=True)
+        run = Run(seed, resolve_device(device), where, quiet)
+        return cls(kind, title, run, recipe or {}, datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Marks the folder as this job's, or refuses it if it is another's."""
+        if self.kind != "run":
+            self.recipe = settings
+        if self.run.folder is None:
+            return
+        path = self.run.folder / "job.json"
+        mine = json.loads(json.dumps({"kind": self.kind, "seed": self.run.seed, **settings}))
+        if not path.exists():
+            if (self.run.folder / "result.json").exists():
+                raise HoldfastError(f"{str(self.run.folder)!r} holds results of something else; choose another folder with --out.")
+            write_atomic(path, json.dumps(mine, indent=1))
+            return
+        try:
+            found = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise HoldfastError(f"{str(path)!r} is damaged ({error}); choose another folder, or --overwrite this one.") from error
+        if fingerprint(found) != fingerprint(mine):
+            raise HoldfastError(
+                f"{str(self.run.folder)!r} holds another job; it differs in: {', '.join(_differences(found, mine)[:5])}. "
+                "Results are never mixed: choose another folder with --out, or throw the old one away with --overwrite."
+            )
+
+    def finished(self) -> RunResult | None:
+        """Returns the folder's result, if the job was completed before."""
+        if self.run.folder is None:
+            return None
+        return read_result(self.run.folder) if (self.run.folder / "result.json").exists() else None
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.timing[stage] = round(time.perf_counter() - begin, 3)
+
+    def note_model(self, role: str, model: SplitModel, file_sha256: str | None = None) -> None:
+        self.models[role] = model.facts(file_sha256)
+
+    def original(self, model: SplitModel, benign: Task, spec: PretrainSpec | None) -> SplitModel:
+        """Returns the original model: as loaded, or trained now, or trained before the job was interrupted."""
+        if spec is not None and self.run.folder is not None:
+            path = self.run.folder / "checkpoints" / "original.safetensors"
+            if path.exists():
+                model.load(path)
+            else:
+                with self.timed("pretrain"):
+                    model = pretrain(model, benign, steps=spec.steps, strategy=spec.strategy(), run=self.run)
+                model.save(path)
+        self.note_model("original", model)
+        return model.eval()
+
+    def immunize(
+        self, model: SplitModel, benign: Task, restricted: Task, defense: Defense
+    ) -> tuple[SplitModel, ImmunizationResult]:
+        with self.timed("immunize"):
+            immunized, record = defense.immunize(model, benign, restricted, run=self.run)
+        digest = immunized.save(self.run.folder / "model.safetensors") if self.run.folder is not None else None
+        self.note_model("immunized", immunized, digest)
+        return immunized, defense.result(record)
+
+    def audit(self, model: SplitModel, original: SplitModel, benign: Task, restricted: Task, spec: AuditSpec) -> AuditResult:
+        with self.timed("audit"):
+            return run_audit(model, original, benign=benign, restricted=restricted, spec=spec, run=self.run)
+
+    def save(self, *, immunization: ImmunizationResult | None = None, audit: AuditResult | None = None) -> RunResult:
+        assert self.run.folder is not None
+        result = RunResult(
+            kind=self.kind,
+            title=self.title,
+            recipe=self.recipe,
+            seed=self.run.seed,
+            immunization=immunization,
+            audit=audit,
+            tables=tables(audit) if audit is not None else {},
+            provenance=provenance(
+                started=self.started,
+                device=str(self.run.device),
+                threads=torch.get_num_threads(),
+                tasks=self.tasks,
+                models=self.models,
+            ),
+            timing=self.timing,
+        )
+        write_report(result, self.run.folder / "report.html")
+        write_atomic(self.run.folder / "result.json", result.model_dump_json(indent=1))
+        return result
+
+
+def read_result(folder: Path) -> RunResult:
+    """Reads the result of a run's folder.
+
+    Raises:
+        HoldfastError: if there is none, or it is damaged or of another version.
+    """
+    path = folder / "result.json"
+    if not path.is_file():
+        raise HoldfastError(f"{str(folder)!r} holds no result.json; is the run complete? The same command continues it.")
+    try:
+        return RunResult.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise HoldfastError(f"{str(path)!r} is damaged or of another version: {error.errors()[0]['msg']}.") from error
+
+
+def _differences(found: Any, mine: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the settings in which two jobs differ."""
+    if not (isinstance(found, dict) and isinstance(mine, dict)):
+        return [] if found == mine else [prefix.removeprefix("recipe.")]
+    return [d for k in sorted({*found, *mine}) for d in _differences(found.get(k), mine.get(k), f"{prefix}.{k}".strip("."))]

@@ -1,0 +1,206 @@
+"""Recipes: one YAML file says which model, tasks, defense and audit; this is its schema, and how it is read."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from holdfast.auditing import AuditSpec
+from holdfast.defenses import DEFENSES, Defense
+from holdfast.errors import HoldfastError, unknown
+from holdfast.finetune import Strategy
+from holdfast.models import ModelSpec
+from holdfast.tasks import TaskSpec
+
+Scale = Literal["smoke", "cpu", "paper"]
+
+
+class PretrainSpec(BaseModel):
+    """How the original model is made where no weights are given: honest training on the benign task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(600, ge=1)
+    optimizer: str = "adam"
+    learning_rate: float = 2e-3
+    batch_size: int = 64
+    weight_decay: float = 0.0
+
+    def strategy(self) -> Strategy:
+        """Returns the strategy to train with."""
+        return Strategy("direct", "all", self.optimizer, self.learning_rate, self.batch_size, self.weight_decay)
+
+
+class Recipe(BaseModel):
+    """A whole job."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    about: str = Field("", description="What it shows and how long it takes, for `holdfast recipes`.")
+    seed: int = Field(0, ge=0)
+    model: ModelSpec
+    pretrain: PretrainSpec | None = None
+    benign: TaskSpec
+    restricted: TaskSpec
+    defense: dict[str, Any] = Field(description="`name`, and its hyper-parameters.")
+    audit: AuditSpec = AuditSpec()  # type: ignore[call-arg]
+    scales: dict[Scale, dict[str, Any]] = Field({}, description="Overrides by scale, each `dotted.key: value`.")
+
+    def build_defense(self) -> Defense:
+        """Returns the defense with its hyper-parameters."""
+        return build_defense(self.defense)
+
+    def resolved(self) -> dict[str, Any]:
+        """Returns every setting, defaults included, as it goes into `result.json`."""
+        settings = self.model_dump(mode="json", exclude={"scales"})
+        defense = self.build_defense()
+        settings["defense"] = {"name": defense.name, **defense.config()}
+        return settings
+
+
+def build_defense(settings: Mapping[str, Any]) -> Defense:
+    """Builds a defense from its name and hyper-parameters.
+
+    Raises:
+        HoldfastError: for an unknown name or key (with a suggestion), or a value of the wrong type.
+
+    Example:
+        >>> build_defense({"name": "sophon", "steps": 5}).config()["steps"]
+        5
+    """
+    options = dict(settings)
+    name = options.pop("name", None)
+    if name not in DEFENSES:
+        raise unknown("defense", str(name), DEFENSES)
+    kind = DEFENSES[name]
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for key in options:
+        if key not in known:
+            raise unknown(f"setting of defense {name!r}:", key, known)
+    try:
+        return TypeAdapter(kind).validate_python(options)
+    except ValidationError as error:
+        raise _readable(error, f"defense {name!r}", None) from error
+
+
+def names() -> list[str]:
+    """Returns the names of the recipes that come with the package."""
+    root = resources.files("holdfast") / "recipes"
+    found = []
+    for entry in root.iterdir():
+        if entry.name.endswith(".yaml"):
+            found.append(entry.name.removesuffix(".yaml"))
+        elif entry.is_dir():
+            found += [f"{entry.name}/{e.name.removesuffix('.yaml')}" for e in entry.iterdir() if e.name.endswith(".yaml")]
+    return sorted(found)
+
+
+def load(name: str, *, scale: Scale = "cpu", overrides: Sequence[str] = (), seed: int | None = None) -> Recipe:
+    """Reads a recipe, then its scale, then the overrides, later ones winning.
+
+    Args:
+        name: of a packaged recipe, or the path of a YAML file.
+        scale: `smoke` (seconds, to see that it works), `cpu` (two cores) or `paper` (the full setting, for a GPU).
+        overrides: `dotted.key=value`, the value in YAML.
+        seed: replaces the recipe's.
+
+    Raises:
+        HoldfastError: for an unknown name, key (with a suggestion) or scale, or a value that does not fit.
+
+    Example:
+        >>> load("quickstart", overrides=["defense.steps=7"]).build_defense().config()["steps"]
+        7
+    """
+    source, text = _text(name)
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise HoldfastError(f"Recipe {source} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise HoldfastError(f"Recipe {source} is empty or no mapping; expected keys such as title, model, benign, restricted.")
+    scales = settings.get("scales") or {}
+    if scale != "cpu" and scale not in scales:
+        raise HoldfastError(f"Recipe {source} has no scale {scale!r}; it has: {', '.join(sorted({'cpu', *scales}))}.")
+    for key, value in (scales.get(scale) or {}).items():
+        _assign(settings, key, value, source)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise HoldfastError(f"--set {override!r} has no '='; write it as a.b=value.")
+        try:
+            _assign(settings, key.strip(), yaml.safe_load(value), source)
+        except yaml.YAMLError as error:
+            raise HoldfastError(f"--set {override!r}: the value is not valid YAML.") from error
+    if seed is not None:
+        settings["seed"] = seed
+    recipe = _validate(settings, source)
+    recipe.build_defense()
+    if recipe.pretrain is not None:
+        recipe.pretrain.strategy()
+    return recipe
+
+
+def _text(name: str) -> tuple[str, str]:
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise HoldfastError(f"No recipe at {name!r}: the file does not exist.")
+        return repr(name), path.read_text()
+    if name not in names():
+        raise HoldfastError(f"{unknown('recipe', name, names())} A file of your own ends in .yaml.")
+    return repr(name), (resources.files("holdfast") / "recipes" / f"{name}.yaml").read_text()
+
+
+def _assign(settings: dict[str, Any], dotted: str, value: Any, source: str) -> None:
+    """Sets `a.b.c` in nested mappings, making those that are missing; the schema refuses unknown keys afterwards."""
+    *parents, leaf = dotted.split(".")
+    here = settings
+    for key in parents:
+        if here.get(key) is None:
+            here[key] = {}
+        here = here[key]
+        if not isinstance(here, dict):
+            raise HoldfastError(f"Recipe {source}: {dotted!r} goes through {key!r}, which is no mapping.")
+    here[leaf] = copy.deepcopy(value)
+
+
+def _validate(settings: Mapping[str, Any], source: str) -> Recipe:
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise _readable(error, f"Recipe {source}", Recipe) from error
+
+
+def _readable(error: ValidationError, what: str, schema: type[BaseModel] | None) -> HoldfastError:
+    """Turns pydantic's errors into one message that names each key, what was wrong, and the nearest known key."""
+    parts = []
+    for item in error.errors():
+        where = ".".join(map(str, item["loc"]))
+        if item["type"] == "extra_forbidden" and schema is not None:
+            parts.append(str(unknown("key", where, _keys(schema))))
+        elif item["type"] == "missing":
+            parts.append(f"{where} is missing.")
+        elif item["type"] == "value_error":
+            parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}.".replace("..", "."))
+        else:
+            parts.append(f"{where} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}.")
+    return HoldfastError(f"{what}: {' '.join(parts)}")
+
+
+def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    found = []
+    for name, info in schema.model_fields.items():
+        kinds = [info.annotation, *getattr(info.annotation, "__args__", ())]
+        nested = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        found.append(prefix + name)
+        for inner in nested:
+            found += _keys(inner, f"{prefix}{name}.")
+    return found

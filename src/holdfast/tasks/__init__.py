@@ -1,0 +1,7 @@
+"""Tasks: data, an honest learner's loss, a score. One file per kind, and a catalog of names."""
+
+from holdfast.tasks.arrays import ArrayTask
+from holdfast.tasks.base import Batch, Task
+from holdfast.tasks.catalog import TaskSpec, load_task
+
+__all__ = ["ArrayTask", "Batch", "Task", "TaskSpec", "load_task"]

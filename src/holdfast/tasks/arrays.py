@@ -1,0 +1,355 @@
+"""Classification over arrays in memory: images or feature vectors, indexed on the device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast.errors import HoldfastError
+from holdfast.results import TaskFacts
+from holdfast.tasks.base import Batch, Split, Task
+
+Array = npt.NDArray[Any]
+SCORE_BATCH = 500
+
+
+class ArrayTask(Task):
+    """Classification of arrays.
+
+    Args:
+        name: shown in reports and errors.
+        x_train: images as uint8 of shape (N, H, W) or (N, H, W, C), or feature vectors of shape (N, D).
+        y_train: integer labels of shape (N,), in [0, classes).
+        x_test: like `x_train`.
+        y_test: like `y_train`.
+        class_names: one name a class; fixes the number of classes (default: largest training label + 1).
+
+    Raises:
+        HoldfastError: naming the array and the value, if shapes disagree, a split is empty, data is not finite, labels
+            are out of range, or there is only one class.
+
+    Example:
+        >>> task = ArrayTask("toy", np.eye(4), [0, 0, 1, 1], np.eye(4), [0, 0, 1, 1])
+        >>> task.input_shape, task.num_outputs, task.chance
+        ((4,), 2, 0.5)
+    """
+
+    kind = "classification"
+    higher_is_better = True
+
+    def __init__(
+        self,
+        name: str,
+        x_train: npt.ArrayLike,
+        y_train: npt.ArrayLike,
+        x_test: npt.ArrayLike,
+        y_test: npt.ArrayLike,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        self.name = name
+        x = {"train": self._inputs(x_train, "x_train"), "test": self._inputs(x_test, "x_test")}
+        y = {"train": self._labels(y_train, "y_train"), "test": self._labels(y_test, "y_test")}
+        for split in x:
+            if len(x[split]) != len(y[split]):
+                raise self._bad(f"x_{split} has {len(x[split])} samples, y_{split} {len(y[split])} labels")
+            if len(x[split]) == 0:
+                raise self._bad(f"the {split} split is empty; give it at least one sample")
+        if x["train"].shape[1:] != x["test"].shape[1:]:
+            raise self._bad(f"training inputs are {x['train'].shape[1:]}, test inputs {x['test'].shape[1:]}")
+        names = list(class_names) if class_names is not None else None
+        classes = len(names) if names is not None else int(y["train"].max()) + 1
+        for split, labels in y.items():
+            if labels.min() < 0 or labels.max() >= classes:
+                bad = int(labels.min() if labels.min() < 0 else labels.max())
+                source = "class_names" if names is not None else "y_train"
+                raise self._bad(f"y_{split} holds label {bad}; expected 0 to {classes - 1} ({classes} classes by {source})")
+        if len(np.unique(y["train"])) < 2:
+            raise self._bad("y_train has one class only; a classification task needs at least two")
+        self.class_names = names if names is not None else [str(c) for c in range(classes)]
+        self._set({s: torch.from_numpy(a) for s, a in x.items()}, {s: torch.from_numpy(a) for s, a in y.items()})
+
+    def _bad(self, what: str) -> HoldfastError:
+        return HoldfastError(f"Task {self.name!r}: {what}.")
+
+    def _inputs(self, values: npt.ArrayLike, label: str) -> Array:
+        a = np.asarray(values)
+        if a.dtype == object or a.dtype.kind not in "uifb":
+            raise self._bad(f"{label} has dtype {a.dtype}; expected numbers")
+        if a.ndim in (3, 4):
+            if a.dtype != np.uint8:
+                raise self._bad(f"{label} looks like images {a.shape} but is {a.dtype}; expected uint8, 0 to 255")
+            a = a[:, None] if a.ndim == 3 else np.moveaxis(a, -1, 1)
+            if a.shape[1] not in (1, 3):
+                raise self._bad(f"{label} has {a.shape[1]} channels in its last axis; expected 1 or 3 (N, H, W, C)")
+            return np.ascontiguousarray(a)
+        if a.ndim != 2:
+            raise self._bad(f"{label} has shape {a.shape}; expected (N, D), (N, H, W) or (N, H, W, C)")
+        a = a.astype(np.float32)
+        if not np.isfinite(a).all():
+            row, column = np.argwhere(~np.isfinite(a))[0]
+            raise self._bad(
+                f"{label} has {a.size - int(np.isfinite(a).sum())} values that are NaN or infinite "
+                f"(first in row {row}, column {column}); fill or drop them"
+            )
+        return a
+
+    def _labels(self, values: npt.ArrayLike, label: str) -> Array:
+        a = np.asarray(values)
+        if a.ndim != 1:
+            raise self._bad(f"{label} has shape {a.shape}; expected (N,), one integer a sample")
+        if a.dtype.kind not in "uib" and not (a.dtype.kind == "f" and np.isfinite(a).all() and (a == a.round()).all()):
+            raise self._bad(f"{label} has dtype {a.dtype} with values that are no integers; expected class labels")
+        return a.astype(np.int64)
+
+    def _set(self, x: dict[str, Tensor], y: dict[str, Tensor]) -> None:
+        self._x, self._y = x, y
+        self._resident: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+        self.input_shape = tuple(x["train"].shape[1:])
+        self.num_outputs = len(self.class_names)
+        self.chance = float(torch.bincount(y["test"], minlength=self.num_outputs).max() / len(y["test"]))
+
+    def _with(self, name: str, x: dict[str, Tensor], y: dict[str, Tensor], classes: Sequence[str] | None = None) -> Self:
+        task = object.__new__(type(self))
+        task.name = name
+        task.class_names = list(classes if classes is not None else self.class_names)
+        task._set(x, y)
+        return task
+
+    def size(self, split: Split) -> int:
+        """Returns the number of samples in a split."""
+        return len(self._y[split])
+
+    def _on(self, split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
+        key = (split, device)
+        if key not in self._resident:
+            self._resident[key] = self._x[split].to(device), self._y[split].to(device)
+        return self._resident[key]
+
+    def batches(
+        self, split: Split, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device
+    ) -> Iterator[Batch]:
+        """See `Task.batches`; images are scaled to [0, 1] here."""
+        x, y = self._on(split, device)
+        if split == "test":
+            for start in range(0, len(y), batch_size):
+                yield Batch(_float(x[start : start + batch_size]), y[start : start + batch_size])
+            return
+        size = min(batch_size, len(y))
+        order = torch.empty(0, dtype=torch.int64)
+        while True:
+            if len(order) < size:
+                order = torch.cat([order, torch.randperm(len(y), generator=generator)])
+            index, order = order[:size].to(device), order[size:]
+            yield Batch(_float(x[index]), y[index])
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Returns the cross-entropy of the model's logits, averaged over the batch."""
+        loss: Tensor = F.cross_entropy(model(batch.x), batch.y)
+        return loss
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, split: Split = "test") -> float:
+        """Returns the accuracy in [0, 1]; NaN if any logit is not finite."""
+        device = next(model.parameters()).device
+        training = model.training
+        model.eval()
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        finite = torch.ones((), dtype=torch.bool, device=device)
+        x, y = self._on(split, device)
+        for start in range(0, len(y), SCORE_BATCH):
+            logits = model(_float(x[start : start + SCORE_BATCH]))
+            finite &= logits.isfinite().all()
+            correct += (logits.argmax(-1) == y[start : start + SCORE_BATCH]).sum()
+        model.train(training)
+        return correct.item() / len(y) if finite.item() else float("nan")
+
+    def subset(self, classes: Sequence[int]) -> Self:
+        """Keeps some classes, renumbered from 0 in the order given.
+
+        Raises:
+            HoldfastError: if a class does not exist, comes twice, or fewer than two are left.
+        """
+        wrong = [c for c in classes if not 0 <= c < self.num_outputs]
+        if wrong:
+            raise self._bad(f"there is no class {wrong[0]}; it has classes 0 to {self.num_outputs - 1}")
+        if len(set(classes)) < max(2, len(classes)):
+            raise self._bad(f"cannot keep classes {list(classes)}; give at least two, each once")
+        new = torch.full((self.num_outputs,), -1)
+        new[torch.tensor(classes)] = torch.arange(len(classes))
+        keep = {s: new[y] >= 0 for s, y in self._y.items()}
+        for split, kept in keep.items():
+            if not kept.any():
+                raise self._bad(f"no {split} sample has one of the classes {list(classes)}")
+        return self._with(
+            f"{self.name}[{_ranges(classes)}]",
+            {s: self._x[s][keep[s]] for s in keep},
+            {s: new[self._y[s][keep[s]]] for s in keep},
+            [self.class_names[c] for c in classes],
+        )
+
+    def _by_class(self, seed: int, split: Split = "train") -> list[Tensor]:
+        """Indices of a split's samples of each class, shuffled."""
+        generator = torch.Generator().manual_seed(seed)
+        found = [(self._y[split] == c).nonzero().flatten() for c in range(self.num_outputs)]
+        return [index[torch.randperm(len(index), generator=generator)] for index in found]
+
+    def _take(self, name: str, train: Tensor, test: Tensor | None = None) -> Self:
+        """A task of some of the training samples; `test`, too, indexes the training samples."""
+        index = train.sort().values
+        x, y = {"train": self._x["train"][index]}, {"train": self._y["train"][index]}
+        if test is None:
+            x["test"], y["test"] = self._x["test"], self._y["test"]
+        else:
+            held = test.sort().values
+            x["test"], y["test"] = self._x["train"][held], self._y["train"][held]
+        return self._with(name, x, y)
+
+    def halves(self, seed: int) -> tuple[Self, Self]:
+        """Splits every class's training samples in two; SOPHON, section 5.1.4.
+
+        Raises:
+            HoldfastError: if a class has fewer than two training samples.
+        """
+        by_class = self._by_class(seed)
+        small = [self.class_names[c] for c, i in enumerate(by_class) if len(i) < 2]
+        if small:
+            raise self._bad(f"class {small[0]!r} has fewer than 2 training samples; halves need one each")
+        first = torch.cat([i[: (len(i) + 1) // 2] for i in by_class])
+        second = torch.cat([i[(len(i) + 1) // 2 :] for i in by_class])
+        return self._take(self.name, first), self._take(self.name, second)
+
+    def few_shot(self, shots: int, seed: int) -> Self:
+        """Keeps `shots` training samples a class.
+
+        Raises:
+            HoldfastError: if a class has fewer.
+        """
+        by_class = self._by_class(seed)
+        for c, index in enumerate(by_class):
+            if len(index) < shots:
+                raise self._bad(
+                    f"{shots} shots a class were asked for and class {self.class_names[c]!r} has {len(index)} "
+                    "training samples; lower `shots`"
+                )
+        return self._take(self.name, torch.cat([i[:shots] for i in by_class]))
+
+    def holdout(self, fraction: float, seed: int) -> tuple[Self, Self]:
+        """See `Task.holdout`; at least one sample a class is held out.
+
+        Raises:
+            HoldfastError: if a class has too few training samples.
+        """
+        by_class = self._by_class(seed)
+        held = [max(1, round(fraction * len(i))) for i in by_class]
+        for c, (index, count) in enumerate(zip(by_class, held, strict=True)):
+            if len(index) <= count:
+                raise self._bad(f"class {self.class_names[c]!r} has {len(index)} training samples: too few to hold {count} out")
+        rest = torch.cat([i[n:] for i, n in zip(by_class, held, strict=True)])
+        out = torch.cat([i[:n] for i, n in zip(by_class, held, strict=True)])
+        return self._take(self.name, rest), self._take(f"{self.name} (held out)", rest, out)
+
+    def limit_test(self, samples: int, seed: int) -> Self:
+        """Keeps about `samples` test samples, the same share of every class: a cheaper, coarser score."""
+        if samples >= self.size("test"):
+            return self
+        share = samples / self.size("test")
+        index = torch.cat([i[: max(1, round(share * len(i)))] for i in self._by_class(seed, "test") if len(i)])
+        index = index.sort().values
+        x = {"train": self._x["train"], "test": self._x["test"][index]}
+        return self._with(self.name, x, {"train": self._y["train"], "test": self._y["test"][index]})
+
+    def as_images(self, size: int | None = None, channels: int | None = None) -> Self:
+        """Resizes images (bilinear, antialiased) and repeats or averages channels, once, as uint8.
+
+        Args:
+            size: pixels a side; None keeps it.
+            channels: 1 or 3; None keeps it.
+
+        Raises:
+            HoldfastError: if the inputs are no images, or `channels` is neither 1 nor 3.
+        """
+        if len(self.input_shape) != 3:
+            raise self._bad(f"inputs of shape {self.input_shape} are no images; leave image_size and channels out")
+        if channels not in (None, 1, 3):
+            raise self._bad(f"channels is {channels}; expected 1 or 3")
+        x = {s: _adapt(v, size, channels) for s, v in self._x.items()}
+        return self._with(self.name, x, self._y)
+
+    def facts(self) -> TaskFacts:
+        """See `Task.facts`; the hash is over dtype, shape and bytes of the four arrays."""
+        digest = hashlib.sha256()
+        for tensor in (self._x["train"], self._y["train"], self._x["test"], self._y["test"]):
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return TaskFacts(
+            name=self.name,
+            sha256=digest.hexdigest(),
+            train=self.size("train"),
+            test=self.size("test"),
+            classes=self.num_outputs,
+        )
+
+
+def load_npz(path: Path) -> ArrayTask:
+    """Reads `NAME.npz` with `x_train, y_train, x_test, y_test[, class_names]`; nothing in it can be executed.
+
+    Raises:
+        HoldfastError: if the file is missing or damaged, holds Python objects, or lacks an array.
+    """
+    if not path.is_file():
+        raise HoldfastError(f"No data at {str(path)!r}: the file does not exist.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not hasattr(archive, "files"):
+                raise HoldfastError(f"{str(path)!r} is a single array; expected an .npz archive of four.")
+            missing = [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in archive.files]
+            if missing:
+                raise HoldfastError(
+                    f"{str(path)!r} lacks {', '.join(missing)}; it holds {', '.join(archive.files) or 'nothing'}. "
+                    "Expected x_train, y_train, x_test, y_test and optionally class_names."
+                )
+            names = [str(n) for n in archive["class_names"]] if "class_names" in archive.files else None
+            arrays = [archive[k] for k in ("x_train", "y_train", "x_test", "y_test")]
+    except HoldfastError:
+        raise
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
+        raise HoldfastError(f"{str(path)!r} cannot be read as an .npz of plain arrays: {error}.") from error
+    return ArrayTask(path.stem, arrays[0], arrays[1], arrays[2], arrays[3], names)
+
+
+def _float(x: Tensor) -> Tensor:
+    return x.float().div_(255) if x.dtype == torch.uint8 else x
+
+
+def _adapt(x: Tensor, size: int | None, channels: int | None) -> Tensor:
+    if channels == 3 and x.shape[1] == 1:
+        x = x.expand(-1, 3, -1, -1)
+    elif channels == 1 and x.shape[1] == 3:
+        x = x.float().mean(1, keepdim=True).round().to(torch.uint8)
+    if size is None or x.shape[-2:] == (size, size):
+        return x.contiguous()
+    parts = [
+        F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+        for part in x.split(4096)
+    ]
+    return torch.cat([p.round().clamp(0, 255).to(torch.uint8) for p in parts])
+
+
+def _ranges(classes: Sequence[int]) -> str:
+    """Writes [0, 1, 2, 5] as `0-2,5`, as a person would have."""
+    parts: list[list[int]] = []
+    for c in classes:
+        if parts and c == parts[-1][-1] + 1:
+            parts[-1].append(c)
+        else:
+            parts.append([c])
+    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)

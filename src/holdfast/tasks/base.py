@@ -1,0 +1,81 @@
+"""The contract of a task: one domain, the loss that an honest learner minimises there, and the score reported."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.results import TaskFacts
+
+Split = Literal["train", "test"]
+Kind = Literal["classification", "regression", "denoising"]
+
+
+class Batch(NamedTuple):
+    """Inputs as the model takes them (images: float in [0, 1], shape (N, C, H, W)) and targets of shape (N, ...)."""
+
+    x: Tensor
+    y: Tensor
+
+
+class Task(ABC):
+    """One domain: data, an honest learner's loss, a score.
+
+    Tasks are immutable: every method that narrows one (`halves`, `few_shot`, ...) returns a new task.
+
+    Attributes:
+        name: as a person would say it, with whatever narrowed it: `digits[5-9]`.
+        kind: what is predicted.
+        higher_is_better: whether a larger score is a better one.
+        input_shape: shape of one input, without the batch axis.
+        num_outputs: classes, or width of the target.
+        chance: the score of a constant guess on the test split.
+    """
+
+    name: str
+    kind: Kind
+    higher_is_better: bool
+    input_shape: tuple[int, ...]
+    num_outputs: int
+    chance: float
+
+    @abstractmethod
+    def size(self, split: Split) -> int:
+        """Returns the number of samples in a split."""
+
+    @abstractmethod
+    def batches(
+        self, split: Split, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device
+    ) -> Iterator[Batch]:
+        """Yields batches: endlessly and shuffled by `generator` for "train", once and in order for "test".
+
+        Training batches all have `min(batch_size, size("train"))` samples; each sample comes once an epoch.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Returns the scalar that an honest learner minimises, with its graph."""
+
+    @abstractmethod
+    def score(self, model: nn.Module, split: Split = "test") -> float:
+        """Returns the score in evaluation mode, NaN if any output is not finite; the model's mode is restored."""
+
+    @abstractmethod
+    def halves(self, seed: int) -> tuple[Self, Self]:
+        """Splits the training data in two disjoint parts, the defender's and the adversary's; test data is shared."""
+
+    @abstractmethod
+    def few_shot(self, shots: int, seed: int) -> Self:
+        """Keeps `shots` training samples a class, chosen by `seed`."""
+
+    @abstractmethod
+    def holdout(self, fraction: float, seed: int) -> tuple[Self, Self]:
+        """Returns this task without a part of its training data, and one whose *test* split is that part."""
+
+    @abstractmethod
+    def facts(self) -> TaskFacts:
+        """Returns name, sizes and a hash of the data, for the provenance of a result."""

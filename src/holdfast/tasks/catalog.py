@@ -1,0 +1,171 @@
+"""From a name to a task: the embedded default, the data folder, then the library that knows the name."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from holdfast.errors import HoldfastError, unknown
+from holdfast.tasks.arrays import ArrayTask, load_npz
+from holdfast.tasks.image import load_folder
+from holdfast.tasks.tabular import load_csv
+
+DATA_VARIABLE = "HOLDFAST_DATA"
+_NAME = re.compile(r"^(?P<source>[^\[\]]+)(\[(?P<classes>[^\[\]]*)\])?$")
+
+
+class TaskSpec(BaseModel):
+    """Which data a task is over, as a recipe writes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str = Field(description="NAME, or a path to an .npz, a .csv or an image folder; [0-4,7] behind it keeps classes.")
+    target: str | None = Field(None, description="Label column of a CSV.")
+    image_size: int | None = Field(None, ge=1, description="Resize images to this many pixels a side.")
+    channels: int | None = Field(None, description="Make images grey (1) or colour (3).")
+    test_limit: int | None = Field(None, ge=1, description="Score on about this many test samples only.")
+    test_fraction: float = Field(0.25, gt=0, lt=1, description="Test share where the source has no split.")
+    seed: int = Field(0, description="Seed of that split.")
+
+
+def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> ArrayTask:
+    """Loads a task by name or path.
+
+    A name is looked up among the embedded data (`digits`), then as `NAME.npz`, `NAME.csv` or a folder `NAME` in the data
+    folder, then downloaded by torchvision if it knows it.
+
+    Args:
+        task: `digits`, `digits[0-4]`, `cifar10`, `path/to/data.npz`, ... or a `TaskSpec`.
+        data_dir: the data folder; by default the environment variable `HOLDFAST_DATA`, else none. Downloads are kept
+            there, or in `~/.cache/holdfast`.
+
+    Raises:
+        HoldfastError: if nothing has that name (the message names every way to provide it), or the data is unusable.
+
+    Example:
+        >>> task = load_task("digits[5-9]")
+        >>> task.name, task.num_outputs, task.input_shape
+        ('digits[5-9]', 5, (1, 8, 8))
+    """
+    spec = TaskSpec(data=task) if isinstance(task, str) else task
+    match = _NAME.match(spec.data.strip())
+    if match is None:
+        raise HoldfastError(f"Task {spec.data!r} is no name; expected NAME or NAME[0-4,7].")
+    loaded = _load(match["source"], spec, _folder(data_dir))
+    if match["classes"] is not None:
+        loaded = loaded.subset(_parse_classes(spec.data, match["classes"]))
+    if spec.image_size is not None or spec.channels is not None:
+        loaded = loaded.as_images(spec.image_size, spec.channels)
+    return loaded if spec.test_limit is None else loaded.limit_test(spec.test_limit, spec.seed)
+
+
+def _folder(data_dir: Path | str | None) -> Path | None:
+    chosen = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
+    if not chosen:
+        return None
+    folder = Path(chosen).expanduser()
+    if not folder.is_dir():
+        source = "--data-dir" if data_dir is not None else f"${DATA_VARIABLE}"
+        raise HoldfastError(f"The data folder {str(folder)!r} (from {source}) does not exist.")
+    return folder
+
+
+def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
+    if source in EMBEDDED:
+        return EMBEDDED[source]()
+    for path in _candidates(source, folder):
+        if path.is_dir():
+            return load_folder(
+                path, image_size=spec.image_size, channels=spec.channels, test_fraction=spec.test_fraction, seed=spec.seed
+            )
+        if path.is_file() and path.suffix == ".npz":
+            return load_npz(path)
+        if path.is_file() and path.suffix == ".csv":
+            return load_csv(path, spec.target, test_fraction=spec.test_fraction, seed=spec.seed)
+        if path.is_file():
+            raise HoldfastError(f"{str(path)!r}: data is read from .npz, .csv or a folder of images.")
+    if source in TORCHVISION:
+        return _torchvision(source, folder)
+    if "/" in source or source.endswith((".npz", ".csv")):
+        raise HoldfastError(f"No data at {source!r}: the file does not exist.")
+    ways = f"put {source}.npz into " + (f"{str(folder)!r}" if folder else f"a folder named by --data-dir or ${DATA_VARIABLE}")
+    here = [p.stem for p in folder.glob("*.npz")] if folder else []
+    raise HoldfastError(f"{unknown('task', source, [*EMBEDDED, *TORCHVISION, *here])} For data of your own, {ways}, or give a path.")
+
+
+def _candidates(source: str, folder: Path | None) -> list[Path]:
+    own = Path(source).expanduser()
+    named = [folder / f"{source}.npz", folder / f"{source}.csv", folder / source] if folder else []
+    return [p for p in (*named, own) if p != own or "/" in source or own.suffix or (own.is_dir() and source not in TORCHVISION)]
+
+
+def _parse_classes(text: str, classes: str) -> list[int]:
+    found: list[int] = []
+    for part in classes.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise HoldfastError(f"Task {text!r}: {part!r} is no class or range of classes; write [0-4] or [0,3,5-7].")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise HoldfastError(f"Task {text!r}: the range {part!r} runs backwards.")
+        found.extend(range(first, last + 1))
+    return found
+
+
+def _digits() -> ArrayTask:
+    """scikit-learn's 8x8 digits (1,797 images); every fourth image of each class is for testing."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    x = np.round(raw.images * (255 / 16)).astype(np.uint8)
+    rank = np.zeros(len(x), dtype=int)
+    for c in range(10):
+        rank[raw.target == c] = np.arange(np.sum(raw.target == c))
+    test = rank % 4 == 3
+    return ArrayTask("digits", x[~test], raw.target[~test], x[test], raw.target[test], [str(c) for c in range(10)])
+
+
+def _torchvision(name: str, folder: Path | None) -> ArrayTask:
+    from torchvision import datasets
+
+    root = (folder or Path("~/.cache/holdfast").expanduser()) / "torchvision"
+    loader = getattr(datasets, TORCHVISION[name][0])
+    train, test = TORCHVISION[name][1:]
+    try:
+        parts = [loader(root=str(root), download=True, **part) for part in (train, test)]
+    except (OSError, RuntimeError) as error:
+        where = str(folder) if folder else f"a folder named by --data-dir or ${DATA_VARIABLE}"
+        raise HoldfastError(
+            f"Task {name!r}: torchvision could not download it ({error}). Check the network, or put {name}.npz into {where}."
+        ) from error
+    arrays = []
+    for part in parts:
+        x = np.asarray(part.data)
+        arrays += [
+            np.moveaxis(x, 1, -1) if x.ndim == 4 and x.shape[1] == 3 else x,
+            np.asarray(part.targets if hasattr(part, "targets") else part.labels),
+        ]
+    return ArrayTask(name, *arrays, class_names=getattr(parts[0], "classes", None))
+
+
+EMBEDDED: dict[str, Callable[[], ArrayTask]] = {"digits": _digits}
+"""Data that comes with the dependencies."""
+
+_BY_FLAG = ({"train": True}, {"train": False})
+_BY_WORD = ({"split": "train"}, {"split": "test"})
+TORCHVISION: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
+    "mnist": ("MNIST", *_BY_FLAG),
+    "fashion_mnist": ("FashionMNIST", *_BY_FLAG),
+    "kmnist": ("KMNIST", *_BY_FLAG),
+    "usps": ("USPS", *_BY_FLAG),
+    "cifar10": ("CIFAR10", *_BY_FLAG),
+    "cifar100": ("CIFAR100", *_BY_FLAG),
+    "svhn": ("SVHN", *_BY_WORD),
+    "stl10": ("STL10", *_BY_WORD),
+}
+"""Class in torchvision.datasets, and its arguments for the training and the test split."""

@@ -1,0 +1,80 @@
+"""A folder of images, one folder a class: `ROOT/CLASS/*.png`, or `ROOT/train/CLASS/*` and `ROOT/test/CLASS/*`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from sklearn.model_selection import train_test_split
+
+from holdfast.errors import HoldfastError
+from holdfast.tasks.arrays import Array, ArrayTask
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+
+
+def load_folder(
+    path: Path, *, image_size: int | None = None, channels: int | None = None, test_fraction: float = 0.25, seed: int = 0
+) -> ArrayTask:
+    """Reads an image folder into memory.
+
+    Args:
+        path: the root; classes are its sub-folders, sorted by name. With sub-folders `train` and `test` these are the
+            splits, else `test_fraction` of every class is drawn by `seed`.
+        image_size: pixels a side that every image is resized to (bicubic); None: they must already be equal.
+        channels: 1 for grey, 3 for colour; None: 3.
+        test_fraction: share of the images to test on, in (0, 1).
+        seed: of the split.
+
+    Raises:
+        HoldfastError: if a folder is empty, an image cannot be opened, or sizes differ and no `image_size` is given.
+    """
+    mode = "L" if channels == 1 else "RGB"
+    if (path / "train").is_dir() and (path / "test").is_dir():
+        names = _classes(path / "train")
+        strange = sorted(set(_classes(path / "test")) - set(names))
+        if strange:
+            raise HoldfastError(f"{str(path)!r}: test has a class {strange[0]!r} that train does not have.")
+        x_train, y_train = _read(path / "train", names, image_size, mode)
+        x_test, y_test = _read(path / "test", names, image_size, mode)
+        return ArrayTask(path.name, x_train, y_train, x_test, y_test, names)
+    names = _classes(path)
+    x, y = _read(path, names, image_size, mode)
+    try:
+        train, test = train_test_split(np.arange(len(y)), test_size=test_fraction, random_state=seed, stratify=y)
+    except ValueError as error:
+        raise HoldfastError(f"{str(path)!r} cannot be split into train and test: {error}") from error
+    return ArrayTask(path.name, x[train], y[train], x[test], y[test], names)
+
+
+def _classes(path: Path) -> list[str]:
+    names = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
+        raise HoldfastError(f"{str(path)!r} has no sub-folders; expected one folder of images a class.")
+    return names
+
+
+def _read(path: Path, names: list[str], size: int | None, mode: str) -> tuple[Array, Array]:
+    images, labels, first = [], [], None
+    for label, name in enumerate(names):
+        files = sorted(p for p in (path / name).glob("*") if p.suffix.lower() in SUFFIXES)
+        for file in files:
+            try:
+                with Image.open(file) as image:
+                    pixels = image.convert(mode)
+            except (UnidentifiedImageError, OSError) as error:
+                raise HoldfastError(f"{str(file)!r} cannot be opened as an image: {error}.") from error
+            if size is not None:
+                pixels = pixels.resize((size, size), Image.Resampling.BICUBIC)
+            first = first or pixels.size
+            if pixels.size != first:
+                raise HoldfastError(
+                    f"{str(file)!r} is {pixels.size[0]}x{pixels.size[1]} and others are {first[0]}x{first[1]}; "
+                    "give image_size to resize all."
+                )
+            images.append(np.asarray(pixels))
+            labels.append(label)
+    if not images:
+        raise HoldfastError(f"{str(path)!r}: no images in its class folders ({', '.join(sorted(SUFFIXES))}).")
+    return np.stack(images), np.array(labels)
