@@ -17,6 +17,9 @@ from holdfast.models.builtin import BUILTIN
 from holdfast.tasks import Task
 
 
+_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
+
+
 class ModelSpec(BaseModel):
     """Which architecture and weights, as a recipe writes it."""
 
@@ -69,17 +72,42 @@ def load_model(
     return built
 
 
+def load_released(
+    name: str, weights: Path | str | None, task: Task, *, data_dir: Path | str | None = None
+) -> SplitModel:
+    """Loads a model that has weights, as the command line names it.
+
+    Args:
+        name: a `model.safetensors` that Holdfast saved, or an architecture.
+        weights: the weights, where `name` is an architecture.
+        task: see `load_model`.
+        data_dir: see `load_model`.
+
+    Raises:
+        HoldfastError: see `load_model`; and if an architecture comes without weights.
+    """
+    is_file = name.endswith(_WEIGHT_SUFFIXES)
+    if not is_file and weights is None:
+        _build(ModelSpec(name=name), task.input_shape, task.num_outputs)
+        raise HoldfastError(
+            f"{name!r} is an architecture without weights; add its weights (.safetensors), or give a model.safetensors that "
+            "Holdfast saved."
+        )
+    spec = name if is_file else ModelSpec(name=name, weights=str(weights))
+    return load_model(spec, task, data_dir=data_dir)
+
+
 def _spec(model: str | ModelSpec, data_dir: Path | str | None) -> ModelSpec:
     if isinstance(model, ModelSpec):
         return model
-    if not model.endswith((".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")):
+    if not model.endswith(_WEIGHT_SUFFIXES):
         return ModelSpec(name=model)
     path = _find(model, data_dir)
     _, meta = load_tensors(path)
     if "model" not in meta:
         raise HoldfastError(
             f"{model!r} does not say which architecture it is for; give the architecture by name and this file as its weights "
-            "(`--model.name cnn --model.weights FILE`)."
+            "(`cnn --weights FILE`)."
         )
     try:
         return ModelSpec.model_validate({**meta["model"], "weights": str(path)})

@@ -115,7 +115,7 @@ class ArrayTask(Task):
         self._resident: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
         self.input_shape = tuple(x["train"].shape[1:])
         self.num_outputs = len(self.class_names)
-        self.chance = float(torch.bincount(y["test"], minlength=self.num_outputs).max() / len(y["test"]))
+        self.chance = int(torch.bincount(y["test"]).max()) / len(y["test"])
 
     def _with(self, name: str, x: dict[str, Tensor], y: dict[str, Tensor], classes: Sequence[str] | None = None) -> Self:
         task = object.__new__(type(self))

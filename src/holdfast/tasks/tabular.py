@@ -55,11 +55,10 @@ def load_csv(path: Path, target: str | None, *, test_fraction: float = 0.25, see
     y = table.pop(target).map({v: i for i, v in enumerate(names)}).to_numpy()
     test = _test_rows(path, split, y, test_fraction, seed)
     numeric = table.select_dtypes("number").columns
-    x = pd.get_dummies(table.drop(columns=numeric)).astype(float)
-    if len(numeric):
-        train = table.loc[~test, numeric]
-        spread = train.std(ddof=0).replace(0, 1)
-        x = pd.concat([(table[numeric] - train.mean()) / spread, x], axis=1)
+    train = table.loc[~test, numeric]
+    parts = [(table[numeric] - train.mean()) / train.std(ddof=0).replace(0, 1)]
+    parts += [pd.get_dummies(table[[c]]) for c in table.columns if c not in numeric]
+    x = pd.concat(parts, axis=1).astype(float)
     values = x.to_numpy(dtype=np.float32)
     return ArrayTask(path.stem, values[~test], y[~test], values[test], y[test], [str(n) for n in names])
 

@@ -1,0 +1,304 @@
+"""The command line: `holdfast run | immunize | audit | report | recipes`, generated from the signatures below."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from holdfast.errors import HoldfastError
+
+RESISTS, BAD_INPUT, DOES_NOT_RESIST, INVALID, INTERRUPTED = 0, 2, 3, 4, 130
+
+
+def run_command(
+    recipe: str,
+    out: Path | None = None,
+    scale: Literal["smoke", "cpu", "paper"] = "cpu",
+    seed: int | None = None,
+    data_dir: Path | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    gate: bool = False,
+    *,
+    set: Sequence[str] = (),
+) -> int:
+    """Run a recipe: train or load a model, immunize it, audit it, write the report.
+
+    If the folder already holds a part of this very job, only what is missing is done. Ctrl-C is safe at any time.
+
+    Args:
+        recipe: Name of a packaged recipe (see `holdfast recipes`), or a YAML file.
+        out: Folder for result.json, report.html, model.safetensors and checkpoints/ (default: runs/RECIPE).
+        scale: smoke (seconds), cpu (two cores) or paper (the full setting, for a GPU), if the recipe has it.
+        seed: Replaces the recipe's seed.
+        data_dir: Where NAME.npz, NAME.csv, image folders and weights are looked up (default: $HOLDFAST_DATA).
+        device: auto, cpu, cuda, cuda:1, mps, ...
+        overwrite: Throw away what an earlier run left in the folder.
+        gate: Exit as `holdfast audit` does: 0 resists, 3 does not, 4 invalid.
+        set: Override a setting of the recipe, such as defense.iterations=50; may be repeated.
+    """
+    from holdfast.pipeline import run_recipe
+    from holdfast.recipe import load
+    from holdfast.report.terminal import show
+
+    loaded = load(recipe, scale=scale, overrides=set, seed=seed)
+    folder = out or Path("runs") / Path(recipe).with_suffix("")
+    result = run_recipe(loaded, folder=folder, data_dir=data_dir, device=device, overwrite=overwrite)
+    show(result, folder)
+    return _exit_code(result.audit and result.audit.verdict.label) if gate else 0
+
+
+def immunize_command(
+    model: str,
+    benign: str,
+    restricted: str,
+    out: Path,
+    weights: Path | None = None,
+    defense: str = "sophon",
+    seed: int = 0,
+    data_dir: Path | None = None,
+    device: str = "auto",
+    *,
+    set: Sequence[str] = (),
+) -> int:
+    """Immunize a model, and write it to OUT/model.safetensors.
+
+    Uses the defender's half of the restricted training data; `holdfast audit` gives its adversaries the other half.
+
+    Args:
+        model: A model.safetensors that Holdfast saved, or an architecture (cnn, mlp, cifar_resnet, timm:NAME).
+        benign: What it must stay good at: digits[0-4], cifar10, a path to .npz, .csv or an image folder, ...
+        restricted: What it must not be fine-tuned to; named like `benign`.
+        out: Folder for model.safetensors, result.json, report.html and checkpoints/.
+        weights: Weights of the architecture (.safetensors), where MODEL is a name.
+        defense: Name of the defense.
+        seed: Of everything random.
+        data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
+        device: auto, cpu, cuda, cuda:1, mps, ...
+        set: Set a hyper-parameter of the defense, such as iterations=50; may be repeated.
+    """
+    import yaml
+
+    from holdfast import pipeline
+    from holdfast.models import load_released
+    from holdfast.recipe import build_defense
+    from holdfast.tasks import load_task
+
+    settings = dict(_split(item) for item in set)
+    chosen = build_defense({"name": defense, **{k: yaml.safe_load(v) for k, v in settings.items()}})
+    task, against = load_task(benign, data_dir=data_dir), load_task(restricted, data_dir=data_dir)
+    original = load_released(model, weights, task, data_dir=data_dir)
+    pipeline.immunize(
+        original, benign=task, restricted=against, defense=chosen, seed=seed, device=device, folder=out, quiet=False
+    )
+    print(f"Immunized model: {out / 'model.safetensors'}")
+    return 0
+
+
+def audit_command(
+    model: str,
+    original: str,
+    benign: str,
+    restricted: str,
+    out: Path,
+    weights: Path | None = None,
+    original_weights: Path | None = None,
+    battery: str = "quick-v1",
+    budgets: tuple[int, ...] = (0, 5, 10, 20, 50, 100),
+    seeds: int = 3,
+    shots: int | None = None,
+    seed: int = 0,
+    data_dir: Path | None = None,
+    device: str = "auto",
+) -> int:
+    """Audit a model against its original and against training from scratch; a gate for CI.
+
+    Exits with 0 if the model resists, 3 if it does not (partial, fails), 4 if the audit is invalid, 2 on bad input.
+
+    Args:
+        model: The model in question: a model.safetensors that Holdfast saved, or an architecture (cnn, timm:NAME, ...).
+        original: What it was before it was immunized, given like MODEL.
+        benign: Its own task: digits[0-4], cifar10, a path to .npz, .csv or an image folder, ...
+        restricted: The task that it must not be fine-tuned to; named like `benign`.
+        out: Folder for result.json, report.html and finished trials.
+        weights: Weights of the model (.safetensors), where MODEL is the name of an architecture.
+        original_weights: The same for ORIGINAL.
+        battery: Which adversaries.
+        budgets: Fine-tuning steps at which they are scored; the first is 0.
+        seeds: Repetitions.
+        shots: Adversary's training samples a class; null: its whole half.
+        seed: Of everything random.
+        data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
+        device: auto, cpu, cuda, cuda:1, mps, ...
+    """
+    from holdfast import pipeline
+    from holdfast.models import load_released
+    from holdfast.report.terminal import show
+    from holdfast.tasks import load_task
+
+    task, against = load_task(benign, data_dir=data_dir), load_task(restricted, data_dir=data_dir)
+    released = load_released(model, weights, task, data_dir=data_dir)
+    before = load_released(original, original_weights, task, data_dir=data_dir)
+    pipeline.audit(
+        released, original=before, benign=task, restricted=against, seed=seed, device=device, folder=out, quiet=False,
+        battery=battery, budgets=budgets, seeds=seeds, shots=shots,
+    )  # fmt: skip
+    result = pipeline.read_result(out)
+    show(result, out)
+    return _exit_code(result.audit and result.audit.verdict.label)
+
+
+def report_command(folder: Path) -> int:
+    """Write a run's report.html anew from its result.json, and print the verdict.
+
+    Args:
+        folder: A folder that `holdfast run` or `holdfast audit` completed.
+    """
+    from holdfast.pipeline import read_result
+    from holdfast.report import write_report
+    from holdfast.report.terminal import show
+
+    result = read_result(folder)
+    write_report(result, folder / "report.html")
+    show(result, folder)
+    return 0
+
+
+def recipes_command(name: str | None = None) -> int:
+    """List the recipes that come with Holdfast, or print one.
+
+    Args:
+        name: Print this recipe's YAML, as a start for one of your own.
+    """
+    from importlib.resources import files
+
+    import yaml
+    from rich.console import Console
+    from rich.table import Table
+
+    from holdfast.recipe import load, names
+
+    if name is not None:
+        load(name)
+        print((files("holdfast") / "recipes" / f"{name}.yaml").read_text(), end="")
+        return 0
+    table = Table("recipe", "scales", "about")
+    for each in names():
+        content = yaml.safe_load((files("holdfast") / "recipes" / f"{each}.yaml").read_text())
+        table.add_row(each, ", ".join(sorted({"cpu", *content.get("scales", {})})), content.get("about", content["title"]))
+    Console().print(table)
+    return 0
+
+
+# The functions are not named like the package's verbs: jsonargparse would look those up, and wait for torch.
+COMMANDS: dict[str, Callable[..., int]] = {
+    "run": run_command,
+    "immunize": immunize_command,
+    "audit": audit_command,
+    "report": report_command,
+    "recipes": recipes_command,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: parses, runs one command, and exits with its code; bad input gives a message, never a traceback."""
+    parser = _parser()
+    try:
+        options = parser.parse_args(list(argv) if argv is not None else None)
+        command = options.command
+        arguments = parser.instantiate_classes(options)[command].as_dict()
+        code = COMMANDS[command](**arguments)
+    except HoldfastError as error:
+        code = _complain(str(error), BAD_INPUT)
+    except KeyboardInterrupt:
+        code = _complain("Interrupted. What is finished is kept; the same command continues from there.", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        code = _complain(f"{error.strerror or error}" + (f": {error.filename!r}" if error.filename else ""), BAD_INPUT)
+    sys.exit(code)
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Leaves out what a person at the terminal does not need: Python types, and defaults that are None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        shown = action.option_strings and action.nargs != 0 and action.default not in (None, argparse.SUPPRESS, [])
+        return f"{text} (default: {action.default})" if shown else text
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="holdfast",
+        description="Immunize open-weight models against harmful fine-tuning, and audit honestly whether it worked.",
+        epilog="Begin with: holdfast run quickstart",
+        version=_version(),
+        formatter_class=_HelpFormatter,
+    )
+    commands = parser.add_subcommands(dest="command", title="commands")
+    for name, function in COMMANDS.items():
+        described = parse_docstring(function.__doc__ or "")
+        text = " ".join(filter(None, (described.short_description, described.long_description)))
+        sub = ArgumentParser(description=" ".join(text.split()), formatter_class=_HelpFormatter)
+        _add_arguments(sub, function, {p.arg_name: p.description or "" for p in described.params})
+        commands.add_subcommand(name, sub, help=described.short_description)
+    return parser
+
+
+def _add_arguments(parser: ArgumentParser, function: Callable[..., int], help_of: dict[str, str]) -> None:
+    """Adds a signature: the first parameter is positional, flags take no value, and `set` may be repeated."""
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    special = {p.name for p in parameters if p.annotation is bool or p.name == "set"}
+    first = next(iter(parameters))
+    for p in parameters:
+        if p.annotation is bool:
+            parser.add_argument(f"--{p.name}", action="store_true", help=help_of[p.name])
+        elif p.name == "set":
+            parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_of["set"])
+    if first.default is first.empty:
+        parser.add_argument(first.name, type=first.annotation, help=help_of[first.name])
+    else:
+        parser.add_argument(first.name, type=first.annotation, nargs="?", default=first.default, help=help_of[first.name])
+    parser.add_function_arguments(function, as_group=False, as_positional=False, skip=special | {first.name})
+    for action in parser._actions:
+        # As people spell options, `--data-dir`; the signature's own spelling works as well.
+        for option in [o for o in action.option_strings if "_" in o]:
+            dashed = option.replace("_", "-")
+            parser._option_string_actions[dashed] = action
+            action.option_strings = [dashed if o == option else o for o in action.option_strings]
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("holdfast")
+
+
+def _split(item: str) -> tuple[str, str]:
+    key, equals, value = item.partition("=")
+    if not equals:
+        raise HoldfastError(f"--set {item!r} has no '='; write it as key=value.")
+    return key.strip(), value
+
+
+def _exit_code(label: str | None) -> int:
+    return {"resists": RESISTS, "partial": DOES_NOT_RESIST, "fails": DOES_NOT_RESIST}.get(label or "", INVALID)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"holdfast: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""The report's figures, as plotly figures that read well on a light and on a dark page."""
+
+from __future__ import annotations
+
+import html
+import statistics
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from holdfast.results import ROLES, AuditResult, Cell, Curve, Event, ImmunizationResult, Role
+
+
+@dataclass(frozen=True)
+class RoleStyle:
+    """How a role looks: colour, dash and marker each suffice to tell it from the others.
+
+    Attributes:
+        colour: of the Okabe-Ito palette; at least 3:1 against white and against the dark page.
+        dash: plotly's name of the line's pattern.
+        strokes: the same pattern for SVG, where the page draws a key of its own.
+        symbol: plotly's name of the marker.
+    """
+
+    colour: str
+    dash: str
+    strokes: str
+    symbol: str
+
+
+STYLES: dict[Role, RoleStyle] = {
+    "immunized": RoleStyle("#0077bb", "solid", "none", "circle"),
+    "original": RoleStyle("#d55e00", "dash", "5 3", "square"),
+    "scratch": RoleStyle("#009e73", "dot", "2 2", "triangle-up"),
+}
+"""One look a role, in every figure and table of the report."""
+
+NEUTRAL = "#808590"
+"""Between the two pages: for lines that belong to no role, and for text until the page's script knows the theme."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure, ready for the page.
+
+    Attributes:
+        id: of its element on the page.
+        label: what it shows, for people who do not see it.
+        json: data and layout, safe inside a script element.
+        height: in CSS pixels, so that the page does not jump when the figure is drawn.
+    """
+
+    id: str
+    label: str
+    json: str
+    height: int
+
+
+def best_plot(audit: AuditResult) -> Plot:
+    """Returns the best of the battery against fine-tuning steps, for the model and both controls.
+
+    Args:
+        audit: its `by_budget` is drawn, with the standard deviation over seeds as bars.
+    """
+    figure = _figure(height=440, legend=True)
+    budgets = [row.budget for row in audit.by_budget]
+    for role in ROLES:
+        cells = [row.best[role] for row in audit.by_budget]
+        names = [f"best: {_text(row.best_adversary[role])}" for row in audit.by_budget]
+        figure.add_trace(_role_trace(role, budgets, cells, names))
+    figure.add_trace(_chance(audit))
+    _score_axes(figure, budgets)
+    ends = [f"{role} {_percent(audit.by_budget[-1].best[role].mean)}" for role in ROLES]
+    label = (
+        f"Line chart: accuracy of the best adversary on {audit.restricted_task} against fine-tuning steps. "
+        f"After {budgets[-1]} steps: {', '.join(ends)}. Chance: {_percent(audit.chance)}."
+    )
+    return _plot("best", figure, label)
+
+
+def adversary_plots(audit: AuditResult) -> list[tuple[str, Plot]]:
+    """Returns one small figure an adversary, with its name: mean curves on the model and on both controls.
+
+    All have the same axes, so that they can be compared at a glance.
+    """
+    found = []
+    for i, name in enumerate(audit.adversaries):
+        figure = _figure(height=230, legend=False)
+        ends = []
+        for role in ROLES:
+            mine = [c for c in audit.curves if c.adversary == name and c.role == role]
+            cells = [Cell.of(c.scores[k] for c in mine) for k in range(len(audit.budgets))]
+            losses = [f"mean training loss: {_loss(mine, k)}" for k in range(len(audit.budgets))]
+            figure.add_trace(_role_trace(role, audit.budgets, cells, losses))
+            ends.append(f"{role} {_percent(cells[-1].mean)}")
+        figure.add_trace(_chance(audit))
+        _score_axes(figure, audit.budgets, titles=False)
+        figure.update_layout(margin={"l": 42, "r": 8, "t": 8, "b": 28})
+        label = f"Line chart for adversary {name}. After {audit.budgets[-1]} steps: {', '.join(ends)}."
+        found.append((name, _plot(f"adversary-{i}", figure, label)))
+    return found
+
+
+def history_plot(immunization: ImmunizationResult) -> Plot | None:
+    """Returns the defense's own record over rounds, one panel a series, with its events marked.
+
+    Returns:
+        The figure; None if the defense recorded no finite number.
+    """
+    series = {
+        name: values
+        for name, values in immunization.history.items()
+        if name != "iteration" and any(v is not None for v in values)
+    }
+    if not series:
+        return None
+    longest = max(map(len, series.values()))
+    rounds = immunization.history.get("iteration") or list(range(1, longest + 1))
+    panels = len(series)
+    strip = 40 if immunization.events else 0
+    figure = _figure(height=170 * panels + strip + 60, legend=False)
+    top = 1 - strip / (170 * panels + strip)
+    for i, (name, values) in enumerate(series.items()):
+        high = top * (1 - i / panels)
+        _history_panel(
+            figure, "" if i == 0 else str(i + 1), name, rounds, values, (high - 0.84 * top / panels, high)
+        )
+    if immunization.events:
+        _mark_events(figure, str(panels + 1), immunization.events, top)
+    last = "" if panels == 1 else str(panels)
+    figure.update_layout(xaxis={"title": {"text": "round"}, "anchor": f"y{last}"}, margin={"t": 24, "l": 56})
+    label = (
+        f"Line charts over the rounds of {immunization.defense}: {', '.join(map(series_title, series))}. "
+        f"Events: {len(immunization.events)}."
+    )
+    return _plot("history", figure, label)
+
+
+def series_title(name: str) -> str:
+    """Returns a series' name in words.
+
+    Example:
+        >>> series_title("suppression_loss")
+        'Suppression loss'
+    """
+    known = {"benign_score": "Held-out benign score"}
+    return known.get(name, name.replace("_", " ").capitalize())
+
+
+def _history_panel(
+    figure: Any,
+    axis: str,
+    name: str,
+    rounds: Sequence[float | None],
+    values: Sequence[float | None],
+    domain: tuple[float, float],
+) -> None:
+    score = name.endswith("_score")
+    # Some series are looked at only now and then: a line alone would not show where it was measured.
+    sparse = any(v is None for v in values)
+    figure.add_trace(
+        go.Scatter(
+            x=rounds,
+            y=values,
+            yaxis=f"y{axis}",
+            mode="lines+markers" if sparse else "lines",
+            connectgaps=sparse,
+            line={"color": STYLES["immunized"].colour, "width": 1.6},
+            marker={"size": 5},
+            showlegend=False,
+            hovertemplate=f"round %{{x}}: %{{y:{'.1%' if score else '.4g'}}}<extra></extra>",
+        )
+    )
+    figure.update_layout(
+        {
+            f"yaxis{axis}": {
+                "domain": domain,
+                "fixedrange": True,
+                "nticks": 5,
+                "tickformat": ".0%" if score else "~g",
+                "exponentformat": "power",
+            }
+        }
+    )
+    if score:
+        # A score that moves by a tenth of a percent must not look like a collapse.
+        low = min(v for v in values if v is not None)
+        figure.update_layout({f"yaxis{axis}": {"range": [max(0.0, min(low - 0.05, 0.8)), 1.01]}})
+    figure.add_annotation(
+        text=_text(series_title(name)), x=0, xref="paper", y=domain[1], yref="paper",
+        xanchor="left", yanchor="bottom", showarrow=False, font={"size": 12},
+    )  # fmt: skip
+
+
+def _mark_events(figure: Any, axis: str, events: Sequence[Event], top: float) -> None:
+    for event in events:
+        figure.add_shape(
+            type="line", x0=event.iteration, x1=event.iteration, y0=0, y1=1, xref="x", yref="paper",
+            line={"color": NEUTRAL, "width": 1, "dash": "dot"},
+        )  # fmt: skip
+    messages = ["<br>".join(map(_text, textwrap.wrap(e.message, 48))) for e in events]
+    figure.add_trace(
+        go.Scatter(
+            x=[e.iteration for e in events],
+            y=[0] * len(events),
+            yaxis=f"y{axis}",
+            mode="markers",
+            marker={"symbol": "triangle-down", "size": 11, "color": STYLES["original"].colour},
+            customdata=messages,
+            showlegend=False,
+            name="events",
+            hovertemplate="round %{x}<br>%{customdata}<extra></extra>",
+        )
+    )
+    figure.update_layout(
+        {
+            f"yaxis{axis}": {
+                "domain": [min(top + 0.05, 0.99), 1],
+                "range": [-1, 1],
+                "fixedrange": True,
+                "tickvals": [0],
+                "ticktext": ["events"],
+                "showgrid": False,
+                "zeroline": False,
+            }
+        }
+    )
+
+
+def _figure(*, height: int, legend: bool) -> Any:
+    figure = go.Figure()
+    figure.update_layout(
+        # plotly's default template brings a white page and its own palette.
+        template="none",
+        height=height,
+        autosize=True,
+        showlegend=legend,
+        # Dragging must scroll the page on a phone; zooming stays in the figure's own menu.
+        dragmode=False,
+        hovermode="closest",
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 56, "r": 12, "t": 12, "b": 44},
+        font={
+            "family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif",
+            "size": 12,
+            "color": NEUTRAL,
+        },
+        legend={"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"},
+        hoverlabel={"align": "left"},
+        xaxis={"zeroline": False, "fixedrange": True},
+    )
+    return figure
+
+
+def _role_trace(role: Role, budgets: Sequence[int], cells: Sequence[Cell], notes: Sequence[str]) -> Any:
+    style = STYLES[role]
+    hover = [
+        f"<b>{role}</b> after {k} steps: {_percent(c.mean)}{_spread(c)}<br>{note}"
+        for k, c, note in zip(budgets, cells, notes, strict=True)
+    ]
+    return go.Scatter(
+        x=list(budgets),
+        y=[c.mean for c in cells],
+        error_y={"type": "data", "array": [c.sd for c in cells], "thickness": 1.2, "width": 4},
+        mode="lines+markers",
+        name=role,
+        meta={"role": role},
+        line={"color": style.colour, "width": 2.4, "dash": style.dash},
+        marker={"symbol": style.symbol, "size": 8},
+        customdata=hover,
+        hovertemplate="%{customdata}<extra></extra>",
+    )
+
+
+def _chance(audit: AuditResult) -> Any:
+    return go.Scatter(
+        x=[audit.budgets[0], audit.budgets[-1]],
+        y=[audit.chance, audit.chance],
+        mode="lines",
+        name=f"chance ({_percent(audit.chance)})",
+        line={"color": NEUTRAL, "width": 1.4, "dash": "longdashdot"},
+        hovertemplate=f"chance: {_percent(audit.chance)}<extra></extra>",
+    )
+
+
+def _score_axes(figure: Any, budgets: Sequence[int], *, titles: bool = True) -> None:
+    span = budgets[-1] - budgets[0]
+    figure.update_xaxes(range=[budgets[0] - 0.03 * span, budgets[-1] + 0.03 * span], nticks=8)
+    figure.update_yaxes(range=[0, 1.03], tickformat=".0%", dtick=0.2, zeroline=False, fixedrange=True)
+    if titles:
+        figure.update_xaxes(title={"text": "fine-tuning steps"})
+        figure.update_yaxes(title={"text": "accuracy on the restricted task"})
+
+
+def _plot(name: str, figure: Any, label: str) -> Plot:
+    return Plot(f"plot-{name}", label, str(figure.to_json()), int(figure.layout.height))
+
+
+def _percent(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.1%}"
+
+
+def _spread(cell: Cell) -> str:
+    return "" if cell.sd is None else f" ± {100 * cell.sd:.1f} ({cell.n} seeds)"
+
+
+def _loss(curves: Sequence[Curve], index: int) -> str:
+    losses = [c.losses[index] for c in curves]
+    finite = [v for v in losses if v is not None]
+    if index == 0:
+        return "none before the first step"
+    return f"{statistics.fmean(finite):.3g}" if finite and len(finite) == len(losses) else "not finite"
+
+
+def _text(raw: str) -> str:
+    """Plotly reads some HTML in its labels; names must come out as they are written."""
+    return html.escape(raw, quote=False)

@@ -1,0 +1,76 @@
+(function () {
+  "use strict";
+  var scheme = window.matchMedia("(prefers-color-scheme: dark)");
+  var config = {
+    responsive: true,
+    displaylogo: false,
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]
+  };
+  var themes = {
+    light: { text: "#33383f", grid: "#e3e6ea", line: "#a9afb8", page: "#ffffff" },
+    dark: { text: "#d4d8dd", grid: "#31363e", line: "#6d747e", page: "#1d2127" }
+  };
+
+  // Colours of text and grid as one flat update, for a first drawing and for a change of theme alike.
+  function themed(layout, theme) {
+    var update = {
+      "font.color": theme.text,
+      "hoverlabel.bgcolor": theme.page,
+      "hoverlabel.font.color": theme.text
+    };
+    Object.keys(layout).filter(function (key) { return /^[xy]axis\d*$/.test(key); }).forEach(function (axis) {
+      update[axis + ".gridcolor"] = theme.grid;
+      update[axis + ".linecolor"] = theme.line;
+      update[axis + ".tickcolor"] = theme.line;
+    });
+    return update;
+  }
+
+  function assign(target, path, value) {
+    var keys = path.split(".");
+    var last = keys.pop();
+    keys.forEach(function (key) { target = target[key] = target[key] || {}; });
+    target[last] = value;
+  }
+
+  function now() { return scheme.matches ? themes.dark : themes.light; }
+
+  var plots = Array.prototype.slice.call(document.querySelectorAll(".plot"));
+
+  plots.forEach(function (plot) {
+    var spec = JSON.parse(document.getElementById(plot.id + "-data").textContent);
+    var update = themed(spec.layout, now());
+    Object.keys(update).forEach(function (path) { assign(spec.layout, path, update[path]); });
+    var small = plot.hasAttribute("data-small");
+    Plotly.newPlot(plot, spec.data, spec.layout, small ? { responsive: true, displayModeBar: false } : config);
+  });
+
+  function repaint(theme) {
+    plots.forEach(function (plot) { Plotly.relayout(plot, themed(plot.layout, theme)); });
+  }
+  scheme.addEventListener("change", function () { repaint(now()); });
+
+  // On paper the page is white and nothing can be unfolded.
+  var unfolded = [];
+  window.addEventListener("beforeprint", function () {
+    repaint(themes.light);
+    unfolded = Array.prototype.slice.call(document.querySelectorAll("details:not([open])"));
+    unfolded.forEach(function (part) { part.open = true; });
+  });
+  window.addEventListener("afterprint", function () {
+    repaint(now());
+    unfolded.forEach(function (part) { part.open = false; });
+  });
+
+  Array.prototype.forEach.call(document.querySelectorAll("input[data-role]"), function (box) {
+    box.addEventListener("change", function () {
+      document.querySelectorAll(".plot[data-small]").forEach(function (plot) {
+        var mine = [];
+        plot.data.forEach(function (trace, i) {
+          if (trace.meta && trace.meta.role === box.dataset.role) { mine.push(i); }
+        });
+        Plotly.restyle(plot, { visible: box.checked }, mine);
+      });
+    });
+  });
+})();

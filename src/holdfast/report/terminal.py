@@ -1,0 +1,58 @@
+"""The verdict on a terminal: best of the battery at each budget, and the sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from holdfast.results import AuditResult, Cell, RunResult
+
+
+def show(result: RunResult, folder: Path) -> None:
+    """Prints the verdict of a run and where its report is.
+
+    Args:
+        result: any `RunResult`; without an audit only the place of the report is printed.
+        folder: the run's folder.
+    """
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if result.immunization is not None:
+        for event in result.immunization.events:
+            console.print(f"Note: round {event.iteration}: {event.message}.")
+    if result.audit is not None:
+        _show_audit(result.audit, console)
+    console.print(f"Report: {folder / 'report.html'}")
+
+
+def _show_audit(audited: AuditResult, console: Console) -> None:
+    table = Table(
+        title=f"Best of {audited.battery} on {audited.restricted_task}, accuracy in %", title_justify="left"
+    )
+    table.add_column("model", no_wrap=True)
+    for row in audited.by_budget:
+        table.add_column(f"{row.budget} steps", justify="right", no_wrap=True)
+    for role in audited.by_budget[0].best:
+        table.add_row(role, *(_percent(row.best[role]) for row in audited.by_budget))
+    table.add_section()
+    table.add_row("advantage", *(f"{100 * row.advantage:+.1f}" for row in audited.by_budget))
+    Console().print(table)
+    before, after = (Cell.of([score]) for score in (audited.benign.original, audited.benign.immunized))
+    console.print(
+        f"Benign task {audited.benign_task}: {_percent(before)} % before, {_percent(after)} % after."
+    )
+    verdict = audited.verdict
+    console.print(f"\nVerdict: {verdict.label.upper()}. {verdict.sentence}")
+    if verdict.label == "invalid":
+        for reason in verdict.reasons:
+            console.print(f"  - {reason}")
+    for name, reason in audited.not_applicable.items():
+        console.print(f"Not tried: {name}: {reason}.")
+    console.print(f"Threat model: {verdict.threat_model}\n")
+
+
+def _percent(cell: Cell) -> str:
+    if cell.mean is None:
+        return "not finite"
+    return f"{100 * cell.mean:.1f}" + (f" ± {100 * cell.sd:.1f}" if cell.sd is not None else "")

@@ -1,0 +1,28 @@
+"""The case table: one row for each defense and adversary. A new one is tested by adding its row here."""
+
+from __future__ import annotations
+
+from holdfast.adversaries import Adversary, FineTuning
+from holdfast.defenses import Defense, Sophon
+from holdfast.finetune import OPTIMIZERS, Strategy
+
+_BRIEF = {"iterations": 3, "steps": 3, "batch_sizes": (20,), "reinforcement_batch": 32, "guard_every": 1}
+
+DEFENSES: dict[str, Defense] = {
+    "sophon-ice": Sophon(**_BRIEF),
+    "sophon-klu": Sophon(loss="klu", **_BRIEF),
+    "sophon-many": Sophon(tasks=3, suppression_loops=2, reinforcement_loops=2, gamma=(0.1, 0.3, 0.6), **_BRIEF),
+    "sophon-ce-ascent": Sophon(loss="ce-ascent", **_BRIEF),
+    "sophon-every-optimizer": Sophon(optimizers=tuple(OPTIMIZERS), **_BRIEF),
+}
+"""Brief settings of every defense."""
+
+ADVERSARIES: dict[str, Adversary] = {
+    f"{start}-{scope}-{optimizer}": FineTuning(Strategy(start, scope, optimizer, rate, 20))
+    for start, scope in (("direct", "all"), ("head", "all"), ("head", "head"))
+    for optimizer, rate in (
+        ("sgd", 0.1), ("momentum", 0.02), ("nesterov", 0.02), ("adagrad", 0.01), ("adadelta", 1.0), ("adam", 2e-3),
+        ("adamw", 2e-3),
+    )
+}  # fmt: skip
+"""Every adversary with a rate at which it learns the digits."""

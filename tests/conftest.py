@@ -1,0 +1,68 @@
+"""Fixtures: small tasks and models, and the real data where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from holdfast.execution import Run
+from holdfast.models import SplitModel, load_model
+from holdfast.tasks import ArrayTask, load_task
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _no_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOLDFAST_DATA", raising=False)
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    folder = Path(os.environ.get("HOLDFAST_TEST_DATA", SHARED))
+    if not folder.is_dir():
+        pytest.skip("real data is not at hand: set HOLDFAST_TEST_DATA to a folder with cifar10.npz, mnist.npz, ...")
+    return folder
+
+
+@pytest.fixture
+def run() -> Run:
+    return Run(seed=0, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def benign() -> ArrayTask:
+    return load_task("digits[0-4]")
+
+
+@pytest.fixture(scope="session")
+def restricted() -> ArrayTask:
+    return load_task("digits[5-9]")
+
+
+@pytest.fixture
+def model(benign: ArrayTask) -> SplitModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return load_model("cnn", benign)
+
+
+@pytest.fixture(scope="session")
+def toy() -> ArrayTask:
+    """Two well separated clusters a class, as feature vectors."""
+    return toy_task(3)
+
+
+def toy_task(classes: int, *, samples: int = 30, width: int = 6, seed: int = 0) -> ArrayTask:
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(classes, width)) * 3
+
+    def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
+        y = np.arange(n) % classes
+        return centres[y] + rng.normal(size=(n, width)), y
+
+    return ArrayTask("toy", *draw(samples * classes), *draw(20 * classes))

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from holdfast.errors import HoldfastError
+from holdfast.models import ModelSpec, SplitModel, check_fits, load_model, load_released
+from holdfast.tasks import TaskSpec, load_task
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_task(TaskSpec(data="digits[0-4]", image_size=32, channels=3))
+
+
+class TestSplitModel:
+    def test_features_are_what_the_head_receives(self, model, benign):
+        batch = next(benign.batches("test", 6, device=torch.device("cpu")))
+        model.eval()
+        assert torch.allclose(model.head(model.features(batch.x)), model(batch.x), atol=1e-6)
+
+    def test_reset_head_changes_the_head_alone(self, model):
+        before = {n: p.clone() for n, p in model.network.named_parameters()}
+        model.reset_head(3)
+        assert model.num_outputs == 3
+        for name, parameter in model.network.named_parameters():
+            assert name.startswith("head.") or torch.equal(before[name], parameter)
+
+    def test_fresh_is_new_and_seeded(self, model):
+        def fresh(seed):
+            torch.manual_seed(seed)
+            return model.fresh()
+
+        assert fresh(1).facts().sha256 == fresh(1).facts().sha256 != fresh(2).facts().sha256
+        assert fresh(1).facts().sha256 != model.facts().sha256
+
+    def test_fresh_without_a_factory_resets_every_layer(self):
+        network = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        model = SplitModel(network, "3")
+        model(torch.randn(16, 4))
+        fresh = model.fresh()
+        assert not torch.equal(fresh.network[0].weight, network[0].weight)
+        assert torch.equal(fresh.network[1].running_mean, torch.zeros(8))
+
+    def test_fresh_names_the_layer_that_cannot(self):
+        class Odd(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(1))
+                self.out = nn.Linear(4, 2)
+
+            def forward(self, x):
+                return self.out(x * self.scale)
+
+        with pytest.raises(HoldfastError, match=r"\(root\).*Odd.*give the model a factory"):
+            SplitModel(Odd(), "out").fresh()
+
+    def test_training_a_clone_leaves_the_model_alone(self, model):
+        digest = model.facts().sha256
+        clone = model.clone()
+        with torch.no_grad():
+            next(clone.parameters()).add_(1)
+        assert model.facts().sha256 == digest != clone.facts().sha256
+
+    def test_the_hash_sees_buffers(self, model):
+        digest = model.facts().sha256
+        model.train()
+        model(torch.rand(8, 1, 8, 8))
+        assert model.facts().sha256 != digest
+
+    @pytest.mark.parametrize(
+        ("head", "message"), [("nothing", "no layer 'nothing'.*'2'"), ("1", "is ReLU; expected Linear")]
+    )
+    def test_head_refusals(self, head, message):
+        with pytest.raises(HoldfastError, match=message):
+            SplitModel(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), head)
+
+    def test_normalisation_refusals(self):
+        with pytest.raises(HoldfastError, match="together"):
+            SplitModel(nn.Sequential(nn.Linear(2, 2)), "0", mean=[0.5])
+        with pytest.raises(HoldfastError, match="above 0"):
+            SplitModel(nn.Sequential(nn.Linear(2, 2)), "0", mean=[0.5], std=[0.0])
+
+
+class TestFiles:
+    def test_round_trip_rebuilds_the_architecture(self, model, benign, tmp_path):
+        model.save(tmp_path / "model.safetensors")
+        again = load_released(str(tmp_path / "model.safetensors"), None, benign)
+        assert again.facts().sha256 == model.facts().sha256
+
+    def test_the_state_dict_is_the_plain_architectures(self, images, tmp_path):
+        split = load_model("timm:resnet18", images)
+        split.save(tmp_path / "m.safetensors")
+        plain = timm.create_model("resnet18", num_classes=5)
+        from safetensors.torch import load_file
+
+        plain.load_state_dict(load_file(tmp_path / "m.safetensors"), strict=True)
+
+    def test_a_pickle_is_refused_unopened(self, model, benign, tmp_path):
+        class Bomb:
+            def __reduce__(self):
+                return (pytest.fail, ("the pickle was executed",))
+
+        for suffix in ("safetensors", "pt"):
+            path = tmp_path / f"evil.{suffix}"
+            torch.save({"x": Bomb()}, path)
+            with pytest.raises(HoldfastError, match="is a pickle"):
+                load_released("cnn", path, benign)
+            with pytest.raises(HoldfastError, match="is a pickle"):
+                load_released(str(path), None, benign)
+
+    def test_foreign_weights_name_what_differs(self, benign, tmp_path):
+        save_file({"body.0.weight": torch.zeros(2, 2)}, tmp_path / "w.safetensors")
+        with pytest.raises(HoldfastError, match=r"does not fit cnn: no .*and \d+ more"):
+            load_released("cnn", tmp_path / "w.safetensors", benign)
+        with pytest.raises(HoldfastError, match="does not say which architecture"):
+            load_released(str(tmp_path / "w.safetensors"), None, benign)
+
+    def test_missing_and_damaged_files(self, benign, tmp_path):
+        with pytest.raises(HoldfastError, match="does not exist"):
+            load_released("cnn", tmp_path / "no.safetensors", benign)
+        (tmp_path / "noise.safetensors").write_bytes(b"\x00" * 64)
+        with pytest.raises(HoldfastError, match="not a readable safetensors"):
+            load_released("cnn", tmp_path / "noise.safetensors", benign)
+
+    def test_an_architecture_alone_is_no_model(self, benign):
+        with pytest.raises(HoldfastError, match="architecture without weights"):
+            load_released("cnn", None, benign)
+        with pytest.raises(HoldfastError, match="did you mean 'cnn'"):
+            load_released("cmn", None, benign)
+
+
+class TestCatalog:
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            (ModelSpec(name="resnet"), "Unknown model 'resnet': did you mean 'cifar_resnet'"),
+            (ModelSpec(name="timm:resnet19"), "Unknown timm model 'resnet19': did you mean 'resnet1"),
+            (ModelSpec(name="cnn", options={"widht": 3}), "did you mean 'width'"),
+            (ModelSpec(name="cnn", options={"width": "many"}), "cannot be built"),
+            (ModelSpec(name="timm:resnet18", options={"nonsense": 1}), "cannot be created"),
+        ],
+    )
+    def test_refusals(self, spec, message, images):
+        with pytest.raises(HoldfastError, match=message):
+            load_model(spec, images)
+
+    def test_images_are_needed(self, toy):
+        for name in ("cnn", "timm:resnet18"):
+            with pytest.raises(HoldfastError, match="shape"):
+                load_model(name, toy)
+        assert load_model("mlp", toy).num_outputs == 3
+
+    @pytest.mark.parametrize(
+        ("name", "head"),
+        [
+            ("resnet18", "fc"),
+            ("vgg11", "head.fc"),
+            ("caformer_s18", "head.fc.fc2"),
+            ("mobilenetv2_100", "classifier"),
+            ("convnext_atto", "head.fc"),
+            ("deit_tiny_patch16_224", "head"),
+        ],
+    )
+    def test_timm_heads(self, name, head):
+        from holdfast.models.timm import find_head
+
+        model = timm.create_model(name, num_classes=5)
+        assert find_head(name, model) == head
+        assert model.get_submodule(head).out_features == 5
+
+    def test_a_timm_model_without_a_head_is_refused(self, images):
+        with pytest.raises(HoldfastError, match="no head was found"):
+            load_model(ModelSpec(name="timm:resnet18", options={"num_classes": 0}), images)
+
+    def test_grey_images_get_one_channel(self, benign):
+        model = load_model(ModelSpec(name="timm:resnet18"), benign)
+        assert model.network.conv1.in_channels == 1
+        assert model.mean is not None
+        assert model.mean.shape == (1, 1, 1)
+
+    def test_real_weights(self, data_dir):
+        task = load_task(TaskSpec(data="cifar10", test_limit=500), data_dir=data_dir)
+        spec = ModelSpec(name="cifar_resnet", weights="weights/cifar10_resnet20.safetensors")
+        assert task.score(load_model(spec, task, data_dir=data_dir)) > 0.88
+
+
+class TestFit:
+    def test_no_trainable_parameters(self, model, benign):
+        model.requires_grad_(False)
+        with pytest.raises(HoldfastError, match="no trainable parameters"):
+            check_fits(model, benign, own_task=True)
+
+    def test_wrong_input_shape(self, model, images):
+        with pytest.raises(HoldfastError, match=r"shape \(3, 32, 32\).*image_size"):
+            check_fits(model, images, own_task=True)
+
+    def test_class_count(self, model):
+        with pytest.raises(HoldfastError, match="5 outputs and its task 'digits' 10 classes"):
+            check_fits(model, load_task("digits"), own_task=True)
+        check_fits(model, load_task("digits"), own_task=False)
+
+    def test_outputs_not_finite(self, model, benign):
+        with torch.no_grad():
+            model.head.weight.fill_(float("inf"))
+        with pytest.raises(HoldfastError, match="not finite"):
+            check_fits(model, benign, own_task=True)
+
+    def test_outputs_that_the_head_does_not_explain(self, benign):
+        class Doubled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.out = nn.Linear(64, 5)
+
+            def forward(self, x):
+                z = self.out(x.flatten(1))
+                return torch.cat([z, z], -1)
+
+        with pytest.raises(HoldfastError, match=r"returns \(2, 10\)"):
+            check_fits(SplitModel(Doubled(), "out"), benign, own_task=True)

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import reference
+import torch
+from hypothesis import given
+
+from holdfast.errors import HoldfastError
+from holdfast.suppression import LOSSES, cross_entropy_ascent, inverse_cross_entropy, kl_from_uniform
+
+BOUNDED = ("ice", "klu")
+
+
+@st.composite
+def logits_and_labels(draw: st.DrawFn, scale: float = 10.0) -> tuple[torch.Tensor, torch.Tensor]:
+    n, c = draw(st.integers(1, 5)), draw(st.integers(2, 6))
+    values = draw(st.lists(st.floats(-scale, scale), min_size=n * c, max_size=n * c))
+    labels = draw(st.lists(st.integers(0, c - 1), min_size=n, max_size=n))
+    return torch.tensor(values, dtype=torch.float64).view(n, c), torch.tensor(labels)
+
+
+@given(logits_and_labels())
+def test_values_equal_the_equations(case):
+    logits, labels = case
+    assert torch.allclose(inverse_cross_entropy(logits, labels), reference.ice(logits, labels), rtol=1e-7, atol=1e-12)
+    assert torch.allclose(kl_from_uniform(logits), reference.klu(logits), rtol=1e-8, atol=1e-12)
+
+
+@given(logits_and_labels())
+def test_gradients_equal_equations_12_and_14(case):
+    logits, labels = case
+    logits.requires_grad_()
+    (ice,) = torch.autograd.grad(inverse_cross_entropy(logits, labels), logits)
+    (klu,) = torch.autograd.grad(kl_from_uniform(logits), logits)
+    assert torch.allclose(ice, reference.ice_gradient(logits.detach(), labels), rtol=1e-6, atol=1e-12)
+    assert torch.allclose(klu, reference.klu_gradient(logits.detach()), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradcheck(name):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 4, 2, 2])
+    assert torch.autograd.gradcheck(lambda z: LOSSES[name](z, labels), logits)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+@given(case=logits_and_labels(scale=1e4))
+def test_finite_with_bounded_gradient_up_to_1e4(name, case):
+    logits, labels = case[0].float(), case[1]
+    logits.requires_grad_()
+    value = LOSSES[name](logits, labels)
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+    # Each sample's gradient is a difference of two probability vectors, so its entries sum to at most 2 in size.
+    assert gradient.abs().sum(-1).max() <= 2.001 / len(logits)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_never_negative_and_zero_where_the_defender_wants_to_be(name):
+    goal = {"ice": torch.tensor([[-1e4, 0.0, 0.0]]), "klu": torch.zeros(1, 3)}[name]
+    label = torch.tensor([0])
+    assert LOSSES[name](goal, label).abs() < 1e-6
+    torch.manual_seed(0)
+    assert all(LOSSES[name](3 * torch.randn(1, 3), label) > -1e-6 for _ in range(50))
+
+
+def test_ascent_has_the_gradient_that_grows_with_the_error():
+    """Eq. 10: the reason why the two losses above exist."""
+
+    def size(loss, z):
+        z = torch.tensor([z], requires_grad=True)
+        return torch.autograd.grad(loss(z, torch.tensor([0])), z)[0].abs().max().item()
+
+    right, wrong = [4.0, 0.0], [-4.0, 0.0]
+    assert size(cross_entropy_ascent, wrong) > size(cross_entropy_ascent, right)
+    assert size(inverse_cross_entropy, wrong) < size(inverse_cross_entropy, right)
+
+
+def test_one_class_is_refused():
+    with pytest.raises(HoldfastError, match="at least 2 classes"):
+        inverse_cross_entropy(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))

@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import toy_task
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from holdfast.errors import HoldfastError
+from holdfast.tasks import ArrayTask, TaskSpec, load_task
+
+CPU = torch.device("cpu")
+X, Y = np.arange(24, dtype=np.float32).reshape(6, 4), np.array([0, 1, 0, 1, 0, 1])
+
+
+def draw(task, n, seed=0, batch=10):
+    generator = torch.Generator().manual_seed(seed)
+    stream = task.batches("train", batch, generator=generator, device=CPU)
+    return [next(stream) for _ in range(n)]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"x_train": X[:5]}, "5 samples, y_train 6 labels"),
+            ({"x_train": X[:0], "y_train": Y[:0]}, "train split is empty"),
+            ({"x_test": X[:0], "y_test": Y[:0]}, "test split is empty"),
+            ({"x_test": X[:, :3]}, r"training inputs are \(4,\), test inputs \(3,\)"),
+            ({"y_train": np.zeros(6, int), "y_test": np.zeros(6, int)}, "one class only"),
+            ({"y_test": np.array([0, 1, 0, 1, 0, 7])}, "holds label 7; expected 0 to 1"),
+            ({"y_train": np.array([0, 1, 0, 1, 0, -1])}, "holds label -1"),
+            ({"y_train": np.array([0, 1, 0, 1, 0, 0.5])}, "no integers"),
+            ({"y_train": Y[:, None]}, r"y_train has shape \(6, 1\)"),
+            ({"x_train": np.where(X == 5, np.nan, X)}, "first in row 1, column 1"),
+            ({"x_train": np.where(X == 5, np.inf, X)}, "NaN or infinite"),
+            ({"x_train": X[0]}, "expected .N, D."),
+            ({"x_train": np.array([["a"] * 4] * 6)}, "expected numbers"),
+            ({"x_train": np.zeros((6, 8, 8)), "x_test": np.zeros((6, 8, 8))}, "expected uint8"),
+            ({"x_train": np.zeros((6, 8, 8, 5), np.uint8)}, "5 channels"),
+            ({"class_names": ["only"]}, "expected 0 to 0"),
+        ],
+    )
+    def test_names_the_array_and_the_value(self, change, message):
+        arrays = {"x_train": X, "y_train": Y, "x_test": X, "y_test": Y, **change}
+        with pytest.raises(HoldfastError, match=message):
+            ArrayTask("bad", **arrays)
+
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            ("digit", "did you mean 'digits'"),
+            ("digits[0-", "is no name"),
+            ("digits[a]", "no class or range"),
+            ("digits[4-0]", "runs backwards"),
+            ("digits[0-12]", "there is no class 10"),
+            ("digits[3]", "at least two"),
+            ("digits[1,1]", "each once"),
+            ("./nothing.npz", "does not exist"),
+        ],
+    )
+    def test_names(self, spec, message):
+        with pytest.raises(HoldfastError, match=message):
+            load_task(spec)
+
+    def test_data_folder_must_exist(self, tmp_path, monkeypatch):
+        with pytest.raises(HoldfastError, match="--data-dir"):
+            load_task("anything", data_dir=tmp_path / "no")
+        monkeypatch.setenv("HOLDFAST_DATA", str(tmp_path / "no"))
+        with pytest.raises(HoldfastError, match=r"\$HOLDFAST_DATA"):
+            load_task("anything")
+
+    def test_unknown_name_says_both_ways(self, tmp_path):
+        with pytest.raises(HoldfastError, match=r"put cars\.npz into .*or give a path"):
+            load_task("cars", data_dir=tmp_path)
+
+    def test_failed_download_says_both_ways(self, monkeypatch, tmp_path):
+        from torchvision import datasets
+
+        def offline(**_):
+            raise OSError("no network")
+
+        monkeypatch.setattr(datasets, "KMNIST", offline)
+        with pytest.raises(HoldfastError, match=r"no network.*or put kmnist\.npz into"):
+            load_task("kmnist", data_dir=tmp_path)
+
+    def test_pickled_arrays_are_not_opened(self, tmp_path):
+        path = tmp_path / "evil.npz"
+        np.savez(path, x_train=np.array([{}], dtype=object), y_train=Y, x_test=X, y_test=Y)
+        with pytest.raises(HoldfastError, match="plain arrays"):
+            load_task(str(path))
+
+    def test_damaged_or_incomplete_archive(self, tmp_path):
+        (tmp_path / "noise.npz").write_bytes(b"not an archive")
+        np.savez(tmp_path / "half.npz", x_train=X, y_train=Y)
+        with pytest.raises(HoldfastError, match="cannot be read"):
+            load_task("noise", data_dir=tmp_path)
+        with pytest.raises(HoldfastError, match="lacks x_test, y_test"):
+            load_task("half", data_dir=tmp_path)
+
+    def test_too_few_samples(self, toy):
+        with pytest.raises(HoldfastError, match="lower `shots`"):
+            toy.few_shot(31, 0)
+        with pytest.raises(HoldfastError, match="fewer than 2"):
+            toy.few_shot(1, 0).halves(0)
+        with pytest.raises(HoldfastError, match="too few to hold 1 out"):
+            toy.few_shot(1, 0).holdout(0.1, 0)
+
+
+class TestBatches:
+    def test_an_epoch_holds_every_sample_once(self):
+        task = toy_task(2, samples=10)
+        seen = torch.cat([b.x for b in draw(task, 4, batch=5)])
+        assert len(torch.unique(seen, dim=0)) == 20
+
+    def test_batches_are_full_and_capped_at_the_split(self, toy):
+        assert {len(b.y) for b in draw(toy, 5, batch=40)} == {40}
+        assert len(draw(toy, 1, batch=1000)[0].y) == toy.size("train")
+
+    def test_the_generator_decides(self, toy):
+        first, same, other = (draw(toy, 3, seed) for seed in (1, 1, 2))
+        assert all(torch.equal(a.x, b.x) for a, b in zip(first, same, strict=True))
+        assert not all(torch.equal(a.x, b.x) for a, b in zip(first, other, strict=True))
+
+    def test_test_batches_are_in_order_and_once(self, toy):
+        labels = torch.cat([b.y for b in toy.batches("test", 7, device=CPU)])
+        assert labels.tolist() == [i % 3 for i in range(60)]
+
+    def test_images_are_scaled(self, benign):
+        batch = draw(benign, 1)[0]
+        assert batch.x.shape == (10, 1, 8, 8)
+        assert batch.x.dtype == torch.float32
+        assert 0 <= batch.x.min() < 0.1 < 0.9 < batch.x.max() <= 1
+
+
+class TestNarrowing:
+    @given(st.integers(0, 1000))
+    def test_halves_are_disjoint_and_complete(self, seed):
+        task = toy_task(3, samples=9)
+        first, second = task.halves(seed)
+        rows = [set(map(tuple, t._x["train"].tolist())) for t in (task, first, second)]
+        assert rows[1] | rows[2] == rows[0]
+        assert not rows[1] & rows[2]
+        assert torch.equal(first._x["test"], task._x["test"])
+        for half in (first, second):
+            assert torch.bincount(half._y["train"]).min() >= 4
+
+    def test_few_shot(self, toy):
+        few = toy.few_shot(2, seed=1)
+        assert torch.bincount(few._y["train"]).tolist() == [2, 2, 2]
+        assert few.size("test") == toy.size("test")
+        assert few.facts().sha256 == toy.few_shot(2, seed=1).facts().sha256 != toy.few_shot(2, seed=2).facts().sha256
+
+    def test_holdout_takes_from_training_data(self, toy):
+        rest, held = toy.holdout(0.2, 0)
+        assert (rest.size("train"), held.size("test")) == (72, 18)
+        assert not set(map(tuple, rest._x["train"].tolist())) & set(map(tuple, held._x["test"].tolist()))
+
+    def test_subset_renumbers_and_names(self):
+        task = load_task("digits[7-9,2]")
+        assert task.name == "digits[7-9,2]"
+        assert task.class_names == ["7", "8", "9", "2"]
+        whole = load_task("digits")
+        assert torch.equal(task._x["test"][task._y["test"] == 3], whole._x["test"][whole._y["test"] == 2])
+
+    def test_test_limit_keeps_shares(self):
+        task = load_task(TaskSpec(data="digits", test_limit=100))
+        assert 95 <= task.size("test") <= 105
+        assert torch.bincount(task._y["test"]).min() >= 9
+
+    def test_as_images(self):
+        task = load_task(TaskSpec(data="digits", image_size=16, channels=3))
+        assert task.input_shape == (3, 16, 16)
+        assert task._x["train"].dtype == torch.uint8
+        assert task.as_images(channels=1).input_shape == (1, 16, 16)
+        with pytest.raises(HoldfastError, match="channels is 2"):
+            task.as_images(channels=2)
+        with pytest.raises(HoldfastError, match="no images"):
+            toy_task(2).as_images(8)
+
+    def test_chance_is_the_largest_class(self):
+        task = ArrayTask("t", X, Y, X[:5], [0, 0, 0, 0, 1])
+        assert task.chance == 0.8
+
+
+class TestScore:
+    def test_accuracy_in_evaluation_mode(self, toy):
+        class Modal(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.anchor = nn.Parameter(torch.zeros(1))
+
+            def forward(self, x):
+                index = torch.zeros(len(x), dtype=torch.int64) if self.training else torch.ones(len(x), dtype=torch.int64)
+                return nn.functional.one_hot(index, 3).float()
+
+        model = Modal().train()
+        assert toy.score(model) == pytest.approx(1 / 3)
+        assert model.training
+
+    def test_not_finite_is_nan_not_a_number_of_hits(self, toy):
+        model = nn.Linear(6, 3)
+        nn.init.constant_(model.weight, float("nan"))
+        assert np.isnan(toy.score(model))
+
+
+class TestSources:
+    def test_npz_round_trip_with_class_names(self, tmp_path):
+        images = np.random.default_rng(0).integers(0, 256, (6, 5, 5, 3), dtype=np.uint8)
+        np.savez(tmp_path / "mine.npz", x_train=images, y_train=Y, x_test=images, y_test=Y, class_names=["a", "b"])
+        task = load_task("mine", data_dir=tmp_path)
+        assert task.class_names == ["a", "b"]
+        assert torch.equal(task._x["test"][2], torch.from_numpy(images[2]).permute(2, 0, 1))
+
+    def test_csv(self, tmp_path):
+        frame = pd.DataFrame({"n": range(40), "c": ["u", "v"] * 20, "label": ["yes"] * 20 + ["no"] * 20})
+        frame.to_csv(tmp_path / "t.csv", index=False)
+        task = load_task(TaskSpec(data=str(tmp_path / "t.csv"), target="label"))
+        assert task.class_names == ["no", "yes"]
+        assert task.input_shape == (3,)
+        assert (task.size("train"), task.size("test")) == (30, 10)
+        assert task._x["train"][:, 0].mean().abs() < 1e-6
+
+    def test_csv_with_its_own_split(self, tmp_path):
+        frame = pd.DataFrame({"n": [1.0, 2, 3, 4], "y": [0, 1, 0, 1], "split": ["train", "train", "test", "test"]})
+        frame.to_csv(tmp_path / "t.csv", index=False)
+        task = load_task(TaskSpec(data="t", target="y"), data_dir=tmp_path)
+        assert task._y["test"].tolist() == [0, 1]
+        assert task.input_shape == (1,)
+
+    @pytest.mark.parametrize(
+        ("change", "target", "message"),
+        [
+            ({}, None, "needs `target`"),
+            ({}, "labell", "did you mean 'label'"),
+            ({"n": [None, *range(39)]}, "label", r"column 'n' has an empty cell \(line 2\)"),
+            ({"label": np.linspace(0, 1, 200)}, "label", "looks continuous"),
+            ({"split": ["valid"] * 40}, "label", "expected train or test"),
+            ({"label": ["a"] * 39 + ["b"]}, "label", "cannot be split"),
+        ],
+    )
+    def test_csv_refusals(self, tmp_path, change, target, message):
+        columns = {"n": list(range(40)), "label": ["a", "b"] * 20, **change}
+        length = max(len(v) for v in columns.values())
+        frame = pd.DataFrame({k: (list(v) * 5)[:length] for k, v in columns.items()})
+        frame.to_csv(tmp_path / "t.csv", index=False)
+        with pytest.raises(HoldfastError, match=message):
+            load_task(TaskSpec(data=str(tmp_path / "t.csv"), target=target))
+
+    @staticmethod
+    def _folder(root, sizes=((6, 6),)):
+        for i, name in enumerate(("cat", "dog")):
+            for j in range(8):
+                (root / name).mkdir(parents=True, exist_ok=True)
+                size = sizes[j % len(sizes)]
+                Image.new("RGB", size, (40 * j, 200 * i, 0)).save(root / name / f"{j}.png")
+
+    def test_image_folder(self, tmp_path):
+        self._folder(tmp_path / "pets")
+        task = load_task("pets", data_dir=tmp_path)
+        assert task.class_names == ["cat", "dog"]
+        assert task.input_shape == (3, 6, 6)
+        assert (task.size("train"), task.size("test")) == (12, 4)
+        assert load_task(TaskSpec(data=str(tmp_path / "pets"), channels=1, image_size=4)).input_shape == (1, 4, 4)
+
+    def test_image_folder_with_splits(self, tmp_path):
+        self._folder(tmp_path / "train")
+        self._folder(tmp_path / "test")
+        task = load_task(f"{tmp_path}/")
+        assert (task.size("train"), task.size("test")) == (16, 16)
+
+    def test_image_folder_refusals(self, tmp_path):
+        self._folder(tmp_path / "odd", sizes=((6, 6), (7, 6)))
+        with pytest.raises(HoldfastError, match="give image_size"):
+            load_task(f"{tmp_path}/odd")
+        (tmp_path / "odd" / "cat" / "broken.png").write_text("no image")
+        with pytest.raises(HoldfastError, match=r"broken\.png.*cannot be opened"):
+            load_task(TaskSpec(data=f"{tmp_path}/odd", image_size=6))
+        (tmp_path / "bare").mkdir()
+        with pytest.raises(HoldfastError, match="no sub-folders"):
+            load_task(f"{tmp_path}/bare")
+        (tmp_path / "bare" / "class").mkdir()
+        with pytest.raises(HoldfastError, match="no images"):
+            load_task(f"{tmp_path}/bare")
+
+    @pytest.mark.parametrize(
+        ("name", "train", "shape", "classes"),
+        [
+            ("mnist", 60_000, (1, 28, 28), 10),
+            ("usps", 7_291, (1, 16, 16), 10),
+            ("cifar10", 10_000, (3, 32, 32), 10),
+            ("cifar100_objects", 4_000, (3, 32, 32), 10),
+            ("stanford_cars40", 1_447, (3, 64, 64), 40),
+            ("imagenette64", 2_000, (3, 64, 64), 10),
+        ],
+    )
+    def test_real_arrays(self, data_dir, name, train, shape, classes):
+        task = load_task(name, data_dir=data_dir)
+        assert (task.size("train"), task.input_shape, task.num_outputs) == (train, shape, classes)
+
+    def test_real_image_folder(self, data_dir):
+        task = load_task(TaskSpec(data="imagenette224", image_size=32), data_dir=data_dir)
+        assert (task.num_outputs, task.input_shape) == (10, (3, 32, 32))
+        assert task.size("train") + task.size("test") == 200
