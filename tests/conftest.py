@@ -11,6 +11,7 @@ import torch
 
 from holdfast.execution import Run
 from holdfast.models import SplitModel, load_model
+from holdfast.pipeline import pretrain
 from holdfast.tasks import ArrayTask, load_task
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -49,6 +50,15 @@ def model(benign: ArrayTask) -> SplitModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return load_model("cnn", benign)
+
+
+@pytest.fixture(scope="session")
+def trained(benign: ArrayTask) -> SplitModel:
+    """A model that knows its benign task."""
+    run = Run(seed=0, device=torch.device("cpu"))
+    with run.seeded("initialise"):
+        fresh = load_model("cnn", benign)
+    return pretrain(fresh, benign, steps=150, run=run)
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from holdfast.defenses.base import Defense, Record
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Run, derive_seed, fingerprint, load_tensors, save_tensors
-from holdfast.finetune import Initialisation, Strategy, finetune, prepare
+from holdfast.finetune import Initialisation, Strategy, finetune, not_applicable, prepare
 from holdfast.models import SplitModel, check_fits
 from holdfast.results import Event
 from holdfast.suppression import LOSSES, SuppressionLoss
@@ -133,6 +133,12 @@ class Sophon(Defense):
             raise HoldfastError(f"sophon: {self.loss} is for classification; got {benign.kind} and {restricted.kind}.")
         check_fits(model, benign, own_task=True)
         check_fits(model, restricted, own_task=False)
+        for strategy in self.phi():
+            reason = not_applicable(strategy, model, restricted)
+            if reason is not None:
+                raise HoldfastError(
+                    f"sophon: {reason}, so '{strategy.initialisation}' cannot be simulated; set initialisations to [head]."
+                )
         return _Immunization(self, model, benign, restricted, run).finish()
 
 
@@ -361,9 +367,13 @@ class _Immunization:
         self.suppressor = self._adam(self.rate)
         for label, optimizer in (("suppressor", self.suppressor), ("reinforcer", self.reinforcer)):
             state: dict[int, dict[str, Any]] = {}
+            moved = optimizer.param_groups[0]["params"]
             for key, value in _under(tensors, label).items():
                 index, _, entry = key.partition("/")
-                state.setdefault(int(index), {})[entry] = value
+                # Fused optimizers walk parameter and moments in memory order, so their layouts (channels last) must agree.
+                like = moved[int(index)]
+                same = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+                state.setdefault(int(index), {})[entry] = same
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         self.record = Record(meta["history"], [Event(**e) for e in meta["events"]], meta["completed"])
         self.run.say(f"Immunization: continuing after {self.round} of {self.config.iterations} rounds")

@@ -179,6 +179,7 @@ def _history_panel(
             f"yaxis{axis}": {
                 "domain": domain,
                 "fixedrange": True,
+                "zeroline": False,
                 "nticks": 5,
                 "tickformat": ".0%" if score else "~g",
                 "exponentformat": "power",
@@ -238,7 +239,7 @@ def _figure(*, height: int, legend: bool) -> Any:
         height=height,
         autosize=True,
         showlegend=legend,
-        # Dragging must scroll the page on a phone; zooming stays in the figure's own menu.
+        # Dragging must scroll the page on a phone, not zoom the figure.
         dragmode=False,
         hovermode="closest",
         paper_bgcolor="rgba(0,0,0,0)",

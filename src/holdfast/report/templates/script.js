@@ -1,11 +1,7 @@
 (function () {
   "use strict";
   var scheme = window.matchMedia("(prefers-color-scheme: dark)");
-  var config = {
-    responsive: true,
-    displaylogo: false,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]
-  };
+  var config = { responsive: true, displayModeBar: false };
   var themes = {
     light: { text: "#33383f", grid: "#e3e6ea", line: "#a9afb8", page: "#ffffff" },
     dark: { text: "#d4d8dd", grid: "#31363e", line: "#6d747e", page: "#1d2127" }
@@ -41,8 +37,7 @@
     var spec = JSON.parse(document.getElementById(plot.id + "-data").textContent);
     var update = themed(spec.layout, now());
     Object.keys(update).forEach(function (path) { assign(spec.layout, path, update[path]); });
-    var small = plot.hasAttribute("data-small");
-    Plotly.newPlot(plot, spec.data, spec.layout, small ? { responsive: true, displayModeBar: false } : config);
+    Plotly.newPlot(plot, spec.data, spec.layout, config);
   });
 
   function repaint(theme) {

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import ADVERSARIES
+
+from holdfast.adversaries import BATTERIES, Adversary, FineTuning, battery
+from holdfast.errors import HoldfastError
+from holdfast.execution import Run, fingerprint
+from holdfast.finetune import Strategy
+from holdfast.tasks import load_task
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ADVERSARIES)
+class TestEveryAdversary:
+    def test_learns_on_a_copy(self, name, trained, restricted, run):
+        digest = trained.facts().sha256
+        curve = ADVERSARIES[name].attack(trained, restricted, budgets=[0, 1, 60], run=run)
+        assert trained.facts().sha256 == digest
+        assert curve.budgets == [0, 1, 60]
+        assert curve.finite
+        assert curve.scores[-1] > curve.scores[0] + 0.1
+        assert curve.losses[0] is None
+        assert curve.losses[2] < curve.losses[1]
+
+    def test_depends_on_the_seed_and_on_nothing_else(self, name, model, benign, run):
+        def curve(seed, role):
+            return ADVERSARIES[name].attack(model, benign, budgets=[0, 3], run=run, seed=seed, role=role)
+
+        torch.manual_seed(1)
+        first = curve(0, "immunized")
+        torch.manual_seed(2)
+        again = curve(0, "original")
+        assert (first.scores, first.losses) == (again.scores, again.losses)
+        assert curve(1, "immunized").losses != first.losses
+
+    def test_config_says_it_all(self, name, model):
+        config = dict(ADVERSARIES[name].config())
+        assert config.pop("kind") == "finetuning"
+        assert Strategy(**config) == ADVERSARIES[name].strategy
+
+
+def test_scores_are_the_frameworks(model, benign, run):
+    """A plug-in that claims success and does nothing gets the score that it earned."""
+
+    class Boaster(Adversary):
+        name, batch_size = "boaster", 1
+
+        def config(self):
+            return {}
+
+        def run(self, model, task, *, generator, device):
+            while True:
+                yield torch.tensor(0.0)
+
+    curve = Boaster().attack(model, benign, budgets=[0, 5], run=run)
+    assert curve.scores == [benign.score(model)] * 2
+
+
+def test_attack_is_final():
+    assert getattr(Adversary.attack, "__final__", False)
+
+
+def test_an_explosion_is_recorded_not_hidden(model, benign, run):
+    wild = FineTuning(Strategy("direct", "all", "sgd", 1e20, 20))
+    curve = wild.attack(model, benign, budgets=[0, 10], run=run)
+    assert not curve.finite
+    assert curve.scores[0] is not None
+    assert curve.scores[1] is None
+
+
+class TestBatteries:
+    def test_unknown(self):
+        with pytest.raises(HoldfastError, match="did you mean 'quick-v1'"):
+            battery("quick-v2")
+
+    @pytest.mark.parametrize(
+        ("name", "frozen"), [("quick-v1", "63bbffc93d4dd8c2fbed5acb9c908b372aa16d08a0264f59f3ba7a252370446b")]
+    )
+    def test_a_published_battery_never_changes(self, name, frozen):
+        """If this fails: do not change the hash. Give the new battery a new name."""
+        assert fingerprint({a.name: a.config() for a in BATTERIES[name]}) == frozen
+
+    def test_quick_covers_what_it_says(self):
+        strategies = [a.strategy for a in battery("quick-v1")]
+        assert 6 <= len(strategies) <= 8
+        assert {(s.initialisation, s.scope) for s in strategies} == {("direct", "all"), ("head", "all"), ("head", "head")}
+        assert {"adam", "momentum"} <= {s.optimizer for s in strategies}
+        rates = [s.learning_rate for s in strategies]
+        assert min(rates) <= 1e-4
+        assert max(rates) >= 1e-2
+        assert Strategy("direct", "all", "momentum", 1e-4, 50, 1e-4) in strategies  # the paper's default attack
+
+    def test_names_are_unique(self):
+        for adversaries in BATTERIES.values():
+            assert len({a.name for a in adversaries}) == len(adversaries)
+
+    def test_direct_needs_enough_outputs(self, model):
+        task = load_task("digits")
+        reasons = {a.name: a.not_applicable(model, task) for a in battery("quick-v1")}
+        assert {n for n, r in reasons.items() if r} == {n for n in reasons if n.startswith("direct")}

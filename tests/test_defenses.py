@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import reference
+import torch
+from cases import DEFENSES
+from conftest import toy_task
+from torch import nn
+
+from holdfast.defenses import DEFENSES as REGISTRY
+from holdfast.defenses import Sophon
+from holdfast.defenses.sophon import Simulation
+from holdfast.errors import HoldfastError
+from holdfast.execution import Run
+from holdfast.finetune import Strategy
+from holdfast.models import SplitModel
+from holdfast.suppression import LOSSES, inverse_cross_entropy
+from holdfast.tasks import load_task
+
+CPU = torch.device("cpu")
+
+
+def test_every_defense_has_a_case():
+    assert {type(d) for d in DEFENSES.values()} == set(REGISTRY.values())
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+class TestEveryDefense:
+    def test_returns_a_new_model_and_leaves_the_old_one(self, name, model, benign, restricted, run):
+        digest = model.facts().sha256
+        immunized, record = DEFENSES[name].immunize(model, benign, restricted, run=run)
+        assert model.facts().sha256 == digest != immunized.facts().sha256
+        assert all(p.isfinite().all() for p in immunized.parameters())
+        assert not immunized.training
+        assert DEFENSES[name].result(record).config == DEFENSES[name].config()
+
+    def test_the_seed_decides(self, name, model, benign, restricted):
+        def digest(seed):
+            return DEFENSES[name].immunize(model, benign, restricted, run=Run(seed, CPU))[0].facts().sha256
+
+        assert digest(0) == digest(0) != digest(1)
+
+    def test_torchs_global_generator_is_left_alone(self, name, model, benign, restricted, run):
+        torch.manual_seed(3)
+        state = torch.get_rng_state()
+        DEFENSES[name].immunize(model, benign, restricted, run=run)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_refuses_a_model_that_does_not_fit(self, name, model, restricted, run):
+        with pytest.raises(HoldfastError, match="5 outputs and its task"):
+            DEFENSES[name].immunize(model, load_task("digits"), restricted, run=run)
+
+    def test_stops_and_continues_to_the_same_model(self, name, model, benign, restricted, tmp_path):
+        whole, record = DEFENSES[name].immunize(model, benign, restricted, run=Run(0, CPU))
+
+        class Killed(Exception):
+            pass
+
+        class Interrupted(Run):
+            def seeded(self, *purpose):
+                if purpose[:2] == ("sophon", 2):
+                    raise Killed
+                return super().seeded(*purpose)
+
+        with pytest.raises(Killed):
+            DEFENSES[name].immunize(model, benign, restricted, run=Interrupted(0, CPU, tmp_path))
+        resumed, again = DEFENSES[name].immunize(model, benign, restricted, run=Run(0, CPU, tmp_path))
+        assert resumed.facts().sha256 == whole.facts().sha256
+        assert again.history == record.history
+
+    def test_never_continues_the_work_of_another_seed(self, name, model, benign, restricted, tmp_path):
+        DEFENSES[name].immunize(model, benign, restricted, run=Run(0, CPU, tmp_path))
+        with pytest.raises(HoldfastError, match="another immunization"):
+            DEFENSES[name].immunize(model, benign, restricted, run=Run(1, CPU, tmp_path))
+
+
+def double(task):
+    task._x = {s: v.double() for s, v in task._x.items()}
+    return task
+
+
+class TestMetaGradient:
+    @pytest.fixture
+    def setting(self):
+        torch.manual_seed(0)
+        task = double(toy_task(3))
+        model = SplitModel(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double(), "2")
+        return task, model
+
+    def test_equals_the_sum_of_step_gradients(self, setting):
+        task, model = setting
+        gamma, strategy = (0.5, 1.0, 2.0, 0.25), Strategy("direct", "all", "adam", 1e-2, 10)
+        simulation = Simulation(model, inverse_cross_entropy)
+        simulation.run(task, strategy, 4, gamma, generator=torch.Generator().manual_seed(5))
+
+        generator = torch.Generator().manual_seed(5)
+        stream_r, stream_t = (task.batches("train", 10, generator=generator, device=CPU) for _ in range(2))
+        pairs = [(next(stream_r), next(stream_t)) for _ in range(4)]
+        expected = reference.adam_simulation(
+            model, lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), reference.ice,
+            [tuple(r) for r, _ in pairs], [tuple(t) for _, t in pairs], list(gamma), 1e-2,
+        )  # fmt: skip
+        for (name, _), mine in zip(model.named_parameters(), simulation.gradient, strict=True):
+            assert torch.allclose(mine, expected[name], rtol=1e-8, atol=1e-12), name
+
+    def test_simulations_add_up(self, setting):
+        task, model = setting
+
+        def gradient(seeds):
+            simulation = Simulation(model, inverse_cross_entropy)
+            for seed in seeds:
+                simulation.run(task, Strategy(), 2, None, generator=torch.Generator().manual_seed(seed))
+            return simulation.gradient
+
+        for total, first, second in zip(gradient([1, 2]), gradient([1]), gradient([2]), strict=True):
+            assert torch.allclose(total, first + second, rtol=1e-10)
+
+    def test_a_fresh_head_does_not_move_the_released_one(self, setting):
+        task, model = setting
+        simulation = Simulation(model, inverse_cross_entropy)
+        simulation.run(task, Strategy("head"), 3, None, generator=torch.Generator().manual_seed(0))
+        moved = {n: bool(g.abs().sum() > 0) for (n, _), g in zip(model.named_parameters(), simulation.gradient, strict=True)}
+        assert moved == {n: not n.startswith("network.2.") for n in moved}
+
+    def test_frozen_parameters_of_the_model_get_no_gradient(self, setting):
+        task, model = setting
+        model.network[0].bias.requires_grad_(False)
+        simulation = Simulation(model, inverse_cross_entropy)
+        simulation.run(task, Strategy(), 3, None, generator=torch.Generator().manual_seed(0))
+        assert [bool(g.abs().sum() > 0) for g in simulation.gradient] == [True, False, True, True]
+
+    @pytest.mark.parametrize("start", ["direct", "head"])
+    def test_the_model_and_its_statistics_are_not_touched(self, model, restricted, start):
+        digest = model.facts().sha256
+        simulation = Simulation(model, inverse_cross_entropy)
+        for _ in range(2):
+            simulation.run(restricted, Strategy(start, batch_size=20), 3, None, generator=torch.Generator().manual_seed(0))
+        assert model.facts().sha256 == digest
+        assert all(p.grad is None for p in model.parameters())
+
+    def test_every_simulation_begins_at_the_model(self, model, restricted):
+        """Nothing of an earlier adversary is left: neither weights nor BatchNorm statistics nor a head of another width."""
+        narrow = load_task("digits[5-7]")
+
+        def gradient(before):
+            simulation = Simulation(model, inverse_cross_entropy)
+            for task, strategy in before:
+                with torch.random.fork_rng():
+                    simulation.run(task, strategy, 3, None, generator=torch.Generator().manual_seed(1))
+            simulation.zero()
+            simulation.run(restricted, Strategy(batch_size=20), 2, None, generator=torch.Generator().manual_seed(0))
+            return simulation.gradient
+
+        other = gradient([(restricted, Strategy(learning_rate=0.1)), (narrow, Strategy("head"))])
+        assert all(torch.equal(a, b) for a, b in zip(gradient([]), other, strict=True))
+
+    @pytest.mark.parametrize("loss", ["ice", "klu"])
+    def test_following_it_makes_simulated_adversaries_worse(self, model, benign, restricted, run, loss):
+        def simulated(which):
+            simulation = Simulation(which, LOSSES[loss])
+            torch.manual_seed(0)
+            return simulation.run(restricted, Strategy("direct", batch_size=50), 5, None, generator=torch.Generator().manual_seed(9))
+
+        brief = Sophon(loss=loss, iterations=20, steps=5, learning_rates=(1e-3,), batch_sizes=(50,), suppression_lr=1e-3)
+        immunized, _ = brief.immunize(model, benign, restricted, run=run)
+        assert simulated(immunized) < simulated(model)
+
+
+class TestSophon:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"loss": "icee"}, "did you mean 'ice'"),
+            ({"steps": 0}, "steps is 0"),
+            ({"suppression_lr": -1.0}, "suppression_lr is -1"),
+            ({"gamma": (1.0,)}, "gamma has 1 weights and there are 50 steps"),
+            ({"optimizers": ("sdg",)}, "Unknown optimizer 'sdg'"),
+            ({"batch_sizes": ()}, "batch_sizes is empty"),
+            ({"learning_rates": (0.0,)}, "above 0"),
+            ({"holdout": 1.5}, "holdout is 1.5"),
+        ],
+    )
+    def test_bad_settings(self, change, message):
+        with pytest.raises(HoldfastError, match=message):
+            Sophon(**change)
+
+    def test_defaults_are_the_papers(self):
+        """Section 5.1.1."""
+        s = Sophon()
+        assert (s.suppression_lr, s.reinforcement_lr, s.iterations, s.steps) == (3e-4, 5e-4, 800, 50)
+        assert (s.suppression_loops, s.reinforcement_loops, s.optimizers) == (1, 1, ("adam",))
+        assert s.learning_rates == (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+        assert s.batch_sizes == (50, 100, 150, 200, 250)
+        assert len(s.phi()) == 2 * 5 * 5
+
+    def test_the_guard_goes_back_and_says_so(self, trained, benign, restricted, run):
+        violent = Sophon(
+            iterations=6, steps=2, suppression_lr=0.3, reinforcement_lr=1e-5, guard_every=1, batch_sizes=(20,), clip=None
+        )
+        immunized, record = violent.immunize(trained, benign, restricted, run=run)
+        assert any("suppression_lr halved to 0.15" in e.message for e in record.events)
+        assert benign.score(immunized) > benign.score(trained) - 0.1
+
+    def test_the_guard_gives_up_with_the_last_good_state(self, model, benign, restricted, run, monkeypatch):
+        monkeypatch.setitem(LOSSES, "ice", lambda z, y: inverse_cross_entropy(z, y) * math.nan)
+        immunized, record = Sophon(iterations=50, steps=1, max_rollbacks=3).immunize(model, benign, restricted, run=run)
+        assert not record.completed
+        assert "gave up after 3 times" in record.events[-1].message
+        assert immunized.facts().sha256 == model.facts().sha256
+
+    def test_without_the_guard_a_non_finite_value_ends_it(self, model, benign, restricted, run, monkeypatch):
+        monkeypatch.setitem(LOSSES, "ice", lambda z, y: inverse_cross_entropy(z, y) * math.nan)
+        _, record = Sophon(iterations=50, steps=1, guard=False).immunize(model, benign, restricted, run=run)
+        assert not record.completed
+        assert record.history["iteration"] == [1]
+        assert record.history["suppression_loss"] == [None]
+
+    def test_more_restricted_classes_than_outputs_needs_a_fresh_head(self, model, benign, run):
+        wide = load_task("digits")
+        with pytest.raises(HoldfastError, match="initialisations"):
+            Sophon(iterations=1, steps=1).immunize(model, benign, wide, run=run)
+        Sophon(iterations=1, steps=1, initialisations=("head",)).immunize(model, benign, wide, run=run)

@@ -1,0 +1,488 @@
+"""The report: what it says, that it is safe and self-contained, and that a browser draws it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.auditing import summarise, tables
+from holdfast.report import write_report
+from holdfast.report.html import render
+from holdfast.results import (
+    ROLES,
+    AuditResult,
+    Cell,
+    Curve,
+    Event,
+    ImmunizationResult,
+    ModelFacts,
+    Provenance,
+    Role,
+    RunResult,
+    Side,
+    Table,
+    TaskFacts,
+    Thresholds,
+    Verdict,
+    VerdictLabel,
+)
+
+BUDGETS = [0, 10, 100]
+NASTY = 'probe <img src=x onerror="alert(1)"> & </script><script>alert(2)</script>'
+LEVELS: dict[Role, list[float]] = {
+    "immunized": [0.25, 0.42, 0.61],
+    "original": [0.31, 0.75, 0.87],
+    "scratch": [0.21, 0.45, 0.58],
+}
+LABELS: tuple[VerdictLabel, ...] = ("resists", "partial", "fails", "invalid")
+
+
+def make_curves(names: Sequence[str], seeds: int, lost: dict[tuple[str, Role], int]) -> list[Curve]:
+    """Later names score lower by a tenth each; `lost` gives the index of a budget at which a score is not finite."""
+    curves = []
+    for a, name in enumerate(names):
+        for role in ROLES:
+            for seed in range(seeds):
+                scores: list[float | None] = [v - 0.1 * a + 0.01 * seed for v in LEVELS[role]]
+                if seed == 0 and (name, role) in lost:
+                    scores[lost[name, role]] = None
+                curve = Curve(
+                    adversary=name, role=role, seed=seed, budgets=BUDGETS, scores=scores,
+                    losses=[None, 1.5, 0.5], batch_size=50,
+                )  # fmt: skip
+                curves.append(curve)
+    return curves
+
+
+def make_audit(
+    label: VerdictLabel = "resists",
+    *,
+    names: Sequence[str] = ("direct+all adam", "initFC+all momentum"),
+    seeds: int = 3,
+    lost: dict[tuple[str, Role], int] | None = None,
+    kind: str = "finetuning",
+) -> AuditResult:
+    curves = make_curves(names, seeds, lost or {})
+    settings = {"kind": kind, "optimizer": "adam", "learning_rate": 0.001, "batch_size": 50}
+    return AuditResult(
+        battery="test-v1",
+        adversaries={name: settings for name in names},
+        not_applicable={"whole-body probe": "the model has no body"},
+        budgets=BUDGETS,
+        seeds=list(range(seeds)),
+        shots=None,
+        benign_task="digits[0-4]",
+        restricted_task="digits[5-9]",
+        adversary_samples=337,
+        test_samples=100,
+        chance=0.2,
+        benign=Side(original=0.981, immunized=0.954),
+        curves=curves,
+        by_budget=summarise(curves, BUDGETS),
+        verdict=Verdict(
+            label=label,
+            sentence=f"The sentence of a verdict that {label}.",
+            reasons=["First reason & more.", "Second reason."],
+            threat_model="An adversary with 337 samples, and nothing else.",
+            thresholds=Thresholds(),
+            retained=None if label == "invalid" else 0.125,
+        ),
+    )
+
+
+def make_immunization(events: int = 1, completed: bool = True) -> ImmunizationResult:
+    return ImmunizationResult(
+        defense="sophon",
+        config={"loss": "ice", "gamma": None, "learning_rates": [0.001, 0.01], "guard": True},
+        history={
+            "iteration": [float(i) for i in range(1, 21)],
+            "suppression_loss": [None if i == 7 else 2.0 / (i + 1) for i in range(20)],
+            "benign_score": [0.97 if i % 5 == 4 else None for i in range(20)],
+        },
+        events=[Event(iteration=7 + i, message=f"event number {i} <b>") for i in range(events)],
+        completed=completed,
+    )
+
+
+def make_result(**parts: Any) -> RunResult:
+    audit = parts.get("audit")
+    models = {
+        "original": ModelFacts(name="cnn", parameters=25045, sha256="a1" * 32),
+        "immunized": ModelFacts(name="cnn", parameters=25045, sha256="b2" * 32, file_sha256="c3" * 32),
+    }
+    datasets = {
+        part: TaskFacts(name=f"{part} data", sha256=digest * 32, train=600, test=200, classes=5)
+        for part, digest in (("benign", "d4"), ("restricted", "e5"))
+    }
+    facts: dict[str, Any] = {
+        "kind": "run",
+        "title": "A test of the report",
+        "recipe": {"title": "A test", "defense": {"name": "sophon", "learning_rates": (0.001, 0.01)}},
+        "seed": 17,
+        "tables": tables(audit) if audit is not None else {},
+        "provenance": Provenance(
+            command=["holdfast", "run", "a recipe"],
+            started="2026-01-02T03:04:05+00:00",
+            holdfast="0.1.0",
+            python="3.12.1",
+            platform="Linux x86_64",
+            packages={"torch": "2.99.1", "numpy": "2.98.2"},
+            git_commit="f6" * 20,
+            device="cpu",
+            threads=2,
+            tasks=datasets,
+            models=models,
+        ),
+        "timing": {"immunize": 12.34, "audit": 56.78},
+    }
+    return RunResult.model_validate(facts | parts)
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements with their attributes, and text by section."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.styles = ""
+        self.words: list[str] = []
+        self._inside = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
+        elif self._inside == "style":
+            self.styles += data
+        else:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.elements if name == tag]
+
+    def figure(self, name: str) -> dict[str, Any]:
+        found = [text for attrs, text in self.scripts if attrs.get("id") == f"plot-{name}-data"]
+        return dict(json.loads(found[0]))
+
+
+def page(**parts: Any) -> Page:
+    return Page(render(make_result(**parts)))
+
+
+def row(source: str, heading: str) -> str:
+    """The first table row with a heading, as plain text."""
+    found = re.search(rf'<tr><th scope="row">{re.escape(heading)}</th>(.*?)</tr>', _tight(source), re.DOTALL)
+    assert found, heading
+    return " ".join(re.sub(r"<[^>]*>", " ", found[1]).split())
+
+
+def _tight(source: str) -> str:
+    return re.sub(r">\s+<", "><", source)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_verdict_is_first_and_said_in_word_glyph_and_colour(label: VerdictLabel) -> None:
+    audit = make_audit(label)
+    source = render(make_result(audit=audit, immunization=make_immunization()))
+    top = source[source.index("<body>") : source.index('class="cards"')]
+    assert f"Verdict: {label.capitalize()}</span></h2>" in top
+    assert f'class="glyph glyph-{label}"' in top
+    assert f'class="verdict tone-{label}"' in top
+    assert audit.verdict.sentence in top
+    assert audit.verdict.threat_model in top
+    assert f"<title>{label.capitalize()}: " in source
+    text = Page(source).text
+    assert f"Verdict: {label}." in text
+    assert all(reason in text for reason in audit.verdict.reasons)
+    assert ("not evidence for or against" in text) == (label == "invalid")
+
+
+def test_nothing_is_loaded_from_anywhere() -> None:
+    seen = page(audit=make_audit(), immunization=make_immunization())
+    for tag, attrs in seen.elements:
+        for name in ("src", "href", "srcset", "data", "poster", "action", "background"):
+            value = attrs.get(name)
+            assert value is None or value.startswith("#"), f"<{tag} {name}={value!r}>"
+        assert "url(" not in (attrs.get("style") or "")
+    assert "url(" not in seen.styles
+    assert "@import" not in seen.styles
+    policy = [m["content"] for m in seen.all("meta") if m.get("http-equiv") == "Content-Security-Policy"]
+    assert policy[0] is not None
+    assert policy[0].startswith("default-src 'none'")
+    assert "http" not in policy[0]
+    assert any("Plotly, Inc." in text for _, text in seen.scripts), "plotly.js is inlined"
+
+
+def test_names_are_escaped_in_text_in_attributes_and_in_figures() -> None:
+    audit = make_audit(names=(NASTY, "other"))
+    seen = page(title=NASTY, audit=audit, immunization=make_immunization(), recipe={"title": NASTY})
+    assert not seen.all("img")
+    assert not any("alert" in text for attrs, text in seen.scripts if attrs.get("type") is None)
+    assert " ".join(NASTY.split()) in seen.text
+    hover = seen.figure("best")["data"][0]["customdata"][-1]
+    assert "&lt;img" in hover
+    assert "<img" not in hover
+    assert any(NASTY in (attrs.get("aria-label") or "") for attrs in seen.all("div"))
+
+
+def test_provenance_is_complete() -> None:
+    result = make_result(audit=make_audit(), immunization=make_immunization())
+    source = render(result)
+    text = Page(source).text
+    facts = result.provenance
+    digests = [t.sha256 for t in facts.tasks.values()]
+    digests += [d for m in facts.models.values() for d in (m.sha256, m.file_sha256) if d is not None]
+    assert len(digests) == 5
+    for digest in digests:
+        assert f'<code class="hash">{digest}</code>' in source
+    for fact in (facts.started, facts.python, facts.platform, facts.git_commit, "holdfast run 'a recipe'"):
+        assert fact is not None
+        assert fact in text
+    assert "torch 2.99.1, numpy 2.98.2" in text
+    assert "immunize 12.3 s, audit 56.8 s" in text
+    assert "Seed 17" in text
+    assert "name: sophon learning_rates: - 0.001 - 0.01" in text
+    unknown = facts.model_copy(update={"git_commit": None})
+    assert "Git commit not known" in page(provenance=unknown, audit=make_audit()).text
+
+
+def test_key_numbers() -> None:
+    text = page(audit=make_audit()).text
+    assert "98.1% → 95.4%" in text
+    assert f"Change: {chr(0x2212)}2.7 points." in text
+    assert "immunized 62.0% original 88.0% scratch 59.0%" in text
+    # Budget 0 has the larger advantage (+4.0), but the verdict does not count it.
+    assert "worst over budgets +3.0 points After 100 steps; the tolerance is +2.0." in text
+    assert "up to +30.0, after 10 steps" in text
+    assert "Advantage retained 12% " in text or "Advantage retained 13% " in text
+
+
+def test_tables_show_mean_and_spread_and_mark_the_best() -> None:
+    audit = make_audit(lost={("direct+all adam", "scratch"): 2})
+    source = render(make_result(audit=audit))
+    by_budget = row(source, "10")
+    assert by_budget.startswith("43.0 ± 1.0 76.0 ± 1.0 46.0 ± 1.0")
+    assert f"{chr(0x2212)}3.0 +30.0 direct+all adam" in by_budget
+    battery = _tight(source)[_tight(source).index("Accuracy on digits[5-9] after") :]
+    assert row(battery, "direct+all adam") == "▲ 26.0 ± 1.0 ▲ 43.0 ± 1.0 ▲ 62.0 ± 1.0"
+    assert row(battery, "initFC+all momentum") == "16.0 ± 1.0 33.0 ± 1.0 52.0 ± 1.0"
+    scratch = battery[battery.index("scratch</span>") :]
+    assert row(scratch, "direct+all adam") == "▲ 22.0 ± 1.0 ▲ 46.0 ± 1.0 —"
+    assert row(scratch, "initFC+all momentum").endswith("▲ 49.0 ± 1.0")
+
+
+def test_a_missing_number_is_a_dash_and_never_an_advantage() -> None:
+    names = ("direct+all adam", "initFC+all momentum")
+    lost: dict[tuple[str, Role], int] = {(name, "immunized"): i for name in names for i in (0,)}
+    audit = make_audit("invalid", lost=lost)
+    audit = audit.model_copy(update={"benign": Side(original=0.9, immunized=None)})
+    source = render(make_result(audit=audit, immunization=make_immunization()))
+    dash = '<span title="not finite or not measured" aria-label="not finite or not measured">—</span>'
+    start = re.search(r'<tr><th scope="row">0</th>(.*?)</tr>', _tight(source), re.DOTALL)
+    assert start
+    assert start[1].count(dash) == 2, "the immunized score and its advantage"
+    assert "90.0% → —" in Page(source).text
+    text = Page(source).text
+    for wrong in (r"\bnan\b", r"\bNone\b(?!:|\.)", r"\binf\b"):
+        assert not re.search(wrong, text), wrong
+
+
+def test_nothing_finite_at_all_is_still_a_report() -> None:
+    audit = make_audit("invalid", names=("only",), lost={("only", role): 1 for role in ROLES})
+    empty = Cell(mean=None, sd=None, n=0)
+    rows = [r.model_copy(update={"best": dict.fromkeys(ROLES, empty)}) for r in audit.by_budget]
+    audit = audit.model_copy(update={"by_budget": rows})
+    record = make_immunization().model_copy(update={"history": {"iteration": [1.0], "loss": [None]}})
+    text = page(audit=audit, immunization=record).text
+    assert "Advantage, worst over budgets —" in text
+    assert "The defense recorded no finite number" in text
+
+
+def test_one_seed_has_no_spread() -> None:
+    seen = page(audit=make_audit(seeds=1), immunization=make_immunization())
+    assert "±" not in re.sub(r"uncertain by about ± \d", "", seen.text)
+    assert "There is one seed only" in seen.text
+    assert seen.figure("best")["data"][0]["error_y"]["array"] == [None] * 3
+    assert "±" in page(audit=make_audit(seeds=2)).text
+
+
+def test_the_papers_numbers_stand_beside_ours() -> None:
+    audit = make_audit()
+    found = tables(audit)
+    found["best"].rows[0]["step 10"] = Cell(mean=0.43, sd=0.01, n=3, paper=0.123)
+    found["battery"].rows[1]["step 100"] = Cell(mean=None, sd=None, n=3, paper=0.456)
+    found["side"] = Table(
+        title="Condition numbers", rows=[{"method": "stretch", "ratio": Cell(mean=64.8, sd=None, n=1, paper=70.04)}]
+    )
+    source = render(make_result(audit=audit, tables=found))
+    assert row(source, "10").startswith("43.0 ± 1.0 paper 12.3 76.0")
+    assert row(source, "initFC+all momentum").endswith("— paper 45.6")
+    assert row(source, "stretch") == "64.8 paper 70.04"
+
+
+def test_immunization_alone_is_not_a_verdict() -> None:
+    seen = page(kind="immunize", immunization=make_immunization(events=3, completed=False))
+    assert "Not audited" in seen.text
+    assert "Whether it resists fine-tuning is not known" in seen.text
+    assert "The defense gave up early" in seen.text
+    assert "Verdict:" not in seen.text
+    assert [f"Round {7 + i}: event number {i} <b>" in seen.text for i in range(3)] == [True] * 3
+    assert "97.0%" in seen.text
+    figure = seen.figure("history")
+    marks = [t for t in figure["data"] if t.get("name") == "events"]
+    assert marks[0]["x"] == [7, 8, 9]
+    assert len(figure["layout"]["shapes"]) == 3
+    assert "gave up early" not in page(kind="immunize", immunization=make_immunization()).text
+
+
+def test_audit_alone_says_that_the_making_is_not_known() -> None:
+    seen = page(kind="audit", audit=make_audit("partial"))
+    assert "takes the model as it is" in seen.text
+    assert not any(attrs.get("id") == "plot-history" for attrs in seen.all("div"))
+    assert "Verdict: Partial" in seen.text
+
+
+def test_what_was_not_tried_follows_from_what_was() -> None:
+    text = page(audit=make_audit()).text
+    assert "more than 100 steps" in text
+    assert "more than 337 labelled samples" in text
+    assert "optimizer adam; learning rate 0.001; batch size 50" in text
+    assert "low-rank adapters (LoRA), distillation" in text
+    assert "whole-body probe : the model has no body" in text
+    assert "this favours the adversary" in text
+    assert "100 samples. That alone makes a score near 50% uncertain by about ± 5.0 points" in text
+    assert "low-rank adapters" not in page(audit=make_audit(kind="lora")).text
+
+
+def test_figures_hold_the_results() -> None:
+    audit = make_audit()
+    seen = page(audit=audit)
+    traces = {t["name"]: t for t in seen.figure("best")["data"]}
+    for role in ROLES:
+        cells = [r.best[role] for r in audit.by_budget]
+        assert traces[role]["x"] == BUDGETS
+        assert traces[role]["y"] == [c.mean for c in cells]
+        assert traces[role]["error_y"]["array"] == [c.sd for c in cells]
+        assert "direct+all adam" in traces[role]["customdata"][1]
+    assert traces["chance (20.0%)"]["y"] == [0.2, 0.2]
+    looks = {(t["line"]["color"], t["line"]["dash"], t["marker"]["symbol"]) for n, t in traces.items() if n in ROLES}
+    assert all(len(set(column)) == len(ROLES) for column in zip(*looks, strict=True))
+    second = {t["name"]: t for t in seen.figure("adversary-1")["data"]}
+    assert second["original"]["y"] == pytest.approx([0.22, 0.66, 0.78])
+    assert "mean training loss: 0.5" in second["original"]["customdata"][2]
+
+
+def test_structure_serves_readers_of_every_kind() -> None:
+    seen = page(audit=make_audit(), immunization=make_immunization())
+    assert seen.all("html")[0]["lang"] == "en"
+    assert len(seen.all("h1")) == 1
+    levels = [int(tag[1]) for tag, _ in seen.elements if re.fullmatch(r"h\d", tag)]
+    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False)), levels
+    plots = [a for a in seen.all("div") if a.get("class") == "plot"]
+    assert len(plots) == 4
+    assert all(a.get("role") == "img" and a.get("aria-label") for a in plots)
+    ids = [a["id"] for _, a in seen.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {a["href"] for a in seen.all("a")} <= {f"#{i}" for i in ids}
+
+
+def test_the_file_is_written_whole_and_replaces_an_older_one(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "report.html"
+    write_report(make_result(audit=make_audit("fails")), path)
+    result = make_result(audit=make_audit("resists"))
+    write_report(result, path)
+    assert path.read_text() == render(result)
+    assert path.read_text().startswith("<!DOCTYPE html>")
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH: the page is not seen in a browser")
+    return found
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    names = (NASTY, "a-name-without-any-space-that-is-far-too-long-for-the-screen-of-a-phone")
+    audit = make_audit("partial", names=names, lost={(NASTY, "original"): 2})
+    write_report(make_result(audit=audit, immunization=make_immunization(events=2)), path)
+    return path
+
+
+def visit(browser: str, path: Path, profile: Path) -> tuple[str, list[str]]:
+    """Opens a page in a headless browser; returns the document as it is in the end, and errors of its console."""
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=8000 --dump-dom"
+    ).split()
+    done = subprocess.run(
+        [browser, *flags, f"--user-data-dir={profile}", path.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    errors = [x for x in done.stderr.splitlines() if "CONSOLE" in x and re.search("error|uncaught|refused", x, re.I)]
+    return done.stdout, errors
+
+
+def test_a_browser_draws_every_figure_without_an_error(browser: str, report: Path, tmp_path: Path) -> None:
+    document, errors = visit(browser, report, tmp_path / "profile")
+    assert errors == []
+    plots = re.split(r'<div class="plot[^"]*" id="plot-', document)[1:]
+    assert [p.split('"')[0] for p in plots] == ["best", "adversary-0", "adversary-1", "history"]
+    for plot in plots:
+        drawn = plot.split("<script", 1)[0]
+        assert "<svg" in drawn
+        assert 'class="main-svg"' in drawn
+        lines = re.findall(r'<path class="js-line"[^>]* d="M[^"]+L', drawn)
+        assert len(lines) >= 2, plot[:80]
+    assert "alert" not in "".join(re.findall(r"<svg.*?</svg>", document, re.DOTALL)).replace("alert(", "", 0) or (
+        "<script>alert" not in document
+    )
+
+
+def test_an_error_in_a_page_would_be_seen(browser: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.html"
+    path.write_text("<script>Plotly.newPlot('x')</script>")
+    assert visit(browser, path, tmp_path / "profile")[1] != []
+
+
+@pytest.mark.parametrize("fault", ["", "<div style='width:600px'>too wide</div>"], ids=["as it is", "with a fault"])
+def test_nothing_sticks_out_on_a_phone(browser: str, report: Path, tmp_path: Path, fault: str) -> None:
+    # A headless browser may not make its window as narrow as a phone, but a frame may be.
+    probe = "<script>addEventListener('load', () => parent.postMessage(document.documentElement.scrollWidth, '*'))</script>"
+    (tmp_path / "inner.html").write_text(report.read_text().replace("</main>", f"{fault}</main>{probe}"))
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        "<body><script>addEventListener('message', e => { document.body.dataset.width = e.data })</script>"
+        "<iframe src='inner.html' style='width:390px;height:800px;border:0'></iframe>"
+    )
+    document, errors = visit(browser, outer, tmp_path / "profile")
+    width = re.search(r'data-width="(\d+)"', document)
+    assert width, "the page did not answer"
+    assert (int(width[1]) > 390) == bool(fault)
+    assert errors == []
