@@ -11,7 +11,9 @@ import torch
 
 from holdfast.execution import Run
 from holdfast.models import SplitModel, load_model
-from holdfast.pipeline import pretrain
+from holdfast.pipeline import pretrain, read_result, run_recipe
+from holdfast.recipe import load as load_recipe
+from holdfast.results import RunResult
 from holdfast.tasks import ArrayTask, load_task
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -76,3 +78,16 @@ def toy_task(classes: int, *, samples: int = 30, width: int = 6, seed: int = 0) 
         return centres[y] + rng.normal(size=(n, width)), y
 
     return ArrayTask("toy", *draw(samples * classes), *draw(20 * classes))
+
+
+@pytest.fixture(scope="session")
+def brief_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole, brief run."""
+    folder = tmp_path_factory.mktemp("runs") / "brief"
+    run_recipe(load_recipe("quickstart", scale="smoke"), folder=folder, device="cpu", quiet=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def brief_result(brief_folder: Path) -> RunResult:
+    return read_result(brief_folder)

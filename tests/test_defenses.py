@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -69,6 +70,19 @@ class TestEveryDefense:
         resumed, again = DEFENSES[name].immunize(model, benign, restricted, run=Run(0, CPU, tmp_path))
         assert resumed.facts().sha256 == whole.facts().sha256
         assert again.history == record.history
+
+    def test_stops_and_continues_where_class_counts_differ(self, name, model, benign, tmp_path):
+        """What a simulation left behind must not decide what the next one draws."""
+        narrow, settings = load_task("digits[5-7]"), dataclasses.replace(DEFENSES[name], initialisations=("head",))
+        whole, _ = settings.immunize(model, benign, narrow, run=Run(0, CPU))
+        first = dataclasses.replace(settings, iterations=1)
+        state = tmp_path / "checkpoints" / "immunization.safetensors"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(first, "config", settings.config)  # the state of the first round of the longer job
+            first.immunize(model, benign, narrow, run=Run(0, CPU, tmp_path))
+        assert state.exists()
+        resumed, _ = settings.immunize(model, benign, narrow, run=Run(0, CPU, tmp_path))
+        assert resumed.facts().sha256 == whole.facts().sha256
 
     def test_never_continues_the_work_of_another_seed(self, name, model, benign, restricted, tmp_path):
         DEFENSES[name].immunize(model, benign, restricted, run=Run(0, CPU, tmp_path))

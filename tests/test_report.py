@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ LABELS: tuple[VerdictLabel, ...] = ("resists", "partial", "fails", "invalid")
 
 
 def make_curves(names: Sequence[str], seeds: int, lost: dict[tuple[str, Role], int]) -> list[Curve]:
-    """Later names score lower by a tenth each; `lost` gives the index of a budget at which a score is not finite."""
+    """Later names score lower by a tenth each; `lost` gives the index of a budget without a finite score."""
     curves = []
     for a, name in enumerate(names):
         for role in ROLES:
@@ -74,7 +75,7 @@ def make_audit(
     settings = {"kind": kind, "optimizer": "adam", "learning_rate": 0.001, "batch_size": 50}
     return AuditResult(
         battery="test-v1",
-        adversaries={name: settings for name in names},
+        adversaries=dict.fromkeys(names, settings),
         not_applicable={"whole-body probe": "the model has no body"},
         budgets=BUDGETS,
         seeds=list(range(seeds)),
@@ -93,7 +94,7 @@ def make_audit(
             reasons=["First reason & more.", "Second reason."],
             threat_model="An adversary with 337 samples, and nothing else.",
             thresholds=Thresholds(),
-            retained=None if label == "invalid" else 0.125,
+            retained=None if label == "invalid" else 0.13,
         ),
     )
 
@@ -276,15 +277,15 @@ def test_key_numbers() -> None:
     # Budget 0 has the larger advantage (+4.0), but the verdict does not count it.
     assert "worst over budgets +3.0 points After 100 steps; the tolerance is +2.0." in text
     assert "up to +30.0, after 10 steps" in text
-    assert "Advantage retained 12% " in text or "Advantage retained 13% " in text
+    assert "Advantage retained 13% " in text
 
 
 def test_tables_show_mean_and_spread_and_mark_the_best() -> None:
     audit = make_audit(lost={("direct+all adam", "scratch"): 2})
     source = render(make_result(audit=audit))
     by_budget = row(source, "10")
-    assert by_budget.startswith("43.0 ± 1.0 76.0 ± 1.0 46.0 ± 1.0")
-    assert f"{chr(0x2212)}3.0 +30.0 direct+all adam" in by_budget
+    minus = chr(0x2212)
+    assert by_budget == f"43.0 ± 1.0 46.0 ± 1.0 {minus}3.0 76.0 ± 1.0 +30.0 direct+all adam"
     battery = _tight(source)[_tight(source).index("Accuracy on digits[5-9] after") :]
     assert row(battery, "direct+all adam") == "▲ 26.0 ± 1.0 ▲ 43.0 ± 1.0 ▲ 62.0 ± 1.0"
     assert row(battery, "initFC+all momentum") == "16.0 ± 1.0 33.0 ± 1.0 52.0 ± 1.0"
@@ -295,7 +296,7 @@ def test_tables_show_mean_and_spread_and_mark_the_best() -> None:
 
 def test_a_missing_number_is_a_dash_and_never_an_advantage() -> None:
     names = ("direct+all adam", "initFC+all momentum")
-    lost: dict[tuple[str, Role], int] = {(name, "immunized"): i for name in names for i in (0,)}
+    lost: dict[tuple[str, Role], int] = dict.fromkeys([(name, "immunized") for name in names], 0)
     audit = make_audit("invalid", lost=lost)
     audit = audit.model_copy(update={"benign": Side(original=0.9, immunized=None)})
     source = render(make_result(audit=audit, immunization=make_immunization()))
@@ -334,10 +335,11 @@ def test_the_papers_numbers_stand_beside_ours() -> None:
     found["best"].rows[0]["step 10"] = Cell(mean=0.43, sd=0.01, n=3, paper=0.123)
     found["battery"].rows[1]["step 100"] = Cell(mean=None, sd=None, n=3, paper=0.456)
     found["side"] = Table(
-        title="Condition numbers", rows=[{"method": "stretch", "ratio": Cell(mean=64.8, sd=None, n=1, paper=70.04)}]
+        title="Condition numbers",
+        rows=[{"method": "stretch", "ratio": Cell(mean=64.8, sd=None, n=1, paper=70.04)}],
     )
     source = render(make_result(audit=audit, tables=found))
-    assert row(source, "10").startswith("43.0 ± 1.0 paper 12.3 76.0")
+    assert row(source, "10").startswith("43.0 ± 1.0 paper 12.3 46.0")
     assert row(source, "initFC+all momentum").endswith("— paper 45.6")
     assert row(source, "stretch") == "64.8 paper 70.04"
 
@@ -387,7 +389,11 @@ def test_figures_hold_the_results() -> None:
         assert traces[role]["error_y"]["array"] == [c.sd for c in cells]
         assert "direct+all adam" in traces[role]["customdata"][1]
     assert traces["chance (20.0%)"]["y"] == [0.2, 0.2]
-    looks = {(t["line"]["color"], t["line"]["dash"], t["marker"]["symbol"]) for n, t in traces.items() if n in ROLES}
+    looks = {
+        (t["line"]["color"], t["line"]["dash"], t["marker"]["symbol"])
+        for n, t in traces.items()
+        if n in ROLES
+    }
     assert all(len(set(column)) == len(ROLES) for column in zip(*looks, strict=True))
     second = {t["name"]: t for t in seen.figure("adversary-1")["data"]}
     assert second["original"]["y"] == pytest.approx([0.22, 0.66, 0.78])
@@ -399,7 +405,7 @@ def test_structure_serves_readers_of_every_kind() -> None:
     assert seen.all("html")[0]["lang"] == "en"
     assert len(seen.all("h1")) == 1
     levels = [int(tag[1]) for tag, _ in seen.elements if re.fullmatch(r"h\d", tag)]
-    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False)), levels
+    assert all(b - a <= 1 for a, b in pairwise(levels)), levels
     plots = [a for a in seen.all("div") if a.get("class") == "plot"]
     assert len(plots) == 4
     assert all(a.get("role") == "img" and a.get("aria-label") for a in plots)
@@ -422,7 +428,9 @@ def test_the_file_is_written_whole_and_replaces_an_older_one(tmp_path: Path) -> 
 def browser() -> str:
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome on PATH: the page is not seen in a browser")
+        pytest.skip(
+            "no chromium, chromium-browser or google-chrome on PATH: the page is not seen in a browser"
+        )
     return found
 
 
@@ -436,16 +444,18 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def visit(browser: str, path: Path, profile: Path) -> tuple[str, list[str]]:
-    """Opens a page in a headless browser; returns the document as it is in the end, and errors of its console."""
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=8000 --dump-dom"
-    ).split()
+    """Opens a page in a headless browser; returns the document in the end, and the errors of its console."""
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr",
+        "--virtual-time-budget=8000", "--dump-dom",
+    ]  # fmt: skip
     done = subprocess.run(
         [browser, *flags, f"--user-data-dir={profile}", path.as_uri()],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    errors = [x for x in done.stderr.splitlines() if "CONSOLE" in x and re.search("error|uncaught|refused", x, re.I)]
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    errors = [line for line in console if re.search("error|uncaught|refused|violates", line, re.IGNORECASE)]
     return done.stdout, errors
 
 
@@ -460,9 +470,27 @@ def test_a_browser_draws_every_figure_without_an_error(browser: str, report: Pat
         assert 'class="main-svg"' in drawn
         lines = re.findall(r'<path class="js-line"[^>]* d="M[^"]+L', drawn)
         assert len(lines) >= 2, plot[:80]
-    assert "alert" not in "".join(re.findall(r"<svg.*?</svg>", document, re.DOTALL)).replace("alert(", "", 0) or (
-        "<script>alert" not in document
-    )
+    assert "<script>alert" not in document
+
+
+def test_hovering_and_toggling_work_and_names_stay_text(browser: str, report: Path, tmp_path: Path) -> None:
+    act = """<script>
+      const small = document.querySelector(".plot[data-small]");
+      document.querySelector("input[data-role=original]").click();
+      document.body.dataset.visible = small.data.map(t => t.visible === false ? "-" : "+").join("");
+      Plotly.Fx.hover("plot-best", [{curveNumber: 0, pointNumber: 1}]);
+    </script>"""
+    path = tmp_path / "acted.html"
+    path.write_text(report.read_text().replace("</html>", f"{act}</html>"))
+    document, errors = visit(browser, path, tmp_path / "profile")
+    assert errors == []
+    assert 'data-visible="+-++"' in document
+    label = re.search(r'<g class="hovertext".*?</g>', document, re.DOTALL)
+    assert label, "no label is shown"
+    shown = "".join(Page(label[0]).words)
+    assert "immunized after 10 steps: 43.0% ± 1.0 (3 seeds)" in shown
+    assert NASTY in shown
+    assert not Page(document).all("img")
 
 
 def test_an_error_in_a_page_would_be_seen(browser: str, tmp_path: Path) -> None:
@@ -471,10 +499,13 @@ def test_an_error_in_a_page_would_be_seen(browser: str, tmp_path: Path) -> None:
     assert visit(browser, path, tmp_path / "profile")[1] != []
 
 
-@pytest.mark.parametrize("fault", ["", "<div style='width:600px'>too wide</div>"], ids=["as it is", "with a fault"])
+@pytest.mark.parametrize(
+    "fault", ["", "<div style='width:600px'>too wide</div>"], ids=["as it is", "with a fault"]
+)
 def test_nothing_sticks_out_on_a_phone(browser: str, report: Path, tmp_path: Path, fault: str) -> None:
     # A headless browser may not make its window as narrow as a phone, but a frame may be.
-    probe = "<script>addEventListener('load', () => parent.postMessage(document.documentElement.scrollWidth, '*'))</script>"
+    answer = "parent.postMessage(document.documentElement.scrollWidth, '*')"
+    probe = f"<script>addEventListener('load', () => {answer})</script>"
     (tmp_path / "inner.html").write_text(report.read_text().replace("</main>", f"{fault}</main>{probe}"))
     outer = tmp_path / "outer.html"
     outer.write_text(

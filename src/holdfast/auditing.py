@@ -29,6 +29,10 @@ from holdfast.results import (
 from holdfast.tasks import Task
 
 
+ROUNDING = 1e-9
+"""Differences of accuracies are exact to about 1e-16; a verdict must not hang on the last digit."""
+
+
 class AuditSpec(BaseModel):
     """What an audit does, as a recipe writes it."""
 
@@ -39,6 +43,12 @@ class AuditSpec(BaseModel):
     seeds: int = Field(3, ge=1, description="Repetitions: other samples, batches and fresh weights each.")
     shots: int | None = Field(None, ge=1, description="Adversary's training samples a class; null: its whole half.")
     thresholds: Thresholds = Thresholds()  # type: ignore[call-arg]
+
+    @field_validator("battery")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        battery(value)
+        return value
 
     @field_validator("budgets")
     @classmethod
@@ -207,7 +217,7 @@ def judge(
         f"strategies of {spec.battery}, who sees the test score and keeps the best; {spec.seeds} seeds. Nothing is claimed "
         "about more data, longer training or other methods."
     )
-    over = [r for r in rows if r.budget and r.advantage > limits.tolerance]
+    over = [r for r in rows if r.budget and r.advantage > limits.tolerance + ROUNDING]
     removable = sum(max(r.original_advantage, 0) for r in rows if r.budget)
     retained = sum(max(r.advantage, 0) for r in rows if r.budget) / removable if removable > 0 else None
     invalid = reasons_invalid(curves, rows, benign, chance, limits)

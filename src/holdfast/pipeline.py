@@ -22,7 +22,7 @@ from holdfast.errors import HoldfastError
 from holdfast.execution import Run, fingerprint, resolve_device, writable_folder, write_atomic
 from holdfast.finetune import Strategy, finetune
 from holdfast.models import SplitModel, load_model
-from holdfast.recipe import PretrainSpec, Recipe, build_defense
+from holdfast.recipe import PretrainSpec, Recipe, build_defense, readable
 from holdfast.report import write_report
 from holdfast.results import AuditResult, ImmunizationResult, ModelFacts, RunResult, TaskFacts, provenance
 from holdfast.tasks import Task, load_task
@@ -141,8 +141,7 @@ def audit(
     try:
         spec = AuditSpec.model_validate(options)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise HoldfastError(f"audit: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+        raise readable(error, "audit", AuditSpec) from error
     job = _Job.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
     facts = {"model": model.facts().sha256, "original": original.facts().sha256}
     job.claim({"audit": spec.model_dump(mode="json"), **facts})

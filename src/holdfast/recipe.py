@@ -88,7 +88,7 @@ def build_defense(settings: Mapping[str, Any]) -> Defense:
     try:
         return TypeAdapter(kind).validate_python(options)
     except ValidationError as error:
-        raise _readable(error, f"defense {name!r}", None) from error
+        raise readable(error, f"defense {name!r}", None) from error
 
 
 def names() -> list[str]:
@@ -176,11 +176,17 @@ def _validate(settings: Mapping[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        raise _readable(error, f"Recipe {source}", Recipe) from error
+        raise readable(error, f"Recipe {source}", Recipe) from error
 
 
-def _readable(error: ValidationError, what: str, schema: type[BaseModel] | None) -> HoldfastError:
-    """Turns pydantic's errors into one message that names each key, what was wrong, and the nearest known key."""
+def readable(error: ValidationError, what: str, schema: type[BaseModel] | None) -> HoldfastError:
+    """Turns pydantic's errors into one message that names each key, what was wrong, and the nearest known key.
+
+    Args:
+        error: what a model or dataclass refused.
+        what: whose settings they are; begins the message.
+        schema: the model, whose keys are suggested for unknown ones.
+    """
     parts = []
     for item in error.errors():
         where = ".".join(map(str, item["loc"]))

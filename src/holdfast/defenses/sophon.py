@@ -156,6 +156,7 @@ class Simulation:
         self.gradient = [torch.zeros_like(p) for p in model.parameters()]
         self._state = list(model.network.state_dict().values())
         self._copy = model.clone()
+        self._head = self._copy.head
         head = {id(p) for p in model.head.parameters()}
         self._free = [i for i, p in enumerate(model.parameters()) if p.requires_grad]
         self._free_in_body = [i for i, p in enumerate(model.parameters()) if p.requires_grad and id(p) not in head]
@@ -167,8 +168,7 @@ class Simulation:
     def _adversary(self, strategy: Strategy, task: Task) -> SplitModel:
         """The copy that the simulated adversary trains: parameters and buffers as in the model, in reused memory."""
         copy = self._copy
-        if copy.num_outputs != self.model.num_outputs:
-            copy.reset_head(self.model.num_outputs)  # the last simulation replaced the head by one of another width
+        copy.put_head(self._head)  # the last simulation may have left another one there
         for own, source in zip(copy.network.state_dict().values(), self._state, strict=True):
             own.copy_(source)
         prepare(copy, strategy, task)

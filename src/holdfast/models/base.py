@@ -126,8 +126,12 @@ class SplitModel(nn.Module):
             if isinstance(old, nn.Linear)
             else nn.Conv2d(old.in_channels, width, 1, **like)
         )
+        self.put_head(new)
+
+    def put_head(self, head: Head) -> None:
+        """Puts a layer in the head's place."""
         parent, _, leaf = self.head_name.rpartition(".")
-        setattr(self.network.get_submodule(parent), leaf, new)
+        setattr(self.network.get_submodule(parent), leaf, head)
 
     def clone(self) -> SplitModel:
         """Returns a deep copy whose training leaves this model alone."""

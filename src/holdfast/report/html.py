@@ -69,8 +69,8 @@ class KeyNumbers:
 
     Attributes:
         last: the largest budget.
-        worst: the budget with the largest advantage; as in the verdict, budget 0 does not count. None: no budget has
-            finite scores on both sides.
+        worst: the budget with the largest advantage; as in the verdict, budget 0 does not count. None: no
+            budget has finite scores on both sides.
         headroom: the budget at which the original had the largest advantage; None likewise.
     """
 
@@ -120,8 +120,9 @@ def caveats(audit: AuditResult) -> list[str]:
     """Says how far the numbers of an audit can be trusted."""
     seeds, samples = len(audit.seeds), audit.test_samples
     found = [
-        "Test scores choose the best adversary and the best number of steps. A real adversary without test labels would "
-        "choose worse, so this favours the adversary. Both controls are chosen in the same way."
+        "Test scores choose the best adversary and the best number of steps. A real adversary without test "
+        "labels would choose worse, so this favours the adversary. The best on each control is chosen in the "
+        "same way."
     ]
     if seeds == 1:
         found.append(
@@ -130,16 +131,18 @@ def caveats(audit: AuditResult) -> list[str]:
     else:
         few = "Few seeds: with" if seeds < 5 else "With"
         found.append(
-            f"{few} {seeds} seeds, ± is a rough measure of spread. Do not rely on differences that are not clearly larger."
+            f"{few} {seeds} seeds, ± is a rough measure of spread. Do not rely on differences that are not "
+            "clearly larger."
         )
     found.append(
-        "The seeds repeat the attack, not the immunization: the audit speaks of this one immunized model, whose SHA-256 is below."
+        "The seeds repeat the attack, not the immunization: the audit speaks of this one immunized model, "
+        "whose SHA-256 is below."
     )
     if samples:
         error = 100 * math.sqrt(0.25 / samples)
         found.append(
-            f"The test split has {samples} samples. That alone makes a score near 50% uncertain by about ± {error:.1f} points, "
-            "beside the spread over seeds."
+            f"The test split has {samples} samples. That alone makes a score near 50% uncertain by about "
+            f"± {error:.1f} points, beside the spread over seeds."
         )
     return found
 
@@ -166,7 +169,7 @@ class Grid:
 
     @classmethod
     def of_table(cls, name: str, table: Table) -> Grid:
-        """Lays out a table of the result; only `battery` is known to hold scores, of which the highest is the best."""
+        """Lays out a table of the result; only `battery` is known to hold scores."""
         columns = list(dict.fromkeys(key for row in table.rows for key in row))
         numbers = [c for c in columns if any(isinstance(row.get(c), Cell) for row in table.rows)]
         texts = [c for c in columns if c not in numbers and c != "model"]
@@ -199,12 +202,12 @@ def _best(groups: Sequence[Sequence[Mapping[str, Any]]], columns: Sequence[str])
 
 
 def _has(row: BudgetRow, role: Role) -> bool:
-    """Whether an advantage of this role means something: without a finite score it is computed with a 0 in its place."""
+    """Whether this role's advantage means something: in place of a score that is not finite it counts a 0."""
     return row.best[role].mean is not None and row.best["scratch"].mean is not None
 
 
 def _paper_of_best(result: RunResult) -> dict[tuple[str, int], float]:
-    """The paper's numbers for the best of the battery, by role and budget, from wherever the result holds them."""
+    """The paper's numbers for the best of the battery, by role and budget, wherever the result holds them."""
     found = {
         (str(row.get("model")), int(match[0])): cell.paper
         for row in (result.tables["best"].rows if "best" in result.tables else [])
@@ -229,7 +232,7 @@ def _last(values: Sequence[float | None]) -> float | None:
 
 
 def _recipe(result: RunResult) -> str:
-    """The resolved recipe as YAML; through JSON first, because YAML would write a tuple as a Python object."""
+    """The resolved recipe as YAML; through JSON first, for plain types only."""
     settings = result.model_dump(mode="json", include={"recipe"})["recipe"]
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100)
 

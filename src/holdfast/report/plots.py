@@ -19,7 +19,7 @@ class RoleStyle:
     """How a role looks: colour, dash and marker each suffice to tell it from the others.
 
     Attributes:
-        colour: of the Okabe-Ito palette; at least 3:1 against white and against the dark page.
+        colour: safe for the colour-blind (after Okabe and Ito); at least 3:1 against both pages.
         dash: plotly's name of the line's pattern.
         strokes: the same pattern for SVG, where the page draws a key of its own.
         symbol: plotly's name of the marker.
@@ -32,14 +32,14 @@ class RoleStyle:
 
 
 STYLES: dict[Role, RoleStyle] = {
-    "immunized": RoleStyle("#0077bb", "solid", "none", "circle"),
+    "immunized": RoleStyle("#1a85c9", "solid", "none", "circle"),
     "original": RoleStyle("#d55e00", "dash", "5 3", "square"),
     "scratch": RoleStyle("#009e73", "dot", "2 2", "triangle-up"),
 }
 """One look a role, in every figure and table of the report."""
 
 NEUTRAL = "#808590"
-"""Between the two pages: for lines that belong to no role, and for text until the page's script knows the theme."""
+"""Reads on both pages: for lines of no role, and for text until the page's script knows the theme."""
 
 
 @dataclass(frozen=True)
@@ -110,30 +110,28 @@ def history_plot(immunization: ImmunizationResult) -> Plot | None:
     Returns:
         The figure; None if the defense recorded no finite number.
     """
-    series = {
-        name: values
-        for name, values in immunization.history.items()
-        if name != "iteration" and any(v is not None for v in values)
-    }
-    if not series:
+    history = {k: v for k, v in immunization.history.items() if any(x is not None for x in v)}
+    rounds = history.pop("iteration", None) or list(range(1, max(map(len, history.values()), default=0) + 1))
+    if not history:
         return None
-    longest = max(map(len, series.values()))
-    rounds = immunization.history.get("iteration") or list(range(1, longest + 1))
-    panels = len(series)
-    strip = 40 if immunization.events else 0
+    panels, strip = len(history), 40 if immunization.events else 0
     figure = _figure(height=170 * panels + strip + 60, legend=False)
     top = 1 - strip / (170 * panels + strip)
-    for i, (name, values) in enumerate(series.items()):
-        high = top * (1 - i / panels)
-        _history_panel(
-            figure, "" if i == 0 else str(i + 1), name, rounds, values, (high - 0.84 * top / panels, high)
-        )
+    for i, (name, values) in enumerate(history.items()):
+        axis, low = str(i + 1) if i else "", top * (1 - (i + 1) / panels)
+        figure.add_trace(_series(f"y{axis}", name, rounds, values))
+        domain = (low, low + 0.84 * top / panels)
+        figure.update_layout({f"yaxis{axis}": _series_axis(name, values) | {"domain": domain}})
+        figure.add_annotation(
+            text=_text(series_title(name)), x=0, xref="paper", y=domain[1], yref="paper",
+            xanchor="left", yanchor="bottom", showarrow=False, font={"size": 12},
+        )  # fmt: skip
     if immunization.events:
-        _mark_events(figure, str(panels + 1), immunization.events, top)
-    last = "" if panels == 1 else str(panels)
-    figure.update_layout(xaxis={"title": {"text": "round"}, "anchor": f"y{last}"}, margin={"t": 24, "l": 56})
+        _mark_events(figure, str(panels + 1), immunization.events, (min(top + 0.02, 0.99), 1))
+    bottom = str(panels) if panels > 1 else ""
+    figure.update_xaxes(title={"text": "round"}, anchor=f"y{bottom}")
     label = (
-        f"Line charts over the rounds of {immunization.defense}: {', '.join(map(series_title, series))}. "
+        f"Line charts over the rounds of {immunization.defense}: {', '.join(map(series_title, history))}. "
         f"Events: {len(immunization.events)}."
     )
     return _plot("history", figure, label)
@@ -150,59 +148,36 @@ def series_title(name: str) -> str:
     return known.get(name, name.replace("_", " ").capitalize())
 
 
-def _history_panel(
-    figure: Any,
-    axis: str,
-    name: str,
-    rounds: Sequence[float | None],
-    values: Sequence[float | None],
-    domain: tuple[float, float],
-) -> None:
-    score = name.endswith("_score")
+def _series(axis: str, name: str, rounds: Sequence[float | None], values: Sequence[float | None]) -> Any:
     # Some series are looked at only now and then: a line alone would not show where it was measured.
     sparse = any(v is None for v in values)
-    figure.add_trace(
-        go.Scatter(
-            x=rounds,
-            y=values,
-            yaxis=f"y{axis}",
-            mode="lines+markers" if sparse else "lines",
-            connectgaps=sparse,
-            line={"color": STYLES["immunized"].colour, "width": 1.6},
-            marker={"size": 5},
-            showlegend=False,
-            hovertemplate=f"round %{{x}}: %{{y:{'.1%' if score else '.4g'}}}<extra></extra>",
-        )
+    return go.Scatter(
+        x=rounds,
+        y=values,
+        yaxis=axis,
+        mode="lines+markers" if sparse else "lines",
+        connectgaps=sparse,
+        line={"color": STYLES["immunized"].colour, "width": 1.6},
+        marker={"size": 5},
+        hovertemplate=f"round %{{x}}: %{{y:{'.1%' if name.endswith('_score') else '.4g'}}}<extra></extra>",
     )
-    figure.update_layout(
-        {
-            f"yaxis{axis}": {
-                "domain": domain,
-                "fixedrange": True,
-                "zeroline": False,
-                "nticks": 5,
-                "tickformat": ".0%" if score else "~g",
-                "exponentformat": "power",
-            }
-        }
-    )
-    if score:
-        # A score that moves by a tenth of a percent must not look like a collapse.
-        low = min(v for v in values if v is not None)
-        figure.update_layout({f"yaxis{axis}": {"range": [max(0.0, min(low - 0.05, 0.8)), 1.01]}})
-    figure.add_annotation(
-        text=_text(series_title(name)), x=0, xref="paper", y=domain[1], yref="paper",
-        xanchor="left", yanchor="bottom", showarrow=False, font={"size": 12},
-    )  # fmt: skip
 
 
-def _mark_events(figure: Any, axis: str, events: Sequence[Event], top: float) -> None:
+def _series_axis(name: str, values: Sequence[float | None]) -> dict[str, Any]:
+    axis = {"fixedrange": True, "zeroline": False, "nticks": 5}
+    if not name.endswith("_score"):
+        return axis | {"tickformat": "~g"}
+    # A score that moves by a tenth of a percent must not look like a collapse.
+    low = min(v for v in values if v is not None)
+    return axis | {"tickformat": ".0%", "range": [max(0.0, min(low - 0.05, 0.8)), 1.01]}
+
+
+def _mark_events(figure: Any, axis: str, events: Sequence[Event], domain: tuple[float, float]) -> None:
     for event in events:
         figure.add_shape(
             type="line", x0=event.iteration, x1=event.iteration, y0=0, y1=1, xref="x", yref="paper",
             line={"color": NEUTRAL, "width": 1, "dash": "dot"},
         )  # fmt: skip
-    messages = ["<br>".join(map(_text, textwrap.wrap(e.message, 48))) for e in events]
     figure.add_trace(
         go.Scatter(
             x=[e.iteration for e in events],
@@ -210,25 +185,13 @@ def _mark_events(figure: Any, axis: str, events: Sequence[Event], top: float) ->
             yaxis=f"y{axis}",
             mode="markers",
             marker={"symbol": "triangle-down", "size": 11, "color": STYLES["original"].colour},
-            customdata=messages,
-            showlegend=False,
+            customdata=["<br>".join(map(_text, textwrap.wrap(e.message, 48))) for e in events],
             name="events",
             hovertemplate="round %{x}<br>%{customdata}<extra></extra>",
         )
     )
-    figure.update_layout(
-        {
-            f"yaxis{axis}": {
-                "domain": [min(top + 0.05, 0.99), 1],
-                "range": [-1, 1],
-                "fixedrange": True,
-                "tickvals": [0],
-                "ticktext": ["events"],
-                "showgrid": False,
-                "zeroline": False,
-            }
-        }
-    )
+    look = {"tickvals": [0], "ticktext": ["events"], "showgrid": False, "zeroline": False, "fixedrange": True}
+    figure.update_layout({f"yaxis{axis}": {"domain": domain, "range": [-1, 1], **look}})
 
 
 def _figure(*, height: int, legend: bool) -> Any:

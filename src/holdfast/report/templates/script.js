@@ -40,20 +40,28 @@
     Plotly.newPlot(plot, spec.data, spec.layout, config);
   });
 
-  function repaint(theme) {
-    plots.forEach(function (plot) { Plotly.relayout(plot, themed(plot.layout, theme)); });
+  function repaint(theme, size) {
+    plots.forEach(function (plot) {
+      Plotly.relayout(plot, Object.assign(themed(plot.layout, theme), size(plot)));
+    });
   }
-  scheme.addEventListener("change", function () { repaint(now()); });
+
+  function fluid() { return { autosize: true, width: null }; }
+
+  // The widths fit A4 and US letter with usual margins: figures are not told the width of the paper.
+  function printed(plot) { return { autosize: false, width: plot.hasAttribute("data-small") ? 330 : 680 }; }
+
+  scheme.addEventListener("change", function () { repaint(now(), fluid); });
 
   // On paper the page is white and nothing can be unfolded.
   var unfolded = [];
   window.addEventListener("beforeprint", function () {
-    repaint(themes.light);
+    repaint(themes.light, printed);
     unfolded = Array.prototype.slice.call(document.querySelectorAll("details:not([open])"));
     unfolded.forEach(function (part) { part.open = true; });
   });
   window.addEventListener("afterprint", function () {
-    repaint(now());
+    repaint(now(), fluid);
     unfolded.forEach(function (part) { part.open = false; });
   });
 

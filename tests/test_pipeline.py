@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import holdfast
+from holdfast.errors import HoldfastError
+from holdfast.pipeline import halves, read_result, run_recipe
+from holdfast.recipe import load
+from holdfast.tasks import load_task
+
+SMOKE = {"scale": "smoke"}
+
+
+def numbers(folder):
+    return read_result(folder).numbers()
+
+
+class TestRecipe:
+    def test_leaves_a_whole_folder(self, brief_folder):
+        assert {p.name for p in brief_folder.iterdir()} >= {"result.json", "report.html", "model.safetensors", "checkpoints"}
+
+    def test_same_seed_same_numbers(self, brief_folder, tmp_path):
+        run_recipe(load("quickstart", **SMOKE), folder=tmp_path, device="cpu", quiet=True)
+        assert numbers(tmp_path) == numbers(brief_folder)
+        assert (tmp_path / "model.safetensors").read_bytes() == (brief_folder / "model.safetensors").read_bytes()
+
+    def test_another_seed_other_numbers(self, brief_folder, tmp_path):
+        run_recipe(load("quickstart", **SMOKE, seed=1), folder=tmp_path, device="cpu", quiet=True)
+        assert numbers(tmp_path)["audit"]["curves"] != numbers(brief_folder)["audit"]["curves"]
+
+    def test_a_complete_folder_is_not_run_again(self, brief_folder, monkeypatch):
+        monkeypatch.setattr(holdfast.Sophon, "immunize", lambda *_, **__: pytest.fail("ran again"))
+        before = (brief_folder / "result.json").read_bytes()
+        run_recipe(load("quickstart", **SMOKE), folder=brief_folder, device="cpu", quiet=True)
+        assert (brief_folder / "result.json").read_bytes() == before
+
+    def test_another_recipes_folder_is_refused_and_kept(self, brief_folder):
+        before = (brief_folder / "result.json").read_bytes()
+        with pytest.raises(HoldfastError, match=r"differs in: recipe\.audit\.shots|differs in: audit\.shots"):
+            run_recipe(load("quickstart", **SMOKE, overrides=["audit.shots=1"]), folder=brief_folder, quiet=True)
+        assert (brief_folder / "result.json").read_bytes() == before
+
+    def test_overwrite(self, tmp_path):
+        run_recipe(load("quickstart", **SMOKE), folder=tmp_path, device="cpu", quiet=True)
+        changed = load("quickstart", **SMOKE, overrides=["audit.shots=1"])
+        assert run_recipe(changed, folder=tmp_path, device="cpu", quiet=True, overwrite=True).audit.shots == 1
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["benign.data=digitz"], "did you mean 'digits'"),
+            (["model.name=cmn"], "did you mean 'cnn'"),
+            (["audit.shots=1000"], "lower `shots`"),
+            (["audit.battery=quick"], "did you mean 'quick-v1'"),
+            (["pretrain=null"], "the model has no weights"),
+            (["model.weights=no.safetensors"], "does not exist"),
+        ],
+    )
+    def test_bad_input_costs_nothing(self, tmp_path, overrides, message):
+        with pytest.raises(HoldfastError, match=message):
+            run_recipe(load("quickstart", **SMOKE, overrides=overrides), folder=tmp_path / "new", quiet=True)
+        assert not (tmp_path / "new").exists()
+
+    def test_unwritable_folder(self, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        with pytest.raises(HoldfastError, match="Choose another folder"):
+            run_recipe(load("quickstart", **SMOKE), folder=tmp_path / "file", quiet=True)
+
+    @pytest.mark.parametrize("damage", ["{", '{"schema_version": "0"}'])
+    def test_damaged_result(self, tmp_path, damage):
+        (tmp_path / "result.json").write_text(damage)
+        with pytest.raises(HoldfastError, match="damaged or of another version"):
+            read_result(tmp_path)
+
+    @pytest.mark.parametrize("scale", ["smoke", "paper"])
+    def test_real_weights_start_at_every_scale(self, data_dir, tmp_path, scale):
+        quick = ["audit.budgets=[0,1]", "audit.seeds=1", "audit.shots=2", "defense.iterations=1", "defense.steps=1",
+                 "benign.test_limit=50", "restricted.test_limit=50"]  # fmt: skip
+        recipe = load("quickstart-cifar", scale=scale, overrides=quick)
+        result = run_recipe(recipe, folder=tmp_path, data_dir=data_dir, device="cpu", quiet=True)
+        assert result.audit.benign.original > 0.7
+        assert result.provenance.models["original"].parameters == 269_722
+
+
+def start(folder, *more):
+    command = [sys.executable, "-m", "holdfast", "run", "quickstart", "--scale", "smoke", "--device", "cpu", "--out", str(folder)]
+    settings = ["--set", "defense.iterations=30", "--set", "defense.guard_every=1", "--set", "audit.seeds=2"]
+    return subprocess.Popen([*command, *settings, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"it ended before it could be killed:\n{process.stdout.read()}"
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.005)
+
+
+def test_killed_twice_and_resumed_to_the_same_numbers(tmp_path):
+    """kill -9 in the middle of the immunization, then of the audit; the third start ends as if nothing had happened."""
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    state, trials = folder / "checkpoints" / "immunization.safetensors", folder / "checkpoints" / "trials.jsonl"
+
+    process = start(folder)
+    wait_for(state.exists, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not trials.exists()
+
+    process = start(folder)
+    wait_for(lambda: trials.exists() and trials.read_text().count("\n") > 5, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "result.json").exists()
+    kept = trials.read_text().count("\n")
+
+    process = start(folder)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert f"{kept - 1} done before" in output
+    assert start(whole).wait() == 0
+    assert numbers(folder) == numbers(whole)
+
+
+def test_ctrl_c_leaves_a_resumable_folder(tmp_path):
+    process = start(tmp_path / "x")
+    wait_for((tmp_path / "x" / "checkpoints" / "immunization.safetensors").exists, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 130
+    assert "the same command continues" in output
+    assert "Traceback" not in output
+
+
+class TestVerbs:
+    def test_immunize_and_audit_use_disjoint_halves(self, restricted):
+        defenders, adversarys = halves(restricted)
+        rows = [set(map(bytes, t._x["train"].numpy())) for t in (defenders, adversarys)]
+        assert len(rows[0] & rows[1]) <= 2  # digits holds a few identical images
+        assert defenders.size("train") + adversarys.size("train") == restricted.size("train")
+
+    def test_folder_keeps_model_and_results(self, trained, benign, restricted, tmp_path):
+        options = {"iterations": 2, "steps": 2, "batch_sizes": (20,)}
+        made = holdfast.immunize(
+            trained, benign=benign, restricted=restricted, folder=tmp_path / "made", device="cpu", **options
+        )
+        again = holdfast.load_model(str(tmp_path / "made" / "model.safetensors"), benign)
+        assert again.facts().sha256 == made.facts().sha256
+        result = holdfast.audit(
+            again, original=trained, benign=benign, restricted=restricted, budgets=(0, 2), seeds=1, shots=2, device="cpu",
+            folder=tmp_path / "audit",
+        )  # fmt: skip
+        stored = read_result(tmp_path / "audit")
+        assert stored.audit == result
+        assert stored.kind == "audit"
+        assert (tmp_path / "audit" / "report.html").stat().st_size > 10_000
+
+    def test_bad_options(self, trained, benign, restricted):
+        with pytest.raises(HoldfastError, match="budgets"):
+            holdfast.audit(trained, original=trained, benign=benign, restricted=restricted, budgets=(1,))
+        with pytest.raises(HoldfastError, match="did you mean 'seeds'"):
+            holdfast.audit(trained, original=trained, benign=benign, restricted=restricted, seedz=1)
+        with pytest.raises(HoldfastError, match="did you mean 'steps'"):
+            holdfast.immunize(trained, benign=benign, restricted=restricted, stepz=1)
+
+    def test_unknown_device(self, trained, benign, restricted):
+        with pytest.raises(HoldfastError, match="Device 'gpu9'"):
+            holdfast.immunize(trained, benign=benign, restricted=restricted, device="gpu9")
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_on_a_gpu(self, trained, benign, restricted, tmp_path):
+        recipe = load("quickstart", scale="smoke")
+        result = run_recipe(recipe, folder=tmp_path, device="cuda", quiet=True)
+        assert result.provenance.device.startswith("cuda")
+
+    def test_job_file_is_plain(self, brief_folder):
+        job = json.loads((brief_folder / "job.json").read_text())
+        assert job["kind"] == "run"
+        assert job["recipe"]["title"].startswith("Quickstart")
+
+    def test_public_names_exist(self):
+        for name in holdfast.__all__:
+            assert getattr(holdfast, name) is not None
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            _ = holdfast.nothing
+
+    def test_embedded_data_needs_no_folder(self):
+        os.environ.pop("HOLDFAST_DATA", None)
+        assert load_task("digits").size("test") == 445

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from holdfast.errors import HoldfastError
+from holdfast.recipe import build_defense, load, names
+
+MINIMAL = {
+    "title": "t", "model": {"name": "cnn"}, "pretrain": {"steps": 1}, "benign": {"data": "digits[0-4]"},
+    "restricted": {"data": "digits[5-9]"}, "defense": {"name": "sophon"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(**change):
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump({**MINIMAL, **change}))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_packaged_recipe_is_valid_at_every_scale(name):
+    recipe = load(name)
+    for scale in recipe.scales:
+        load(name, scale=scale).resolved()
+    assert recipe.about
+
+
+def test_overrides_win_over_the_scale_over_the_file(recipe):
+    path = recipe(audit={"seeds": 5, "shots": 4}, scales={"smoke": {"audit.seeds": 2, "audit.shots": 3}})
+    assert load(path).audit.seeds == 5
+    loaded = load(path, scale="smoke", overrides=["audit.seeds=1", "defense.learning_rates=[1e-3]"], seed=9)
+    assert (loaded.audit.seeds, loaded.audit.shots, loaded.seed) == (1, 3, 9)
+    assert loaded.resolved()["defense"]["learning_rates"] == (0.001,)
+
+
+def test_resolved_holds_every_default(recipe):
+    resolved = load(recipe()).resolved()
+    assert resolved["defense"]["iterations"] == 800
+    assert resolved["audit"]["thresholds"]["tolerance"] == 0.02
+    assert "scales" not in resolved
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"defence": {}}, "Unknown key 'defence': did you mean 'defense'"),
+        ({"audit": {"bugdets": [0, 1]}}, "did you mean 'audit.budgets'"),
+        ({"model": {"nam": "cnn"}}, "model.name is missing"),
+        ({"audit": {"seeds": 0}}, "audit.seeds is 0"),
+        ({"audit": {"seeds": "many"}}, "audit.seeds is 'many'"),
+        ({"audit": {"budgets": [5, 10]}}, "ascending, the first 0"),
+        ({"defense": {"name": "sofon"}}, "did you mean 'sophon'"),
+        ({"defense": {"name": "sophon", "stepz": 3}}, "did you mean 'steps'"),
+        ({"defense": {"name": "sophon", "steps": "few"}}, "steps is 'few'"),
+        ({"defense": {}}, "Unknown defense 'None'"),
+        ({"pretrain": {"optimizer": "sdg"}}, "Unknown optimizer 'sdg'"),
+    ],
+)
+def test_bad_recipes(recipe, change, message):
+    with pytest.raises(HoldfastError, match=message):
+        load(recipe(**change))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"overrides": ["audit.seeds"]}, "has no '='"),
+        ({"overrides": ["audit.sedes=1"]}, "did you mean 'audit.seeds'"),
+        ({"overrides": ["title.x=1"]}, "goes through 'title'"),
+        ({"overrides": ["audit.seeds=[1"]}, "not valid YAML"),
+        ({"scale": "paper"}, "no scale 'paper'; it has: cpu"),
+    ],
+)
+def test_bad_arguments(recipe, arguments, message):
+    with pytest.raises(HoldfastError, match=message):
+        load(recipe(), **arguments)
+
+
+def test_names_and_files():
+    with pytest.raises(HoldfastError, match=r"did you mean 'quickstart'.*ends in \.yaml"):
+        load("quikstart")
+    with pytest.raises(HoldfastError, match="does not exist"):
+        load("nothing.yaml")
+
+
+def test_not_yaml(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("a: [")
+    with pytest.raises(HoldfastError, match="not valid YAML"):
+        load(str(path))
+    path.write_text("just words")
+    with pytest.raises(HoldfastError, match="no mapping"):
+        load(str(path))
+    path.write_text("!!python/object/apply:os.system ['true']")
+    with pytest.raises(HoldfastError, match="not valid YAML"):
+        load(str(path))
+
+
+def test_numbers_in_yamls_odd_spelling():
+    assert build_defense({"name": "sophon", "suppression_lr": "1e-3"}).config()["suppression_lr"] == 1e-3

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+
+import hypothesis.strategies as st
+import jsonschema
+import pytest
+from hypothesis import given
+from pydantic import ValidationError
+
+from holdfast.results import Cell, RunResult, json_schema
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=8))
+def test_cells_are_mean_and_sample_deviation(values):
+    cell = Cell.of(values)
+    assert cell.n == len(values)
+    assert cell.mean == pytest.approx(sum(values) / len(values))
+    if len(values) == 1:
+        assert cell.sd is None
+    else:
+        expected = (sum((v - cell.mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+        assert cell.sd == pytest.approx(expected, abs=1e-9)
+
+
+def test_one_value_that_is_not_finite_spoils_the_mean():
+    assert Cell.of([0.5, None], paper=0.1) == Cell(mean=None, sd=None, n=2, paper=0.1)
+    assert Cell.of([]) == Cell(mean=None, sd=None, n=0)
+
+
+def test_the_schema_accepts_a_result_and_refuses_a_changed_one(brief_result):
+    content = json.loads(brief_result.model_dump_json())
+    jsonschema.validate(content, json_schema())
+    assert RunResult.model_validate(content) == brief_result
+    content["audit"]["verdict"]["label"] = "safe"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content, json_schema())
+    with pytest.raises(ValidationError):
+        RunResult.model_validate(content)
+
+
+def test_numbers_leave_out_what_differs_between_runs(brief_result):
+    numbers = brief_result.numbers()
+    assert "timing" not in numbers
+    assert "provenance" not in numbers
+    assert numbers["audit"]["curves"]
+
+
+def test_provenance_names_every_model_and_task(brief_result, brief_folder):
+    import hashlib
+
+    facts = brief_result.provenance
+    assert set(facts.models) == {"original", "immunized"}
+    assert set(facts.tasks) == {"benign", "restricted"}
+    digest = hashlib.sha256((brief_folder / "model.safetensors").read_bytes()).hexdigest()
+    assert facts.models["immunized"].file_sha256 == digest
+    assert facts.packages["torch"].startswith("2.")
+    assert facts.threads >= 1
