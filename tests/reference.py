@@ -70,12 +70,14 @@ def adam_simulation(
                 first[name] = 0.9 * first[name] + 0.1 * g
                 second[name] = 0.999 * second[name] + 0.001 * g * g
                 m, v = first[name] / (1 - 0.9**t), second[name] / (1 - 0.999**t)
-                parameter -= rate * m / (v.sqrt() + 1e-8)
+                parameter.sub_(rate * m / (v.sqrt() + 1e-8))
         path.append(copy.deepcopy(phi))
     total = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     for phi_k, (x, y), weight in zip(path, evaluation, gamma, strict=True):
         phi_k.train()
         value = suppression(phi_k(x), y)
-        for (name, _), g in zip(phi_k.named_parameters(), torch.autograd.grad(value, list(phi_k.parameters())), strict=True):
+        for (name, _), g in zip(
+            phi_k.named_parameters(), torch.autograd.grad(value, list(phi_k.parameters())), strict=True
+        ):
             total[name] += weight * g
     return total

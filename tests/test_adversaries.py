@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import ADVERSARIES
 
+from cases import ADVERSARIES
 from holdfast.adversaries import BATTERIES, Adversary, FineTuning, battery
 from holdfast.errors import HoldfastError
-from holdfast.execution import Run, fingerprint
+from holdfast.execution import fingerprint
 from holdfast.finetune import Strategy
 from holdfast.tasks import load_task
 
@@ -86,7 +86,11 @@ class TestBatteries:
     def test_quick_covers_what_it_says(self):
         strategies = [a.strategy for a in battery("quick-v1")]
         assert 6 <= len(strategies) <= 8
-        assert {(s.initialisation, s.scope) for s in strategies} == {("direct", "all"), ("head", "all"), ("head", "head")}
+        assert {(s.initialisation, s.scope) for s in strategies} == {
+            ("direct", "all"),
+            ("head", "all"),
+            ("head", "head"),
+        }
         assert {"adam", "momentum"} <= {s.optimizer for s in strategies}
         rates = [s.learning_rate for s in strategies]
         assert min(rates) <= 1e-4

@@ -21,7 +21,13 @@ BUDGETS = (0, 10, 20)
 
 def curve(role, scores, *, adversary="a", seed=0, losses=(None, 1.0, 0.5)):
     return Curve(
-        adversary=adversary, role=role, seed=seed, budgets=list(BUDGETS), scores=list(scores), losses=list(losses), batch_size=10
+        adversary=adversary,
+        role=role,
+        seed=seed,
+        budgets=list(BUDGETS),
+        scores=list(scores),
+        losses=list(losses),
+        batch_size=10,
     )
 
 
@@ -96,8 +102,15 @@ class TestVerdict:
     def test_an_adversary_that_explodes_everywhere_is_left_out(self):
         curves = [
             c
-            for role, scores in (("immunized", (0.1, 0.7, 0.8)), ("original", (0.2, 0.8, 0.9)), ("scratch", (0.1, 0.3, 0.5)))
-            for c in (curve(role, scores), curve(role, (0.1, None, None), adversary="wild", losses=(None, None, None)))
+            for role, scores in (
+                ("immunized", (0.1, 0.7, 0.8)),
+                ("original", (0.2, 0.8, 0.9)),
+                ("scratch", (0.1, 0.3, 0.5)),
+            )
+            for c in (
+                curve(role, scores),
+                curve(role, (0.1, None, None), adversary="wild", losses=(None, None, None)),
+            )
         ]
         assert decide(curves).label == "fails"
 
@@ -216,11 +229,21 @@ class TestAudit:
         for change, names in (
             ({"run": Run(1, CPU, tmp_path), "spec": BRIEF}, "seed"),
             ({"run": Run(0, CPU, tmp_path), "spec": BRIEF.model_copy(update={"budgets": (0, 5)})}, "budgets"),
-            ({"run": Run(0, CPU, tmp_path), "spec": BRIEF.model_copy(update={"shots": 4})}, "restricted data"),
+            (
+                {"run": Run(0, CPU, tmp_path), "spec": BRIEF.model_copy(update={"shots": 4})},
+                "restricted data",
+            ),
         ):
             with pytest.raises(HoldfastError, match=f"another .*{names}"):
                 audit(trained, trained, **sides, **change)
 
     def test_a_model_of_another_width_is_refused(self, trained, benign, restricted, run):
         with pytest.raises(HoldfastError, match="10 outputs and its task"):
-            audit(load_model("cnn", load_task("digits")), trained, benign=benign, restricted=restricted, spec=BRIEF, run=run)
+            audit(
+                load_model("cnn", load_task("digits")),
+                trained,
+                benign=benign,
+                restricted=restricted,
+                spec=BRIEF,
+                run=run,
+            )

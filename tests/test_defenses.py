@@ -4,12 +4,12 @@ import dataclasses
 import math
 
 import pytest
-import reference
 import torch
-from cases import DEFENSES
-from conftest import toy_task
 from torch import nn
 
+import reference
+from cases import DEFENSES
+from conftest import toy_task
 from holdfast.defenses import DEFENSES as REGISTRY
 from holdfast.defenses import Sophon
 from holdfast.defenses.sophon import Simulation
@@ -73,7 +73,10 @@ class TestEveryDefense:
 
     def test_stops_and_continues_where_class_counts_differ(self, name, model, benign, tmp_path):
         """What a simulation left behind must not decide what the next one draws."""
-        narrow, settings = load_task("digits[5-7]"), dataclasses.replace(DEFENSES[name], initialisations=("head",))
+        narrow, settings = (
+            load_task("digits[5-7]"),
+            dataclasses.replace(DEFENSES[name], initialisations=("head",)),
+        )
         whole, _ = settings.immunize(model, benign, narrow, run=Run(0, CPU))
         first = dataclasses.replace(settings, iterations=1)
         state = tmp_path / "checkpoints" / "immunization.safetensors"
@@ -135,7 +138,9 @@ class TestMetaGradient:
         task, model = setting
         simulation = Simulation(model, inverse_cross_entropy)
         simulation.run(task, Strategy("head"), 3, None, generator=torch.Generator().manual_seed(0))
-        moved = {n: bool(g.abs().sum() > 0) for (n, _), g in zip(model.named_parameters(), simulation.gradient, strict=True)}
+        moved = {
+            n: bool(g.abs().sum() > 0) for (n, _), g in zip(model.named_parameters(), simulation.gradient, strict=True)
+        }
         assert moved == {n: not n.startswith("network.2.") for n in moved}
 
     def test_frozen_parameters_of_the_model_get_no_gradient(self, setting):
@@ -150,12 +155,19 @@ class TestMetaGradient:
         digest = model.facts().sha256
         simulation = Simulation(model, inverse_cross_entropy)
         for _ in range(2):
-            simulation.run(restricted, Strategy(start, batch_size=20), 3, None, generator=torch.Generator().manual_seed(0))
+            simulation.run(
+                restricted,
+                Strategy(start, batch_size=20),
+                3,
+                None,
+                generator=torch.Generator().manual_seed(0),
+            )
         assert model.facts().sha256 == digest
         assert all(p.grad is None for p in model.parameters())
 
     def test_every_simulation_begins_at_the_model(self, model, restricted):
-        """Nothing of an earlier adversary is left: neither weights nor BatchNorm statistics nor a head of another width."""
+        """Nothing of an earlier adversary is left: neither weights nor BatchNorm statistics nor a head of "
+        "another width."""
         narrow = load_task("digits[5-7]")
 
         def gradient(before):
@@ -175,9 +187,17 @@ class TestMetaGradient:
         def simulated(which):
             simulation = Simulation(which, LOSSES[loss])
             torch.manual_seed(0)
-            return simulation.run(restricted, Strategy("direct", batch_size=50), 5, None, generator=torch.Generator().manual_seed(9))
+            return simulation.run(
+                restricted,
+                Strategy("direct", batch_size=50),
+                5,
+                None,
+                generator=torch.Generator().manual_seed(9),
+            )
 
-        brief = Sophon(loss=loss, iterations=20, steps=5, learning_rates=(1e-3,), batch_sizes=(50,), suppression_lr=1e-3)
+        brief = Sophon(
+            loss=loss, iterations=20, steps=5, learning_rates=(1e-3,), batch_sizes=(50,), suppression_lr=1e-3
+        )
         immunized, _ = brief.immunize(model, benign, restricted, run=run)
         assert simulated(immunized) < simulated(model)
 
@@ -211,7 +231,13 @@ class TestSophon:
 
     def test_the_guard_goes_back_and_says_so(self, trained, benign, restricted, run):
         violent = Sophon(
-            iterations=6, steps=2, suppression_lr=0.3, reinforcement_lr=1e-5, guard_every=1, batch_sizes=(20,), clip=None
+            iterations=6,
+            steps=2,
+            suppression_lr=0.3,
+            reinforcement_lr=1e-5,
+            guard_every=1,
+            batch_sizes=(20,),
+            clip=None,
         )
         immunized, record = violent.immunize(trained, benign, restricted, run=run)
         assert any("suppression_lr halved to 0.15" in e.message for e in record.events)

@@ -25,7 +25,12 @@ def numbers(folder):
 
 class TestRecipe:
     def test_leaves_a_whole_folder(self, brief_folder):
-        assert {p.name for p in brief_folder.iterdir()} >= {"result.json", "report.html", "model.safetensors", "checkpoints"}
+        assert {p.name for p in brief_folder.iterdir()} >= {
+            "result.json",
+            "report.html",
+            "model.safetensors",
+            "checkpoints",
+        }
 
     def test_same_seed_same_numbers(self, brief_folder, tmp_path):
         run_recipe(load("quickstart", **SMOKE), folder=tmp_path, device="cpu", quiet=True)
@@ -91,7 +96,19 @@ class TestRecipe:
 
 
 def start(folder, *more):
-    command = [sys.executable, "-m", "holdfast", "run", "quickstart", "--scale", "smoke", "--device", "cpu", "--out", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "holdfast",
+        "run",
+        "quickstart",
+        "--scale",
+        "smoke",
+        "--device",
+        "cpu",
+        "--out",
+        str(folder),
+    ]
     settings = ["--set", "defense.iterations=30", "--set", "defense.guard_every=1", "--set", "audit.seeds=2"]
     return subprocess.Popen([*command, *settings, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -107,7 +124,10 @@ def wait_for(condition, process, seconds=120):
 def test_killed_twice_and_resumed_to_the_same_numbers(tmp_path):
     """kill -9 in the middle of the immunization, then of the audit; the third start ends as if nothing had happened."""
     folder, whole = tmp_path / "killed", tmp_path / "whole"
-    state, trials = folder / "checkpoints" / "immunization.safetensors", folder / "checkpoints" / "trials.jsonl"
+    state, trials = (
+        folder / "checkpoints" / "immunization.safetensors",
+        folder / "checkpoints" / "trials.jsonl",
+    )
 
     process = start(folder)
     wait_for(state.exists, process)
@@ -155,8 +175,8 @@ class TestVerbs:
         again = holdfast.load_model(str(tmp_path / "made" / "model.safetensors"), benign)
         assert again.facts().sha256 == made.facts().sha256
         result = holdfast.audit(
-            again, original=trained, benign=benign, restricted=restricted, budgets=(0, 2), seeds=1, shots=2, device="cpu",
-            folder=tmp_path / "audit",
+            again, original=trained, benign=benign, restricted=restricted, budgets=(0, 2), seeds=1, shots=2,
+            device="cpu", folder=tmp_path / "audit",
         )  # fmt: skip
         stored = read_result(tmp_path / "audit")
         assert stored.audit == result

@@ -389,11 +389,7 @@ def test_figures_hold_the_results() -> None:
         assert traces[role]["error_y"]["array"] == [c.sd for c in cells]
         assert "direct+all adam" in traces[role]["customdata"][1]
     assert traces["chance (20.0%)"]["y"] == [0.2, 0.2]
-    looks = {
-        (t["line"]["color"], t["line"]["dash"], t["marker"]["symbol"])
-        for n, t in traces.items()
-        if n in ROLES
-    }
+    looks = {(t["line"]["color"], t["line"]["dash"], t["marker"]["symbol"]) for n, t in traces.items() if n in ROLES}
     assert all(len(set(column)) == len(ROLES) for column in zip(*looks, strict=True))
     second = {t["name"]: t for t in seen.figure("adversary-1")["data"]}
     assert second["original"]["y"] == pytest.approx([0.22, 0.66, 0.78])
@@ -428,9 +424,7 @@ def test_the_file_is_written_whole_and_replaces_an_older_one(tmp_path: Path) -> 
 def browser() -> str:
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
-        pytest.skip(
-            "no chromium, chromium-browser or google-chrome on PATH: the page is not seen in a browser"
-        )
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH: the page is not seen in a browser")
     return found
 
 
@@ -499,9 +493,7 @@ def test_an_error_in_a_page_would_be_seen(browser: str, tmp_path: Path) -> None:
     assert visit(browser, path, tmp_path / "profile")[1] != []
 
 
-@pytest.mark.parametrize(
-    "fault", ["", "<div style='width:600px'>too wide</div>"], ids=["as it is", "with a fault"]
-)
+@pytest.mark.parametrize("fault", ["", "<div style='width:600px'>too wide</div>"], ids=["as it is", "with a fault"])
 def test_nothing_sticks_out_on_a_phone(browser: str, report: Path, tmp_path: Path, fault: str) -> None:
     # A headless browser may not make its window as narrow as a phone, but a frame may be.
     answer = "parent.postMessage(document.documentElement.scrollWidth, '*')"

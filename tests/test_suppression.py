@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
-import reference
 import torch
 from hypothesis import given
 
+import reference
 from holdfast.errors import HoldfastError
 from holdfast.suppression import LOSSES, cross_entropy_ascent, inverse_cross_entropy, kl_from_uniform
 

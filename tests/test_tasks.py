@@ -4,12 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import toy_task
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from conftest import toy_task
 from holdfast.errors import HoldfastError
 from holdfast.tasks import ArrayTask, TaskSpec, load_task
 
@@ -134,7 +134,8 @@ class TestBatches:
         batch = draw(benign, 1)[0]
         assert batch.x.shape == (10, 1, 8, 8)
         assert batch.x.dtype == torch.float32
-        assert 0 <= batch.x.min() < 0.1 < 0.9 < batch.x.max() <= 1
+        assert 0 <= batch.x.min() < 0.1
+        assert 0.9 < batch.x.max() <= 1
 
 
 class TestNarrowing:
@@ -195,7 +196,9 @@ class TestScore:
                 self.anchor = nn.Parameter(torch.zeros(1))
 
             def forward(self, x):
-                index = torch.zeros(len(x), dtype=torch.int64) if self.training else torch.ones(len(x), dtype=torch.int64)
+                index = (
+                    torch.zeros(len(x), dtype=torch.int64) if self.training else torch.ones(len(x), dtype=torch.int64)
+                )
                 return nn.functional.one_hot(index, 3).float()
 
         model = Modal().train()
@@ -265,7 +268,11 @@ class TestSources:
         assert task.class_names == ["cat", "dog"]
         assert task.input_shape == (3, 6, 6)
         assert (task.size("train"), task.size("test")) == (12, 4)
-        assert load_task(TaskSpec(data=str(tmp_path / "pets"), channels=1, image_size=4)).input_shape == (1, 4, 4)
+        assert load_task(TaskSpec(data=str(tmp_path / "pets"), channels=1, image_size=4)).input_shape == (
+            1,
+            4,
+            4,
+        )
 
     def test_image_folder_with_splits(self, tmp_path):
         self._folder(tmp_path / "train")

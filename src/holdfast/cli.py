@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
-import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -53,7 +53,7 @@ def run_command(
     folder = out or Path("runs") / Path(recipe).with_suffix("")
     result = run_recipe(loaded, folder=folder, data_dir=data_dir, device=device, overwrite=overwrite)
     show(result, folder)
-    return _exit_code(result.audit and result.audit.verdict.label) if gate else 0
+    return _exit_code(result.audit.verdict.label if result.audit else None) if gate else 0
 
 
 def immunize_command(
@@ -97,7 +97,14 @@ def immunize_command(
     task, against = load_task(benign, data_dir=data_dir), load_task(restricted, data_dir=data_dir)
     original = load_released(model, weights, task, data_dir=data_dir)
     pipeline.immunize(
-        original, benign=task, restricted=against, defense=chosen, seed=seed, device=device, folder=out, quiet=False
+        original,
+        benign=task,
+        restricted=against,
+        defense=chosen,
+        seed=seed,
+        device=device,
+        folder=out,
+        quiet=False,
     )
     print(f"Immunized model: {out / 'model.safetensors'}")
     return 0
@@ -153,7 +160,7 @@ def audit_command(
     )  # fmt: skip
     result = pipeline.read_result(out)
     show(result, out)
-    return _exit_code(result.audit and result.audit.verdict.label)
+    return _exit_code(result.audit.verdict.label if result.audit else None)
 
 
 def report_command(folder: Path) -> int:
@@ -193,7 +200,11 @@ def recipes_command(name: str | None = None) -> int:
     table = Table("recipe", "scales", "about")
     for each in names():
         content = yaml.safe_load((files("holdfast") / "recipes" / f"{each}.yaml").read_text())
-        table.add_row(each, ", ".join(sorted({"cpu", *content.get("scales", {})})), content.get("about", content["title"]))
+        table.add_row(
+            each,
+            ", ".join(sorted({"cpu", *content.get("scales", {})})),
+            content.get("about", content["title"]),
+        )
     Console().print(table)
     return 0
 
@@ -258,7 +269,7 @@ def _parser() -> ArgumentParser:
 def _add_arguments(parser: ArgumentParser, function: Callable[..., int], help_of: dict[str, str]) -> None:
     """Adds a signature: the first parameter is positional, flags take no value, and `set` may be repeated."""
     parameters = inspect.signature(function, eval_str=True).parameters.values()
-    special = {p.name for p in parameters if p.annotation is bool or p.name == "set"}
+    special: set[int | str] = {p.name for p in parameters if p.annotation is bool or p.name == "set"}
     first = next(iter(parameters))
     for p in parameters:
         if p.annotation is bool:
@@ -268,7 +279,9 @@ def _add_arguments(parser: ArgumentParser, function: Callable[..., int], help_of
     if first.default is first.empty:
         parser.add_argument(first.name, type=first.annotation, help=help_of[first.name])
     else:
-        parser.add_argument(first.name, type=first.annotation, nargs="?", default=first.default, help=help_of[first.name])
+        parser.add_argument(
+            first.name, type=first.annotation, nargs="?", default=first.default, help=help_of[first.name]
+        )
     parser.add_function_arguments(function, as_group=False, as_positional=False, skip=special | {first.name})
     for action in parser._actions:
         # As people spell options, `--data-dir`; the signature's own spelling works as well.

@@ -68,6 +68,17 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
+@contextlib.contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Lets torch use so many CPU threads inside the block; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass
 class Run:
     """One job: its seed, device, folder and progress display, handed to every stage.
@@ -143,7 +154,9 @@ class Ticker:
     def tick(self, note: str = "") -> None:
         """Counts one unit of work; `note` replaces the text behind the bar."""
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, advance=1, **({"note": note} if note else {}))
+            self.bar.advance(self.task)
+            if note:
+                self.bar.update(self.task, note=note)
 
 
 def writable_folder(folder: Path) -> Path:
@@ -165,14 +178,10 @@ def writable_folder(folder: Path) -> Path:
 
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Writes a whole file or nothing: a reader, or a resumed job, never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
+    with _replacing(path) as temporary, temporary.open("wb") as handle:
         handle.write(data.encode() if isinstance(data, str) else data)
         handle.flush()
         os.fsync(handle.fileno())
-    temporary = Path(handle.name)
-    temporary.chmod(0o644)
-    temporary.replace(path)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -180,11 +189,22 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
 
     The mapping travels in the header, so that both are of the same moment.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(own, temporary, metadata={"holdfast": json.dumps(meta)})
-    temporary.replace(path)
+    with _replacing(path) as temporary:
+        save_file(own, temporary, metadata={"holdfast": json.dumps(meta)})
+        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path`; what the block leaves there replaces it, unless the block fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -19,7 +19,7 @@ from holdfast.auditing import AuditSpec, tables
 from holdfast.auditing import audit as run_audit
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError
-from holdfast.execution import Run, fingerprint, resolve_device, writable_folder, write_atomic
+from holdfast.execution import Run, cpu_threads, fingerprint, resolve_device, writable_folder, write_atomic
 from holdfast.finetune import Strategy, finetune
 from holdfast.models import SplitModel, load_model
 from holdfast.recipe import PretrainSpec, Recipe, build_defense, readable
@@ -28,8 +28,8 @@ from holdfast.results import AuditResult, ImmunizationResult, ModelFacts, RunRes
 from holdfast.tasks import Task, load_task
 
 HALVES_SEED = 0
-"""Seed of the split into defender's and adversary's half. It is the same for everybody, whatever their run's seed, so that
-a defender and an auditor who never met do not share restricted training data."""
+"""Seed of the split into defender's and adversary's half. It is the same for everybody, whatever their run's seed, so
+that a defender and an auditor who never met do not share restricted training data."""
 
 
 def halves(restricted: Task) -> tuple[Task, Task]:
@@ -38,7 +38,13 @@ def halves(restricted: Task) -> tuple[Task, Task]:
 
 
 def pretrain(
-    model: SplitModel, task: Task, *, steps: int = 600, strategy: Strategy | None = None, seed: int = 0, run: Run | None = None
+    model: SplitModel,
+    task: Task,
+    *,
+    steps: int = 600,
+    strategy: Strategy | None = None,
+    seed: int = 0,
+    run: Run | None = None,
 ) -> SplitModel:
     """Trains a copy of a model honestly on a task.
 
@@ -61,7 +67,7 @@ def pretrain(
         True
     """
     run = run or Run(seed)
-    strategy = strategy or PretrainSpec().strategy()  # type: ignore[call-arg]
+    strategy = strategy or PretrainSpec().strategy()
     trained = model.clone().to(run.device)
     with run.seeded("pretrain") as generator, run.progress("Training the original", steps) as bar:
         training = finetune(trained, task, strategy, generator=generator, device=run.device)
@@ -128,7 +134,7 @@ def audit(
         model: the released model in question.
         original: what it was before immunization.
         benign: its own task.
-        restricted: the task that it must not be fine-tuned to; adversaries get the adversary's half of its training data.
+        restricted: the task that it must not be fine-tuned to; adversaries get their half of its training data.
         seed: of everything random.
         device: `auto`, or a torch device.
         folder: where to keep finished trials, `result.json` and `report.html`; a second call continues there.
@@ -200,10 +206,11 @@ def run_recipe(
         job.run.say(f"{folder}: already complete. Nothing to do; --overwrite runs it again.")
         write_report(finished, folder / "report.html")
         return finished
-    original = job.original(model, benign, recipe.pretrain)
-    immunized, immunization = job.immunize(original, benign, defenders, defense)
-    audited = job.audit(immunized, original, benign, adversarys, recipe.audit)
-    return job.save(immunization=immunization, audit=audited)
+    with cpu_threads(recipe.threads):
+        original = job.original(model, benign, recipe.pretrain)
+        immunized, immunization = job.immunize(original, benign, defenders, defense)
+        audited = job.audit(immunized, original, benign, adversarys, recipe.audit)
+        return job.save(immunization=immunization, audit=audited)
 
 
 @dataclass
@@ -249,16 +256,21 @@ class _Job:
         mine = json.loads(json.dumps({"kind": self.kind, "seed": self.run.seed, **settings}))
         if not path.exists():
             if (self.run.folder / "result.json").exists():
-                raise HoldfastError(f"{str(self.run.folder)!r} holds results of something else; choose another folder with --out.")
+                raise HoldfastError(
+                    f"{str(self.run.folder)!r} holds results of something else; choose another folder with --out."
+                )
             write_atomic(path, json.dumps(mine, indent=1))
             return
         try:
             found = json.loads(path.read_text())
         except json.JSONDecodeError as error:
-            raise HoldfastError(f"{str(path)!r} is damaged ({error}); choose another folder, or --overwrite this one.") from error
+            raise HoldfastError(
+                f"{str(path)!r} is damaged ({error}); choose another folder, or --overwrite this one."
+            ) from error
         if fingerprint(found) != fingerprint(mine):
             raise HoldfastError(
-                f"{str(self.run.folder)!r} holds another job; it differs in: {', '.join(_differences(found, mine)[:5])}. "
+                f"{str(self.run.folder)!r} holds another job; it differs in: "
+                f"{', '.join(_differences(found, mine)[:5])}. "
                 "Results are never mixed: choose another folder with --out, or throw the old one away with --overwrite."
             )
 
@@ -299,7 +311,9 @@ class _Job:
         self.note_model("immunized", immunized, digest)
         return immunized, defense.result(record)
 
-    def audit(self, model: SplitModel, original: SplitModel, benign: Task, restricted: Task, spec: AuditSpec) -> AuditResult:
+    def audit(
+        self, model: SplitModel, original: SplitModel, benign: Task, restricted: Task, spec: AuditSpec
+    ) -> AuditResult:
         with self.timed("audit"):
             return run_audit(model, original, benign=benign, restricted=restricted, spec=spec, run=self.run)
 
@@ -335,7 +349,9 @@ def read_result(folder: Path) -> RunResult:
     """
     path = folder / "result.json"
     if not path.is_file():
-        raise HoldfastError(f"{str(folder)!r} holds no result.json; is the run complete? The same command continues it.")
+        raise HoldfastError(
+            f"{str(folder)!r} holds no result.json; is the run complete? The same command continues it."
+        )
     try:
         return RunResult.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -346,4 +362,6 @@ def _differences(found: Any, mine: Any, prefix: str = "") -> list[str]:
     """Dotted names of the settings in which two jobs differ."""
     if not (isinstance(found, dict) and isinstance(mine, dict)):
         return [] if found == mine else [prefix.removeprefix("recipe.")]
-    return [d for k in sorted({*found, *mine}) for d in _differences(found.get(k), mine.get(k), f"{prefix}.{k}".strip("."))]
+    return [
+        d for k in sorted({*found, *mine}) for d in _differences(found.get(k), mine.get(k), f"{prefix}.{k}".strip("."))
+    ]

@@ -46,12 +46,17 @@ class Recipe(BaseModel):
     title: str
     about: str = Field("", description="What it shows and how long it takes, for `holdfast recipes`.")
     seed: int = Field(0, ge=0)
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of torch; null: its default. Sums depend on it in the last digit.",
+    )
     model: ModelSpec
     pretrain: PretrainSpec | None = None
     benign: TaskSpec
     restricted: TaskSpec
     defense: dict[str, Any] = Field(description="`name`, and its hyper-parameters.")
-    audit: AuditSpec = AuditSpec()  # type: ignore[call-arg]
+    audit: AuditSpec = AuditSpec()
     scales: dict[Scale, dict[str, Any]] = Field({}, description="Overrides by scale, each `dotted.key: value`.")
 
     def build_defense(self) -> Defense:
@@ -99,7 +104,9 @@ def names() -> list[str]:
         if entry.name.endswith(".yaml"):
             found.append(entry.name.removesuffix(".yaml"))
         elif entry.is_dir():
-            found += [f"{entry.name}/{e.name.removesuffix('.yaml')}" for e in entry.iterdir() if e.name.endswith(".yaml")]
+            found += [
+                f"{entry.name}/{e.name.removesuffix('.yaml')}" for e in entry.iterdir() if e.name.endswith(".yaml")
+            ]
     return sorted(found)
 
 
@@ -125,7 +132,9 @@ def load(name: str, *, scale: Scale = "cpu", overrides: Sequence[str] = (), seed
     except yaml.YAMLError as error:
         raise HoldfastError(f"Recipe {source} is not valid YAML: {error}") from error
     if not isinstance(settings, dict):
-        raise HoldfastError(f"Recipe {source} is empty or no mapping; expected keys such as title, model, benign, restricted.")
+        raise HoldfastError(
+            f"Recipe {source} is empty or no mapping; expected keys such as title, model, benign, restricted."
+        )
     scales = settings.get("scales") or {}
     if scale != "cpu" and scale not in scales:
         raise HoldfastError(f"Recipe {source} has no scale {scale!r}; it has: {', '.join(sorted({'cpu', *scales}))}.")

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -28,7 +28,9 @@ class Adversary(ABC):
     batch_size: int
 
     @abstractmethod
-    def run(self, model: SplitModel, task: Task, *, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
+    def run(
+        self, model: SplitModel, task: Task, *, generator: torch.Generator, device: torch.device
+    ) -> Iterator[Tensor]:
         """Trains `model` in place, for ever: yields once where it starts from, then after every step.
 
         Args:
@@ -51,7 +53,14 @@ class Adversary(ABC):
 
     @final
     def attack(
-        self, model: SplitModel, task: Task, *, budgets: Sequence[int], run: Run, role: Role = "immunized", seed: int = 0
+        self,
+        model: SplitModel,
+        task: Task,
+        *,
+        budgets: Sequence[int],
+        run: Run,
+        role: Role = "immunized",
+        seed: int = 0,
     ) -> Curve:
         """Runs the adversary against a copy of a model and scores it at every budget.
 

@@ -1,4 +1,4 @@
-"""Batteries: named, versioned, frozen lists of adversaries. A published one never changes; a better one gets a new name."""
+"""Batteries: named, versioned, frozen lists of adversaries; a better one gets a new name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from holdfast.errors import unknown
 from holdfast.finetune import Strategy
 
 BATTERIES: Final[dict[str, tuple[Adversary, ...]]] = {
-    # SOPHON's three strategies; Adam, momentum and Adagrad; learning rates from 1e-4 (the paper's default attack) to 1e-1.
+    # SOPHON's three strategies; Adam, momentum and Adagrad; rates from 1e-4 (the paper's default attack) to 1e-1.
     # The high rates are there for the controls as well: without them training from scratch looks weaker than it is.
     "quick-v1": (
         FineTuning(Strategy("direct", "all", "momentum", 1e-4, 50, 1e-4)),

@@ -48,7 +48,9 @@ class FineTuning(Adversary):
         """See `Adversary.not_applicable`."""
         return finetune.not_applicable(self.strategy, model, task)
 
-    def run(self, model: SplitModel, task: Task, *, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
+    def run(
+        self, model: SplitModel, task: Task, *, generator: torch.Generator, device: torch.device
+    ) -> Iterator[Tensor]:
         """See `Adversary.run`."""
         finetune.prepare(model, self.strategy, task)
         yield torch.zeros((), device=device)

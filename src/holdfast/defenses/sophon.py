@@ -8,7 +8,10 @@ The meta-gradient is of first order (section 4.1.2). The paper's objective, Eq. 
 .. math:: L_{FTS} = \sum_{i=1}^N \sum_{k=1}^K \gamma_{i,k} L_\alpha(\phi_i^k),
 
 with :math:`\phi_i^k` the parameters after k simulated steps. Fine-tuning maps :math:`\theta \mapsto \phi^k`; taking its
-Jacobian as the identity, :math:`\nabla_\theta L_{FTS} \approx \sum_{i,k} \gamma_{i,k} \nabla L_\alpha(\phi)|_{\phi_i^k}`.
+Jacobian as the identity,
+
+.. math:: \nabla_\theta L_{FTS} \approx \sum_{i,k} \gamma_{i,k} \nabla L_\alpha(\phi)|_{\phi_i^k}.
+
 So nothing needs the graph of the earlier steps: each gradient is added to a buffer and dropped, and memory does not
 grow with K. For a head that was initialised anew, the Jacobian with respect to the released head is exactly zero: such
 simulations do not move it.
@@ -56,8 +59,8 @@ class Sophon(Defense):
         clip: the meta-gradient's norm is clipped to this (published code; the value is ours); None: never.
         guard: watch for non-finite values and for the benign score; without it, a non-finite value ends the defense.
         guard_every: rounds between two looks at the benign score.
-        max_benign_drop: how far the held-out benign score may fall below the original's before the guard goes back to the
-            last good state and halves `suppression_lr`.
+        max_benign_drop: how far the held-out benign score may fall below the original's before the guard goes back to
+            the last good state and halves `suppression_lr`.
         max_rollbacks: the guard gives up after as many; the last good state is then the result.
         holdout: share of the benign training data kept back for the guard.
 
@@ -95,7 +98,14 @@ class Sophon(Defense):
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise unknown("suppression loss", self.loss, LOSSES)
-        for name in ("iterations", "suppression_loops", "tasks", "steps", "reinforcement_batch", "guard_every"):
+        for name in (
+            "iterations",
+            "suppression_loops",
+            "tasks",
+            "steps",
+            "reinforcement_batch",
+            "guard_every",
+        ):
             if getattr(self, name) < 1:
                 raise HoldfastError(f"sophon: {name} is {getattr(self, name)}; expected at least 1.")
         for name in ("suppression_lr", "reinforcement_lr"):
@@ -105,7 +115,9 @@ class Sophon(Defense):
             if not getattr(self, name):
                 raise HoldfastError(f"sophon: {name} is empty; give at least one.")
         if self.gamma is not None and len(self.gamma) != self.steps:
-            raise HoldfastError(f"sophon: gamma has {len(self.gamma)} weights and there are {self.steps} steps; give one a step.")
+            raise HoldfastError(
+                f"sophon: gamma has {len(self.gamma)} weights and there are {self.steps} steps; give one a step."
+            )
         if not 0 < self.holdout < 1:
             raise HoldfastError(f"sophon: holdout is {self.holdout}; expected a share between 0 and 1.")
         self.phi()  # refuses unknown optimizers and rates or sizes out of range now, not in the middle of the work
@@ -137,7 +149,8 @@ class Sophon(Defense):
             reason = not_applicable(strategy, model, restricted)
             if reason is not None:
                 raise HoldfastError(
-                    f"sophon: {reason}, so '{strategy.initialisation}' cannot be simulated; set initialisations to [head]."
+                    f"sophon: {reason}, so '{strategy.initialisation}' cannot be simulated; set initialisations "
+                    f"to [head]."
                 )
         return _Immunization(self, model, benign, restricted, run).finish()
 
@@ -175,12 +188,18 @@ class Simulation:
         return copy
 
     def run(
-        self, task: Task, strategy: Strategy, steps: int, gamma: tuple[float, ...] | None, *, generator: torch.Generator
+        self,
+        task: Task,
+        strategy: Strategy,
+        steps: int,
+        gamma: tuple[float, ...] | None,
+        *,
+        generator: torch.Generator,
     ) -> float:
         """Simulates one adversary and adds its weighted gradients to the buffer.
 
         Args:
-            task: defender's half of the restricted task: fine-tuning batches R and evaluation batches T are drawn from it.
+            task: defender's half of the restricted task; fine-tuning batches R and evaluation batches T come from it.
             strategy: how the adversary fine-tunes.
             steps: K.
             gamma: one weight a step, or None for 1.
@@ -220,11 +239,22 @@ class _Immunization:
         self.benign, self.held_out = benign.holdout(config.holdout, derive_seed(run.seed, "sophon", "holdout"))
         self.model = model.clone().to(run.device)
         self.simulation = Simulation(self.model, LOSSES[config.loss])
-        self.suppressor, self.reinforcer = self._adam(config.suppression_lr), self._adam(config.reinforcement_lr)
-        self.record = Record(history={k: [] for k in ("iteration", "suppression_loss", "reinforcement_loss", "benign_score")})
+        self.suppressor, self.reinforcer = (
+            self._adam(config.suppression_lr),
+            self._adam(config.reinforcement_lr),
+        )
+        self.record = Record(
+            history={k: [] for k in ("iteration", "suppression_loss", "reinforcement_loss", "benign_score")}
+        )
         self.round, self.rollbacks, self.rate = 0, 0, config.suppression_lr
         self.belongs_to = fingerprint(
-            [config.config(), run.seed, model.facts().sha256, benign.facts().sha256, restricted.facts().sha256]
+            [
+                config.config(),
+                run.seed,
+                model.facts().sha256,
+                benign.facts().sha256,
+                restricted.facts().sha256,
+            ]
         )
         self.original_score = self.held_out.score(self.model)
         self.good = self._snapshot()
@@ -279,7 +309,9 @@ class _Immunization:
         losses = []
         for _ in range(config.tasks):
             strategy = phi[int(torch.randint(len(phi), (), generator=generator))]
-            losses.append(self.simulation.run(self.restricted, strategy, config.steps, config.gamma, generator=generator))
+            losses.append(
+                self.simulation.run(self.restricted, strategy, config.steps, config.gamma, generator=generator)
+            )
         for parameter, gradient in zip(self.model.parameters(), self.simulation.gradient, strict=True):
             parameter.grad = gradient if parameter.requires_grad else None
         if config.clip is not None:
@@ -358,7 +390,8 @@ class _Immunization:
         tensors, meta = load_tensors(path)
         if meta.get("belongs_to") != self.belongs_to:
             raise HoldfastError(
-                f"{str(path)!r} is the state of another immunization (model, data, seed or settings differ): states are never "
+                f"{str(path)!r} is the state of another immunization (model, data, seed or settings differ): "
+                f"states are never "
                 "mixed. Choose another folder with --out."
             )
         self._restore(_under(tensors, "model"))
@@ -370,7 +403,7 @@ class _Immunization:
             moved = optimizer.param_groups[0]["params"]
             for key, value in _under(tensors, label).items():
                 index, _, entry = key.partition("/")
-                # Fused optimizers walk parameter and moments in memory order, so their layouts (channels last) must agree.
+                # Fused optimizers walk parameter and moments in memory order: their layouts must agree.
                 like = moved[int(index)]
                 same = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
                 state.setdefault(int(index), {})[entry] = same

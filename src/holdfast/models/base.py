@@ -70,7 +70,9 @@ class SplitModel(nn.Module):
         self.mean: Tensor | None
         self.std: Tensor | None
         if self.std is not None and not bool((self.std > 0).all()):
-            raise HoldfastError(f"std of the input normalisation is {self.std.flatten().tolist()}; expected numbers above 0.")
+            raise HoldfastError(
+                f"std of the input normalisation is {self.std.flatten().tolist()}; expected numbers above 0."
+            )
 
     def _check_head(self) -> None:
         try:
@@ -78,10 +80,13 @@ class SplitModel(nn.Module):
         except AttributeError as error:
             layers = [n for n, m in self.network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
             raise HoldfastError(
-                f"{self.name}: there is no layer {self.head_name!r} to use as the head; the last ones are {layers[-3:]}."
+                f"{self.name}: there is no layer {self.head_name!r} to use as the head; the last ones are "
+                f"{layers[-3:]}."
             ) from error
         if not isinstance(head, nn.Linear | nn.Conv2d):
-            raise HoldfastError(f"{self.name}: the head {self.head_name!r} is {type(head).__name__}; expected Linear or Conv2d.")
+            raise HoldfastError(
+                f"{self.name}: the head {self.head_name!r} is {type(head).__name__}; expected Linear or Conv2d."
+            )
 
     @property
     def head(self) -> Head:
@@ -120,7 +125,11 @@ class SplitModel(nn.Module):
         """Replaces the head by a fresh one (torch's default initialisation, from its global generator)."""
         old = self.head
         width = num_outputs or self.num_outputs
-        like: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype, "bias": old.bias is not None}
+        like: dict[str, Any] = {
+            "device": old.weight.device,
+            "dtype": old.weight.dtype,
+            "bias": old.bias is not None,
+        }
         new = (
             nn.Linear(old.in_features, width, **like)
             if isinstance(old, nn.Linear)
@@ -154,7 +163,8 @@ class SplitModel(nn.Module):
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             if own and not hasattr(module, "reset_parameters"):
                 raise HoldfastError(
-                    f"{self.name}: layer {name or '(root)'!r} ({type(module).__name__}) cannot be initialised anew, which the "
+                    f"{self.name}: layer {name or '(root)'!r} ({type(module).__name__}) cannot be initialised "
+                    f"anew, which the "
                     "scratch control needs; give the model a factory."
                 )
             if own:
@@ -202,7 +212,7 @@ class SplitModel(nn.Module):
 
 def _channels_last(model: SplitModel) -> SplitModel:
     if any(p.dim() == 4 for p in model.parameters()):
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     return model
 
 
@@ -219,7 +229,9 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool) -> None:
         HoldfastError: no trainable parameters, inputs of another shape, another class count, non-finite outputs.
     """
     if not any(p.requires_grad for p in model.parameters()):
-        raise HoldfastError(f"{model.name} has no trainable parameters; un-freeze what may be trained (requires_grad_).")
+        raise HoldfastError(
+            f"{model.name} has no trainable parameters; un-freeze what may be trained (requires_grad_)."
+        )
     device = next(model.parameters()).device
     batch = next(iter(task.batches("test", 2, device=device)))
     training = model.training
@@ -230,13 +242,15 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool) -> None:
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise HoldfastError(
             f"{model.name} cannot take the inputs of task {task.name!r}, shape {task.input_shape}: "
-            f"{str(error).splitlines()[0]}. For images, set the task's image_size and channels to what the model expects."
+            f"{str(error).splitlines()[0]}. For images, set the task's image_size and channels to what the "
+            f"model expects."
         ) from error
     finally:
         model.train(training)
     if logits.dim() != 2 or logits.shape[1] != model.num_outputs:
         raise HoldfastError(
-            f"{model.name} returns {tuple(logits.shape)} for 2 inputs; its head {model.head_name!r} says (2, {model.num_outputs})."
+            f"{model.name} returns {tuple(logits.shape)} for 2 inputs; its head {model.head_name!r} says (2, "
+            f"{model.num_outputs})."
         )
     if own_task and model.num_outputs != task.num_outputs:
         raise HoldfastError(
@@ -244,4 +258,6 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool) -> None:
             "they must agree. Keep the right classes with NAME[...], or build the model for this task."
         )
     if not bool(logits.isfinite().all()):
-        raise HoldfastError(f"{model.name} returns values that are not finite on task {task.name!r}; its weights are unusable.")
+        raise HoldfastError(
+            f"{model.name} returns values that are not finite on task {task.name!r}; its weights are unusable."
+        )

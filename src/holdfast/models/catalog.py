@@ -16,7 +16,6 @@ from holdfast.models.base import SplitModel, _channels_last, check_fits
 from holdfast.models.builtin import BUILTIN
 from holdfast.tasks import Task
 
-
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
@@ -26,14 +25,20 @@ class ModelSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(description="`cnn`, `mlp`, `cifar_resnet`, or `timm:NAME`.")
-    weights: str | None = Field(None, description="A .safetensors file; relative paths are also sought in the data folder.")
+    weights: str | None = Field(
+        None, description="A .safetensors file; relative paths are also sought in the data folder."
+    )
     options: dict[str, Any] = Field({}, description="Arguments of the architecture, such as `width: 32`.")
     mean: tuple[float, ...] | None = Field(None, description="Input normalisation; by default the architecture's.")
     std: tuple[float, ...] | None = None
 
 
 def load_model(
-    model: str | ModelSpec, task: Task, *, data_dir: Path | str | None = None, device: torch.device | str = "cpu"
+    model: str | ModelSpec,
+    task: Task,
+    *,
+    data_dir: Path | str | None = None,
+    device: torch.device | str = "cpu",
 ) -> SplitModel:
     """Builds a model for a task, with weights if the spec names some.
 
@@ -63,7 +68,13 @@ def load_model(
 
     mean, std = (spec.mean or (norm[0] if norm else None)), (spec.std or (norm[1] if norm else None))
     built = SplitModel(
-        network, head, name=spec.name, mean=mean, std=std, factory=factory, spec=spec.model_dump(exclude={"weights"})
+        network,
+        head,
+        name=spec.name,
+        mean=mean,
+        std=std,
+        factory=factory,
+        spec=spec.model_dump(exclude={"weights"}),
     )
     if spec.weights is not None:
         built.load(_find(spec.weights, data_dir))
@@ -90,7 +101,8 @@ def load_released(
     if not is_file and weights is None:
         _build(ModelSpec(name=name), task.input_shape, task.num_outputs)
         raise HoldfastError(
-            f"{name!r} is an architecture without weights; add its weights (.safetensors), or give a model.safetensors that "
+            f"{name!r} is an architecture without weights; add its weights (.safetensors), or give a "
+            f"model.safetensors that "
             "Holdfast saved."
         )
     spec = name if is_file else ModelSpec(name=name, weights=str(weights))
@@ -106,7 +118,8 @@ def _spec(model: str | ModelSpec, data_dir: Path | str | None) -> ModelSpec:
     _, meta = load_tensors(path)
     if "model" not in meta:
         raise HoldfastError(
-            f"{model!r} does not say which architecture it is for; give the architecture by name and this file as its weights "
+            f"{model!r} does not say which architecture it is for; give the architecture by name and this file "
+            f"as its weights "
             "(`cnn --weights FILE`)."
         )
     try:

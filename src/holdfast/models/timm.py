@@ -50,10 +50,16 @@ def find_head(name: str, model: Any) -> str:
         HoldfastError: if the model has no classifier, or it holds no linear layer.
     """
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
-    inside = [m for m in classifier.modules() if isinstance(m, nn.Linear | nn.Conv2d)] if isinstance(classifier, nn.Module) else []
+    inside = (
+        [m for m in classifier.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        if isinstance(classifier, nn.Module)
+        else []
+    )
     if not inside:
         raise HoldfastError(
-            f"timm:{name}: no head was found (get_classifier gives {type(classifier).__name__}); Holdfast needs one linear "
+            f"timm:{name}: no head was found (get_classifier gives {type(classifier).__name__}); Holdfast needs "
+            f"one linear "
             "layer that makes the logits."
         )
-    return next(dotted for dotted, module in model.named_modules() if module is inside[-1])
+    found: str = next(dotted for dotted, module in model.named_modules() if module is inside[-1])
+    return found

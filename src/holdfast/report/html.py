@@ -85,9 +85,7 @@ def key_numbers(audit: AuditResult) -> KeyNumbers:
     return KeyNumbers(
         last=audit.by_budget[-1],
         worst=max((r for r in rows if _has(r, "immunized")), key=lambda r: r.advantage, default=None),
-        headroom=max(
-            (r for r in rows if _has(r, "original")), key=lambda r: r.original_advantage, default=None
-        ),
+        headroom=max((r for r in rows if _has(r, "original")), key=lambda r: r.original_advantage, default=None),
     )
 
 
@@ -100,14 +98,10 @@ def not_covered(audit: AuditResult) -> list[str]:
         f"More data: more than {audit.adversary_samples} labelled samples{each}, or data from elsewhere.",
     ]
     settings = [
-        f"{key.replace('_', ' ')} {', '.join(map(_setting, values))}"
-        for key, values in tried.items()
-        if values
+        f"{key.replace('_', ' ')} {', '.join(map(_setting, values))}" for key, values in tried.items() if values
     ]
     if settings:
-        found.append(
-            f"Other settings. Tried were only: {'; '.join(settings)}; and not every combination of them."
-        )
+        found.append(f"Other settings. Tried were only: {'; '.join(settings)}; and not every combination of them.")
     words = json.dumps([audit.adversaries], default=str).lower()
     missing = [description for word, description in METHODS.items() if word not in words]
     if missing:
@@ -125,9 +119,7 @@ def caveats(audit: AuditResult) -> list[str]:
         "same way."
     ]
     if seeds == 1:
-        found.append(
-            "There is one seed only: nothing is known about the spread, and small differences mean nothing."
-        )
+        found.append("There is one seed only: nothing is known about the spread, and small differences mean nothing.")
     else:
         few = "Few seeds: with" if seeds < 5 else "With"
         found.append(
@@ -184,10 +176,7 @@ class Grid:
     def of_settings(cls, settings: Mapping[str, Mapping[str, Any]]) -> Grid:
         """Lays out the settings of several adversaries, one a row."""
         columns = list(dict.fromkeys(key for values in settings.values() for key in values))
-        rows = [
-            {"adversary": name, **{k: _setting(v) for k, v in values.items()}}
-            for name, values in settings.items()
-        ]
+        rows = [{"adversary": name, **{k: _setting(v) for k, v in values.items()}} for name, values in settings.items()]
         return cls("", ["adversary", *columns], [], [("", list(rows))], set(), False)
 
 

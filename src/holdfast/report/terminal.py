@@ -27,9 +27,7 @@ def show(result: RunResult, folder: Path) -> None:
 
 
 def _show_audit(audited: AuditResult, console: Console) -> None:
-    table = Table(
-        title=f"Best of {audited.battery} on {audited.restricted_task}, accuracy in %", title_justify="left"
-    )
+    table = Table(title=f"Best of {audited.battery} on {audited.restricted_task}, accuracy in %", title_justify="left")
     table.add_column("model", no_wrap=True)
     for row in audited.by_budget:
         table.add_column(f"{row.budget} steps", justify="right", no_wrap=True)
@@ -39,9 +37,7 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
     table.add_row("advantage", *(f"{100 * row.advantage:+.1f}" for row in audited.by_budget))
     Console().print(table)
     before, after = (Cell.of([score]) for score in (audited.benign.original, audited.benign.immunized))
-    console.print(
-        f"Benign task {audited.benign_task}: {_percent(before)} % before, {_percent(after)} % after."
-    )
+    console.print(f"Benign task {audited.benign_task}: {_percent(before)} % before, {_percent(after)} % after.")
     verdict = audited.verdict
     console.print(f"\nVerdict: {verdict.label.upper()}. {verdict.sentence}")
     if verdict.label == "invalid":

@@ -58,10 +58,10 @@ class ArrayTask(Task):
         self.name = name
         x = {"train": self._inputs(x_train, "x_train"), "test": self._inputs(x_test, "x_test")}
         y = {"train": self._labels(y_train, "y_train"), "test": self._labels(y_test, "y_test")}
-        for split in x:
-            if len(x[split]) != len(y[split]):
-                raise self._bad(f"x_{split} has {len(x[split])} samples, y_{split} {len(y[split])} labels")
-            if len(x[split]) == 0:
+        for split, inputs in x.items():
+            if len(inputs) != len(y[split]):
+                raise self._bad(f"x_{split} has {len(inputs)} samples, y_{split} {len(y[split])} labels")
+            if len(inputs) == 0:
                 raise self._bad(f"the {split} split is empty; give it at least one sample")
         if x["train"].shape[1:] != x["test"].shape[1:]:
             raise self._bad(f"training inputs are {x['train'].shape[1:]}, test inputs {x['test'].shape[1:]}")
@@ -71,7 +71,9 @@ class ArrayTask(Task):
             if labels.min() < 0 or labels.max() >= classes:
                 bad = int(labels.min() if labels.min() < 0 else labels.max())
                 source = "class_names" if names is not None else "y_train"
-                raise self._bad(f"y_{split} holds label {bad}; expected 0 to {classes - 1} ({classes} classes by {source})")
+                raise self._bad(
+                    f"y_{split} holds label {bad}; expected 0 to {classes - 1} ({classes} classes by {source})"
+                )
         if len(np.unique(y["train"])) < 2:
             raise self._bad("y_train has one class only; a classification task needs at least two")
         self.class_names = names if names is not None else [str(c) for c in range(classes)]
@@ -117,7 +119,9 @@ class ArrayTask(Task):
         self.num_outputs = len(self.class_names)
         self.chance = int(torch.bincount(y["test"]).max()) / len(y["test"])
 
-    def _with(self, name: str, x: dict[str, Tensor], y: dict[str, Tensor], classes: Sequence[str] | None = None) -> Self:
+    def _with(
+        self, name: str, x: dict[str, Tensor], y: dict[str, Tensor], classes: Sequence[str] | None = None
+    ) -> Self:
         task = object.__new__(type(self))
         task.name = name
         task.class_names = list(classes if classes is not None else self.class_names)
@@ -252,7 +256,9 @@ class ArrayTask(Task):
         held = [max(1, round(fraction * len(i))) for i in by_class]
         for c, (index, count) in enumerate(zip(by_class, held, strict=True)):
             if len(index) <= count:
-                raise self._bad(f"class {self.class_names[c]!r} has {len(index)} training samples: too few to hold {count} out")
+                raise self._bad(
+                    f"class {self.class_names[c]!r} has {len(index)} training samples: too few to hold {count} out"
+                )
         rest = torch.cat([i[n:] for i, n in zip(by_class, held, strict=True)])
         out = torch.cat([i[:n] for i, n in zip(by_class, held, strict=True)])
         return self._take(self.name, rest), self._take(f"{self.name} (held out)", rest, out)
@@ -339,7 +345,7 @@ def _adapt(x: Tensor, size: int | None, channels: int | None) -> Tensor:
         return x.contiguous()
     parts = [
         F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-        for part in x.split(4096)
+        for part in torch.split(x, 4096)
     ]
     return torch.cat([p.round().clamp(0, 255).to(torch.uint8) for p in parts])
 

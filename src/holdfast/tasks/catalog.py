@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.tasks.arrays import ArrayTask, load_npz
+from holdfast.tasks.arrays import Array, ArrayTask, load_npz
 from holdfast.tasks.image import load_folder
 from holdfast.tasks.tabular import load_csv
 
@@ -24,7 +24,9 @@ class TaskSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: str = Field(description="NAME, or a path to an .npz, a .csv or an image folder; [0-4,7] behind it keeps classes.")
+    data: str = Field(
+        description="NAME, or a path to an .npz, a .csv or an image folder; [0-4,7] behind it keeps classes."
+    )
     target: str | None = Field(None, description="Label column of a CSV.")
     image_size: int | None = Field(None, ge=1, description="Resize images to this many pixels a side.")
     channels: int | None = Field(None, description="Make images grey (1) or colour (3).")
@@ -36,8 +38,8 @@ class TaskSpec(BaseModel):
 def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> ArrayTask:
     """Loads a task by name or path.
 
-    A name is looked up among the embedded data (`digits`), then as `NAME.npz`, `NAME.csv` or a folder `NAME` in the data
-    folder, then downloaded by torchvision if it knows it.
+    A name is looked up among the embedded data (`digits`), then as `NAME.npz`, `NAME.csv` or a folder `NAME` in the
+    data folder, then downloaded by torchvision if it knows it.
 
     Args:
         task: `digits`, `digits[0-4]`, `cifar10`, `path/to/data.npz`, ... or a `TaskSpec`.
@@ -81,7 +83,11 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
     for path in _candidates(source, folder):
         if path.is_dir():
             return load_folder(
-                path, image_size=spec.image_size, channels=spec.channels, test_fraction=spec.test_fraction, seed=spec.seed
+                path,
+                image_size=spec.image_size,
+                channels=spec.channels,
+                test_fraction=spec.test_fraction,
+                seed=spec.seed,
             )
         if path.is_file() and path.suffix == ".npz":
             return load_npz(path)
@@ -93,15 +99,23 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
         return _torchvision(source, folder)
     if "/" in source or source.endswith((".npz", ".csv")):
         raise HoldfastError(f"No data at {source!r}: the file does not exist.")
-    ways = f"put {source}.npz into " + (f"{str(folder)!r}" if folder else f"a folder named by --data-dir or ${DATA_VARIABLE}")
+    ways = f"put {source}.npz into " + (
+        f"{str(folder)!r}" if folder else f"a folder named by --data-dir or ${DATA_VARIABLE}"
+    )
     here = [p.stem for p in folder.glob("*.npz")] if folder else []
-    raise HoldfastError(f"{unknown('task', source, [*EMBEDDED, *TORCHVISION, *here])} For data of your own, {ways}, or give a path.")
+    raise HoldfastError(
+        f"{unknown('task', source, [*EMBEDDED, *TORCHVISION, *here])} For data of your own, {ways}, or give a path."
+    )
 
 
 def _candidates(source: str, folder: Path | None) -> list[Path]:
     own = Path(source).expanduser()
     named = [folder / f"{source}.npz", folder / f"{source}.csv", folder / source] if folder else []
-    return [p for p in (*named, own) if p != own or "/" in source or own.suffix or (own.is_dir() and source not in TORCHVISION)]
+    return [
+        p
+        for p in (*named, own)
+        if p != own or "/" in source or own.suffix or (own.is_dir() and source not in TORCHVISION)
+    ]
 
 
 def _parse_classes(text: str, classes: str) -> list[int]:
@@ -141,24 +155,27 @@ def _torchvision(name: str, folder: Path | None) -> ArrayTask:
     except (OSError, RuntimeError) as error:
         where = str(folder) if folder else f"a folder named by --data-dir or ${DATA_VARIABLE}"
         raise HoldfastError(
-            f"Task {name!r}: torchvision could not download it ({error}). Check the network, or put {name}.npz into {where}."
+            f"Task {name!r}: torchvision could not download it ({error}). Check the network, or put {name}.npz "
+            f"into {where}."
         ) from error
-    arrays = []
+    arrays: list[Array] = []
     for part in parts:
         x = np.asarray(part.data)
         arrays += [
             np.moveaxis(x, 1, -1) if x.ndim == 4 and x.shape[1] == 3 else x,
             np.asarray(part.targets if hasattr(part, "targets") else part.labels),
         ]
-    return ArrayTask(name, *arrays, class_names=getattr(parts[0], "classes", None))
+    x_train, y_train, x_test, y_test = arrays
+    return ArrayTask(name, x_train, y_train, x_test, y_test, getattr(parts[0], "classes", None))
 
 
 EMBEDDED: dict[str, Callable[[], ArrayTask]] = {"digits": _digits}
 """Data that comes with the dependencies."""
 
-_BY_FLAG = ({"train": True}, {"train": False})
-_BY_WORD = ({"split": "train"}, {"split": "test"})
-TORCHVISION: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
+_Arguments = dict[str, bool | str]
+_BY_FLAG: tuple[_Arguments, _Arguments] = ({"train": True}, {"train": False})
+_BY_WORD: tuple[_Arguments, _Arguments] = ({"split": "train"}, {"split": "test"})
+TORCHVISION: dict[str, tuple[str, _Arguments, _Arguments]] = {
     "mnist": ("MNIST", *_BY_FLAG),
     "fashion_mnist": ("FashionMNIST", *_BY_FLAG),
     "kmnist": ("KMNIST", *_BY_FLAG),

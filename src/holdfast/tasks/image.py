@@ -15,7 +15,12 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 
 def load_folder(
-    path: Path, *, image_size: int | None = None, channels: int | None = None, test_fraction: float = 0.25, seed: int = 0
+    path: Path,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    test_fraction: float = 0.25,
+    seed: int = 0,
 ) -> ArrayTask:
     """Reads an image folder into memory.
 
