@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         options = parser.parse_args(list(argv) if argv is not None else None)
         command = options.command
-        arguments = parser.instantiate_classes(options)[command].as_dict()
+        arguments = options[command].as_dict()
         code = COMMANDS[command](**arguments)
     except HoldfastError as error:
         code = _complain(str(error), BAD_INPUT)

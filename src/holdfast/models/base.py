@@ -206,7 +206,14 @@ class SplitModel(nn.Module):
         ]
         if problems:
             more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise HoldfastError(f"{str(path)!r} does not fit {self.name}: {'; '.join(problems[:4])}{more}.")
+            head = tensors.get(f"{self.head_name}.weight")
+            hint = (
+                f" Its head is for {head.shape[0]} classes, and the task has {self.num_outputs}: "
+                "keep the right ones with NAME[...]."
+                if head is not None and head.shape[0] != self.num_outputs
+                else ""
+            )
+            raise HoldfastError(f"{str(path)!r} does not fit {self.name}: {'; '.join(problems[:4])}{more}.{hint}")
         self.network.load_state_dict(tensors, strict=True)
 
 

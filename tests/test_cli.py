@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from holdfast.cli import COMMANDS, _parser, main
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("HOLDFAST_DATA", "COLUMNS")}
+
+
+def holdfast(*arguments, cwd=None):
+    command = [sys.executable, "-m", "holdfast", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, check=False, timeout=300)
+
+
+def inside(capsys, *arguments):
+    """The same in this process, without the seconds that a new one needs to import torch."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return subprocess.CompletedProcess(arguments, ended.value.code, captured.out, captured.err)
+
+
+def refused(done, *words):
+    """Bad input: exit code 2, one message that holds the words, no traceback."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in " ".join(done.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, trained, benign):
+    """A saved model, an archive of arrays of the same tasks, and things that are neither."""
+    folder = tmp_path_factory.mktemp("files")
+    trained.save(folder / "original.safetensors")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        trained.fresh().save(folder / "fresh.safetensors")
+    torch.save(trained.network.state_dict(), folder / "pickle.pt")
+    return folder
+
+
+class TestHelp:
+    def test_lists_the_commands_quickly(self):
+        done = holdfast("--help")
+        assert done.returncode == 0
+        assert all(f"    {name} " in done.stdout for name in COMMANDS)
+
+    def test_help_does_not_wait_for_torch(self):
+        code = "import sys, holdfast.cli as c; c._parser(); sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_every_option_is_explained(self, command, capsys):
+        done = inside(capsys, command, "--help")
+        assert done.returncode == 0
+        options = [w for w in done.stdout.split() if w.startswith("--")]
+        assert options
+        assert not [o for o in options if "_" in o]
+        for action in _parser()._subcommands_action._name_parser_map[command]._actions:
+            assert action.help, action
+
+    def test_version(self):
+        from importlib.metadata import version
+
+        assert version("holdfast") in holdfast("--version").stdout
+
+    def test_no_command(self):
+        done = holdfast()
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+
+
+class TestRun:
+    def test_smoke_leaves_a_folder_and_prints_the_verdict(self, tmp_path):
+        done = holdfast("run", "quickstart", "--scale", "smoke", "--set", "audit.shots=1", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        folder = tmp_path / "runs" / "quickstart"
+        assert {"result.json", "report.html", "model.safetensors"} <= {p.name for p in folder.iterdir()}
+        assert "Verdict: " in done.stdout
+        assert "Threat model: An adversary with 3 labelled samples" in done.stdout
+        assert "runs/quickstart/report.html" in done.stdout
+
+        again = holdfast("run", "quickstart", "--scale", "smoke", "--set", "audit.shots=1", cwd=tmp_path)
+        assert again.returncode == 0
+        assert "already complete" in again.stderr
+        assert again.stdout == done.stdout
+
+        gated = holdfast("run", "quickstart", "--scale", "smoke", "--set", "audit.shots=1", "--gate", cwd=tmp_path)
+        assert gated.returncode in (0, 3, 4)
+        label = gated.stdout.split("Verdict: ")[1].split(".")[0]
+        assert gated.returncode == {"RESISTS": 0, "PARTIAL": 3, "FAILS": 3, "INVALID": 4}[label]
+
+        report = folder / "report.html"
+        report.unlink()
+        assert holdfast("report", folder).returncode == 0
+        assert report.exists()
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["quickstrat"], ["did you mean 'quickstart'"]),
+            (["quickstart", "--set", "defense.stpes=3"], ["did you mean 'steps'"]),
+            (["quickstart", "--set", "nonsense"], ["has no '='"]),
+            (["quickstart", "--scale", "huge"], ["huge"]),
+            (["quickstart", "--seed", "one"], ["one"]),
+            (["quickstart", "--seed", "-1"], ["seed"]),
+            (["quickstart", "--device", "tpu9"], ["Device 'tpu9' cannot be used here"]),
+            (["quickstart", "--sed", "1"], ["--sed"]),
+            (["quickstart", "--set", "benign.data=./mine.npz"], ["'./mine.npz'", "does not exist"]),
+            (["quickstart", "--data-dir", "nowhere"], ["'nowhere' (from --data-dir) does not exist"]),
+        ],
+    )
+    def test_bad_input(self, arguments, words, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        refused(inside(capsys, "run", *arguments), *words)
+        assert not (tmp_path / "runs").exists()
+
+    def test_bad_input_as_a_process(self, tmp_path):
+        refused(holdfast("run", "quickstrat", cwd=tmp_path), "did you mean 'quickstart'")
+
+    def test_unwritable_output(self, tmp_path, capsys):
+        (tmp_path / "file").write_text("")
+        refused(inside(capsys, "run", "quickstart", "--out", tmp_path / "file" / "x"), "Cannot write to")
+
+
+class TestImmunizeAndAudit:
+    COMMON = ("--benign", "digits[0-4]", "--restricted", "digits[5-9]", "--device", "cpu")
+
+    def test_immunize_writes_a_model_that_audit_takes(self, files, tmp_path, capsys):
+        brief = ("--set", "iterations=2", "--set", "steps=2", "--set", "batch_sizes=[20]")
+        done = inside(
+            capsys, "immunize", files / "original.safetensors", *self.COMMON, "--out", tmp_path / "made", *brief
+        )
+        assert done.returncode == 0, done.stderr
+        made = tmp_path / "made" / "model.safetensors"
+        audit = ("--original", files / "original.safetensors", "--budgets", "[0,2,5]", "--seeds", "1", "--shots", "2")
+        done = holdfast("audit", made, *audit, *self.COMMON, "--out", tmp_path / "audit")
+        assert done.returncode in (0, 3, 4), done.stderr
+        assert "5 steps" in done.stdout
+
+    def test_exit_3_where_the_model_does_not_resist(self, files, tmp_path, capsys):
+        """The original, audited as if it were immunized, on samples so few that it has an advantage."""
+        done = inside(
+            capsys, "audit", files / "original.safetensors", "--original", files / "original.safetensors", *self.COMMON,
+            "--out", tmp_path, "--budgets", "[0,2,4]", "--seeds", "2", "--shots", "5",
+        )  # fmt: skip
+        assert done.returncode in (3, 4), done.stderr
+        assert ("Verdict: FAILS" in done.stdout) == (done.returncode == 3)
+
+    def test_exit_4_where_the_audit_proves_nothing(self, files, tmp_path, capsys):
+        done = inside(
+            capsys, "audit", files / "fresh.safetensors", "--original", files / "original.safetensors", *self.COMMON,
+            "--out", tmp_path, "--budgets", "[0,1]", "--seeds", "1", "--shots", "2",
+        )  # fmt: skip
+        assert done.returncode == 4, done.stderr
+        assert "Verdict: INVALID" in done.stdout
+        assert "broken model is not a safe one" in done.stdout
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"model": "no.safetensors"}, ["does not exist"]),
+            ({"model": "{files}/pickle.pt"}, ["is a pickle", "refused"]),
+            ({"model": "cnn"}, ["architecture without weights"]),
+            ({"model": "resnet99"}, ["Unknown model 'resnet99'"]),
+            ({"benign": "digits"}, ["for 5 classes", "has 10"]),
+            ({"benign": "{files}/labels.npz"}, ["y_train holds label 9"]),
+            ({"restricted": "{files}/nan.npz"}, ["NaN or infinite"]),
+            ({"restricted": "{files}/one.npz"}, ["one class only"]),
+            ({"restricted": "{files}/empty.npz"}, ["split is empty"]),
+            ({"restricted": "{files}/wide.npz"}, ["cannot take the inputs", "image_size"]),
+            ({"battery": "strong-v9"}, ["Unknown battery 'strong-v9'"]),
+            ({"budgets": "[1,2]"}, ["ascending, the first 0"]),
+            ({"shots": "5000"}, ["lower `shots`"]),
+        ],
+    )
+    def test_bad_input(self, files, tmp_path, capsys, change, words):
+        image = np.zeros((12, 8, 8), np.uint8)
+        label = np.arange(12) % 5
+        arrays = {
+            "labels": (image, np.where(label == 4, 9, label), ["a", "b", "c", "d", "e"]),
+            "nan": (np.full((12, 64), np.nan), label, None),
+            "one": (image, np.zeros(12, int), None),
+            "empty": (image[:0], label[:0], None),
+            "wide": (np.zeros((12, 9, 9, 3), np.uint8), label, None),
+        }
+        for name, (x, y, names) in arrays.items():
+            extra = {"class_names": names} if names else {}
+            np.savez(files / f"{name}.npz", x_train=x, y_train=y, x_test=x, y_test=y, **extra)
+        arguments = {
+            "model": "{files}/original.safetensors", "original": "{files}/original.safetensors", "benign": "digits[0-4]",
+            "restricted": "digits[5-9]", "battery": "quick-v1", "budgets": "[0,1]", "shots": "2", **change,
+        }  # fmt: skip
+        filled = {k: v.format(files=files) for k, v in arguments.items()}
+        model = filled.pop("model")
+        options = [part for key, value in filled.items() for part in (f"--{key}", value)]
+        done = inside(capsys, "audit", model, *options, "--seeds", "1", "--out", tmp_path / "out")
+        refused(done, *words)
+        assert not (tmp_path / "out" / "result.json").exists()
+
+    def test_another_jobs_folder_is_kept(self, files, brief_folder, capsys):
+        before = (brief_folder / "result.json").read_bytes()
+        done = inside(capsys, "immunize", files / "original.safetensors", *self.COMMON, "--out", brief_folder)
+        refused(done, "holds another job", "--out")
+        assert (brief_folder / "result.json").read_bytes() == before
+
+
+class TestOthers:
+    def test_recipes(self, tmp_path, monkeypatch, capsys):
+        assert "quickstart" in inside(capsys, "recipes").stdout
+        (tmp_path / "own.yaml").write_text(inside(capsys, "recipes", "quickstart").stdout)
+        monkeypatch.chdir(tmp_path)
+        assert inside(capsys, "run", "own.yaml", "--scale", "smoke").returncode == 0
+        assert (tmp_path / "runs" / "own" / "result.json").exists()
+
+    def test_bad_folders(self, tmp_path, capsys):
+        refused(inside(capsys, "report", tmp_path), "holds no result.json")
+        refused(inside(capsys, "recipes", "nothing"), "Unknown recipe 'nothing'")
+
+    def test_a_closed_pipe_is_no_error(self):
+        done = subprocess.run(
+            f"{sys.executable} -m holdfast recipes | true", shell=True, capture_output=True, text=True, check=False
+        )
+        assert "Traceback" not in done.stderr

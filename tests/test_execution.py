@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import stat
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from holdfast.errors import HoldfastError
+from holdfast.execution import (
+    Journal,
+    Run,
+    cpu_threads,
+    derive_seed,
+    load_tensors,
+    resolve_device,
+    save_tensors,
+    write_atomic,
+)
+
+
+@given(st.integers(0, 2**31), st.text(), st.text())
+def test_seeds_are_by_purpose(seed, first, second):
+    assert 0 <= derive_seed(seed, first) < 2**63
+    assert (derive_seed(seed, first) == derive_seed(seed, second)) == (first == second)
+    assert derive_seed(seed, first, second) != derive_seed(seed, first + second)
+
+
+def test_seeded_restores_the_global_generator():
+    run = Run(3, torch.device("cpu"))
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    first = torch.rand(1)
+    with run.seeded("a"):
+        inside = torch.rand(4)
+    assert torch.equal(torch.cat([first, torch.rand(1)]), expected)
+    with run.seeded("a"):
+        assert torch.equal(torch.rand(4), inside)
+    with run.seeded("b"):
+        assert not torch.equal(torch.rand(4), inside)
+
+
+def test_seeded_restores_after_an_error():
+    run = Run(3, torch.device("cpu"))
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="inside"), run.seeded("a"):
+        raise RuntimeError("inside")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_threads_are_restored():
+    before = torch.get_num_threads()
+    with cpu_threads(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
+def test_device_names():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps", "xpu")
+    with pytest.raises(HoldfastError, match="Try 'auto' or 'cpu'"):
+        resolve_device("cuda:99")
+
+
+class TestFiles:
+    def test_round_trip_with_meta(self, tmp_path):
+        tensors = {"a": torch.randn(3, 2), "b": torch.arange(4)}
+        save_tensors(tmp_path / "x.safetensors", tensors, {"round": 3, "history": [None, 0.5]})
+        loaded, meta = load_tensors(tmp_path / "x.safetensors")
+        assert meta == {"round": 3, "history": [None, 0.5]}
+        assert all(torch.equal(loaded[k], v) for k, v in tensors.items())
+        assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) & 0o400
+
+    def test_channels_last_is_kept_by_value(self, tmp_path):
+        tensor = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+        save_tensors(tmp_path / "x.safetensors", {"a": tensor}, {})
+        assert torch.equal(load_tensors(tmp_path / "x.safetensors")[0]["a"], tensor)
+
+    def test_a_failed_write_leaves_the_old_file_and_no_rubbish(self, tmp_path):
+        path = tmp_path / "x.json"
+        write_atomic(path, "old")
+        with pytest.raises(UnicodeEncodeError):
+            write_atomic(path, "\ud800")
+        assert path.read_text() == "old"
+        assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+class TestJournal:
+    def test_survives_and_is_refused_for_other_work(self, tmp_path):
+        path = tmp_path / "checkpoints" / "j.jsonl"
+        Journal(path, {"seed": 1, "battery": "a"}).add("k", [1, 2])
+        assert Journal(path, {"seed": 1, "battery": "a"}).entries == {"k": [1, 2]}
+        with pytest.raises(HoldfastError, match="another battery, seed: results are never mixed"):
+            Journal(path, {"seed": 2, "battery": "b"})
+
+    @given(st.integers(1, 60))
+    def test_a_torn_line_is_dropped(self, tmp_path_factory, cut):
+        path = tmp_path_factory.mktemp("j") / "j.jsonl"
+        journal = Journal(path, {"seed": 1})
+        for i in range(3):
+            journal.add(f"key {i}", i)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-cut])
+        resumed = Journal(path, {"seed": 1})
+        assert resumed.entries == {k: v for k, v in journal.entries.items() if k in resumed.entries}
+        for i in range(3):
+            if f"key {i}" not in resumed.entries:
+                resumed.add(f"key {i}", i)
+        assert path.read_bytes() == whole
+        assert all(json.loads(line) for line in path.read_text().splitlines())
+
+    def test_in_memory(self):
+        journal = Journal(None, {})
+        journal.add("a", 1)
+        assert journal.entries == {"a": 1}
