@@ -50,7 +50,7 @@ def run_command(
     from holdfast.report.terminal import show
 
     loaded = load(recipe, scale=scale, overrides=set, seed=seed)
-    folder = out or Path("runs") / Path(recipe).with_suffix("")
+    folder = out or Path("runs") / (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe)
     result = run_recipe(loaded, folder=folder, data_dir=data_dir, device=device, overwrite=overwrite)
     show(result, folder)
     return _exit_code(result.audit.verdict.label if result.audit else None) if gate else 0
