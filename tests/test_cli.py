@@ -196,7 +196,8 @@ class TestImmunizeAndAudit:
             np.savez(files / f"{name}.npz", x_train=x, y_train=y, x_test=x, y_test=y, **extra)
         arguments = {
             "model": "{files}/original.safetensors", "original": "{files}/original.safetensors",
-            "benign": "digits[0-4]", "restricted": "digits[5-9]", "battery": "quick-v1", "budgets": "[0,1]", "shots": "2", **change,
+            "benign": "digits[0-4]", "restricted": "digits[5-9]", "battery": "quick-v1",
+            "budgets": "[0,1]", "shots": "2", **change,
         }  # fmt: skip
         filled = {k: v.format(files=files) for k, v in arguments.items()}
         model = filled.pop("model")

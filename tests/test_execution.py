@@ -15,7 +15,9 @@ from holdfast.execution import (
     cpu_threads,
     derive_seed,
     load_tensors,
+    optimizer_tensors,
     resolve_device,
+    restore_optimizer,
     save_tensors,
     write_atomic,
 )
@@ -116,3 +118,29 @@ class TestJournal:
         journal = Journal(None, {})
         journal.add("a", 1)
         assert journal.entries == {"a": 1}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_restored_optimizer_takes_the_same_step(fused, tmp_path):
+    """Channels-last parameters and a file in between, which stores tensors contiguously."""
+
+    def setting():
+        torch.manual_seed(0)
+        layer = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return layer, torch.optim.Adam(layer.parameters(), lr=0.1, fused=fused)
+
+    def step(layer, optimizer, seed):
+        torch.manual_seed(seed)
+        optimizer.zero_grad()
+        layer(torch.randn(2, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+
+    layer, optimizer = setting()
+    step(layer, optimizer, 1)
+    save_tensors(tmp_path / "s.safetensors", optimizer_tensors(optimizer), {})
+    again, restored = setting()
+    again.load_state_dict(layer.state_dict())
+    restore_optimizer(restored, load_tensors(tmp_path / "s.safetensors")[0])
+    step(layer, optimizer, 2)
+    step(again, restored, 2)
+    assert torch.equal(layer.weight, again.weight)

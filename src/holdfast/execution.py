@@ -233,6 +233,27 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise HoldfastError(f"{str(path)!r} is not a readable safetensors file: {error}.") from error
 
 
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns an optimizer's state as named tensors, for `save_tensors`; settings such as rates are not in it."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}/{key}": value for i, entries in state.items() for key, value in entries.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts what `optimizer_tensors` returned into an optimizer over the same parameters.
+
+    Fused optimizers walk a parameter and its moments in memory order, so each moment gets its parameter's layout.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, _, key = name.partition("/")
+        like = parameters[int(index)]
+        laid_out = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+        state.setdefault(int(index), {})[key] = laid_out
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 class Journal:
     """A durable list of finished pieces of work: one JSON line each, written through to the disk.
 

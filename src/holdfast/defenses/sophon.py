@@ -22,14 +22,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.defenses.base import Defense, Record
 from holdfast.errors import HoldfastError, unknown
-from holdfast.execution import Run, derive_seed, fingerprint, load_tensors, save_tensors
+from holdfast.execution import (
+    Run,
+    derive_seed,
+    fingerprint,
+    load_tensors,
+    optimizer_tensors,
+    restore_optimizer,
+    save_tensors,
+)
 from holdfast.finetune import Initialisation, Strategy, finetune, not_applicable, prepare
 from holdfast.models import SplitModel, check_fits
 from holdfast.results import Event
@@ -371,11 +379,7 @@ class _Immunization:
         tensors = {f"model/{n}": v for n, v in self._snapshot().items()}
         tensors |= {f"good/{n}": v for n, v in self.good.items()}
         for label, optimizer in (("suppressor", self.suppressor), ("reinforcer", self.reinforcer)):
-            tensors |= {
-                f"{label}/{i}/{key}": value
-                for i, state in optimizer.state_dict()["state"].items()
-                for key, value in state.items()
-            }
+            tensors |= {f"{label}/{n}": v for n, v in optimizer_tensors(optimizer).items()}
         meta = {
             "belongs_to": self.belongs_to, "round": self.round, "rollbacks": self.rollbacks, "rate": self.rate,
             "history": self.record.history, "events": [e.model_dump() for e in self.record.events],
@@ -399,15 +403,7 @@ class _Immunization:
         self.round, self.rollbacks, self.rate = meta["round"], meta["rollbacks"], meta["rate"]
         self.suppressor = self._adam(self.rate)
         for label, optimizer in (("suppressor", self.suppressor), ("reinforcer", self.reinforcer)):
-            state: dict[int, dict[str, Any]] = {}
-            moved = optimizer.param_groups[0]["params"]
-            for key, value in _under(tensors, label).items():
-                index, _, entry = key.partition("/")
-                # Fused optimizers walk parameter and moments in memory order: their layouts must agree.
-                like = moved[int(index)]
-                same = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
-                state.setdefault(int(index), {})[entry] = same
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            restore_optimizer(optimizer, _under(tensors, label))
         self.record = Record(meta["history"], [Event(**e) for e in meta["events"]], meta["completed"])
         self.run.say(f"Immunization: continuing after {self.round} of {self.config.iterations} rounds")
 
