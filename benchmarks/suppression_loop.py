@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from holdfast.defenses.sophon import Simulation
+from holdfast.defenses.simulation import Simulation
 from holdfast.finetune import Strategy
 from holdfast.models import ModelSpec, SplitModel, load_model
 from holdfast.suppression import inverse_cross_entropy

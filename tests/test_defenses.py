@@ -12,7 +12,7 @@ from cases import DEFENSES
 from conftest import toy_task
 from holdfast.defenses import DEFENSES as REGISTRY
 from holdfast.defenses import Sophon
-from holdfast.defenses.sophon import Simulation
+from holdfast.defenses.simulation import Simulation
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run
 from holdfast.finetune import Strategy

@@ -1,0 +1,101 @@
+r"""Simulated fine-tuning and the first-order meta-gradient of SOPHON.
+
+The meta-gradient is of first order (section 4.1.2). The paper's objective, Eq. 4, is
+
+.. math:: L_{FTS} = \sum_{i=1}^N \sum_{k=1}^K \gamma_{i,k} L_\alpha(\phi_i^k),
+
+with :math:`\phi_i^k` the parameters after k simulated steps. Fine-tuning maps :math:`\theta \mapsto \phi^k`; taking its
+Jacobian as the identity,
+
+.. math:: \nabla_\theta L_{FTS} \approx \sum_{i,k} \gamma_{i,k} \nabla L_\alpha(\phi)|_{\phi_i^k}.
+
+So nothing needs the graph of the earlier steps: each gradient is added to a buffer and dropped, and memory does not
+grow with K. For a head that was initialised anew, the Jacobian with respect to the released head is exactly zero: such
+simulations do not move it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from holdfast.finetune import Strategy, finetune, prepare
+from holdfast.models import SplitModel
+from holdfast.suppression import SuppressionLoss
+from holdfast.tasks import Task
+
+
+class Simulation:
+    """Simulated fine-tuning and the first-order meta-gradient, in buffers that are made once.
+
+    Args:
+        model: the model being immunized; never written to.
+        loss: suppression loss, minimised by the defender.
+    """
+
+    def __init__(self, model: SplitModel, loss: SuppressionLoss) -> None:
+        self.model = model
+        self.loss = loss
+        self.gradient = [torch.zeros_like(p) for p in model.parameters()]
+        self._state = list(model.network.state_dict().values())
+        self._copy = model.clone()
+        self._head = self._copy.head
+        head = {id(p) for p in model.head.parameters()}
+        self._free = [i for i, p in enumerate(model.parameters()) if p.requires_grad]
+        self._free_in_body = [i for i, p in enumerate(model.parameters()) if p.requires_grad and id(p) not in head]
+
+    def zero(self) -> None:
+        """Empties the gradient buffer."""
+        torch._foreach_zero_(self.gradient)
+
+    def _adversary(self, strategy: Strategy, task: Task) -> SplitModel:
+        """The copy that the simulated adversary trains: parameters and buffers as in the model, in reused memory."""
+        copy = self._copy
+        copy.put_head(self._head)  # the last simulation may have left another one there
+        for own, source in zip(copy.network.state_dict().values(), self._state, strict=True):
+            own.copy_(source)
+        prepare(copy, strategy, task)
+        return copy
+
+    def run(
+        self,
+        task: Task,
+        strategy: Strategy,
+        steps: int,
+        gamma: tuple[float, ...] | None,
+        *,
+        generator: torch.Generator,
+    ) -> float:
+        """Simulates one adversary and adds its weighted gradients to the buffer.
+
+        Args:
+            task: defender's half of the restricted task; fine-tuning batches R and evaluation batches T come from it.
+            strategy: how the adversary fine-tunes.
+            steps: K.
+            gamma: one weight a step, or None for 1.
+            generator: draws R and T.
+
+        Returns:
+            The mean suppression loss over the K steps; not finite if any step's was not.
+        """
+        device = self.gradient[0].device
+        adversary = self._adversary(strategy, task)
+        parameters = list(adversary.parameters())
+        moved = self._free if strategy.initialisation == "direct" else self._free_in_body
+        at, sink = [parameters[i] for i in moved], [self.gradient[i] for i in moved]
+        evaluation = task.batches("train", strategy.batch_size, generator=generator, device=device)
+        training = finetune(adversary, task, strategy, generator=generator, device=device)
+        total = torch.zeros((), device=device)
+        for k in range(steps):
+            next(training)
+            batch = next(evaluation)
+            loss = self.loss(adversary(batch.x), batch.y)
+            grads = torch.autograd.grad(loss, at, allow_unused=True)
+            self._accumulate(sink, grads, 1.0 if gamma is None else gamma[k])
+            total += loss.detach()
+        return float(total) / steps
+
+    @staticmethod
+    def _accumulate(sink: list[Tensor], grads: tuple[Tensor | None, ...], weight: float) -> None:
+        pairs = [(s, g) for s, g in zip(sink, grads, strict=True) if g is not None]
+        torch._foreach_add_([s for s, _ in pairs], [g for _, g in pairs], alpha=weight)
