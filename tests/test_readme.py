@@ -1,0 +1,41 @@
+"""The README's promises: its Python runs as printed, its links and commands exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from holdfast.cli import COMMANDS
+from holdfast.recipe import names
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_runs_as_printed(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split(" - ")[0] in ("resists", "partial", "fails", "invalid")
+    assert (tmp_path / "runs" / "mine" / "report.html").exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    targets = [t for t in re.findall(r"\]\(([^)#]+)", text) if not t.startswith("http")]
+    assert targets
+    assert [t for t in targets if not (ROOT / t).exists()] == []
+
+
+def test_commands_and_recipes_exist():
+    assert set(re.findall(r"^\$ holdfast (\w+)", README, re.MULTILINE)) == set(COMMANDS)
+    assert set(re.findall(r"^\$ holdfast run ([\w-]+)", README, re.MULTILINE)) <= set(names())
+    targets = re.findall(r"`make (\w+)`|^\$ make (\w+)", README, re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    for target in {a or b for a, b in targets}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
