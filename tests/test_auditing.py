@@ -67,7 +67,7 @@ class TestVerdict:
         assert "+20.0" not in said.sentence
         assert "20.0 points better off than from scratch after 20 steps" in said.sentence
         assert "22% of the original's advantage is left" in said.sentence
-        assert "50 labelled samples, 20 fine-tuning steps" in said.threat_model
+        assert "50 labelled samples, at most 20 fine-tuning steps and one of the 1 strategies" in said.threat_model
 
     @pytest.mark.parametrize(
         ("change", "reason"),

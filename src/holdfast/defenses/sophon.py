@@ -145,8 +145,8 @@ class Sophon(Defense):
             reason = not_applicable(strategy, model, restricted)
             if reason is not None:
                 raise HoldfastError(
-                    f"sophon: {reason}, so '{strategy.initialisation}' cannot be simulated; set initialisations "
-                    f"to [head]."
+                    f"sophon: {reason}, so '{strategy.initialisation}' cannot be simulated; set initialisations to "
+                    "[head]."
                 )
         return _Immunization(self, model, benign, restricted, run).finish()
 
@@ -306,9 +306,8 @@ class _Immunization:
         tensors, meta = load_tensors(path)
         if meta.get("belongs_to") != self.belongs_to:
             raise HoldfastError(
-                f"{str(path)!r} is the state of another immunization (model, data, seed or settings differ): "
-                f"states are never "
-                "mixed. Choose another folder with --out."
+                f"{str(path)!r} is the state of another immunization (model, data, seed or settings differ): states "
+                "are never mixed. Choose another folder with --out."
             )
         self._restore(_under(tensors, "model"))
         self.good = {n: v.to(self.run.device) for n, v in _under(tensors, "good").items()}

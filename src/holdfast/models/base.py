@@ -163,9 +163,8 @@ class SplitModel(nn.Module):
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             if own and not hasattr(module, "reset_parameters"):
                 raise HoldfastError(
-                    f"{self.name}: layer {name or '(root)'!r} ({type(module).__name__}) cannot be initialised "
-                    f"anew, which the "
-                    "scratch control needs; give the model a factory."
+                    f"{self.name}: layer {name or '(root)'!r} ({type(module).__name__}) cannot be initialised anew, "
+                    "which the scratch control needs; give the model a factory."
                 )
             if own:
                 module.reset_parameters()
@@ -249,8 +248,8 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool) -> None:
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise HoldfastError(
             f"{model.name} cannot take the inputs of task {task.name!r}, shape {task.input_shape}: "
-            f"{str(error).splitlines()[0]}. For images, set the task's image_size and channels to what the "
-            f"model expects."
+            f"{str(error).splitlines()[0]}. For images, set the task's image_size and channels to what the model "
+            "expects."
         ) from error
     finally:
         model.train(training)

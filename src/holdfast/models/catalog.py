@@ -102,8 +102,7 @@ def load_released(
         _build(ModelSpec(name=name), task.input_shape, task.num_outputs)
         raise HoldfastError(
             f"{name!r} is an architecture without weights; add its weights (.safetensors), or give a "
-            f"model.safetensors that "
-            "Holdfast saved."
+            "model.safetensors that Holdfast saved."
         )
     spec = name if is_file else ModelSpec(name=name, weights=str(weights))
     return load_model(spec, task, data_dir=data_dir)
@@ -118,9 +117,8 @@ def _spec(model: str | ModelSpec, data_dir: Path | str | None) -> ModelSpec:
     _, meta = load_tensors(path)
     if "model" not in meta:
         raise HoldfastError(
-            f"{model!r} does not say which architecture it is for; give the architecture by name and this file "
-            f"as its weights "
-            "(`cnn --weights FILE`)."
+            f"{model!r} does not say which architecture it is for; give the architecture by name and this file as its "
+            "weights (`cnn --weights FILE`)."
         )
     try:
         return ModelSpec.model_validate({**meta["model"], "weights": str(path)})

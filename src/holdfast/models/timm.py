@@ -57,9 +57,8 @@ def find_head(name: str, model: Any) -> str:
     )
     if not inside:
         raise HoldfastError(
-            f"timm:{name}: no head was found (get_classifier gives {type(classifier).__name__}); Holdfast needs "
-            f"one linear "
-            "layer that makes the logits."
+            f"timm:{name}: no head was found (get_classifier gives {type(classifier).__name__}); Holdfast needs one "
+            "linear layer that makes the logits."
         )
     found: str = next(dotted for dotted, module in model.named_modules() if module is inside[-1])
     return found

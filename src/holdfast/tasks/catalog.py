@@ -155,8 +155,8 @@ def _torchvision(name: str, folder: Path | None) -> ArrayTask:
     except (OSError, RuntimeError) as error:
         where = str(folder) if folder else f"a folder named by --data-dir or ${DATA_VARIABLE}"
         raise HoldfastError(
-            f"Task {name!r}: torchvision could not download it ({error}). Check the network, or put {name}.npz "
-            f"into {where}."
+            f"Task {name!r}: torchvision could not download it ({error}). Check the network, or put {name}.npz into "
+            f"{where}."
         ) from error
     arrays: list[Array] = []
     for part in parts:
