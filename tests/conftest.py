@@ -16,6 +16,7 @@ from holdfast.recipe import load as load_recipe
 from holdfast.results import RunResult
 from holdfast.tasks import ArrayTask, load_task
 
+torch.set_num_threads(1)  # as fast as two for networks this small, and indifferent to what else the machine does
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -38,6 +38,7 @@ def inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         HoldfastError: if there are fewer than two classes: then no answer but the label is possible.
 
     Example:
+        >>> import torch
         >>> z = torch.log(torch.tensor([[0.25, 0.75]]))
         >>> round(inverse_cross_entropy(z, torch.tensor([0])).exp().item(), 4)  # 1 / (1 - 0.25)
         1.3333
@@ -63,6 +64,7 @@ def kl_from_uniform(logits: Tensor, labels: Tensor | None = None) -> Tensor:
         A scalar of the dtype of ``logits``, at least 0, and 0 for equal logits.
 
     Example:
+        >>> import torch
         >>> kl_from_uniform(torch.zeros(3, 5)).abs().item() < 1e-6
         True
     """
@@ -81,6 +83,7 @@ def cross_entropy_ascent(logits: Tensor, labels: Tensor) -> Tensor:
         A scalar of the dtype of ``logits``, at most 0.
 
     Example:
+        >>> import torch
         >>> round(cross_entropy_ascent(torch.zeros(1, 2), torch.tensor([1])).item(), 4)  # -log 2
         -0.6931
     """
