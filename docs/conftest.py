@@ -6,18 +6,24 @@ import contextlib
 import io
 import re
 import shlex
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+import holdfast
 from holdfast.cli import main
+
+collect_ignore = ["docstrings.py"]  # for the build of the site; the tests do without what it imports
 
 HERE = Path(__file__).parent
 _CONSOLE = re.compile(r"```console\n\$ (?P<command>holdfast[^\n]*--help)\n(?P<output>.*?)```", re.DOTALL)
+_FILE = re.compile(r"```python\n# src/(?P<path>[\w/]+)\.py\n(?P<code>.*?)```", re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +34,7 @@ def _quiet_surroundings(
     threads = torch.get_num_threads()
     monkeypatch.delenv("HOLDFAST_DATA", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    doctest_namespace["stale_help"] = stale_help
+    doctest_namespace |= {f.__name__: f for f in (stale_help, undocumented_names, files_in_contributing)}
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
@@ -39,6 +45,24 @@ def stale_help() -> list[str]:
     shown = {m["command"]: m["output"] for m in _CONSOLE.finditer((HERE / "cli.md").read_text())}
     assert len(shown) == 6, "cli.md shows the help of holdfast and of its five commands"
     return [command for command, output in shown.items() if _words(output) != _words(_printed(command))]
+
+
+def undocumented_names() -> list[str]:
+    """Returns the public names that have no entry in api.md."""
+    entries = re.findall(r"^::: [\w.]+\.(\w+)$", (HERE / "api.md").read_text(), re.MULTILINE)
+    return [name for name in holdfast.__all__ if name not in entries]
+
+
+def files_in_contributing() -> dict[str, ModuleType]:
+    """Returns the modules whose files stand in CONTRIBUTING.md, by name, each made from its text there."""
+    blocks = _FILE.finditer((HERE.parent / "CONTRIBUTING.md").read_text())
+    return {name: _module(name, m["code"]) for m in blocks if (name := m["path"].replace("/", "."))}
+
+
+def _module(name: str, code: str) -> ModuleType:
+    module = sys.modules[name] = ModuleType(name)  # dataclasses look their module up
+    exec(compile(code, name, "exec"), module.__dict__)
+    return module
 
 
 def _printed(command: str) -> str:
