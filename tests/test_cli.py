@@ -140,7 +140,7 @@ class TestImmunizeAndAudit:
         )
         assert done.returncode == 0, done.stderr
         made = tmp_path / "made" / "model.safetensors"
-        audit = ("--original", files / "original.safetensors", "--budgets", "[0,2,5]", "--seeds", "1", "--shots", "2")
+        audit = ("--original", files / "original.safetensors", "--budgets", "0,2,5", "--seeds", "1", "--shots", "2")
         done = holdfast("audit", made, *audit, *self.COMMON, "--out", tmp_path / "audit")
         assert done.returncode in (0, 3, 4), done.stderr
         assert "5 steps" in done.stdout
@@ -178,6 +178,7 @@ class TestImmunizeAndAudit:
             ({"restricted": "{files}/wide.npz"}, ["cannot take the inputs", "image_size"]),
             ({"battery": "strong-v9"}, ["Unknown battery 'strong-v9'"]),
             ({"budgets": "[1,2]"}, ["ascending, the first 0"]),
+            ({"budgets": "0,some"}, ["'0,some'", "whole numbers with commas"]),
             ({"shots": "5000"}, ["lower `shots`"]),
         ],
     )

@@ -53,6 +53,15 @@ class TestEveryDefense:
         with pytest.raises(HoldfastError, match="5 outputs and its task"):
             DEFENSES[name].immunize(model, load_task("digits"), restricted, run=run)
 
+    def test_a_second_call_in_a_folder_gives_the_same_model(self, name, model, benign, restricted, tmp_path):
+        first, record = DEFENSES[name].immunize(model, benign, restricted, run=Run(0, CPU, tmp_path))
+        second, again = DEFENSES[name].immunize(model, benign, restricted, run=Run(0, CPU, tmp_path))
+        assert second.facts().sha256 == first.facts().sha256
+        assert again == record
+
+
+@pytest.mark.parametrize("name", [n for n, d in DEFENSES.items() if isinstance(d, Sophon)])
+class TestSophonResumes:
     def test_stops_and_continues_to_the_same_model(self, name, model, benign, restricted, tmp_path):
         whole, record = DEFENSES[name].immunize(model, benign, restricted, run=Run(0, CPU))
 

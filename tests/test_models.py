@@ -78,6 +78,14 @@ class TestSplitModel:
         with pytest.raises(HoldfastError, match=message):
             SplitModel(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), head)
 
+    def test_a_convolution_as_head_must_be_1x1(self):
+        def wrap(kernel):
+            return SplitModel(nn.Sequential(nn.AdaptiveAvgPool2d(kernel), nn.Conv2d(3, 5, kernel)), "1")
+
+        assert wrap(1)(torch.zeros(2, 3, 4, 4)).shape == (2, 5)
+        with pytest.raises(HoldfastError, match="must be 1x1"):
+            wrap(3)
+
     def test_normalisation_refusals(self):
         with pytest.raises(HoldfastError, match="together"):
             SplitModel(nn.Sequential(nn.Linear(2, 2)), "0", mean=[0.5])
@@ -98,6 +106,18 @@ class TestFiles:
         from safetensors.torch import load_file
 
         plain.load_state_dict(load_file(tmp_path / "m.safetensors"), strict=True)
+
+    def test_a_saved_model_never_asks_for_pretrained_weights_again(self, images, tmp_path, monkeypatch):
+        made = []
+        create = timm.create_model
+        monkeypatch.setattr(
+            timm, "create_model", lambda *a, pretrained=False, **k: made.append(pretrained) or create(*a, **k)
+        )
+        first = load_model(ModelSpec(name="timm:resnet18", options={"pretrained": True}), images)
+        first.save(tmp_path / "m.safetensors")
+        load_released(str(tmp_path / "m.safetensors"), None, images).fresh()
+        first.fresh()
+        assert made == [True, False, False, False]
 
     def test_a_pickle_is_refused_unopened(self, model, benign, tmp_path):
         class Bomb:

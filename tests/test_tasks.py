@@ -61,6 +61,10 @@ class TestRefusals:
             ("digits[3]", "at least two"),
             ("digits[1,1]", "each once"),
             ("./nothing.npz", "does not exist"),
+            ("digits@image_sise=4", "did you mean 'image_size'"),
+            ("digits@image_size", "has no '='"),
+            ("digits@image_size=big", "image_size is 'big'"),
+            ("digits@data=mnist", "Unknown setting"),
         ],
     )
     def test_names(self, spec, message):
@@ -227,6 +231,11 @@ class TestSources:
         assert task.input_shape == (3,)
         assert (task.size("train"), task.size("test")) == (30, 10)
         assert task._x["train"][:, 0].mean().abs() < 1e-6
+
+    def test_csv_as_on_a_command_line(self, tmp_path):
+        pd.DataFrame({"n": range(40), "label": ["a", "b"] * 20}).to_csv(tmp_path / "t.csv", index=False)
+        assert load_task(f"{tmp_path}/t.csv@target=label").class_names == ["a", "b"]
+        assert load_task("t[1,0]@target=label", data_dir=tmp_path).class_names == ["b", "a"]
 
     def test_csv_with_its_own_split(self, tmp_path):
         frame = pd.DataFrame({"n": [1.0, 2, 3, 4], "y": [0, 1, 0, 1], "split": ["train", "train", "test", "test"]})

@@ -66,6 +66,7 @@ def immunize_command(
     seed: int = 0,
     data_dir: Path | None = None,
     device: str = "auto",
+    threads: int | None = None,
     *,
     set: Sequence[str] = (),
 ) -> int:
@@ -75,7 +76,7 @@ def immunize_command(
 
     Args:
         model: A model.safetensors that Holdfast saved, or an architecture (cnn, mlp, cifar_resnet, timm:NAME).
-        benign: What it must stay good at: digits[0-4], cifar10, a path to .npz, .csv or an image folder, ...
+        benign: What it must stay good at: digits[0-4], cifar10, x.npz, images/@image_size=32, t.csv@target=label, ...
         restricted: What it must not be fine-tuned to; named like `benign`.
         out: Folder for model.safetensors, result.json, report.html and checkpoints/.
         weights: Weights of the architecture (.safetensors), where MODEL is a name.
@@ -83,6 +84,7 @@ def immunize_command(
         seed: Of everything random.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
         device: auto, cpu, cuda, cuda:1, mps, ...
+        threads: CPU threads; 1 is best for small networks (default: torch's own choice).
         set: Set a hyper-parameter of the defense, such as iterations=50; may be repeated.
     """
     import yaml
@@ -97,15 +99,9 @@ def immunize_command(
     task, against = load_task(benign, data_dir=data_dir), load_task(restricted, data_dir=data_dir)
     original = load_released(model, weights, task, data_dir=data_dir)
     pipeline.immunize(
-        original,
-        benign=task,
-        restricted=against,
-        defense=chosen,
-        seed=seed,
-        device=device,
-        folder=out,
-        quiet=False,
-    )
+        original, benign=task, restricted=against, defense=chosen, seed=seed, device=device, threads=threads,
+        folder=out, quiet=False,
+    )  # fmt: skip
     print(f"Immunized model: {out / 'model.safetensors'}")
     return 0
 
@@ -119,12 +115,13 @@ def audit_command(
     weights: Path | None = None,
     original_weights: Path | None = None,
     battery: str = "quick-v1",
-    budgets: tuple[int, ...] = (0, 5, 10, 20, 50, 100),
+    budgets: str = "0,5,10,20,50,100",
     seeds: int = 3,
     shots: int | None = None,
     seed: int = 0,
     data_dir: Path | None = None,
     device: str = "auto",
+    threads: int | None = None,
 ) -> int:
     """Audit a model against its original and against training from scratch; a gate for CI.
 
@@ -133,7 +130,7 @@ def audit_command(
     Args:
         model: The model in question: a model.safetensors that Holdfast saved, or an architecture (cnn, timm:NAME, ...).
         original: What it was before it was immunized, given like MODEL.
-        benign: Its own task: digits[0-4], cifar10, a path to .npz, .csv or an image folder, ...
+        benign: Its own task: digits[0-4], cifar10, x.npz, images/@image_size=32, t.csv@target=label, ...
         restricted: The task that it must not be fine-tuned to; named like `benign`.
         out: Folder for result.json, report.html and finished trials.
         weights: Weights of the model (.safetensors), where MODEL is the name of an architecture.
@@ -145,6 +142,7 @@ def audit_command(
         seed: Of everything random.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
         device: auto, cpu, cuda, cuda:1, mps, ...
+        threads: CPU threads; 1 is best for small networks (default: torch's own choice).
     """
     from holdfast import pipeline
     from holdfast.models import load_released
@@ -155,8 +153,8 @@ def audit_command(
     released = load_released(model, weights, task, data_dir=data_dir)
     before = load_released(original, original_weights, task, data_dir=data_dir)
     pipeline.audit(
-        released, original=before, benign=task, restricted=against, seed=seed, device=device, folder=out, quiet=False,
-        battery=battery, budgets=budgets, seeds=seeds, shots=shots,
+        released, original=before, benign=task, restricted=against, seed=seed, device=device, threads=threads,
+        folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds, shots=shots,
     )  # fmt: skip
     result = pipeline.read_result(out)
     show(result, out)
@@ -167,7 +165,7 @@ def report_command(folder: Path) -> int:
     """Write a run's report.html anew from its result.json, and print the verdict.
 
     Args:
-        folder: A folder that `holdfast run` or `holdfast audit` completed.
+        folder: A folder that `holdfast run`, `immunize` or `audit` completed.
     """
     from holdfast.pipeline import read_result
     from holdfast.report import write_report
@@ -302,6 +300,13 @@ def _split(item: str) -> tuple[str, str]:
     if not equals:
         raise HoldfastError(f"--set {item!r} has no '='; write it as key=value.")
     return key.strip(), value
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.strip("[]() ").split(","))
+    except ValueError as error:
+        raise HoldfastError(f"--budgets {text!r}: expected whole numbers with commas, such as 0,10,20.") from error
 
 
 def _exit_code(label: str | None) -> int:

@@ -85,6 +85,7 @@ def immunize(
     defense: str | Defense = "sophon",
     seed: int = 0,
     device: str = "auto",
+    threads: int | None = None,
     folder: Path | str | None = None,
     quiet: bool = True,
     **options: Any,
@@ -98,6 +99,7 @@ def immunize(
         defense: a name, or a `Defense`.
         seed: of everything random.
         device: `auto`, or a torch device.
+        threads: CPU threads of torch; None: its default. One is best for networks of the quickstart's size.
         folder: where to keep checkpoints, `model.safetensors` and `result.json`; a second call continues there.
         quiet: show no progress.
         options: hyper-parameters of the defense, when it is given by name.
@@ -107,12 +109,13 @@ def immunize(
     """
     chosen = build_defense({"name": defense, **options}) if isinstance(defense, str) else defense
     job = _Job.start("immunize", f"{chosen.name} on {model.name}", seed, device, folder, quiet)
-    job.claim({"defense": {"name": chosen.name, **chosen.config()}, "model": model.facts().sha256})
     job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.claim({"defense": {"name": chosen.name, **chosen.config()}, "model": model.facts().sha256})
     job.note_model("original", model)
-    immunized, result = job.immunize(model, benign, halves(restricted)[0], chosen)
-    if folder is not None:
-        job.save(immunization=result)
+    with cpu_threads(threads):
+        immunized, result = job.immunize(model, benign, halves(restricted)[0], chosen)
+        if folder is not None:
+            job.save(immunization=result)
     return immunized
 
 
@@ -124,6 +127,7 @@ def audit(
     restricted: Task,
     seed: int = 0,
     device: str = "auto",
+    threads: int | None = None,
     folder: Path | str | None = None,
     quiet: bool = True,
     **options: Any,
@@ -137,6 +141,7 @@ def audit(
         restricted: the task that it must not be fine-tuned to; adversaries get their half of its training data.
         seed: of everything random.
         device: `auto`, or a torch device.
+        threads: CPU threads of torch; None: its default. One is best for networks of the quickstart's size.
         folder: where to keep finished trials, `result.json` and `report.html`; a second call continues there.
         quiet: show no progress.
         options: of `AuditSpec`: battery, budgets, seeds, shots, thresholds.
@@ -150,13 +155,14 @@ def audit(
         raise readable(error, "audit", AuditSpec) from error
     job = _Job.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
     facts = {"model": model.facts().sha256, "original": original.facts().sha256}
-    job.claim({"audit": spec.model_dump(mode="json"), **facts})
     job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.claim({"audit": spec.model_dump(mode="json"), **facts})
     job.note_model("original", original)
     job.note_model("immunized", model)
-    result = job.audit(model, original, benign, halves(restricted)[1], spec)
-    if folder is not None:
-        job.save(audit=result)
+    with cpu_threads(threads):
+        result = job.audit(model, original, benign, halves(restricted)[1], spec)
+        if folder is not None:
+            job.save(audit=result)
     return result
 
 
@@ -200,7 +206,7 @@ def run_recipe(
 
     job = _Job.start("run", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
     job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
-    job.claim({"recipe": job.recipe, "tasks": {k: v.sha256 for k, v in job.tasks.items()}})
+    job.claim({"recipe": job.recipe})
     finished = job.finished()
     if finished is not None:
         job.run.say(f"{folder}: already complete. Nothing to do; --overwrite runs it again.")
@@ -253,7 +259,8 @@ class _Job:
         if self.run.folder is None:
             return
         path = self.run.folder / "job.json"
-        mine = json.loads(json.dumps({"kind": self.kind, "seed": self.run.seed, **settings}))
+        data = {part: facts.sha256 for part, facts in self.tasks.items()}
+        mine = json.loads(json.dumps({"kind": self.kind, "seed": self.run.seed, "data": data, **settings}))
         if not path.exists():
             if (self.run.folder / "result.json").exists():
                 raise HoldfastError(
@@ -271,8 +278,12 @@ class _Job:
             raise HoldfastError(
                 f"{str(self.run.folder)!r} holds another job; it differs in: "
                 f"{', '.join(_differences(found, mine)[:5])}. "
-                "Results are never mixed: choose another folder with --out, or throw the old one away with --overwrite."
+                f"Results are never mixed: {self._elsewhere()}."
             )
+
+    def _elsewhere(self) -> str:
+        other = "choose another folder with --out"
+        return f"{other}, or throw the old one away with --overwrite" if self.kind == "run" else other
 
     def finished(self) -> RunResult | None:
         """Returns the folder's result, if the job was completed before."""

@@ -108,7 +108,7 @@ class Thresholds(_Result):
         0.02,
         ge=0,
         lt=1,
-        description="`resists`: the advantage may exceed 0 by this much, at no audited budget more.",
+        description="`resists`: the advantage may exceed 0 by this much, at no budget above 0 more.",
     )
     fails_at: float = Field(
         0.5,
@@ -187,7 +187,7 @@ class ImmunizationResult(_Result):
 
     defense: str
     config: dict[str, Any]
-    history: dict[str, list[float | None]] = Field(description="Series by name; `iteration` is their common axis.")
+    history: dict[str, list[int | float | None]] = Field(description="Series by name; `iteration` is the axis.")
     events: list[Event]
     completed: bool = Field(description="False if the defense gave up early; the events say why.")
 

@@ -1,8 +1,8 @@
-r"""Losses that a defender minimises so that a model becomes worse at a restricted classification task.
+"""Losses that a defender minimises so that a model becomes worse at a restricted classification task.
 
 Ascending the cross-entropy does not converge: its gradient grows with the error (SOPHON, Eq. 10). The two losses
-of SOPHON, section 4.3.1, vanish where the defender wants to be. Symbols as in the paper: logits :math:`z`,
-:math:`\hat y = \mathrm{softmax}(z)`, label :math:`y`, :math:`C` classes.
+of SOPHON, section 4.3.1, vanish where the defender wants to be. Symbols as in the paper: logits z,
+p = softmax(z) (there: y-hat), label y, C classes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ SuppressionLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    r"""ICE, Eq. 11: the mean of :math:`-\log(1 - \hat y_y)`; it needs labels and suppresses this labelling only.
+    """ICE, Eq. 11: the mean of -log(1 - p_y); it needs labels and suppresses this labelling only.
 
-    Derivation of the stable form: with :math:`a = z_y - \log \sum_{j \ne y} e^{z_j}` we have
-    :math:`\hat y_y = \mathrm{sigmoid}(a)`, so :math:`-\log(1 - \hat y_y) = \mathrm{softplus}(a)`. Its gradient is
-    Eq. 12: :math:`\hat y_y` at the label and :math:`-\hat y_i \hat y_y / (1 - \hat y_y)` elsewhere. No difference of
-    large numbers is taken, so value and gradient are finite for any finite logits (tested up to 1e4).
+    Derivation of the stable form: with a = z_y - log(sum over j != y of exp(z_j)) we have p_y = sigmoid(a), so that
+    -log(1 - p_y) = softplus(a). Its gradient is Eq. 12: p_y at the label and -p_i p_y / (1 - p_y) elsewhere. No
+    difference of large numbers is taken, so value and gradient are finite for any finite logits (tested up to 1e4).
 
     Args:
         logits: shape (N, C), floating point, C >= 2.
@@ -51,10 +50,9 @@ def inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def kl_from_uniform(logits: Tensor, labels: Tensor | None = None) -> Tensor:
-    r"""KLU, Eq. 13: the mean of :math:`-\sum_j \frac1C \log(C \hat y_j)`; it ignores labels.
+    """KLU, Eq. 13: the mean of -(1/C) sum over j of log(C p_j); it ignores labels.
 
-    As :math:`\log \hat y_j = z_j - \mathrm{logsumexp}(z)`, the sum is :math:`\mathrm{logsumexp}(z) - \bar z - \log C`;
-    its gradient is Eq. 14, :math:`\hat y_i - 1/C`.
+    As log p_j = z_j - logsumexp(z), this is logsumexp(z) - mean(z) - log C; its gradient is Eq. 14, p_i - 1/C.
 
     Args:
         logits: shape (N, C), floating point.

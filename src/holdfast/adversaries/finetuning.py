@@ -22,7 +22,7 @@ class FineTuning(Adversary):
 
     Attributes:
         strategy: how it starts, what it moves, and with which optimizer.
-        name: by default spelled from the strategy, with the paper's words: `initFC+all adam 1e-3`.
+        name: by default spelled from the strategy, with the paper's words for start and scope.
 
     Example:
         >>> FineTuning(Strategy("head", "all", "adam", 1e-3)).name
@@ -37,6 +37,7 @@ class FineTuning(Adversary):
         start = {"direct": "direct", "head": "initFC"}[s.initialisation]
         scope = {"all": "all", "head": "FC"}[s.scope]
         spelled = f"{start}+{scope} {s.optimizer} {s.learning_rate:g} b{s.batch_size}"
+        spelled += f" wd{s.weight_decay:g}" if s.weight_decay else ""
         object.__setattr__(self, "name", self.name or spelled)
 
     @property

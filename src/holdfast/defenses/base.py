@@ -16,7 +16,7 @@ from holdfast.tasks import Task
 class Record:
     """What a defense notes while it works; it becomes the result's `immunization` part."""
 
-    history: dict[str, list[float | None]] = field(default_factory=dict)
+    history: dict[str, list[int | float | None]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     completed: bool = True
 

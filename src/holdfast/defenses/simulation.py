@@ -1,13 +1,8 @@
-r"""Simulated fine-tuning and the first-order meta-gradient of SOPHON.
+"""Simulated fine-tuning and the first-order meta-gradient of SOPHON (section 4.1.2).
 
-The meta-gradient is of first order (section 4.1.2). The paper's objective, Eq. 4, is
-
-.. math:: L_{FTS} = \sum_{i=1}^N \sum_{k=1}^K \gamma_{i,k} L_\alpha(\phi_i^k),
-
-with :math:`\phi_i^k` the parameters after k simulated steps. Fine-tuning maps :math:`\theta \mapsto \phi^k`; taking its
-Jacobian as the identity,
-
-.. math:: \nabla_\theta L_{FTS} \approx \sum_{i,k} \gamma_{i,k} \nabla L_\alpha(\phi)|_{\phi_i^k}.
+The paper's objective, Eq. 4, is the sum over adversaries i and steps k of gamma_ik L(phi_ik), where phi_ik are the
+parameters of adversary i after k simulated steps from theta. Fine-tuning maps theta to phi_ik; taking the Jacobian of
+this map as the identity, the gradient with respect to theta is about the sum of gamma_ik (grad L)(phi_ik).
 
 So nothing needs the graph of the earlier steps: each gradient is added to a buffer and dropped, and memory does not
 grow with K. For a head that was initialised anew, the Jacobian with respect to the released head is exactly zero: such

@@ -1,4 +1,4 @@
-r"""SOPHON: non-fine-tunable learning for classification (Deng et al., IEEE S&P 2024, Algorithm 1).
+"""SOPHON: non-fine-tunable learning for classification (Deng et al., IEEE S&P 2024, Algorithm 1).
 
 Two kinds of loops alternate. A *suppression* loop (FTS) lets simulated adversaries fine-tune a copy of the model and
 moves the model so that they do worse; a *reinforcement* loop (NTR) is ordinary training on the benign task.

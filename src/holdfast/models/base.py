@@ -87,6 +87,10 @@ class SplitModel(nn.Module):
             raise HoldfastError(
                 f"{self.name}: the head {self.head_name!r} is {type(head).__name__}; expected Linear or Conv2d."
             )
+        if isinstance(head, nn.Conv2d) and (head.kernel_size != (1, 1) or head.groups != 1):
+            raise HoldfastError(
+                f"{self.name}: the head {self.head_name!r} is {head}; as a head it must be 1x1, ungrouped."
+            )
 
     @property
     def head(self) -> Head:

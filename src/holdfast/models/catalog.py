@@ -60,11 +60,12 @@ def load_model(
         5
     """
     spec = _spec(model, data_dir)
-    network, head, norm = _build(spec, task.input_shape, task.num_outputs)
+    # What is rebuilt later, for the scratch control or from a saved file, must not fetch pretrained weights again.
+    plain = spec.model_copy(update={"options": {k: v for k, v in spec.options.items() if k != "pretrained"}})
+    network, head, norm = _build(plain if spec.weights else spec, task.input_shape, task.num_outputs)
 
     def factory() -> nn.Module:
-        options = {k: v for k, v in spec.options.items() if k != "pretrained"}
-        return _build(spec.model_copy(update={"options": options}), task.input_shape, task.num_outputs)[0]
+        return _build(plain, task.input_shape, task.num_outputs)[0]
 
     mean, std = (spec.mean or (norm[0] if norm else None)), (spec.std or (norm[1] if norm else None))
     built = SplitModel(
@@ -74,7 +75,7 @@ def load_model(
         mean=mean,
         std=std,
         factory=factory,
-        spec=spec.model_dump(exclude={"weights"}),
+        spec=plain.model_dump(exclude={"weights"}),
     )
     if spec.weights is not None:
         built.load(_find(spec.weights, data_dir))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.arrays import Array, ArrayTask, load_npz
@@ -35,6 +35,33 @@ class TaskSpec(BaseModel):
     seed: int = Field(0, description="Seed of that split.")
 
 
+def parse_spec(text: str) -> TaskSpec:
+    """Reads a task as people write it on a command line: `NAME[0-4]@key=value,key=value`.
+
+    Raises:
+        HoldfastError: for an unknown key (with a suggestion) or a value of the wrong type.
+
+    Example:
+        >>> spec = parse_spec("digits[0-4]@image_size=16,channels=3")
+        >>> spec.data, spec.image_size, spec.channels
+        ('digits[0-4]', 16, 3)
+    """
+    data, _, settings = text.partition("@")
+    found = {}
+    for item in filter(None, settings.split(",")):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise HoldfastError(f"Task {text!r}: {item!r} has no '='; write NAME@key=value,key=value.")
+        if key not in TaskSpec.model_fields or key == "data":
+            raise unknown(f"setting in task {text!r}:", key, set(TaskSpec.model_fields) - {"data"})
+        found[key] = value
+    try:
+        return TaskSpec.model_validate({"data": data, **found})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise HoldfastError(f"Task {text!r}: {first['loc'][0]} is {first['input']!r}: {first['msg']}.") from error
+
+
 def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> ArrayTask:
     """Loads a task by name or path.
 
@@ -42,7 +69,7 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ar
     data folder, then downloaded by torchvision if it knows it.
 
     Args:
-        task: `digits`, `digits[0-4]`, `cifar10`, `path/to/data.npz`, ... or a `TaskSpec`.
+        task: `digits`, `digits[0-4]`, `cifar10`, `path/to/data.npz`, `table.csv@target=label`, ... or a `TaskSpec`.
         data_dir: the data folder; by default the environment variable `HOLDFAST_DATA`, else none. Downloads are kept
             there, or in `~/.cache/holdfast`.
 
@@ -54,7 +81,7 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ar
         >>> task.name, task.num_outputs, task.input_shape
         ('digits[5-9]', 5, (1, 8, 8))
     """
-    spec = TaskSpec(data=task) if isinstance(task, str) else task
+    spec = parse_spec(task) if isinstance(task, str) else task
     match = _NAME.match(spec.data.strip())
     if match is None:
         raise HoldfastError(f"Task {spec.data!r} is no name; expected NAME or NAME[0-4,7].")

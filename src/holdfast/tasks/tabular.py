@@ -38,7 +38,10 @@ def load_csv(path: Path, target: str | None, *, test_fraction: float = 0.25, see
         raise HoldfastError(f"{str(path)!r} cannot be read as CSV: {error}.") from error
     if target is None:
         columns = ", ".join(map(str, table.columns[:12]))
-        raise HoldfastError(f"{str(path)!r} needs `target`, the name of its label column; it has: {columns}.")
+        raise HoldfastError(
+            f"{str(path)!r} needs `target`, its label column: {path.name}@target=COLUMN, or the recipe's key. "
+            f"It has: {columns}."
+        )
     if target not in table.columns:
         raise unknown(f"column of {path.name}", target, map(str, table.columns))
     split = table.pop("split") if "split" in table.columns and target != "split" else None
