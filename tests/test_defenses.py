@@ -223,6 +223,10 @@ class TestSophon:
             ({"batch_sizes": ()}, "batch_sizes is empty"),
             ({"learning_rates": (0.0,)}, "above 0"),
             ({"holdout": 1.5}, "holdout is 1.5"),
+            ({"suppression_lr": math.nan}, "suppression_lr is nan"),
+            ({"clip": 0.0}, "clip is 0"),
+            ({"max_benign_drop": -0.1}, "max_benign_drop is -0.1"),
+            ({"steps": 1, "gamma": (math.inf,)}, "finite"),
         ],
     )
     def test_bad_settings(self, change, message):

@@ -114,6 +114,15 @@ class TestJournal:
         assert path.read_bytes() == whole
         assert all(json.loads(line) for line in path.read_text().splitlines())
 
+    @pytest.mark.parametrize("line", ["{broken", "[1]", '{"value": 1}', "3"])
+    def test_damage_is_said(self, tmp_path, line):
+        path = tmp_path / "checkpoints" / "j.jsonl"
+        Journal(path, {"seed": 1}).add("a", 1)
+        with path.open("a") as handle:
+            handle.write(line + "\n")
+        with pytest.raises(HoldfastError, match="is damaged"):
+            Journal(path, {"seed": 1})
+
     def test_in_memory(self):
         journal = Journal(None, {})
         journal.add("a", 1)

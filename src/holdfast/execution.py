@@ -295,7 +295,13 @@ class Journal:
         whole = raw[: raw.rfind(b"\n") + 1]
         if whole != raw:
             write_atomic(path, whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+            if lines and ("belongs_to" not in lines[0] or any("key" not in line for line in lines[1:])):
+                raise ValueError("a line lacks its key")
+        except (ValueError, TypeError) as error:
+            raise HoldfastError(f"{str(path)!r} is damaged ({error}); choose another folder with --out.") from error
+        return lines
 
     def add(self, key: str, value: Any) -> None:
         """Stores one finished piece of work; when this returns, it survives a kill."""

@@ -206,7 +206,7 @@ def run_recipe(
 
     job = _Job.start("run", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
     job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
-    job.claim({"recipe": job.recipe})
+    job.claim({"recipe": job.recipe, "model": model.facts().sha256})
     finished = job.finished()
     if finished is not None:
         job.run.say(f"{folder}: already complete. Nothing to do; --overwrite runs it again.")

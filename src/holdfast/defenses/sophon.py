@@ -104,9 +104,14 @@ class Sophon(Defense):
         ):
             if getattr(self, name) < 1:
                 raise HoldfastError(f"sophon: {name} is {getattr(self, name)}; expected at least 1.")
-        for name in ("suppression_lr", "reinforcement_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise HoldfastError(f"sophon: {name} is {getattr(self, name)}; expected a number above 0.")
+        for name in ("suppression_lr", "reinforcement_lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise HoldfastError(f"sophon: {name} is {value}; expected a number above 0.")
+        if not 0 <= self.max_benign_drop <= 1:
+            raise HoldfastError(f"sophon: max_benign_drop is {self.max_benign_drop}; expected a share from 0 to 1.")
+        if self.gamma is not None and not all(map(math.isfinite, self.gamma)):
+            raise HoldfastError(f"sophon: gamma is {self.gamma}; expected finite numbers.")
         for name in ("initialisations", "optimizers", "learning_rates", "batch_sizes"):
             if not getattr(self, name):
                 raise HoldfastError(f"sophon: {name} is empty; give at least one.")
