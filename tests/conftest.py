@@ -16,7 +16,10 @@ from holdfast.recipe import load as load_recipe
 from holdfast.results import RunResult
 from holdfast.tasks import ArrayTask, load_task
 
-torch.set_num_threads(1)  # as fast as two for networks this small, and indifferent to what else the machine does
+# One thread, here and in the processes that tests start: as fast as two for networks this small, and indifferent to
+# what else the machine does.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

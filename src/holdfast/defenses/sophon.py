@@ -101,6 +101,7 @@ class Sophon(Defense):
             "steps",
             "reinforcement_batch",
             "guard_every",
+            "max_rollbacks",
         ):
             if getattr(self, name) < 1:
                 raise HoldfastError(f"sophon: {name} is {getattr(self, name)}; expected at least 1.")
