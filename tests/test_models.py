@@ -161,6 +161,7 @@ class TestCatalog:
             (ModelSpec(name="timm:resnet19"), "Unknown timm model 'resnet19': did you mean 'resnet1"),
             (ModelSpec(name="cnn", options={"widht": 3}), "did you mean 'width'"),
             (ModelSpec(name="cnn", options={"width": "many"}), "cannot be built"),
+            (ModelSpec(name="cnn", options={"depth": -1}), "depth is -1; expected at least 1"),
             (ModelSpec(name="timm:resnet18", options={"nonsense": 1}), "cannot be created"),
         ],
     )

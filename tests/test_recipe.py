@@ -57,6 +57,7 @@ def test_resolved_holds_every_default(recipe):
         ({"defense": {"name": "sofon"}}, "did you mean 'sophon'"),
         ({"defense": {"name": "sophon", "stepz": 3}}, "did you mean 'steps'"),
         ({"defense": {"name": "sophon", "steps": "few"}}, "steps is 'few'"),
+        ({"defense": {"name": "sophon", "learning_rates": []}}, "^defense 'sophon': sophon: learning_rates is empty"),
         ({"defense": {}}, "Unknown defense 'None'"),
         ({"pretrain": {"optimizer": "sdg"}}, "Unknown optimizer 'sdg'"),
     ],

@@ -34,6 +34,7 @@ class TestRefusals:
             ({"y_train": np.zeros(6, int), "y_test": np.zeros(6, int)}, "one class only"),
             ({"y_test": np.array([0, 1, 0, 1, 0, 7])}, "holds label 7; expected 0 to 1"),
             ({"y_train": np.array([0, 1, 0, 1, 0, -1])}, "holds label -1"),
+            ({"y_train": np.array([0, 1, 0, 1, 0, 2**40])}, "number the classes from 0"),
             ({"y_train": np.array([0, 1, 0, 1, 0, 0.5])}, "no integers"),
             ({"y_train": Y[:, None]}, r"y_train has shape \(6, 1\)"),
             ({"x_train": np.where(X == 5, np.nan, X)}, "first in row 1, column 1"),

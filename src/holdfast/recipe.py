@@ -204,7 +204,8 @@ def readable(error: ValidationError, what: str, schema: type[BaseModel] | None) 
         elif item["type"] == "missing":
             parts.append(f"{where} is missing.")
         elif item["type"] == "value_error":
-            parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}.".replace("..", "."))
+            message = item["msg"].removeprefix("Value error, ").rstrip(".")
+            parts.append(f"{where}: {message}." if where else f"{message}.")
         else:
             parts.append(f"{where} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}.")
     return HoldfastError(f"{what}: {' '.join(parts)}")

@@ -150,6 +150,9 @@ def _build(
     for option in spec.options:
         if option not in known:
             raise unknown(f"option of model {spec.name!r}:", option, known)
+    for option, value in spec.options.items():
+        if isinstance(value, int) and value < 1:
+            raise HoldfastError(f"Model {spec.name!r}: {option} is {value}; expected at least 1.")
     try:
         network = builder(input_shape, num_outputs, **spec.options)
     except (RuntimeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:

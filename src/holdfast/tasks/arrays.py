@@ -67,6 +67,10 @@ class ArrayTask(Task):
             raise self._bad(f"training inputs are {x['train'].shape[1:]}, test inputs {x['test'].shape[1:]}")
         names = list(class_names) if class_names is not None else None
         classes = len(names) if names is not None else int(y["train"].max()) + 1
+        if classes > max(1000, len(y["train"])):
+            raise self._bad(
+                f"y_train holds label {classes - 1} and has {len(y['train'])} samples; number the classes from 0 on"
+            )
         for split, labels in y.items():
             if labels.min() < 0 or labels.max() >= classes:
                 bad = int(labels.min() if labels.min() < 0 else labels.max())
