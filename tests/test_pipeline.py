@@ -66,6 +66,7 @@ class TestRecipe:
             (["audit.shots=1000"], "lower `shots`"),
             (["audit.battery=quick"], "did you mean 'quick-v1'"),
             (["pretrain=null"], "the model has no weights"),
+            (["restricted.channels=3"], "cannot take the inputs"),
             (["model.weights=no.safetensors"], "does not exist"),
         ],
     )
@@ -73,6 +74,14 @@ class TestRecipe:
         with pytest.raises(HoldfastError, match=message):
             run_recipe(load("quickstart", **SMOKE, overrides=overrides), folder=tmp_path / "new", quiet=True)
         assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    @pytest.mark.parametrize("name", ["model.safetensors", "checkpoints", "report.html"])
+    def test_somebody_elses_folder_is_not_touched(self, tmp_path, name, overwrite):
+        (tmp_path / name).mkdir() if name == "checkpoints" else (tmp_path / name).write_text("mine")
+        with pytest.raises(HoldfastError, match=f"holds {name} and was not made by Holdfast"):
+            run_recipe(load("quickstart", **SMOKE), folder=tmp_path, quiet=True, overwrite=overwrite)
+        assert [p.name for p in tmp_path.iterdir()] == [name]
 
     def test_unwritable_folder(self, tmp_path):
         (tmp_path / "file").write_text("in the way")

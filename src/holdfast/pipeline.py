@@ -21,7 +21,7 @@ from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run, cpu_threads, fingerprint, resolve_device, writable_folder, write_atomic
 from holdfast.finetune import Strategy, finetune
-from holdfast.models import SplitModel, load_model
+from holdfast.models import SplitModel, check_fits, load_model
 from holdfast.recipe import PretrainSpec, Recipe, build_defense, readable
 from holdfast.report import write_report
 from holdfast.results import AuditResult, ImmunizationResult, ModelFacts, RunResult, TaskFacts, provenance
@@ -30,6 +30,10 @@ from holdfast.tasks import Task, load_task
 HALVES_SEED = 0
 """Seed of the split into defender's and adversary's half. It is the same for everybody, whatever their run's seed, so
 that a defender and an auditor who never met do not share restricted training data."""
+
+
+OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints")
+"""What a job makes in its folder, beside `job.json`, which marks the folder as one of ours."""
 
 
 def halves(restricted: Task) -> tuple[Task, Task]:
@@ -200,6 +204,7 @@ def run_recipe(
         raise HoldfastError(
             f"Recipe {recipe.title!r}: the model has no weights. Give `model.weights`, or `pretrain` to train one."
         )
+    check_fits(model, restricted, own_task=False)
     defenders, adversarys = halves(restricted)
     if recipe.audit.shots is not None:
         adversarys.few_shot(recipe.audit.shots, 0)
@@ -245,10 +250,17 @@ class _Job:
         overwrite: bool = False,
     ) -> _Job:
         where = None if folder is None else writable_folder(Path(folder))
+        if where is not None and not (where / "job.json").exists():
+            strange = [name for name in OWN_FILES if (where / name).exists()]
+            if strange:
+                raise HoldfastError(
+                    f"{str(where)!r} holds {', '.join(strange)} and was not made by Holdfast; choose another "
+                    "folder with --out. Nothing was changed."
+                )
         if where is not None and overwrite:
-            for name in ("job.json", "result.json", "report.html", "model.safetensors"):
-                (where / name).unlink(missing_ok=True)
             shutil.rmtree(where / "checkpoints", ignore_errors=True)
+            for name in ("result.json", "report.html", "model.safetensors", "job.json"):
+                (where / name).unlink(missing_ok=True)
         run = Run(seed, resolve_device(device), where, quiet)
         return cls(kind, title, run, recipe or {}, datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -262,10 +274,6 @@ class _Job:
         data = {part: facts.sha256 for part, facts in self.tasks.items()}
         mine = json.loads(json.dumps({"kind": self.kind, "seed": self.run.seed, "data": data, **settings}))
         if not path.exists():
-            if (self.run.folder / "result.json").exists():
-                raise HoldfastError(
-                    f"{str(self.run.folder)!r} holds results of something else; choose another folder with --out."
-                )
             write_atomic(path, json.dumps(mine, indent=1))
             return
         try:

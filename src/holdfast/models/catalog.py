@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from holdfast.execution import load_tensors
 from holdfast.models.base import SplitModel, _channels_last, check_fits
 from holdfast.models.builtin import BUILTIN
 from holdfast.tasks import Task
+from holdfast.tasks.catalog import DATA_VARIABLE
 
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
@@ -128,6 +130,7 @@ def _spec(model: str | ModelSpec, data_dir: Path | str | None) -> ModelSpec:
 
 
 def _find(weights: str, data_dir: Path | str | None) -> Path:
+    data_dir = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
     path = Path(weights).expanduser()
     places = [path] if path.is_absolute() or data_dir is None else [path, Path(data_dir).expanduser() / path]
     for place in places:
