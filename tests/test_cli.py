@@ -226,6 +226,17 @@ class TestOthers:
         refused(inside(capsys, "report", tmp_path), "holds no result.json")
         refused(inside(capsys, "recipes", "nothing"), "Unknown recipe 'nothing'")
 
+    def test_what_nobody_foresaw_is_one_message(self, capsys, monkeypatch):
+        def fail():
+            raise KeyError("surprise")
+
+        monkeypatch.setattr("holdfast.recipe.names", fail)
+        monkeypatch.delenv("HOLDFAST_TRACEBACK", raising=False)
+        refused(inside(capsys, "recipes"), "unexpected KeyError", "HOLDFAST_TRACEBACK=1")
+        monkeypatch.setenv("HOLDFAST_TRACEBACK", "1")
+        with pytest.raises(KeyError):
+            main(["recipes"])
+
     def test_a_closed_pipe_is_no_error(self):
         done = subprocess.run(
             f"{sys.executable} -m holdfast recipes | true", shell=True, capture_output=True, text=True, check=False

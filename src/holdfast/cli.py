@@ -234,6 +234,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = 0
     except OSError as error:
         code = _complain(f"{error.strerror or error}" + (f": {error.filename!r}" if error.filename else ""), BAD_INPUT)
+    except Exception as error:
+        if os.environ.get("HOLDFAST_TRACEBACK"):
+            raise
+        code = _complain(
+            f"unexpected {type(error).__name__}: {error}\nThis input should have been refused with a "
+            "reason: please report it. What was finished before is kept. HOLDFAST_TRACEBACK=1 shows where it happened.",
+            BAD_INPUT,
+        )
     sys.exit(code)
 
 
