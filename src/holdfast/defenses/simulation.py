@@ -6,7 +6,7 @@ this map as the identity, the gradient with respect to theta is about the sum of
 
 So nothing needs the graph of the earlier steps: each gradient is added to a buffer and dropped, and memory does not
 grow with K. For a head that was initialised anew, the Jacobian with respect to the released head is exactly zero: such
-simulations do not move it.
+simulations add no gradient to it.
 """
 
 from __future__ import annotations
