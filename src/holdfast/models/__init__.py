@@ -2,5 +2,6 @@
 
 from holdfast.models.base import SplitModel, check_fits
 from holdfast.models.catalog import ModelSpec, load_model, load_released
+from holdfast.models.features import feature_batches, features
 
-__all__ = ["ModelSpec", "SplitModel", "check_fits", "load_model", "load_released"]
+__all__ = ["ModelSpec", "SplitModel", "check_fits", "feature_batches", "features", "load_model", "load_released"]

@@ -19,6 +19,10 @@ from holdfast.tasks import Task
 Head = nn.Linear | nn.Conv2d
 
 
+class ExtractedHead(nn.Sequential):
+    """A head with a linear extractor before it: layers `0` and `1`; see `SplitModel.insert_extractor`."""
+
+
 class SplitModel(nn.Module):
     """A classifier as Holdfast sees it: input normalisation, a network, and the name of its last layer.
 
@@ -146,6 +150,82 @@ class SplitModel(nn.Module):
         parent, _, leaf = self.head_name.rpartition(".")
         setattr(self.network.get_submodule(parent), leaf, head)
 
+    def insert_extractor(self, theta: Tensor) -> float:
+        """Puts the linear map z -> z theta before the head and its inverse into the head: outputs stay what they were.
+
+        What is inserted is one layer named like the head with `.0` behind it, and the head becomes `.1`. A second
+        extractor is merged into the first.
+
+        Args:
+            theta: invertible, shape (D, D), float64.
+
+        Returns:
+            The condition number of theta: outputs change by about this times the precision of the weights.
+
+        Raises:
+            HoldfastError: if theta has another shape or cannot be inverted.
+
+        Example:
+            >>> model = SplitModel(nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 3)), head="2")
+            >>> x = torch.ones(1, 4)
+            >>> before = model(x)
+            >>> kappa = model.insert_extractor(torch.tensor([[2.0, 1.0], [0.0, 0.5]], dtype=torch.float64))
+            >>> torch.allclose(model(x), before, atol=1e-6), model.head_name
+            (True, '2.1')
+        """
+        head = self.head
+        width = head.weight.shape[1]
+        if theta.shape != (width, width):
+            raise HoldfastError(
+                f"{self.name}: the extractor has shape {tuple(theta.shape)}; the head takes {width} features, so "
+                f"({width}, {width}) is expected."
+            )
+        sigma = torch.linalg.svdvals(theta)
+        if not bool(theta.isfinite().all()) or sigma[-1] <= width * torch.finfo(theta.dtype).eps * sigma[0]:
+            raise HoldfastError(f"{self.name}: the extractor cannot be inverted; the head could not make up for it.")
+        with torch.no_grad():
+            plain = head.weight.flatten(1).to(theta).T
+            if self.has_extractor:
+                plain = self._extractor_layer().weight.view(width, width).to(theta).T @ plain
+                theta = self._extractor_layer().weight.view(width, width).to(theta).T @ theta
+            else:
+                self.add_extractor()
+            stored = self._extractor_layer().weight
+            stored.copy_(theta.T.reshape_as(stored))
+            # The inverse of what was stored, not of what was meant: rounding theta must not change the outputs.
+            rounded = stored.view(width, width).to(theta).T
+            head.weight.copy_(torch.linalg.solve(rounded, plain).T.reshape_as(head.weight))
+        return float(sigma[0] / sigma[-1])
+
+    def add_extractor(self) -> None:
+        """Puts an identity layer before the head, for `insert_extractor` or for weights that have one."""
+        head = self.head
+        width = head.weight.shape[1]
+        like: dict[str, Any] = {"bias": False, "device": head.weight.device, "dtype": head.weight.dtype}
+        # skip_init: nothing is drawn, so that the global generator is left alone.
+        layer: Head = (
+            nn.utils.skip_init(nn.Conv2d, width, width, 1, **like)  # type: ignore[no-untyped-call]
+            if isinstance(head, nn.Conv2d)
+            else nn.utils.skip_init(nn.Linear, width, width, **like)  # type: ignore[no-untyped-call]
+        )
+        with torch.no_grad():
+            layer.weight.copy_(torch.eye(width).view_as(layer.weight))
+        parent, _, leaf = self.head_name.rpartition(".")
+        setattr(self.network.get_submodule(parent), leaf, ExtractedHead(layer, head))
+        self.head_name = f"{self.head_name}.1"
+        if self.spec is not None:
+            self.spec = {**self.spec, "extractor": True}
+
+    def _extractor_layer(self) -> Head:
+        layer = self.network.get_submodule(self.head_name.removesuffix("1") + "0")
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        return layer
+
+    @property
+    def has_extractor(self) -> bool:
+        """Whether the layer before the head was inserted by `insert_extractor`."""
+        return isinstance(self.network.get_submodule(self.head_name.rpartition(".")[0]), ExtractedHead)
+
     def clone(self) -> SplitModel:
         """Returns a deep copy whose training leaves this model alone."""
         return copy.deepcopy(self)
@@ -160,6 +240,8 @@ class SplitModel(nn.Module):
         if self.factory is not None:
             reference = next(self.parameters())
             model.network = self.factory().to(device=reference.device, dtype=reference.dtype)
+            if self.has_extractor:
+                model.head_name = self.head_name.removesuffix(".1")
             if model.num_outputs != self.num_outputs:
                 model.reset_head(self.num_outputs)
             return _channels_last(model)

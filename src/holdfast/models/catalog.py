@@ -33,6 +33,7 @@ class ModelSpec(BaseModel):
     options: dict[str, Any] = Field({}, description="Arguments of the architecture, such as `width: 32`.")
     mean: tuple[float, ...] | None = Field(None, description="Input normalisation; by default the architecture's.")
     std: tuple[float, ...] | None = None
+    extractor: bool = Field(False, description="Whether the weights have a linear extractor inserted before the head.")
 
 
 def load_model(
@@ -79,6 +80,8 @@ def load_model(
         factory=factory,
         spec=plain.model_dump(exclude={"weights"}),
     )
+    if spec.extractor:
+        built.add_extractor()
     if spec.weights is not None:
         built.load(_find(spec.weights, data_dir))
     built = _channels_last(built.to(device))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 from holdfast.results import TaskFacts
-from holdfast.tasks.base import Batch, Split, Task
+from holdfast.tasks.base import Batch, Kind, Split, Task
 
 Array = npt.NDArray[Any]
 SCORE_BATCH = 500
@@ -43,7 +43,7 @@ class ArrayTask(Task):
         ((4,), 2, 0.5)
     """
 
-    kind = "classification"
+    kind: Kind = "classification"
     higher_is_better = True
 
     def __init__(
@@ -146,11 +146,10 @@ class ArrayTask(Task):
         self, split: Split, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device
     ) -> Iterator[Batch]:
         """See `Task.batches`; images are scaled to [0, 1] here."""
-        x, y = self._on(split, device)
         if split == "test":
-            for start in range(0, len(y), batch_size):
-                yield Batch(_float(x[start : start + batch_size]), y[start : start + batch_size])
+            yield from self.sweep(split, batch_size, device=device)
             return
+        x, y = self._on(split, device)
         size = min(batch_size, len(y))
         order = torch.empty(0, dtype=torch.int64)
         while True:
@@ -158,6 +157,16 @@ class ArrayTask(Task):
                 order = torch.cat([order, torch.randperm(len(y), generator=generator)])
             index, order = order[:size].to(device), order[size:]
             yield Batch(_float(x[index]), y[index])
+
+    def sweep(self, split: Split, batch_size: int, *, device: torch.device) -> Iterator[Batch]:
+        """See `Task.sweep`."""
+        x, y = self._on(split, device)
+        for start in range(0, len(y), batch_size):
+            yield Batch(_float(x[start : start + batch_size]), y[start : start + batch_size])
+
+    def targets(self, y: Tensor) -> Tensor:
+        """See `Task.targets`: one-hot, shape (N, classes)."""
+        return F.one_hot(y, self.num_outputs).to(torch.float64)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the cross-entropy of the model's logits, averaged over the batch."""
@@ -293,6 +302,13 @@ class ArrayTask(Task):
             raise self._bad(f"channels is {channels}; expected 1 or 3")
         x = {s: _adapt(v, size, channels) for s, v in self._x.items()}
         return self._with(self.name, x, self._y)
+
+    def with_inputs(self, train: Tensor, test: Tensor) -> Self:
+        """See `Task.with_inputs`."""
+        for split, x in (("train", train), ("test", test)):
+            if len(x) != len(self._y[split]):
+                raise self._bad(f"{len(x)} other inputs were given for {len(self._y[split])} {split} samples")
+        return self._with(self.name, {"train": train, "test": test}, self._y)
 
     def facts(self) -> TaskFacts:
         """See `Task.facts`; the hash is over dtype, shape and bytes of the four arrays."""

@@ -57,6 +57,14 @@ class Task(ABC):
         """
 
     @abstractmethod
+    def sweep(self, split: Split, batch_size: int, *, device: torch.device) -> Iterator[Batch]:
+        """Yields every sample of a split once, in order."""
+
+    @abstractmethod
+    def targets(self, y: Tensor) -> Tensor:
+        """Returns a batch's targets as a least-squares probe sees them, float64: one-hot classes, or the values."""
+
+    @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the scalar that an honest learner minimises, with its graph."""
 
@@ -75,6 +83,10 @@ class Task(ABC):
     @abstractmethod
     def holdout(self, fraction: float, seed: int) -> tuple[Self, Self]:
         """Returns this task without a part of its training data, and one whose *test* split is that part."""
+
+    @abstractmethod
+    def with_inputs(self, train: Tensor, test: Tensor) -> Self:
+        """Returns this task on other inputs for the same samples, such as features; shapes (N, D), floating point."""
 
     @abstractmethod
     def facts(self) -> TaskFacts:

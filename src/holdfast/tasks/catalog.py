@@ -6,14 +6,15 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.arrays import Array, ArrayTask, load_npz
 from holdfast.tasks.image import load_folder
-from holdfast.tasks.tabular import load_csv
+from holdfast.tasks.tabular import Encoding, load_csv, load_csv_regression
 
 DATA_VARIABLE = "HOLDFAST_DATA"
 _NAME = re.compile(r"^(?P<source>[^\[\]]+)(\[(?P<classes>[^\[\]]*)\])?$")
@@ -27,12 +28,34 @@ class TaskSpec(BaseModel):
     data: str = Field(
         description="NAME, or a path to an .npz, a .csv or an image folder; [0-4,7] behind it keeps classes."
     )
-    target: str | None = Field(None, description="Label column of a CSV.")
+    target: str | None = Field(None, description="Label column of a CSV, or the column to predict.")
+    kind: Literal["classification", "regression"] = Field(
+        "classification", description="What is predicted of a CSV: a class or a number."
+    )
+    drop: tuple[str, ...] = Field(
+        (), description="Columns of a CSV to leave out; A+B on a command line. For regression."
+    )
+    encoding: Encoding = Field(
+        "onehot", description="How text columns become numbers: onehot or ordinal. For regression."
+    )
+    rows: int | None = Field(
+        None, ge=2, description="Train on the first so many rows, test on the rest. For regression."
+    )
     image_size: int | None = Field(None, ge=1, description="Resize images to this many pixels a side.")
     channels: int | None = Field(None, description="Make images grey (1) or colour (3).")
     test_limit: int | None = Field(None, ge=1, description="Score on about this many test samples only.")
-    test_fraction: float = Field(0.25, gt=0, lt=1, description="Test share where the source has no split.")
+    test_fraction: float = Field(
+        0.25,
+        ge=0,
+        lt=1,
+        description="Test share where the source has no split; 0 (regression): test on the training rows.",
+    )
     seed: int = Field(0, description="Seed of that split.")
+
+    @field_validator("drop", mode="before")
+    @classmethod
+    def _columns(cls, value: object) -> object:
+        return tuple(filter(None, value.split("+"))) if isinstance(value, str) else value
 
 
 def parse_spec(text: str) -> TaskSpec:
@@ -105,6 +128,8 @@ def _folder(data_dir: Path | str | None) -> Path | None:
 
 
 def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
+    if spec.test_fraction == 0 and spec.kind != "regression":
+        raise HoldfastError(f"Task {spec.data!r}: test_fraction is 0; for classification it must be above 0.")
     if source in EMBEDDED:
         return EMBEDDED[source]()
     for path in _candidates(source, folder):
@@ -118,6 +143,18 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
             )
         if path.is_file() and path.suffix == ".npz":
             return load_npz(path)
+        if path.is_file() and path.suffix == ".csv" and spec.kind == "regression":
+            return load_csv_regression(
+                path,
+                spec.target,
+                drop=spec.drop,
+                encoding=spec.encoding,
+                rows=spec.rows,
+                test_fraction=spec.test_fraction,
+                seed=spec.seed,
+            )
+        if spec.kind == "regression" and path.exists():
+            raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {path.name!r} holds classes.")
         if path.is_file() and path.suffix == ".csv":
             return load_csv(path, spec.target, test_fraction=spec.test_fraction, seed=spec.seed)
         if path.is_file():

@@ -1,8 +1,10 @@
-"""Tables: a CSV file with one label column becomes a task over standardised feature vectors."""
+"""Tables: a CSV file with one target column becomes a task over standardised feature vectors."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -10,6 +12,9 @@ from sklearn.model_selection import train_test_split
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.arrays import ArrayTask
+from holdfast.tasks.regression import RegressionTask
+
+Encoding = Literal["onehot", "ordinal"]
 
 MAX_CLASSES = 100
 
@@ -30,6 +35,106 @@ def load_csv(path: Path, target: str | None, *, test_fraction: float = 0.25, see
         HoldfastError: if the file cannot be read, the column does not exist, a cell is empty, or the label looks
             continuous.
     """
+    table, target = _read(path, target)
+    split = table.pop("split") if "split" in table.columns and target != "split" else None
+    empty = table.columns[table.isna().any()]
+    if len(empty):
+        row = int(np.flatnonzero(table[empty[0]].isna())[0]) + 2
+        raise HoldfastError(f"{str(path)!r}: column {empty[0]!r} has an empty cell (line {row}); fill or drop it.")
+    names = sorted(table[target].unique().tolist(), key=lambda v: (isinstance(v, str), v))
+    if len(names) > MAX_CLASSES:
+        raise HoldfastError(
+            f"{str(path)!r}: target {target!r} has {len(names)} distinct values and looks continuous; "
+            f"classification takes at most {MAX_CLASSES}. Bin it first, or set kind=regression."
+        )
+    y = table.pop(target).map({v: i for i, v in enumerate(names)}).to_numpy()
+    test = _test_rows(path, split, y, test_fraction, seed)
+    numeric = table.select_dtypes("number").columns
+    train = table.loc[~test, numeric]
+    parts = [(table[numeric] - train.mean()) / train.std(ddof=0).replace(0, 1)]
+    parts += [pd.get_dummies(table[[c]]) for c in table.columns if c not in numeric]
+    x = pd.concat(parts, axis=1).astype(float)
+    values = x.to_numpy(dtype=np.float32)
+    return ArrayTask(path.stem, values[~test], y[~test], values[test], y[test], [str(n) for n in names])
+
+
+def load_csv_regression(
+    path: Path,
+    target: str | None,
+    *,
+    drop: Sequence[str] = (),
+    encoding: Encoding = "onehot",
+    rows: int | None = None,
+    test_fraction: float = 0.25,
+    seed: int = 0,
+) -> RegressionTask:
+    """Reads a table for regression; features and target are standardised.
+
+    Empty numeric cells become 0 before standardising, empty text cells a value of their own, as in the published
+    preprocessing of the House Prices data. Constant columns become 0.
+
+    Args:
+        path: the file, with a header line.
+        target: the numeric column to predict.
+        drop: columns to leave out.
+        encoding: text columns become one 0/1 column a value ("onehot"), or one column of their sorted values' ranks
+            ("ordinal"), standardised like the others.
+        rows: the first so many rows are for training and all others for testing; mean and deviation are then those of
+            the whole table, as in the released code of the condition-number paper. None: see `test_fraction`.
+        test_fraction: share of the rows to test on, drawn by `seed`; 0: all rows are for training, and for testing too.
+        seed: of the split.
+
+    Raises:
+        HoldfastError: if the file cannot be read, a column does not exist, the target is not numeric or constant, or
+            there are too few rows.
+    """
+    table, target = _read(path, target)
+    for column in drop:
+        if column not in table.columns:
+            raise unknown(f"column of {path.name} to drop:", column, map(str, table.columns))
+    table = table.drop(columns=list(drop))
+    y = table.pop(target)
+    if not pd.api.types.is_numeric_dtype(y) or y.isna().any():
+        raise HoldfastError(f"{str(path)!r}: target {target!r} has text or empty cells; regression needs numbers.")
+    parts = []
+    for name in table.columns:
+        cells: pd.Series = table[name]
+        if pd.api.types.is_numeric_dtype(cells):
+            parts.append(cells.fillna(0).astype(float).to_frame())
+        elif encoding == "ordinal":
+            parts.append(cells.fillna("0").astype(str).rank(method="dense").to_frame())
+        else:
+            parts.append(pd.get_dummies(cells.fillna("(empty)").astype(str), prefix=name).astype(float))
+    x = pd.concat(parts, axis=1).to_numpy(dtype=np.float64)
+    values = y.to_numpy(dtype=np.float64)
+    if rows is not None and not 2 <= rows < len(x):
+        raise HoldfastError(f"{str(path)!r}: rows is {rows}; expected 2 to {len(x) - 1}, as it has {len(x)} rows.")
+    train, test = _regression_rows(len(x), rows, test_fraction, seed)
+    basis = slice(None) if rows is not None else train
+    x = (x - x[basis].mean(0)) / _spread(x[basis])
+    if np.ptp(values[basis]) == 0:
+        raise HoldfastError(f"{str(path)!r}: target {target!r} is constant; there is nothing to predict.")
+    values = (values - values[basis].mean()) / values[basis].std(ddof=1)
+    return RegressionTask(f"{path.stem}:{target}", x[train], values[train], x[test], values[test])
+
+
+def _spread(x: np.ndarray) -> np.ndarray:
+    spread = x.std(0, ddof=1)
+    return np.where(spread > 0, spread, 1.0)
+
+
+def _regression_rows(count: int, rows: int | None, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    everything = np.arange(count)
+    if rows is not None:
+        return everything[:rows], everything[rows:]
+    if fraction == 0:
+        return everything, everything
+    train, test = train_test_split(everything, test_size=fraction, random_state=seed)
+    return np.sort(train), np.sort(test)
+
+
+def _read(path: Path, target: str | None) -> tuple[pd.DataFrame, str]:
+    """The table, and the target column's name once it is known to exist."""
     if not path.is_file():
         raise HoldfastError(f"No data at {str(path)!r}: the file does not exist.")
     try:
@@ -44,26 +149,7 @@ def load_csv(path: Path, target: str | None, *, test_fraction: float = 0.25, see
         )
     if target not in table.columns:
         raise unknown(f"column of {path.name}", target, map(str, table.columns))
-    split = table.pop("split") if "split" in table.columns and target != "split" else None
-    empty = table.columns[table.isna().any()]
-    if len(empty):
-        row = int(np.flatnonzero(table[empty[0]].isna())[0]) + 2
-        raise HoldfastError(f"{str(path)!r}: column {empty[0]!r} has an empty cell (line {row}); fill or drop it.")
-    names = sorted(table[target].unique().tolist(), key=lambda v: (isinstance(v, str), v))
-    if len(names) > MAX_CLASSES:
-        raise HoldfastError(
-            f"{str(path)!r}: target {target!r} has {len(names)} distinct values and looks continuous; "
-            f"classification takes at most {MAX_CLASSES}. Bin it first."
-        )
-    y = table.pop(target).map({v: i for i, v in enumerate(names)}).to_numpy()
-    test = _test_rows(path, split, y, test_fraction, seed)
-    numeric = table.select_dtypes("number").columns
-    train = table.loc[~test, numeric]
-    parts = [(table[numeric] - train.mean()) / train.std(ddof=0).replace(0, 1)]
-    parts += [pd.get_dummies(table[[c]]) for c in table.columns if c not in numeric]
-    x = pd.concat(parts, axis=1).astype(float)
-    values = x.to_numpy(dtype=np.float32)
-    return ArrayTask(path.stem, values[~test], y[~test], values[test], y[test], [str(n) for n in names])
+    return table, target
 
 
 def _test_rows(path: Path, split: pd.Series | None, y: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -1,0 +1,51 @@
+"""What a head receives: the features of a task's samples, in order, as a linear probe would train on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from holdfast.models.base import SplitModel
+from holdfast.tasks import Task
+from holdfast.tasks.base import Split
+
+BATCH = 500
+
+
+@torch.no_grad()
+def feature_batches(model: SplitModel | None, task: Task, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields features and least-squares targets of a split, a batch at a time, in evaluation mode.
+
+    Args:
+        model: on the device to compute on; None: the inputs themselves, flattened (images in [0, 1]).
+        task: the data.
+        split: "train" or "test".
+
+    Yields:
+        Features of shape (N, D) and targets of shape (N, C), both float64; see `Task.targets`.
+
+    Example:
+        >>> from holdfast.tasks import load_task
+        >>> x, y = next(feature_batches(None, load_task("digits[0-4]"), "test"))
+        >>> x.shape, y.shape
+        (torch.Size([223, 64]), torch.Size([223, 5]))
+    """
+    device = torch.device("cpu") if model is None else next(model.parameters()).device
+    training = model is not None and model.training
+    if model is not None:
+        model.eval()
+    try:
+        for batch in task.sweep(split, BATCH, device=device):
+            found = batch.x.flatten(1) if model is None else model.features(batch.x)
+            yield found.to(torch.float64), task.targets(batch.y)
+    finally:
+        if model is not None:
+            model.train(training)
+
+
+def features(model: SplitModel | None, task: Task, split: Split) -> tuple[Tensor, Tensor]:
+    """Returns all features and targets of a split; see `feature_batches`."""
+    x, y = zip(*feature_batches(model, task, split), strict=True)
+    return torch.cat(x), torch.cat(y)

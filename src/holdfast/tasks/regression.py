@@ -1,0 +1,110 @@
+"""Regression over feature vectors: one number a sample, scored by the mean squared error."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast.tasks.arrays import SCORE_BATCH, Array, ArrayTask
+from holdfast.tasks.base import Batch, Kind, Split
+
+
+class RegressionTask(ArrayTask):
+    """Regression of one number from feature vectors.
+
+    Standardise the targets: scores are mean squared errors, and the audit's limits are in the same unit.
+
+    Args:
+        name: shown in reports and errors.
+        x_train: feature vectors of shape (N, D); kept in float64 for exact spectra.
+        y_train: numbers of shape (N,).
+        x_test: like `x_train`.
+        y_test: like `y_train`.
+
+    Raises:
+        HoldfastError: naming the array and the value, if shapes disagree, a split is empty, or data is not finite.
+
+    Example:
+        >>> task = RegressionTask("toy", np.eye(4), [0.0, 0.0, 1.0, 1.0], np.eye(4), [0.0, 0.0, 1.0, 1.0])
+        >>> task.kind, task.num_outputs, task.chance  # chance: the error of always predicting the training mean
+        ('regression', 1, 0.25)
+    """
+
+    kind: Kind = "regression"
+    higher_is_better = False
+
+    def __init__(
+        self,
+        name: str,
+        x_train: npt.ArrayLike,
+        y_train: npt.ArrayLike,
+        x_test: npt.ArrayLike,
+        y_test: npt.ArrayLike,
+    ) -> None:
+        self.name = name
+        x: dict[str, Array] = {"train": self._vectors(x_train, "x_train"), "test": self._vectors(x_test, "x_test")}
+        y: dict[str, Array] = {"train": self._numbers(y_train, "y_train"), "test": self._numbers(y_test, "y_test")}
+        for split, inputs in x.items():
+            if len(inputs) != len(y[split]):
+                raise self._bad(f"x_{split} has {len(inputs)} samples, y_{split} {len(y[split])} targets")
+            if len(inputs) == 0:
+                raise self._bad(f"the {split} split is empty; give it at least one sample")
+        if x["train"].shape[1:] != x["test"].shape[1:]:
+            raise self._bad(f"training inputs are {x['train'].shape[1:]}, test inputs {x['test'].shape[1:]}")
+        self.class_names = ["value"]
+        self._set({s: torch.from_numpy(a) for s, a in x.items()}, {s: torch.from_numpy(a) for s, a in y.items()})
+
+    def _vectors(self, values: npt.ArrayLike, label: str) -> Array:
+        self._inputs(values, label)  # for its checks
+        a: Array = np.array(values, dtype=np.float64)
+        if a.ndim != 2:
+            raise self._bad(f"{label} has shape {a.shape}; expected (N, D)")
+        return a
+
+    def _numbers(self, values: npt.ArrayLike, label: str) -> Array:
+        a: Array = np.array(values, dtype=np.float64)
+        if a.ndim != 1:
+            raise self._bad(f"{label} has shape {a.shape}; expected (N,), one number a sample")
+        if not np.isfinite(a).all():
+            raise self._bad(f"{label} has a value that is NaN or infinite at row {int(np.argmax(~np.isfinite(a)))}")
+        return a
+
+    def _set(self, x: dict[str, Tensor], y: dict[str, Tensor]) -> None:
+        self._x, self._y = x, y
+        self._resident: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+        self.input_shape = tuple(x["train"].shape[1:])
+        self.num_outputs = 1
+        self.chance = float((y["test"] - y["train"].mean()).square().mean())
+
+    def _by_class(self, seed: int, split: Split = "train") -> list[Tensor]:
+        """All samples as one class, shuffled: halves, few-shot samples and held-out parts are of rows."""
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randperm(len(self._y[split]), generator=generator)]
+
+    def targets(self, y: Tensor) -> Tensor:
+        """See `Task.targets`: the values, shape (N, 1)."""
+        return y[:, None].to(torch.float64)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Returns the mean squared error over the batch."""
+        return F.mse_loss(model(_like(model, batch.x)).squeeze(-1), _like(model, batch.y))
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, split: Split = "test") -> float:
+        """Returns the mean squared error; NaN if any output is not finite."""
+        training = model.training
+        model.eval()
+        x, y = self._on(split, next(model.parameters()).device)
+        total = 0.0
+        for start in range(0, len(y), SCORE_BATCH):
+            found = model(_like(model, x[start : start + SCORE_BATCH])).squeeze(-1)
+            total += float((found.to(torch.float64) - y[start : start + SCORE_BATCH]).square().sum())
+        model.train(training)
+        return total / len(y) if np.isfinite(total) else float("nan")
+
+
+def _like(model: nn.Module, values: Tensor) -> Tensor:
+    return values.to(next(model.parameters()).dtype)
