@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from holdfast.adversaries import Adversary, FineTuning
-from holdfast.defenses import Defense, Sophon
+from holdfast.adversaries import Adversary, FineTuning, Probe
+from holdfast.adversaries.probes import PREPARATIONS, SOLVERS
+from holdfast.defenses import (
+    IMMA,
+    ConditionNumber,
+    Defense,
+    FrontierDefense,
+    OptKappa,
+    RIllOnly,
+    SignalFrontier,
+    Sophon,
+)
 from holdfast.finetune import OPTIMIZERS, Strategy
 
 _BRIEF = {"iterations": 3, "steps": 3, "batch_sizes": (20,), "reinforcement_batch": 32, "guard_every": 1}
@@ -14,8 +24,22 @@ DEFENSES: dict[str, Defense] = {
     "sophon-many": Sophon(tasks=3, suppression_loops=2, reinforcement_loops=2, gamma=(0.1, 0.3, 0.6), **_BRIEF),
     "sophon-ce-ascent": Sophon(loss="ce-ascent", **_BRIEF),
     "sophon-every-optimizer": Sophon(optimizers=tuple(OPTIMIZERS), **_BRIEF),
+    "condition": ConditionNumber(iterations=20, keep="last"),
+    "condition-gd": ConditionNumber(iterations=20, keep="last", optimizer="gd", learning_rate=1e-4),
+    "condition-batches": ConditionNumber(iterations=20, keep="last", batch_size=32, learning_rate=1e-4),
+    "condition-guaranteed": ConditionNumber(iterations=3, keep="last", step="guaranteed", initialisation="random"),
+    "r-ill": RIllOnly(iterations=20, keep="last"),
+    "imma": IMMA(iterations=20, keep="last"),
+    "opt-kappa": OptKappa(iterations=20, keep="last", log=True),
+    "opt-kappa-random": OptKappa(iterations=5, keep="rir", initialisation="random"),
+    "frontier": FrontierDefense(),
+    "frontier-ridge": FrontierDefense(space="ridge", stretch=0.5, rotate=False),
+    "signal-frontier": SignalFrontier(),
 }
 """Brief settings of every defense."""
+
+DETERMINISTIC = {"r-ill", "imma", "opt-kappa", "frontier", "frontier-ridge", "signal-frontier"}
+"""Those of them in which nothing is random."""
 
 ADVERSARIES: dict[str, Adversary] = {
     f"{start}-{scope}-{optimizer}": FineTuning(Strategy(start, scope, optimizer, rate, 20))
@@ -24,5 +48,8 @@ ADVERSARIES: dict[str, Adversary] = {
         ("sgd", 0.1), ("momentum", 0.02), ("nesterov", 0.02), ("adagrad", 0.01), ("adadelta", 1.0), ("adam", 2e-3),
         ("adamw", 2e-3),
     )
+} | {
+    f"probe-{solver}-{preparation}": Probe(solver, preparation, 0.1)
+    for solver in SOLVERS for preparation in PREPARATIONS
 }  # fmt: skip
 """Every adversary with a rate at which it learns the digits."""

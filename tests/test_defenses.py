@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import reference
-from cases import DEFENSES
+from cases import DEFENSES, DETERMINISTIC
 from conftest import toy_task
 from holdfast.defenses import DEFENSES as REGISTRY
 from holdfast.defenses import Sophon
@@ -41,7 +41,8 @@ class TestEveryDefense:
         def digest(seed):
             return DEFENSES[name].immunize(model, benign, restricted, run=Run(seed, CPU))[0].facts().sha256
 
-        assert digest(0) == digest(0) != digest(1)
+        assert digest(0) == digest(0)
+        assert (digest(0) == digest(1)) is (name in DETERMINISTIC)
 
     def test_torchs_global_generator_is_left_alone(self, name, model, benign, restricted, run):
         torch.manual_seed(3)

@@ -3,10 +3,34 @@
 from typing import Final
 
 from holdfast.defenses.base import Defense, Record
+from holdfast.defenses.condition import ConditionNumber, RIllOnly
+from holdfast.defenses.frontier import FrontierDefense, SignalFrontier
+from holdfast.defenses.imma import IMMA
+from holdfast.defenses.linear import LinearDefense, LinearProblem
+from holdfast.defenses.opt_kappa import OptKappa
 from holdfast.defenses.sophon import Sophon
 
 DEFENSES: Final[dict[str, type[Defense]]] = {
     Sophon.name: Sophon,
+    FrontierDefense.name: FrontierDefense,
+    SignalFrontier.name: SignalFrontier,
+    ConditionNumber.name: ConditionNumber,
+    RIllOnly.name: RIllOnly,
+    IMMA.name: IMMA,
+    OptKappa.name: OptKappa,
 }
 
-__all__ = ["DEFENSES", "Defense", "Record", "Sophon"]
+__all__ = [
+    "DEFENSES",
+    "IMMA",
+    "ConditionNumber",
+    "Defense",
+    "FrontierDefense",
+    "LinearDefense",
+    "LinearProblem",
+    "OptKappa",
+    "RIllOnly",
+    "Record",
+    "SignalFrontier",
+    "Sophon",
+]
