@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cases import ADVERSARIES
-from holdfast.adversaries import BATTERIES, Adversary, FineTuning, battery
+from holdfast.adversaries import BATTERIES, Adversary, FineTuning, Probe, battery
 from holdfast.errors import HoldfastError
 from holdfast.execution import fingerprint
 from holdfast.finetune import Strategy
@@ -25,7 +25,8 @@ class TestEveryAdversary:
         assert curve.finite
         assert curve.scores[-1] > curve.scores[0] + 0.1
         assert curve.losses[0] is None
-        assert curve.losses[2] < curve.losses[1]
+        solved_at_once = isinstance(ADVERSARIES[name], Probe)  # in closed form, or by a step on whitened features
+        assert curve.losses[2] < curve.losses[1] or (solved_at_once and curve.losses[2] < curve.losses[1] + 1e-9)
 
     def test_depends_on_the_seed_and_on_nothing_else(self, name, model, benign, run):
         def curve(seed, role):
@@ -36,7 +37,8 @@ class TestEveryAdversary:
         torch.manual_seed(2)
         again = curve(0, "original")
         assert (first.scores, first.losses) == (again.scores, again.losses)
-        assert curve(1, "immunized").losses != first.losses
+        takes_all_samples = isinstance(ADVERSARIES[name], Probe)  # and starts from zero: nothing is drawn
+        assert (curve(1, "immunized").losses != first.losses) or takes_all_samples
 
     def test_config_is_plain_and_names_its_kind(self, name):
         config = ADVERSARIES[name].config()

@@ -3,5 +3,6 @@
 from holdfast.adversaries.base import Adversary
 from holdfast.adversaries.batteries import BATTERIES, battery
 from holdfast.adversaries.finetuning import FineTuning
+from holdfast.adversaries.probes import Probe
 
-__all__ = ["BATTERIES", "Adversary", "FineTuning", "battery"]
+__all__ = ["BATTERIES", "Adversary", "FineTuning", "Probe", "battery"]

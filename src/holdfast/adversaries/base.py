@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.execution import Run
-from holdfast.models import SplitModel
+from holdfast.models import SplitModel, features
 from holdfast.results import Curve, Role
 from holdfast.tasks import Task
 
@@ -22,10 +22,13 @@ class Adversary(ABC):
     Attributes:
         name: unique in its battery.
         batch_size: samples a step, so that curves can be read in samples.
+        frozen_body: whether only the head learns. The framework then computes every feature once, in float64, and hands
+            over a model that is a head alone and a task whose inputs are the features.
     """
 
     name: str
     batch_size: int
+    frozen_body: ClassVar[bool] = False
 
     @abstractmethod
     def run(
@@ -79,6 +82,8 @@ class Adversary(ABC):
             Scores and mean training losses at the budgets.
         """
         victim = model.clone().to(run.device)
+        if self.frozen_body:
+            victim, task = _head_on_features(victim, task)
         scores: list[float | None] = []
         losses: list[float | None] = []
         since: list[Tensor] = []
@@ -97,6 +102,30 @@ class Adversary(ABC):
             adversary=self.name, role=role, seed=seed, budgets=list(budgets), scores=scores, losses=losses,
             batch_size=self.batch_size,
         )  # fmt: skip
+
+
+def _head_on_features(model: SplitModel, task: Task) -> tuple[SplitModel, Task]:
+    """A fresh head, all zero, and the task it sees."""
+    train, test = _features(model, task)
+    head = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        nn.Linear, train.shape[1], task.num_outputs, dtype=train.dtype, device=train.device
+    )
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return SplitModel(nn.Sequential(head), "0", name=model.name), task.with_inputs(train, test)
+
+
+def _features(model: SplitModel, task: Task) -> tuple[Tensor, Tensor]:
+    """Features of both splits; every probe of a battery asks for the same, so the last few are kept."""
+    key = model.facts().sha256, task.facts().sha256, str(next(model.parameters()).device)
+    if key not in _KEPT:
+        while len(_KEPT) >= 4:
+            _KEPT.pop(next(iter(_KEPT)))
+        _KEPT[key] = features(model, task, "train")[0], features(model, task, "test")[0]
+    return _KEPT[key]
+
+
+_KEPT: dict[tuple[str, str, str], tuple[Tensor, Tensor]] = {}
 
 
 def _finite(value: float) -> float | None:

@@ -6,6 +6,7 @@ from typing import Final
 
 from holdfast.adversaries.base import Adversary
 from holdfast.adversaries.finetuning import FineTuning
+from holdfast.adversaries.probes import PREPARATIONS, SOLVERS, Probe
 from holdfast.errors import unknown
 from holdfast.finetune import Strategy
 
@@ -21,6 +22,11 @@ BATTERIES: Final[dict[str, tuple[Adversary, ...]]] = {
         FineTuning(Strategy("head", "all", "adam", 1e-2, 50)),
         FineTuning(Strategy("head", "all", "adagrad", 1e-2, 50)),
         FineTuning(Strategy("head", "head", "adam", 1e-2, 50)),
+    ),
+    # Frozen body: every solver on every preparation, so that the audit shows which of them a linear defense stops.
+    "probes-v1": (
+        *(Probe(solver, preparation) for solver in SOLVERS for preparation in PREPARATIONS),
+        *(Probe("adam", preparation, 1e-1) for preparation in PREPARATIONS),
     ),
 }
 """Adversaries by the name of their battery."""
