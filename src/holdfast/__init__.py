@@ -1,7 +1,7 @@
 """Holdfast: immunize open-weight models against harmful fine-tuning, and audit honestly whether it worked.
 
-The verbs are `immunize`, `audit` and `pretrain`; `load_task` and `load_model` give them their input. Names are loaded
-on first use, so that the command line's help does not wait for torch.
+The verbs are `immunize`, `audit`, `feasibility` and `pretrain`; `load_task` and `load_model` give them their input.
+Names are loaded on first use, so that the command line's help does not wait for torch.
 """
 
 from __future__ import annotations

@@ -296,6 +296,6 @@ def tables(result: AuditResult) -> dict[str, Table]:
         for role in ROLES
     ]
     return {
-        "battery": Table(title=f"Accuracy on {result.restricted_task} after fine-tuning", rows=rows),
-        "best": Table(title="Best of the battery at each budget or before", rows=best),
+        "battery": Table(title=f"Accuracy on {result.restricted_task} after fine-tuning", rows=rows, percent=True),
+        "best": Table(title="Best of the battery at each budget or before", rows=best, percent=True),
     }

@@ -1,4 +1,4 @@
-"""The command line: `holdfast run | immunize | audit | report | recipes`, generated from the signatures below."""
+"""The command line: `holdfast run | immunize | audit | feasibility | ...`, generated from the signatures below."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run_command(
     *,
     set: Sequence[str] = (),
 ) -> int:
-    """Run a recipe: train or load a model, immunize it, audit it, write the report.
+    """Run a recipe: train or load a model, immunize it, audit it, write the report; or a study of several defenses.
 
     If the folder already holds a part of this very job, only what is missing is done. Ctrl-C is safe at any time.
 
@@ -161,6 +161,52 @@ def audit_command(
     return _exit_code(result.audit.verdict.label if result.audit else None)
 
 
+def feasibility_command(
+    model: str | None = None,
+    *,
+    benign: str,
+    restricted: str,
+    out: Path,
+    weights: Path | None = None,
+    ridge: float = 0.01,
+    q: float = 0.9,
+    data_dir: Path | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+) -> int:
+    """Tell from spectra alone whether a linear extractor can immunize a model, by how much, and at what benign cost.
+
+    Nothing is trained. Uses the defender's half of the restricted training data.
+
+    Args:
+        model: A model.safetensors that Holdfast saved, or an architecture with --weights. Left out: the inputs
+            themselves.
+        benign: What should stay easy to learn: digits[0-4], cifar10, x.npz, t.csv@target=price,kind=regression, ...
+        restricted: What should become hard to learn; named like `benign`.
+        out: Folder for result.json and report.html.
+        weights: Weights of the architecture (.safetensors), where MODEL is a name.
+        ridge: Per sample, for the bound on features that one of the tasks does not use.
+        q: Share of the removable loss in the predicted number of steps.
+        data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
+        device: auto, cpu, cuda, cuda:1, mps, ...
+        threads: CPU threads (default: torch's own choice).
+    """
+    from holdfast import pipeline
+    from holdfast.models import load_released
+    from holdfast.report.terminal import show
+    from holdfast.tasks import load_task
+
+    task, against = load_task(benign, data_dir=data_dir), load_task(restricted, data_dir=data_dir)
+    if model is None and weights is not None:
+        raise HoldfastError("--weights is of an architecture, and no MODEL is named; name it, such as cifar_resnet.")
+    named = None if model is None else load_released(model, weights, task, data_dir=data_dir)
+    pipeline.feasibility(
+        task, against, model=named, ridge=ridge, q=q, device=device, threads=threads, folder=out, quiet=False
+    )
+    show(pipeline.read_result(out), out)
+    return 0
+
+
 def report_command(folder: Path) -> int:
     """Write a run's report.html anew from its result.json, and print the verdict.
 
@@ -212,6 +258,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "run": run_command,
     "immunize": immunize_command,
     "audit": audit_command,
+    "feasibility": feasibility_command,
     "report": report_command,
     "recipes": recipes_command,
 }

@@ -20,17 +20,30 @@ from holdfast.auditing import audit as run_audit
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run, cpu_threads, fingerprint, resolve_device, writable_folder, write_atomic
+from holdfast.feasibility import feasibility as find_feasibility
 from holdfast.finetune import Strategy, finetune
 from holdfast.models import SplitModel, check_fits, load_model
-from holdfast.recipe import PretrainSpec, Recipe, build_defense, readable
+from holdfast.recipe import PretrainSpec, Recipe, StudyRecipe, build_defense, readable
 from holdfast.report import write_report
-from holdfast.results import AuditResult, ImmunizationResult, ModelFacts, RunResult, TaskFacts, provenance
+from holdfast.results import (
+    AuditResult,
+    Feasibility,
+    Figure,
+    ImmunizationResult,
+    ModelFacts,
+    RunResult,
+    TaskFacts,
+    provenance,
+)
+from holdfast.study import Outcome, sources, study
 from holdfast.tasks import Task, load_task
 
 HALVES_SEED = 0
 """Seed of the split into defender's and adversary's half. It is the same for everybody, whatever their run's seed, so
 that a defender and an auditor who never met do not share restricted training data of the same classes."""
 
+
+_Kind = Literal["run", "immunize", "audit", "feasibility", "study"]
 
 OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints")
 """What a job makes in its folder, beside `job.json`, which marks the folder as one of ours."""
@@ -170,8 +183,51 @@ def audit(
     return result
 
 
+def feasibility(
+    benign: Task,
+    restricted: Task,
+    *,
+    model: SplitModel | None = None,
+    ridge: float = 0.01,
+    q: float = 0.9,
+    device: str = "auto",
+    threads: int | None = None,
+    folder: Path | str | None = None,
+    quiet: bool = True,
+) -> Feasibility:
+    """Says from spectra alone whether a linear extractor can immunize a model, by how much, and at what benign cost.
+
+    Args:
+        benign: what should stay easy to learn; its training split is used.
+        restricted: what should become hard to learn; the defender's half of its training split is used.
+        model: whose features are meant; None: the inputs themselves.
+        ridge: per sample, for the bound on features that one of the tasks does not use.
+        q: share of the removable loss in the predicted number of steps.
+        device: `auto`, or a torch device.
+        threads: CPU threads of torch; None: its default.
+        folder: where to write `result.json` and `report.html`.
+        quiet: show no progress.
+
+    Raises:
+        HoldfastError: for input that cannot work.
+    """
+    on = "inputs" if model is None else model.name
+    job = _Job.start("feasibility", f"{benign.name} against {restricted.name} on {on}", 0, device, folder, quiet)
+    job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    if model is not None:
+        job.note_model("original", model)
+    job.claim({"ridge": ridge, "q": q, "model": None if model is None else model.facts().sha256})
+    with cpu_threads(threads), job.timed("feasibility"):
+        placed = None if model is None else model.clone().to(job.run.device)
+        job.run.say("Taking the spectra of both tasks")
+        found, figures = find_feasibility(placed, benign, halves(restricted)[0], ridge=ridge, q=q)
+    if folder is not None:
+        job.save(feasibility=found, figures=figures)
+    return found
+
+
 def run_recipe(
-    recipe: Recipe,
+    recipe: Recipe | StudyRecipe,
     *,
     folder: Path,
     data_dir: Path | str | None = None,
@@ -193,6 +249,8 @@ def run_recipe(
     Raises:
         HoldfastError: for input that cannot work; nothing in the folder is lost.
     """
+    if isinstance(recipe, StudyRecipe):
+        return _run_study(recipe, folder, data_dir, device, overwrite, quiet)
     defense = recipe.build_defense()
     chosen = resolve_device(device)
     benign = load_task(recipe.benign, data_dir=data_dir)
@@ -224,11 +282,41 @@ def run_recipe(
         return job.save(immunization=immunization, audit=audited)
 
 
+def _run_study(
+    recipe: StudyRecipe, folder: Path, data_dir: Path | str | None, device: str, overwrite: bool, quiet: bool
+) -> RunResult:
+    methods = recipe.build_methods()
+    chosen = resolve_device(device)
+    tasks = {name: [load_task(spec, data_dir=data_dir) for spec in specs] for name, specs in sources(recipe)}
+    run = Run(recipe.seed, chosen)
+    model = None
+    if recipe.model is not None:
+        first = next(iter(tasks.values()))[0]
+        with run.seeded("initialise"):
+            model = load_model(recipe.model, first, data_dir=data_dir, device=chosen)
+    job = _Job.start("study", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
+    for name, each in tasks.items():
+        for role, task in zip(("benign", "restricted") if len(each) > 1 else ("data",), each, strict=True):
+            job.tasks[f"{name} {role}"] = task.facts()
+    if model is not None:
+        job.note_model("original", model)
+    job.claim({"recipe": job.recipe, "model": None if model is None else model.facts().sha256})
+    finished = job.finished()
+    if finished is not None:
+        job.run.say(f"{folder}: already complete. Nothing to do; --overwrite runs it again.")
+        write_report(finished, folder / "report.html")
+        return finished
+    with cpu_threads(recipe.threads), job.timed("study"):
+        outcome = study(recipe, methods, tasks, model, run=job.run)
+    with cpu_threads(recipe.threads):
+        return job.save(study=outcome)
+
+
 @dataclass
 class _Job:
     """What the verbs share: a run, its folder, and the facts that go into the result."""
 
-    kind: Literal["run", "immunize", "audit"]
+    kind: _Kind
     title: str
     run: Run
     recipe: dict[str, Any]
@@ -240,7 +328,7 @@ class _Job:
     @classmethod
     def start(
         cls,
-        kind: Literal["run", "immunize", "audit"],
+        kind: _Kind,
         title: str,
         seed: int,
         device: str,
@@ -336,7 +424,15 @@ class _Job:
         with self.timed("audit"):
             return run_audit(model, original, benign=benign, restricted=restricted, spec=spec, run=self.run)
 
-    def save(self, *, immunization: ImmunizationResult | None = None, audit: AuditResult | None = None) -> RunResult:
+    def save(
+        self,
+        *,
+        immunization: ImmunizationResult | None = None,
+        audit: AuditResult | None = None,
+        feasibility: Feasibility | None = None,
+        figures: dict[str, Figure] | None = None,
+        study: Outcome | None = None,
+    ) -> RunResult:
         assert self.run.folder is not None
         result = RunResult(
             kind=self.kind,
@@ -345,7 +441,10 @@ class _Job:
             seed=self.run.seed,
             immunization=immunization,
             audit=audit,
-            tables=tables(audit) if audit is not None else {},
+            feasibility=feasibility,
+            findings=study.findings if study is not None else [],
+            tables=tables(audit) if audit is not None else study.tables if study is not None else {},
+            figures=study.figures if study is not None else figures or {},
             provenance=provenance(
                 started=self.started,
                 device=str(self.run.device),

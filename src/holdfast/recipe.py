@@ -7,16 +7,17 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from holdfast.auditing import AuditSpec
-from holdfast.defenses import DEFENSES, Defense
+from holdfast.defenses import DEFENSES, Defense, LinearDefense
 from holdfast.errors import HoldfastError, unknown
 from holdfast.finetune import Strategy
 from holdfast.models import ModelSpec
+from holdfast.study import StudySpec
 from holdfast.tasks import TaskSpec
 
 Scale = Literal["smoke", "cpu", "paper"]
@@ -39,10 +40,11 @@ class PretrainSpec(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole job."""
+    """A whole job: one model, one defense, one audit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    kind: Literal["run"] = "run"
     title: str
     about: str = Field("", description="What it shows and how long it takes, for `holdfast recipes`.")
     seed: int = Field(0, ge=0)
@@ -68,6 +70,37 @@ class Recipe(BaseModel):
         settings = self.model_dump(mode="json", exclude={"scales"})
         defense = self.build_defense()
         settings["defense"] = {"name": defense.name, **defense.config()}
+        return settings
+
+
+class StudyRecipe(StudySpec):
+    """A whole study: several linear defenses, measured alike."""
+
+    kind: Literal["study"]
+    title: str
+    about: str = Field("", description="What it shows and how long it takes, for `holdfast recipes`.")
+    seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: its default.")
+    scales: dict[Scale, dict[str, Any]] = Field({}, description="Overrides by scale, each `dotted.key: value`.")
+
+    def build_methods(self) -> dict[str, LinearDefense]:
+        """Returns the defenses by the name of their row."""
+        found = {}
+        for row, settings in self.methods.items():
+            defense = build_defense(settings)
+            if not isinstance(defense, LinearDefense):
+                linear = [name for name, kind in DEFENSES.items() if issubclass(kind, LinearDefense)]
+                raise HoldfastError(
+                    f"Method {row!r}: a study compares linear extractors, and {defense.name} is none; expected one of "
+                    f"{', '.join(linear)}."
+                )
+            found[row] = defense
+        return found
+
+    def resolved(self) -> dict[str, Any]:
+        """Returns every setting, defaults included, as it goes into `result.json`."""
+        settings = self.model_dump(mode="json", exclude={"scales", "methods"})
+        settings["methods"] = {row: {"name": d.name, **d.config()} for row, d in self.build_methods().items()}
         return settings
 
 
@@ -110,7 +143,9 @@ def names() -> list[str]:
     return sorted(found)
 
 
-def load(name: str, *, scale: Scale = "cpu", overrides: Sequence[str] = (), seed: int | None = None) -> Recipe:
+def load(
+    name: str, *, scale: Scale = "cpu", overrides: Sequence[str] = (), seed: int | None = None
+) -> Recipe | StudyRecipe:
     """Reads a recipe, then its scale, then the overrides, later ones winning.
 
     Args:
@@ -150,7 +185,11 @@ def load(name: str, *, scale: Scale = "cpu", overrides: Sequence[str] = (), seed
             raise HoldfastError(f"--set {override!r}: the value is not valid YAML.") from error
     if seed is not None:
         settings["seed"] = seed
-    recipe = _validate(settings, source)
+    if settings.get("kind") == "study":
+        study = _validate(settings, source, StudyRecipe)
+        study.build_methods()
+        return study
+    recipe = _validate(settings, source, Recipe)
     recipe.build_defense()
     if recipe.pretrain is not None:
         recipe.pretrain.strategy()
@@ -181,11 +220,14 @@ def _assign(settings: dict[str, Any], dotted: str, value: Any, source: str) -> N
     here[leaf] = copy.deepcopy(value)
 
 
-def _validate(settings: Mapping[str, Any], source: str) -> Recipe:
+_Schema = TypeVar("_Schema", Recipe, StudyRecipe)
+
+
+def _validate(settings: Mapping[str, Any], source: str, schema: type[_Schema]) -> _Schema:
     try:
-        return Recipe.model_validate(settings)
+        return schema.model_validate(settings)
     except ValidationError as error:
-        raise readable(error, f"Recipe {source}", Recipe) from error
+        raise readable(error, f"Recipe {source}", schema) from error
 
 
 def readable(error: ValidationError, what: str, schema: type[BaseModel] | None) -> HoldfastError:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -62,6 +62,62 @@ class Table(_Result):
 
     title: str
     rows: list[dict[str, str | Cell]]
+    percent: bool = Field(False, description="Whether the cells are shares, to be shown in percent.")
+    note: str = Field("", description="What the columns mean, for people.")
+
+
+class Lines(_Result):
+    """A figure of curves over a common axis."""
+
+    kind: Literal["lines"] = "lines"
+    title: str
+    x_title: str
+    y_title: str
+    log_x: bool = False
+    log_y: bool = False
+    x: list[float]
+    series: dict[str, list[float | None]]
+
+
+class Map(_Result):
+    """A figure of matrices side by side, one a name, with common rows and columns; 0 is the neutral value."""
+
+    kind: Literal["map"] = "map"
+    title: str
+    row_title: str
+    column_title: str
+    value_title: str
+    rows: list[str]
+    columns: list[str]
+    panels: dict[str, list[list[float | None]]]
+
+
+Figure = Annotated[Lines | Map, Field(discriminator="kind")]
+
+
+class Feasibility(_Result):
+    """Whether any linear extractor can immunize one task against another, from their spectra alone."""
+
+    label: Literal["possible", "marginal", "impossible"]
+    sentence: str
+    reasons: list[str]
+    benign_task: str
+    restricted_task: str
+    features: int = Field(description="D, the width of the features.")
+    rank_benign: int
+    rank_restricted: int
+    common: int = Field(description="Dimension of the subspace that both tasks use; the numbers below are on it.")
+    kappa_benign: float
+    kappa_restricted: float
+    kappa_m: float = Field(description="kappa(M): the frontier is kappa_H = kappa_m * kappa_P.")
+    rir_bound: float = Field(description="RIR*, which no linear extractor exceeds.")
+    rir_bound_ridge: float = Field(description="The same with a ridge on all features.")
+    ridge: float
+    leak: float | None = Field(description="Share of the restricted labels that the benign signal alone explains.")
+    tau_q: float
+    tau: dict[str, dict[str, float | None]] = Field(
+        description="Predicted steps of gradient descent, by extractor and task; None: infinite or undefined."
+    )
 
 
 class Curve(_Result):
@@ -231,13 +287,16 @@ class RunResult(_Result):
     """The content of `result.json`."""
 
     schema_version: Literal["1"] = "1"
-    kind: Literal["run", "immunize", "audit"]
+    kind: Literal["run", "immunize", "audit", "feasibility", "study"]
     title: str
     recipe: dict[str, Any]
     seed: int
     immunization: ImmunizationResult | None = None
     audit: AuditResult | None = None
+    feasibility: Feasibility | None = None
+    findings: list[str] = Field([], description="What a study found, in sentences.")
     tables: dict[str, Table] = {}
+    figures: dict[str, Figure] = {}
     provenance: Provenance
     timing: dict[str, float] = Field({}, description="Seconds by stage, on this machine.")
 

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from holdfast.execution import write_atomic
-from holdfast.report.plots import STYLES, adversary_plots, best_plot, history_plot, series_title
+from holdfast.report.plots import STYLES, adversary_plots, best_plot, figure_plot, history_plot, series_title
 from holdfast.results import ROLES, AuditResult, BudgetRow, Cell, Role, RunResult, Table
 
 MINUS = "\N{MINUS SIGN}"
@@ -55,6 +55,7 @@ def render(result: RunResult) -> str:
         caveats=[] if audit is None else caveats(audit),
         strategies=None if audit is None else Grid.of_settings(audit.adversaries),
         grids=[(name, Grid.of_table(name, t)) for name, t in result.tables.items() if name != "best"],
+        figures=[figure_plot(name, figure) for name, figure in result.figures.items()],
         history=None if immunization is None else history_plot(immunization),
         last_benign=None if immunization is None else _last(immunization.history.get("benign_score", [])),
         recipe=_recipe(result),
@@ -150,6 +151,7 @@ class Grid:
         groups: heading and rows; each row maps a column to its text or cell.
         best: places of the best cell of each column in each group: (group, row, column).
         percent: whether numbers are shares, to be shown in percent.
+        note: what the columns mean.
     """
 
     title: str
@@ -158,19 +160,19 @@ class Grid:
     groups: list[tuple[str, list[Mapping[str, Any]]]]
     best: set[tuple[int, int, str]]
     percent: bool
+    note: str = ""
 
     @classmethod
     def of_table(cls, name: str, table: Table) -> Grid:
-        """Lays out a table of the result; only `battery` is known to hold scores."""
+        """Lays out a table of the result; of `battery` the best score of each column is marked."""
         columns = list(dict.fromkeys(key for row in table.rows for key in row))
         numbers = [c for c in columns if any(isinstance(row.get(c), Cell) for row in table.rows)]
         texts = [c for c in columns if c not in numbers and c != "model"]
         groups: dict[str, list[Mapping[str, Any]]] = {}
         for row in table.rows:
             groups.setdefault(str(row.get("model", "")), []).append(row)
-        scores = name == "battery"
-        best = _best(list(groups.values()), numbers) if scores else set()
-        return cls(table.title, texts, numbers, list(groups.items()), best, scores)
+        best = _best(list(groups.values()), numbers) if name == "battery" else set()
+        return cls(table.title, texts, numbers, list(groups.items()), best, table.percent, table.note)
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Mapping[str, Any]]) -> Grid:
@@ -250,6 +252,30 @@ def _setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
+COLUMNS = {
+    "ratio_restricted": "(i) restricted",
+    "ratio_benign": "(ii) benign",
+    "rir": "RIR",
+    "rir_bound": "RIR*",
+    "held_out_ratio_restricted": "(i) held out",
+    "held_out_ratio_benign": "(ii) held out",
+    "published_ratio_restricted": "(i) restricted",
+    "published_ratio_benign": "(ii) benign",
+    "published_rir": "RIR",
+    "tau_restricted": "restricted tau",
+    "tau_restricted_measured": "measured",
+    "tau_restricted_ratio": "ratio",
+    "tau_benign": "benign tau",
+    "tau_benign_measured": "measured ",
+    "tau_benign_ratio": "ratio ",
+}
+"""Headings of columns whose name in `result.json` is not one for people."""
+
+
+def _column(name: str) -> str:
+    return COLUMNS.get(name, name.replace("_", " "))
+
+
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("holdfast.report"),
@@ -262,6 +288,8 @@ def _environment() -> Environment:
         "percent": _percent,
         "points": _points,
         "setting": _setting,
+        "column": _column,
+        "number": lambda value: "never" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}",
         "series": series_title,
     }
     environment.globals |= {"ROLES": ROLES, "STYLES": STYLES, "has": _has}

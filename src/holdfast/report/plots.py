@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
-from holdfast.results import ROLES, AuditResult, Cell, Curve, Event, ImmunizationResult, Role
+from holdfast.results import ROLES, AuditResult, Cell, Curve, Event, Figure, ImmunizationResult, Lines, Map, Role
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,99 @@ def history_plot(immunization: ImmunizationResult) -> Plot | None:
         f"Events: {len(immunization.events)}."
     )
     return _plot("history", figure, label)
+
+
+PALETTE = ("#1a85c9", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#7a6fd0", "#808590", "#c0392b", "#2aa198", "#6c8e3a")
+"""After Okabe and Ito, for series of no role; with dashes, so that no two look alike."""
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+SYMBOLS = ("circle", "square", "triangle-up", "diamond", "cross", "x", "star", "triangle-down", "pentagon", "hexagram")
+
+
+def figure_plot(name: str, figure: Figure) -> tuple[str, Plot]:
+    """Returns the title of a study's or a feasibility's figure, and the figure.
+
+    Args:
+        name: its key in `result.json`.
+        figure: curves, or matrices side by side.
+    """
+    return figure.title, _lines(name, figure) if isinstance(figure, Lines) else _map(name, figure)
+
+
+def _lines(name: str, lines: Lines) -> Plot:
+    figure = _figure(height=460, legend=True)
+    for i, (series, values) in enumerate(lines.series.items()):
+        points = sum(v is not None for v in values)
+        figure.add_trace(
+            go.Scatter(
+                x=lines.x,
+                y=values,
+                name=_text(series),
+                mode="markers" if points == 1 else "lines",
+                line={"color": PALETTE[i % len(PALETTE)], "width": 2, "dash": DASHES[i % len(DASHES)]},
+                marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 11, "color": PALETTE[i % len(PALETTE)]},
+                hovertemplate=f"{_text(series)}<br>%{{x:.4g}}: %{{y:.4g}}<extra></extra>",
+            )
+        )
+    look = {"exponentformat": "power", "minorloglabels": "none"}
+    figure.update_xaxes(title={"text": lines.x_title}, type="log" if lines.log_x else "linear", **look)
+    figure.update_yaxes(
+        title={"text": lines.y_title}, type="log" if lines.log_y else "linear", zeroline=False, fixedrange=True, **look
+    )
+    figure.update_layout(margin={"l": 64, "r": 12, "t": 12, "b": 48})
+    ends = [f"{s}: {_short(_last(v))}" for s, v in lines.series.items()]
+    return _plot(name, figure, f"Line chart: {lines.title}. At the right end: {', '.join(ends)}.")
+
+
+def _map(name: str, maps: Map) -> Plot:
+    across = min(3, len(maps.panels))
+    down = -(-len(maps.panels) // across)
+    figure = make_subplots(down, across, subplot_titles=[_text(p) for p in maps.panels], horizontal_spacing=0.07)
+    values = [v for panel in maps.panels.values() for row in panel for v in row if v is not None]
+    signed = any(v < 0 for v in values) or maps.value_title.startswith("log")
+    reach = max((abs(v) for v in values), default=1.0) or 1.0
+    for i, (panel, grid) in enumerate(maps.panels.items()):
+        figure.add_trace(
+            go.Heatmap(
+                z=grid,
+                x=maps.columns,
+                y=maps.rows,
+                coloraxis="coloraxis",
+                xgap=1,
+                ygap=1,
+                hovertemplate=f"{_text(panel)} {maps.column_title} %{{x}}, {maps.row_title} %{{y}}: "
+                f"{maps.value_title} %{{z:.3g}}<extra></extra>",
+            ),
+            row=i // across + 1,
+            col=i % across + 1,
+        )
+    plain = _figure(height=340 * down + 30, legend=False)
+    plain.layout.pop("xaxis")
+    figure.update_layout(plain.layout)
+    figure.update_layout(
+        margin={"l": 56, "r": 12, "t": 36, "b": 44},
+        coloraxis={
+            # Blue: immunized; red: not; as in the paper's Figure 2. One direction only where nothing can be negative.
+            "colorscale": "RdBu" if signed else "Blues",
+            "cmin": -reach if signed else 0,
+            "cmax": reach,
+            "colorbar": {"title": {"text": maps.value_title}, "thickness": 12},
+        },
+    )
+    figure.update_xaxes(fixedrange=True, type="category", title={"text": maps.column_title}, showgrid=False)
+    figure.update_yaxes(fixedrange=True, type="category", showgrid=False, autorange="reversed")
+    figure.update_yaxes(title={"text": maps.row_title}, col=1)
+    shares = [
+        f"{p or 'all'}: {sum(v > 0 for r in g for v in r if v is not None)} above 0" for p, g in maps.panels.items()
+    ]
+    return _plot(name, figure, f"Heat map: {maps.title}. {', '.join(shares)}.")
+
+
+def _last(values: Sequence[float | None]) -> float | None:
+    return next((v for v in reversed(values) if v is not None), None)
+
+
+def _short(value: float | None) -> str:
+    return "no value" if value is None else f"{value:.3g}"
 
 
 def series_title(name: str) -> str:

@@ -23,7 +23,39 @@ def show(result: RunResult, folder: Path) -> None:
             console.print(f"Note: round {event.iteration}: {event.message}.")
     if result.audit is not None:
         _show_audit(result.audit, console)
+    if result.feasibility is not None:
+        console.print(f"{result.feasibility.label.upper()}. {result.feasibility.sentence}")
+        for reason in result.feasibility.reasons:
+            console.print(f"  - {reason}")
+    if result.kind == "study":
+        _show_study(result, console)
     console.print(f"Report: {folder / 'report.html'}")
+
+
+def _show_study(result: RunResult, console: Console) -> None:
+    """The tables that hold the ratios; the others are in the report."""
+    for each in result.tables.values():
+        columns = {"ratio_restricted": "(i)", "ratio_benign": "(ii)", "rir": "RIR", "rir_bound": "RIR*"}
+        if not all(c in row for row in each.rows for c in columns):
+            continue
+        table = Table(title=each.title, title_justify="left")
+        table.add_column("method", no_wrap=True)
+        for heading in (*columns.values(), "paper"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in each.rows:
+            cells = [row[c] for c in columns]
+            paper = next(c.paper for c in cells[2:3] if isinstance(c, Cell))
+            numbers = [_number(c) for c in cells if isinstance(c, Cell)]
+            table.add_row(str(row["method"]), *numbers, "" if paper is None else f"{paper:g}")
+        Console().print(table)
+    for finding in result.findings:
+        console.print(f"- {finding}")
+
+
+def _number(cell: Cell) -> str:
+    if cell.mean is None:
+        return "not finite"
+    return f"{cell.mean:.3g}"
 
 
 def _show_audit(audited: AuditResult, console: Console) -> None:

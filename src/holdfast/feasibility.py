@@ -1,0 +1,203 @@
+"""Whether a linear extractor can immunize a pair of tasks, how much, and at what benign cost; nothing is trained."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from holdfast.convergence import predicted_tau
+from holdfast.errors import HoldfastError
+from holdfast.frontier import Frontier, angles
+from holdfast.models import SplitModel, check_fits, feature_batches
+from holdfast.results import Feasibility, Figure, Lines, Map
+from holdfast.spectrum import LeastSquares
+from holdfast.tasks import Task
+
+POSSIBLE, MARGINAL = 10.0, 2.0
+SHOWN = 24
+GRID = 60
+
+
+def feasibility(
+    model: SplitModel | None, benign: Task, restricted: Task, *, ridge: float = 0.01, q: float = 0.9
+) -> tuple[Feasibility, dict[str, Figure]]:
+    """Decides by spectra alone whether linear immunization can work; memory is O(D^2), whatever the number of samples.
+
+    Args:
+        model: whose features are meant; None: the inputs themselves, flattened.
+        benign: what should stay easy to learn.
+        restricted: what should become hard to learn.
+        ridge: per sample, for the bound on all features; see `Frontier.of`.
+        q: share of the removable loss in tau_q.
+
+    Returns:
+        The answer with its numbers, and the figures behind it.
+
+    Raises:
+        HoldfastError: if model and tasks do not fit, or the tasks share no features.
+
+    Example:
+        >>> from holdfast.tasks import load_task
+        >>> found, _ = feasibility(None, load_task("digits[0-4]"), load_task("digits[5-9]"))
+        >>> found.label, found.features, found.common < 64
+        ('possible', 64, True)
+    """
+    if model is not None:
+        check_fits(model, benign, own_task=True)
+        check_fits(model, restricted, own_task=False)
+    elif benign.input_shape != restricted.input_shape:
+        raise HoldfastError(
+            f"Inputs of {benign.name!r} have shape {benign.input_shape}, those of {restricted.name!r} "
+            f"{restricted.input_shape}; they must agree. For images, set image_size and channels."
+        )
+    whole = [LeastSquares.stream(feature_batches(model, task, "train")) for task in (benign, restricted)]
+    frontier = Frontier.of(*whole)
+    ridged = Frontier.of(*whole, space="ridge", ridge=ridge)
+    leak = frontier.leak()
+    extractors = {
+        "identity": torch.eye(len(frontier.mu), dtype=torch.float64),
+        "whitening": frontier.stretch(0.0),
+        "stretch": frontier.stretch(),
+        "signal frontier": frontier.protect_signal(),
+    }
+    tau = {
+        name: {
+            "benign": _finite(predicted_tau(frontier.benign.through(theta), q)),
+            "restricted": _finite(predicted_tau(frontier.restricted.through(theta), q)),
+        }
+        for name, theta in extractors.items()
+    }
+    bound = frontier.bound
+    label = "possible" if bound >= POSSIBLE else "marginal" if bound >= MARGINAL else "impossible"
+    found = Feasibility(
+        label=label,
+        sentence=_sentence(label, bound),
+        reasons=_reasons(frontier, ridged, whole, ridge, leak, tau, q),
+        benign_task=benign.name,
+        restricted_task=restricted.name,
+        features=whole[0].features,
+        rank_benign=whole[0].spectrum.rank,
+        rank_restricted=whole[1].spectrum.rank,
+        common=len(frontier.mu),
+        kappa_benign=frontier.benign.condition,
+        kappa_restricted=frontier.restricted.condition,
+        kappa_m=frontier.kappa_m,
+        rir_bound=bound,
+        rir_bound_ridge=ridged.bound,
+        ridge=ridge,
+        leak=_finite(leak),
+        tau_q=q,
+        tau=tau,
+    )
+    return found, _figures(frontier)
+
+
+def _sentence(label: str, bound: float) -> str:
+    if label == "possible":
+        return (
+            f"Linear immunization is possible: the restricted probe can be made {bound:.3g} times worse conditioned "
+            "while the benign one keeps its condition number and every benign prediction."
+        )
+    if label == "marginal":
+        return (
+            f"Linear immunization can achieve little: at most {bound:.3g} times the restricted condition number at no "
+            "benign cost."
+        )
+    return (
+        f"Linear immunization is not possible: no linear extractor makes the restricted probe more than {bound:.3g} "
+        "times worse conditioned relative to the benign one; the two tasks' features are stretched alike."
+    )
+
+
+def _reasons(
+    frontier: Frontier,
+    ridged: Frontier,
+    whole: list[LeastSquares],
+    ridge: float,
+    leak: float,
+    tau: dict[str, dict[str, float | None]],
+    q: float,
+) -> list[str]:
+    found = []
+    width, common = whole[0].features, len(frontier.mu)
+    if common < width:
+        ranks = f"the benign features span {whole[0].spectrum.rank} and the restricted ones {whole[1].spectrum.rank}"
+        found.append(
+            f"Of {width} directions {ranks}; both use {common}, and the numbers are on those. A direction that only "
+            f"one task uses has no bound: with a ridge of {ridge:g} on all of them RIR* is {ridged.bound:.3g}."
+        )
+    found.append(
+        f"The whole frontier is kappa_H = {frontier.kappa_m:.3g} kappa_P: every further factor of restricted condition "
+        "number costs the same factor of the benign one."
+    )
+
+    def steps(extractor: str, task: str) -> str:
+        value = tau[extractor][task]
+        return "never" if value is None else f"{value:,.0f}"
+
+    found.append(
+        f"But a condition number is about the worst direction, not about those that carry labels. Gradient descent "
+        f"removes {q:.0%} of the removable restricted loss in {steps('identity', 'restricted')} steps as it is, "
+        f"{steps('stretch', 'restricted')} behind the stretch and {steps('signal frontier', 'restricted')} behind the "
+        f"signal frontier; of the benign loss in {steps('identity', 'benign')}, {steps('stretch', 'benign')} and "
+        f"{steps('signal frontier', 'benign')}."
+    )
+    if math.isfinite(leak):
+        found.append(
+            f"{leak:.1%} of what a probe can learn of the restricted labels is in the benign signal itself: no signal "
+            "frontier slows that part down."
+        )
+    found.append(
+        "All of this is about gradient descent on a linear probe. Whitening the features or solving the least squares "
+        "at once undoes it, and fine-tuning the network is not covered: audit with probes-v1 and quick-v1."
+    )
+    return found
+
+
+def _figures(frontier: Frontier) -> dict[str, Figure]:
+    spectra = {
+        name: task.spectrum.values.square() / task.samples
+        for name, task in (("benign", frontier.benign), ("restricted", frontier.restricted))
+    }
+    cosines = angles(frontier.benign, frontier.restricted)[:SHOWN, :SHOWN]
+    labels = [str(i + 1) for i in range(len(cosines))]
+    kappa, top = frontier.benign.condition, max(10 * frontier.benign.condition, 10.0)
+    grid = sorted({*(top ** (i / GRID) for i in range(GRID + 1)), kappa})
+    return {
+        "spectra": Lines(
+            title="Spectra of both tasks",
+            x_title="direction of the task, by curvature",
+            y_title="eigenvalue of the Hessian, per sample",
+            log_y=True,
+            x=[float(i + 1) for i in range(len(frontier.mu))],
+            series={name: values.tolist() for name, values in spectra.items()},
+        ),
+        "angles": Map(
+            title="How far the tasks' directions agree: |cos| of the angle, first directions first",
+            row_title="benign direction",
+            column_title="restricted direction",
+            value_title="|cos|",
+            rows=labels,
+            columns=labels,
+            panels={"": cosines.tolist()},
+        ),
+        "frontier": Lines(
+            title="The frontier: no linear extractor is above the line",
+            x_title="benign condition number",
+            y_title="restricted condition number",
+            log_x=True,
+            log_y=True,
+            x=grid,
+            series={
+                "frontier": [frontier.kappa_m * x for x in grid],
+                "the features as they are": [frontier.restricted.condition if x == kappa else None for x in grid],
+                "whitening": [frontier.kappa_m if x == 1 else None for x in grid],
+                "stretch": [frontier.kappa_m * kappa if x == kappa else None for x in grid],
+            },
+        ),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

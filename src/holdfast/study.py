@@ -1,0 +1,520 @@
+"""Studies: several linear defenses on one or many pairs of tasks, measured alike and laid out as the paper's tables."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from holdfast.adversaries import battery
+from holdfast.convergence import measured_tau, norm_ratios, predicted_tau
+from holdfast.defenses import LinearDefense, LinearProblem
+from holdfast.errors import HoldfastError
+from holdfast.execution import Journal, Run, Ticker
+from holdfast.frontier import Frontier, SpaceName, published_ratio, relative_immunization_ratio
+from holdfast.models import ModelSpec, SplitModel, features
+from holdfast.results import Cell, Figure, Lines, Map, Table
+from holdfast.spectrum import PUBLISHED_FLOOR, LeastSquares
+from holdfast.tasks import Task, TaskSpec
+
+IDENTITY = "identity"
+Values = dict[str, float | None]
+XY = tuple[Tensor, Tensor]
+
+
+class PairSpec(BaseModel):
+    """A benign and a restricted task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    benign: TaskSpec
+    restricted: TaskSpec
+
+
+class ClassPairsSpec(BaseModel):
+    """All ordered pairs of classes of one data set, as in the paper's MNIST task: a class's inputs alone are a domain.
+
+    With one class in a domain its labels are constant; the target of every sample is 1.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: TaskSpec
+    mean: float = Field(0.0, description="Subtracted from inputs (images are in [0, 1]).")
+    std: float = Field(1.0, gt=0, description="Divides them afterwards.")
+
+
+class StudyTable(BaseModel):
+    """One table of a study."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    pair: PairSpec | None = None
+    class_pairs: ClassPairsSpec | None = None
+    space: SpaceName = Field(
+        "common", description="See `Frontier.of`; the same for all methods and for what is measured."
+    )
+    ridge: float = Field(0.01, gt=0)
+    held_out: bool = Field(False, description="Measure (i) and (ii) on the tasks' test splits as well.")
+    paper: dict[str, dict[str, float]] = Field({}, description="The paper's numbers: method, cell, value.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.pair is None) == (self.class_pairs is None):
+            raise ValueError("give either `pair` or `class_pairs`")
+        return self
+
+
+class ProbesSpec(BaseModel):
+    """Linear probes to run behind every method, on single pairs of classification tasks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    battery: str = "probes-v1"
+    budgets: tuple[int, ...] = (1, 10, 100)
+    benign: tuple[str, ...] = Field((), description="Adversaries of the battery to run on the benign task, too.")
+
+
+class StudySpec(BaseModel):
+    """What a study does, as a recipe writes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seeds: int = Field(1, ge=1, description="Repetitions of every method.")
+    model: ModelSpec | None = Field(None, description="Whose features the probes see; null: the inputs themselves.")
+    tables: dict[str, StudyTable]
+    methods: dict[str, dict[str, Any]] = Field(
+        description="Linear defenses by the name of their row: `name`, settings."
+    )
+    tau_q: float = Field(0.9, gt=0, lt=1, description="Share of the removable loss in tau_q.")
+    tau_steps: int = Field(1000, ge=0, description="Steps to run for the measured tau_q; 0: only predict it.")
+    norm_ratio_steps: int = Field(0, ge=0, description="Steps of the norm-ratio curves of single pairs; 0: no curves.")
+    probes: ProbesSpec | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study leaves: tables, figures, sentences."""
+
+    tables: dict[str, Table]
+    figures: dict[str, Figure]
+    findings: list[str]
+
+
+@dataclass(frozen=True)
+class _Domain:
+    """The samples of one task, and their least squares, computed once."""
+
+    name: str
+    train: XY
+    test: XY | None
+    task: Task | None = None
+
+    @cached_property
+    def problem(self) -> LeastSquares:
+        return LeastSquares.of(*self.train)
+
+    @cached_property
+    def held_out(self) -> LeastSquares:
+        assert self.test is not None
+        return LeastSquares.of(*self.test)
+
+
+_Pairs = list[tuple[str, _Domain, _Domain]]
+
+MAIN: Final = ("ratio_restricted", "ratio_benign", "rir", "rir_bound", "immunized")
+HELD_OUT: Final = ("held_out_ratio_restricted", "held_out_ratio_benign")
+CONVERGENCE: Final = (
+    "tau_restricted",
+    "tau_restricted_measured",
+    "tau_restricted_ratio",
+    "tau_benign",
+    "tau_benign_measured",
+    "tau_benign_ratio",
+)
+PUBLISHED: Final = ("published_ratio_restricted", "published_ratio_benign", "published_rir")
+
+
+def study(
+    spec: StudySpec,
+    methods: Mapping[str, LinearDefense],
+    tasks: Mapping[str, Sequence[Task]],
+    model: SplitModel | None,
+    *,
+    run: Run,
+) -> Outcome:
+    """Runs every method on every pair with every seed and measures all of them alike.
+
+    With a folder in `run`, every finished piece is kept at once, and a second call does only what is missing.
+
+    Args:
+        spec: tables and what to measure.
+        methods: the defenses by row.
+        tasks: by table: benign and restricted task of a pair, or the one task whose classes are paired.
+        model: see `StudySpec.model`.
+        run: seed, folder, progress.
+
+    Raises:
+        HoldfastError: if a task cannot serve, before any method has run.
+    """
+    pairs = {name: _pairs(table, tasks[name], model) for name, table in spec.tables.items()}
+    rows = [IDENTITY, *methods]
+    total = sum(len(p) for p in pairs.values()) * (1 + len(methods) * spec.seeds)
+    journal = Journal(run.path("study.jsonl"), _belongs(spec, methods, tasks, model, run))
+    figures: dict[str, Figure] = {}
+    tables: dict[str, Table] = {}
+    findings: list[str] = []
+    with run.progress("Measuring", total, len([k for k in journal.entries if k.count("/") == 3])) as bar:
+        for name, table in spec.tables.items():
+            measured = _measure_table(name, table, pairs[name], spec, methods, run, journal, bar)
+            tables |= _tables(name, table, rows, measured, spec)
+            figures |= _figures(name, table, rows, measured, pairs[name])
+            findings += _findings(table, rows, measured, pairs[name])
+        if spec.probes is not None:
+            for name, table in spec.tables.items():
+                tables[f"{name}_probes"] = _probes(name, table, pairs[name], spec, methods, run, journal)
+    return Outcome(tables, figures, findings)
+
+
+def _belongs(
+    spec: StudySpec,
+    methods: Mapping[str, LinearDefense],
+    tasks: Mapping[str, Sequence[Task]],
+    model: SplitModel | None,
+    run: Run,
+) -> dict[str, Any]:
+    return {
+        "seed": run.seed,
+        "study": spec.model_dump(mode="json", exclude={"methods"}),
+        "methods": {row: {"name": d.name, **d.config()} for row, d in methods.items()},
+        "data": {name: [t.facts().sha256 for t in each] for name, each in tasks.items()},
+        "model": None if model is None else model.facts().sha256,
+    }
+
+
+def _pairs(table: StudyTable, tasks: Sequence[Task], model: SplitModel | None) -> _Pairs:
+    if table.class_pairs is None:
+        benign, restricted = (_domain(task, model, table.held_out) for task in tasks)
+        return [(f"{benign.name} -> {restricted.name}", benign, restricted)]
+    spec, (task,) = table.class_pairs, tasks
+    x, y = features(model, task, "train")
+    x = (x - spec.mean) / spec.std
+    domains = [
+        _Domain(str(c), (x[own], y[own, c : c + 1]), None) for c in range(y.shape[1]) if (own := y[:, c] > 0).any()
+    ]
+    return [(f"{a.name} -> {b.name}", a, b) for a, b in itertools.permutations(domains, 2)]
+
+
+def _domain(task: Task, model: SplitModel | None, held_out: bool) -> _Domain:
+    test = features(model, task, "test") if held_out else None
+    return _Domain(task.name, features(model, task, "train"), test, task)
+
+
+def _measure_table(
+    name: str,
+    table: StudyTable,
+    pairs: _Pairs,
+    spec: StudySpec,
+    methods: Mapping[str, LinearDefense],
+    run: Run,
+    journal: Journal,
+    bar: Ticker,
+) -> dict[str, list[list[dict[str, Any]]]]:
+    """Measurements by row, seed and pair."""
+    found: dict[str, list[list[dict[str, Any]]]] = {row: [] for row in (IDENTITY, *methods)}
+    for pair, benign, restricted in pairs:
+        trials = [(IDENTITY, 0), *itertools.product(methods, range(spec.seeds))]
+        keys = {trial: f"{name}/{pair}/{trial[0]}/{trial[1]}" for trial in trials}
+        problem: LinearProblem | None = None
+        for trial in trials:
+            row, seed = trial
+            if keys[trial] not in journal.entries:
+                if problem is None:
+                    frontier = Frontier.of(benign.problem, restricted.problem, space=table.space, ridge=table.ridge)
+                    problem = LinearProblem(frontier, benign.train, restricted.train)
+                theta = _theta(methods.get(row), problem, run, name, pair, seed)
+                curves = spec.norm_ratio_steps if len(pairs) == 1 and seed == 0 else 0
+                held_out = (benign.held_out, restricted.held_out) if table.held_out else None
+                journal.add(keys[trial], measure(problem.frontier, theta, spec, curves=curves, held_out=held_out))
+                bar.tick(f"{pair}: {row}")
+            while len(found[row]) <= seed:
+                found[row].append([])
+            found[row][seed].append(journal.entries[keys[trial]])
+    return found
+
+
+def _theta(method: LinearDefense | None, problem: LinearProblem, run: Run, table: str, pair: str, seed: int) -> Tensor:
+    if method is None:
+        return torch.eye(problem.width, dtype=torch.float64)
+    own = Run(run.generator("study", table, pair, seed).initial_seed(), run.device)
+    return method.extractor(problem, run=own)[0]
+
+
+def measure(
+    frontier: Frontier,
+    theta: Tensor,
+    spec: StudySpec,
+    *,
+    curves: int = 0,
+    held_out: tuple[LeastSquares, LeastSquares] | None = None,
+) -> dict[str, Any]:
+    """Measures one extractor on one pair of tasks.
+
+    Args:
+        frontier: the tasks, in coordinates.
+        theta: the extractor, in coordinates.
+        spec: q and step limits.
+        curves: steps of the norm-ratio curves; 0: none.
+        held_out: benign and restricted task on other samples, before the change of coordinates.
+
+    Returns:
+        Numbers by the name of their cell, None where infinite or undefined, and curves by task.
+    """
+    benign, restricted = frontier.benign, frontier.restricted
+    ratios, published = (
+        relative_immunization_ratio(theta, benign, restricted),
+        published_ratio(theta, benign, restricted),
+    )
+    values: dict[str, Any] = {
+        "ratio_restricted": ratios.restricted,
+        "ratio_benign": ratios.benign,
+        "rir": ratios.rir,
+        "rir_bound": frontier.bound,
+        "immunized": float(ratios.immunized),
+        "published_ratio_restricted": published.restricted,
+        "published_ratio_benign": published.benign,
+        "published_rir": published.rir,
+    }
+    for role, task in (("restricted", restricted), ("benign", benign)):
+        behind = task.through(theta)
+        tau = predicted_tau(behind, spec.tau_q)
+        values[f"tau_{role}"] = tau
+        values[f"tau_{role}_ratio"] = tau / predicted_tau(task, spec.tau_q)
+        measured = measured_tau(behind, spec.tau_q, max_steps=spec.tau_steps) if tau <= spec.tau_steps else None
+        values[f"tau_{role}_measured"] = measured
+        if curves:
+            values[f"norm_ratios_{role}"] = norm_ratios(behind, curves)
+            values[f"published_norm_ratios_{role}"] = norm_ratios(behind, curves, floor=PUBLISHED_FLOOR)
+    if held_out is not None:
+        before = [task.through(frontier.basis) for task in held_out]
+        there = relative_immunization_ratio(theta, *before)
+        values |= {"held_out_ratio_restricted": there.restricted, "held_out_ratio_benign": there.benign}
+    return {key: value if isinstance(value, list) else _finite(value) for key, value in values.items()}
+
+
+def _tables(
+    name: str, table: StudyTable, rows: Sequence[str], measured: dict[str, list[list[dict[str, Any]]]], spec: StudySpec
+) -> dict[str, Table]:
+    main = (*MAIN, *(HELD_OUT if table.held_out else ()))
+    where = "on the subspace common to both tasks" if table.space == "common" else f"with a ridge of {table.ridge:g}"
+    notes = {
+        name: f"Condition numbers over the non-zero spectrum, {where}. (i) should be large, (ii) at most 1; RIR is "
+        "(i) / (ii), and RIR* the bound that no linear extractor exceeds; immunized: share of pairs with (i) above 1 "
+        "and (ii) at most 1.",
+        f"{name}_convergence": f"tau: steps of constant-step gradient descent until {spec.tau_q:.0%} of the removable "
+        f"loss is gone, predicted from the spectrum, and measured by running it (at most {spec.tau_steps} steps; a "
+        "dash: more); ratio: over the identity's.",
+        f"{name}_published": "The same ratios as the paper's released code takes them (floor "
+        f"{PUBLISHED_FLOOR:g} on every eigenvalue): only to compare with its printed numbers.",
+    }
+    titles = {
+        name: table.title,
+        f"{name}_convergence": f"{table.title}: how fast a probe learns",
+        f"{name}_published": f"{table.title}: published-code variant",
+    }
+    columns = {name: main, f"{name}_convergence": CONVERGENCE, f"{name}_published": PUBLISHED}
+    return {
+        key: Table(
+            title=titles[key],
+            note=notes[key],
+            rows=[
+                {
+                    "method": row,
+                    **{
+                        c: _cell(measured[row], c, table.paper.get(row, {}).get(c.removeprefix("published_")))
+                        for c in cells
+                    },
+                }
+                for row in rows
+            ],
+        )
+        for key, cells in columns.items()
+    }
+
+
+def _cell(seeds: Sequence[Sequence[dict[str, Any]]], column: str, paper: float | None) -> Cell:
+    """Mean over pairs, then mean and deviation over seeds."""
+    return Cell.of((_mean([pair.get(column) for pair in pairs]) for pairs in seeds), paper)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    finite = [v for v in values if v is not None]
+    return statistics.fmean(finite) if values and len(finite) == len(values) else None
+
+
+def _figures(
+    name: str,
+    table: StudyTable,
+    rows: Sequence[str],
+    measured: dict[str, list[list[dict[str, Any]]]],
+    pairs: _Pairs,
+) -> dict[str, Figure]:
+    if len(pairs) > 1:
+        return {f"{name}_map": _map(table, [r for r in rows if r != IDENTITY], measured, pairs)}
+    found: dict[str, Figure] = {}
+    for variant, floor in (("", ""), ("published_", ", published-code variant")):
+        for role in ("restricted", "benign"):
+            key = f"{variant}norm_ratios_{role}"
+            curves = {row: measured[row][0][0].get(key) for row in rows}
+            if all(curves.values()):
+                found[f"{name}_{key}"] = Lines(
+                    title=f"{table.title}: norm ratio on the {role} task{floor}",
+                    x_title="step of gradient descent with exact line search",
+                    y_title="norm ratio (Eq. 16)",
+                    log_y=True,
+                    x=[float(t) for t in range(len(next(iter(curves.values()))))],  # type: ignore[arg-type]
+                    series={row: [_finite(v) for v in curve or []] for row, curve in curves.items()},
+                )
+    return found
+
+
+def _map(table: StudyTable, rows: Sequence[str], measured: dict[str, list[list[dict[str, Any]]]], pairs: _Pairs) -> Map:
+    names = list(dict.fromkeys(benign.name for _, benign, _ in pairs))
+
+    def panel(row: str) -> list[list[float | None]]:
+        grid: list[list[float | None]] = [[None] * len(names) for _ in names]
+        for i, (_, benign, restricted) in enumerate(pairs):
+            rir = _mean([seed[i]["rir"] for seed in measured[row]])
+            grid[names.index(restricted.name)][names.index(benign.name)] = math.log10(rir) if rir else None
+        return grid
+
+    return Map(
+        title=f"{table.title}: log10 RIR of every pair",
+        row_title="restricted class",
+        column_title="benign class",
+        value_title="log10 RIR",
+        rows=names,
+        columns=names,
+        panels={row: panel(row) for row in rows},
+    )
+
+
+def _findings(
+    table: StudyTable, rows: Sequence[str], measured: dict[str, list[list[dict[str, Any]]]], pairs: _Pairs
+) -> list[str]:
+    """One sentence for a single pair, one a method for many: which are immunized by Definition 3.1 (a) and (b)."""
+    methods = [row for row in rows if row != IDENTITY]
+    failed = {
+        row: [i for i in range(len(pairs)) if not all(seed[i]["immunized"] for seed in measured[row])]
+        for row in methods
+    }
+    if len(pairs) == 1:
+        good = [
+            f"{row} ({_mean([s[0]['rir'] / s[0]['rir_bound'] for s in measured[row]]):.1%} of RIR*)"
+            for row in methods
+            if not failed[row]
+        ]
+        bad = [row for row in methods if failed[row]]
+        text = f"{table.title}: (i) above 1 and (ii) at most 1 in every seed: {', '.join(good) or 'no method'}."
+        return [text + (f" Not: {', '.join(bad)}." if bad else "")]
+    found = []
+    for row in methods:
+        above = sum((_mean([s[i]["rir"] for s in measured[row]]) or 0) > 1 for i in range(len(pairs)))
+        text = f"{row}: {len(pairs) - len(failed[row])} of {len(pairs)} pairs have (i) above 1 and (ii) at most 1 in "
+        text += f"every seed; {above} have RIR above 1."
+        if failed[row]:
+            named = [f"{pairs[i][0]} {_pair_ratios(measured[row], i)}" for i in failed[row]]
+            more = f" and {len(named) - 4} more" if len(named) > 4 else ""
+            text += f" Not: {', '.join(named[:4])}{more}."
+        found.append(text)
+    return found
+
+
+def _pair_ratios(seeds: Sequence[Sequence[dict[str, Any]]], pair: int) -> str:
+    return "((i) {:.3g}, (ii) {:.3g})".format(*(_mean([seed[pair][k] for seed in seeds]) or 0.0 for k in MAIN[:2]))
+
+
+def _probes(
+    name: str,
+    table: StudyTable,
+    pairs: _Pairs,
+    spec: StudySpec,
+    methods: Mapping[str, LinearDefense],
+    run: Run,
+    journal: Journal,
+) -> Table:
+    """Scores of every probe behind every method; a probe gets exactly the features that the method transforms."""
+    assert spec.probes is not None
+    ((_, benign, restricted),) = pairs
+    frontier = Frontier.of(benign.problem, restricted.problem, space=table.space, ridge=table.ridge)
+    problem = LinearProblem(frontier, benign.train, restricted.train)
+    jobs = [
+        (row, role, adversary)
+        for role in ("restricted", "benign")
+        for adversary in battery(spec.probes.battery)
+        if role == "restricted" or adversary.name in spec.probes.benign
+        for row in (IDENTITY, *methods)
+    ]
+    thetas: dict[str, Tensor] = {}
+    rows: list[dict[str, str | Cell]] = []
+    with run.progress("Probing", len(jobs), sum(_probe_key(name, job) in journal.entries for job in jobs)) as bar:
+        for job in jobs:
+            row, role, adversary = job
+            key = _probe_key(name, job)
+            if key not in journal.entries:
+                if row not in thetas:
+                    thetas[row] = frontier.full(_theta(methods.get(row), problem, run, name, pairs[0][0], 0))
+                model, task = _behind(thetas[row], restricted if role == "restricted" else benign)
+                curve = adversary.attack(model, task, budgets=(0, *spec.probes.budgets), run=run)
+                journal.add(key, curve.scores[1:])
+                bar.tick(adversary.name)
+            scores = journal.entries[key]
+            cells = {f"step {k}": Cell.of([s]) for k, s in zip(spec.probes.budgets, scores, strict=True)}
+            rows.append({"model": f"{role}: {adversary.name}", "method": row, **cells})
+    score = "accuracy" if restricted.task is not None and restricted.task.higher_is_better else "mean squared error"
+    return Table(
+        title=f"{table.title}: {score} of linear probes",
+        note="Every probe sees all training samples of its task; scores are on the test split.",
+        rows=rows,
+        percent=score == "accuracy",
+    )
+
+
+def _probe_key(name: str, job: tuple[str, str, Any]) -> str:
+    row, role, adversary = job
+    return f"{name}/probe/{role}/{adversary.name}/{row}"
+
+
+def _behind(theta: Tensor, domain: _Domain) -> tuple[SplitModel, Task]:
+    """A model whose features are the domain's behind theta, and the task on the features before it."""
+    if domain.task is None or domain.test is None:
+        raise HoldfastError("Probes need tasks with test data: set held_out, and a single pair of tasks.")
+    width, classes = len(theta), domain.task.num_outputs
+    head = nn.utils.skip_init(nn.Linear, width, classes, dtype=torch.float64)  # type: ignore[no-untyped-call]
+    model = SplitModel(nn.Sequential(head), "0")
+    model.add_extractor()
+    with torch.no_grad():
+        model.network.get_submodule("0.0").weight.copy_(theta.T)  # type: ignore[operator]
+    return model, domain.task.with_inputs(domain.train[0], domain.test[0])
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def sources(spec: StudySpec) -> Iterator[tuple[str, tuple[TaskSpec, ...]]]:
+    """Yields every table's task specifications, as `study` wants the tasks."""
+    for name, table in spec.tables.items():
+        if table.pair is not None:
+            yield name, (table.pair.benign, table.pair.restricted)
+        elif table.class_pairs is not None:
+            yield name, (table.class_pairs.data,)
