@@ -23,8 +23,7 @@ epsilon = kappa(K_P)^(-1/2) meets Definition 3.1 (b) with equality.
 
 Both are up to an orthogonal map of the output, which changes no condition number and no step of gradient descent. As
 written no axis of the output is special, and an optimizer that rescales coordinates, such as Adam, gains less. With
-`rotate=False` the axes are the eigenvectors instead: each carries one scale only, so that float32 keeps small ones
-exact.
+`rotate=False` the axes are the eigenvectors instead: each carries one scale only, which standardising undoes.
 """
 
 from __future__ import annotations

@@ -244,7 +244,8 @@ def _measure_table(
                 theta = _theta(methods.get(row), problem, run, name, pair, seed)
                 curves = spec.norm_ratio_steps if len(pairs) == 1 and seed == 0 else 0
                 held_out = (benign.held_out, restricted.held_out) if table.held_out else None
-                journal.add(keys[trial], measure(problem.frontier, theta, spec, curves=curves, held_out=held_out))
+                raw = benign.problem, restricted.problem
+                journal.add(keys[trial], measure(problem.frontier, theta, raw, spec, curves=curves, held_out=held_out))
                 bar.tick(f"{pair}: {row}")
             while len(found[row]) <= seed:
                 found[row].append([])
@@ -262,6 +263,7 @@ def _theta(method: LinearDefense | None, problem: LinearProblem, run: Run, table
 def measure(
     frontier: Frontier,
     theta: Tensor,
+    raw: tuple[LeastSquares, LeastSquares],
     spec: StudySpec,
     *,
     curves: int = 0,
@@ -272,6 +274,7 @@ def measure(
     Args:
         frontier: the tasks, in coordinates.
         theta: the extractor, in coordinates.
+        raw: benign and restricted task before the change of coordinates, as the released code takes them.
         spec: q and step limits.
         curves: steps of the norm-ratio curves; 0: none.
         held_out: benign and restricted task on other samples, before the change of coordinates.
@@ -282,7 +285,7 @@ def measure(
     benign, restricted = frontier.benign, frontier.restricted
     ratios, published = (
         relative_immunization_ratio(theta, benign, restricted),
-        published_ratio(theta, benign, restricted),
+        published_ratio(frontier.full(theta), *raw),
     )
     values: dict[str, Any] = {
         "ratio_restricted": ratios.restricted,
@@ -294,7 +297,7 @@ def measure(
         "published_ratio_benign": published.benign,
         "published_rir": published.rir,
     }
-    for role, task in (("restricted", restricted), ("benign", benign)):
+    for role, task, as_is in (("restricted", restricted, raw[1]), ("benign", benign, raw[0])):
         behind = task.through(theta)
         tau = predicted_tau(behind, spec.tau_q)
         values[f"tau_{role}"] = tau
@@ -303,7 +306,8 @@ def measure(
         values[f"tau_{role}_measured"] = measured
         if curves:
             values[f"norm_ratios_{role}"] = norm_ratios(behind, curves)
-            values[f"published_norm_ratios_{role}"] = norm_ratios(behind, curves, floor=PUBLISHED_FLOOR)
+            published_behind = as_is.through(frontier.full(theta))
+            values[f"published_norm_ratios_{role}"] = norm_ratios(published_behind, curves, floor=PUBLISHED_FLOOR)
     if held_out is not None:
         before = [task.through(frontier.basis) for task in held_out]
         there = relative_immunization_ratio(theta, *before)
@@ -323,8 +327,9 @@ def _tables(
         f"{name}_convergence": f"tau: steps of constant-step gradient descent until {spec.tau_q:.0%} of the removable "
         f"loss is gone, predicted from the spectrum, and measured by running it (at most {spec.tau_steps} steps; a "
         "dash: more); ratio: over the identity's.",
-        f"{name}_published": "The same ratios as the paper's released code takes them (floor "
-        f"{PUBLISHED_FLOOR:g} on every eigenvalue): only to compare with its printed numbers.",
+        f"{name}_published": "The same ratios as the paper's released code takes them, on the features as they are, "
+        f"null directions included, with {PUBLISHED_FLOOR:g} added to every eigenvalue: only to compare with its "
+        "printed numbers.",
     }
     titles = {
         name: table.title,
@@ -380,7 +385,6 @@ def _figures(
                     title=f"{table.title}: norm ratio on the {role} task{floor}",
                     x_title="step of gradient descent with exact line search",
                     y_title="norm ratio (Eq. 16)",
-                    log_y=True,
                     x=[float(t) for t in range(len(next(iter(curves.values()))))],  # type: ignore[arg-type]
                     series={row: [_finite(v) for v in curve or []] for row, curve in curves.items()},
                 )

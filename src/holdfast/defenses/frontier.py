@@ -22,7 +22,7 @@ class FrontierDefense(LinearDefense):
 
     Attributes:
         stretch: 0 whitens the benign task, 1 (the optimum of Definition 3.1) leaves its condition number as it was.
-        rotate: whether no axis of the features is special, which slows Adam and costs float32 some accuracy.
+        rotate: whether no axis of the features is special; without it, standardising them undoes the extractor.
     """
 
     name: ClassVar[str] = "frontier"
@@ -50,8 +50,7 @@ class SignalFrontier(LinearDefense):
 
     Attributes:
         epsilon: scale of everything outside the benign signal, in (0, 1]; None: kappa(K_P)^(-1/2), with which (ii) = 1.
-        rotate: whether no axis of the features is special, which slows Adam; for epsilon below about 1e-3, False keeps
-            float32 outputs exact.
+        rotate: whether no axis of the features is special; without it, standardising them undoes the extractor.
     """
 
     name: ClassVar[str] = "signal-frontier"

@@ -116,10 +116,9 @@ class LinearDefense(Defense):
             immunized.insert_extractor(whole)
             change = float((immunized(some) - before).abs().max() / before.abs().max())
         if change > LOGIT_TOLERANCE:
-            precision = str(immunized.head.weight.dtype).removeprefix("torch.")
             message = (
-                f"benign outputs change by {change:.1e} of the largest one, because the extractor's condition number "
-                f"is more than {precision} resolves; a larger epsilon, or rotate: false, keeps them"
+                f"benign outputs change by {change:.1e} of the largest one: the extractor is worse conditioned than "
+                f"{immunized.head.weight.dtype} resolves; a larger epsilon or a smaller stretch keeps them"
             )
             record.events.append(Event(iteration=0, message=message))
         record.history.setdefault("output_change", []).append(change)

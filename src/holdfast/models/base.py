@@ -20,7 +20,18 @@ Head = nn.Linear | nn.Conv2d
 
 
 class ExtractedHead(nn.Sequential):
-    """A head with a linear extractor before it: layers `0` and `1`; see `SplitModel.insert_extractor`."""
+    """A head with a linear extractor before it: layers `0` and `1`; see `SplitModel.insert_extractor`.
+
+    Both compute in float64, whatever the network does: an extractor may be so badly conditioned, and is so on purpose,
+    that float32 would change the benign outputs.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the head's outputs, in the dtype of x."""
+        extractor, head = self
+        inside = extractor(x.to(next(extractor.parameters()).dtype))
+        outputs: Tensor = head(inside.to(next(head.parameters()).dtype))
+        return outputs.to(x.dtype)
 
 
 class SplitModel(nn.Module):
@@ -160,7 +171,7 @@ class SplitModel(nn.Module):
             theta: invertible, shape (D, D), float64.
 
         Returns:
-            The condition number of theta: outputs change by about this times the precision of the weights.
+            The condition number of theta: outputs change by about this times the precision of float64.
 
         Raises:
             HoldfastError: if theta has another shape or cannot be inverted.
@@ -180,28 +191,30 @@ class SplitModel(nn.Module):
                 f"{self.name}: the extractor has shape {tuple(theta.shape)}; the head takes {width} features, so "
                 f"({width}, {width}) is expected."
             )
-        sigma = torch.linalg.svdvals(theta)
+        sigma = torch.linalg.svdvals(torch.nan_to_num(theta, 0.0, 0.0, 0.0))
         if not bool(theta.isfinite().all()) or sigma[-1] <= width * torch.finfo(theta.dtype).eps * sigma[0]:
             raise HoldfastError(f"{self.name}: the extractor cannot be inverted; the head could not make up for it.")
         with torch.no_grad():
             plain = head.weight.flatten(1).to(theta).T
             if self.has_extractor:
-                plain = self._extractor_layer().weight.view(width, width).to(theta).T @ plain
-                theta = self._extractor_layer().weight.view(width, width).to(theta).T @ theta
+                first = self._extractor_layer().weight.view(width, width).to(theta).T
+                plain, theta = first @ plain, first @ theta
             else:
                 self.add_extractor()
             stored = self._extractor_layer().weight
             stored.copy_(theta.T.reshape_as(stored))
-            # The inverse of what was stored, not of what was meant: rounding theta must not change the outputs.
+            # The inverse of what was stored, not of what was meant: rounding must not change the outputs.
             rounded = stored.view(width, width).to(theta).T
-            head.weight.copy_(torch.linalg.solve(rounded, plain).T.reshape_as(head.weight))
+            self.head.weight.copy_(torch.linalg.solve(rounded, plain).T.reshape_as(head.weight))
         return float(sigma[0] / sigma[-1])
 
     def add_extractor(self) -> None:
         """Puts an identity layer before the head, for `insert_extractor` or for weights that have one."""
         head = self.head
         width = head.weight.shape[1]
-        like: dict[str, Any] = {"bias": False, "device": head.weight.device, "dtype": head.weight.dtype}
+        device = head.weight.device
+        dtype = head.weight.dtype if device.type == "mps" else torch.float64  # which has no float64
+        like: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         # skip_init: nothing is drawn, so that the global generator is left alone.
         layer: Head = (
             nn.utils.skip_init(nn.Conv2d, width, width, 1, **like)  # type: ignore[no-untyped-call]
@@ -211,7 +224,7 @@ class SplitModel(nn.Module):
         with torch.no_grad():
             layer.weight.copy_(torch.eye(width).view_as(layer.weight))
         parent, _, leaf = self.head_name.rpartition(".")
-        setattr(self.network.get_submodule(parent), leaf, ExtractedHead(layer, head))
+        setattr(self.network.get_submodule(parent), leaf, ExtractedHead(layer, head.to(dtype)))
         self.head_name = f"{self.head_name}.1"
         if self.spec is not None:
             self.spec = {**self.spec, "extractor": True}

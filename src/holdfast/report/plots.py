@@ -172,7 +172,12 @@ def _lines(name: str, lines: Lines) -> Plot:
     look = {"exponentformat": "power", "minorloglabels": "none"}
     figure.update_xaxes(title={"text": lines.x_title}, type="log" if lines.log_x else "linear", **look)
     figure.update_yaxes(
-        title={"text": lines.y_title}, type="log" if lines.log_y else "linear", zeroline=False, fixedrange=True, **look
+        title={"text": lines.y_title, "standoff": 12},
+        type="log" if lines.log_y else "linear",
+        zeroline=False,
+        fixedrange=True,
+        automargin=True,
+        **look,
     )
     figure.update_layout(margin={"l": 64, "r": 12, "t": 12, "b": 48})
     ends = [f"{s}: {_short(_last(v))}" for s, v in lines.series.items()]

@@ -59,13 +59,13 @@ class RegressionTask(ArrayTask):
 
     def _vectors(self, values: npt.ArrayLike, label: str) -> Array:
         self._inputs(values, label)  # for its checks
-        a: Array = np.array(values, dtype=np.float64)
+        a: Array = np.asarray(values).astype(np.float64)
         if a.ndim != 2:
             raise self._bad(f"{label} has shape {a.shape}; expected (N, D)")
         return a
 
     def _numbers(self, values: npt.ArrayLike, label: str) -> Array:
-        a: Array = np.array(values, dtype=np.float64)
+        a: Array = np.asarray(values).astype(np.float64)
         if a.ndim != 1:
             raise self._bad(f"{label} has shape {a.shape}; expected (N,), one number a sample")
         if not np.isfinite(a).all():
