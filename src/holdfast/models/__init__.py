@@ -1,6 +1,6 @@
 """Models: a network split into a body and a head; built-in ones, and any of timm's."""
 
-from holdfast.models.base import SplitModel, check_fits
+from holdfast.models.base import SplitModel, check_fits, check_same_architecture
 from holdfast.models.catalog import ModelSpec, load_model, load_released
 
-__all__ = ["ModelSpec", "SplitModel", "check_fits", "load_model", "load_released"]
+__all__ = ["ModelSpec", "SplitModel", "check_fits", "check_same_architecture", "load_model", "load_released"]

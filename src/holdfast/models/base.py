@@ -226,6 +226,34 @@ def _channels_last(model: SplitModel) -> SplitModel:
     return model
 
 
+def check_same_architecture(model: SplitModel, original: SplitModel) -> None:
+    """Refuses a model that is no other weights for the original's architecture: their scores would not compare.
+
+    Raises:
+        HoldfastError: naming the tensor, the head or the normalisation that differs.
+    """
+    own, other = ({n: tuple(v.shape) for n, v in m.network.state_dict().items()} for m in (model, original))
+    problems = [f"only the original has {n!r}" for n in other if n not in own]
+    problems += [f"only it has {n!r}" for n in own if n not in other]
+    problems += [f"{n!r} is {own[n]} instead of {other[n]}" for n in own if n in other and own[n] != other[n]]
+    if model.head_name != original.head_name:
+        problems.append(f"its head is {model.head_name!r} instead of {original.head_name!r}")
+    for name in ("mean", "std"):
+        mine, theirs = (_plain(getattr(m, name)) for m in (model, original))
+        if mine != theirs:
+            problems.append(f"its input {name} is {mine} instead of {theirs}")
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise HoldfastError(
+            f"{model.name} is another architecture than the original ({original.name}): {'; '.join(problems[:4])}"
+            f"{more}. An audit compares weights of one architecture; give the original from before the immunization."
+        )
+
+
+def _plain(values: Tensor | None) -> list[float] | None:
+    return None if values is None else [round(v, 6) for v in values.flatten().tolist()]
+
+
 def check_fits(model: SplitModel, task: Task, *, own_task: bool) -> None:
     """Refuses, with the reason, a model that cannot be trained or scored on a task.
 
