@@ -152,6 +152,22 @@ class TestMetaGradient:
         }
         assert moved == {n: not n.startswith("network.2.") for n in moved}
 
+    def test_a_parameter_that_no_simulation_reached_has_no_gradient(self, setting):
+        """A gradient of zeros would not do: Adam would move the parameter by its moments."""
+        task, model = setting
+        simulation = Simulation(model, inverse_cross_entropy)
+
+        def reached(*starts):
+            simulation.zero()
+            for start in starts:
+                simulation.run(task, Strategy(start), 2, None, generator=torch.Generator().manual_seed(0))
+            return [g is not None for g in simulation.gradients()]
+
+        assert reached("direct") == [True] * 4
+        assert reached("head") == [True, True, False, False]
+        assert reached("head", "direct") == [True] * 4
+        assert reached() == [False] * 4
+
     def test_frozen_parameters_of_the_model_get_no_gradient(self, setting):
         task, model = setting
         model.network[0].bias.requires_grad_(False)
@@ -269,6 +285,36 @@ class TestSophon:
         assert not record.completed
         assert record.history["iteration"] == [1]
         assert record.history["suppression_loss"] == [None]
+
+    def test_a_fresh_head_after_direct_loops_leaves_the_released_head(
+        self, model, benign, restricted, run, monkeypatch
+    ):
+        simulate = Simulation.run
+
+        def after(*starts):
+            """The model after suppression loops that start so, with nothing else that could move it."""
+            left = list(starts)
+
+            def chosen(self, task, strategy, *rest, **more):
+                strategy = dataclasses.replace(strategy, initialisation=left.pop(0))
+                return simulate(self, task, strategy, *rest, **more)
+
+            monkeypatch.setattr(Simulation, "run", chosen)
+            brief = Sophon(iterations=len(starts), steps=2, reinforcement_loops=0, learning_rates=(1e-3,))
+            return brief.immunize(model, benign, restricted, run=run)[0]
+
+        first, later = after("direct"), after("direct", "head", "head")
+        assert not torch.equal(first.head.weight, model.head.weight)
+        assert torch.equal(later.head.weight, first.head.weight)
+        assert not torch.equal(later.network.body[0].weight, first.network.body[0].weight)
+
+    def test_frozen_statistics_do_not_move(self, model, benign, restricted, run):
+        frozen, free = (m for m in model.network.body if isinstance(m, nn.BatchNorm2d))
+        frozen.requires_grad_(False)
+        immunized, _ = Sophon(iterations=2, steps=1).immunize(model, benign, restricted, run=run)
+        after = [m for m in immunized.network.body if isinstance(m, nn.BatchNorm2d)]
+        assert torch.equal(after[0].running_mean, frozen.running_mean)
+        assert not torch.equal(after[1].running_mean, free.running_mean)
 
     def test_more_restricted_classes_than_outputs_needs_a_fresh_head(self, model, benign, run):
         wide = load_task("digits")

@@ -77,7 +77,7 @@ class Curve(_Result):
     losses: list[float | None] = Field(
         description="Adversary's mean training loss since the budget before; None at budget 0 and if not finite."
     )
-    batch_size: int
+    batch_size: int = Field(description="Samples a step: the adversary's batch size, or all that it has.")
 
     @model_validator(mode="after")
     def _one_value_a_budget(self) -> Self:
