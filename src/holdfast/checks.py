@@ -58,7 +58,8 @@ def reasons_invalid(
     elif not any(_certain(r, thresholds) for r in rows if r.budget):
         reasons.append(
             f"The original's advantage over scratch may be luck: at no budget does it exceed {MIN_STANDARD_ERRORS} "
-            "standard errors over seeds. Give the audit more seeds (at least 2)."
+            "standard errors over seeds. Give the audit more seeds"
+            + ("." if rows[-1].best["original"].n > 1 else "; one alone shows no spread.")
         )
     falls = _loss_falls([c for c in curves if c.role == "immunized" and c.finite])
     if falls and max(falls) < MIN_LOSS_FALL:
