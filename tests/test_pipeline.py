@@ -176,6 +176,43 @@ class TestVerbs:
         assert not rows[0] & rows[1]  # not even the few identical images that digits holds
         assert defenders.size("train") + adversarys.size("train") == restricted.size("train")
 
+    @pytest.fixture
+    def seen(self, monkeypatch):
+        """What defense and adversaries got: hashes of the restricted data, and the number of threads."""
+        found = {"defense": set(), "adversaries": set(), "threads": set()}
+        make, attack = holdfast.Sophon.immunize, holdfast.Adversary.attack
+
+        def immunize(self, model, benign, restricted, *, run):
+            found["defense"].add(restricted.facts().sha256)
+            found["threads"].add(torch.get_num_threads())
+            return make(self, model, benign, restricted, run=run)
+
+        def attacked(self, model, task, **settings):
+            found["adversaries"].add(task.facts().sha256)
+            found["threads"].add(torch.get_num_threads())
+            return attack(self, model, task, **settings)
+
+        monkeypatch.setattr(holdfast.Sophon, "immunize", immunize)
+        monkeypatch.setattr(holdfast.Adversary, "attack", attacked)
+        return found
+
+    def test_each_side_gets_its_own_half_and_the_threads(self, trained, benign, restricted, seen):
+        defenders, adversarys = (half.facts().sha256 for half in halves(restricted))
+        tasks, before = {"benign": benign, "restricted": restricted, "threads": 3}, torch.get_num_threads()
+        holdfast.immunize(trained, **tasks, iterations=1, steps=1, batch_sizes=(20,))
+        assert seen == {"defense": {defenders}, "adversaries": set(), "threads": {3}}
+        seen["threads"].clear()
+        holdfast.audit(trained, original=trained, **tasks, budgets=(0, 1), seeds=1)
+        assert seen == {"defense": {defenders}, "adversaries": {adversarys}, "threads": {3}}
+        assert torch.get_num_threads() == before != 3
+
+    def test_each_side_gets_its_own_half_and_the_threads_in_a_recipe(self, tmp_path, seen):
+        defenders, adversarys = (half.facts().sha256 for half in halves(load_task("digits[7-9]")))
+        recipe = load("quickstart", **SMOKE, overrides=["audit.shots=null", "threads=3", "pretrain.steps=1"])
+        result = run_recipe(recipe, folder=tmp_path, device="cpu", quiet=True)
+        assert seen == {"defense": {defenders}, "adversaries": {adversarys}, "threads": {3}}
+        assert result.provenance.threads == 3
+
     def test_folder_keeps_model_and_results(self, trained, benign, restricted, tmp_path):
         options = {"iterations": 2, "steps": 2, "batch_sizes": (20,)}
         made = holdfast.immunize(
