@@ -94,6 +94,16 @@ class TestRecipe:
         with pytest.raises(HoldfastError, match="damaged or of another version"):
             read_result(tmp_path)
 
+    def test_an_immunization_that_ends_in_nan_leaves_a_result_that_says_so(self, tmp_path):
+        settings = ["defense.loss=ce-ascent", "defense.guard=false", "defense.clip=null", "defense.suppression_lr=1e30"]
+        result = run_recipe(load("quickstart", **SMOKE, overrides=settings), folder=tmp_path, device="cpu", quiet=True)
+        assert not result.immunization.completed
+        assert result.audit.verdict.label == "invalid"
+        assert result.audit.benign.immunized is None
+        assert any("not finite on the immunized model" in r for r in result.audit.verdict.reasons)
+        assert read_result(tmp_path).audit == result.audit
+        assert "Invalid" in (tmp_path / "report.html").read_text()
+
     @pytest.mark.parametrize("scale", ["smoke", "paper"])
     def test_real_weights_start_at_every_scale(self, data_dir, tmp_path, scale):
         quick = ["audit.budgets=[0,1]", "audit.seeds=1", "audit.shots=2", "defense.iterations=1", "defense.steps=1",
@@ -119,7 +129,14 @@ def start(folder, *more):
         str(folder),
     ]
     settings = ["--set", "defense.iterations=30", "--set", "defense.guard_every=1", "--set", "audit.seeds=2"]
-    return subprocess.Popen([*command, *settings, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # A process inherits that a signal is ignored, as after `pytest &` in a script; its Ctrl-C would then do nothing.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [*command, *settings, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for(condition, process, seconds=120):

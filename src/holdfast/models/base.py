@@ -254,7 +254,7 @@ def _plain(values: Tensor | None) -> list[float] | None:
     return None if values is None else [round(v, 6) for v in values.flatten().tolist()]
 
 
-def check_fits(model: SplitModel, task: Task, *, own_task: bool) -> None:
+def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = True) -> None:
     """Refuses, with the reason, a model that cannot be trained or scored on a task.
 
     Args:
@@ -262,6 +262,7 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool) -> None:
         task: the task it is to work on.
         own_task: whether the model's outputs must be this task's classes (its benign task), or may be more (a
             restricted task that a fresh head will serve).
+        finite: whether its outputs must be finite.
 
     Raises:
         HoldfastError: no trainable parameters, inputs of another shape, another class count, non-finite outputs.
@@ -295,7 +296,7 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool) -> None:
             f"{model.name} has {model.num_outputs} outputs and its task {task.name!r} {task.num_outputs} classes; "
             "they must agree. Keep the right classes with NAME[...], or build the model for this task."
         )
-    if not bool(logits.isfinite().all()):
+    if finite and not bool(logits.isfinite().all()):
         raise HoldfastError(
             f"{model.name} returns values that are not finite on task {task.name!r}; its weights are unusable."
         )

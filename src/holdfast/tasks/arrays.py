@@ -235,12 +235,12 @@ class ArrayTask(Task):
         rows = (self._x["train"] + 0).numpy()  # -0.0 + 0 is 0.0: equal values are equal bytes
         bits = [hashlib.blake2b(row.tobytes(), key=key, digest_size=1).digest()[0] & 1 for row in rows]
         second = torch.tensor(bits, dtype=torch.bool)
-        for c, name in enumerate(self.class_names):
-            sides = second[self._y["train"] == c]
+        for c, index in enumerate(self._by_class(seed)):
+            sides = second[index]
             if sides.all() or not sides.any():
                 raise self._bad(
-                    f"all {len(sides)} training samples of class {name!r} are in the same half; halves need one each. "
-                    "Give it more samples, or leave the class out"
+                    f"all {len(sides)} training samples of class {self.class_names[c]!r} are in the same half; halves "
+                    "need one each. Give it more samples, or leave the class out"
                 )
         return self._take(self.name, (~second).nonzero().flatten()), self._take(self.name, second.nonzero().flatten())
 
