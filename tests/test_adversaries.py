@@ -71,6 +71,13 @@ def test_scores_are_the_frameworks(model, benign, run):
     assert curve.scores == [benign.score(model)] * 2
 
 
+def test_a_curve_counts_the_samples_that_a_step_really_had(model, benign, run):
+    few = benign.few_shot(2, 0)
+    attack = FineTuning(Strategy(batch_size=50))
+    assert attack.attack(model, few, budgets=[0, 1], run=run).batch_size == 10
+    assert attack.attack(model, benign, budgets=[0, 1], run=run).batch_size == 50
+
+
 def test_attack_is_final():
     assert getattr(Adversary.attack, "__final__", False)
 

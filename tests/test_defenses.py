@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import reference
 from cases import DEFENSES, DETERMINISTIC
@@ -153,6 +154,22 @@ class TestMetaGradient:
         }
         assert moved == {n: not n.startswith("network.2.") for n in moved}
 
+    def test_a_parameter_that_no_simulation_reached_has_no_gradient(self, setting):
+        """A gradient of zeros would not do: Adam would move the parameter by its moments."""
+        task, model = setting
+        simulation = Simulation(model, inverse_cross_entropy)
+
+        def reached(*starts):
+            simulation.zero()
+            for start in starts:
+                simulation.run(task, Strategy(start), 2, None, generator=torch.Generator().manual_seed(0))
+            return [g is not None for g in simulation.gradients()]
+
+        assert reached("direct") == [True] * 4
+        assert reached("head") == [True, True, False, False]
+        assert reached("head", "direct") == [True] * 4
+        assert reached() == [False] * 4
+
     def test_frozen_parameters_of_the_model_get_no_gradient(self, setting):
         task, model = setting
         model.network[0].bias.requires_grad_(False)
@@ -243,6 +260,63 @@ class TestSophon:
         assert s.batch_sizes == (50, 100, 150, 200, 250)
         assert len(s.phi()) == 2 * 5 * 5
 
+    @pytest.mark.parametrize(("clip", "largest"), [(1e-3, 1e-3), (None, None)])
+    def test_the_meta_gradient_is_clipped(self, model, benign, restricted, run, clip, largest):
+        """Simulated adversaries use SGD and nothing is reinforced: every step of Adam is one of suppression."""
+        norms = []
+
+        def look(optimizer, *_):
+            if isinstance(optimizer, torch.optim.Adam):
+                grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+                norms.append(float(torch.cat(grads).norm()))
+
+        brief = Sophon(iterations=3, suppression_loops=2, reinforcement_loops=0, steps=2, optimizers=("sgd",),
+                       initialisations=("direct",), clip=clip)  # fmt: skip
+        watch = register_optimizer_step_pre_hook(look)
+        try:
+            brief.immunize(model, benign, restricted, run=run)
+        finally:
+            watch.remove()
+        assert len(norms) == 3 * 2  # rounds x suppression_loops
+        if largest is None:
+            assert min(norms) > 0.1
+        else:
+            assert norms == pytest.approx([largest] * 6, rel=1e-3)
+
+    def test_every_loop_simulates_so_many_adversaries(self, model, benign, restricted, run, monkeypatch):
+        simulate, sizes = Simulation.run, []
+
+        def counted(self, *arguments, **more):
+            sizes.append(sum(float(g.abs().sum()) for g in self.gradient))
+            return simulate(self, *arguments, **more)
+
+        monkeypatch.setattr(Simulation, "run", counted)
+        Sophon(iterations=2, suppression_loops=2, tasks=3, steps=1).immunize(model, benign, restricted, run=run)
+        assert len(sizes) == 2 * 2 * 3
+        assert [s == 0 for s in sizes] == [True, False, False] * 4  # they add up, and each loop begins anew
+
+    def test_the_halved_rate_survives_a_resume(self, trained, benign, restricted, tmp_path):
+        """Stopped after the guard went back; whoever continues at the old rate ends with another model."""
+        violent = Sophon(iterations=6, steps=2, suppression_lr=0.3, reinforcement_lr=1e-5, guard_every=1,
+                         batch_sizes=(20,), clip=None)  # fmt: skip
+
+        class Stopped(Exception):
+            pass
+
+        class Interrupted(Run):
+            def seeded(self, *purpose):
+                if purpose[:2] == ("sophon", 3):
+                    raise Stopped
+                return super().seeded(*purpose)
+
+        whole, record = violent.immunize(trained, benign, restricted, run=Run(0, CPU))
+        assert [e.iteration for e in record.events][:1] < [3]
+        with pytest.raises(Stopped):
+            violent.immunize(trained, benign, restricted, run=Interrupted(0, CPU, tmp_path))
+        resumed, again = violent.immunize(trained, benign, restricted, run=Run(0, CPU, tmp_path))
+        assert again == record
+        assert resumed.facts().sha256 == whole.facts().sha256
+
     def test_the_guard_goes_back_and_says_so(self, trained, benign, restricted, run):
         violent = Sophon(
             iterations=6,
@@ -270,6 +344,36 @@ class TestSophon:
         assert not record.completed
         assert record.history["iteration"] == [1]
         assert record.history["suppression_loss"] == [None]
+
+    def test_a_fresh_head_after_direct_loops_leaves_the_released_head(
+        self, model, benign, restricted, run, monkeypatch
+    ):
+        simulate = Simulation.run
+
+        def after(*starts):
+            """The model after suppression loops that start so, with nothing else that could move it."""
+            left = list(starts)
+
+            def chosen(self, task, strategy, *rest, **more):
+                strategy = dataclasses.replace(strategy, initialisation=left.pop(0))
+                return simulate(self, task, strategy, *rest, **more)
+
+            monkeypatch.setattr(Simulation, "run", chosen)
+            brief = Sophon(iterations=len(starts), steps=2, reinforcement_loops=0, learning_rates=(1e-3,))
+            return brief.immunize(model, benign, restricted, run=run)[0]
+
+        first, later = after("direct"), after("direct", "head", "head")
+        assert not torch.equal(first.head.weight, model.head.weight)
+        assert torch.equal(later.head.weight, first.head.weight)
+        assert not torch.equal(later.network.body[0].weight, first.network.body[0].weight)
+
+    def test_frozen_statistics_do_not_move(self, model, benign, restricted, run):
+        frozen, free = (m for m in model.network.body if isinstance(m, nn.BatchNorm2d))
+        frozen.requires_grad_(False)
+        immunized, _ = Sophon(iterations=2, steps=1).immunize(model, benign, restricted, run=run)
+        after = [m for m in immunized.network.body if isinstance(m, nn.BatchNorm2d)]
+        assert torch.equal(after[0].running_mean, frozen.running_mean)
+        assert not torch.equal(after[1].running_mean, free.running_mean)
 
     def test_more_restricted_classes_than_outputs_needs_a_fresh_head(self, model, benign, run):
         wide = load_task("digits")

@@ -94,6 +94,16 @@ class TestRecipe:
         with pytest.raises(HoldfastError, match="damaged or of another version"):
             read_result(tmp_path)
 
+    def test_an_immunization_that_ends_in_nan_leaves_a_result_that_says_so(self, tmp_path):
+        settings = ["defense.loss=ce-ascent", "defense.guard=false", "defense.clip=null", "defense.suppression_lr=1e30"]
+        result = run_recipe(load("quickstart", **SMOKE, overrides=settings), folder=tmp_path, device="cpu", quiet=True)
+        assert not result.immunization.completed
+        assert result.audit.verdict.label == "invalid"
+        assert result.audit.benign.immunized is None
+        assert any("not finite on the immunized model" in r for r in result.audit.verdict.reasons)
+        assert read_result(tmp_path).audit == result.audit
+        assert "Invalid" in (tmp_path / "report.html").read_text()
+
     @pytest.mark.parametrize("scale", ["smoke", "paper"])
     def test_real_weights_start_at_every_scale(self, data_dir, tmp_path, scale):
         quick = ["audit.budgets=[0,1]", "audit.seeds=1", "audit.shots=2", "defense.iterations=1", "defense.steps=1",
@@ -119,7 +129,14 @@ def start(folder, *more):
         str(folder),
     ]
     settings = ["--set", "defense.iterations=30", "--set", "defense.guard_every=1", "--set", "audit.seeds=2"]
-    return subprocess.Popen([*command, *settings, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # A process inherits that a signal is ignored, as after `pytest &` in a script; its Ctrl-C would then do nothing.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [*command, *settings, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for(condition, process, seconds=120):
@@ -173,8 +190,45 @@ class TestVerbs:
     def test_immunize_and_audit_use_disjoint_halves(self, restricted):
         defenders, adversarys = halves(restricted)
         rows = [set(map(bytes, t._x["train"].numpy())) for t in (defenders, adversarys)]
-        assert len(rows[0] & rows[1]) <= 2  # digits holds a few identical images
+        assert not rows[0] & rows[1]  # not even the few identical images that digits holds
         assert defenders.size("train") + adversarys.size("train") == restricted.size("train")
+
+    @pytest.fixture
+    def seen(self, monkeypatch):
+        """What defense and adversaries got: hashes of the restricted data, and the number of threads."""
+        found = {"defense": set(), "adversaries": set(), "threads": set()}
+        make, attack = holdfast.Sophon.immunize, holdfast.Adversary.attack
+
+        def immunize(self, model, benign, restricted, *, run):
+            found["defense"].add(restricted.facts().sha256)
+            found["threads"].add(torch.get_num_threads())
+            return make(self, model, benign, restricted, run=run)
+
+        def attacked(self, model, task, **settings):
+            found["adversaries"].add(task.facts().sha256)
+            found["threads"].add(torch.get_num_threads())
+            return attack(self, model, task, **settings)
+
+        monkeypatch.setattr(holdfast.Sophon, "immunize", immunize)
+        monkeypatch.setattr(holdfast.Adversary, "attack", attacked)
+        return found
+
+    def test_each_side_gets_its_own_half_and_the_threads(self, trained, benign, restricted, seen):
+        defenders, adversarys = (half.facts().sha256 for half in halves(restricted))
+        tasks, before = {"benign": benign, "restricted": restricted, "threads": 3}, torch.get_num_threads()
+        holdfast.immunize(trained, **tasks, iterations=1, steps=1, batch_sizes=(20,))
+        assert seen == {"defense": {defenders}, "adversaries": set(), "threads": {3}}
+        seen["threads"].clear()
+        holdfast.audit(trained, original=trained, **tasks, budgets=(0, 1), seeds=1)
+        assert seen == {"defense": {defenders}, "adversaries": {adversarys}, "threads": {3}}
+        assert torch.get_num_threads() == before != 3
+
+    def test_each_side_gets_its_own_half_and_the_threads_in_a_recipe(self, tmp_path, seen):
+        defenders, adversarys = (half.facts().sha256 for half in halves(load_task("digits[7-9]")))
+        recipe = load("quickstart", **SMOKE, overrides=["audit.shots=null", "threads=3", "pretrain.steps=1"])
+        result = run_recipe(recipe, folder=tmp_path, device="cpu", quiet=True)
+        assert seen == {"defense": {defenders}, "adversaries": {adversarys}, "threads": {3}}
+        assert result.provenance.threads == 3
 
     def test_folder_keeps_model_and_results(self, trained, benign, restricted, tmp_path):
         options = {"iterations": 2, "steps": 2, "batch_sizes": (20,)}

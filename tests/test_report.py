@@ -85,7 +85,7 @@ def make_audit(
         adversary_samples=337,
         test_samples=100,
         chance=0.2,
-        benign=Side(original=0.981, immunized=0.954),
+        benign=Side(original=0.981, immunized=0.954, chance=0.1),
         curves=curves,
         by_budget=summarise(curves, BUDGETS),
         verdict=Verdict(
@@ -298,7 +298,7 @@ def test_a_missing_number_is_a_dash_and_never_an_advantage() -> None:
     names = ("direct+all adam", "initFC+all momentum")
     lost: dict[tuple[str, Role], int] = dict.fromkeys([(name, "immunized") for name in names], 0)
     audit = make_audit("invalid", lost=lost)
-    audit = audit.model_copy(update={"benign": Side(original=0.9, immunized=None)})
+    audit = audit.model_copy(update={"benign": Side(original=0.9, immunized=None, chance=0.1)})
     source = render(make_result(audit=audit, immunization=make_immunization()))
     dash = '<span title="not finite or not measured" aria-label="not finite or not measured">—</span>'
     start = re.search(r'<tr><th scope="row">0</th>(.*?)</tr>', _tight(source), re.DOTALL)

@@ -110,7 +110,7 @@ class TestRefusals:
     def test_too_few_samples(self, toy):
         with pytest.raises(HoldfastError, match="lower `shots`"):
             toy.few_shot(31, 0)
-        with pytest.raises(HoldfastError, match="fewer than 2"):
+        with pytest.raises(HoldfastError, match="all 1 training samples of class '0' are in the same half"):
             toy.few_shot(1, 0).halves(0)
         with pytest.raises(HoldfastError, match="too few to hold 1 out"):
             toy.few_shot(1, 0).holdout(0.1, 0)
@@ -146,14 +146,51 @@ class TestBatches:
 class TestNarrowing:
     @given(st.integers(0, 1000))
     def test_halves_are_disjoint_and_complete(self, seed):
-        task = toy_task(3, samples=9)
+        task = toy_task(3)
         first, second = task.halves(seed)
         rows = [set(map(tuple, t._x["train"].tolist())) for t in (task, first, second)]
         assert rows[1] | rows[2] == rows[0]
         assert not rows[1] & rows[2]
         assert torch.equal(first._x["test"], task._x["test"])
         for half in (first, second):
-            assert torch.bincount(half._y["train"]).min() >= 4
+            assert torch.bincount(half._y["train"], minlength=3).min() >= 1
+
+    def test_halves_are_about_halves_of_every_class(self):
+        for half in load_task("digits").halves(0):
+            counts = torch.bincount(half._y["train"]).tolist()
+            assert min(counts) > 50  # of 131 to 137; four standard deviations are 23
+            assert max(counts) < 86
+
+    def test_a_seed_decides_the_halves(self, toy):
+        assert len({toy.halves(seed)[0].facts().sha256 for seed in range(3)}) == 3
+
+    @pytest.mark.parametrize("other", ["digits", "digits[9,8,7]", "digits[8,9]", "digits[0-2,9,4]"])
+    def test_an_image_is_on_the_same_side_whatever_the_other_classes(self, other):
+        def rows(task):
+            return set(map(bytes, task._x["train"].numpy()))
+
+        defenders, adversarys = load_task("digits[7-9]").halves(0)
+        theirs = load_task(other).halves(0)
+        assert rows(theirs[0]) & rows(defenders)
+        assert not rows(theirs[0]) & rows(adversarys)
+        assert not rows(theirs[1]) & rows(defenders)
+
+    def test_duplicates_are_on_one_side_even_with_another_label(self):
+        task = toy_task(2)
+        x, y = task._x["train"].numpy(), task._y["train"].numpy()
+        twice = ArrayTask("twice", np.concatenate([x, -0.0 + x]), np.concatenate([y, 1 - y]), x, y)
+        first, second = twice.halves(0)
+        assert not set(map(tuple, first._x["train"].tolist())) & set(map(tuple, second._x["train"].tolist()))
+        assert first.size("train") + second.size("train") == 120
+
+    def test_zero_has_one_sign(self, toy):
+        zero = np.zeros((60, 2), np.float32)
+        zero[:, 1] = np.arange(60)
+        sides = []
+        for x in (zero, np.where(zero == 0, np.float32(-0.0), zero)):
+            task = ArrayTask("zeros", x, np.arange(60) % 2, x, np.arange(60) % 2)
+            sides.append(task.halves(0)[0]._x["train"][:, 1].tolist())
+        assert sides[0] == sides[1]
 
     def test_few_shot(self, toy):
         few = toy.few_shot(2, seed=1)

@@ -13,7 +13,7 @@ from holdfast.adversaries import Adversary, battery
 from holdfast.checks import reasons_invalid
 from holdfast.errors import HoldfastError
 from holdfast.execution import Journal, Run, derive_seed
-from holdfast.models import SplitModel, check_fits
+from holdfast.models import SplitModel, check_fits, check_same_architecture
 from holdfast.results import (
     ROLES,
     AuditResult,
@@ -89,11 +89,14 @@ def audit(
         Curves, a summary by budget and the verdict.
 
     Raises:
-        HoldfastError: if models and tasks do not fit together, or no adversary of the battery applies.
+        HoldfastError: if models and tasks do not fit together, the models are of different architectures, or no
+            adversary of the battery applies.
     """
     for model in (immunized, original):
-        check_fits(model, benign, own_task=True)
-        check_fits(model, restricted, own_task=False)
+        # A defense may destroy the model that it was given. That is a result, and the verdict says so.
+        check_fits(model, benign, own_task=True, finite=model is original)
+        check_fits(model, restricted, own_task=False, finite=model is original)
+    check_same_architecture(immunized, original)
     adversaries = battery(spec.battery)
     reasons = {a.name: a.not_applicable(immunized, restricted) for a in adversaries}
     not_applicable = {name: reason for name, reason in reasons.items() if reason is not None}
@@ -104,7 +107,8 @@ def audit(
     curves = _run_trials(immunized, original, applicable, samples, spec, run)
     sides = {"original": original, "immunized": immunized}
     scores = {name: benign.score(model.clone().to(run.device)) for name, model in sides.items()}
-    side = Side.model_validate({name: value if math.isfinite(value) else None for name, value in scores.items()})
+    finite = {name: value if math.isfinite(value) else None for name, value in scores.items()}
+    side = Side(original=finite["original"], immunized=finite["immunized"], chance=benign.chance)
     rows = summarise(curves, spec.budgets)
     return AuditResult(
         battery=spec.battery,

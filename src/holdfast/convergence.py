@@ -39,8 +39,7 @@ def predicted_tau(problem: LeastSquares, q: float = 0.9) -> float:
         >>> predicted_tau(LeastSquares.of(x, torch.tensor([0.0, 1.0])), 0.9)  # (1 - 0.01)^(2t) <= 0.1
         115.0
     """
-    if not 0 < q < 1:
-        raise HoldfastError(f"q is {q}; expected a share between 0 and 1.")
+    _check_share(q)
     u, sigma, _ = problem.svd
     energy = (u.T @ problem.target).square().sum(1)
     total = energy.sum().item()
@@ -95,11 +94,15 @@ def measured_tau(problem: LeastSquares, q: float = 0.9, *, max_steps: int = 1000
     Returns:
         Steps; None if `max_steps` did not suffice.
 
+    Raises:
+        HoldfastError: if q is out of range.
+
     Example:
         >>> x = torch.diag(torch.tensor([1.0, 0.1]))
         >>> measured_tau(LeastSquares.of(x, torch.tensor([0.0, 1.0])), 0.9)
         115
     """
+    _check_share(q)
     u, _, _ = problem.svd
     inside = u @ (u.T @ problem.target)
     goal = (1 - q) * inside.square().sum()
@@ -134,3 +137,8 @@ def norm_ratios(problem: LeastSquares, steps: int, *, floor: float = 0.0) -> lis
     whole = solution.square().sum()
     path = descend(problem, line_search=True)
     return [float((next(path) - solution).square().sum() / whole) for _ in range(steps + 1)]
+
+
+def _check_share(q: float) -> None:
+    if not 0 < q < 1:
+        raise HoldfastError(f"q is {q}; expected a share between 0 and 1.")

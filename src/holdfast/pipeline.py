@@ -40,7 +40,7 @@ from holdfast.tasks import Task, load_task
 
 HALVES_SEED = 0
 """Seed of the split into defender's and adversary's half. It is the same for everybody, whatever their run's seed, so
-that a defender and an auditor who never met do not share restricted training data of the same classes."""
+that a defender and an auditor who never met do not share restricted training data, even if their classes differ."""
 
 
 _Kind = Literal["run", "immunize", "audit", "feasibility", "study"]

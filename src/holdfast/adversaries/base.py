@@ -100,7 +100,7 @@ class Adversary(ABC):
                     break
         return Curve(
             adversary=self.name, role=role, seed=seed, budgets=list(budgets), scores=scores, losses=losses,
-            batch_size=self.batch_size,
+            batch_size=min(self.batch_size, task.size("train")),
         )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ this map as the identity, the gradient with respect to theta is about the sum of
 
 So nothing needs the graph of the earlier steps: each gradient is added to a buffer and dropped, and memory does not
 grow with K. For a head that was initialised anew, the Jacobian with respect to the released head is exactly zero: such
-simulations add no gradient to it.
+simulations add no gradient to it. A parameter that none of the simulations reached has no gradient at all, rather than
+one of zeros, with which Adam would still move it by the moments of earlier loops.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Simulation:
         self.model = model
         self.loss = loss
         self.gradient = [torch.zeros_like(p) for p in model.parameters()]
+        self._reached: set[int] = set()
         self._state = list(model.network.state_dict().values())
         self._copy = model.clone()
         self._head = self._copy.head
@@ -42,6 +44,11 @@ class Simulation:
     def zero(self) -> None:
         """Empties the gradient buffer."""
         torch._foreach_zero_(self.gradient)
+        self._reached.clear()
+
+    def gradients(self) -> list[Tensor | None]:
+        """Returns the meta-gradient of each parameter; None where no simulation since `zero` reached it."""
+        return [g if i in self._reached else None for i, g in enumerate(self.gradient)]
 
     def _adversary(self, strategy: Strategy, task: Task) -> SplitModel:
         """The copy that the simulated adversary trains: parameters and buffers as in the model, in reused memory."""
@@ -77,7 +84,7 @@ class Simulation:
         adversary = self._adversary(strategy, task)
         parameters = list(adversary.parameters())
         moved = self._free if strategy.initialisation == "direct" else self._free_in_body
-        at, sink = [parameters[i] for i in moved], [self.gradient[i] for i in moved]
+        at = [parameters[i] for i in moved]
         evaluation = task.batches("train", strategy.batch_size, generator=generator, device=device)
         training = finetune(adversary, task, strategy, generator=generator, device=device)
         total = torch.zeros((), device=device)
@@ -86,11 +93,11 @@ class Simulation:
             batch = next(evaluation)
             loss = self.loss(adversary(batch.x), batch.y)
             grads = torch.autograd.grad(loss, at, allow_unused=True)
-            self._accumulate(sink, grads, 1.0 if gamma is None else gamma[k])
+            self._accumulate(moved, grads, 1.0 if gamma is None else gamma[k])
             total += loss.detach()
         return float(total) / steps
 
-    @staticmethod
-    def _accumulate(sink: list[Tensor], grads: tuple[Tensor | None, ...], weight: float) -> None:
-        pairs = [(s, g) for s, g in zip(sink, grads, strict=True) if g is not None]
-        torch._foreach_add_([s for s, _ in pairs], [g for _, g in pairs], alpha=weight)
+    def _accumulate(self, moved: list[int], grads: tuple[Tensor | None, ...], weight: float) -> None:
+        found = {i: g for i, g in zip(moved, grads, strict=True) if g is not None}
+        self._reached.update(found)
+        torch._foreach_add_([self.gradient[i] for i in found], list(found.values()), alpha=weight)

@@ -214,7 +214,7 @@ class _Immunization:
         for _ in range(config.suppression_loops):
             suppression.append(self._suppress(generator))
         batches = self.benign.batches("train", config.reinforcement_batch, generator=generator, device=self.run.device)
-        self.model.train()
+        self._training_mode()
         for _ in range(config.reinforcement_loops):
             loss = self.benign.loss(self.model, next(batches))
             self.reinforcer.zero_grad(set_to_none=True)
@@ -229,6 +229,14 @@ class _Immunization:
         finite = all(map(math.isfinite, suppression + reinforcement))
         return finite and all(bool(p.isfinite().all()) for p in self.model.parameters())
 
+    def _training_mode(self) -> None:
+        """Training mode, but for normalisations whose parameters are frozen: their statistics are frozen with them."""
+        self.model.train()
+        for module in self.model.modules():
+            own = list(module.parameters(recurse=False))
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and own and not any(p.requires_grad for p in own):
+                module.eval()
+
     def _suppress(self, generator: torch.Generator) -> float:
         config, phi = self.config, self.config.phi()
         self.simulation.zero()
@@ -238,8 +246,8 @@ class _Immunization:
             losses.append(
                 self.simulation.run(self.restricted, strategy, config.steps, config.gamma, generator=generator)
             )
-        for parameter, gradient in zip(self.model.parameters(), self.simulation.gradient, strict=True):
-            parameter.grad = gradient if parameter.requires_grad else None
+        for parameter, gradient in zip(self.model.parameters(), self.simulation.gradients(), strict=True):
+            parameter.grad = gradient
         if config.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.suppressor.step()

@@ -1,7 +1,16 @@
 """Models: a network split into a body and a head; built-in ones, and any of timm's."""
 
-from holdfast.models.base import SplitModel, check_fits
+from holdfast.models.base import SplitModel, check_fits, check_same_architecture
 from holdfast.models.catalog import ModelSpec, load_model, load_released
 from holdfast.models.features import feature_batches, features
 
-__all__ = ["ModelSpec", "SplitModel", "check_fits", "feature_batches", "features", "load_model", "load_released"]
+__all__ = [
+    "ModelSpec",
+    "SplitModel",
+    "check_fits",
+    "check_same_architecture",
+    "feature_batches",
+    "features",
+    "load_model",
+    "load_released",
+]

@@ -321,7 +321,51 @@ def _channels_last(model: SplitModel) -> SplitModel:
     return model
 
 
-def check_fits(model: SplitModel, task: Task, *, own_task: bool) -> None:
+def check_same_architecture(model: SplitModel, original: SplitModel) -> None:
+    """Refuses a model that is no other weights for the original's architecture: their scores would not compare.
+
+    An inserted extractor is allowed: it is a defense's, and part of what is audited.
+
+    Raises:
+        HoldfastError: naming the tensor, the head or the normalisation that differs.
+    """
+    own, other = (_shapes(m) for m in (model, original))
+    problems = [f"only the original has {n!r}" for n in other if n not in own]
+    problems += [f"only it has {n!r}" for n in own if n not in other]
+    problems += [f"{n!r} is {own[n]} instead of {other[n]}" for n in own if n in other and own[n] != other[n]]
+    if _plain_head(model) != _plain_head(original):
+        problems.append(f"its head is {model.head_name!r} instead of {original.head_name!r}")
+    for name in ("mean", "std"):
+        mine, theirs = (_plain(getattr(m, name)) for m in (model, original))
+        if mine != theirs:
+            problems.append(f"its input {name} is {mine} instead of {theirs}")
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise HoldfastError(
+            f"{model.name} is another architecture than the original ({original.name}): {'; '.join(problems[:4])}"
+            f"{more}. An audit compares weights of one architecture; give the original from before the immunization."
+        )
+
+
+def _plain_head(model: SplitModel) -> str:
+    return model.head_name.removesuffix(".1") if model.has_extractor else model.head_name
+
+
+def _shapes(model: SplitModel) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights as they would be without an extractor."""
+    plain, inserted = _plain_head(model), model.head_name.removesuffix("1") + "0."
+    return {
+        name.replace(f"{model.head_name}.", f"{plain}.", 1): tuple(value.shape)
+        for name, value in model.network.state_dict().items()
+        if not (model.has_extractor and name.startswith(inserted))
+    }
+
+
+def _plain(values: Tensor | None) -> list[float] | None:
+    return None if values is None else [round(v, 6) for v in values.flatten().tolist()]
+
+
+def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = True) -> None:
     """Refuses, with the reason, a model that cannot be trained or scored on a task.
 
     Args:
@@ -329,6 +373,7 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool) -> None:
         task: the task it is to work on.
         own_task: whether the model's outputs must be this task's classes (its benign task), or may be more (a
             restricted task that a fresh head will serve).
+        finite: whether its outputs must be finite.
 
     Raises:
         HoldfastError: no trainable parameters, inputs of another shape, another class count, non-finite outputs.
@@ -362,7 +407,7 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool) -> None:
             f"{model.name} has {model.num_outputs} outputs and its task {task.name!r} {task.num_outputs} classes; "
             "they must agree. Keep the right classes with NAME[...], or build the model for this task."
         )
-    if not bool(logits.isfinite().all()):
+    if finite and not bool(logits.isfinite().all()):
         raise HoldfastError(
             f"{model.name} returns values that are not finite on task {task.name!r}; its weights are unusable."
         )

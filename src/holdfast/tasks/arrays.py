@@ -231,18 +231,27 @@ class ArrayTask(Task):
         return self._with(name, x, y)
 
     def halves(self, seed: int) -> tuple[Self, Self]:
-        """Splits every class's training samples in two; SOPHON, section 5.1.4.
+        """Splits the training samples in two; SOPHON, section 5.1.4.
+
+        One bit of a keyed hash of its input decides a sample's side. So the same image is on the same side in every
+        task that holds it, whatever its other classes and their order, and so are its duplicates; about half of every
+        class is on each side.
 
         Raises:
-            HoldfastError: if a class has fewer than two training samples.
+            HoldfastError: if all training samples of a class are on one side.
         """
-        by_class = self._by_class(seed)
-        small = [self.class_names[c] for c, i in enumerate(by_class) if len(i) < 2]
-        if small:
-            raise self._bad(f"class {small[0]!r} has fewer than 2 training samples; halves need one each")
-        first = torch.cat([i[: (len(i) + 1) // 2] for i in by_class])
-        second = torch.cat([i[(len(i) + 1) // 2 :] for i in by_class])
-        return self._take(self.name, first), self._take(self.name, second)
+        key = seed.to_bytes(16, "big", signed=True)
+        rows = (self._x["train"] + 0).numpy()  # -0.0 + 0 is 0.0: equal values are equal bytes
+        bits = [hashlib.blake2b(row.tobytes(), key=key, digest_size=1).digest()[0] & 1 for row in rows]
+        second = torch.tensor(bits, dtype=torch.bool)
+        for c, index in enumerate(self._by_class(seed)):
+            sides = second[index]
+            if sides.all() or not sides.any():
+                raise self._bad(
+                    f"all {len(sides)} training samples of class {self.class_names[c]!r} are in the same half; halves "
+                    "need one each. Give it more samples, or leave the class out"
+                )
+        return self._take(self.name, (~second).nonzero().flatten()), self._take(self.name, second.nonzero().flatten())
 
     def few_shot(self, shots: int, seed: int) -> Self:
         """Keeps `shots` training samples a class.

@@ -74,7 +74,10 @@ class Task(ABC):
 
     @abstractmethod
     def halves(self, seed: int) -> tuple[Self, Self]:
-        """Splits the training data in two disjoint parts, the defender's and the adversary's; test data is shared."""
+        """Splits the training data in two disjoint parts, the defender's and the adversary's; test data is shared.
+
+        The side of a sample depends on its input and the seed alone, not on what else the task holds.
+        """
 
     @abstractmethod
     def few_shot(self, shots: int, seed: int) -> Self:
