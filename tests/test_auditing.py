@@ -341,3 +341,70 @@ class TestAudit:
                 spec=BRIEF,
                 run=run,
             )
+
+
+class TestStops:
+    """Each adversary against itself on the controls."""
+
+    TOLERANCE = 0.02
+
+    @pytest.mark.parametrize(
+        ("immunized", "original", "scratch", "word"),
+        [
+            ([0.2, 0.3], [0.5, 0.6], [0.2, 0.3], "stopped"),
+            ([0.2, 0.5], [0.5, 0.6], [0.2, 0.3], "slowed"),
+            ([0.5, 0.6], [0.5, 0.6], [0.2, 0.3], "not stopped"),
+            ([0.2, 0.3], [0.2, 0.3], [0.2, 0.3], "nothing to stop"),
+            ([0.2, None], [0.5, 0.6], [0.2, 0.3], "not finite"),
+        ],
+    )
+    def test_words(self, immunized, original, scratch, word):
+        from holdfast.auditing import _stopped
+
+        rows = [
+            {"immunized": i, "original": o, "scratch": s} for i, o, s in zip(immunized, original, scratch, strict=True)
+        ]
+        assert _stopped(rows, self.TOLERANCE) == word
+
+
+def test_the_audit_shows_which_probes_an_extractor_stops(trained, benign, restricted, run):
+    from holdfast.auditing import tables
+    from holdfast.defenses import SignalFrontier
+
+    immunized, _ = SignalFrontier(epsilon=1e-3).immunize(trained, benign, restricted, run=run)
+    spec = AuditSpec(battery="probes-v1", budgets=(0, 100), seeds=1)
+    result = audit(immunized, trained, benign=benign, restricted=restricted, spec=spec, run=run)
+    rows = {row["method"]: row for row in tables(result)["stops"].rows}
+    assert set(rows) == set(result.adversaries)
+    gradient, closed = rows["probe gd raw"], rows["probe ridge whitened"]
+    assert gradient["immunized"].mean < gradient["original"].mean - 0.02
+    assert gradient["stopped"] in ("stopped", "slowed", "nothing to stop")
+    assert closed["immunized"].mean == pytest.approx(closed["original"].mean, abs=0.02)
+
+
+def test_regression_is_audited_by_explained_variance(run):
+    """Larger is better there as well, and the limits are in the same unit."""
+    from torch import nn
+
+    from holdfast.defenses import SignalFrontier
+    from holdfast.models import SplitModel
+    from holdfast.tasks import RegressionTask
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 6, generator=generator, dtype=torch.float64)
+    w = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+    y = x @ w / w.norm(dim=0)
+    tasks = [RegressionTask(n, x[:200], y[:200, i], x[200:], y[200:, i]) for i, n in enumerate(("a", "b"))]
+    model = SplitModel(nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 1)), "1")
+    with torch.no_grad():
+        model.network[0].weight.copy_(torch.eye(6))
+        model.head.weight.copy_(w[:, :1].T / w[:, 0].norm())
+        model.head.bias.zero_()
+    immunized, _ = SignalFrontier(epsilon=1e-3).immunize(model, *tasks, run=run)
+    spec = AuditSpec(battery="probes-v1", budgets=(0, 5), seeds=2)
+    result = audit(immunized, model, benign=tasks[0], restricted=tasks[1], spec=spec, run=run)
+    assert result.unit == "explained variance"
+    assert result.chance == 0
+    assert result.benign.original > 0.99
+    ridge = [c.scores[-1] for c in result.curves if c.adversary == "probe ridge raw" and c.role == "immunized"]
+    assert min(ridge) > 0.95

@@ -242,6 +242,7 @@ class AuditResult(_Result):
     adversary_samples: int
     test_samples: int
     chance: float
+    unit: str = Field("accuracy", description="What the scores are; all are at most 1, and larger is better.")
     benign: Side
     curves: list[Curve]
     by_budget: list[BudgetRow]

@@ -484,12 +484,12 @@ def _probes(
             scores = journal.entries[key]
             cells = {f"step {k}": Cell.of([s]) for k, s in zip(spec.probes.budgets, scores, strict=True)}
             rows.append({"model": f"{role}: {adversary.name}", "method": row, **cells})
-    score = "accuracy" if restricted.task is not None and restricted.task.higher_is_better else "mean squared error"
+    unit = "accuracy" if restricted.task is None else restricted.task.audit_unit
     return Table(
-        title=f"{table.title}: {score} of linear probes",
+        title=f"{table.title}: {unit} of linear probes",
         note="Every probe sees all training samples of its task; scores are on the test split.",
         rows=rows,
-        percent=score == "accuracy",
+        percent=True,
     )
 
 

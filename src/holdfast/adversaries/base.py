@@ -93,7 +93,7 @@ class Adversary(ABC):
                 if step:
                     since.append(loss)
                 if step in budgets:
-                    scores.append(_finite(task.score(victim)))
+                    scores.append(_finite(task.audit_score(victim)))
                     losses.append(_finite(float(torch.stack(since).mean())) if since else None)
                     since = []
                 if step >= budgets[-1]:

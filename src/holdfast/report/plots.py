@@ -73,10 +73,10 @@ def best_plot(audit: AuditResult) -> Plot:
         names = [f"best: {_text(row.best_adversary[role])}" for row in audit.by_budget]
         figure.add_trace(_role_trace(role, budgets, cells, names))
     figure.add_trace(_chance(audit))
-    _score_axes(figure, budgets)
+    _score_axes(figure, audit)
     ends = [f"{role} {_percent(audit.by_budget[-1].best[role].mean)}" for role in ROLES]
     label = (
-        f"Line chart: accuracy of the best adversary on {audit.restricted_task} against fine-tuning steps. "
+        f"Line chart: {audit.unit} of the best adversary on {audit.restricted_task} against fine-tuning steps. "
         f"After {budgets[-1]} steps: {', '.join(ends)}. Chance: {_percent(audit.chance)}."
     )
     return _plot("best", figure, label)
@@ -98,7 +98,7 @@ def adversary_plots(audit: AuditResult) -> list[tuple[str, Plot]]:
             figure.add_trace(_role_trace(role, audit.budgets, cells, losses))
             ends.append(f"{role} {_percent(cells[-1].mean)}")
         figure.add_trace(_chance(audit))
-        _score_axes(figure, audit.budgets, titles=False)
+        _score_axes(figure, audit, titles=False)
         figure.update_layout(margin={"l": 42, "r": 8, "t": 8, "b": 28})
         label = f"Line chart for adversary {name}. After {audit.budgets[-1]} steps: {', '.join(ends)}."
         found.append((name, _plot(f"adversary-{i}", figure, label)))
@@ -350,13 +350,14 @@ def _chance(audit: AuditResult) -> Any:
     )
 
 
-def _score_axes(figure: Any, budgets: Sequence[int], *, titles: bool = True) -> None:
+def _score_axes(figure: Any, audit: AuditResult, *, titles: bool = True) -> None:
+    budgets = audit.budgets
     span = budgets[-1] - budgets[0]
     figure.update_xaxes(range=[budgets[0] - 0.03 * span, budgets[-1] + 0.03 * span], nticks=8)
     figure.update_yaxes(range=[0, 1.03], tickformat=".0%", dtick=0.2, zeroline=False, fixedrange=True)
     if titles:
         figure.update_xaxes(title={"text": "fine-tuning steps"})
-        figure.update_yaxes(title={"text": "accuracy on the restricted task"})
+        figure.update_yaxes(title={"text": f"{audit.unit} on the restricted task"})
 
 
 def _plot(name: str, figure: Any, label: str) -> Plot:

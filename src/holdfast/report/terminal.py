@@ -59,7 +59,9 @@ def _number(cell: Cell) -> str:
 
 
 def _show_audit(audited: AuditResult, console: Console) -> None:
-    table = Table(title=f"Best of {audited.battery} on {audited.restricted_task}, accuracy in %", title_justify="left")
+    table = Table(
+        title=f"Best of {audited.battery} on {audited.restricted_task}, {audited.unit} in %", title_justify="left"
+    )
     table.add_column("model", no_wrap=True)
     for row in audited.by_budget:
         table.add_column(f"{row.budget} steps", justify="right", no_wrap=True)

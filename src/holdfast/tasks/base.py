@@ -72,6 +72,24 @@ class Task(ABC):
     def score(self, model: nn.Module, split: Split = "test") -> float:
         """Returns the score in evaluation mode, NaN if any output is not finite; the model's mode is restored."""
 
+    @property
+    def audit_unit(self) -> str:
+        """What `audit_score` is called: accuracy, or the share of the test targets' variance that is explained."""
+        return "accuracy" if self.higher_is_better else "explained variance"
+
+    @property
+    def audit_chance(self) -> float:
+        """The `audit_score` of a constant guess."""
+        return self.chance if self.higher_is_better else 0.0
+
+    def audit_score(self, model: nn.Module) -> float:
+        """Returns the test score as an audit compares it: larger is better, 1 is perfect.
+
+        It is the score itself if larger is better; of a mean squared error, 1 - error / error of a constant guess.
+        """
+        score = self.score(model)
+        return score if self.higher_is_better else 1 - score / self.chance
+
     @abstractmethod
     def halves(self, seed: int) -> tuple[Self, Self]:
         """Splits the training data in two disjoint parts, the defender's and the adversary's; test data is shared.

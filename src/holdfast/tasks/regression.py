@@ -90,7 +90,8 @@ class RegressionTask(ArrayTask):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the mean squared error over the batch."""
-        return F.mse_loss(model(_like(model, batch.x)).squeeze(-1), _like(model, batch.y))
+        found = model(_like(model, batch.x)).squeeze(-1)
+        return F.mse_loss(found, batch.y.to(found.dtype))
 
     @torch.no_grad()
     def score(self, model: nn.Module, split: Split = "test") -> float:
