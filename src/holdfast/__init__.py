@@ -10,33 +10,58 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.adversaries import BATTERIES, Adversary, FineTuning
-    from holdfast.defenses import DEFENSES, Defense, Sophon
+    from holdfast.adversaries import BATTERIES, Adversary, FineTuning, Probe
+    from holdfast.defenses import (
+        DEFENSES,
+        IMMA,
+        ConditionNumber,
+        Defense,
+        FrontierDefense,
+        OptKappa,
+        RIllOnly,
+        SignalFrontier,
+        Sophon,
+    )
     from holdfast.errors import HoldfastError
     from holdfast.finetune import Strategy
+    from holdfast.frontier import Frontier
     from holdfast.models import ModelSpec, SplitModel, load_model
-    from holdfast.pipeline import audit, halves, immunize, pretrain, read_result
+    from holdfast.pipeline import audit, feasibility, halves, immunize, pretrain, read_result
     from holdfast.report import write_report
-    from holdfast.results import AuditResult, RunResult
-    from holdfast.tasks import ArrayTask, Task, TaskSpec, load_task
+    from holdfast.results import AuditResult, Feasibility, RunResult
+    from holdfast.spectrum import LeastSquares, condition_number
+    from holdfast.tasks import ArrayTask, RegressionTask, Task, TaskSpec, load_task
 
 __all__ = [
     "BATTERIES",
     "DEFENSES",
+    "IMMA",
     "Adversary",
     "ArrayTask",
     "AuditResult",
+    "ConditionNumber",
     "Defense",
+    "Feasibility",
     "FineTuning",
+    "Frontier",
+    "FrontierDefense",
     "HoldfastError",
+    "LeastSquares",
     "ModelSpec",
+    "OptKappa",
+    "Probe",
+    "RIllOnly",
+    "RegressionTask",
     "RunResult",
+    "SignalFrontier",
     "Sophon",
     "SplitModel",
     "Strategy",
     "Task",
     "TaskSpec",
     "audit",
+    "condition_number",
+    "feasibility",
     "halves",
     "immunize",
     "load_model",
@@ -47,16 +72,21 @@ __all__ = [
 ]
 
 _HOME = {
-    "adversaries": ("BATTERIES", "Adversary", "FineTuning"),
-    "defenses": ("DEFENSES", "Defense", "Sophon"),
+    "adversaries": ("BATTERIES", "Adversary", "FineTuning", "Probe"),
+    "defenses": (
+        "DEFENSES", "IMMA", "ConditionNumber", "Defense", "FrontierDefense", "OptKappa", "RIllOnly",
+        "SignalFrontier", "Sophon",
+    ),
     "errors": ("HoldfastError",),
     "finetune": ("Strategy",),
+    "frontier": ("Frontier",),
     "models": ("ModelSpec", "SplitModel", "load_model"),
-    "pipeline": ("audit", "halves", "immunize", "pretrain", "read_result"),
+    "pipeline": ("audit", "feasibility", "halves", "immunize", "pretrain", "read_result"),
     "report": ("write_report",),
-    "results": ("AuditResult", "RunResult"),
-    "tasks": ("ArrayTask", "Task", "TaskSpec", "load_task"),
-}
+    "results": ("AuditResult", "Feasibility", "RunResult"),
+    "spectrum": ("LeastSquares", "condition_number"),
+    "tasks": ("ArrayTask", "RegressionTask", "Task", "TaskSpec", "load_task"),
+}  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 

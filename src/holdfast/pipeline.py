@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 
+from holdfast.assessing import assess
 from holdfast.auditing import AuditSpec, tables
 from holdfast.auditing import audit as run_audit
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run, cpu_threads, fingerprint, resolve_device, writable_folder, write_atomic
-from holdfast.feasibility import feasibility as find_feasibility
 from holdfast.finetune import Strategy, finetune
 from holdfast.models import SplitModel, check_fits, load_model
 from holdfast.recipe import PretrainSpec, Recipe, StudyRecipe, build_defense, readable
@@ -220,7 +220,7 @@ def feasibility(
     with cpu_threads(threads), job.timed("feasibility"):
         placed = None if model is None else model.clone().to(job.run.device)
         job.run.say("Taking the spectra of both tasks")
-        found, figures = find_feasibility(placed, benign, halves(restricted)[0], ridge=ridge, q=q)
+        found, figures = assess(placed, benign, halves(restricted)[0], ridge=ridge, q=q)
     if folder is not None:
         job.save(feasibility=found, figures=figures)
     return found

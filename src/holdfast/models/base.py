@@ -121,7 +121,7 @@ class SplitModel(nn.Module):
         return head.out_features if isinstance(head, nn.Linear) else head.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns logits of shape (N, classes) for inputs as a task yields them, cast to the network's own precision."""
+        """Returns logits of shape (N, classes) for inputs as a task yields them, cast to the network's precision."""
         x = x.to(next(self.network.parameters()).dtype)
         if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std

@@ -19,7 +19,7 @@ SHOWN = 24
 GRID = 60
 
 
-def feasibility(
+def assess(
     model: SplitModel | None, benign: Task, restricted: Task, *, ridge: float = 0.01, q: float = 0.9
 ) -> tuple[Feasibility, dict[str, Figure]]:
     """Decides by spectra alone whether linear immunization can work; memory is O(D^2), whatever the number of samples.
@@ -39,7 +39,7 @@ def feasibility(
 
     Example:
         >>> from holdfast.tasks import load_task
-        >>> found, _ = feasibility(None, load_task("digits[0-4]"), load_task("digits[5-9]"))
+        >>> found, _ = assess(None, load_task("digits[0-4]"), load_task("digits[5-9]"))
         >>> found.label, found.features, found.common < 64
         ('possible', 64, True)
     """

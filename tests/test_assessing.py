@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from holdfast import pipeline
+from holdfast.assessing import assess
 from holdfast.errors import HoldfastError
-from holdfast.feasibility import feasibility
 from holdfast.frontier import Frontier
 from holdfast.models import features
 from holdfast.spectrum import LeastSquares
@@ -20,14 +20,14 @@ def vectors(scales, seed=0, name="toy"):
 
 
 def test_tasks_stretched_alike_cannot_be_immunized():
-    found, _ = feasibility(None, vectors([1, 2, 3]), vectors([1, 2, 3], seed=1))
+    found, _ = assess(None, vectors([1, 2, 3]), vectors([1, 2, 3], seed=1))
     assert found.label == "impossible"
     assert found.rir_bound < 2
     assert "stretched alike" in found.sentence
 
 
 def test_tasks_stretched_against_each_other_can():
-    found, figures = feasibility(None, vectors([1, 1, 9]), vectors([9, 1, 1], seed=1))
+    found, figures = assess(None, vectors([1, 1, 9]), vectors([9, 1, 1], seed=1))
     assert found.label == "possible"
     assert found.rir_bound == pytest.approx(found.kappa_m * found.kappa_benign / found.kappa_restricted)
     assert set(figures) == {"spectra", "angles", "frontier"}
@@ -36,11 +36,11 @@ def test_tasks_stretched_against_each_other_can():
 
 
 def test_in_between_is_said():
-    assert feasibility(None, vectors([1, 1, 2]), vectors([2, 1, 1], seed=1))[0].label in ("marginal", "possible")
+    assert assess(None, vectors([1, 1, 2]), vectors([2, 1, 1], seed=1))[0].label in ("marginal", "possible")
 
 
 def test_the_numbers_are_the_frontiers(trained, benign, restricted):
-    found, _ = feasibility(trained, benign, restricted)
+    found, _ = assess(trained, benign, restricted)
     frontier = Frontier.of(*(LeastSquares.of(*features(trained, t, "train")) for t in (benign, restricted)))
     assert found.rir_bound == pytest.approx(frontier.bound, rel=1e-6)
     assert found.common == frontier.basis.shape[1]
@@ -49,7 +49,7 @@ def test_the_numbers_are_the_frontiers(trained, benign, restricted):
 
 
 def test_a_direction_that_one_task_lacks_is_reported_both_ways():
-    found, _ = feasibility(None, vectors([1, 1, 0]), vectors([3, 1, 1], seed=1))
+    found, _ = assess(None, vectors([1, 1, 0]), vectors([3, 1, 1], seed=1))
     assert (found.features, found.common, found.rank_benign, found.rank_restricted) == (3, 2, 2, 3)
     assert "both use 2" in found.reasons[0]
 
@@ -60,18 +60,18 @@ def test_regression_tasks():
     tasks = [
         RegressionTask(n, x[:60], x[:60] @ w, x[60:], x[60:] @ w) for n, w in (("a", [1, 0, 0, 0]), ("b", [0, 0, 0, 1]))
     ]
-    found, _ = feasibility(None, *tasks)
+    found, _ = assess(None, *tasks)
     assert found.leak < 0.2
 
 
 def test_other_shapes_are_refused():
     with pytest.raises(HoldfastError, match="must agree"):
-        feasibility(None, load_task("digits[0-4]"), load_task("digits[5-9]@image_size=6"))
+        assess(None, load_task("digits[0-4]"), load_task("digits[5-9]@image_size=6"))
 
 
 def test_disjoint_supports_are_refused_with_a_way_out():
     with pytest.raises(HoldfastError, match="disjoint supports"):
-        feasibility(None, vectors([1, 1, 0, 0]), vectors([0, 0, 1, 1]))
+        assess(None, vectors([1, 1, 0, 0]), vectors([0, 0, 1, 1]))
 
 
 def test_the_verb_writes_a_folder(tmp_path):
