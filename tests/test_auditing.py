@@ -303,6 +303,26 @@ class TestAudit:
         lines = (tmp_path / "checkpoints" / "trials.jsonl").read_text().splitlines()
         assert len({json.loads(line)["key"] for line in lines[1:]}) == len(lines) - 1 == 48
 
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            ({"scores": [0.1]}, "differ in length"),
+            ({"scores": [0.1], "losses": [None], "budgets": [0]}, r"its budgets are \[0\] instead of \[0, 5, 10\]"),
+            ({"role": "scratch"}, "it is of scratch/"),
+            (None, "Input should be"),
+        ],
+    )
+    def test_a_damaged_trial_is_said(self, trained, benign, restricted, tmp_path, damage, message):
+        sides = {"benign": benign, "restricted": restricted, "spec": BRIEF, "run": Run(0, CPU, tmp_path)}
+        audit(trained, trained, **sides)
+        path = tmp_path / "checkpoints" / "trials.jsonl"
+        head, first, *rest = path.read_text().splitlines()
+        entry = json.loads(first)
+        entry["value"] = {**entry["value"], **damage} if damage is not None else 3
+        path.write_text("\n".join([head, json.dumps(entry), *rest]) + "\n")
+        with pytest.raises(HoldfastError, match=f"is damaged .*{message}"):
+            audit(trained, trained, **sides)
+
     def test_another_audits_trials_are_refused(self, trained, benign, restricted, tmp_path):
         sides = {"benign": benign, "restricted": restricted}
         audit(trained, trained, **sides, spec=BRIEF, run=Run(0, CPU, tmp_path))

@@ -114,6 +114,10 @@ class TestRun:
             (["quickstart", "--device", "tpu9"], ["Device 'tpu9' cannot be used here"]),
             (["quickstart", "--sed", "1"], ["--sed"]),
             (["quickstart", "--set", "benign.data=./mine.npz"], ["'./mine.npz'", "does not exist"]),
+            (["quickstart", "--set", "defense={name: [x]}"], ["Unknown defense"]),
+            (["quickstart", "--set", "title=2020-13-45"], ["'title=2020-13-45'", "not valid YAML"]),
+            (["quickstart", "--set", "threads=1000000"], ["threads is 1000000"]),
+            (["quickstart", "--out", "a\0b"], ["Cannot write to", "null"]),
             (["quickstart", "--data-dir", "nowhere"], ["'nowhere' (from --data-dir) does not exist"]),
         ],
     )
@@ -164,6 +168,32 @@ class TestImmunizeAndAudit:
         assert "broken model is not a safe one" in done.stdout
 
     @pytest.mark.parametrize(
+        ("more", "words"),
+        [
+            (("--set", "iterations=[1"), ["--set iterations=[1", "not valid YAML"]),
+            (("--set", "name="), ["chosen with --defense"]),
+            (("--threads", "1000000"), ["threads is 1000000"]),
+            (("--threads", "0"), ["threads is 0"]),
+        ],
+    )
+    def test_bad_settings_of_immunize(self, files, tmp_path, capsys, more, words):
+        out = tmp_path / "out"
+        done = inside(capsys, "immunize", files / "original.safetensors", *self.COMMON, "--out", out, *more)
+        refused(done, *words)
+        assert not (out / "model.safetensors").exists()
+
+    def test_a_huge_seed_is_a_seed(self, files, tmp_path, capsys):
+        brief = ("--set", "iterations=1", "--set", "steps=1", "--set", "batch_sizes=[20]", "--seed", 10**30)
+        done = inside(capsys, "immunize", files / "original.safetensors", *self.COMMON, "--out", tmp_path, *brief)
+        assert done.returncode == 0, done.stderr
+
+    def test_a_damaged_job_file(self, files, tmp_path, capsys):
+        for content in (b"\xff\xfe", b"[1]", b"{", b"[" * 100_000):
+            (tmp_path / "job.json").write_bytes(content)
+            done = inside(capsys, "immunize", files / "original.safetensors", *self.COMMON, "--out", tmp_path)
+            refused(done, "job.json' is damaged")
+
+    @pytest.mark.parametrize(
         ("change", "words"),
         [
             ({"model": "no.safetensors"}, ["does not exist"]),
@@ -190,7 +220,7 @@ class TestImmunizeAndAudit:
             "nan": (np.full((12, 64), np.nan), label, None),
             "one": (image, np.zeros(12, int), None),
             "empty": (image[:0], label[:0], None),
-            "wide": (np.zeros((12, 9, 9, 3), np.uint8), label, None),
+            "wide": (np.random.default_rng(0).integers(0, 9, (60, 9, 9, 3), np.uint8), np.arange(60) % 5, None),
         }
         for name, (x, y, names) in arrays.items():
             extra = {"class_names": names} if names else {}

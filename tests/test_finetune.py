@@ -90,6 +90,13 @@ def test_direct_start_needs_enough_outputs(model):
     assert not_applicable(Strategy("direct"), model, load_task("digits[0-2]")) is None
 
 
+def test_a_batch_of_one_cannot_train_batch_normalisation(benign):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
+    with pytest.raises(HoldfastError, match=r"BatchNorm cannot be trained on one; give a batch size of at least 2"):
+        steps(SplitModel(network, "3"), benign, Strategy(batch_size=1), 1)
+    assert len(steps(SplitModel(network, "3"), benign, Strategy(batch_size=2), 1)) == 1
+
+
 def test_scoring_in_between_does_not_change_the_training(model, benign):
     twin = model.clone()
     plain = steps(model, benign, Strategy(), 4)

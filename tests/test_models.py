@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from holdfast.errors import HoldfastError
+from holdfast.execution import save_tensors
 from holdfast.models import ModelSpec, SplitModel, check_fits, load_model, load_released
 from holdfast.tasks import TaskSpec, load_task
 
@@ -93,6 +94,10 @@ class TestSplitModel:
             SplitModel(nn.Sequential(nn.Linear(2, 2)), "0", mean=[0.5], std=[0.0])
 
 
+def contiguous(model):
+    return {n: v.contiguous() for n, v in model.network.state_dict().items()}
+
+
 class TestFiles:
     def test_round_trip_rebuilds_the_architecture(self, model, benign, tmp_path):
         model.save(tmp_path / "model.safetensors")
@@ -139,6 +144,34 @@ class TestFiles:
         with pytest.raises(HoldfastError, match="does not say which architecture"):
             load_released(str(tmp_path / "w.safetensors"), None, benign)
 
+    def test_refused_options_are_refused_before_timm_sees_them(self, images, tmp_path, monkeypatch):
+        """Also where they come from: the header of a file of weights, which anybody may have written."""
+        monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was asked"))
+        spec = {"name": "timm:resnet18", "options": {"checkpoint_path": str(tmp_path / "evil.pt")}}
+        save_tensors(tmp_path / "m.safetensors", {"x": torch.zeros(1)}, {"model": spec})
+        with pytest.raises(HoldfastError, match="may be a pickle"):
+            load_released(str(tmp_path / "m.safetensors"), None, images)
+
+    @pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int64, torch.bool])
+    def test_integers_are_no_weights(self, model, benign, tmp_path, kind):
+        state = contiguous(model)
+        save_file({**state, "head.weight": state["head.weight"].to(kind)}, tmp_path / "w.safetensors")
+        with pytest.raises(HoldfastError, match=f"'head.weight' holds {str(kind)[6:]}, and floating-point"):
+            load_released("cnn", tmp_path / "w.safetensors", benign)
+
+    def test_half_precision_is_weights(self, model, benign, tmp_path):
+        state = {n: v.half() if v.is_floating_point() else v for n, v in contiguous(model).items()}
+        save_file(state, tmp_path / "w.safetensors")
+        assert next(load_released("cnn", tmp_path / "w.safetensors", benign).parameters()).dtype == torch.float32
+
+    @pytest.mark.parametrize(
+        "meta", ["[]", "3", "NaN", "[" * 100_000, '{"model": 3}', '{"model": [1]}', '{"model": {"nam": 1}}', "9" * 5000]
+    )
+    def test_a_hostile_header_is_a_clear_error(self, model, benign, tmp_path, meta):
+        save_file(contiguous(model), tmp_path / "w.safetensors", metadata={"holdfast": meta})
+        with pytest.raises(HoldfastError, match=r"not a readable|does not say|unusable description"):
+            load_released(str(tmp_path / "w.safetensors"), None, benign)
+
     def test_missing_and_damaged_files(self, benign, tmp_path):
         with pytest.raises(HoldfastError, match="does not exist"):
             load_released("cnn", tmp_path / "no.safetensors", benign)
@@ -163,6 +196,17 @@ class TestCatalog:
             (ModelSpec(name="cnn", options={"width": "many"}), "cannot be built"),
             (ModelSpec(name="cnn", options={"depth": -1}), "depth is -1; expected at least 1"),
             (ModelSpec(name="timm:resnet18", options={"nonsense": 1}), "cannot be created"),
+            (ModelSpec(name="timm:resnet18", options={"act_layer": "nonsense"}), "KeyError 'nonsense'"),
+            (ModelSpec(name="timm:resnet18", options={"output_stride": 7}), "cannot be created with .*AssertionError"),
+            (ModelSpec(name="timm:resnet18", options={"layers": [1]}), "ZeroDivisionError"),
+            (ModelSpec(name="timm:resnet18", options={"drop_rate": "a"}), "cannot "),
+            (
+                ModelSpec(name="timm:resnet18", options={"checkpoint_path": "x.pt"}),
+                "'checkpoint_path' .*may be a pickle",
+            ),
+            (ModelSpec(name="timm:resnet18", options={"pretrained_cfg": {"file": "x.pt"}}), "'pretrained_cfg' would"),
+            (ModelSpec(name="timm:resnet18", options={"pretrained_cfg_overlay": {"file": "x"}}), "_overlay' would"),
+            (ModelSpec(name="timm:resnet18", options={"features_only": True}), "'features_only' leaves no head"),
         ],
     )
     def test_refusals(self, spec, message, images):

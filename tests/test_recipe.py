@@ -59,6 +59,12 @@ def test_resolved_holds_every_default(recipe):
         ({"defense": {"name": "sophon", "steps": "few"}}, "steps is 'few'"),
         ({"defense": {"name": "sophon", "learning_rates": []}}, "^defense 'sophon': sophon: learning_rates is empty"),
         ({"defense": {}}, "Unknown defense 'None'"),
+        ({"defense": {"name": ["x"]}}, r"Unknown defense .*x"),
+        ({"scales": [1]}, "scales is .*expected a mapping of scales"),
+        ({"scales": {"smoke": 3}}, "expected a mapping of scales"),
+        ({"scales": {"smoke": {1: 2}}}, "expected a mapping of scales"),
+        ({"scales": {3: {}}}, "expected a mapping of scales"),
+        ({"threads": 10**9}, "threads is 1000000000"),
         ({"pretrain": {"optimizer": "sdg"}}, "Unknown optimizer 'sdg'"),
     ],
 )
@@ -74,6 +80,8 @@ def test_bad_recipes(recipe, change, message):
         ({"overrides": ["audit.sedes=1"]}, "did you mean 'audit.seeds'"),
         ({"overrides": ["title.x=1"]}, "goes through 'title'"),
         ({"overrides": ["audit.seeds=[1"]}, "not valid YAML"),
+        ({"overrides": ["title=2020-13-45"]}, "--set 'title=2020-13-45': the value is not valid YAML: month"),
+        ({"overrides": ["title=" + "[" * 10_000]}, "not valid YAML"),
         ({"scale": "paper"}, "no scale 'paper'; it has: cpu"),
     ],
 )
@@ -93,6 +101,9 @@ def test_not_yaml(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("a: [")
     with pytest.raises(HoldfastError, match="not valid YAML"):
+        load(str(path))
+    path.write_bytes(b"title: \xff")
+    with pytest.raises(HoldfastError, match="no text in UTF-8"):
         load(str(path))
     path.write_text("just words")
     with pytest.raises(HoldfastError, match="no mapping"):

@@ -61,6 +61,11 @@ class TestRefusals:
             ("digits[0-12]", "there is no class 10"),
             ("digits[3]", "at least two"),
             ("digits[1,1]", "each once"),
+            ("digits[0-999999999]", "names 1000000000 classes; expected at most 100000"),
+            ("digits[0-9999999999]", "no class or range"),
+            ("digits[" + "9" * 5000 + "]", "no class or range"),
+            ("digits@seed=4294967296", "seed is '4294967296'"),
+            ("digits@seed=-1", "seed is '-1'"),
             ("./nothing.npz", "does not exist"),
             ("digits@image_sise=4", "did you mean 'image_size'"),
             ("digits@image_size", "has no '='"),
@@ -106,6 +111,30 @@ class TestRefusals:
             load_task("noise", data_dir=tmp_path)
         with pytest.raises(HoldfastError, match="lacks x_test, y_test"):
             load_task("half", data_dir=tmp_path)
+
+    def test_a_flipped_bit_is_a_clear_error_wherever_it_is(self, tmp_path):
+        x = np.random.default_rng(0).integers(0, 255, (6, 4, 4), dtype=np.uint8)
+        np.savez_compressed(tmp_path / "whole.npz", x_train=x, y_train=Y, x_test=x, y_test=Y)
+        whole, refused = (tmp_path / "whole.npz").read_bytes(), 0
+        for position in range(0, len(whole), 3):
+            flipped = bytearray(whole)
+            flipped[position] ^= 0x10
+            (tmp_path / "flipped.npz").write_bytes(flipped)
+            try:
+                load_task("flipped", data_dir=tmp_path)
+            except HoldfastError:
+                refused += 1
+        assert refused > 100
+
+    def test_other_things_called_npz(self, tmp_path):
+        np.save(tmp_path / "one.npy", X)
+        (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+        with pytest.raises(HoldfastError, match="is a single array"):
+            load_task("one", data_dir=tmp_path)
+        for names, shape in ((np.array("ab"), r"\(\)"), (np.array([["a", "b"]]), r"\(1, 2\)")):
+            np.savez(tmp_path / "names.npz", x_train=X, y_train=Y, x_test=X, y_test=Y, class_names=names)
+            with pytest.raises(HoldfastError, match=f"class_names has shape {shape}"):
+                load_task("names", data_dir=tmp_path)
 
     def test_too_few_samples(self, toy):
         with pytest.raises(HoldfastError, match="lower `shots`"):
@@ -326,6 +355,23 @@ class TestSources:
         self._folder(tmp_path / "test")
         task = load_task(f"{tmp_path}/")
         assert (task.size("train"), task.size("test")) == (16, 16)
+
+    def test_sixteen_bit_grey_is_scaled_not_cut_off(self, tmp_path):
+        self._folder(tmp_path / "deep", sizes=((4, 4),))
+        for i, value in enumerate((0, 257, 65535)):
+            Image.fromarray(np.full((4, 4), value, np.uint16)).save(tmp_path / "deep" / "cat" / f"{i}.png")
+        task = load_task(TaskSpec(data=str(tmp_path / "deep"), channels=1, test_fraction=0.125))
+        values = {int(v) for v in torch.cat([task._x["train"], task._x["test"]])[:, 0, 0, 0]}
+        assert {0, 1, 255} <= values
+        Image.fromarray(np.full((4, 4), 7, np.int32)).save(tmp_path / "deep" / "cat" / "deeper.tif")
+        with pytest.raises(HoldfastError, match=r"deeper\.tif' has pixels of 32 bits"):
+            load_task(f"{tmp_path}/deep")
+
+    def test_a_decompression_bomb_is_refused(self, tmp_path, monkeypatch):
+        self._folder(tmp_path / "bomb")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+        with pytest.raises(HoldfastError, match=r"cannot be opened as an image: .*decompression bomb"):
+            load_task(f"{tmp_path}/bomb")
 
     def test_image_folder_refusals(self, tmp_path):
         self._folder(tmp_path / "odd", sizes=((6, 6), (7, 6)))

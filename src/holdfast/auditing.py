@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from holdfast.adversaries import Adversary, battery
 from holdfast.checks import reasons_invalid
@@ -165,7 +165,23 @@ def _run_trials(
             )
             journal.add(trial.key, curve.model_dump(mode="json"))
             bar.tick(f"{trial.role}: {trial.adversary.name}")
-    return [Curve.model_validate(journal.entries[t.key]) for t in trials]
+    return [_curve(journal, trial, spec) for trial in trials]
+
+
+def _curve(journal: Journal, trial: _Trial, spec: AuditSpec) -> Curve:
+    """Reads a trial's curve back; another program, or a person, may have written to the journal."""
+    try:
+        curve = Curve.model_validate(journal.entries[trial.key])
+        if (curve.role, curve.adversary, curve.seed) != (trial.role, trial.adversary.name, trial.seed):
+            raise ValueError(f"it is of {curve.role}/{curve.adversary}/{curve.seed}")
+        if tuple(curve.budgets) != spec.budgets:
+            raise ValueError(f"its budgets are {curve.budgets} instead of {list(spec.budgets)}")
+    except ValueError as error:
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise HoldfastError(
+            f"{str(journal.path)!r} is damaged (trial {trial.key}: {why}); choose another folder with --out."
+        ) from error
+    return curve
 
 
 def _released(trial: _Trial, immunized: SplitModel, original: SplitModel, run: Run) -> SplitModel:

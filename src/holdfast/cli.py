@@ -87,15 +87,16 @@ def immunize_command(
         threads: CPU threads; 1 is best for small networks (default: torch's own choice).
         set: Set a hyper-parameter of the defense, such as iterations=50; may be repeated.
     """
-    import yaml
-
     from holdfast import pipeline
     from holdfast.models import load_released
-    from holdfast.recipe import build_defense
+    from holdfast.recipe import build_defense, read_yaml
     from holdfast.tasks import load_task
 
     settings = dict(_split(item) for item in set)
-    chosen = build_defense({"name": defense, **{k: yaml.safe_load(v) for k, v in settings.items()}})
+    if "name" in settings:
+        raise HoldfastError(f"--set name={settings['name']}: the defense is chosen with --defense.")
+    values = {k: read_yaml(v, f"--set {k}={v}: the value") for k, v in settings.items()}
+    chosen = build_defense({"name": defense, **values})
     task, against = load_task(benign, data_dir=data_dir), load_task(restricted, data_dir=data_dir)
     original = load_released(model, weights, task, data_dir=data_dir)
     pipeline.immunize(

@@ -27,6 +27,9 @@ from torch import Tensor
 
 from holdfast.errors import HoldfastError
 
+MAX_THREADS = 1024
+"""More than any network here gains from; a mistyped number should not start so many threads."""
+
 
 def derive_seed(seed: int, *purpose: object) -> int:
     """Returns a seed in [0, 2**63) for one purpose; different purposes give independent streams.
@@ -70,7 +73,13 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 @contextlib.contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Lets torch use so many CPU threads inside the block; None changes nothing."""
+    """Lets torch use so many CPU threads inside the block; None changes nothing.
+
+    Raises:
+        HoldfastError: for a number that is not from 1 to `MAX_THREADS`.
+    """
+    if count is not None and not 1 <= count <= MAX_THREADS:
+        raise HoldfastError(f"threads is {count}; expected 1 to {MAX_THREADS}, or none for torch's own choice.")
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -169,10 +178,9 @@ def writable_folder(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise HoldfastError(
-            f"Cannot write to {str(folder)!r}: {error.strerror}. Choose another folder with --out."
-        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise HoldfastError(f"Cannot write to {str(folder)!r}: {reason}. Choose another folder with --out.") from error
     return folder
 
 
@@ -228,8 +236,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as handle:
             meta = json.loads((handle.metadata() or {}).get("holdfast", "{}"))
+            if not isinstance(meta, dict):
+                raise ValueError("its header is no mapping")
             return {name: handle.get_tensor(name) for name in handle.keys()}, meta  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise HoldfastError(f"{str(path)!r} is not a readable safetensors file: {error}.") from error
 
 

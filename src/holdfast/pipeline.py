@@ -365,8 +365,10 @@ class _Job:
             write_atomic(path, json.dumps(mine, indent=1))
             return
         try:
-            found = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            found = json.loads(path.read_bytes())
+            if not isinstance(found, dict):
+                raise ValueError("it is no mapping")
+        except (ValueError, RecursionError) as error:
             raise HoldfastError(
                 f"{str(path)!r} is damaged ({error}); choose another folder, or --overwrite this one."
             ) from error

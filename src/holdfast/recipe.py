@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from holdfast.auditing import AuditSpec
 from holdfast.defenses import DEFENSES, Defense, LinearDefense
 from holdfast.errors import HoldfastError, unknown
+from holdfast.execution import MAX_THREADS
 from holdfast.finetune import Strategy
 from holdfast.models import ModelSpec
 from holdfast.study import StudySpec
@@ -51,6 +52,7 @@ class Recipe(BaseModel):
     threads: int | None = Field(
         None,
         ge=1,
+        le=MAX_THREADS,
         description="CPU threads of torch; null: its default. Sums depend on it in the last digit.",
     )
     model: ModelSpec
@@ -116,7 +118,7 @@ def build_defense(settings: Mapping[str, Any]) -> Defense:
     """
     options = dict(settings)
     name = options.pop("name", None)
-    if name not in DEFENSES:
+    if not isinstance(name, str) or name not in DEFENSES:
         raise unknown("defense", str(name), DEFENSES)
     kind = DEFENSES[name]
     known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
@@ -162,15 +164,20 @@ def load(
         7
     """
     source, text = _text(name)
-    try:
-        settings = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise HoldfastError(f"Recipe {source} is not valid YAML: {error}") from error
+    settings = read_yaml(text, f"Recipe {source}")
     if not isinstance(settings, dict):
         raise HoldfastError(
             f"Recipe {source} is empty or no mapping; expected keys such as title, model, benign, restricted."
         )
     scales = settings.get("scales") or {}
+    if not isinstance(scales, dict) or not all(
+        isinstance(s, str) and isinstance(v or {}, dict) and all(isinstance(k, str) for k in v or {})
+        for s, v in scales.items()
+    ):
+        raise HoldfastError(
+            f"Recipe {source}: scales is {str(scales)[:80]!r}; expected a mapping of scales, each a mapping of "
+            "`dotted.key: value`."
+        )
     if scale != "cpu" and scale not in scales:
         raise HoldfastError(f"Recipe {source} has no scale {scale!r}; it has: {', '.join(sorted({'cpu', *scales}))}.")
     for key, value in (scales.get(scale) or {}).items():
@@ -179,10 +186,7 @@ def load(
         key, equals, value = override.partition("=")
         if not equals:
             raise HoldfastError(f"--set {override!r} has no '='; write it as a.b=value.")
-        try:
-            _assign(settings, key.strip(), yaml.safe_load(value), source)
-        except yaml.YAMLError as error:
-            raise HoldfastError(f"--set {override!r}: the value is not valid YAML.") from error
+        _assign(settings, key.strip(), read_yaml(value, f"--set {override!r}: the value"), source)
     if seed is not None:
         settings["seed"] = seed
     if settings.get("kind") == "study":
@@ -196,12 +200,31 @@ def load(
     return recipe
 
 
+def read_yaml(text: str, what: str) -> Any:
+    """Parses YAML; nothing in it can be executed.
+
+    Args:
+        text: one document.
+        what: begins the message of an error.
+
+    Raises:
+        HoldfastError: if it is not valid, or holds a date that does not exist.
+    """
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise HoldfastError(f"{what} is not valid YAML: {error}") from error
+
+
 def _text(name: str) -> tuple[str, str]:
     path = Path(name).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise HoldfastError(f"No recipe at {name!r}: the file does not exist.")
-        return repr(name), path.read_text()
+        try:
+            return repr(name), path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise HoldfastError(f"Recipe {name!r} is no text in UTF-8 ({error}).") from error
     if name not in names():
         raise HoldfastError(f"{unknown('recipe', name, names())} A file of your own ends in .yaml.")
     return repr(name), (resources.files("holdfast") / "recipes" / f"{name}.yaml").read_text()

@@ -303,6 +303,12 @@ class SplitModel(nn.Module):
             for n in own
             if n in tensors and own[n].shape != tensors[n].shape
         ]
+        # Quantised weights are integers that mean something only with their scales, which are stored elsewhere.
+        problems += [
+            f"{n!r} holds {str(tensors[n].dtype).removeprefix('torch.')}, and floating-point numbers were expected"
+            for n in own
+            if n in tensors and own[n].is_floating_point() and not tensors[n].is_floating_point()
+        ]
         if problems:
             more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
             head = tensors.get(f"{self.head_name}.weight")
@@ -390,10 +396,11 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
     try:
         with torch.no_grad():
             logits = model(batch.x)
-    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise HoldfastError(
             f"{model.name} cannot take the inputs of task {task.name!r}, shape {task.input_shape}: "
-            f"{str(error).splitlines()[0]}. For images, set the task's image_size and channels to what the model "
+            f"{reason}. For images, set the task's image_size and channels to what the model "
             "expects."
         ) from error
     finally:

@@ -121,7 +121,7 @@ def _spec(model: str | ModelSpec, data_dir: Path | str | None) -> ModelSpec:
         return ModelSpec(name=model)
     path = _find(model, data_dir)
     _, meta = load_tensors(path)
-    if "model" not in meta:
+    if not isinstance(meta.get("model"), dict):
         raise HoldfastError(
             f"{model!r} does not say which architecture it is for; give the architecture by name and this file as its "
             "weights (`cnn --weights FILE`)."

@@ -9,6 +9,22 @@ from torch import nn
 
 from holdfast.errors import HoldfastError, unknown
 
+REFUSED_OPTIONS = {
+    "checkpoint_path": "would open a file that may be a pickle",
+    "cache_dir": "is timm's own affair",
+    "state_dict": "would bring weights in",
+    "features_only": "leaves no head",
+    "out_indices": "leaves no head",
+    "feature_cfg": "leaves no head",
+    "scriptable": "is a global setting of timm",
+    "exportable": "is a global setting of timm",
+    "no_jit": "is a global setting of timm",
+}
+"""Arguments of `timm.create_model` that are no setting of the architecture, and why; beside them those of
+`_SOURCES`, which configure where weights come from. Nothing that loads weights may reach the scratch control."""
+
+_SOURCES = ("pretrained_cfg", "pretrained_tag", "pretrained_strict", "pretrained_filter_fn", "pretrained_model_args")
+
 
 def build_timm(
     name: str, input_shape: tuple[int, ...], num_outputs: int, options: dict[str, Any]
@@ -25,17 +41,27 @@ def build_timm(
         The model, the dotted name of its head, and (mean, std) of its pretrained configuration.
 
     Raises:
-        HoldfastError: if timm does not know the name, rejects an option, or names no classifier.
+        HoldfastError: if timm does not know the name, rejects an option, or names no classifier; and for an option that
+            loads weights from elsewhere.
     """
     if not timm.is_model(name):
         raise unknown("timm model", name, timm.list_models())
     if len(input_shape) != 3:
         raise HoldfastError(f"timm:{name} takes images; this task's inputs have shape {input_shape}.")
+    for option in options:
+        if option in REFUSED_OPTIONS or option.startswith(_SOURCES):
+            why = REFUSED_OPTIONS.get(option, "would change where weights come from")
+            raise HoldfastError(
+                f"timm:{name}: the option {option!r} {why}; leave it out. Weights are given as .safetensors "
+                "(`weights`), or by `pretrained: true`."
+            )
     given = {"num_classes": num_outputs, "in_chans": input_shape[0], **options}
     try:
         model = timm.create_model(name, **given)
-    except (TypeError, RuntimeError, ValueError, OSError) as error:
-        raise HoldfastError(f"timm:{name} cannot be created with {given}: {error}.") from error
+    except Exception as error:  # whatever its hundreds of models raise, it is for these arguments
+        raise HoldfastError(
+            f"timm:{name} cannot be created with {given}: {type(error).__name__} {error}".rstrip(". ") + "."
+        ) from error
     config = model.pretrained_cfg
     mean, std = tuple(config["mean"]), tuple(config["std"])
     if len(mean) != input_shape[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -169,8 +170,21 @@ class ArrayTask(Task):
         return F.one_hot(y, self.num_outputs).to(torch.float64)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns the cross-entropy of the model's logits, averaged over the batch."""
-        loss: Tensor = F.cross_entropy(model(batch.x), batch.y)
+        """Returns the cross-entropy of the model's logits, averaged over the batch.
+
+        Raises:
+            HoldfastError: for a batch of one sample, if the model normalises over the batch.
+        """
+        try:
+            logits = model(batch.x)
+        except ValueError as error:
+            if len(batch.y) > 1 or "more than 1 value per channel" not in str(error):
+                raise
+            raise self._bad(
+                "a batch has one sample, and the model's BatchNorm cannot be trained on one; give a batch size of at "
+                "least 2"
+            ) from error
+        loss: Tensor = F.cross_entropy(logits, batch.y)
         return loss
 
     @torch.no_grad()
@@ -343,22 +357,29 @@ def load_npz(path: Path) -> ArrayTask:
     if not path.is_file():
         raise HoldfastError(f"No data at {str(path)!r}: the file does not exist.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise HoldfastError(f"{str(path)!r} is a single array; expected an .npz archive of four.")
+        opened = np.load(path, allow_pickle=False)
+        if not hasattr(opened, "files"):
+            raise HoldfastError(f"{str(path)!r} is a single array; expected an .npz archive of four.")
+        with opened as archive:
             missing = [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in archive.files]
             if missing:
                 raise HoldfastError(
                     f"{str(path)!r} lacks {', '.join(missing)}; it holds {', '.join(archive.files) or 'nothing'}. "
                     "Expected x_train, y_train, x_test, y_test and optionally class_names."
                 )
-            names = [str(n) for n in archive["class_names"]] if "class_names" in archive.files else None
+            names = _class_names(path, archive["class_names"]) if "class_names" in archive.files else None
             arrays = [archive[k] for k in ("x_train", "y_train", "x_test", "y_test")]
     except HoldfastError:
         raise
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
+    except (ValueError, OSError, EOFError, BadZipFile, NotImplementedError, MemoryError, zlib.error) as error:
         raise HoldfastError(f"{str(path)!r} cannot be read as an .npz of plain arrays: {error}.") from error
     return ArrayTask(path.stem, arrays[0], arrays[1], arrays[2], arrays[3], names)
+
+
+def _class_names(path: Path, names: Array) -> list[str]:
+    if names.ndim != 1:
+        raise HoldfastError(f"{str(path)!r}: class_names has shape {names.shape}; expected (C,), one name a class.")
+    return [str(n) for n in names]
 
 
 def _float(x: Tensor) -> Tensor:

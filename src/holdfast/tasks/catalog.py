@@ -17,6 +17,7 @@ from holdfast.tasks.image import load_folder
 from holdfast.tasks.tabular import Encoding, load_csv, load_csv_regression
 
 DATA_VARIABLE = "HOLDFAST_DATA"
+MAX_CLASSES = 100_000
 _NAME = re.compile(r"^(?P<source>[^\[\]]+)(\[(?P<classes>[^\[\]]*)\])?$")
 
 
@@ -50,7 +51,7 @@ class TaskSpec(BaseModel):
         lt=1,
         description="Test share where the source has no split; 0 (regression): test on the training rows.",
     )
-    seed: int = Field(0, description="Seed of that split.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of that split.")
 
     @field_validator("drop", mode="before")
     @classmethod
@@ -185,12 +186,16 @@ def _candidates(source: str, folder: Path | None) -> list[Path]:
 def _parse_classes(text: str, classes: str) -> list[int]:
     found: list[int] = []
     for part in classes.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
         if match is None:
             raise HoldfastError(f"Task {text!r}: {part!r} is no class or range of classes; write [0-4] or [0,3,5-7].")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise HoldfastError(f"Task {text!r}: the range {part!r} runs backwards.")
+        if last - first >= MAX_CLASSES:
+            raise HoldfastError(
+                f"Task {text!r}: the range {part!r} names {last - first + 1} classes; expected at most {MAX_CLASSES}."
+            )
         found.extend(range(first, last + 1))
     return found
 

@@ -60,6 +60,17 @@ def _classes(path: Path) -> list[str]:
     return names
 
 
+def _eight_bits(image: Image.Image, file: Path) -> Image.Image:
+    """Scales 16-bit grey to 8 bits; Pillow's own conversion would cut everything above 255 off."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise HoldfastError(
+            f"{str(file)!r} has pixels of 32 bits, whose range is not known; convert it to 8 or 16 bits a channel."
+        )
+    return image
+
+
 def _read(path: Path, names: list[str], size: int | None, mode: str) -> tuple[Array, Array]:
     images, labels, first = [], [], None
     for label, name in enumerate(names):
@@ -67,8 +78,10 @@ def _read(path: Path, names: list[str], size: int | None, mode: str) -> tuple[Ar
         for file in files:
             try:
                 with Image.open(file) as image:
-                    pixels = image.convert(mode)
-            except (UnidentifiedImageError, OSError) as error:
+                    pixels = _eight_bits(image, file).convert(mode)
+            except HoldfastError:
+                raise
+            except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise HoldfastError(f"{str(file)!r} cannot be opened as an image: {error}.") from error
             if size is not None:
                 pixels = pixels.resize((size, size), Image.Resampling.BICUBIC)
