@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 
 import pytest
 import torch
 
 from cases import ADVERSARIES
 from holdfast.adversaries import BATTERIES, Adversary, FineTuning, Probe, battery
+from holdfast.adversaries.probes import prepare
+from holdfast.convergence import descend
 from holdfast.errors import HoldfastError
 from holdfast.execution import fingerprint
 from holdfast.finetune import Strategy
+from holdfast.models import features
+from holdfast.spectrum import LeastSquares
 from holdfast.tasks import load_task
 
 CPU = torch.device("cpu")
@@ -96,7 +101,11 @@ class TestBatteries:
             battery("quik-v1")
 
     @pytest.mark.parametrize(
-        ("name", "frozen"), [("quick-v1", "d078379561a91e2eb9728aa528a17de0d20c37ce19110780841de905b6699814")]
+        ("name", "frozen"),
+        [
+            ("quick-v1", "d078379561a91e2eb9728aa528a17de0d20c37ce19110780841de905b6699814"),
+            ("probes-v1", "640054c82829dcd9844023cc49b970bf1acdb28d43de0b2b977b6d72abf87599"),
+        ],
     )
     def test_a_published_battery_never_changes(self, name, frozen):
         """If this fails: do not change the hash. Give the new battery a new name."""
@@ -124,3 +133,84 @@ class TestBatteries:
         task = load_task("digits")
         reasons = {a.name: a.not_applicable(model, task) for a in battery("quick-v1")}
         assert {n for n, r in reasons.items() if r} == {n for n in reasons if n.startswith("direct")}
+
+
+class TestProbes:
+    """What each solver must reach, against its closed form or against another solver."""
+
+    @pytest.fixture
+    def features(self, trained, restricted):
+        return features(trained, restricted, "train")
+
+    def curve(self, solver, preparation, trained, restricted, run, steps=(0, 1, 60), rate=0.1):
+        return Probe(solver, preparation, rate).attack(trained, restricted, budgets=steps, run=run)
+
+    def test_gradient_descent_takes_the_steps_of_the_theory(self, trained, restricted, run, features):
+        problem = LeastSquares.of(*features)
+        for solver in ("gd", "line-search"):
+            found = self.curve(solver, "raw", trained, restricted, run, (0, 1, 2)).losses[1:]
+            path = descend(problem, line_search=solver == "line-search")
+            next(path)
+            x, y = features
+            own = [((x @ w - y).square().sum() / (2 * len(x))).item() for w in islice(path, 2)]
+            assert found == pytest.approx(own, rel=1e-6)
+
+    def test_whitened_features_are_solved_by_one_step(self, trained, restricted, run):
+        curve = self.curve("line-search", "whitened", trained, restricted, run, (0, 1, 5))
+        assert curve.losses[1] == pytest.approx(curve.losses[2], rel=1e-6)
+
+    def test_l_bfgs_goes_on_where_a_step_is_hard(self, trained, restricted, run):
+        early, late = self.curve("lbfgs", "raw", trained, restricted, run, (0, 5, 40)).losses[1:]
+        adam = self.curve("adam", "raw", trained, restricted, run, (0, 5, 40), 0.01).losses[2]
+        assert late < early / 2
+        assert late < adam
+
+    def test_ridge_is_the_closed_form(self, trained, restricted, run, features):
+        curve = self.curve("ridge", "raw", trained, restricted, run, (0, 1))
+        best = torch.linalg.lstsq(*features).solution
+        bound = (features[0] @ best - features[1]).square().sum() / (2 * len(features[0]))
+        assert bound.item() <= curve.losses[1] <= 1.5 * bound.item()
+
+    @pytest.mark.parametrize("preparation", ["standardised", "whitened"])
+    def test_preparation(self, features, preparation):
+        x, _ = features
+        mean, scale = prepare(x, preparation)
+        ready = (x - mean) @ scale
+        assert ready.mean(0).abs().max() < 1e-9
+        covariance = ready.T @ ready / len(x)
+        if preparation == "whitened":
+            assert torch.allclose(covariance, torch.eye(len(covariance), dtype=torch.float64), atol=1e-8)
+        else:
+            deviation = x.std(0, correction=0)
+            assert torch.allclose(covariance.diagonal()[deviation > 1e-9], torch.ones((), dtype=torch.float64))
+
+    def test_the_body_is_left_alone_and_the_head_sees_float64(self, trained, restricted, run):
+        seen = []
+
+        class Looks(Adversary):
+            name, batch_size, frozen_body = "looks", 1, True
+
+            def config(self):
+                return {}
+
+            def run(self, model, task, *, generator, device):
+                seen.append((next(task.sweep("train", 3, device=device)).x, model))
+                yield torch.zeros(())
+
+        Looks().attack(trained, restricted, budgets=(0,), run=run)
+        x, model = seen[0]
+        assert x.dtype == torch.float64
+        assert torch.allclose(x, features(trained, restricted, "train")[0][:3])
+        assert [p.shape for p in model.parameters()] == [(5, x.shape[1]), (5,)]
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (("newton", "raw"), "Unknown solver"),
+            (("gd", "normalised"), "Unknown preparation"),
+            (("adam", "raw", 0), "learning_rate is 0"),
+        ],
+    )
+    def test_refuses(self, settings, message):
+        with pytest.raises(HoldfastError, match=message):
+            Probe(*settings)

@@ -169,7 +169,8 @@ def _by_loss(
     if probe.solver == "adam":
         optimizer = torch.optim.Adam(head.parameters(), lr=probe.learning_rate)
     else:
-        optimizer = torch.optim.LBFGS(head.parameters(), max_iter=1, line_search_fn="strong_wolfe")
+        # By default an iteration may evaluate the loss once only: the line search would give up after a few steps.
+        optimizer = torch.optim.LBFGS(head.parameters(), max_iter=1, max_eval=50, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
