@@ -69,6 +69,13 @@ def test_other_shapes_are_refused():
         assess(None, load_task("digits[0-4]"), load_task("digits[5-9]@image_size=6"))
 
 
+@pytest.mark.parametrize(("settings", "message"), [({"q": 2}, "q is 2"), ({"ridge": 0}, "ridge is 0")])
+def test_bad_settings_are_refused_before_a_folder_is_taken(tmp_path, settings, message):
+    with pytest.raises(HoldfastError, match=message):
+        pipeline.feasibility(load_task("digits[0-4]"), load_task("digits[5-9]"), folder=tmp_path / "f", **settings)
+    assert not (tmp_path / "f").exists()
+
+
 def test_disjoint_supports_are_refused_with_a_way_out():
     with pytest.raises(HoldfastError, match="disjoint supports"):
         assess(None, vectors([1, 1, 0, 0]), vectors([0, 0, 1, 1]))

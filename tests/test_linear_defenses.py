@@ -398,8 +398,8 @@ def test_regression_tasks_are_immunized_and_probed(run):
     from holdfast.adversaries import Probe
 
     solved = Probe("ridge", "raw").attack(immunized, tasks[1], budgets=(0, 1), run=run)
-    assert solved.scores[0] > 0.5
-    assert solved.scores[1] < 0.01
+    assert solved.scores[0] < 0.5  # explained variance: a constant guess has 0
+    assert solved.scores[1] > 0.99
 
 
 def test_eigenpairs_are_those_of_the_hessian(problem):

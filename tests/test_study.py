@@ -15,7 +15,6 @@ from holdfast.models import features
 from holdfast.pipeline import read_result, run_recipe
 from holdfast.recipe import StudyRecipe, load, names
 from holdfast.results import Cell, Map
-from holdfast.spectrum import LeastSquares
 from holdfast.study import StudySpec, measure, sources, study
 from holdfast.tasks import load_task
 
@@ -56,7 +55,7 @@ def test_the_same_as_by_hand():
     pair = [features(None, load_task(d), "train") for d in ("digits[0-4]", "digits[5-9]")]
     problem = LinearProblem.of(*pair)
     theta, _ = FrontierDefense().extractor(problem, run=Run(0, CPU))
-    raw = LeastSquares.of(*pair[0]), LeastSquares.of(*pair[1])
+    raw = pair[0][0], pair[1][0]
     spec = StudySpec.model_validate(BASE)
     values = measure(problem.frontier, theta, raw, spec)
     row = next(r for r in outcome.tables["digits"].rows if r["method"] == "best")

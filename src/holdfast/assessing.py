@@ -43,14 +43,7 @@ def assess(
         >>> found.label, found.features, found.common < 64
         ('possible', 64, True)
     """
-    if model is not None:
-        check_fits(model, benign, own_task=True)
-        check_fits(model, restricted, own_task=False)
-    elif benign.input_shape != restricted.input_shape:
-        raise HoldfastError(
-            f"Inputs of {benign.name!r} have shape {benign.input_shape}, those of {restricted.name!r} "
-            f"{restricted.input_shape}; they must agree. For images, set image_size and channels."
-        )
+    check(model, benign, restricted, ridge=ridge, q=q)
     whole = [LeastSquares.stream(feature_batches(model, task, "train")) for task in (benign, restricted)]
     frontier = Frontier.of(*whole)
     ridged = Frontier.of(*whole, space="ridge", ridge=ridge)
@@ -91,6 +84,22 @@ def assess(
         tau=tau,
     )
     return found, _figures(frontier)
+
+
+def check(model: SplitModel | None, benign: Task, restricted: Task, *, ridge: float, q: float) -> None:
+    """Refuses, before any work, what `assess` cannot work with; arguments and errors as there."""
+    if not 0 < ridge < math.inf:
+        raise HoldfastError(f"ridge is {ridge}; expected a number above 0.")
+    if not 0 < q < 1:
+        raise HoldfastError(f"q is {q}; expected a share between 0 and 1.")
+    if model is not None:
+        check_fits(model, benign, own_task=True)
+        check_fits(model, restricted, own_task=False)
+    elif benign.input_shape != restricted.input_shape:
+        raise HoldfastError(
+            f"Inputs of {benign.name!r} have shape {benign.input_shape}, those of {restricted.name!r} "
+            f"{restricted.input_shape}; they must agree. For images, set image_size and channels."
+        )
 
 
 def _sentence(label: str, bound: float) -> str:

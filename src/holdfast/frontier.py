@@ -88,17 +88,24 @@ def relative_immunization_ratio(theta: Tensor, benign: LeastSquares, restricted:
     return Ratios(behind[0].condition / restricted.condition, behind[1].condition / benign.condition)
 
 
-def published_ratio(theta: Tensor, benign: LeastSquares, restricted: LeastSquares) -> Ratios:
+def published_ratio(theta: Tensor, benign: Tensor, restricted: Tensor) -> Ratios:
     """Returns Eq. 15 as the paper's released code computes it; see `holdfast.spectrum.published_condition_number`.
 
+    Args:
+        theta: shape (D, D_out), float64.
+        benign: features before the extractor, shape (N, D), float64. They themselves, not a root: where a direction is
+            null, the rounding of X'X is part of this number.
+        restricted: likewise.
+
     Example:
-        >>> p, h = LeastSquares.of(torch.diag(torch.tensor([1.0, 2.0]))), LeastSquares.of(torch.eye(2))
-        >>> round(published_ratio(torch.diag(torch.tensor([1.0, 0.5])), p, h).rir, 3)
+        >>> p, h = torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64)), torch.eye(2, dtype=torch.float64)
+        >>> round(published_ratio(torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64)), p, h).rir, 3)
         16.0
     """
 
-    def ratio(task: LeastSquares) -> float:
-        return published_condition_number(task.through(theta).gram) / published_condition_number(task.gram)
+    def ratio(x: Tensor) -> float:
+        z = x @ theta
+        return published_condition_number(z.T @ z) / published_condition_number(x.T @ x)
 
     return Ratios(ratio(restricted), ratio(benign))
 
@@ -281,8 +288,8 @@ def explained(problem: LeastSquares) -> float:
 def angles(benign: LeastSquares, restricted: LeastSquares) -> Tensor:
     """Returns |cos| of the angles between the tasks' singular vectors, sorted by singular value (cf. Proposition 3.2).
 
-    Where it is the identity matrix both tasks are stretched alike by any extractor, and immunization is impossible only
-    if, besides, their singular values are proportional: `Frontier.bound` says by how much.
+    Angles alone do not decide: with aligned directions, too, RIR* is above 1 unless the eigenvalues mu of M are largest
+    in the direction of the largest and smallest in that of the smallest singular value. `Frontier.bound` says how much.
 
     Returns:
         Shape (rank_P, rank_H), in [0, 1].

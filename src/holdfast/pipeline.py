@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 
-from holdfast.assessing import assess
+from holdfast.assessing import assess, check
 from holdfast.auditing import AuditSpec, tables
 from holdfast.auditing import audit as run_audit
 from holdfast.defenses import Defense
@@ -211,6 +211,7 @@ def feasibility(
     Raises:
         HoldfastError: for input that cannot work.
     """
+    check(model, benign, restricted, ridge=ridge, q=q)
     on = "inputs" if model is None else model.name
     job = _Job.start("feasibility", f"{benign.name} against {restricted.name} on {on}", 0, device, folder, quiet)
     job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
@@ -461,13 +462,13 @@ class _Job:
         return result
 
 
-def read_result(folder: Path) -> RunResult:
+def read_result(folder: Path | str) -> RunResult:
     """Reads the result of a run's folder.
 
     Raises:
         HoldfastError: if there is none, or it is damaged or of another version.
     """
-    path = folder / "result.json"
+    path = Path(folder) / "result.json"
     if not path.is_file():
         raise HoldfastError(
             f"{str(folder)!r} holds no result.json; is the run complete? The same command continues it."

@@ -244,7 +244,7 @@ def _measure_table(
                 theta = _theta(methods.get(row), problem, run, name, pair, seed)
                 curves = spec.norm_ratio_steps if len(pairs) == 1 and seed == 0 else 0
                 held_out = (benign.held_out, restricted.held_out) if table.held_out else None
-                raw = benign.problem, restricted.problem
+                raw = benign.train[0], restricted.train[0]
                 journal.add(keys[trial], measure(problem.frontier, theta, raw, spec, curves=curves, held_out=held_out))
                 bar.tick(f"{pair}: {row}")
             while len(found[row]) <= seed:
@@ -263,7 +263,7 @@ def _theta(method: LinearDefense | None, problem: LinearProblem, run: Run, table
 def measure(
     frontier: Frontier,
     theta: Tensor,
-    raw: tuple[LeastSquares, LeastSquares],
+    raw: tuple[Tensor, Tensor],
     spec: StudySpec,
     *,
     curves: int = 0,
@@ -274,7 +274,7 @@ def measure(
     Args:
         frontier: the tasks, in coordinates.
         theta: the extractor, in coordinates.
-        raw: benign and restricted task before the change of coordinates, as the released code takes them.
+        raw: benign and restricted features before the change of coordinates, as the released code takes them.
         spec: q and step limits.
         curves: steps of the norm-ratio curves; 0: none.
         held_out: benign and restricted task on other samples, before the change of coordinates.
@@ -297,7 +297,7 @@ def measure(
         "published_ratio_benign": published.benign,
         "published_rir": published.rir,
     }
-    for role, task, as_is in (("restricted", restricted, raw[1]), ("benign", benign, raw[0])):
+    for role, task in (("restricted", restricted), ("benign", benign)):
         behind = task.through(theta)
         tau = predicted_tau(behind, spec.tau_q)
         values[f"tau_{role}"] = tau
@@ -306,8 +306,7 @@ def measure(
         values[f"tau_{role}_measured"] = measured
         if curves:
             values[f"norm_ratios_{role}"] = norm_ratios(behind, curves)
-            published_behind = as_is.through(frontier.full(theta))
-            values[f"published_norm_ratios_{role}"] = norm_ratios(published_behind, curves, floor=PUBLISHED_FLOOR)
+            values[f"published_norm_ratios_{role}"] = norm_ratios(behind, curves, floor=PUBLISHED_FLOOR)
     if held_out is not None:
         before = [task.through(frontier.basis) for task in held_out]
         there = relative_immunization_ratio(theta, *before)

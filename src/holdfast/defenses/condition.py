@@ -47,7 +47,7 @@ class ConditionNumber(IterativeDefense):
         lambda_well: lambda_P; None: balanced, so that at the start its term has the norm of the loss's gradient (C.2).
         lambda_ill: lambda_H; None: balanced likewise.
         well_multiple: multiplies lambda_P. The paper searches over multiples of the balanced value and prints none;
-            ours are from House Prices and three MNIST pairs.
+            ours are from House Prices and six MNIST pairs.
         ill_multiple: multiplies lambda_H.
         step: "fixed": the joint update above with `optimizer` and `learning_rate`. "guaranteed": the two regularizers
             in turn, each with `guarantee` of its largest step of Theorem 4.3, so that each makes its own kappa
@@ -62,7 +62,7 @@ class ConditionNumber(IterativeDefense):
 
     lambda_well: float | None = None
     lambda_ill: float | None = None
-    well_multiple: float = 100.0
+    well_multiple: float = 1000.0
     ill_multiple: float = 1.0
     step: Literal["fixed", "guaranteed"] = "fixed"
     guarantee: float = 0.5

@@ -188,6 +188,10 @@ class IterativeDefense(LinearDefense):
                 if best is None or rank > best[0]:
                     best = rank, descent.theta.clone()
         assert best is not None
+        ratios = problem.ratios(best[1])
+        if self.keep == "definition" and not (ratios.restricted > 1 + 1e-9 and ratios.benign <= 1):
+            message = "no iterate had (i) above 1 and (ii) at most 1; this one is no immunization by Definition 3.1"
+            record.events.append(Event(iteration=self.iterations, message=message))
         return best[1], record
 
     def _rank(self, iteration: int, ratios: Ratios) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +24,8 @@ def show(result: RunResult, folder: Path) -> None:
             console.print(f"Note: round {event.iteration}: {event.message}.")
     if result.audit is not None:
         _show_audit(result.audit, console)
+        if "stops" in result.tables:
+            _show_stops(result.tables["stops"].rows, console)
     if result.feasibility is not None:
         console.print(f"{result.feasibility.label.upper()}. {result.feasibility.sentence}")
         for reason in result.feasibility.reasons:
@@ -50,6 +53,15 @@ def _show_study(result: RunResult, console: Console) -> None:
         Console().print(table)
     for finding in result.findings:
         console.print(f"- {finding}")
+
+
+def _show_stops(rows: Sequence[Mapping[str, str | Cell]], console: Console) -> None:
+    """The adversaries by what the immunization does to them, each compared with itself on the controls."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        found.setdefault(str(row["stopped"]), []).append(str(row["method"]))
+    for word, names in found.items():
+        console.print(f"{word.capitalize()}: {', '.join(names)}.")
 
 
 def _number(cell: Cell) -> str:
