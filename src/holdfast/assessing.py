@@ -102,19 +102,24 @@ def check(model: SplitModel | None, benign: Task, restricted: Task, *, ridge: fl
         )
 
 
+def _plain(value: float) -> str:
+    """A number for people: 1,940 rather than 1.94e+03."""
+    return f"{value:,.0f}" if 100 <= value < 1e7 else f"{value:.3g}"
+
+
 def _sentence(label: str, bound: float) -> str:
     if label == "possible":
         return (
-            f"Linear immunization is possible: the restricted probe can be made {bound:.3g} times worse conditioned "
+            f"Linear immunization is possible: the restricted probe can be made {_plain(bound)} times worse conditioned "
             "while the benign one keeps its condition number and every benign prediction."
         )
     if label == "marginal":
         return (
-            f"Linear immunization can achieve little: at most {bound:.3g} times the restricted condition number at no "
+            f"Linear immunization can achieve little: at most {_plain(bound)} times the restricted condition number at no "
             "benign cost."
         )
     return (
-        f"Linear immunization is not possible: no linear extractor makes the restricted probe more than {bound:.3g} "
+        f"Linear immunization is not possible: no linear extractor makes the restricted probe more than {_plain(bound)} "
         "times worse conditioned relative to the benign one; the two tasks' features are stretched alike."
     )
 
@@ -134,10 +139,10 @@ def _reasons(
         ranks = f"the benign features span {whole[0].spectrum.rank} and the restricted ones {whole[1].spectrum.rank}"
         found.append(
             f"Of {width} directions {ranks}; both use {common}, and the numbers are on those. A direction that only "
-            f"one task uses has no bound: with a ridge of {ridge:g} on all of them RIR* is {ridged.bound:.3g}."
+            f"one task uses has no bound: with a ridge of {ridge:g} on all of them RIR* is {_plain(ridged.bound)}."
         )
     found.append(
-        f"The whole frontier is kappa_H = {frontier.kappa_m:.3g} kappa_P: every further factor of restricted condition "
+        f"The whole frontier is kappa_H = {_plain(frontier.kappa_m)} kappa_P: every further factor of restricted condition "
         "number costs the same factor of the benign one."
     )
 

@@ -324,8 +324,9 @@ def _tables(
         "(i) / (ii), and RIR* the bound that no linear extractor exceeds; immunized: share of pairs with (i) above 1 "
         "and (ii) at most 1.",
         f"{name}_convergence": f"tau: steps of constant-step gradient descent until {spec.tau_q:.0%} of the removable "
-        f"loss is gone, predicted from the spectrum, and measured by running it (at most {spec.tau_steps} steps; a "
-        "dash: more); ratio: over the identity's.",
+        "loss is gone, predicted from the spectrum"
+        + (f", and measured by running it (at most {spec.tau_steps} steps; a dash: more)" if spec.tau_steps else "")
+        + "; ratio: over the identity's.",
         f"{name}_published": "The same ratios as the paper's released code takes them, on the features as they are, "
         f"null directions included, with {PUBLISHED_FLOOR:g} added to every eigenvalue: only to compare with its "
         "printed numbers.",
@@ -335,7 +336,8 @@ def _tables(
         f"{name}_convergence": f"{table.title}: how fast a probe learns",
         f"{name}_published": f"{table.title}: published-code variant",
     }
-    columns = {name: main, f"{name}_convergence": CONVERGENCE, f"{name}_published": PUBLISHED}
+    convergence = [c for c in CONVERGENCE if spec.tau_steps or not c.endswith("_measured")]
+    columns = {name: main, f"{name}_convergence": convergence, f"{name}_published": PUBLISHED}
     return {
         key: Table(
             title=titles[key],
