@@ -81,3 +81,146 @@ def adam_simulation(
         ):
             total[name] += weight * g
     return total
+
+
+# Model Immunization from a Condition Number Perspective (ICML 2025). Each by a full singular value decomposition or
+# eigen-decomposition and dense solves, in float64.
+
+
+def matrix(rows: int, columns: int, singular: Tensor, seed: int) -> Tensor:
+    """A matrix with these singular values and random singular vectors: what the tests draw their cases from."""
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (
+        torch.linalg.qr(torch.randn(n, len(singular), dtype=torch.float64, generator=generator)).Q
+        for n in (rows, columns)
+    )
+    return (u * singular) @ v.T
+
+
+def compact_svd(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, sigma, V over the non-zero singular values, with the usual tolerance max(M, N) eps sigma_max."""
+    u, sigma, vh = torch.linalg.svd(s)
+    rank = sum(bool(value > max(s.shape) * torch.finfo(s.dtype).eps * sigma[0]) for value in sigma)
+    return u[:, :rank], sigma[:rank], vh[:rank].T
+
+
+def kappa(s: Tensor) -> float:
+    """Eq. 1: ||S||_2 ||S^+||_2."""
+    _, sigma, _ = compact_svd(s)
+    return float(max(sigma) * max(1 / sigma))
+
+
+def r_well(s: Tensor) -> Tensor:
+    """Eq. 3, p the rank; autograd can go through it where the singular values are simple."""
+    rank = len(compact_svd(s.detach())[1])
+    return torch.linalg.svdvals(s)[0] ** 2 / 2 - torch.trace(s.T @ s) / (2 * rank)
+
+
+def r_ill(s: Tensor) -> Tensor:
+    """Eq. 12, likewise."""
+    rank = len(compact_svd(s.detach())[1])
+    return 1 / (torch.trace(s.T @ s) / (2 * rank) - torch.linalg.svdvals(s)[rank - 1] ** 2 / 2)
+
+
+def r_well_gradient(s: Tensor) -> Tensor:
+    """Theorem A.1 (3)."""
+    u, sigma, v = compact_svd(s)
+    return sigma[0] * torch.outer(u[:, 0], v[:, 0]) - s / len(sigma)
+
+
+def r_ill_gradient(s: Tensor) -> Tensor:
+    """Eq. 13."""
+    u, sigma, v = compact_svd(s)
+    k = len(sigma)
+    denominator = sum(value**2 for value in sigma) / (2 * k) - sigma[-1] ** 2 / 2
+    return (sigma[-1] * torch.outer(u[:, -1], v[:, -1]) - s / k) / denominator**2
+
+
+def gradient_by_theta(theta: Tensor, k: Tensor, *, ill: bool) -> Tensor:
+    """Theorem 4.2, with H(theta) = theta' K theta of Eq. 9."""
+    h = theta.T @ k @ theta
+    return 2 * k @ theta @ (r_ill_gradient(h) if ill else r_well_gradient(h))
+
+
+def hessian_gradient(h: Tensor, *, ill: bool) -> Tensor:
+    """The gradients of R_well and R_ill at a symmetric H, by the eigen-decomposition of the whole of it."""
+    sigma, q = torch.linalg.eigh(h)
+    keep = sigma > len(h) * torch.finfo(h.dtype).eps * sigma[-1]
+    rank, at = int(keep.sum()), int((~keep).sum()) if ill else -1
+    rough = sigma[at] * torch.outer(q[:, at], q[:, at]) - h / rank
+    if not ill:
+        return rough
+    return rough / ((h * h).sum() / (2 * rank) - sigma[at] ** 2 / 2) ** 2
+
+
+def preconditioned(x: Tensor, theta: Tensor, *, ridge: float, ill: bool) -> Tensor:
+    """K^-1 grad_theta R(theta' X'X theta), the naive way: everything D x D, K + ridge I solved densely."""
+    k = x.T @ x
+    gradient = 2 * k @ theta @ hessian_gradient(theta.T @ k @ theta, ill=ill)
+    return torch.linalg.solve(k + ridge * torch.eye(len(k), dtype=k.dtype), gradient)
+
+
+def algorithm_1_line_6(
+    theta: Tensor,
+    supervised: Tensor,
+    benign: Tensor,
+    restricted: Tensor,
+    *,
+    rate: float,
+    weights: tuple[float, float],
+    ridges: tuple[float, float],
+) -> Tensor:
+    """Algorithm 1, line 6: theta_{t+1} from the supervised loss's gradient and both tasks' inputs."""
+    of_well = preconditioned(benign, theta, ridge=ridges[0], ill=False)
+    of_ill = preconditioned(restricted, theta, ridge=ridges[1], ill=True)
+    return theta - rate * supervised - rate * weights[0] * of_well - rate * weights[1] * of_ill
+
+
+def immunization_ratio(theta: Tensor, benign: Tensor, restricted: Tensor) -> tuple[float, float]:
+    """Eq. 15 (i) and (ii), from data matrices; kappa of X'X is the square of kappa of X."""
+    one = kappa(restricted @ theta) ** 2 / kappa(restricted) ** 2
+    two = kappa(benign @ theta) ** 2 / kappa(benign) ** 2
+    return one, two
+
+
+def proposition_3_2(theta: Tensor, k: Tensor) -> Tensor:
+    """Eq. 10 as printed, one number for each singular vector of theta; see the tests for what these numbers are."""
+    u, singular, _ = torch.linalg.svd(theta)
+    gamma, q = torch.linalg.eigh(k)
+    values = torch.zeros(len(k), dtype=k.dtype)
+    for i in range(len(k)):
+        for j in range(len(k)):
+            values[i] += (singular[i] * (u[:, i] @ q[:, j]) * gamma[j].clamp_min(0).sqrt()) ** 2
+    return values
+
+
+def probe_path(x: Tensor, y: Tensor, steps: int, *, line_search: bool) -> list[Tensor]:
+    """w_0 = 0, w_1, ... of gradient descent on 1/2 ||X w - Y||^2, on the data themselves.
+
+    The constant step is 1 / lambda_max. The exact line search minimises the loss, one step for all columns.
+    """
+    w = torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype)
+    constant = 1 / torch.linalg.svdvals(x)[0] ** 2
+    path = [w]
+    for _ in range(steps):
+        g = x.T @ (x @ w - y)
+        step = (g * g).sum() / (g * (x.T @ (x @ g))).sum() if line_search else constant
+        w = w - step * g
+        path.append(w)
+    return path
+
+
+def tau(x: Tensor, y: Tensor, q: float, *, steps: int) -> int | None:
+    """The first step of gradient descent at which a share q of the loss that any probe can remove is gone."""
+    best = (x @ (torch.linalg.pinv(x) @ y) - y).square().sum()
+    for t, w in enumerate(probe_path(x, y, steps, line_search=False)):
+        if (x @ w - y).square().sum() - best <= (1 - q) * (y.square().sum() - best):
+            return t
+    return None
+
+
+def norm_ratios(x: Tensor, y: Tensor, steps: int) -> list[float]:
+    """Eq. 16 for t = 0..steps, under exact line search."""
+    best = torch.linalg.pinv(x) @ y
+    path = probe_path(x, y, steps, line_search=True)
+    return [float((w - best).norm() ** 2 / (path[0] - best).norm() ** 2) for w in path]

@@ -110,17 +110,17 @@ def _plain(value: float) -> str:
 def _sentence(label: str, bound: float) -> str:
     if label == "possible":
         return (
-            f"Linear immunization is possible: the restricted probe can be made {_plain(bound)} times worse conditioned "
-            "while the benign one keeps its condition number and every benign prediction."
+            f"Linear immunization is possible: the restricted probe can be made {_plain(bound)} times worse "
+            "conditioned while the benign one keeps its condition number and every benign prediction."
         )
     if label == "marginal":
         return (
-            f"Linear immunization can achieve little: at most {_plain(bound)} times the restricted condition number at no "
-            "benign cost."
+            f"Linear immunization can achieve little: at most {_plain(bound)} times the restricted condition number at "
+            "no benign cost."
         )
     return (
-        f"Linear immunization is not possible: no linear extractor makes the restricted probe more than {_plain(bound)} "
-        "times worse conditioned relative to the benign one; the two tasks' features are stretched alike."
+        f"Linear immunization is not possible: no linear extractor makes the restricted probe more than "
+        f"{_plain(bound)} times worse conditioned relative to the benign one; the two tasks' features are stretched alike."
     )
 
 
@@ -142,8 +142,8 @@ def _reasons(
             f"one task uses has no bound: with a ridge of {ridge:g} on all of them RIR* is {_plain(ridged.bound)}."
         )
     found.append(
-        f"The whole frontier is kappa_H = {_plain(frontier.kappa_m)} kappa_P: every further factor of restricted condition "
-        "number costs the same factor of the benign one."
+        f"The whole frontier is kappa_H = {_plain(frontier.kappa_m)} kappa_P: every further factor of restricted "
+        "condition number costs the same factor of the benign one."
     )
 
     def steps(extractor: str, task: str) -> str:
