@@ -119,8 +119,9 @@ def _sentence(label: str, bound: float) -> str:
             "no benign cost."
         )
     return (
-        f"Linear immunization is not possible: no linear extractor makes the restricted probe more than "
-        f"{_plain(bound)} times worse conditioned relative to the benign one; the two tasks' features are stretched alike."
+        "Linear immunization is not possible: no linear extractor makes the restricted probe more than "
+        f"{_plain(bound)} times worse conditioned relative to the benign one; the two tasks' features are stretched "
+        "alike."
     )
 
 

@@ -29,7 +29,7 @@ written no axis of the output is special, and an optimizer that rescales coordin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Self
 
@@ -50,10 +50,13 @@ class Ratios:
     Attributes:
         restricted: (i), how much worse conditioned the restricted task's probe became; above 1 is wanted.
         benign: (ii), the same for the benign task; at most 1 is wanted.
+        lost: benign directions that the extractor maps to zero, as far as float64 can tell. kappa is over non-zero
+            singular values: losing the slowest direction makes (ii) look good and the benign task worse.
     """
 
     restricted: float
     benign: float
+    lost: int = field(default=0, repr=False)
 
     @property
     def rir(self) -> float:
@@ -62,8 +65,8 @@ class Ratios:
 
     @property
     def immunized(self) -> bool:
-        """Whether Definition 3.1 (a) and (b) hold: (i) above 1, (ii) at most 1 up to rounding."""
-        return self.restricted > 1 and self.benign <= 1 + 1e-3
+        """Whether Definition 3.1 (a) and (b) hold, (ii) up to rounding, and no benign direction is lost."""
+        return self.restricted > 1 and self.benign <= 1 + 1e-3 and not self.lost
 
 
 def relative_immunization_ratio(theta: Tensor, benign: LeastSquares, restricted: LeastSquares) -> Ratios:
@@ -85,7 +88,11 @@ def relative_immunization_ratio(theta: Tensor, benign: LeastSquares, restricted:
     behind = [restricted.through(theta), benign.through(theta)]
     if not all(task.spectrum.rank for task in behind):
         raise HoldfastError("The extractor maps all features of a task to zero; nothing can be learned behind it.")
-    return Ratios(behind[0].condition / restricted.condition, behind[1].condition / benign.condition)
+    return Ratios(
+        behind[0].condition / restricted.condition,
+        behind[1].condition / benign.condition,
+        max(0, benign.spectrum.rank - behind[1].spectrum.rank),
+    )
 
 
 def published_ratio(theta: Tensor, benign: Tensor, restricted: Tensor) -> Ratios:
