@@ -49,7 +49,7 @@ def assess(
     ridged = Frontier.of(*whole, space="ridge", ridge=ridge)
     leak = frontier.leak()
     extractors = {
-        "identity": torch.eye(len(frontier.mu), dtype=torch.float64),
+        "identity": torch.eye(len(frontier.mu)).to(frontier.basis),
         "whitening": frontier.stretch(0.0),
         "stretch": frontier.stretch(),
         "signal frontier": frontier.protect_signal(),

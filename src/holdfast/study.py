@@ -255,7 +255,7 @@ def _measure_table(
 
 def _theta(method: LinearDefense | None, problem: LinearProblem, run: Run, table: str, pair: str, seed: int) -> Tensor:
     if method is None:
-        return torch.eye(problem.width, dtype=torch.float64)
+        return torch.eye(problem.width, dtype=torch.float64, device=problem.frontier.basis.device)
     own = Run(run.generator("study", table, pair, seed).initial_seed(), run.device)
     return method.extractor(problem, run=own)[0]
 

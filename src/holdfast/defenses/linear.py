@@ -168,7 +168,8 @@ class IterativeDefense(LinearDefense):
     def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, Record]:
         """Descends and keeps an iterate; see `keep`."""
         generator = run.generator(self.name)
-        descent = self.start(problem, _initial(self.initialisation, problem.width, generator), generator)
+        first = _initial(self.initialisation, problem.width, generator).to(problem.frontier.basis.device)
+        descent = self.start(problem, first, generator)
         record = Record(history={name: [] for name in self.history_names})
         best: tuple[tuple[float, float], Tensor] | None = None
         for iteration in range(self.iterations + 1):

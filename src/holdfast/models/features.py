@@ -39,7 +39,8 @@ def feature_batches(model: SplitModel | None, task: Task, split: Split) -> Itera
     try:
         for batch in task.sweep(split, BATCH, device=device):
             found = batch.x.flatten(1) if model is None else model.features(batch.x)
-            yield found.to(torch.float64), task.targets(batch.y)
+            place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+            yield found.to(place).to(torch.float64), task.targets(batch.y.to(place))
     finally:
         if model is not None:
             model.train(training)

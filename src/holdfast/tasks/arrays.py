@@ -331,7 +331,7 @@ class ArrayTask(Task):
         for split, x in (("train", train), ("test", test)):
             if len(x) != len(self._y[split]):
                 raise self._bad(f"{len(x)} other inputs were given for {len(self._y[split])} {split} samples")
-        return self._with(self.name, {"train": train, "test": test}, self._y)
+        return self._with(self.name, {"train": train.cpu(), "test": test.cpu()}, self._y)
 
     def facts(self) -> TaskFacts:
         """See `Task.facts`; the hash is over dtype, shape and bytes of the four arrays."""
