@@ -214,15 +214,15 @@ class TestRecipe:
 
 
 def test_the_papers_scale_takes_a_step(data_dir):
-    """784 pixels and five seeds, of two digits; one step of every iterative method."""
-    steps = [f"methods.{name}.iterations=1" for name in ("r-ill", "imma", "opt-kappa", "algorithm-1")]
+    """All 784 pixels, of two digits; one step of Algorithm 1."""
+    methods = "methods={algorithm-1: {name: condition, iterations: 1}, frontier: {name: frontier}}"
     digits = 'tables.pairs.class_pairs.data={data: "mnist[0-1]"}'
-    recipe = load("condition/mnist-pairs", scale="paper", overrides=[digits, *steps])
+    recipe = load("condition/mnist-pairs", scale="paper", overrides=[digits, methods, "seeds=1"])
     tasks = {name: [load_task(s, data_dir=data_dir) for s in specs] for name, specs in sources(recipe)}
     outcome = study(recipe, recipe.build_methods(), tasks, None, run=Run(0, CPU))
     rows = {row["method"]: row for row in outcome.tables["pairs"].rows}
     assert tasks["pairs"][0].input_shape == (1, 28, 28)
-    assert rows["algorithm-1"]["rir"].n == 5
+    assert rows["algorithm-1"]["rir"].mean is not None
     assert rows["frontier"]["rir"].mean >= 0.999 * rows["frontier"]["rir_bound"].mean
 
 

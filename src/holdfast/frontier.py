@@ -85,13 +85,25 @@ def relative_immunization_ratio(theta: Tensor, benign: LeastSquares, restricted:
         >>> relative_immunization_ratio(torch.diag(torch.tensor([1.0, 0.5])), p, h)
         Ratios(restricted=4.0, benign=0.25)
     """
-    behind = [restricted.through(theta), benign.through(theta)]
-    if not all(task.spectrum.rank for task in behind):
+    return ratios_behind(benign.through(theta), restricted.through(theta), benign, restricted)
+
+
+def ratios_behind(
+    benign: LeastSquares, restricted: LeastSquares, benign_before: LeastSquares, restricted_before: LeastSquares
+) -> Ratios:
+    """Returns Eq. 15 where the problems behind the extractor are at hand; see `relative_immunization_ratio`.
+
+    Example:
+        >>> p, h = LeastSquares.of(torch.diag(torch.tensor([1.0, 2.0]))), LeastSquares.of(torch.eye(2))
+        >>> ratios_behind(p, h, p, h)
+        Ratios(restricted=1.0, benign=1.0)
+    """
+    if not (benign.spectrum.rank and restricted.spectrum.rank):
         raise HoldfastError("The extractor maps all features of a task to zero; nothing can be learned behind it.")
     return Ratios(
-        behind[0].condition / restricted.condition,
-        behind[1].condition / benign.condition,
-        max(0, benign.spectrum.rank - behind[1].spectrum.rank),
+        restricted.condition / restricted_before.condition,
+        benign.condition / benign_before.condition,
+        max(0, benign_before.spectrum.rank - benign.spectrum.rank),
     )
 
 
@@ -141,6 +153,10 @@ class Frontier:
     restricted: LeastSquares
     basis: Tensor
     space: SpaceName
+
+    def __post_init__(self) -> None:
+        # Decomposed now and once: the last digit of a number must not depend on what was asked for before it.
+        _ = self.benign.svd, self.restricted.svd
 
     @classmethod
     def of(

@@ -252,12 +252,22 @@ class LeastSquares:
     @cached_property
     def spectrum(self) -> Spectrum:
         """The singular values of X."""
-        return spectrum(self.root, samples=self.samples)
+        if "_decomposed" not in self.__dict__:  # then the values alone are half the work
+            return spectrum(self.root, samples=self.samples)
+        values = self._decomposed[1]
+        tolerance = max(self.samples, *self.root.shape) * EPS * (values[0].item() if len(values) else 0.0)
+        return Spectrum(values[values > tolerance], tolerance, len(values))
+
+    @cached_property
+    def _decomposed(self) -> tuple[Tensor, Tensor, Tensor]:
+        check_finite(self.root, "The features")
+        u, sigma, vh = torch.linalg.svd(self.root, full_matrices=False)
+        return u, sigma, vh
 
     @cached_property
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """U (m, r), sigma (r,) descending, V (D, r) of the root, over the non-zero spectrum."""
-        u, s, vh = torch.linalg.svd(self.root, full_matrices=False)
+        u, s, vh = self._decomposed
         rank = self.spectrum.rank
         return u[:, :rank], s[:rank], vh[:rank].T
 

@@ -19,7 +19,7 @@ from holdfast.convergence import measured_tau, norm_ratios, predicted_tau
 from holdfast.defenses import LinearDefense, LinearProblem
 from holdfast.errors import HoldfastError
 from holdfast.execution import Journal, Run, Ticker
-from holdfast.frontier import Frontier, SpaceName, published_ratio, relative_immunization_ratio
+from holdfast.frontier import Frontier, SpaceName, published_ratio, ratios_behind, relative_immunization_ratio
 from holdfast.models import ModelSpec, SplitModel, features
 from holdfast.results import Cell, Figure, Lines, Map, Table
 from holdfast.spectrum import PUBLISHED_FLOOR, LeastSquares
@@ -282,11 +282,12 @@ def measure(
     Returns:
         Numbers by the name of their cell, None where infinite or undefined, and curves by task.
     """
-    benign, restricted = frontier.benign, frontier.restricted
-    ratios, published = (
-        relative_immunization_ratio(theta, benign, restricted),
-        published_ratio(frontier.full(theta), *raw),
-    )
+    before = {"benign": frontier.benign, "restricted": frontier.restricted}
+    behind = {role: task.through(theta) for role, task in before.items()}
+    for task in behind.values():
+        _ = task.svd  # decomposed once, for the ratios and for the steps
+    ratios = ratios_behind(**behind, benign_before=frontier.benign, restricted_before=frontier.restricted)
+    published = published_ratio(frontier.full(theta), *raw)
     values: dict[str, Any] = {
         "ratio_restricted": ratios.restricted,
         "ratio_benign": ratios.benign,
@@ -297,19 +298,17 @@ def measure(
         "published_ratio_benign": published.benign,
         "published_rir": published.rir,
     }
-    for role, task in (("restricted", restricted), ("benign", benign)):
-        behind = task.through(theta)
-        tau = predicted_tau(behind, spec.tau_q)
+    for role, task in behind.items():
+        tau = predicted_tau(task, spec.tau_q)
         values[f"tau_{role}"] = tau
-        values[f"tau_{role}_ratio"] = tau / predicted_tau(task, spec.tau_q)
-        measured = measured_tau(behind, spec.tau_q, max_steps=spec.tau_steps) if tau <= spec.tau_steps else None
+        values[f"tau_{role}_ratio"] = tau / predicted_tau(before[role], spec.tau_q)
+        measured = measured_tau(task, spec.tau_q, max_steps=spec.tau_steps) if tau <= spec.tau_steps else None
         values[f"tau_{role}_measured"] = measured
         if curves:
-            values[f"norm_ratios_{role}"] = norm_ratios(behind, curves)
-            values[f"published_norm_ratios_{role}"] = norm_ratios(behind, curves, floor=PUBLISHED_FLOOR)
+            values[f"norm_ratios_{role}"] = norm_ratios(task, curves)
+            values[f"published_norm_ratios_{role}"] = norm_ratios(task, curves, floor=PUBLISHED_FLOOR)
     if held_out is not None:
-        before = [task.through(frontier.basis) for task in held_out]
-        there = relative_immunization_ratio(theta, *before)
+        there = relative_immunization_ratio(theta, *(task.through(frontier.basis) for task in held_out))
         values |= {"held_out_ratio_restricted": there.restricted, "held_out_ratio_benign": there.benign}
     return {key: value if isinstance(value, list) else _finite(value) for key, value in values.items()}
 
