@@ -110,6 +110,20 @@ class TestAlgorithm1:
         good = [r for r, b in zip(history["ratio_restricted"], history["ratio_benign"], strict=True) if b <= 1]
         assert kept.restricted == pytest.approx(max(good), rel=1e-9)
 
+    def test_tries_more_multiples_where_the_first_gives_no_immunization(self, problem, run):
+        settings = {"iterations": 60, "learning_rate": 1e-2, "ill_multiple": 30}
+        alone = ConditionNumber(well_multiple=1e-6, more_multiples=(), **settings)
+        theta, record = alone.extractor(problem, run=run)
+        assert not problem.ratios(theta).immunized
+        assert "no immunization by Definition 3.1" in record.events[-1].message
+        searching = ConditionNumber(well_multiple=1e-6, more_multiples=(1e-5, 1e4), **settings)
+        theta, record = searching.extractor(problem, run=run)
+        assert problem.ratios(theta).immunized
+        assert [e.message for e in record.events if "tried" in e.message] == [
+            "no immunization with well_multiple 1e-06; tried 1e-05",
+            "no immunization with well_multiple 1e-05; tried 10000",
+        ]
+
     def test_guaranteed_steps_make_each_condition_number_monotone(self, problem, run):
         defense = ConditionNumber(step="guaranteed", guarantee=0.3)
         descent = defense.start(problem, torch.eye(problem.width, dtype=torch.float64), torch.Generator())
@@ -174,6 +188,7 @@ class TestAlgorithm1:
             ({"learning_rate": 0}, "learning_rate is 0"),
             ({"lambda_ill": -1}, "lambda_ill is -1"),
             ({"guarantee": 1}, "guarantee is 1"),
+            ({"more_multiples": (0.0,)}, "more_multiples is"),
             ({"batch_size": 1}, "batch_size is 1"),
             ({"batch_ridge": 0}, "batch_ridge is 0"),
             ({"step": "guaranteed", "batch_size": 8}, "leave batch_size out"),

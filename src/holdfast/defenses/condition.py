@@ -10,14 +10,16 @@ exactly: K^-1 grad_theta R(H) = 2 theta grad R(H), and no system is solved.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from holdfast.defenses.base import Record
 from holdfast.defenses.linear import GradientDescent, IterativeDefense, LinearProblem, _Descent
 from holdfast.errors import HoldfastError, unknown
+from holdfast.execution import Run
 from holdfast.regularizers import (
     PreconditionedLinear,
     Preconditioner,
@@ -29,6 +31,7 @@ from holdfast.regularizers import (
     well_gradient,
     well_step_bound,
 )
+from holdfast.results import Event
 from holdfast.spectrum import LeastSquares
 
 RESOLVED = 1e12
@@ -49,6 +52,8 @@ class ConditionNumber(IterativeDefense):
         well_multiple: multiplies lambda_P. The paper searches over multiples of the balanced value and prints none;
             ours are from House Prices and six MNIST pairs.
         ill_multiple: multiplies lambda_H.
+        more_multiples: values of `well_multiple` that are tried in turn if no iterate has (i) above 1 and (ii) at most
+            1; each is an event. Only with `keep="definition"` and fixed steps.
         step: "fixed": the joint update above with `optimizer` and `learning_rate`. "guaranteed": the two regularizers
             in turn, each with `guarantee` of its largest step of Theorem 4.3, so that each makes its own kappa
             monotone; it stops where an extreme eigenvalue is no longer simple, and has no loss term.
@@ -64,6 +69,7 @@ class ConditionNumber(IterativeDefense):
     lambda_ill: float | None = None
     well_multiple: float = 1000.0
     ill_multiple: float = 1.0
+    more_multiples: tuple[float, ...] = (10_000.0,)
     step: Literal["fixed", "guaranteed"] = "fixed"
     guarantee: float = 0.5
     batch_size: int | None = None
@@ -77,6 +83,8 @@ class ConditionNumber(IterativeDefense):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise HoldfastError(f"{self.name}: {name} is {value}; expected a number of at least 0.")
+        if not all(0 < m < math.inf for m in self.more_multiples):
+            raise HoldfastError(f"{self.name}: more_multiples is {self.more_multiples}; expected numbers above 0.")
         if not 0 < self.guarantee < 1:
             raise HoldfastError(f"{self.name}: guarantee is {self.guarantee}; expected a share between 0 and 1.")
         if self.batch_size is not None and self.batch_size < 2:
@@ -85,6 +93,20 @@ class ConditionNumber(IterativeDefense):
             raise HoldfastError(f"{self.name}: batch_ridge is {self.batch_ridge}; expected a number above 0.")
         if self.step == "guaranteed" and self.batch_size is not None:
             raise HoldfastError(f"{self.name}: the guaranteed steps are of the whole tasks; leave batch_size out.")
+
+    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, Record]:
+        """Descends, again with the next of `more_multiples` where the result is no immunization."""
+        theta, record = super().extractor(problem, run=run)
+        if self.keep != "definition" or self.step == "guaranteed" or not self.more_multiples:
+            return theta, record
+        ratios = problem.ratios(theta)
+        if ratios.immunized and ratios.benign <= 1:
+            return theta, record
+        multiple, *rest = self.more_multiples
+        again, found = replace(self, well_multiple=multiple, more_multiples=tuple(rest)).extractor(problem, run=run)
+        message = f"no immunization with well_multiple {self.well_multiple:g}; tried {multiple:g}"
+        events = [*record.events, Event(iteration=self.iterations, message=message), *found.events]
+        return again, replace(found, events=events)
 
     def start(self, problem: LinearProblem, theta: Tensor, generator: torch.Generator) -> _Descent:
         """See `IterativeDefense.start`."""
