@@ -72,7 +72,9 @@ def _number(cell: Cell) -> str:
 
 def _show_audit(audited: AuditResult, console: Console) -> None:
     table = Table(
-        title=f"Best of {audited.battery} on {audited.restricted_task}, {audited.unit} in %", title_justify="left"
+        title=f"Best of {audited.battery} on {audited.restricted_task}, {audited.unit} in %",
+        title_justify="left",
+        pad_edge=False,
     )
     table.add_column("model", no_wrap=True)
     for row in audited.by_budget:
