@@ -9,12 +9,13 @@ import torch
 from holdfast.convergence import predicted_tau
 from holdfast.errors import HoldfastError
 from holdfast.frontier import Frontier, angles
-from holdfast.models import SplitModel, check_fits, feature_batches
+from holdfast.models import SplitModel, check_feature_width, check_fits, feature_batches
 from holdfast.results import Feasibility, Figure, Lines, Map
 from holdfast.spectrum import LeastSquares
 from holdfast.tasks import Task
 
 POSSIBLE, MARGINAL = 10.0, 2.0
+NOISE_FACTOR = 3.0
 SHOWN = 24
 GRID = 60
 
@@ -41,12 +42,16 @@ def assess(
         >>> from holdfast.tasks import load_task
         >>> found, _ = assess(None, load_task("digits[0-4]"), load_task("digits[5-9]"))
         >>> found.label, found.features, found.common < 64
-        ('possible', 64, True)
+        ('marginal', 64, True)
     """
     check(model, benign, restricted, ridge=ridge, q=q)
     whole = [LeastSquares.stream(feature_batches(model, task, "train")) for task in (benign, restricted)]
-    frontier = Frontier.of(*whole)
     ridged = Frontier.of(*whole, space="ridge", ridge=ridge)
+    try:
+        frontier = Frontier.of(*whole)
+    except HoldfastError:  # no direction in common: the ridge still has an answer
+        frontier = ridged
+    noise = _noise(model, benign)
     leak = frontier.leak()
     extractors = {
         "identity": torch.eye(len(frontier.mu)).to(frontier.basis),
@@ -62,11 +67,11 @@ def assess(
         for name, theta in extractors.items()
     }
     bound = frontier.bound
-    label = "possible" if bound >= POSSIBLE else "marginal" if bound >= MARGINAL else "impossible"
+    label = _label(bound, noise, few=len(frontier.mu) < whole[0].features / 2)
     found = Feasibility(
         label=label,
-        sentence=_sentence(label, bound),
-        reasons=_reasons(frontier, ridged, whole, ridge, leak, tau, q),
+        sentence=_sentence(label, bound, noise),
+        reasons=[_noise_reason(noise), *_reasons(frontier, ridged, whole, ridge, leak, tau, q)],
         benign_task=benign.name,
         restricted_task=restricted.name,
         features=whole[0].features,
@@ -78,6 +83,7 @@ def assess(
         kappa_m=frontier.kappa_m,
         rir_bound=bound,
         rir_bound_ridge=ridged.bound,
+        rir_bound_noise=_finite(noise),
         ridge=ridge,
         leak=_finite(leak),
         tau_q=q,
@@ -95,6 +101,7 @@ def check(model: SplitModel | None, benign: Task, restricted: Task, *, ridge: fl
     if model is not None:
         check_fits(model, benign, own_task=True)
         check_fits(model, restricted, own_task=False)
+        check_feature_width(model, benign)
     elif benign.input_shape != restricted.input_shape:
         raise HoldfastError(
             f"Inputs of {benign.name!r} have shape {benign.input_shape}, those of {restricted.name!r} "
@@ -102,16 +109,51 @@ def check(model: SplitModel | None, benign: Task, restricted: Task, *, ridge: fl
         )
 
 
+def _noise(model: SplitModel | None, task: Task) -> float:
+    """RIR* between two halves of the benign samples: the same task, so that it would be 1 with samples enough."""
+    halves = [
+        LeastSquares.stream((x[i::2], y[i::2]) for x, y in feature_batches(model, task, "train") if len(x) > 1)
+        for i in (0, 1)
+    ]
+    try:
+        return Frontier.of(*halves).bound
+    except HoldfastError:
+        return math.inf
+
+
+def _label(bound: float, noise: float, *, few: bool) -> str:
+    """Possible only where the bound is well above sampling noise; few: whether few of the directions are shared."""
+    if bound >= POSSIBLE and bound >= NOISE_FACTOR * noise:
+        return "possible"
+    return "marginal" if bound >= MARGINAL or few else "impossible"
+
+
+def _noise_reason(noise: float) -> str:
+    if not math.isfinite(noise):
+        return (
+            "There are too few benign samples to tell what sampling alone makes of RIR*: two halves share no direction."
+        )
+    return (
+        f"Sampling alone makes RIR* {_plain(noise)} between two halves of the benign samples, where it should be 1: "
+        "only what is well above that is a property of the tasks."
+    )
+
+
 def _plain(value: float) -> str:
     """A number for people: 1,940 rather than 1.94e+03."""
     return f"{value:,.0f}" if 100 <= value < 1e7 else f"{value:.3g}"
 
 
-def _sentence(label: str, bound: float) -> str:
+def _sentence(label: str, bound: float, noise: float) -> str:
     if label == "possible":
         return (
             f"Linear immunization is possible: the restricted probe can be made {_plain(bound)} times worse "
             "conditioned while the benign one keeps its condition number and every benign prediction."
+        )
+    if label == "marginal" and bound >= POSSIBLE:
+        return (
+            f"Not clear: RIR* is {_plain(bound)}, but two halves of the benign task alone have {_plain(noise)}. Most "
+            "of it may be sampling; take more samples, or fewer features."
         )
     if label == "marginal":
         return (

@@ -112,6 +112,7 @@ class Feasibility(_Result):
     kappa_m: float = Field(description="kappa(M): the frontier is kappa_H = kappa_m * kappa_P.")
     rir_bound: float = Field(description="RIR*, which no linear extractor exceeds.")
     rir_bound_ridge: float = Field(description="The same with a ridge on all features.")
+    rir_bound_noise: float | None = Field(description="RIR* between two halves of the benign samples; None: infinite.")
     ridge: float
     leak: float | None = Field(description="Share of the restricted labels that the benign signal alone explains.")
     tau_q: float

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from holdfast.adversaries import battery
 from holdfast.convergence import measured_tau, norm_ratios, predicted_tau
 from holdfast.defenses import LinearDefense, LinearProblem
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Journal, Run, Ticker
 from holdfast.frontier import Frontier, SpaceName, published_ratio, ratios_behind, relative_immunization_ratio
 from holdfast.models import ModelSpec, SplitModel, features
@@ -83,6 +83,16 @@ class ProbesSpec(BaseModel):
     budgets: tuple[int, ...] = (1, 10, 100)
     benign: tuple[str, ...] = Field((), description="Adversaries of the battery to run on the benign task, too.")
 
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        names = [a.name for a in battery(self.battery)]
+        for name in self.benign:
+            if name not in names:
+                raise unknown(f"adversary of {self.battery}:", name, names)
+        if not self.budgets or self.budgets[0] < 1 or any(a >= b for a, b in itertools.pairwise(self.budgets)):
+            raise ValueError(f"budgets are {list(self.budgets)}; expected at least one, ascending, from 1 on")
+        return self
+
 
 class StudySpec(BaseModel):
     """What a study does, as a recipe writes it."""
@@ -99,6 +109,14 @@ class StudySpec(BaseModel):
     tau_steps: int = Field(1000, ge=0, description="Steps to run for the measured tau_q; 0: only predict it.")
     norm_ratio_steps: int = Field(0, ge=0, description="Steps of the norm-ratio curves of single pairs; 0: no curves.")
     probes: ProbesSpec | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if not self.methods or IDENTITY in self.methods:
+            raise ValueError(f"methods has {list(self.methods)}; give at least one, and none called {IDENTITY!r}")
+        if self.probes is not None and not all(t.pair and t.held_out for t in self.tables.values()):
+            raise ValueError("probes need every table to be a `pair` with `held_out: true`")
+        return self
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from holdfast.execution import Run
+from holdfast.execution import Run, fingerprint
 from holdfast.models import SplitModel, features
 from holdfast.results import Curve, Role
 from holdfast.tasks import Task
@@ -117,7 +117,10 @@ def _head_on_features(model: SplitModel, task: Task) -> tuple[SplitModel, Task]:
 
 def _features(model: SplitModel, task: Task) -> tuple[Tensor, Tensor]:
     """Features of both splits; every probe of a battery asks for the same, so the last few are kept."""
-    key = model.facts().sha256, task.facts().sha256, str(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    with torch.no_grad():  # weights alone do not say what a network computes
+        sample = model.eval().features(next(task.sweep("train", 8, device=device)).x).flatten().tolist()
+    key = model.facts().sha256, task.facts().sha256, f"{device} {fingerprint(sample)}"
     if key not in _KEPT:
         while len(_KEPT) >= 4:
             _KEPT.pop(next(iter(_KEPT)))

@@ -26,7 +26,8 @@ Preparation = Literal["raw", "standardised", "whitened"]
 SOLVERS: tuple[Solver, ...] = ("line-search", "gd", "adam", "lbfgs", "ridge")
 PREPARATIONS: tuple[Preparation, ...] = ("raw", "standardised", "whitened")
 
-RIDGES = tuple(10.0**e for e in range(-12, 1, 2))
+RIDGES = (0.0, *(10.0**e for e in range(-24, 1, 2)))
+"""Strengths of the closed form that are tried, relative to the mean eigenvalue; 0: the pseudo-inverse."""
 HELD_OUT = 0.2
 
 
@@ -169,8 +170,16 @@ def _by_loss(
     if probe.solver == "adam":
         optimizer = torch.optim.Adam(head.parameters(), lr=probe.learning_rate)
     else:
-        # By default an iteration may evaluate the loss once only: the line search would give up after a few steps.
-        optimizer = torch.optim.LBFGS(head.parameters(), max_iter=1, max_eval=50, line_search_fn="strong_wolfe")
+        # By default an iteration may evaluate the loss once only, and small gradients end it: the attack would stop
+        # just where features are badly conditioned.
+        optimizer = torch.optim.LBFGS(
+            head.parameters(),
+            max_iter=1,
+            max_eval=50,
+            tolerance_grad=0,
+            tolerance_change=0,
+            line_search_fn="strong_wolfe",
+        )
 
     def closure() -> Tensor:
         optimizer.zero_grad()

@@ -49,9 +49,9 @@ class ConditionNumber(IterativeDefense):
     Attributes:
         lambda_well: lambda_P; None: balanced, so that at the start its term has the norm of the loss's gradient (C.2).
         lambda_ill: lambda_H; None: balanced likewise.
-        well_multiple: multiplies lambda_P. The paper searches over multiples of the balanced value and prints none;
-            ours are from House Prices and six MNIST pairs.
-        ill_multiple: multiplies lambda_H.
+        well_multiple: multiplies the balanced lambda_P. The paper searches over multiples and prints none; ours are
+            from House Prices and six MNIST pairs.
+        ill_multiple: multiplies the balanced lambda_H.
         more_multiples: values of `well_multiple` that are tried in turn if no iterate has (i) above 1 and (ii) at most
             1; each is an event. Only with `keep="definition"` and fixed steps.
         step: "fixed": the joint update above with `optimizer` and `learning_rate`. "guaranteed": the two regularizers
@@ -148,7 +148,7 @@ class _Algorithm1(GradientDescent):
         self.defense, self.problem, self.generator = defense, problem, generator
         loss, _, well, ill = self._terms()
         self.well, self.ill = (
-            multiple * (given if given is not None else _balance(loss, term))
+            given if given is not None else multiple * _balance(loss, term)
             for given, multiple, term in (
                 (defense.lambda_well, defense.well_multiple, well),
                 (defense.lambda_ill, defense.ill_multiple, ill),

@@ -15,7 +15,7 @@ from holdfast.defenses.base import Defense, Record
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Run
 from holdfast.frontier import SPACES, Frontier, Ratios, SpaceName, relative_immunization_ratio
-from holdfast.models import SplitModel, check_fits, features
+from holdfast.models import SplitModel, check_feature_width, check_fits, features
 from holdfast.results import Event
 from holdfast.spectrum import LeastSquares
 from holdfast.tasks import Task
@@ -104,6 +104,7 @@ class LinearDefense(Defense):
         """
         check_fits(model, benign, own_task=True)
         check_fits(model, restricted, own_task=False)
+        check_feature_width(model, benign)
         immunized = model.clone().to(run.device).eval()
         x, y = features(immunized, benign, "train")
         problem = LinearProblem.of((x, y), features(immunized, restricted, "train"), space=self.space, ridge=self.ridge)
@@ -190,7 +191,7 @@ class IterativeDefense(LinearDefense):
                     best = rank, descent.theta.clone()
         assert best is not None
         ratios = problem.ratios(best[1])
-        if self.keep == "definition" and not (ratios.restricted > 1 + 1e-9 and ratios.benign <= 1):
+        if self.keep == "definition" and not (ratios.restricted > 1 + 1e-9 and ratios.benign <= 1 and not ratios.lost):
             message = "no iterate had (i) above 1 and (ii) at most 1; this one is no immunization by Definition 3.1"
             record.events.append(Event(iteration=self.iterations, message=message))
         return best[1], record
@@ -200,7 +201,7 @@ class IterativeDefense(LinearDefense):
             return iteration, 0.0
         if self.keep == "rir":
             return ratios.rir, 0.0
-        return (1.0, ratios.restricted) if ratios.benign <= 1 else (0.0, ratios.rir)
+        return (1.0, ratios.restricted) if ratios.benign <= 1 and not ratios.lost else (0.0, ratios.rir)
 
 
 class _Descent:

@@ -2,11 +2,12 @@
 
 from holdfast.models.base import SplitModel, check_fits, check_same_architecture
 from holdfast.models.catalog import ModelSpec, load_model, load_released
-from holdfast.models.features import feature_batches, features
+from holdfast.models.features import check_feature_width, feature_batches, features
 
 __all__ = [
     "ModelSpec",
     "SplitModel",
+    "check_feature_width",
     "check_fits",
     "check_same_architecture",
     "feature_batches",

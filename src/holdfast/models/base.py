@@ -362,7 +362,9 @@ def _shapes(model: SplitModel) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights as they would be without an extractor."""
     plain, inserted = _plain_head(model), model.head_name.removesuffix("1") + "0."
     return {
-        name.replace(f"{model.head_name}.", f"{plain}.", 1): tuple(value.shape)
+        (name.replace(model.head_name, plain, 1) if name.startswith(f"{model.head_name}.") else name): tuple(
+            value.shape
+        )
         for name, value in model.network.state_dict().items()
         if not (model.has_extractor and name.startswith(inserted))
     }

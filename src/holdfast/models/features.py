@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from holdfast.errors import HoldfastError
 from holdfast.models.base import SplitModel
 from holdfast.tasks import Task
 from holdfast.tasks.base import Split
@@ -50,3 +51,22 @@ def features(model: SplitModel | None, task: Task, split: Split) -> tuple[Tensor
     """Returns all features and targets of a split; see `feature_batches`."""
     x, y = zip(*feature_batches(model, task, split), strict=True)
     return torch.cat(x), torch.cat(y)
+
+
+@torch.no_grad()
+def check_feature_width(model: SplitModel, task: Task) -> None:
+    """Refuses a model whose head gets a map rather than a vector: a linear extractor on it would mix places.
+
+    Raises:
+        HoldfastError: if a sample's features are more numbers than the head takes.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    found = model.eval().features(next(task.sweep("train", 2, device=device)).x).shape[1]
+    model.train(training)
+    wanted = model.head.weight.shape[1]
+    if found != wanted:
+        raise HoldfastError(
+            f"{model.name}: the head takes {wanted} features and gets {found} numbers a sample, a map over places. "
+            "Linear extractors and spectra need the pooling before the head."
+        )

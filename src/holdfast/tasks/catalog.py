@@ -132,6 +132,8 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
     if spec.test_fraction == 0 and spec.kind != "regression":
         raise HoldfastError(f"Task {spec.data!r}: test_fraction is 0; for classification it must be above 0.")
     if source in EMBEDDED:
+        if spec.kind == "regression":
+            raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {source} holds classes.")
         return EMBEDDED[source]()
     for path in _candidates(source, folder):
         if path.is_dir():

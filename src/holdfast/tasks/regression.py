@@ -54,6 +54,8 @@ class RegressionTask(ArrayTask):
                 raise self._bad(f"the {split} split is empty; give it at least one sample")
         if x["train"].shape[1:] != x["test"].shape[1:]:
             raise self._bad(f"training inputs are {x['train'].shape[1:]}, test inputs {x['test'].shape[1:]}")
+        if not (y["test"] - y["train"].mean()).any():
+            raise self._bad("the targets are constant; there is nothing to predict")
         self.class_names = ["value"]
         self._set({s: torch.from_numpy(a) for s, a in x.items()}, {s: torch.from_numpy(a) for s, a in y.items()})
 

@@ -92,8 +92,17 @@ def load_csv_regression(
     for column in drop:
         if column not in table.columns:
             raise unknown(f"column of {path.name} to drop:", column, map(str, table.columns))
+    if target in drop:
+        raise HoldfastError(f"{str(path)!r}: {target!r} is the target and cannot be dropped.")
     table = table.drop(columns=list(drop))
     y = table.pop(target)
+    if not len(table.columns):
+        raise HoldfastError(f"{str(path)!r}: there is no column beside the target {target!r} to predict it from.")
+    infinite = [c for c in table.select_dtypes("number") if not np.isfinite(table[c].fillna(0)).all()]
+    if infinite or (pd.api.types.is_numeric_dtype(y) and not np.isfinite(y.fillna(0)).all()):
+        raise HoldfastError(
+            f"{str(path)!r}: column {(infinite or [target])[0]!r} holds an infinite value; drop that row."
+        )
     if not pd.api.types.is_numeric_dtype(y) or y.isna().any():
         raise HoldfastError(f"{str(path)!r}: target {target!r} has text or empty cells; regression needs numbers.")
     parts = []
@@ -112,8 +121,10 @@ def load_csv_regression(
     train, test = _regression_rows(len(x), rows, test_fraction, seed)
     basis = slice(None) if rows is not None else train
     x = (x - x[basis].mean(0)) / _spread(x[basis])
-    if np.ptp(values[basis]) == 0:
-        raise HoldfastError(f"{str(path)!r}: target {target!r} is constant; there is nothing to predict.")
+    if len(values[basis]) < 2 or np.ptp(values[basis]) == 0:
+        raise HoldfastError(
+            f"{str(path)!r}: target {target!r} has no two different values to train on; there is nothing to predict."
+        )
     values = (values - values[basis].mean()) / values[basis].std(ddof=1)
     return RegressionTask(f"{path.stem}:{target}", x[train], values[train], x[test], values[test])
 
@@ -129,7 +140,10 @@ def _regression_rows(count: int, rows: int | None, fraction: float, seed: int) -
         return everything[:rows], everything[rows:]
     if fraction == 0:
         return everything, everything
-    train, test = train_test_split(everything, test_size=fraction, random_state=seed)
+    try:
+        train, test = train_test_split(everything, test_size=fraction, random_state=seed)
+    except ValueError as error:
+        raise HoldfastError(f"A table of {count} rows cannot be split into train and test: {error}") from error
     return np.sort(train), np.sort(test)
 
 
