@@ -494,7 +494,10 @@ def _probes(
             key = _probe_key(name, job)
             if key not in journal.entries:
                 if row not in thetas:
-                    thetas[row] = frontier.full(_theta(methods.get(row), problem, run, name, pairs[0][0], 0))
+                    theta = frontier.full(_theta(methods.get(row), problem, run, name, pairs[0][0], 0))
+                    # As in a released model: Adam and L-BFGS feel the scale of the features.
+                    root = benign.problem.root
+                    thetas[row] = theta * (root.norm() / (root @ theta).norm())
                 model, task = _behind(thetas[row], restricted if role == "restricted" else benign)
                 curve = adversary.attack(model, task, budgets=(0, *spec.probes.budgets), run=run)
                 journal.add(key, curve.scores[1:])
