@@ -7,7 +7,7 @@ from holdfast import pipeline
 from holdfast.assessing import assess
 from holdfast.errors import HoldfastError
 from holdfast.frontier import Frontier
-from holdfast.models import features
+from holdfast.models import feature_precision, features
 from holdfast.spectrum import LeastSquares
 from holdfast.tasks import ArrayTask, RegressionTask, load_task
 
@@ -48,13 +48,27 @@ def test_sampling_noise_is_not_called_possible(samples, width):
     assert "ampling" in found.reasons[0]
 
 
+def test_rounding_of_float32_is_no_direction():
+    """A column that is the sum of two others, in float32: a direction of 1e-8 that is not there."""
+    tasks = []
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(300, 3)) * [1, 2, 3]
+        x = np.column_stack([x, 2 * x[:, 0] + x[:, 1] / 3])
+        tasks.append(ArrayTask(f"draw {seed}", x, np.arange(300) % 2, x[:10], np.arange(10) % 2))
+    found, _ = assess(None, *tasks)
+    assert (found.rank_benign, found.rank_restricted) == (3, 3)
+    assert found.kappa_benign < 100
+
+
 def test_in_between_is_said():
     assert assess(None, vectors([1, 1, 2]), vectors([2, 1, 1], seed=1))[0].label in ("marginal", "possible")
 
 
 def test_the_numbers_are_the_frontiers(trained, benign, restricted):
     found, _ = assess(trained, benign, restricted)
-    frontier = Frontier.of(*(LeastSquares.of(*features(trained, t, "train")) for t in (benign, restricted)))
+    pair = [features(trained, t, "train") for t in (benign, restricted)]
+    frontier = Frontier.of(*(LeastSquares.of(*xy, precision=feature_precision(trained, benign)) for xy in pair))
     assert found.rir_bound == pytest.approx(frontier.bound, rel=1e-6)
     assert found.common == frontier.basis.shape[1]
     assert found.leak == pytest.approx(frontier.leak(), rel=1e-6)

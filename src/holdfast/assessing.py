@@ -9,7 +9,7 @@ import torch
 from holdfast.convergence import predicted_tau
 from holdfast.errors import HoldfastError
 from holdfast.frontier import Frontier, angles
-from holdfast.models import SplitModel, check_feature_width, check_fits, feature_batches
+from holdfast.models import SplitModel, check_feature_width, check_fits, feature_batches, feature_precision
 from holdfast.results import Feasibility, Figure, Lines, Map
 from holdfast.spectrum import LeastSquares
 from holdfast.tasks import Task
@@ -45,7 +45,10 @@ def assess(
         ('marginal', 64, True)
     """
     check(model, benign, restricted, ridge=ridge, q=q)
-    whole = [LeastSquares.stream(feature_batches(model, task, "train")) for task in (benign, restricted)]
+    whole = [
+        LeastSquares.stream(feature_batches(model, task, "train"), precision=feature_precision(model, task))
+        for task in (benign, restricted)
+    ]
     ridged = Frontier.of(*whole, space="ridge", ridge=ridge)
     try:
         frontier = Frontier.of(*whole)
@@ -112,7 +115,10 @@ def check(model: SplitModel | None, benign: Task, restricted: Task, *, ridge: fl
 def _noise(model: SplitModel | None, task: Task) -> float:
     """RIR* between two halves of the benign samples: the same task, so that it would be 1 with samples enough."""
     halves = [
-        LeastSquares.stream((x[i::2], y[i::2]) for x, y in feature_batches(model, task, "train") if len(x) > 1)
+        LeastSquares.stream(
+            ((x[i::2], y[i::2]) for x, y in feature_batches(model, task, "train") if len(x) > 1),
+            precision=feature_precision(model, task),
+        )
         for i in (0, 1)
     ]
     try:

@@ -189,6 +189,9 @@ class LeastSquares:
         target: T, shape (m, C), float64: R'T = X'Y.
         samples: N.
         rest: ||Y||_F^2 - ||T||_F^2, of which no probe explains anything: it is orthogonal to all features.
+        precision: eps of the arithmetic that the features came from. Singular values below 8 of it, relative to the
+            largest, count as zero: a float32 network makes of a dependent feature a direction of its rounding. Behind
+            an extractor, which may be badly conditioned on purpose, it is float64's again.
 
     Example:
         >>> x, y = torch.eye(3, dtype=torch.float64)[:, :2], torch.ones(3, 1, dtype=torch.float64)
@@ -201,28 +204,37 @@ class LeastSquares:
     target: Tensor
     samples: int
     rest: float = 0.0
+    precision: float = EPS
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor | None = None) -> Self:
+    def of(cls, x: Tensor, y: Tensor | None = None, *, precision: float = EPS) -> Self:
         """Compresses features and targets.
 
         Args:
             x: shape (N, D), any floating type, finite.
             y: shape (N, C) or (N,); None: no targets, C = 0.
+            precision: eps of the arithmetic that x came from, where it is not float64's.
 
         Raises:
             HoldfastError: if shapes disagree, there is no sample, or a value is not finite.
         """
-        return cls.stream([(x, y)])
+        return cls.stream([(x, y)], precision=precision)
 
     @classmethod
-    def stream(cls, batches: Iterable[tuple[Tensor, Tensor | None]], *, method: Literal["qr", "gram"] = "qr") -> Self:
+    def stream(
+        cls,
+        batches: Iterable[tuple[Tensor, Tensor | None]],
+        *,
+        method: Literal["qr", "gram"] = "qr",
+        precision: float = EPS,
+    ) -> Self:
         """Compresses a stream of batches of any number; memory is O(D^2 + batch).
 
         Args:
             batches: pairs like the arguments of `of`.
             method: "qr" keeps all digits (each batch is merged into R by a QR decomposition); "gram" adds up X'X in
                 float64, as fast as the product itself, and resolves the spectrum down to 1e-7 sigma_max only.
+            precision: see `of`.
 
         Raises:
             HoldfastError: see `of`.
@@ -232,7 +244,7 @@ class LeastSquares:
             moments.add(_matrix(x, "The features"), _targets(x, y))
         if not moments.samples:
             raise HoldfastError("There are no samples to take a spectrum of; give at least one.")
-        return cls(*moments.result())
+        return cls(*moments.result(), precision=precision)
 
     @property
     def features(self) -> int:
@@ -253,9 +265,15 @@ class LeastSquares:
     def spectrum(self) -> Spectrum:
         """The singular values of X."""
         if "_decomposed" not in self.__dict__:  # then the values alone are half the work
-            return spectrum(self.root, samples=self.samples)
-        values = self._decomposed[1]
-        tolerance = max(self.samples, *self.root.shape) * EPS * (values[0].item() if len(values) else 0.0)
+            return self._above_tolerance(torch.linalg.svdvals(self.root))
+        return self._above_tolerance(self._decomposed[1])
+
+    def _above_tolerance(self, values: Tensor) -> Spectrum:
+        """Drops what rounding makes of an exact zero: in this decomposition, and in the arithmetic the features had."""
+        relative = max(self.samples, *self.root.shape) * EPS
+        if self.precision > EPS:
+            relative = max(relative, 8 * self.precision)
+        tolerance = relative * (values[0].item() if len(values) else 0.0)
         return Spectrum(values[values > tolerance], tolerance, len(values))
 
     @cached_property
@@ -289,7 +307,7 @@ class LeastSquares:
             raise HoldfastError(
                 f"The extractor has shape {tuple(theta.shape)}; expected ({self.features}, D_out): a row a feature."
             )
-        return replace(self, root=self.root @ theta.to(self.root))
+        return replace(self, root=self.root @ theta.to(self.root), precision=EPS)
 
     def with_ridge(self, ridge: float) -> LeastSquares:
         """Returns the problem with ridge * N added to the Hessian's diagonal: `ridge` is per sample.

@@ -20,9 +20,9 @@ from holdfast.defenses import LinearDefense, LinearProblem
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Journal, Run, Ticker
 from holdfast.frontier import Frontier, SpaceName, published_ratio, ratios_behind, relative_immunization_ratio
-from holdfast.models import ModelSpec, SplitModel, features
+from holdfast.models import ModelSpec, SplitModel, feature_precision, features
 from holdfast.results import Cell, Figure, Lines, Map, Table
-from holdfast.spectrum import PUBLISHED_FLOOR, LeastSquares
+from holdfast.spectrum import EPS, PUBLISHED_FLOOR, LeastSquares
 from holdfast.tasks import Task, TaskSpec
 
 IDENTITY = "identity"
@@ -136,10 +136,11 @@ class _Domain:
     train: XY
     test: XY | None
     task: Task | None = None
+    precision: float = EPS
 
     @cached_property
     def problem(self) -> LeastSquares:
-        return LeastSquares.of(*self.train)
+        return LeastSquares.of(*self.train, precision=self.precision)
 
     @cached_property
     def held_out(self) -> LeastSquares:
@@ -225,16 +226,18 @@ def _pairs(table: StudyTable, tasks: Sequence[Task], model: SplitModel | None) -
         return [(f"{benign.name} -> {restricted.name}", benign, restricted)]
     spec, (task,) = table.class_pairs, tasks
     x, y = features(model, task, "train")
-    x = (x - spec.mean) / spec.std
+    x, precision = (x - spec.mean) / spec.std, feature_precision(model, task)
     domains = [
-        _Domain(str(c), (x[own], y[own, c : c + 1]), None) for c in range(y.shape[1]) if (own := y[:, c] > 0).any()
+        _Domain(str(c), (x[own], y[own, c : c + 1]), None, None, precision)
+        for c in range(y.shape[1])
+        if (own := y[:, c] > 0).any()
     ]
     return [(f"{a.name} -> {b.name}", a, b) for a, b in itertools.permutations(domains, 2)]
 
 
 def _domain(task: Task, model: SplitModel | None, held_out: bool) -> _Domain:
     test = features(model, task, "test") if held_out else None
-    return _Domain(task.name, features(model, task, "train"), test, task)
+    return _Domain(task.name, features(model, task, "train"), test, task, feature_precision(model, task))
 
 
 def _measure_table(

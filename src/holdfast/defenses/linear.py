@@ -15,9 +15,9 @@ from holdfast.defenses.base import Defense, Record
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Run
 from holdfast.frontier import SPACES, Frontier, Ratios, SpaceName, relative_immunization_ratio
-from holdfast.models import SplitModel, check_feature_width, check_fits, features
+from holdfast.models import SplitModel, check_feature_width, check_fits, feature_precision, features
 from holdfast.results import Event
-from holdfast.spectrum import LeastSquares
+from holdfast.spectrum import EPS, LeastSquares
 from holdfast.tasks import Task
 
 LOGIT_TOLERANCE = 1e-5
@@ -46,9 +46,11 @@ class LinearProblem:
         *,
         space: SpaceName = "common",
         ridge: float = 0.01,
+        precision: float = EPS,
     ) -> LinearProblem:
-        """Prepares features and targets of two tasks; see `Frontier.of`."""
-        frontier = Frontier.of(LeastSquares.of(*benign), LeastSquares.of(*restricted), space=space, ridge=ridge)
+        """Prepares features and targets of two tasks; see `Frontier.of` and `LeastSquares`."""
+        problems = [LeastSquares.of(*task, precision=precision) for task in (benign, restricted)]
+        frontier = Frontier.of(*problems, space=space, ridge=ridge)
         return cls(frontier, benign, restricted)
 
     @cached_property
@@ -107,7 +109,13 @@ class LinearDefense(Defense):
         check_feature_width(model, benign)
         immunized = model.clone().to(run.device).eval()
         x, y = features(immunized, benign, "train")
-        problem = LinearProblem.of((x, y), features(immunized, restricted, "train"), space=self.space, ridge=self.ridge)
+        problem = LinearProblem.of(
+            (x, y),
+            features(immunized, restricted, "train"),
+            space=self.space,
+            ridge=self.ridge,
+            precision=feature_precision(immunized, benign),
+        )
         theta, record = self.extractor(problem, run=run)
         whole = problem.frontier.full(theta)
         whole = whole * (x.norm() / (x @ whole).norm())

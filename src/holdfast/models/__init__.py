@@ -2,7 +2,7 @@
 
 from holdfast.models.base import SplitModel, check_fits, check_same_architecture
 from holdfast.models.catalog import ModelSpec, load_model, load_released
-from holdfast.models.features import check_feature_width, feature_batches, features
+from holdfast.models.features import check_feature_width, feature_batches, feature_precision, features
 
 __all__ = [
     "ModelSpec",
@@ -11,6 +11,7 @@ __all__ = [
     "check_fits",
     "check_same_architecture",
     "feature_batches",
+    "feature_precision",
     "features",
     "load_model",
     "load_released",

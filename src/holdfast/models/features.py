@@ -13,6 +13,7 @@ from holdfast.tasks import Task
 from holdfast.tasks.base import Split
 
 BATCH = 500
+CPU = torch.device("cpu")
 
 
 @torch.no_grad()
@@ -33,14 +34,14 @@ def feature_batches(model: SplitModel | None, task: Task, split: Split) -> Itera
         >>> x.shape, y.shape
         (torch.Size([223, 64]), torch.Size([223, 5]))
     """
-    device = torch.device("cpu") if model is None else next(model.parameters()).device
+    device = CPU if model is None else next(model.parameters()).device
     training = model is not None and model.training
     if model is not None:
         model.eval()
     try:
         for batch in task.sweep(split, BATCH, device=device):
             found = batch.x.flatten(1) if model is None else model.features(batch.x)
-            place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+            place = CPU if device.type == "mps" else device  # which has no float64
             yield found.to(place).to(torch.float64), task.targets(batch.y.to(place))
     finally:
         if model is not None:
@@ -51,6 +52,12 @@ def features(model: SplitModel | None, task: Task, split: Split) -> tuple[Tensor
     """Returns all features and targets of a split; see `feature_batches`."""
     x, y = zip(*feature_batches(model, task, split), strict=True)
     return torch.cat(x), torch.cat(y)
+
+
+def feature_precision(model: SplitModel | None, task: Task) -> float:
+    """Returns eps of the arithmetic that features are computed in: the network's, or the inputs' own."""
+    dtype = next(model.parameters()).dtype if model is not None else next(task.sweep("train", 1, device=CPU)).x.dtype
+    return torch.finfo(dtype).eps
 
 
 @torch.no_grad()
