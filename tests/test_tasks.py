@@ -406,3 +406,65 @@ class TestSources:
         task = load_task(TaskSpec(data="imagenette224", image_size=32), data_dir=data_dir)
         assert (task.num_outputs, task.input_shape) == (10, (3, 32, 32))
         assert task.size("train") + task.size("test") == 200
+
+
+class TestRegressionTables:
+    ROWS = "\n".join(["a,b,y", *(f"{i},{'x' if i % 3 else 'z'},{2 * i + 1}" for i in range(20))])
+
+    def load(self, tmp_path, text=None, **settings):
+        (tmp_path / "t.csv").write_text(text or self.ROWS)
+        return load_task(TaskSpec(data="t", kind="regression", target="y", **settings), data_dir=tmp_path)
+
+    def test_is_standardised_by_the_training_rows(self, tmp_path):
+        task = self.load(tmp_path, encoding="ordinal")
+        x, y = task._x["train"], task._y["train"]
+        assert task.input_shape == (2,)
+        assert torch.allclose(x.mean(0), torch.zeros(2, dtype=torch.float64), atol=1e-12)
+        assert y.std().item() == pytest.approx(1)
+        assert task.facts().train + task.facts().test == 20
+
+    def test_first_rows_for_training_and_the_rest_for_testing(self, tmp_path):
+        task = self.load(tmp_path, rows=12)
+        assert (task.size("train"), task.size("test")) == (12, 8)
+
+    def test_a_split_column_is_honoured(self, tmp_path):
+        lines = self.ROWS.split("\n")
+        marked = [
+            lines[0] + ",split",
+            *(f"{row},{'test' if i % 5 == 0 else 'train'}" for i, row in enumerate(lines[1:])),
+        ]
+        task = self.load(tmp_path, "\n".join(marked), encoding="ordinal")
+        assert task.input_shape == (2,)
+        assert (task.size("train"), task.size("test")) == (16, 4)
+
+    @pytest.mark.parametrize(
+        ("text", "settings", "message"),
+        [
+            (None, {"drop": "y"}, "is the target and cannot be dropped"),
+            (None, {"drop": "c"}, "Unknown column of t.csv to drop"),
+            (None, {"rows": 20}, "expected 2 to 19"),
+            ("y\n1\n2\n3", {}, "no column beside the target"),
+            ("a,y\n1,2\n2,2\n3,2\n4,2", {}, "no two different values"),
+            ("a,y\n1,2", {}, "cannot be split"),
+            ("a,y\n1,u\n2,v\n3,w", {}, "needs numbers"),
+            ("a,y\n1,1\ninf,2\n3,3\n4,4", {}, "holds an infinite value"),
+        ],
+    )
+    def test_refuses(self, tmp_path, text, settings, message):
+        with pytest.raises(HoldfastError, match=message):
+            self.load(tmp_path, text, **settings)
+
+    def test_only_tables_are_for_regression(self):
+        with pytest.raises(HoldfastError, match="regression is for a CSV"):
+            load_task("digits@kind=regression")
+
+    def test_few_samples_halves_and_score(self, tmp_path):
+        task = self.load(tmp_path, test_fraction=0)
+        first, second = task.halves(0)
+        assert first.size("train") + second.size("train") == 20
+        assert task.few_shot(5, 0).size("train") == 5
+        constant = torch.nn.Linear(task.input_shape[0], 1, dtype=torch.float64)
+        torch.nn.init.zeros_(constant.weight)
+        torch.nn.init.zeros_(constant.bias)
+        assert task.score(constant) == pytest.approx(task.chance)
+        assert task.audit_score(constant) == pytest.approx(0, abs=1e-9)

@@ -376,7 +376,7 @@ class _Job:
         if fingerprint(found) != fingerprint(mine):
             raise HoldfastError(
                 f"{str(self.run.folder)!r} holds another job; it differs in: "
-                f"{', '.join(_differences(found, mine)[:5])}. "
+                f"{', '.join(dict.fromkeys(_differences(found, mine)[:5]))}. "
                 f"Results are never mixed: {self._elsewhere()}."
             )
 

@@ -71,7 +71,7 @@ def load_csv_regression(
     """Reads a table for regression; features and target are standardised.
 
     Empty numeric cells become 0 before standardising, empty text cells a value of their own, as in the published
-    preprocessing of the House Prices data. Constant columns become 0.
+    preprocessing of the House Prices data. Constant columns become 0. A column `split` is as in `load_csv`.
 
     Args:
         path: the file, with a header line.
@@ -96,15 +96,8 @@ def load_csv_regression(
         raise HoldfastError(f"{str(path)!r}: {target!r} is the target and cannot be dropped.")
     table = table.drop(columns=list(drop))
     y = table.pop(target)
-    if not len(table.columns):
-        raise HoldfastError(f"{str(path)!r}: there is no column beside the target {target!r} to predict it from.")
-    infinite = [c for c in table.select_dtypes("number") if not np.isfinite(table[c].fillna(0)).all()]
-    if infinite or (pd.api.types.is_numeric_dtype(y) and not np.isfinite(y.fillna(0)).all()):
-        raise HoldfastError(
-            f"{str(path)!r}: column {(infinite or [target])[0]!r} holds an infinite value; drop that row."
-        )
-    if not pd.api.types.is_numeric_dtype(y) or y.isna().any():
-        raise HoldfastError(f"{str(path)!r}: target {target!r} has text or empty cells; regression needs numbers.")
+    split = table.pop("split") if "split" in table.columns and rows is None else None
+    _check_regression(path, table, y)
     parts = []
     for name in table.columns:
         cells: pd.Series = table[name]
@@ -118,7 +111,11 @@ def load_csv_regression(
     values = y.to_numpy(dtype=np.float64)
     if rows is not None and not 2 <= rows < len(x):
         raise HoldfastError(f"{str(path)!r}: rows is {rows}; expected 2 to {len(x) - 1}, as it has {len(x)} rows.")
-    train, test = _regression_rows(len(x), rows, test_fraction, seed)
+    if split is None:
+        train, test = _regression_rows(len(x), rows, test_fraction, seed)
+    else:
+        held = _test_rows(path, split, values, test_fraction, seed)
+        train, test = np.flatnonzero(~held), np.flatnonzero(held)
     basis = slice(None) if rows is not None else train
     x = (x - x[basis].mean(0)) / _spread(x[basis])
     if len(values[basis]) < 2 or np.ptp(values[basis]) == 0:
@@ -127,6 +124,19 @@ def load_csv_regression(
         )
     values = (values - values[basis].mean()) / values[basis].std(ddof=1)
     return RegressionTask(f"{path.stem}:{target}", x[train], values[train], x[test], values[test])
+
+
+def _check_regression(path: Path, table: pd.DataFrame, y: pd.Series) -> None:
+    target = y.name
+    if not len(table.columns):
+        raise HoldfastError(f"{str(path)!r}: there is no column beside the target {target!r} to predict it from.")
+    infinite = [c for c in table.select_dtypes("number") if not np.isfinite(table[c].fillna(0)).all()]
+    if infinite or (pd.api.types.is_numeric_dtype(y) and not np.isfinite(y.fillna(0)).all()):
+        raise HoldfastError(
+            f"{str(path)!r}: column {(infinite or [target])[0]!r} holds an infinite value; drop that row."
+        )
+    if not pd.api.types.is_numeric_dtype(y) or y.isna().any():
+        raise HoldfastError(f"{str(path)!r}: target {target!r} has text or empty cells; regression needs numbers.")
 
 
 def _spread(x: np.ndarray) -> np.ndarray:
