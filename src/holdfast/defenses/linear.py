@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -212,14 +212,14 @@ class IterativeDefense(LinearDefense):
         return (1.0, ratios.restricted) if ratios.benign <= 1 and not ratios.lost else (0.0, ratios.rir)
 
 
-class _Descent:
+class _Descent(ABC):
     """theta on its way; a subclass says by which gradient."""
 
     theta: Tensor
 
+    @abstractmethod
     def step(self) -> None:
         """Moves theta once."""
-        raise NotImplementedError
 
 
 class GradientDescent(_Descent):
@@ -237,9 +237,9 @@ class GradientDescent(_Descent):
         kind = torch.optim.Adam if defense.optimizer == "adam" else torch.optim.SGD
         self._optimizer = kind([self.theta, *self.others], lr=defense.learning_rate)
 
+    @abstractmethod
     def gradients(self) -> list[Tensor]:
         """Returns the gradient of theta, then those of the others."""
-        raise NotImplementedError
 
     def step(self) -> None:
         """Moves everything once."""
