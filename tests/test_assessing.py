@@ -106,6 +106,19 @@ def test_bad_settings_are_refused_before_a_folder_is_taken(tmp_path, settings, m
 def test_disjoint_supports_are_answered_by_the_ridge():
     found, _ = assess(None, vectors([1, 1, 0, 0]), vectors([0, 0, 1, 1]))
     assert found.rir_bound == pytest.approx(found.rir_bound_ridge)
+    assert found.common == 0
+    assert any("share none of 4 directions" in reason for reason in found.reasons)
+
+
+def test_too_few_samples_are_not_called_impossible():
+    tasks = []
+    for seed in range(2):
+        x = np.random.default_rng(seed).normal(size=(33, 64))
+        tasks.append(ArrayTask(f"draw {seed}", x, np.arange(33) % 2, x[:10], np.arange(10) % 2))
+    found, _ = assess(None, *tasks)
+    assert found.common == 2
+    assert found.label == "marginal"
+    assert found.sentence.startswith("Not clear: the tasks' samples share 2 of 64 directions")
 
 
 def test_the_verb_writes_a_folder(tmp_path):

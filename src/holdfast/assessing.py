@@ -52,8 +52,9 @@ def assess(
     ridged = Frontier.of(*whole, space="ridge", ridge=ridge)
     try:
         frontier = Frontier.of(*whole)
-    except HoldfastError:  # no direction in common: the ridge still has an answer
-        frontier = ridged
+        common = len(frontier.mu)
+    except HoldfastError:  # no direction in common: the ridge still has an answer, and the reasons say so
+        frontier, common = ridged, 0
     noise = _noise(model, benign)
     leak = frontier.leak()
     extractors = {
@@ -70,17 +71,17 @@ def assess(
         for name, theta in extractors.items()
     }
     bound = frontier.bound
-    label = _label(bound, noise, few=len(frontier.mu) < whole[0].features / 2)
+    label = _label(bound, noise, few=common < whole[0].features / 2)
     found = Feasibility(
         label=label,
-        sentence=_sentence(label, bound, noise),
-        reasons=[_noise_reason(noise), *_reasons(frontier, ridged, whole, ridge, leak, tau, q)],
+        sentence=_sentence(label, bound, noise, common, whole[0].features),
+        reasons=[_noise_reason(noise), *_reasons(frontier, ridged, whole, common, ridge, leak, tau, q)],
         benign_task=benign.name,
         restricted_task=restricted.name,
         features=whole[0].features,
         rank_benign=whole[0].spectrum.rank,
         rank_restricted=whole[1].spectrum.rank,
-        common=len(frontier.mu),
+        common=common,
         kappa_benign=frontier.benign.condition,
         kappa_restricted=frontier.restricted.condition,
         kappa_m=frontier.kappa_m,
@@ -150,11 +151,16 @@ def _plain(value: float) -> str:
     return f"{value:,.0f}" if 100 <= value < 1e7 else f"{value:.3g}"
 
 
-def _sentence(label: str, bound: float, noise: float) -> str:
+def _sentence(label: str, bound: float, noise: float, common: int, features: int) -> str:
     if label == "possible":
         return (
             f"Linear immunization is possible: the restricted probe can be made {_plain(bound)} times worse "
             "conditioned while the benign one keeps its condition number and every benign prediction."
+        )
+    if label == "marginal" and (bound < MARGINAL or not math.isfinite(noise)):
+        return (
+            f"Not clear: the tasks' samples share {common} of {features} directions, too few to tell what an extractor "
+            "could do. Take more samples, or fewer features."
         )
     if label == "marginal" and bound >= POSSIBLE:
         return (
@@ -177,14 +183,20 @@ def _reasons(
     frontier: Frontier,
     ridged: Frontier,
     whole: list[LeastSquares],
+    common: int,
     ridge: float,
     leak: float,
     tau: dict[str, dict[str, float | None]],
     q: float,
 ) -> list[str]:
     found = []
-    width, common = whole[0].features, len(frontier.mu)
-    if common < width:
+    width = whole[0].features
+    if not common:
+        found.append(
+            f"The two tasks share none of {width} directions, and on those nothing is bounded: all numbers are with a "
+            f"ridge of {ridge:g} on all of them."
+        )
+    elif common < width:
         ranks = f"the benign features span {whole[0].spectrum.rank} and the restricted ones {whole[1].spectrum.rank}"
         found.append(
             f"Of {width} directions {ranks}; both use {common}, and the numbers are on those. A direction that only "

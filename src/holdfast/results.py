@@ -106,7 +106,9 @@ class Feasibility(_Result):
     features: int = Field(description="D, the width of the features.")
     rank_benign: int
     rank_restricted: int
-    common: int = Field(description="Dimension of the subspace that both tasks use; the numbers below are on it.")
+    common: int = Field(
+        description="Dimension of the subspace that both tasks use; if it is 0, the numbers below are with the ridge."
+    )
     kappa_benign: float
     kappa_restricted: float
     kappa_m: float = Field(description="kappa(M): the frontier is kappa_H = kappa_m * kappa_P.")
