@@ -68,7 +68,7 @@ def test_scores_are_the_frameworks(model, benign, run):
         def config(self):
             return {}
 
-        def run(self, model, task, *, generator, device):
+        def run(self, model, task, *, benign, generator, device):
             while True:
                 yield torch.tensor(0.0)
 
@@ -193,7 +193,7 @@ class TestProbes:
             def config(self):
                 return {}
 
-            def run(self, model, task, *, generator, device):
+            def run(self, model, task, *, benign, generator, device):
                 seen.append((next(task.sweep("train", 3, device=device)).x, model))
                 yield torch.zeros(())
 

@@ -27,6 +27,7 @@ def curve(role, scores, *, adversary="a", seed=0, losses=(None, 1.0, 0.5)):
         budgets=list(BUDGETS),
         scores=list(scores),
         losses=list(losses),
+        folds=[None if s is None else [s] * 4 for s in scores],
         batch_size=10,
     )
 
@@ -307,7 +308,7 @@ class TestAudit:
         ("damage", "message"),
         [
             ({"scores": [0.1]}, "differ in length"),
-            ({"scores": [0.1], "losses": [None], "budgets": [0]}, r"its budgets are \[0\] instead of \[0, 5, 10\]"),
+            ({"scores": [0.1], "losses": [None], "budgets": [0], "folds": [[0.1]]}, r"its budgets are \[0\] instead of \[0, 5, 10\]"),
             ({"role": "scratch"}, "it is of scratch/"),
             (None, "Input should be"),
         ],

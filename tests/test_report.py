@@ -57,7 +57,7 @@ def make_curves(names: Sequence[str], seeds: int, lost: dict[tuple[str, Role], i
                     scores[lost[name, role]] = None
                 curve = Curve(
                     adversary=name, role=role, seed=seed, budgets=BUDGETS, scores=scores,
-                    losses=[None, 1.5, 0.5], batch_size=50,
+                    losses=[None, 1.5, 0.5], folds=[None if s is None else [s] * 4 for s in scores], batch_size=50,
                 )  # fmt: skip
                 curves.append(curve)
     return curves

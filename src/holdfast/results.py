@@ -136,18 +136,32 @@ class Curve(_Result):
     losses: list[float | None] = Field(
         description="Adversary's mean training loss since the budget before; None at budget 0 and if not finite."
     )
+    folds: list[list[float] | None] = Field(
+        description="The score at each budget on each fold of the test split; None: not finite."
+    )
     batch_size: int = Field(description="Samples a step: the adversary's batch size, or all that it has.")
 
     @model_validator(mode="after")
     def _one_value_a_budget(self) -> Self:
-        if not len(self.budgets) == len(self.scores) == len(self.losses):
-            raise ValueError(f"curve of {self.adversary!r}: budgets, scores and losses differ in length")
+        if not len(self.budgets) == len(self.scores) == len(self.losses) == len(self.folds):
+            raise ValueError(f"curve of {self.adversary!r}: budgets, scores, losses and folds differ in length")
         return self
 
     @property
     def finite(self) -> bool:
         """Whether every score and every training loss was finite."""
         return None not in self.scores and None not in self.losses[1:]
+
+
+class Flag(_Result):
+    """A sign that a model's resistance, or an audit, is not what it seems; each has a remedy and a page."""
+
+    name: str = Field(description="Its heading in the documentation's page on red flags.")
+    severity: Literal["warning", "critical"] = Field(
+        description="critical: a model with it is not called resistant, because its resistance can be undone."
+    )
+    found: str = Field(description="What was measured, in a sentence.")
+    remedy: str = Field(description="What to do about it, in a sentence.")
 
 
 class BudgetRow(_Result):

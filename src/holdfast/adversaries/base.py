@@ -32,13 +32,14 @@ class Adversary(ABC):
 
     @abstractmethod
     def run(
-        self, model: SplitModel, task: Task, *, generator: torch.Generator, device: torch.device
+        self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device
     ) -> Iterator[Tensor]:
         """Trains `model` in place, for ever: yields once where it starts from, then after every step.
 
         Args:
             model: a copy that belongs to this adversary.
             task: what it may learn from; its training split only.
+            benign: the model's own task, for who wants to mix in its training data; None if there is none to be had.
             generator: for its random choices; torch's global generators are seeded as well.
             device: where model and data are.
 
@@ -64,6 +65,8 @@ class Adversary(ABC):
         run: Run,
         role: Role = "immunized",
         seed: int = 0,
+        benign: Task | None = None,
+        floors: Sequence[float | None] = (),
     ) -> Curve:
         """Runs the adversary against a copy of a model and scores it at every budget.
 
@@ -77,31 +80,60 @@ class Adversary(ABC):
             run: seed and device.
             role: whose curve this is.
             seed: repetition.
+            benign: the model's own task, whose training data the adversary may use.
+            floors: a score for each budget, under which it is not worth going on; None, or none given: always.
 
         Returns:
-            Scores and mean training losses at the budgets.
+            Scores and mean training losses at the budgets, up to the one at which it was given up.
         """
         victim = model.clone().to(run.device)
         if self.frozen_body:
             victim, task = _head_on_features(victim, task)
         scores: list[float | None] = []
         losses: list[float | None] = []
+        folds: list[list[float] | None] = []
         since: list[Tensor] = []
         with run.seeded("attack", self.name, seed) as generator:
-            work = self.run(victim, task, generator=generator, device=run.device)
+            work = self.run(victim, task, benign=benign, generator=generator, device=run.device)
             for step, loss in enumerate(work):
                 if step:
                     since.append(loss)
                 if step in budgets:
-                    scores.append(_finite(task.audit_score(victim)))
+                    outcomes = task.audit_outcomes(victim)
+                    scores.append(_finite(float(outcomes.mean())))
+                    folds.append(by_fold(outcomes) if scores[-1] is not None else None)
                     losses.append(_finite(float(torch.stack(since).mean())) if since else None)
                     since = []
+                    floor = floors[len(scores) - 1] if floors else None
+                    if floor is not None and (scores[-1] is None or scores[-1] < floor):
+                        break
                 if step >= budgets[-1]:
                     break
         return Curve(
-            adversary=self.name, role=role, seed=seed, budgets=list(budgets), scores=scores, losses=losses,
-            batch_size=min(self.batch_size, task.size("train")),
+            adversary=self.name, role=role, seed=seed, budgets=list(budgets[: len(scores)]), scores=scores,
+            losses=losses, folds=folds, batch_size=min(self.batch_size, task.size("train")),
         )  # fmt: skip
+
+
+FOLDS = 20
+"""Parts of the test split whose scores are kept apart, so that selection and scoring need not share samples."""
+
+
+def by_fold(outcomes: Tensor) -> list[float]:
+    """Returns the mean of each fold; which sample is in which depends on the number of samples alone.
+
+    Args:
+        outcomes: shape (N,), one number a sample.
+
+    Returns:
+        `FOLDS` means of folds that differ by at most one sample in size; N means if there are fewer samples.
+
+    Example:
+        >>> len(by_fold(torch.rand(100))), len(by_fold(torch.rand(7)))
+        (20, 7)
+    """
+    order = torch.randperm(len(outcomes), generator=torch.Generator().manual_seed(0))
+    return [float(outcomes[order[k::FOLDS]].mean()) for k in range(min(FOLDS, len(outcomes)))]
 
 
 def _head_on_features(model: SplitModel, task: Task) -> tuple[SplitModel, Task]:

@@ -50,7 +50,7 @@ class FineTuning(Adversary):
         return finetune.not_applicable(self.strategy, model, task)
 
     def run(
-        self, model: SplitModel, task: Task, *, generator: torch.Generator, device: torch.device
+        self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device
     ) -> Iterator[Tensor]:
         """See `Adversary.run`."""
         finetune.prepare(model, self.strategy, task)

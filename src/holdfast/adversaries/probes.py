@@ -81,7 +81,7 @@ class Probe(Adversary):
         return {"kind": "probe", **settings}
 
     def run(
-        self, model: SplitModel, task: Task, *, generator: torch.Generator, device: torch.device
+        self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device
     ) -> Iterator[Tensor]:
         """See `Adversary.run`; the model is a head on features."""
         batch = next(task.sweep("train", task.size("train"), device=device))

@@ -188,20 +188,20 @@ class ArrayTask(Task):
         return loss
 
     @torch.no_grad()
-    def score(self, model: nn.Module, split: Split = "test") -> float:
-        """Returns the accuracy in [0, 1]; NaN if any logit is not finite."""
+    def outcomes(self, model: nn.Module, split: Split = "test") -> Tensor:
+        """See `Task.outcomes`: 1 for a sample whose class is found, else 0; their mean is the accuracy."""
         device = next(model.parameters()).device
         training = model.training
         model.eval()
-        correct = torch.zeros((), dtype=torch.int64, device=device)
-        finite = torch.ones((), dtype=torch.bool, device=device)
         x, y = self._on(split, device)
+        parts, finite = [], torch.ones((), dtype=torch.bool, device=device)
         for start in range(0, len(y), SCORE_BATCH):
             logits = model(_float(x[start : start + SCORE_BATCH]))
             finite &= logits.isfinite().all()
-            correct += (logits.argmax(-1) == y[start : start + SCORE_BATCH]).sum()
+            parts.append(logits.argmax(-1) == y[start : start + SCORE_BATCH])
         model.train(training)
-        return correct.item() / len(y) if finite.item() else float("nan")
+        found = torch.cat(parts).to("cpu", torch.float64)
+        return found if finite.item() else torch.full_like(found, torch.nan)
 
     def subset(self, classes: Sequence[int]) -> Self:
         """Keeps some classes, renumbered from 0 in the order given.

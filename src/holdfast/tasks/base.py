@@ -69,8 +69,15 @@ class Task(ABC):
         """Returns the scalar that an honest learner minimises, with its graph."""
 
     @abstractmethod
+    def outcomes(self, model: nn.Module, split: Split = "test") -> Tensor:
+        """Returns what each sample adds to the score: shape (N,), float64, on the CPU; the score is their mean.
+
+        Taken in evaluation mode, and the model's mode is restored. All are NaN if any output is not finite.
+        """
+
     def score(self, model: nn.Module, split: Split = "test") -> float:
         """Returns the score in evaluation mode, NaN if any output is not finite; the model's mode is restored."""
+        return float(self.outcomes(model, split).mean())
 
     @property
     def audit_unit(self) -> str:
@@ -87,8 +94,12 @@ class Task(ABC):
 
         It is the score itself if larger is better; of a mean squared error, 1 - error / error of a constant guess.
         """
-        score = self.score(model)
-        return score if self.higher_is_better else 1 - score / self.chance
+        return float(self.audit_outcomes(model).mean())
+
+    def audit_outcomes(self, model: nn.Module) -> Tensor:
+        """Returns what each test sample adds to the `audit_score`, which is their mean: shape (N,), float64."""
+        found = self.outcomes(model)
+        return found if self.higher_is_better else 1 - found / self.chance
 
     @abstractmethod
     def halves(self, seed: int) -> tuple[Self, Self]:

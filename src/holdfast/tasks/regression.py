@@ -96,17 +96,18 @@ class RegressionTask(ArrayTask):
         return F.mse_loss(found, batch.y.to(found.dtype))
 
     @torch.no_grad()
-    def score(self, model: nn.Module, split: Split = "test") -> float:
-        """Returns the mean squared error; NaN if any output is not finite."""
+    def outcomes(self, model: nn.Module, split: Split = "test") -> Tensor:
+        """See `Task.outcomes`: squared errors."""
         training = model.training
         model.eval()
         x, y = self._on(split, next(model.parameters()).device)
-        total = 0.0
+        parts = []
         for start in range(0, len(y), SCORE_BATCH):
-            found = model(_like(model, x[start : start + SCORE_BATCH])).squeeze(-1)
-            total += float((found.to(torch.float64) - y[start : start + SCORE_BATCH]).square().sum())
+            outputs = model(_like(model, x[start : start + SCORE_BATCH])).squeeze(-1)
+            parts.append((outputs.to("cpu", torch.float64) - y[start : start + SCORE_BATCH].cpu()).square())
         model.train(training)
-        return total / len(y) if np.isfinite(total) else float("nan")
+        found = torch.cat(parts)
+        return found if bool(found.isfinite().all()) else torch.full_like(found, torch.nan)
 
 
 def _like(model: nn.Module, values: Tensor) -> Tensor:
