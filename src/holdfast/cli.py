@@ -113,16 +113,20 @@ def audit_command(
     benign: str,
     restricted: str,
     out: Path,
+    transfer: str | None = None,
     weights: Path | None = None,
     original_weights: Path | None = None,
     battery: str = "quick-v1",
     budgets: str = "0,5,10,20,50,100",
-    seeds: int = 3,
+    seeds: int = 5,
     shots: int | None = None,
+    trials: int = 48,
     seed: int = 0,
     data_dir: Path | None = None,
     device: str = "auto",
     threads: int | None = None,
+    *,
+    set: Sequence[str] = (),
 ) -> int:
     """Audit a model against its original and against training from scratch; a gate for CI.
 
@@ -133,29 +137,36 @@ def audit_command(
         original: What it was before it was immunized, given like MODEL.
         benign: Its own task: digits[0-4], cifar10, x.npz, images/@image_size=32, t.csv@target=label, ...
         restricted: The task that it must not be fine-tuned to; named like `benign`.
+        transfer: A harmless task that it should still learn as well as the original does; named like `benign`.
         out: Folder for result.json, report.html and finished trials.
         weights: Weights of the model (.safetensors), where MODEL is the name of an architecture.
         original_weights: The same for ORIGINAL.
-        battery: Which adversaries.
+        battery: Which adversaries: quick-v1, standard-v1, probes-v1, or the search adaptive-v1.
         budgets: Fine-tuning steps at which they are scored; the first is 0.
         seeds: Repetitions.
         shots: Adversary's training samples a class; null: its whole half.
+        trials: Of the search adaptive-v1, for each model.
         seed: Of everything random.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
         device: auto, cpu, cuda, cuda:1, mps, ...
         threads: CPU threads; 1 is best for small networks (default: torch's own choice).
+        set: Set a threshold of the verdict, such as max_advantage=0.03; may be repeated.
     """
     from holdfast import pipeline
     from holdfast.models import load_released
+    from holdfast.recipe import read_yaml
     from holdfast.report.terminal import show
     from holdfast.tasks import load_task
 
+    limits = {k: read_yaml(v, f"--set {k}={v}: the value") for k, v in map(_split, set)}
     task, against = load_task(benign, data_dir=data_dir), load_task(restricted, data_dir=data_dir)
     released = load_released(model, weights, task, data_dir=data_dir)
     before = load_released(original, original_weights, task, data_dir=data_dir)
+    harmless = None if transfer is None else load_task(transfer, data_dir=data_dir)
     pipeline.audit(
-        released, original=before, benign=task, restricted=against, seed=seed, device=device, threads=threads,
-        folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds, shots=shots,
+        released, original=before, benign=task, restricted=against, transfer=harmless, seed=seed, device=device,
+        threads=threads, folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds, shots=shots,
+        trials=trials, thresholds=limits,
     )  # fmt: skip
     result = pipeline.read_result(out)
     show(result, out)

@@ -126,7 +126,7 @@ def immunize(
     """
     chosen = build_defense({"name": defense, **options}) if isinstance(defense, str) else defense
     job = _Job.start("immunize", f"{chosen.name} on {model.name}", seed, device, folder, quiet)
-    job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.note_tasks(benign, restricted)
     job.claim({"defense": {"name": chosen.name, **chosen.config()}, "model": model.facts().sha256})
     job.note_model("original", model)
     with cpu_threads(threads):
@@ -142,6 +142,7 @@ def audit(
     original: SplitModel,
     benign: Task,
     restricted: Task,
+    transfer: Task | None = None,
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
@@ -156,6 +157,7 @@ def audit(
         original: what it was before immunization.
         benign: its own task.
         restricted: the task that it must not be fine-tuned to; adversaries get their half of its training data.
+        transfer: a harmless task that the model should still learn as well as the original does, if there is one.
         seed: of everything random.
         device: `auto`, or a torch device.
         threads: CPU threads of torch; None: its default. One is best for networks of the quickstart's size.
@@ -172,12 +174,12 @@ def audit(
         raise readable(error, "audit", AuditSpec) from error
     job = _Job.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
     facts = {"model": model.facts().sha256, "original": original.facts().sha256}
-    job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.note_tasks(benign, restricted, transfer)
     job.claim({"audit": spec.model_dump(mode="json"), **facts})
     job.note_model("original", original)
     job.note_model("immunized", model)
     with cpu_threads(threads):
-        result = job.audit(model, original, benign, halves(restricted)[1], spec)
+        result = job.audit(model, original, benign, halves(restricted)[1], transfer, spec)
         if folder is not None:
             job.save(audit=result)
     return result
@@ -214,7 +216,7 @@ def feasibility(
     check(model, benign, restricted, ridge=ridge, q=q)
     on = "inputs" if model is None else model.name
     job = _Job.start("feasibility", f"{benign.name} against {restricted.name} on {on}", 0, device, folder, quiet)
-    job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.note_tasks(benign, restricted)
     if model is not None:
         job.note_model("original", model)
     job.claim({"ridge": ridge, "q": q, "model": None if model is None else model.facts().sha256})
@@ -256,6 +258,7 @@ def run_recipe(
     chosen = resolve_device(device)
     benign = load_task(recipe.benign, data_dir=data_dir)
     restricted = load_task(recipe.restricted, data_dir=data_dir)
+    transfer = None if recipe.transfer is None else load_task(recipe.transfer, data_dir=data_dir)
     run = Run(recipe.seed, chosen)
     with run.seeded("initialise"):
         model = load_model(recipe.model, benign, data_dir=data_dir, device=chosen)
@@ -264,12 +267,14 @@ def run_recipe(
             f"Recipe {recipe.title!r}: the model has no weights. Give `model.weights`, or `pretrain` to train one."
         )
     check_fits(model, restricted, own_task=False)
+    if transfer is not None:
+        check_fits(model, transfer, own_task=False)
     defenders, adversarys = halves(restricted)
     if recipe.audit.shots is not None:
         adversarys.few_shot(recipe.audit.shots, 0)
 
     job = _Job.start("run", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
-    job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.note_tasks(benign, restricted, transfer)
     job.claim({"recipe": job.recipe, "model": model.facts().sha256})
     finished = job.finished()
     if finished is not None:
@@ -279,7 +284,7 @@ def run_recipe(
     with cpu_threads(recipe.threads):
         original = job.original(model, benign, recipe.pretrain)
         immunized, immunization = job.immunize(original, benign, defenders, defense)
-        audited = job.audit(immunized, original, benign, adversarys, recipe.audit)
+        audited = job.audit(immunized, original, benign, adversarys, transfer, recipe.audit)
         return job.save(immunization=immunization, audit=audited)
 
 
@@ -396,6 +401,11 @@ class _Job:
         yield
         self.timing[stage] = round(time.perf_counter() - begin, 3)
 
+    def note_tasks(self, benign: Task, restricted: Task, transfer: Task | None = None) -> None:
+        self.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+        if transfer is not None:
+            self.tasks["transfer"] = transfer.facts()
+
     def note_model(self, role: str, model: SplitModel, file_sha256: str | None = None) -> None:
         self.models[role] = model.facts(file_sha256)
 
@@ -422,10 +432,18 @@ class _Job:
         return immunized, defense.result(record)
 
     def audit(
-        self, model: SplitModel, original: SplitModel, benign: Task, restricted: Task, spec: AuditSpec
+        self,
+        model: SplitModel,
+        original: SplitModel,
+        benign: Task,
+        restricted: Task,
+        transfer: Task | None,
+        spec: AuditSpec,
     ) -> AuditResult:
         with self.timed("audit"):
-            return run_audit(model, original, benign=benign, restricted=restricted, spec=spec, run=self.run)
+            return run_audit(
+                model, original, benign=benign, restricted=restricted, transfer=transfer, spec=spec, run=self.run
+            )
 
     def save(
         self,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from holdfast.execution import Run, fingerprint
 from holdfast.models import SplitModel, features
@@ -81,7 +83,8 @@ class Adversary(ABC):
             role: whose curve this is.
             seed: repetition.
             benign: the model's own task, whose training data the adversary may use.
-            floors: a score for each budget, under which it is not worth going on; None, or none given: always.
+            floors: a score for each budget, under which it is not worth going on; None, or none given: always. What is
+                compared is the score on every second fold, as a search sees it.
 
         Returns:
             Scores and mean training losses at the budgets, up to the one at which it was given up.
@@ -105,7 +108,7 @@ class Adversary(ABC):
                     losses.append(_finite(float(torch.stack(since).mean())) if since else None)
                     since = []
                     floor = floors[len(scores) - 1] if floors else None
-                    if floor is not None and (scores[-1] is None or scores[-1] < floor):
+                    if floor is not None and _seen(folds[-1]) < floor:
                         break
                 if step >= budgets[-1]:
                     break
@@ -113,6 +116,25 @@ class Adversary(ABC):
             adversary=self.name, role=role, seed=seed, budgets=list(budgets[: len(scores)]), scores=scores,
             losses=losses, folds=folds, batch_size=min(self.batch_size, task.size("train")),
         )  # fmt: skip
+
+    @final
+    def flops_per_step(self, model: SplitModel, task: Task, *, run: Run, benign: Task | None = None) -> float | None:
+        """Counts the floating-point operations of the first step; None if torch cannot count one of them.
+
+        Convolutions, matrix products and attention count; element-wise work, optimizers and decompositions do not.
+        """
+        victim = model.clone().to(run.device)
+        if self.frozen_body:
+            victim, task = _head_on_features(victim, task)
+        with run.seeded("attack", self.name, 0) as generator, FlopCounterMode(display=False) as counter:
+            work = self.run(victim, task, benign=benign, generator=generator, device=run.device)
+            try:
+                next(work)
+                before = counter.get_total_flops()
+                next(work)
+            except (RuntimeError, NotImplementedError):
+                return None
+            return float(counter.get_total_flops() - before)
 
 
 FOLDS = 20
@@ -134,6 +156,10 @@ def by_fold(outcomes: Tensor) -> list[float]:
     """
     order = torch.randperm(len(outcomes), generator=torch.Generator().manual_seed(0))
     return [float(outcomes[order[k::FOLDS]].mean()) for k in range(min(FOLDS, len(outcomes)))]
+
+
+def _seen(folds: list[float] | None) -> float:
+    return -math.inf if folds is None else statistics.fmean(folds[::2])
 
 
 def _head_on_features(model: SplitModel, task: Task) -> tuple[SplitModel, Task]:

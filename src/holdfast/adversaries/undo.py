@@ -1,0 +1,3 @@
+"""Undo moves."""
+
+UNDO: dict[str, object] = {}
