@@ -9,10 +9,12 @@ from itertools import pairwise
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from holdfast import executors
 from holdfast.adversaries import Adversary, battery
 from holdfast.checks import reasons_invalid
 from holdfast.errors import HoldfastError
 from holdfast.execution import Journal, Run, derive_seed
+from holdfast.executors import Executor
 from holdfast.models import SplitModel, check_fits, check_same_architecture
 from holdfast.results import (
     ROLES,
@@ -68,9 +70,30 @@ class _Trial:
     def key(self) -> str:
         return f"{self.role}/{self.adversary.name}/{self.seed}"
 
+    def __str__(self) -> str:
+        return self.key
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all trials need."""
+
+    immunized: SplitModel
+    original: SplitModel
+    samples: dict[int, Task]
+    budgets: tuple[int, ...]
+    run: Run
+
 
 def audit(
-    immunized: SplitModel, original: SplitModel, *, benign: Task, restricted: Task, spec: AuditSpec, run: Run
+    immunized: SplitModel,
+    original: SplitModel,
+    *,
+    benign: Task,
+    restricted: Task,
+    spec: AuditSpec,
+    run: Run,
+    executor: Executor | str = "serial",
 ) -> AuditResult:
     """Attacks a model and its controls with the same battery, budgets and samples, and says what that shows.
 
@@ -84,6 +107,7 @@ def audit(
         restricted: the adversary's data for training, and the test split for scores.
         spec: battery, budgets, seeds, thresholds.
         run: seed, device, folder.
+        executor: where trials run; it does not change their results.
 
     Returns:
         Curves, a summary by budget and the verdict.
@@ -104,7 +128,7 @@ def audit(
     if not applicable:
         raise HoldfastError(f"No adversary of {spec.battery} applies: {next(iter(not_applicable.values()))}.")
     samples = {s: _adversary_data(restricted, spec, run, s) for s in range(spec.seeds)}
-    curves = _run_trials(immunized, original, applicable, samples, spec, run)
+    curves = _run_trials(immunized, original, applicable, samples, spec, run, executors.executor(executor))
     sides = {"original": original, "immunized": immunized}
     scores = {name: benign.audit_score(model.clone().to(run.device)) for name, model in sides.items()}
     finite = {name: value if math.isfinite(value) else None for name, value in scores.items()}
@@ -141,6 +165,7 @@ def _run_trials(
     samples: dict[int, Task],
     spec: AuditSpec,
     run: Run,
+    executor: Executor,
 ) -> list[Curve]:
     trials = [_Trial(role, a, s) for s in samples for role in ROLES for a in adversaries]
     journal = Journal(
@@ -154,18 +179,25 @@ def _run_trials(
             "original model": original.facts().sha256,
         },
     )
-    done = sum(t.key in journal.entries for t in trials)
-    with run.progress(f"Auditing ({spec.battery})", len(trials), done) as bar:
-        for trial in trials:
-            if trial.key in journal.entries:
-                continue
-            model = _released(trial, immunized, original, run)
-            curve = trial.adversary.attack(
-                model, samples[trial.seed], budgets=spec.budgets, run=run, role=trial.role, seed=trial.seed
-            )
+    missing = [t for t in trials if t.key not in journal.entries]
+    shared = _Shared(immunized, original, samples, spec.budgets, run)
+    with run.progress(f"Auditing ({spec.battery})", len(trials), len(trials) - len(missing)) as bar:
+        for index, curve in executor.run(_attack, shared, missing):
+            trial = missing[index]
             journal.add(trial.key, curve.model_dump(mode="json"))
             bar.tick(f"{trial.role}: {trial.adversary.name}")
     return [_curve(journal, trial, spec) for trial in trials]
+
+
+def _attack(shared: _Shared, trial: _Trial) -> Curve:
+    return trial.adversary.attack(
+        _released(trial, shared.immunized, shared.original, shared.run),
+        shared.samples[trial.seed],
+        budgets=shared.budgets,
+        run=shared.run,
+        role=trial.role,
+        seed=trial.seed,
+    )
 
 
 def _curve(journal: Journal, trial: _Trial, spec: AuditSpec) -> Curve:
