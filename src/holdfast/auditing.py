@@ -8,10 +8,12 @@ from itertools import pairwise
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from holdfast import executors
 from holdfast.adversaries import BATTERIES, Adversary, Search, battery
 from holdfast.comparison import Comparison, costs
 from holdfast.errors import HoldfastError
 from holdfast.execution import Journal, Run, derive_seed
+from holdfast.executors import Executor
 from holdfast.models import SplitModel, check_fits, check_same_architecture
 from holdfast.results import (
     ROLES,
@@ -26,7 +28,7 @@ from holdfast.results import (
 )
 from holdfast.searching import search
 from holdfast.tasks import Task
-from holdfast.trials import SEARCH_SEED, Bench, On, Trial, run_trials
+from holdfast.trials import SEARCH_SEED, Bench, Crew, On, Trial
 from holdfast.verdict import ROUNDING, count, judge
 
 SIDE_EFFECTS = "side-effects-v1"
@@ -72,6 +74,7 @@ def audit(
     transfer: Task | None = None,
     spec: AuditSpec,
     run: Run,
+    executor: Executor | str = "serial",
 ) -> AuditResult:
     """Attacks a model and its controls with the same battery, budgets and samples, and says what that shows.
 
@@ -86,6 +89,7 @@ def audit(
         transfer: a harmless task that the immunized model should still learn, if there is one.
         spec: battery, budgets, seeds, thresholds.
         run: seed, device, folder.
+        executor: where trials run; it does not change their results.
 
     Returns:
         Curves, a summary by budget and the verdict.
@@ -104,16 +108,16 @@ def audit(
     check_same_architecture(immunized, original)
     plan = battery(spec.battery)
     bench = Bench(immunized, original, _samples(tasks, spec, run), benign, spec.budgets, run)
-    journal = _journal(bench, plan, spec)
+    crew = Crew(bench, _journal(bench, plan, spec), executors.executor(executor))
     searched: list[SearchTrial] = []
     if isinstance(plan, Search):
-        searched, found = search(plan, spec.trials, bench, journal)
+        searched, found = search(plan, spec.trials, crew)
         applicable, not_applicable = _applicable(spec.battery, found, immunized, restricted)
     else:
         applicable, not_applicable = _applicable(spec.battery, plan, immunized, restricted)
     seeds = range(spec.seeds)
     trials = [Trial(role, a, s) for s in seeds for role in ROLES for a in applicable]
-    curves = run_trials(trials, bench, journal, f"Auditing ({spec.battery})")
+    curves = crew.run(trials, f"Auditing ({spec.battery})")
     comparison = Comparison.of(curves, derive_seed(run.seed, "bootstrap"), both_ways=not searched)
     rows = comparison.rows()
     side = _side(immunized, original, benign, run)
@@ -142,7 +146,7 @@ def audit(
         cost_target=target,
         costs=[] if target is None else costs(comparison, target, sizes, flops),
         search=searched,
-        side_effects=_side_effects(tasks, bench, journal, spec) if spec.side_effects else [],
+        side_effects=_side_effects(tasks, crew, spec) if spec.side_effects else [],
         verdict=judge(
             rows,
             curves,
@@ -217,16 +221,16 @@ def _target(comparison: Comparison, chance: float) -> float | None:
     return chance + TARGET * (reached - chance) if math.isfinite(reached) and reached > chance else None
 
 
-def _side_effects(tasks: dict[On, Task], bench: Bench, journal: Journal, spec: AuditSpec) -> list[SideEffect]:
+def _side_effects(tasks: dict[On, Task], crew: Crew, spec: AuditSpec) -> list[SideEffect]:
     """How well the models learn harmless tasks: the benign one anew, and the transfer task if there is one."""
     found = []
     for on in ("benign", "transfer"):
         if on not in tasks:
             continue
-        learners, _ = _applicable(SIDE_EFFECTS, BATTERIES[SIDE_EFFECTS], bench.immunized, tasks[on])
+        learners, _ = _applicable(SIDE_EFFECTS, BATTERIES[SIDE_EFFECTS], crew.bench.immunized, tasks[on])
         trials = [Trial(role, a, s, on) for s in range(spec.seeds) for role in ROLES for a in learners]
-        curves = run_trials(trials, bench, journal, f"Side effects ({tasks[on].name})")
-        comparison = Comparison.of(curves, derive_seed(bench.run.seed, "bootstrap", on))
+        curves = crew.run(trials, f"Side effects ({tasks[on].name})")
+        comparison = Comparison.of(curves, derive_seed(crew.bench.run.seed, "bootstrap", on))
         lost, interval = comparison.advantage("original", "immunized")[-1], comparison.band("original", "immunized")[-1]
         found.append(
             SideEffect(

@@ -27,6 +27,7 @@ def run_command(
     device: str = "auto",
     overwrite: bool = False,
     gate: bool = False,
+    executor: str = "serial",
     *,
     set: Sequence[str] = (),
 ) -> int:
@@ -43,6 +44,7 @@ def run_command(
         device: auto, cpu, cuda, cuda:1, mps, ...
         overwrite: Throw away what an earlier run left in the folder.
         gate: Exit as `holdfast audit` does: 0 resists, 3 does not, 4 invalid.
+        executor: Where the audit's trials run: serial, processes[:N], ray[:N] or ray://HOST:PORT; same results.
         set: Override a setting of the recipe, such as defense.iterations=50; may be repeated.
     """
     from holdfast.pipeline import run_recipe
@@ -51,7 +53,7 @@ def run_command(
 
     loaded = load(recipe, scale=scale, overrides=set, seed=seed)
     folder = out or Path("runs") / (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe)
-    result = run_recipe(loaded, folder=folder, data_dir=data_dir, device=device, overwrite=overwrite)
+    result = run_recipe(loaded, folder=folder, data_dir=data_dir, device=device, overwrite=overwrite, executor=executor)
     show(result, folder)
     return _exit_code(result.audit.verdict.label if result.audit else None) if gate else 0
 
@@ -125,6 +127,7 @@ def audit_command(
     data_dir: Path | None = None,
     device: str = "auto",
     threads: int | None = None,
+    executor: str = "serial",
     *,
     set: Sequence[str] = (),
 ) -> int:
@@ -150,6 +153,8 @@ def audit_command(
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
         device: auto, cpu, cuda, cuda:1, mps, ...
         threads: CPU threads; 1 is best for small networks (default: torch's own choice).
+        executor: Where trials run: serial, processes[:N], ray[:N] or ray://HOST:PORT; same results. N is cores /
+            threads.
         set: Set a threshold of the verdict, such as max_advantage=0.03; may be repeated.
     """
     from holdfast import pipeline
@@ -166,7 +171,7 @@ def audit_command(
     pipeline.audit(
         released, original=before, benign=task, restricted=against, transfer=harmless, seed=seed, device=device,
         threads=threads, folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds, shots=shots,
-        trials=trials, thresholds=limits,
+        trials=trials, thresholds=limits, executor=executor,
     )  # fmt: skip
     result = pipeline.read_result(out)
     show(result, out)

@@ -105,6 +105,10 @@ class Run:
     quiet: bool = True
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
+    def __reduce__(self) -> tuple[type[Run], tuple[int, torch.device, Path | None, bool]]:
+        """In another process it is quiet: a terminal has room for one display."""
+        return Run, (self.seed, self.device, self.folder, True)
+
     def generator(self, *purpose: object) -> torch.Generator:
         """Returns a fresh CPU generator for one purpose."""
         return torch.Generator().manual_seed(derive_seed(self.seed, *purpose))

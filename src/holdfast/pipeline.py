@@ -15,12 +15,14 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 
+from holdfast import executors
 from holdfast.assessing import assess, check
 from holdfast.auditing import AuditSpec, tables
 from holdfast.auditing import audit as run_audit
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run, cpu_threads, fingerprint, resolve_device, writable_folder, write_atomic
+from holdfast.executors import Executor
 from holdfast.finetune import Strategy, finetune
 from holdfast.models import SplitModel, check_fits, load_model
 from holdfast.recipe import PretrainSpec, Recipe, StudyRecipe, build_defense, readable
@@ -148,6 +150,7 @@ def audit(
     threads: int | None = None,
     folder: Path | str | None = None,
     quiet: bool = True,
+    executor: Executor | str = "serial",
     **options: Any,
 ) -> AuditResult:
     """Audits a model against its controls.
@@ -163,6 +166,7 @@ def audit(
         threads: CPU threads of torch; None: its default. One is best for networks of the quickstart's size.
         folder: where to keep finished trials, `result.json` and `report.html`; a second call continues there.
         quiet: show no progress.
+        executor: where trials run: `serial`, `processes`, `ray`, ...; it does not change the result.
         options: of `AuditSpec`: battery, budgets, seeds, shots, thresholds.
 
     Raises:
@@ -172,6 +176,7 @@ def audit(
         spec = AuditSpec.model_validate(options)
     except ValidationError as error:
         raise readable(error, "audit", AuditSpec) from error
+    chosen = executors.executor(executor)
     job = _Job.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
     facts = {"model": model.facts().sha256, "original": original.facts().sha256}
     job.note_tasks(benign, restricted, transfer)
@@ -179,7 +184,7 @@ def audit(
     job.note_model("original", original)
     job.note_model("immunized", model)
     with cpu_threads(threads):
-        result = job.audit(model, original, benign, halves(restricted)[1], transfer, spec)
+        result = job.audit(model, original, benign, halves(restricted)[1], transfer, spec, chosen)
         if folder is not None:
             job.save(audit=result)
     return result
@@ -237,6 +242,7 @@ def run_recipe(
     device: str = "auto",
     overwrite: bool = False,
     quiet: bool = False,
+    executor: Executor | str = "serial",
 ) -> RunResult:
     """Runs a recipe from data to report, or what is missing of it.
 
@@ -248,11 +254,15 @@ def run_recipe(
         device: `auto`, or a torch device.
         overwrite: throw away what a former run left in the folder.
         quiet: show no progress.
+        executor: where the audit's trials run, see `audit`; studies have none.
 
     Raises:
         HoldfastError: for input that cannot work; nothing in the folder is lost.
     """
+    trials_run_on = executors.executor(executor)
     if isinstance(recipe, StudyRecipe):
+        if trials_run_on.name != "serial":
+            raise HoldfastError(f"A study has no trials that {trials_run_on.name!r} could run; leave --executor out.")
         return _run_study(recipe, folder, data_dir, device, overwrite, quiet)
     defense = recipe.build_defense()
     chosen = resolve_device(device)
@@ -284,7 +294,7 @@ def run_recipe(
     with cpu_threads(recipe.threads):
         original = job.original(model, benign, recipe.pretrain)
         immunized, immunization = job.immunize(original, benign, defenders, defense)
-        audited = job.audit(immunized, original, benign, adversarys, transfer, recipe.audit)
+        audited = job.audit(immunized, original, benign, adversarys, transfer, recipe.audit, trials_run_on)
         return job.save(immunization=immunization, audit=audited)
 
 
@@ -439,10 +449,18 @@ class _Job:
         restricted: Task,
         transfer: Task | None,
         spec: AuditSpec,
+        executor: Executor,
     ) -> AuditResult:
         with self.timed("audit"):
             return run_audit(
-                model, original, benign=benign, restricted=restricted, transfer=transfer, spec=spec, run=self.run
+                model,
+                original,
+                benign=benign,
+                restricted=restricted,
+                transfer=transfer,
+                spec=spec,
+                run=self.run,
+                executor=executor,
             )
 
     def save(

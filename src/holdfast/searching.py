@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 
 from holdfast.adversaries import Adversary, Search
-from holdfast.execution import Journal, derive_seed
+from holdfast.execution import derive_seed
 from holdfast.results import ROLES, Curve, Role, SearchTrial
-from holdfast.trials import SEARCH_SEED, Bench, Trial, run_trials
+from holdfast.trials import SEARCH_SEED, Bench, Crew, Trial
 
 
-def search(plan: Search, trials: int, bench: Bench, journal: Journal) -> tuple[list[SearchTrial], list[Adversary]]:
+def search(plan: Search, trials: int, crew: Crew) -> tuple[list[SearchTrial], list[Adversary]]:
     """Searches for adversaries against each model by itself.
 
     A search has samples and batches of its own, and sees every second fold of the test split only: what is repeated
@@ -21,52 +22,68 @@ def search(plan: Search, trials: int, bench: Bench, journal: Journal) -> tuple[l
     Args:
         plan: what is searched, and how.
         trials: for each model.
-        bench: models and data.
-        journal: keeps every finished trial.
+        crew: runs and keeps them.
 
     Returns:
         All trials, and the best few of each model without repetitions.
     """
-    found: list[SearchTrial] = []
+    hunts = [_Hunt(role, plan, crew.bench) for role in ROLES]
+    for done in range(0, trials, plan.batch):
+        proposed = [hunt.propose(min(plan.batch, trials - done)) for hunt in hunts]
+        curves = iter(crew.run([t for batch in proposed for t in batch], f"Searching ({done} of {trials} done)"))
+        for hunt, batch in zip(hunts, proposed, strict=True):
+            hunt.learn(list(itertools.islice(curves, len(batch))))
     best: dict[str, Adversary] = {}
-    for role in ROLES:
-        mine, adversaries = _against(role, plan, trials, bench, journal)
-        ranked = sorted((t for t in mine if t.score is not None), key=lambda t: -(t.score or 0.0))
-        chosen = list(dict.fromkeys(t.adversary for t in ranked))[: plan.repeated]
-        best |= {name: adversaries[name] for name in chosen}
-        found += [t.model_copy(update={"confirmed": t.adversary in chosen}) for t in mine]
-    return found, list(best.values())
+    for hunt in hunts:
+        best |= hunt.best(plan.repeated)
+    return [trial for hunt in hunts for trial in hunt.told(plan.repeated)], list(best.values())
 
 
-def _against(
-    role: Role, plan: Search, trials: int, bench: Bench, journal: Journal
-) -> tuple[list[SearchTrial], dict[str, Adversary]]:
-    searcher = plan.begin(derive_seed(bench.run.seed, "search", role))
-    task = bench.samples["restricted", SEARCH_SEED]
-    victim = bench.model(role, SEARCH_SEED)
-    known: dict[str, Adversary] = {}
-    found: list[SearchTrial] = []
-    curves: list[Curve] = []
-    while len(found) < trials:
-        proposed = searcher.ask(min(plan.batch, trials - len(found)))
-        fit = {a.name: a for a in proposed if a.not_applicable(victim, task) is None}
-        known |= fit
-        floors = _floors(curves, len(bench.budgets))
-        batch = [Trial(role, a, SEARCH_SEED, floors=floors) for a in fit.values()]
-        title = f"Searching, {role}, {len(found) + 1} to {len(found) + len(proposed)} of {trials}"
-        done = {c.adversary: c for c in run_trials(batch, bench, journal, title)}
-        scores = [_value(done[a.name], len(bench.budgets)) if a.name in done else None for a in proposed]
-        searcher.tell(scores)
-        curves += done.values()
-        for a, score in zip(proposed, scores, strict=True):
+class _Hunt:
+    """The search against one model."""
+
+    def __init__(self, role: Role, plan: Search, bench: Bench) -> None:
+        self.role, self.budgets = role, len(bench.budgets)
+        self.searcher = plan.begin(derive_seed(bench.run.seed, "search", role))
+        self.task = bench.samples["restricted", SEARCH_SEED]
+        self.victim = bench.model(role, SEARCH_SEED)
+        self.proposed: list[Adversary] = []
+        self.known: dict[str, Adversary] = {}
+        self.trials: list[SearchTrial] = []
+        self.curves: list[Curve] = []
+
+    def propose(self, count: int) -> list[Trial]:
+        """Asks for adversaries; those that cannot start, or come again, are no new trial."""
+        self.proposed = self.searcher.ask(count)
+        fit = {a.name: a for a in self.proposed if a.not_applicable(self.victim, self.task) is None}
+        self.known |= fit
+        floors = _floors(self.curves, self.budgets)
+        return [Trial(self.role, a, SEARCH_SEED, floors=floors) for a in fit.values()]
+
+    def learn(self, curves: Sequence[Curve]) -> None:
+        """Takes the curves of what was proposed last."""
+        done = {c.adversary: c for c in curves}
+        scores = [_value(done[a.name], self.budgets) if a.name in done else None for a in self.proposed]
+        self.searcher.tell(scores)
+        self.curves += curves
+        for a, score in zip(self.proposed, scores, strict=True):
             steps = done[a.name].budgets[-1] if a.name in done else 0
-            found.append(
+            self.trials.append(
                 SearchTrial(
-                    role=role, number=len(found), adversary=a.name, config=a.config(), score=score, steps=steps,
-                    confirmed=False,
+                    role=self.role, number=len(self.trials), adversary=a.name, config=a.config(), score=score,
+                    steps=steps, confirmed=False,
                 )
             )  # fmt: skip
-    return found, known
+
+    def best(self, count: int) -> dict[str, Adversary]:
+        """The adversaries with the highest scores, by name."""
+        ranked = sorted((t for t in self.trials if t.score is not None), key=lambda t: -(t.score or 0.0))
+        return {name: self.known[name] for name in list(dict.fromkeys(t.adversary for t in ranked))[:count]}
+
+    def told(self, count: int) -> list[SearchTrial]:
+        """All trials, the best of them marked."""
+        chosen = self.best(count)
+        return [t.model_copy(update={"confirmed": t.adversary in chosen}) for t in self.trials]
 
 
 def _running_best(curve: Curve) -> list[float]:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from holdfast.adversaries import Adversary
 from holdfast.errors import HoldfastError
 from holdfast.execution import Journal, Run
+from holdfast.executors import Executor
 from holdfast.models import SplitModel
 from holdfast.results import Curve, Role
 from holdfast.tasks import Task
@@ -44,6 +45,9 @@ class Trial:
     def key(self) -> str:
         """Names it among all trials of an audit."""
         return f"{self.on}/{self.role}/{self.adversary.name}/{self.seed}"
+
+    def __str__(self) -> str:
+        return self.key
 
 
 @dataclass(frozen=True)
@@ -90,27 +94,44 @@ class Bench:
         return found.model_copy(update={"task": trial.on})
 
 
-def run_trials(trials: Sequence[Trial], bench: Bench, journal: Journal, description: str) -> list[Curve]:
-    """Runs what the journal does not hold yet; every finished trial is in it at once.
+@dataclass(frozen=True)
+class Crew:
+    """Runs trials.
 
-    Args:
-        trials: in the order in which curves are wanted.
+    Attributes:
         bench: what they need.
-        journal: of this audit.
-        description: for the progress bar.
-
-    Returns:
-        One curve a trial, the same whether it was run now or before.
-
-    Raises:
-        HoldfastError: if the journal holds something else under a trial's key.
+        journal: keeps every finished one.
+        executor: where they run.
     """
-    missing = [t for t in trials if t.key not in journal.entries]
-    with bench.run.progress(description, len(trials), len(trials) - len(missing)) as bar:
-        for trial in missing:
-            journal.add(trial.key, bench.curve(trial).model_dump(mode="json"))
-            bar.tick(f"{trial.role}: {trial.adversary.name}")
-    return [_kept(journal, trial, bench.budgets) for trial in trials]
+
+    bench: Bench
+    journal: Journal
+    executor: Executor
+
+    def run(self, trials: Sequence[Trial], description: str) -> list[Curve]:
+        """Runs what the journal does not hold yet; every finished trial is in it at once.
+
+        Args:
+            trials: in the order in which curves are wanted.
+            description: for the progress bar.
+
+        Returns:
+            One curve a trial, the same whether it was run now or before, and wherever.
+
+        Raises:
+            HoldfastError: if the journal holds something else under a trial's key.
+        """
+        missing = [t for t in trials if t.key not in self.journal.entries]
+        with self.bench.run.progress(description, len(trials), len(trials) - len(missing)) as bar:
+            for index, curve in self.executor.run(_work, self.bench, missing):
+                trial = missing[index]
+                self.journal.add(trial.key, curve.model_dump(mode="json"))
+                bar.tick(f"{trial.role}: {trial.adversary.name}")
+        return [_kept(self.journal, trial, self.bench.budgets) for trial in trials]
+
+
+def _work(bench: Bench, trial: Trial) -> Curve:
+    return bench.curve(trial)
 
 
 def _kept(journal: Journal, trial: Trial, budgets: tuple[int, ...]) -> Curve:

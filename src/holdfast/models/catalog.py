@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,6 @@ def load_model(
     # What is rebuilt later, for the scratch control or from a saved file, must not fetch pretrained weights again.
     plain = spec.model_copy(update={"options": {k: v for k, v in spec.options.items() if k != "pretrained"}})
     network, head, norm = _build(plain if spec.weights else spec, task.input_shape, task.num_outputs)
-
-    def factory() -> nn.Module:
-        return _build(plain, task.input_shape, task.num_outputs)[0]
-
     mean, std = (spec.mean or (norm[0] if norm else None)), (spec.std or (norm[1] if norm else None))
     built = SplitModel(
         network,
@@ -77,7 +74,7 @@ def load_model(
         name=spec.name,
         mean=mean,
         std=std,
-        factory=factory,
+        factory=_Factory(plain, task.input_shape, task.num_outputs),
         spec=plain.model_dump(exclude={"weights"}),
     )
     if spec.extractor:
@@ -87,6 +84,18 @@ def load_model(
     built = _channels_last(built.to(device))
     check_fits(built, task, own_task=True)
     return built
+
+
+@dataclass(frozen=True)
+class _Factory:
+    """Builds an architecture anew; an object and no closure, so that the model can be sent to another process."""
+
+    spec: ModelSpec
+    input_shape: tuple[int, ...]
+    num_outputs: int
+
+    def __call__(self) -> nn.Module:
+        return _build(self.spec, self.input_shape, self.num_outputs)[0]
 
 
 def load_released(
