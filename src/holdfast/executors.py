@@ -362,8 +362,8 @@ def _fetch(reference: Any, job: object) -> bytes:
         message: bytes = ray.get(reference)
     except ray.exceptions.RayTaskError as error:  # jobs' own errors come as messages: this is Holdfast not starting
         raise HoldfastError(
-            f"A Ray worker cannot run Holdfast ({_last_line(error)}); every machine of the cluster needs the same Python "
-            "environment as this one."
+            f"A Ray worker cannot run Holdfast ({_last_line(error)}); every machine of the cluster needs the same "
+            "Python environment as this one."
         ) from error
     except ray.exceptions.RayError as error:
         why = f"lost ({type(error).__name__}); if memory ran out, use fewer workers, such as ray:1"
