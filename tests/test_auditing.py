@@ -308,7 +308,10 @@ class TestAudit:
         ("damage", "message"),
         [
             ({"scores": [0.1]}, "differ in length"),
-            ({"scores": [0.1], "losses": [None], "budgets": [0], "folds": [[0.1]]}, r"its budgets are \[0\] instead of \[0, 5, 10\]"),
+            (
+                {"scores": [0.1], "losses": [None], "budgets": [0], "folds": [[0.1]]},
+                r"its budgets are \[0\] instead of \[0, 5, 10\]",
+            ),
             ({"role": "scratch"}, "it is of scratch/"),
             (None, "Input should be"),
         ],
