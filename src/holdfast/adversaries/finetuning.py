@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,10 +34,12 @@ class FineTuning(Adversary):
 
     def __post_init__(self) -> None:
         s = self.strategy
-        start = {"direct": "direct", "head": "initFC"}[s.initialisation]
-        scope = {"all": "all", "head": "FC"}[s.scope]
+        start = "initFC" if s.initialisation == "head" else s.initialisation
+        scope = "FC" if s.scope == "head" else s.scope
         spelled = f"{start}+{scope} {s.optimizer} {s.learning_rate:g} b{s.batch_size}"
         spelled += f" wd{s.weight_decay:g}" if s.weight_decay else ""
+        spelled += f" {s.gradient}" if s.gradient != "raw" else ""
+        spelled += f" r{s.rank}" if s.rank != 8 else ""
         object.__setattr__(self, "name", self.name or spelled)
 
     @property
@@ -59,4 +61,4 @@ class FineTuning(Adversary):
 
     def config(self) -> dict[str, Any]:
         """See `Adversary.config`."""
-        return {"kind": "finetuning", **asdict(self.strategy)}
+        return {"kind": "finetuning", **self.strategy.settings()}

@@ -26,7 +26,7 @@ from holdfast.execution import (
     restore_optimizer,
     save_tensors,
 )
-from holdfast.finetune import Initialisation, Strategy, not_applicable
+from holdfast.finetune import Strategy, not_applicable
 from holdfast.models import SplitModel, check_fits
 from holdfast.results import Event
 from holdfast.suppression import LOSSES
@@ -79,7 +79,7 @@ class Sophon(Defense):
     tasks: int = 1
     steps: int = 50
     gamma: tuple[float, ...] | None = None
-    initialisations: tuple[Initialisation, ...] = ("direct", "head")
+    initialisations: tuple[Literal["direct", "head"], ...] = ("direct", "head")
     optimizers: tuple[str, ...] = ("adam",)
     learning_rates: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
     batch_sizes: tuple[int, ...] = (50, 100, 150, 200, 250)
@@ -125,7 +125,14 @@ class Sophon(Defense):
         self.phi()  # refuses unknown optimizers and rates or sizes out of range now, not in the middle of the work
 
     def phi(self) -> list[Strategy]:
-        """Returns every fine-tuning setting that may be simulated: the paper's Phi."""
+        """Returns every fine-tuning setting that may be simulated: the paper's Phi.
+
+        Raises:
+            HoldfastError: for a start of the body, whose meta-gradient would be another one.
+        """
+        for start in self.initialisations:
+            if start not in ("direct", "head"):
+                raise unknown("initialisation", start, ("direct", "head"))
         return [
             Strategy(initialisation, "all", optimizer, rate, size)
             for initialisation in self.initialisations

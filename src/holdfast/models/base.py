@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 from holdfast.execution import load_tensors, save_tensors
+from holdfast.models.blocks import Block, copy_layers, split_blocks
 from holdfast.results import ModelFacts
 from holdfast.tasks import Task
 
@@ -240,6 +241,44 @@ class SplitModel(nn.Module):
         """Whether the layer before the head was inserted by `insert_extractor`."""
         return isinstance(self.network.get_submodule(self.head_name.rpartition(".")[0]), ExtractedHead)
 
+    def blocks(self) -> list[Block]:
+        """Returns the body as a row of blocks, each a list of (dotted name in `network`, module).
+
+        The rule stands in `holdfast.models.blocks`. An inserted extractor belongs to the last block.
+
+        Example:
+            >>> from holdfast.models import load_model
+            >>> from holdfast.tasks import load_task
+            >>> [block[0][0] for block in load_model("cnn", load_task("digits[0-4]")).blocks()]
+            ['body.0', 'body.4', 'body.9']
+        """
+        if not self.has_extractor:
+            return split_blocks(self.network, self.head_name)
+        place = self.head_name.rpartition(".")[0]
+        blocks = split_blocks(self.network, place) or [[]]
+        blocks[-1].append((f"{place}.0", self._extractor_layer()))
+        return blocks
+
+    def reinitialise(self, layers: Iterable[str], reference: SplitModel) -> None:
+        """Gives layers the values that they have in a fresh model (see `fresh`), in place.
+
+        Args:
+            layers: dotted names in `network`; an inserted extractor, which a fresh model does not have, becomes the
+                identity.
+            reference: a fresh model of the same architecture.
+
+        Raises:
+            HoldfastError: if the reference has nothing to copy from.
+        """
+        extractor = f"{self.head_name.rpartition('.')[0]}.0" if self.has_extractor else None
+        for name in layers:
+            if name != extractor:
+                copy_layers(self.network, reference.network, [name])
+                continue
+            weight = self._extractor_layer().weight
+            with torch.no_grad():
+                weight.copy_(torch.eye(len(weight)).view_as(weight))
+
     def clone(self) -> SplitModel:
         """Returns a deep copy whose training leaves this model alone."""
         return copy.deepcopy(self)
@@ -259,18 +298,24 @@ class SplitModel(nn.Module):
             if model.num_outputs != self.num_outputs:
                 model.reset_head(self.num_outputs)
             return _channels_last(model)
-        for name, module in model.network.named_modules():
-            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            if own and not hasattr(module, "reset_parameters"):
-                raise HoldfastError(
-                    f"{self.name}: layer {name or '(root)'!r} ({type(module).__name__}) cannot be initialised anew, "
-                    "which the scratch control needs; give the model a factory."
-                )
-            if own:
-                module.reset_parameters()
+        reason = self.not_renewable()
+        if reason is not None:
+            raise HoldfastError(f"{self.name}: {reason}, which the scratch control needs; give the model a factory.")
+        for module in model.network.modules():
+            if _has_own_tensors(module):
+                module.reset_parameters()  # type: ignore[operator]
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         return model
+
+    def not_renewable(self) -> str | None:
+        """Says why `fresh` cannot be had, or None if it can."""
+        if self.factory is not None:
+            return None
+        for name, module in self.network.named_modules():
+            if _has_own_tensors(module) and not hasattr(module, "reset_parameters"):
+                return f"layer {name or '(root)'!r} ({type(module).__name__}) cannot be initialised anew"
+        return None
 
     def facts(self, file_sha256: str | None = None) -> ModelFacts:
         """Returns name, size and a hash of the weights (and buffers), for the provenance of a result."""
@@ -320,6 +365,10 @@ class SplitModel(nn.Module):
             )
             raise HoldfastError(f"{str(path)!r} does not fit {self.name}: {'; '.join(problems[:4])}{more}.{hint}")
         self.network.load_state_dict(tensors, strict=True)
+
+
+def _has_own_tensors(module: nn.Module) -> bool:
+    return any(True for _ in [*module.parameters(recurse=False), *module.buffers(recurse=False)])
 
 
 def _channels_last(model: SplitModel) -> SplitModel:
