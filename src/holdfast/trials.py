@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from holdfast.adversaries import Adversary
 from holdfast.errors import HoldfastError
-from holdfast.execution import Journal, Run
+from holdfast.execution import Journal, Run, derive_seed
 from holdfast.executors import Executor
 from holdfast.models import SplitModel
 from holdfast.results import Curve, Role
@@ -21,6 +21,11 @@ On = Literal["restricted", "benign", "transfer"]
 
 SEARCH_SEED = -1
 """The repetition that searches use: samples, batches and fresh weights that no repeated trial has."""
+
+
+def few_of(task: Task, shots: int | None, run: Run, seed: int) -> Task:
+    """Returns what a repetition's learner gets of a task: all of its training split, or so many samples a class."""
+    return task if shots is None else task.few_shot(shots, derive_seed(run.seed, "shots", seed))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
-from holdfast.execution import load_tensors, save_tensors
+from holdfast.execution import load_tensors, save_tensors, tensors_sha256
 from holdfast.models.blocks import Block, copy_layers, split_blocks
 from holdfast.results import ModelFacts
 from holdfast.tasks import Task
@@ -319,14 +319,9 @@ class SplitModel(nn.Module):
 
     def facts(self, file_sha256: str | None = None) -> ModelFacts:
         """Returns name, size and a hash of the weights (and buffers), for the provenance of a result."""
-        digest = hashlib.sha256()
-        state = self.network.state_dict()
-        for name in sorted(state):
-            value = state[name].detach().cpu().contiguous()
-            digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest = tensors_sha256(self.network.state_dict())
         count = sum(p.numel() for p in self.parameters())
-        return ModelFacts(name=self.name, parameters=count, sha256=digest.hexdigest(), file_sha256=file_sha256)
+        return ModelFacts(name=self.name, parameters=count, sha256=digest, file_sha256=file_sha256)
 
     def save(self, path: Path) -> str:
         """Writes the network's state dict as safetensors, with the spec in its header; returns the file's SHA-256."""
