@@ -134,13 +134,17 @@ class SplitModel(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Returns what the head receives, flattened to (N, D)."""
+        return self.with_features(x)[1]
+
+    def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logits and features of one forward pass."""
         caught: list[Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
         try:
-            self(x)
+            logits = self(x)
         finally:
             hook.remove()
-        return caught[0].flatten(1)
+        return logits, caught[0].flatten(1)
 
     def reset_head(self, num_outputs: int | None = None) -> None:
         """Replaces the head by a fresh one (torch's default initialisation, from its global generator)."""
