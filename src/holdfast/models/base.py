@@ -77,6 +77,8 @@ class SplitModel(nn.Module):
         self.name = name
         self.factory = factory
         self.spec = spec
+        self.precision: torch.dtype | None = None
+        """What inputs are cast to; None: the first parameter's."""
         self._check_head()
         if (mean is None) != (std is None):
             raise HoldfastError("Give mean and std of the input normalisation together, or neither.")
@@ -123,7 +125,7 @@ class SplitModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns logits of shape (N, classes) for inputs as a task yields them, cast to the network's precision."""
-        x = x.to(next(self.network.parameters()).dtype)
+        x = x.to(self.precision or next(self.network.parameters()).dtype)
         if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std
         if x.dim() == 4:
@@ -162,7 +164,7 @@ class SplitModel(nn.Module):
         )
         self.put_head(new)
 
-    def put_head(self, head: Head) -> None:
+    def put_head(self, head: nn.Module) -> None:
         """Puts a layer in the head's place."""
         parent, _, leaf = self.head_name.rpartition(".")
         setattr(self.network.get_submodule(parent), leaf, head)
