@@ -160,7 +160,8 @@ def audit_command(
     before = load_released(original, original_weights, task, data_dir=data_dir)
     pipeline.audit(
         released, original=before, benign=task, restricted=against, seed=seed, device=device, threads=threads,
-        folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds, shots=shots, executor=executor,
+        folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds, shots=shots,
+        executor=executor,
     )  # fmt: skip
     result = pipeline.read_result(out)
     show(result, out)
