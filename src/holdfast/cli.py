@@ -169,9 +169,15 @@ def audit_command(
     before = load_released(original, original_weights, task, data_dir=data_dir)
     harmless = None if transfer is None else load_task(transfer, data_dir=data_dir)
     pipeline.audit(
+<<<<<<< HEAD
         released, original=before, benign=task, restricted=against, transfer=harmless, seed=seed, device=device,
         threads=threads, folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds, shots=shots,
         trials=trials, thresholds=limits, executor=executor,
+=======
+        released, original=before, benign=task, restricted=against, seed=seed, device=device, threads=threads,
+        folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds, shots=shots,
+        executor=executor,
+>>>>>>> part-c
     )  # fmt: skip
     result = pipeline.read_result(out)
     show(result, out)
