@@ -13,7 +13,7 @@ from holdfast.adversaries import Adversary, battery
 from holdfast.checks import reasons_invalid
 from holdfast.errors import HoldfastError
 from holdfast.execution import Journal, Run, derive_seed
-from holdfast.models import SplitModel, check_fits, check_same_architecture
+from holdfast.models import SplitModel, check_fits
 from holdfast.results import (
     ROLES,
     AuditResult,
@@ -78,7 +78,8 @@ def audit(
     every finished trial is kept at once, and a second call does only what is missing.
 
     Args:
-        immunized: the model in question; nothing is assumed about how it was made.
+        immunized: the model in question; nothing is assumed about how it was made, and it may be of another
+            architecture than the original.
         original: what it was before.
         benign: scored on its test split, for both models.
         restricted: the adversary's data for training, and the test split for scores.
@@ -89,14 +90,13 @@ def audit(
         Curves, a summary by budget and the verdict.
 
     Raises:
-        HoldfastError: if models and tasks do not fit together, the models are of different architectures, or no
-            adversary of the battery applies.
+        HoldfastError: if models and tasks do not fit together, or no adversary of the battery applies.
     """
     for model in (immunized, original):
         # A defense may destroy the model that it was given. That is a result, and the verdict says so.
-        check_fits(model, benign, own_task=True, finite=model is original)
-        check_fits(model, restricted, own_task=False, finite=model is original)
-    check_same_architecture(immunized, original)
+        # Nor need anything be trainable in it: an adversary un-freezes what was frozen.
+        check_fits(model, benign, own_task=True, finite=model is original, trainable=False)
+        check_fits(model, restricted, own_task=False, finite=model is original, trainable=False)
     adversaries = battery(spec.battery)
     reasons = {a.name: a.not_applicable(immunized, restricted) for a in adversaries}
     not_applicable = {name: reason for name, reason in reasons.items() if reason is not None}
