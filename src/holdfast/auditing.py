@@ -14,7 +14,7 @@ from holdfast.comparison import Comparison, costs
 from holdfast.errors import HoldfastError
 from holdfast.execution import Journal, Run, derive_seed
 from holdfast.executors import Executor
-from holdfast.models import SplitModel, check_fits, check_same_architecture
+from holdfast.models import SplitModel, check_fits
 from holdfast.results import (
     ROLES,
     AuditResult,
@@ -82,7 +82,8 @@ def audit(
     every finished trial is kept at once, and a second call does only what is missing.
 
     Args:
-        immunized: the model in question; nothing is assumed about how it was made.
+        immunized: the model in question; nothing is assumed about how it was made, and it may be of another
+            architecture than the original.
         original: what it was before.
         benign: scored on its test split, for both models; learned anew, for side effects.
         restricted: the adversary's data for training, and the test split for scores.
@@ -95,17 +96,16 @@ def audit(
         Curves, a summary by budget and the verdict.
 
     Raises:
-        HoldfastError: if models and tasks do not fit together, the models are of different architectures, or no
-            adversary of the battery applies.
+        HoldfastError: if models and tasks do not fit together, or no adversary of the battery applies.
     """
     tasks: dict[On, Task] = {"restricted": restricted, "benign": benign}
     if transfer is not None:
         tasks["transfer"] = transfer
     for model in (immunized, original):
         # A defense may destroy the model that it was given. That is a result, and the verdict says so.
+        # Nor need anything be trainable in it: an adversary un-freezes what was frozen.
         for on, task in tasks.items():
-            check_fits(model, task, own_task=on == "benign", finite=model is original)
-    check_same_architecture(immunized, original)
+            check_fits(model, task, own_task=on == "benign", finite=model is original, trainable=False)
     plan = battery(spec.battery)
     bench = Bench(immunized, original, _samples(tasks, spec, run), benign, spec.budgets, run)
     crew = Crew(bench, _journal(bench, plan, spec), executors.executor(executor))

@@ -175,7 +175,7 @@ def _head_on_features(model: SplitModel, task: Task) -> tuple[SplitModel, Task]:
 
 def _features(model: SplitModel, task: Task) -> tuple[Tensor, Tensor]:
     """Features of both splits; every probe of a battery asks for the same, so the last few are kept."""
-    device = next(model.parameters()).device
+    device = model.device
     with torch.no_grad():  # weights alone do not say what a network computes
         sample = model.eval().features(next(task.sweep("train", 8, device=device)).x).flatten().tolist()
     key = model.facts().sha256, task.facts().sha256, f"{device} {fingerprint(sample)}"

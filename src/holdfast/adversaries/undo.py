@@ -64,14 +64,14 @@ def thaw(
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
     steady = _steady(model, next(task.sweep("train", 8, device=device)).x) if _hidden(model) else []
-    before = next(model.network.parameters()).dtype
+    before = model.dtype
     made: dict[int, nn.Parameter] = {}
     for name, key in steady:
         module = model.network.get_submodule(name)
         value = getattr(module, key)
         delattr(module, key)
         module.register_parameter(key, made.setdefault(id(value), nn.Parameter(value.detach())))
-    if next(model.network.parameters()).dtype != before:
+    if model.dtype != before:
         model.precision = before
     for parameter in model.network.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
