@@ -182,7 +182,7 @@ class NTL(GuardedDefense):
             raise HoldfastError(
                 f"ntl: the restricted task {restricted.name!r} has {restricted.num_outputs} classes and the head, of "
                 f"the benign task {benign.name!r}, {model.num_outputs} outputs: restricted labels are classes of "
-                f"this head. Keep at most {model.num_outputs} restricted classes with NAME[...], or choose another defense."
+                f"this head. Keep at most {model.num_outputs} restricted classes with NAME[...], or another defense."
             )
         if restricted.input_shape != benign.input_shape:
             raise HoldfastError(
