@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
-from holdfast.errors import HoldfastError
 from holdfast.execution import Run
 from holdfast.inspection import Inspection, inspect
-from holdfast.models import SplitModel, check_same_architecture
+from holdfast.models import SplitModel, architecture_differences
 from holdfast.results import Curve, Flag
 from holdfast.tasks import Task
 
@@ -68,10 +67,10 @@ def red_flags(
     """
     seen = [inspect(m, benign=benign, restricted=restricted, run=run) for m in (released, original, fresh)]
     flags = list(chain.from_iterable(check(*seen) for check in CHECKS))
-    try:
-        check_same_architecture(released, original)
-    except HoldfastError as error:
-        flags.append(_flag("Another architecture", "warning", str(error)))
+    differences = architecture_differences(released, original)
+    if differences:
+        more = f" And {len(differences) - 4} more." if len(differences) > 4 else ""
+        flags.append(_flag("Another architecture", "warning", " ".join(differences[:4]) + more))
     return _one_each(flags)
 
 
@@ -107,7 +106,7 @@ def _one_each(flags: Sequence[Flag]) -> list[Flag]:
     for flag in flags:
         before = merged.setdefault(flag.name, flag)
         if before is not flag:
-            worst = "critical" if "critical" in (before.severity, flag.severity) else "warning"
+            worst: Severity = "critical" if "critical" in (before.severity, flag.severity) else "warning"
             merged[flag.name] = _flag(flag.name, worst, f"{before.found} {flag.found}")
     return sorted(merged.values(), key=lambda flag: flag.severity != "critical")
 
