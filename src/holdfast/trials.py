@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from holdfast.adversaries import Adversary
 from holdfast.errors import HoldfastError
-from holdfast.execution import Journal, Run
+from holdfast.execution import Journal, Run, derive_seed
 from holdfast.executors import Executor
 from holdfast.models import SplitModel
 from holdfast.results import Curve, Role
@@ -25,6 +25,11 @@ SEARCH_SEED = -1
 
 TRANSPLANTED = ", in the original's code"
 """Ends the name of an adversary who first put the released weights into the original's code."""
+
+
+def few_of(task: Task, shots: int | None, run: Run, seed: int) -> Task:
+    """Returns what a repetition's learner gets of a task: all of its training split, or so many samples a class."""
+    return task if shots is None else task.few_shot(shots, derive_seed(run.seed, "shots", seed))
 
 
 @dataclass(frozen=True)
