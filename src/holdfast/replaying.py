@@ -9,15 +9,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from holdfast.adversaries import BATTERIES, Adversary
+from holdfast.adversaries import Adversary, build
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Run, cpu_threads, resolve_device
-from holdfast.models import SplitModel, check_fits, load_model, load_released
+from holdfast.models import SplitModel, check_fits, load_model, load_released, transplant
 from holdfast.pipeline import halves
 from holdfast.recipe import Recipe, readable
 from holdfast.results import AuditResult, Curve, Role, RunResult, read_result
 from holdfast.tasks import ArrayTask, load_task
-from holdfast.trials import Bench, Trial, few_of
+from holdfast.trials import TRANSPLANTED, Bench, Trial, few_of
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,17 @@ def replay(
         _check_hashes(result, source)
         for on, task in source.tasks.items():
             check_fits(source.immunized, task, own_task=on == "benign", finite=False)
+        transplanted = recorded.adversary.endswith(TRANSPLANTED)
         bench = Bench(
             source.immunized,
             source.original,
+            transplant(source.immunized, source.original) if transplanted else None,
             {("restricted", seed): few_of(halves(source.tasks["restricted"])[1], result.audit.shots, run, seed)},
             source.tasks["benign"],
             tuple(result.audit.budgets),
             run,
         )
-        return Replay(recorded, bench.curve(Trial(role, again, seed)))
+        return Replay(recorded, bench.curve(Trial(role, again, seed, transplanted=transplanted)))
 
 
 def _recorded(audit: AuditResult, adversary: str | None, role: Role, seed: int) -> Curve:
@@ -106,12 +108,7 @@ def _recorded(audit: AuditResult, adversary: str | None, role: Role, seed: int) 
 
 
 def _adversary(audit: AuditResult, name: str) -> Adversary:
-    settings = audit.adversaries[name]
-    for each in (a for battery in BATTERIES.values() for a in battery):
-        if each.name == name and each.config() == settings:
-            return each
-    raise HoldfastError(f"{name!r} of {audit.battery} is no adversary of this version of Holdfast; its settings are "
-                        f"{settings}.")  # fmt: skip
+    return build({k: v for k, v in audit.adversaries[name].items() if k != "transplanted"})
 
 
 def _load(folder: Path, result: RunResult, run: Run, data_dir: Path | str | None) -> _Source:
