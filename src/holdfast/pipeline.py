@@ -128,7 +128,7 @@ def immunize(
     """
     chosen = build_defense({"name": defense, **options}) if isinstance(defense, str) else defense
     job = _Job.start("immunize", f"{chosen.name} on {model.name}", seed, device, folder, quiet)
-    job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.note_tasks(benign, restricted)
     job.claim({"defense": {"name": chosen.name, **chosen.config()}, "model": model.facts().sha256})
     job.note_model("original", model)
     with cpu_threads(threads):
@@ -144,6 +144,7 @@ def audit(
     original: SplitModel,
     benign: Task,
     restricted: Task,
+    transfer: Task | None = None,
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
@@ -159,6 +160,7 @@ def audit(
         original: what it was before immunization.
         benign: its own task.
         restricted: the task that it must not be fine-tuned to; adversaries get their half of its training data.
+        transfer: a harmless task that the model should still learn as well as the original does, if there is one.
         seed: of everything random.
         device: `auto`, or a torch device.
         threads: CPU threads of torch; None: its default. One is best for networks of the quickstart's size.
@@ -177,12 +179,12 @@ def audit(
     chosen = executors.executor(executor)
     job = _Job.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
     facts = {"model": model.facts().sha256, "original": original.facts().sha256}
-    job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.note_tasks(benign, restricted, transfer)
     job.claim({"audit": spec.model_dump(mode="json"), **facts})
     job.note_model("original", original)
     job.note_model("immunized", model)
     with cpu_threads(threads):
-        result = job.audit(model, original, benign, halves(restricted)[1], spec, chosen)
+        result = job.audit(model, original, benign, halves(restricted)[1], transfer, spec, chosen)
         if folder is not None:
             job.save(audit=result)
     return result
@@ -219,7 +221,7 @@ def feasibility(
     check(model, benign, restricted, ridge=ridge, q=q)
     on = "inputs" if model is None else model.name
     job = _Job.start("feasibility", f"{benign.name} against {restricted.name} on {on}", 0, device, folder, quiet)
-    job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.note_tasks(benign, restricted)
     if model is not None:
         job.note_model("original", model)
     job.claim({"ridge": ridge, "q": q, "model": None if model is None else model.facts().sha256})
@@ -266,20 +268,24 @@ def run_recipe(
     chosen = resolve_device(device)
     benign = load_task(recipe.benign, data_dir=data_dir)
     restricted = load_task(recipe.restricted, data_dir=data_dir)
+    transfer = None if recipe.transfer is None else load_task(recipe.transfer, data_dir=data_dir)
     run = Run(recipe.seed, chosen)
     with run.seeded("initialise"):
         model = load_model(recipe.model, benign, data_dir=data_dir, device=chosen)
-    if recipe.pretrain is None and recipe.model.weights is None and not recipe.model.options.get("pretrained"):
+    own = recipe.model.options.get("pretrained") or recipe.model.name.startswith("hf:")
+    if recipe.pretrain is None and recipe.model.weights is None and not own:
         raise HoldfastError(
             f"Recipe {recipe.title!r}: the model has no weights. Give `model.weights`, or `pretrain` to train one."
         )
     check_fits(model, restricted, own_task=False)
+    if transfer is not None:
+        check_fits(model, transfer, own_task=False)
     defenders, adversarys = halves(restricted)
     if recipe.audit.shots is not None:
         adversarys.few_shot(recipe.audit.shots, 0)
 
     job = _Job.start("run", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
-    job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.note_tasks(benign, restricted, transfer)
     job.claim({"recipe": job.recipe, "model": model.facts().sha256})
     finished = job.finished()
     if finished is not None:
@@ -289,7 +295,7 @@ def run_recipe(
     with cpu_threads(recipe.threads):
         original = job.original(model, benign, recipe.pretrain)
         immunized, immunization = job.immunize(original, benign, defenders, defense)
-        audited = job.audit(immunized, original, benign, adversarys, recipe.audit, trials_run_on)
+        audited = job.audit(immunized, original, benign, adversarys, transfer, recipe.audit, trials_run_on)
         return job.save(immunization=immunization, audit=audited)
 
 
@@ -406,6 +412,11 @@ class _Job:
         yield
         self.timing[stage] = round(time.perf_counter() - begin, 3)
 
+    def note_tasks(self, benign: Task, restricted: Task, transfer: Task | None = None) -> None:
+        self.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+        if transfer is not None:
+            self.tasks["transfer"] = transfer.facts()
+
     def note_model(self, role: str, model: SplitModel, file_sha256: str | None = None) -> None:
         self.models[role] = model.facts(file_sha256)
 
@@ -437,12 +448,20 @@ class _Job:
         original: SplitModel,
         benign: Task,
         restricted: Task,
+        transfer: Task | None,
         spec: AuditSpec,
         executor: Executor,
     ) -> AuditResult:
         with self.timed("audit"):
             return run_audit(
-                model, original, benign=benign, restricted=restricted, spec=spec, run=self.run, executor=executor
+                model,
+                original,
+                benign=benign,
+                restricted=restricted,
+                transfer=transfer,
+                spec=spec,
+                run=self.run,
+                executor=executor,
             )
 
     def save(

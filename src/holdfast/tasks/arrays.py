@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
+from holdfast.execution import device_of
 from holdfast.results import TaskFacts
 from holdfast.tasks.base import Batch, Kind, Split, Task
 
@@ -193,7 +194,7 @@ class ArrayTask(Task):
     @torch.no_grad()
     def outcomes(self, model: nn.Module, split: Split = "test") -> Tensor:
         """See `Task.outcomes`: 1 for a sample whose class is found, else 0; their mean is the accuracy."""
-        device = next(model.parameters()).device
+        device = device_of(model)
         training = model.training
         model.eval()
         x, y = self._on(split, device)
