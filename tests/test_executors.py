@@ -243,7 +243,7 @@ def go():
 def script(tmp_path, start):
     path = tmp_path / "script.py"
     path.write_text(SCRIPT.format(start=start))
-    return subprocess.run([sys.executable, path], capture_output=True, text=True, check=False, timeout=100)
+    return subprocess.run([sys.executable, path], capture_output=True, text=True, check=False, timeout=300)
 
 
 class TestScripts:
@@ -274,7 +274,7 @@ def alive(pids: set[int]) -> set[int]:
     return {int(pid) for pid, state in rows if int(pid) in pids and not state.startswith("Z")}
 
 
-def wait_for(condition, process=None, seconds=100):
+def wait_for(condition, process=None, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert process is None or process.poll() is None, f"it ended too early:\n{process.communicate()}"
@@ -312,16 +312,16 @@ def test_interrupted_then_killed_then_continued_to_the_same_numbers(command, tmp
     process, helpers = start(2)
     begin = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "Traceback" not in output
-    assert time.monotonic() - begin < 10
-    wait_for(lambda: not alive(helpers), seconds=20)
+    assert time.monotonic() - begin < 30
+    wait_for(lambda: not alive(helpers), seconds=60)
 
     process, helpers = start(trials.read_text().count("\n") + 2)
     process.kill()
     process.wait()
-    wait_for(lambda: not alive(helpers), seconds=20)
+    wait_for(lambda: not alive(helpers), seconds=60)
     kept = trials.read_text().count("\n") - 1
     assert 4 < kept < 24
     assert not (tmp_path / "killed" / "result.json").exists()
