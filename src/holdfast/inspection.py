@@ -24,6 +24,17 @@ SAMPLES = 128
 PASSES = 8
 """Forward passes in training mode, without a step, after which state is compared."""
 
+STEPS = (1e-6, 1e-3)
+"""Relative lengths of the differences. Kinks of ReLU spoil the long one, rounding the short one: the better counts."""
+
+AGREES = 1e-2
+"""An error that ends the search for a better one."""
+
+DIRECTIONS = 3
+GROUPS = 6
+FEW = 16
+"""Samples for what is repeated most: differences, and passes after which state is compared."""
+
 Norm = nn.modules.batchnorm._BatchNorm
 
 
@@ -279,7 +290,7 @@ def _state(model: SplitModel, batch: Batch, found: Inspection) -> None:
     for mode, passes in (("evaluation", 1), ("training", PASSES)):
         before = {name: t.clone() for name, t in _watched(model)}
         for _ in range(passes):
-            model.train(mode == "training")(batch.x)
+            model.train(mode == "training")(batch.x[:FEW])
         found.moved[mode] = [n for n, t in _watched(model) if n not in before or not _equal(t, before[n])]
 
 
@@ -338,13 +349,6 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 # --- Do gradients tell the truth? ---
 
-STEPS = (1e-6, 1e-3)
-"""Relative lengths of the differences. Kinks of ReLU spoil the long one, rounding the short one: the better counts."""
-
-DIRECTIONS = 3
-GROUPS = 6
-FEW = 16
-
 
 def _derivatives(model: SplitModel, task: Task, batch: Batch, found: Inspection) -> None:
     """Compares directional derivatives by autograd with differences, in float64 where the model can be made so."""
@@ -384,11 +388,11 @@ def _errors(model: SplitModel, task: Task, batch: Batch, training: bool) -> dict
         errors = []
         for _ in range(DIRECTIONS if members else 0):
             errors.append(_error({n: parameters[n] for n in members}, gradient, value))
-            if errors[-1] < 1e-2:  # a lie agrees so well once in a hundred times
+            if errors[-1] < AGREES:  # a lie agrees so well once in a hundred times
                 break
         known = sorted(e for e in errors if not math.isnan(e))
         if known:
-            found[name] = known[0] if known[0] < 1e-2 else known[len(known) // 2]
+            found[name] = known[0] if known[0] < AGREES else known[len(known) // 2]
     return found
 
 
@@ -414,4 +418,6 @@ def _error(parameters: dict[str, nn.Parameter], gradient: dict[str, Tensor], val
         size = abs(slope) + abs(difference)
         if size > noise:
             errors.append(abs(slope - difference) / size)
+        if errors and errors[-1] < AGREES:
+            break
     return min(errors, default=float("nan"))
