@@ -6,6 +6,7 @@ from holdfast.adversaries import Adversary, FineTuning, Probe
 from holdfast.adversaries.probes import PREPARATIONS, SOLVERS
 from holdfast.defenses import (
     IMMA,
+    NTL,
     ConditionNumber,
     Defense,
     FrontierDefense,
@@ -24,6 +25,10 @@ DEFENSES: dict[str, Defense] = {
     "sophon-many": Sophon(tasks=3, suppression_loops=2, reinforcement_loops=2, gamma=(0.1, 0.3, 0.6), **_BRIEF),
     "sophon-ce-ascent": Sophon(loss="ce-ascent", **_BRIEF),
     "sophon-every-optimizer": Sophon(optimizers=tuple(OPTIMIZERS), **_BRIEF),
+    "ntl": NTL(iterations=4, batch_size=20, guard_every=1, max_benign_drop=1.0),
+    "ntl-momentum": NTL(
+        iterations=3, batch_size=20, optimizer="momentum", guard_every=2, kernels=3, max_benign_drop=1.0
+    ),
     "condition": ConditionNumber(iterations=20, keep="last"),
     "condition-gd": ConditionNumber(iterations=20, keep="last", optimizer="gd", learning_rate=1e-4),
     "condition-batches": ConditionNumber(iterations=20, keep="last", batch_size=32, learning_rate=1e-4),

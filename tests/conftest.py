@@ -15,6 +15,7 @@ from holdfast.pipeline import pretrain, read_result, run_recipe
 from holdfast.recipe import load as load_recipe
 from holdfast.results import RunResult
 from holdfast.tasks import ArrayTask, load_task
+from shams import zoo_original
 
 # One thread, here and in the processes that tests start: as fast as two for networks this small, and indifferent to
 # what else the machine does.
@@ -65,6 +66,12 @@ def trained(benign: ArrayTask) -> SplitModel:
     with run.seeded("initialise"):
         fresh = load_model("cnn", benign)
     return pretrain(fresh, benign, steps=150, run=run)
+
+
+@pytest.fixture(scope="session")
+def zoo_originals() -> dict[str, SplitModel]:
+    """The two originals that sham defenses are made of; their tasks are `shams.zoo_tasks`."""
+    return {norm: zoo_original(norm) for norm in ("batch", "none")}
 
 
 @pytest.fixture(scope="session")

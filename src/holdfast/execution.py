@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 
@@ -71,6 +72,23 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Returns where a module's tensors are, even if they are all buffers; without any, the CPU."""
+    first = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Returns the precision of a module's weights, even if they are all buffers; without any, torch's default.
+
+    Example:
+        >>> dtype_of(nn.Linear(2, 2).double()), dtype_of(nn.ReLU())
+        (torch.float64, torch.float32)
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
+
+
 @contextlib.contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
     """Lets torch use so many CPU threads inside the block; None changes nothing.
@@ -104,6 +122,10 @@ class Run:
     folder: Path | None = None
     quiet: bool = True
     console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    def __reduce__(self) -> tuple[type[Run], tuple[int, torch.device, Path | None, bool]]:
+        """In another process it is quiet: a terminal has room for one display."""
+        return Run, (self.seed, self.device, self.folder, True)
 
     def generator(self, *purpose: object) -> torch.Generator:
         """Returns a fresh CPU generator for one purpose."""

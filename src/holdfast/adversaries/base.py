@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from holdfast.execution import Run, fingerprint
 from holdfast.models import SplitModel, features
@@ -82,7 +84,8 @@ class Adversary(ABC):
             role: whose curve this is.
             seed: repetition.
             benign: the model's own task, whose training data the adversary may use.
-            floors: a score for each budget, under which it is not worth going on; None, or none given: always.
+            floors: a score for each budget, under which it is not worth going on; None, or none given: always. What is
+                compared is the score on every second fold, as a search sees it.
 
         Returns:
             Scores and mean training losses at the budgets, up to the one at which it was given up.
@@ -98,14 +101,33 @@ class Adversary(ABC):
                 if step:
                     since.append(loss)
                 if step in budgets:
-                    score = trace.note(task.audit_outcomes(victim), torch.stack(since) if since else None)
+                    trace.note(task.audit_outcomes(victim), torch.stack(since) if since else None)
                     since = []
                     floor = floors[len(trace.scores) - 1] if floors else None
-                    if floor is not None and (score is None or score < floor):
+                    if floor is not None and _seen(trace.folds[-1]) < floor:
                         break
                 if step >= budgets[-1]:
                     break
         return trace.curve(self, task, role, seed, budgets)
+
+    @final
+    def flops_per_step(self, model: SplitModel, task: Task, *, run: Run, benign: Task | None = None) -> float | None:
+        """Counts the floating-point operations of the first step; None if torch cannot count one of them.
+
+        Convolutions, matrix products and attention count; element-wise work, optimizers and decompositions do not.
+        """
+        victim = model.clone().to(run.device)
+        if self.frozen_body:
+            victim, task = _head_on_features(victim, task)
+        with run.seeded("attack", self.name, 0) as generator, FlopCounterMode(display=False) as counter:
+            work = self.run(victim, task, benign=benign, generator=generator, device=run.device)
+            try:
+                next(work)
+                before = counter.get_total_flops()
+                next(work)
+            except (RuntimeError, NotImplementedError):
+                return None
+            return float(counter.get_total_flops() - before)
 
 
 @dataclass
@@ -116,21 +138,17 @@ class Trace:
     losses: list[float | None] = field(default_factory=list)
     folds: list[list[float] | None] = field(default_factory=list)
 
-    def note(self, outcomes: Tensor, losses: Tensor | None) -> float | None:
+    def note(self, outcomes: Tensor, losses: Tensor | None) -> None:
         """Adds a budget.
 
         Args:
             outcomes: the task's `audit_outcomes` of the model there.
             losses: training losses of the steps since the budget before; None if there were none.
-
-        Returns:
-            The score; None if it is not finite.
         """
         score = _finite(float(outcomes.mean()))
         self.scores.append(score)
         self.folds.append(by_fold(outcomes) if score is not None else None)
         self.losses.append(_finite(float(losses.mean())) if losses is not None else None)
-        return score
 
     def curve(self, adversary: Adversary, task: Task, role: Role, seed: int, budgets: Sequence[int]) -> Curve:
         """Returns the curve of an attack that may have ended before its last budget."""
@@ -162,6 +180,10 @@ def by_fold(outcomes: Tensor) -> list[float]:
     return [float(outcomes[order[k::FOLDS]].mean()) for k in range(min(FOLDS, len(outcomes)))]
 
 
+def _seen(folds: list[float] | None) -> float:
+    return -math.inf if folds is None else statistics.fmean(folds[::2])
+
+
 def _head_on_features(model: SplitModel, task: Task) -> tuple[SplitModel, Task]:
     """A fresh head, all zero, and the task it sees."""
     train, test = _features(model, task)
@@ -175,7 +197,7 @@ def _head_on_features(model: SplitModel, task: Task) -> tuple[SplitModel, Task]:
 
 def _features(model: SplitModel, task: Task) -> tuple[Tensor, Tensor]:
     """Features of both splits; every probe of a battery asks for the same, so the last few are kept."""
-    device = next(model.parameters()).device
+    device = model.device
     with torch.no_grad():  # weights alone do not say what a network computes
         sample = model.eval().features(next(task.sweep("train", 8, device=device)).x).flatten().tolist()
     key = model.facts().sha256, task.facts().sha256, f"{device} {fingerprint(sample)}"

@@ -85,8 +85,8 @@ def key_numbers(audit: AuditResult) -> KeyNumbers:
     rows = [r for r in audit.by_budget if r.budget]
     return KeyNumbers(
         last=audit.by_budget[-1],
-        worst=max((r for r in rows if _has(r, "immunized")), key=lambda r: r.advantage, default=None),
-        headroom=max((r for r in rows if _has(r, "original")), key=lambda r: r.original_advantage, default=None),
+        worst=max((r for r in rows if _has(r, "immunized")), key=lambda r: r.advantage or 0.0, default=None),
+        headroom=max((r for r in rows if _has(r, "original")), key=lambda r: r.original_advantage or 0.0, default=None),
     )
 
 
@@ -193,7 +193,7 @@ def _best(groups: Sequence[Sequence[Mapping[str, Any]]], columns: Sequence[str])
 
 
 def _has(row: BudgetRow, role: Role) -> bool:
-    """Whether this role's advantage means something: in place of a score that is not finite it counts a 0."""
+    """Whether this role has an advantage at all: both it and scratch have a finite score."""
     return row.best[role].mean is not None and row.best["scratch"].mean is not None
 
 

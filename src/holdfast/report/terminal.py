@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from holdfast.results import AuditResult, Cell, RunResult
+from holdfast.results import AuditResult, Cell, Interval, RunResult
 
 
 def show(result: RunResult, folder: Path) -> None:
@@ -82,7 +82,8 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
     for role in audited.by_budget[0].best:
         table.add_row(role, *(_percent(row.best[role]) for row in audited.by_budget))
     table.add_section()
-    table.add_row("advantage", *(f"{100 * row.advantage:+.1f}" for row in audited.by_budget))
+    table.add_row("advantage", *(_points(row.advantage) for row in audited.by_budget))
+    table.add_row("95 % band", *(_band(row.interval) for row in audited.by_budget))
     Console().print(table)
     before, after = (Cell.of([score]) for score in (audited.benign.original, audited.benign.immunized))
     console.print(f"Benign task {audited.benign_task}: {_percent(before)} % before, {_percent(after)} % after.")
@@ -94,6 +95,14 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
     for name, reason in audited.not_applicable.items():
         console.print(f"Not tried: {name}: {reason}.")
     console.print(f"Threat model: {verdict.threat_model}\n")
+
+
+def _points(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.1f}"
+
+
+def _band(interval: Interval | None) -> str:
+    return "" if interval is None else f"{100 * interval.low:+.0f} to {100 * interval.high:+.0f}"
 
 
 def _percent(cell: Cell) -> str:
