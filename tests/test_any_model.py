@@ -342,6 +342,11 @@ class TestCode:
         first = load_model(f"{nets}:plain", benign)
         (tmp_path / "more").mkdir()
         changed = tmp_path / "more" / "nets.py"
+        (tmp_path / "more" / "beside.py").write_text("WIDTH = 4\n")
+        changed.write_text(NETS)
+        with pytest.raises(HoldfastError, match=r"beside 'beside.py', and another .*Rename one"):
+            load_model(f"{changed}:plain", benign)
+        (tmp_path / "more" / "beside.py").unlink()
         changed.write_text(NETS.replace(".relu()", ".tanh()"))
         torch.manual_seed(0)
         other = load_model(f"{changed}:plain", benign)

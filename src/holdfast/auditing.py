@@ -10,11 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from holdfast import executors
 from holdfast.adversaries import BATTERIES, Adversary, Search, battery
+from holdfast.checks import flags_of_curves, red_flags
 from holdfast.comparison import Comparison, costs
 from holdfast.errors import HoldfastError
 from holdfast.execution import Journal, Run, derive_seed
 from holdfast.executors import Executor
-from holdfast.models import SplitModel, check_fits
+from holdfast.models import SplitModel, architecture_differences, check_fits, transplant
 from holdfast.results import (
     ROLES,
     AuditResult,
@@ -107,7 +108,8 @@ def audit(
         for on, task in tasks.items():
             check_fits(model, task, own_task=on == "benign", finite=model is original, trainable=False)
     plan = battery(spec.battery)
-    bench = Bench(immunized, original, _samples(tasks, spec, run), benign, spec.budgets, run)
+    inside = transplant(immunized, original) if architecture_differences(immunized, original) else None
+    bench = Bench(immunized, original, inside, _samples(tasks, spec, run), benign, spec.budgets, run)
     crew = Crew(bench, _journal(bench, plan, spec), executors.executor(executor))
     searched: list[SearchTrial] = []
     if isinstance(plan, Search):
@@ -117,10 +119,17 @@ def audit(
         applicable, not_applicable = _applicable(spec.battery, plan, immunized, restricted)
     seeds = range(spec.seeds)
     trials = [Trial(role, a, s) for s in seeds for role in ROLES for a in applicable]
+    if inside is not None:
+        trials += [Trial("immunized", a, s, transplanted=True) for s in seeds for a in applicable]
+    configs = {t.name: {**t.adversary.config(), **({"transplanted": True} if t.transplanted else {})} for t in trials}
     curves = crew.run(trials, f"Auditing ({spec.battery})")
     comparison = Comparison.of(curves, derive_seed(run.seed, "bootstrap"), both_ways=not searched)
     rows = comparison.rows()
     side = _side(immunized, original, benign, run)
+    with run.seeded("scratch", 0):
+        fresh = original.fresh()
+    flags = red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)
+    flags += flags_of_curves(curves, configs)
     samples = bench.samples["restricted", 0].size("train")
     target = _target(comparison, restricted.audit_chance)
     sizes = {c.adversary: c.batch_size for c in curves}
@@ -129,7 +138,7 @@ def audit(
     }
     return AuditResult(
         battery=spec.battery,
-        adversaries={a.name: a.config() for a in applicable},
+        adversaries=configs,
         not_applicable=not_applicable,
         budgets=list(spec.budgets),
         seeds=list(seeds),
@@ -141,6 +150,7 @@ def audit(
         chance=restricted.audit_chance,
         unit=restricted.audit_unit,
         benign=side,
+        flags=flags,
         curves=curves,
         by_budget=rows,
         cost_target=target,
@@ -153,6 +163,7 @@ def audit(
             benign=side,
             chance=restricted.audit_chance,
             limits=spec.thresholds,
+            flags=flags,
             threat_model=_threat_model(spec, len(applicable), len(searched) // len(ROLES), samples),
             retained=comparison.share(),
             areas=(comparison.area("immunized"), comparison.area("original")),
@@ -274,6 +285,8 @@ def _stops(result: AuditResult) -> Table:
     rows: list[dict[str, str | Cell]] = []
     for name in result.adversaries:
         own = [c for c in result.curves if c.adversary == name]
+        if {c.role for c in own} != set(ROLES):  # one that needs what only the immunized model has
+            continue
         best = Comparison.of(own).cells()
         means = [{role: cells[role].mean for role in ROLES} for k, cells in zip(result.budgets, best, strict=True) if k]
         last = {str(role): best[-1][role] for role in ROLES}

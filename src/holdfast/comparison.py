@@ -12,8 +12,8 @@ deviations of the advantage a_k at budget k in a replicate of the first and of t
 
     a_k +- c sd(D_k),   D_k = g(n) d_k + g(f) e_k,   c = 95 % quantile of max_k |D_k| / sd(D_k),
 
-covers all budgets at once. g(n) = sqrt(n / (n - 1)) t_{n-1} / z is for small n: resampling n values makes their variance
-(n - 1) / n too small, and t_{n-1} / z is what Student's distribution adds to the normal one.
+covers all budgets at once. g(n) = sqrt(n / (n - 1)) t_{n-1} / z is for small n: resampling n values makes their
+variance (n - 1) / n too small, and t_{n-1} / z is what Student's distribution adds to the normal one.
 """
 
 from __future__ import annotations

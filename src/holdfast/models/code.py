@@ -5,12 +5,13 @@ This runs the code. It is for code that you trust as much as this program itself
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +91,8 @@ class Code:
         """
         try:
             return _from_file(Path(self.source)) if _is_file(self.source) else _from_name(self.source)
+        except HoldfastError:
+            raise
         except ModuleNotFoundError as error:
             missing = error.name or ""
             if _is_file(self.source) or not f"{self.source}.".startswith(f"{missing}."):
@@ -192,11 +195,26 @@ def _imported(source: str, function: str) -> Code:
     return code
 
 
+_FOLDERS: set[Path] = set()
+"""From which files were run, and what stands beside them imported."""
+
+
+@contextlib.contextmanager
+def _first_on_path(folder: Path) -> Iterator[None]:
+    """Imports from a folder first, as Python does with a program's own; later only what is nowhere else."""
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+
+
 def _from_name(name: str) -> ModuleType:
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # as `python -m` would find it; at the end, so that it hides nothing
-    return importlib.import_module(name)
+    with _first_on_path(Path.cwd()):
+        return importlib.import_module(name)
 
 
 def _from_file(path: Path) -> ModuleType:
@@ -204,18 +222,34 @@ def _from_file(path: Path) -> ModuleType:
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
+    _refuse_twins(path)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # what stands beside it can be imported by it
     try:
-        spec.loader.exec_module(module)
+        with _first_on_path(path.parent):
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
+    _FOLDERS.add(path.parent)
     return module
+
+
+def _refuse_twins(path: Path) -> None:
+    """Refuses a file beside which stands a module of a name that was imported from beside another file.
+
+    Python keeps one module a name: this file would be given the other's, and nobody would see it.
+    """
+    for twin in sorted(path.parent.iterdir()):
+        taken = Path(getattr(sys.modules.get(twin.stem), "__file__", None) or "")
+        home = taken.parent.parent if taken.name == "__init__.py" else taken.parent
+        if home in _FOLDERS and home != path.parent:
+            raise HoldfastError(
+                f"{str(path)!r} stands beside {twin.name!r}, and another file that was run beside {str(taken)!r}: Python "
+                "keeps one module a name, and would mix them. Rename one of the two."
+            )
 
 
 def _parameters(function: Callable[..., Any]) -> list[str]:
