@@ -4,12 +4,12 @@ A step of a small network is mostly overhead. Here the weights of many members a
 one step moves all of them: each on its own batch, at its own learning rate, as if it were alone.
 
 Images lie as (N, members x channels, H, W), channels last, and a convolution is one with a group for each member;
-Images lie as (N, members x channels, H, W), channels last, and a convolution is one with a group for each member;
 vectors lie as (members, N, features), and a linear layer is a batched product. `torch.func.vmap` would write the same
 in fewer lines, but puts the members elsewhere in memory, and on a CPU is no faster than one by one
 (`benchmarks/audit.py` measures both). So the layers that are known are written out below, and a model with any other
 is never stacked.
 """
+
 from __future__ import annotations
 
 import math
