@@ -53,6 +53,7 @@ class AuditSpec(BaseModel):
         None, ge=0, le=1, description="The restricted score after the last budget that the model's publisher claims."
     )
     side_effects: bool = Field(True, description="Whether to measure how well harmless tasks are still learned.")
+    stacked: bool = Field(True, description="Train adversaries of small models together; curves agree up to rounding.")
     thresholds: Thresholds = Thresholds()
 
     @field_validator("battery")
@@ -112,7 +113,7 @@ def audit(
             check_fits(model, task, own_task=on == "benign", finite=model is original, trainable=False)
     plan = battery(spec.battery)
     inside = transplant(immunized, original) if architecture_differences(immunized, original) else None
-    bench = Bench(immunized, original, inside, _samples(tasks, spec, run), benign, spec.budgets, run)
+    bench = Bench(immunized, original, inside, _samples(tasks, spec, run), benign, spec.budgets, run, spec.stacked)
     crew = Crew(bench, _journal(bench, plan, spec), executors.executor(executor))
     searched: list[SearchTrial] = []
     if isinstance(plan, Search):
@@ -203,6 +204,7 @@ def _journal(bench: Bench, plan: Search | Sequence[Adversary], spec: AuditSpec) 
             "seed": bench.run.seed,
             "battery": plan.config() if isinstance(plan, Search) else {a.name: a.config() for a in plan},
             "budgets": spec.budgets,
+            "stacked": spec.stacked,
             "data": {f"{on} {seed}": task.facts().sha256 for (on, seed), task in bench.samples.items()},
             "immunized model": bench.immunized.facts().sha256,
             "original model": bench.original.facts().sha256,
