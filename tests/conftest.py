@@ -11,10 +11,11 @@ import torch
 
 from holdfast.execution import Run
 from holdfast.models import SplitModel, load_model
-from holdfast.pipeline import pretrain, read_result, run_recipe
+from holdfast.pipeline import pretrain, run_recipe
 from holdfast.recipe import load as load_recipe
-from holdfast.results import RunResult
+from holdfast.results import RunResult, read_result
 from holdfast.tasks import ArrayTask, load_task
+from shams import zoo_original
 
 # One thread, here and in the processes that tests start: as fast as two for networks this small, and indifferent to
 # what else the machine does.
@@ -42,6 +43,11 @@ def run() -> Run:
 
 
 @pytest.fixture(scope="session")
+def session_run() -> Run:
+    return Run(seed=0, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
 def benign() -> ArrayTask:
     return load_task("digits[0-4]")
 
@@ -65,6 +71,12 @@ def trained(benign: ArrayTask) -> SplitModel:
     with run.seeded("initialise"):
         fresh = load_model("cnn", benign)
     return pretrain(fresh, benign, steps=150, run=run)
+
+
+@pytest.fixture(scope="session")
+def zoo_originals() -> dict[str, SplitModel]:
+    """The two originals that sham defenses are made of; their tasks are `shams.zoo_tasks`."""
+    return {norm: zoo_original(norm) for norm in ("batch", "none")}
 
 
 @pytest.fixture(scope="session")

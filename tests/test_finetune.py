@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from holdfast.errors import HoldfastError
-from holdfast.finetune import OPTIMIZERS, Strategy, finetune, not_applicable, prepare
-from holdfast.models import SplitModel, load_model
+from holdfast.finetune import OPTIMIZERS, Strategy, finetune, not_applicable, prepare, reshape_gradient
+from holdfast.models import ModelSpec, SplitModel, load_model
 from holdfast.tasks import load_task
 
 CPU = torch.device("cpu")
@@ -22,11 +22,13 @@ def steps(model, task, strategy, n, seed=0):
     [
         ({"optimizer": "adamm"}, "did you mean 'adam"),
         ({"initialisation": "heads"}, "did you mean 'head'"),
-        ({"scope": "everything"}, "Known: all, head"),
+        ({"scope": "everything"}, "Known: all, head, last-block, lora, norm"),
         ({"learning_rate": 0.0}, "above 0"),
         ({"learning_rate": float("nan")}, "above 0"),
         ({"batch_size": 0}, "at least 1"),
         ({"weight_decay": -1.0}, "at least 0"),
+        ({"gradient": "signs"}, "did you mean .sign"),
+        ({"rank": 0}, "rank is 0"),
     ],
 )
 def test_bad_strategies(change, message):
@@ -125,8 +127,6 @@ def test_dropout_is_on_in_training_and_off_in_scores(benign):
 
 
 def test_real_pretraining_is_an_advantage(data_dir):
-    from holdfast.models import ModelSpec
-
     benign = load_task("cifar10", data_dir=data_dir)
     restricted = load_task("cifar100_objects", data_dir=data_dir).limit_test(200, 0).few_shot(20, 0)
     spec = ModelSpec(name="cifar_resnet", weights="weights/cifar10_resnet20.safetensors")
@@ -139,3 +139,178 @@ def test_real_pretraining_is_an_advantage(data_dir):
             steps(model, restricted, strategy, 20)
             scores.append(restricted.score(model))
     assert scores[0] > scores[1] + 0.1
+
+
+class TestBlocks:
+    """What "the last block" means, on architectures that do not say it themselves."""
+
+    @pytest.mark.parametrize(
+        ("name", "shape", "expected"),
+        [
+            ("mlp", (1, 8, 8), ["body.1", "body.3"]),
+            ("cnn", (1, 8, 8), ["body.0", "body.4", "body.9"]),
+            ("cifar_resnet", (3, 8, 8), ["conv1"] + [f"layer{i}.{j}" for i in (1, 2, 3) for j in (0, 1, 2)]),
+            ("timm:resnet18", (3, 32, 32), ["conv1"] + [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)]),
+            ("timm:vit_tiny_patch16_224", (3, 224, 224), ["patch_embed"] + [f"blocks.{i}" for i in range(12)]),
+        ],
+    )
+    def test_of_known_architectures(self, name, shape, expected):
+        from holdfast.models.catalog import _build
+
+        spec = ModelSpec(name=name)
+        network, head, _ = _build(spec, shape, 4)
+        blocks = SplitModel(network, head).blocks()
+        weighted = [next(n for n, m in block if any(p.dim() > 1 for p in m.parameters())) for block in blocks]
+        assert weighted == expected
+        inside = [n for block in blocks for n, _ in block]
+        assert len(set(inside)) == len(inside)
+        assert not any(f"{head}.".startswith(f"{n}.") for n in inside)
+
+    def test_a_wrapper_is_no_block(self):
+        class Wrapped(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.encoder = nn.Module()
+                self.encoder.first = nn.Linear(4, 4)
+                self.encoder.layers = nn.ModuleList([nn.TransformerEncoderLayer(4, 1, 8) for _ in range(3)])
+                self.classifier = nn.Linear(4, 2)
+
+        blocks = SplitModel(Wrapped(), "classifier").blocks()
+        assert [b[0][0] for b in blocks] == ["encoder.first", *(f"encoder.layers.{i}" for i in range(3))]
+
+    def test_an_extractor_is_of_the_last_block(self, model):
+        model.insert_extractor(torch.eye(64, dtype=torch.float64) * 2)
+        assert [n for n, _ in model.blocks()[-1]] == ["body.9", "body.10", "head.0"]
+
+    def test_a_linear_model_has_none(self, benign):
+        linear = SplitModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), "1")
+        assert linear.blocks() == []
+        assert "no last block" in not_applicable(Strategy("last-block"), linear, benign)
+        assert "no last block" in not_applicable(Strategy("head", "last-block"), linear, benign)
+        assert "takes adapters" in not_applicable(Strategy("head", "lora"), linear, benign)
+
+
+class TestStarts:
+    @pytest.mark.parametrize(("start", "anew"), [("last-block", 1), ("last-half", 2)])
+    def test_the_last_blocks_are_the_reference(self, trained, benign, start, anew):
+        model, reference = trained.clone(), trained.fresh()
+        before = {n: v.clone() for n, v in model.network.state_dict().items()}
+        prepare(model, Strategy(start), benign, reference)
+        fresh, now = reference.network.state_dict(), model.network.state_dict()
+        layers = {n: i for i, block in enumerate(model.blocks()) for n, _ in block}
+        for name, value in now.items():
+            layer = name.rpartition(".")[0]
+            if layer in layers:
+                expected = fresh if layers[layer] >= 3 - anew else before
+                assert torch.equal(value, expected[name]), name
+        assert not torch.equal(now["head.weight"], before["head.weight"])
+
+    def test_an_extractor_starts_as_the_identity(self, model, benign):
+        model.insert_extractor(torch.eye(64, dtype=torch.float64) * 2)
+        prepare(model, Strategy("last-block"), benign)
+        assert torch.equal(model._extractor_layer().weight, torch.eye(64, dtype=torch.float64))
+
+    def test_says_when_it_cannot(self, benign):
+        class Odd(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.ones(64, 8))
+
+            def forward(self, x):
+                return x @ self.weight
+
+        single = SplitModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 5)), "2")
+        assert "no last half" in not_applicable(Strategy("last-half"), single, benign)
+        odd = SplitModel(nn.Sequential(nn.Flatten(), Odd(), nn.Linear(8, 5)), "2")
+        assert "cannot be initialised anew" in not_applicable(Strategy("last-block"), odd, benign)
+        wrong = SplitModel(odd.network, "2", factory=lambda: nn.Sequential(nn.Flatten(), nn.Linear(9, 8)))
+        with pytest.raises(HoldfastError, match=r"nothing of that name and shape"):
+            wrong.reinitialise(["1"], single)
+
+
+class TestScopes:
+    def changed(self, model, task, strategy, n=3):
+        with torch.random.fork_rng():
+            prepare(model, strategy, task)
+        before = {n: v.clone() for n, v in model.network.state_dict().items()}
+        steps(model, task, strategy, n)
+        return {n for n, v in model.network.state_dict().items() if not torch.equal(v, before[n])}
+
+    def test_last_block(self, trained, benign):
+        changed = self.changed(trained.clone(), benign, Strategy("head", "last-block", "adam", 0.01, 20))
+        assert changed == {"body.9.weight", "body.9.bias", "head.weight", "head.bias"}
+
+    def test_norm(self, trained, benign):
+        changed = self.changed(trained.clone(), benign, Strategy("direct", "norm", "adam", 0.01, 20))
+        assert {n for n in changed if "running" not in n and "tracked" not in n} == {
+            "body.1.weight", "body.1.bias", "body.5.weight", "body.5.bias", "head.weight", "head.bias",
+        }  # fmt: skip
+        plain = load_model(ModelSpec(name="cnn", options={"norm": "none"}), benign)
+        assert "no normalisation layer" in not_applicable(Strategy(scope="norm"), plain, benign)
+
+    @pytest.mark.parametrize("name", ["cnn", "mlp"])
+    def test_adapters_start_as_nothing_and_are_all_that_moves(self, benign, name):
+        model = load_model(name, benign)
+        x = next(benign.batches("test", 8, device=CPU)).x
+        before, inside = model.eval()(x), model.features(x)
+        changed = self.changed(model.clone(), benign, Strategy("direct", "lora", "adam", 0.01, 20, rank=2), n=0)
+        assert not changed
+        adapted = model.clone()
+        moved = prepare(adapted, Strategy("direct", "lora", rank=2), benign)
+        assert torch.equal(adapted.eval()(x), before)
+        assert torch.equal(adapted.features(x), inside)
+        assert {p.shape[0] for p in moved if p.dim() == 2} >= {2}
+        losses = steps(adapted, benign, Strategy("direct", "lora", "adam", 0.01, 50, rank=2), 40)
+        assert losses[-1] < 0.7 * losses[0]
+        own = dict(model.network.named_parameters())
+        for key, value in adapted.network.named_parameters():
+            if "lora_" not in key and not key.startswith("head"):
+                assert torch.equal(value, own[key.replace(".base_layer", "")]), key
+
+    def test_adapters_only_where_the_right_layer_ends_alike(self, benign):
+        """Layer "0" of the body is adapted, and not the block whose name ends in 0."""
+        network = nn.Sequential(nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(64, 8))), nn.Linear(8, 5))
+        model = SplitModel(network, "1")
+        prepare(model, Strategy("head", "lora"), benign)
+        assert {n for n, _ in network.named_parameters() if "lora" in n} == {
+            "0.1.0.lora_A.default.weight", "0.1.0.lora_B.default.weight",
+        }  # fmt: skip
+
+    def test_adapters_leave_out_what_they_cannot_serve(self, benign):
+        body = nn.Sequential(nn.Conv2d(1, 4, 3, dilation=2), nn.Conv2d(4, 4, 1, groups=4), nn.Flatten())
+        model = SplitModel(nn.Sequential(body, nn.Linear(64, 5)), "1")
+        assert "takes adapters" in not_applicable(Strategy("head", "lora"), model, benign)
+
+
+class TestGradients:
+    @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e20, 1e30])
+    def test_normalised_is_of_length_one_at_every_scale(self, scale):
+        parameters = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(4, dtype=torch.float64))]
+        direction = [torch.randn(3, 2), torch.randn(4, dtype=torch.float64)]
+        for p, d in zip(parameters, direction, strict=True):
+            p.grad = d * scale
+        reshape_gradient(parameters, "normalised")
+        length = sum(float(p.grad.double().square().sum()) for p in parameters)
+        assert length == pytest.approx(1, rel=1e-5)
+        size = sum(float(d.double().square().sum()) for d in direction) ** 0.5
+        assert torch.allclose(parameters[0].grad * size, direction[0], rtol=1e-4)
+
+    def test_what_is_not_finite(self):
+        p = nn.Parameter(torch.zeros(3))
+        for gradient, expected in (("normalised", [0.0, 1.0, 0.0]), ("sign", [0.0, 1.0, -1.0])):
+            p.grad = torch.tensor([float("nan"), float("inf"), -1.0])
+            reshape_gradient([p], gradient)
+            assert p.grad.tolist() == pytest.approx(expected, abs=1e-6)
+
+    def test_nothing_to_scale(self):
+        p, q = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+        p.grad = torch.zeros(3)
+        for gradient in ("normalised", "sign", "raw"):
+            reshape_gradient([p, q], gradient)
+            assert p.grad.tolist() == [0, 0, 0]
+
+    def test_a_step_with_sgd_is_as_long_as_the_rate(self, model, benign):
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        steps(model, benign, Strategy("direct", "all", "sgd", 0.25, 20, gradient="normalised"), 1)
+        after = torch.cat([p.detach().flatten() for p in model.parameters()])
+        assert (after - before).norm().item() == pytest.approx(0.25, rel=1e-4)

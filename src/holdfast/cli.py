@@ -14,6 +14,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from holdfast.errors import HoldfastError
+from holdfast.finished import card_command, leaderboard_command, replay_command, report_command
 
 RESISTS, BAD_INPUT, DOES_NOT_RESIST, INVALID, INTERRUPTED = 0, 2, 3, 4, 130
 
@@ -27,6 +28,7 @@ def run_command(
     device: str = "auto",
     overwrite: bool = False,
     gate: bool = False,
+    executor: str = "serial",
     *,
     set: Sequence[str] = (),
 ) -> int:
@@ -43,6 +45,7 @@ def run_command(
         device: auto, cpu, cuda, cuda:1, mps, ...
         overwrite: Throw away what an earlier run left in the folder.
         gate: Exit as `holdfast audit` does: 0 resists, 3 does not, 4 invalid.
+        executor: Where the audit's trials run: serial, processes[:N], ray[:N] or ray://HOST:PORT; same results.
         set: Override a setting of the recipe, such as defense.iterations=50; may be repeated.
     """
     from holdfast.pipeline import run_recipe
@@ -51,7 +54,7 @@ def run_command(
 
     loaded = load(recipe, scale=scale, overrides=set, seed=seed)
     folder = out or Path("runs") / (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe)
-    result = run_recipe(loaded, folder=folder, data_dir=data_dir, device=device, overwrite=overwrite)
+    result = run_recipe(loaded, folder=folder, data_dir=data_dir, device=device, overwrite=overwrite, executor=executor)
     show(result, folder)
     return _exit_code(result.audit.verdict.label if result.audit else None) if gate else 0
 
@@ -117,18 +120,24 @@ def audit_command(
     benign: str,
     restricted: str,
     out: Path,
+    transfer: str | None = None,
     weights: Path | None = None,
     original_weights: Path | None = None,
     head: str | None = None,
     original_head: str | None = None,
     battery: str = "quick-v1",
     budgets: str = "0,5,10,20,50,100",
-    seeds: int = 3,
+    seeds: int = 5,
     shots: int | None = None,
+    trials: int = 48,
+    reported: float | None = None,
     seed: int = 0,
     data_dir: Path | None = None,
     device: str = "auto",
     threads: int | None = None,
+    executor: str = "serial",
+    *,
+    set: Sequence[str] = (),
 ) -> int:
     """Audit a model against its original and against training from scratch; a gate for CI.
 
@@ -141,33 +150,48 @@ def audit_command(
         original: What it was before it was immunized, given like MODEL.
         benign: Its own task: digits[0-4], cifar10, x.npz, images/@image_size=32, t.csv@target=label, ...
         restricted: The task that it must not be fine-tuned to; named like `benign`.
+        transfer: A harmless task that it should still learn as well as the original does; named like `benign`.
         out: Folder for result.json, report.html and finished trials.
         weights: Weights of the model (.safetensors), where MODEL is a name.
         original_weights: The same for ORIGINAL.
         head: Dotted name of the layer of MODEL that makes the logits, where another than the one found is meant.
         original_head: The same for ORIGINAL.
-        battery: Which adversaries.
+        battery: Which adversaries: quick-v1, standard-v1, probes-v1, or the search adaptive-v1.
         budgets: Fine-tuning steps at which they are scored; the first is 0.
         seeds: Repetitions.
         shots: Adversary's training samples a class; null: its whole half.
+        trials: Of the search adaptive-v1, for each model.
+        reported: Restricted score after the last budget that the publisher claims, such as 0.23; for comparison.
         seed: Of everything random.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
         device: auto, cpu, cuda, cuda:1, mps, ...
         threads: CPU threads; 1 is best for small networks (default: torch's own choice).
+        executor: Where trials run: serial, processes[:N], ray[:N] or ray://HOST:PORT; same results. N is cores /
+            threads.
+        set: Set a threshold of the verdict, such as max_advantage=0.03; may be repeated.
     """
     from holdfast import pipeline
     from holdfast.models import load_released
+    from holdfast.recipe import read_yaml
     from holdfast.report.terminal import show
+    from holdfast.results import read_result
     from holdfast.tasks import load_task
 
+    limits = {k: read_yaml(v, f"--set {k}={v}: the value") for k, v in map(_split, set)}
     task, against = load_task(benign, data_dir=data_dir), load_task(restricted, data_dir=data_dir)
     released = load_released(model, weights, task, head=head, data_dir=data_dir)
     before = load_released(original, original_weights, task, head=original_head, data_dir=data_dir)
+    harmless = None if transfer is None else load_task(transfer, data_dir=data_dir)
+    source = {
+        "model": model, "weights": _text(weights), "original": original, "original_weights": _text(original_weights),
+        "benign": benign, "restricted": restricted, "transfer": transfer,
+    }  # fmt: skip
     pipeline.audit(
-        released, original=before, benign=task, restricted=against, seed=seed, device=device, threads=threads,
-        folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds, shots=shots,
+        released, original=before, benign=task, restricted=against, transfer=harmless, seed=seed, device=device,
+        threads=threads, folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds, shots=shots,
+        trials=trials, reported=reported, thresholds=limits, executor=executor, source=source,
     )  # fmt: skip
-    result = pipeline.read_result(out)
+    result = read_result(out)
     show(result, out)
     return _exit_code(result.audit.verdict.label if result.audit else None)
 
@@ -207,6 +231,7 @@ def feasibility_command(
     from holdfast import pipeline
     from holdfast.models import load_released
     from holdfast.report.terminal import show
+    from holdfast.results import read_result
     from holdfast.tasks import load_task
 
     task, against = load_task(benign, data_dir=data_dir), load_task(restricted, data_dir=data_dir)
@@ -216,23 +241,7 @@ def feasibility_command(
     pipeline.feasibility(
         task, against, model=named, ridge=ridge, q=q, device=device, threads=threads, folder=out, quiet=False
     )
-    show(pipeline.read_result(out), out)
-    return 0
-
-
-def report_command(folder: Path) -> int:
-    """Write a run's report.html anew from its result.json, and print the verdict.
-
-    Args:
-        folder: A folder that `holdfast run`, `immunize` or `audit` completed.
-    """
-    from holdfast.pipeline import read_result
-    from holdfast.report import write_report
-    from holdfast.report.terminal import show
-
-    result = read_result(folder)
-    write_report(result, folder / "report.html")
-    show(result, folder)
+    show(read_result(out), out)
     return 0
 
 
@@ -273,6 +282,9 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "audit": audit_command,
     "feasibility": feasibility_command,
     "report": report_command,
+    "replay": replay_command,
+    "card": card_command,
+    "leaderboard": leaderboard_command,
     "recipes": recipes_command,
 }
 
@@ -368,6 +380,10 @@ def _split(item: str) -> tuple[str, str]:
     if not equals:
         raise HoldfastError(f"--set {item!r} has no '='; write it as key=value.")
     return key.strip(), value
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _integers(text: str) -> tuple[int, ...]:

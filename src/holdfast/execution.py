@@ -123,6 +123,10 @@ class Run:
     quiet: bool = True
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
+    def __reduce__(self) -> tuple[type[Run], tuple[int, torch.device, Path | None, bool]]:
+        """In another process it is quiet: a terminal has room for one display."""
+        return Run, (self.seed, self.device, self.folder, True)
+
     def generator(self, *purpose: object) -> torch.Generator:
         """Returns a fresh CPU generator for one purpose."""
         return torch.Generator().manual_seed(derive_seed(self.seed, *purpose))
@@ -259,6 +263,26 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: handle.get_tensor(name) for name in handle.keys()}, meta  # noqa: SIM118
     except (SafetensorError, ValueError, RecursionError) as error:
         raise HoldfastError(f"{str(path)!r} is not a readable safetensors file: {error}.") from error
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor], also: str = "") -> str:
+    """Returns a hash over names, dtypes, shapes and values: the same however often they are written anew.
+
+    Example:
+        >>> a, b = torch.zeros(2), torch.ones(3)
+        >>> tensors_sha256({"a": a, "b": b}) == tensors_sha256({"b": b, "a": a}) != tensors_sha256({"a": a, "b": -b})
+        True
+
+    Args:
+        tensors: by name.
+        also: text that is hashed with them.
+    """
+    digest = hashlib.sha256(also.encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.models import SplitModel
+from holdfast.models import SplitModel, is_normalisation
 from holdfast.tasks import Task
 
-Initialisation = Literal["direct", "head"]
-Scope = Literal["all", "head"]
+Initialisation = Literal["direct", "head", "last-block", "last-half"]
+Scope = Literal["all", "head", "last-block", "norm", "lora"]
+Gradient = Literal["raw", "normalised", "sign"]
 OptimizerFactory = Callable[[Iterable[nn.Parameter], float, float], torch.optim.Optimizer]
 
 
@@ -41,12 +44,20 @@ class Strategy:
     The paper's three are direct+all, initFC+all (`initialisation="head", scope="all"`) and initFC+FC (both "head").
 
     Attributes:
-        initialisation: start from the whole model ("direct") or with a freshly initialised head ("head").
-        scope: which parameters move: all, or the head alone. With the head alone the body stays in evaluation mode.
+        initialisation: start from the whole model ("direct"), or with a part of it freshly initialised, as the
+            architecture initialises it: the head ("head"), the head and the last block of the body ("last-block"), or
+            the head and the second half of its blocks ("last-half"); see `SplitModel.blocks`.
+        scope: which parameters move, always with the head: "all"; "head", it alone; "last-block"; "norm", scale and
+            shift of every normalisation layer; "lora", low-rank adapters beside every linear and convolutional layer.
+            With "head" and "last-block", what does not move stays in evaluation mode. With "norm" and "lora" the whole
+            model is in training mode, as in all fine-tuning: BatchNorm sees the statistics of the new data.
         optimizer: a name of `OPTIMIZERS`.
         learning_rate: constant, above 0.
         batch_size: samples a step; capped at the size of the training split.
         weight_decay: at least 0.
+        gradient: what the optimizer gets: the gradient ("raw"), all of it scaled to length 1 ("normalised"), or its
+            signs ("sign"). In the last two, what is not a number counts as 0.
+        rank: of the adapters; only "lora" has them.
 
     Raises:
         HoldfastError: for an unknown name or a number out of range.
@@ -58,32 +69,72 @@ class Strategy:
     learning_rate: float = 1e-3
     batch_size: int = 50
     weight_decay: float = 0.0
+    gradient: Gradient = "raw"
+    rank: int = 8
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise unknown("optimizer", self.optimizer, OPTIMIZERS)
-        for name, known in (("initialisation", ("direct", "head")), ("scope", ("all", "head"))):
-            if getattr(self, name) not in known:
-                raise unknown(name, getattr(self, name), known)
+        for name, known in (("initialisation", Initialisation), ("scope", Scope), ("gradient", Gradient)):
+            if getattr(self, name) not in get_args(known):
+                raise unknown(name, getattr(self, name), get_args(known))
         if not self.learning_rate > 0:
             raise HoldfastError(f"learning_rate is {self.learning_rate}; expected a number above 0.")
-        if self.batch_size < 1:
-            raise HoldfastError(f"batch_size is {self.batch_size}; expected at least 1.")
+        for name in ("batch_size", "rank"):
+            if getattr(self, name) < 1:
+                raise HoldfastError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if not self.weight_decay >= 0:
             raise HoldfastError(f"weight_decay is {self.weight_decay}; expected at least 0.")
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the settings as plain values; `gradient` and `rank` only where they are not the default.
+
+        Published batteries have hashes of these settings: one that comes later must not change them.
+
+        Example:
+            >>> list(Strategy(gradient="sign").settings())[-2:]
+            ['weight_decay', 'gradient']
+        """
+        later = {f.name: f.default for f in fields(self) if f.name in ("gradient", "rank")}
+        return {k: v for k, v in asdict(self).items() if v != later.get(k, MISSING)}
 
 
 def not_applicable(strategy: Strategy, model: SplitModel, task: Task) -> str | None:
     """Says why a strategy cannot start on a model and a task, or None if it can."""
     if strategy.initialisation == "direct" and model.num_outputs < task.num_outputs:
         return f"it keeps the head, which has {model.num_outputs} outputs, and the task has {task.num_outputs} classes"
-    return None
+    if strategy.scope == "norm" and not _normalisations(model):
+        return "it has no normalisation layer with parameters"
+    if strategy.scope == "lora" and not _adaptable(model):
+        return "its body has no linear or convolutional layer that takes adapters"
+    return _no_blocks(strategy, model)
 
 
-def prepare(model: SplitModel, strategy: Strategy, task: Task) -> list[nn.Parameter]:
+def _no_blocks(strategy: Strategy, model: SplitModel) -> str | None:
+    renews = strategy.initialisation in ("last-block", "last-half")
+    if not renews and strategy.scope != "last-block":
+        return None
+    blocks = model.blocks()
+    if not blocks:
+        return "its body has no layer with weights, so there is no last block"
+    if strategy.initialisation == "last-half" and len(blocks) == 1:
+        return "its body is a single block, which has no last half"
+    reason = model.not_renewable() if renews else None
+    return None if reason is None else f"a part of the body should start anew, and {reason}"
+
+
+def prepare(
+    model: SplitModel, strategy: Strategy, task: Task, reference: SplitModel | None = None
+) -> list[nn.Parameter]:
     """Puts a model where a strategy starts from, in place.
 
     A fresh head has one output a class and is drawn from torch's global generator.
+
+    Args:
+        model: what the adversary got.
+        strategy: how it starts and what moves.
+        task: its number of classes sizes a fresh head.
+        reference: a fresh model, for the blocks that start anew; None: one is drawn if it is needed.
 
     Returns:
         The parameters that the strategy moves.
@@ -94,20 +145,82 @@ def prepare(model: SplitModel, strategy: Strategy, task: Task) -> list[nn.Parame
     reason = not_applicable(strategy, model, task)
     if reason is not None:
         raise HoldfastError(f"{strategy} cannot be run on {task.name!r}: {reason}.")
-    if strategy.initialisation == "head":
+    if strategy.initialisation in ("last-block", "last-half"):
+        blocks = model.blocks()
+        kept = len(blocks) - 1 if strategy.initialisation == "last-block" else len(blocks) // 2
+        names = [name for block in blocks[kept:] for name, _ in block]
+        model.reinitialise(names, reference if reference is not None else model.fresh())
+    if strategy.initialisation != "direct":
         model.reset_head(task.num_outputs)
-    model.requires_grad_(strategy.scope == "all")
+    if strategy.scope == "lora":
+        _add_adapters(model, strategy.rank)
+    else:
+        for parameter in model.parameters():
+            parameter.requires_grad_(strategy.scope == "all" and parameter.is_floating_point())
+        for module in _moved_modules(model, strategy.scope):
+            module.requires_grad_(True)
     model.head.requires_grad_(True)
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def _moved_modules(model: SplitModel, scope: Scope) -> list[nn.Module]:
+    """What moves beside the head, where it is neither everything nor adapters."""
+    if scope == "last-block":
+        return [module for _, module in model.blocks()[-1]]
+    return _normalisations(model) if scope == "norm" else []
+
+
+def _normalisations(model: SplitModel) -> list[nn.Module]:
+    return [m for m in model.network.modules() if is_normalisation(m) and any(True for _ in m.parameters())]
+
+
+LORA_ALPHA = 16
+"""Adapters are scaled by this over their rank."""
+
+
+def _adaptable(model: SplitModel) -> list[str]:
+    """Layers of the body that peft can put an adapter beside: plain ones, whose output no other module takes apart."""
+    names = []
+    for parent, module in model.network.named_modules():
+        if isinstance(module, nn.MultiheadAttention):  # it uses the weights of its projection, not the layer
+            continue
+        for child, layer in module.named_children():
+            name = f"{parent}.{child}" if parent else child
+            plain = type(layer) is nn.Linear or (
+                type(layer) is nn.Conv2d and layer.groups == 1 and set(layer.dilation) == {1}
+            )
+            if plain and name != model.head_name:
+                names.append(name)
+    return names
+
+
+def _add_adapters(model: SplitModel, rank: int) -> None:
+    import peft
+
+    names = "|".join(map(re.escape, _adaptable(model)))
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=rank, lora_alpha=LORA_ALPHA, target_modules=f"({names})"), model.network
+    )
+
+
+BURN_IN = 10.0
+"""By how much the learning rate is higher in the first steps of a burn-in."""
+
+
 def finetune(
-    model: SplitModel, task: Task, strategy: Strategy, *, generator: torch.Generator, device: torch.device
+    model: SplitModel,
+    task: Task,
+    strategy: Strategy,
+    *,
+    generator: torch.Generator,
+    device: torch.device,
+    burn_in: int = 0,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Fine-tunes a model in place, endlessly: take as many steps as you want.
 
-    Before every step the model is put in training mode (with a frozen body: the body in evaluation mode), so that the
-    caller may score it in between.
+    Before every step the model is put in training mode (see `Strategy.scope`), so that the caller may score it in
+    between.
 
     Args:
         model: already where the strategy starts from (see `prepare`).
@@ -115,17 +228,60 @@ def finetune(
         strategy: optimizer, learning rate, batch size and scope.
         generator: draws the batches.
         device: where model and data are.
+        burn_in: first steps, which are taken at `BURN_IN` times the learning rate.
+        penalty: called once a step, in training mode; what it returns is added to the loss.
 
     Yields:
         The training loss of each step, a detached scalar, after the step.
     """
-    optimizer = OPTIMIZERS[strategy.optimizer](
-        [p for p in model.parameters() if p.requires_grad], strategy.learning_rate, strategy.weight_decay
-    )
-    for batch in task.batches("train", strategy.batch_size, generator=generator, device=device):
-        model.train(strategy.scope == "all")
+    moved = [p for p in model.parameters() if p.requires_grad]
+    optimizer = OPTIMIZERS[strategy.optimizer](moved, strategy.learning_rate, strategy.weight_decay)
+    alone = _moved_modules(model, "last-block") if strategy.scope == "last-block" else []
+    batches = task.batches("train", strategy.batch_size, generator=generator, device=device)
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups if step in (0, burn_in) else ():
+            group["lr"] = strategy.learning_rate * (BURN_IN if step < burn_in else 1)
+        model.train(strategy.scope not in ("head", "last-block"))
+        for module in alone:
+            module.train()
         loss = task.loss(model, batch)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss if penalty is None else loss + penalty()).backward()  # type: ignore[no-untyped-call]
+        if strategy.gradient != "raw":
+            reshape_gradient(moved, strategy.gradient)
         optimizer.step()
         yield loss.detach()
+
+
+def reshape_gradient(parameters: Iterable[nn.Parameter], gradient: Gradient) -> None:
+    """Changes gradients in place as `Strategy.gradient` says.
+
+    Example:
+        >>> p = nn.Parameter(torch.zeros(2))
+        >>> p.grad = torch.tensor([3e-30, 4e-30])
+        >>> reshape_gradient([p], "normalised")
+        >>> p.grad
+        tensor([0.6000, 0.8000])
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads or gradient == "raw":
+        return
+    for g in grads:
+        torch.nan_to_num_(g)
+    if gradient == "sign":
+        torch._foreach_sign_(grads)
+        return
+    # By the largest entry first: the squares of tiny gradients, which a defense may leave on purpose, are all 0.
+    for length in (_largest, _norm):
+        size = length(grads)
+        if size > 0:
+            for g in grads:
+                g.div_(size)
+
+
+def _largest(grads: list[Tensor]) -> float:
+    return max(float(g.abs().max()) for g in grads)
+
+
+def _norm(grads: list[Tensor]) -> float:
+    return math.hypot(*(float(g.norm()) for g in grads))

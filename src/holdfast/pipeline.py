@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,12 +15,14 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 
+from holdfast import executors
 from holdfast.assessing import assess, check
 from holdfast.auditing import AuditSpec, tables
 from holdfast.auditing import audit as run_audit
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run, cpu_threads, fingerprint, resolve_device, writable_folder, write_atomic
+from holdfast.executors import Executor
 from holdfast.finetune import Strategy, finetune
 from holdfast.models import SplitModel, check_fits, load_model
 from holdfast.recipe import PretrainSpec, Recipe, StudyRecipe, build_defense, readable
@@ -34,6 +36,7 @@ from holdfast.results import (
     RunResult,
     TaskFacts,
     provenance,
+    read_result,
 )
 from holdfast.study import Outcome, sources, study
 from holdfast.tasks import Task, load_task
@@ -126,7 +129,7 @@ def immunize(
     """
     chosen = build_defense({"name": defense, **options}) if isinstance(defense, str) else defense
     job = _Job.start("immunize", f"{chosen.name} on {model.name}", seed, device, folder, quiet)
-    job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.note_tasks(benign, restricted)
     job.claim({"defense": {"name": chosen.name, **chosen.config()}, "model": model.facts().sha256})
     job.note_model("original", model)
     with cpu_threads(threads):
@@ -142,11 +145,14 @@ def audit(
     original: SplitModel,
     benign: Task,
     restricted: Task,
+    transfer: Task | None = None,
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
     folder: Path | str | None = None,
     quiet: bool = True,
+    executor: Executor | str = "serial",
+    source: Mapping[str, str | None] | None = None,
     **options: Any,
 ) -> AuditResult:
     """Audits a model against its controls.
@@ -156,11 +162,14 @@ def audit(
         original: what it was before immunization.
         benign: its own task.
         restricted: the task that it must not be fine-tuned to; adversaries get their half of its training data.
+        transfer: a harmless task that the model should still learn as well as the original does, if there is one.
         seed: of everything random.
         device: `auto`, or a torch device.
         threads: CPU threads of torch; None: its default. One is best for networks of the quickstart's size.
         folder: where to keep finished trials, `result.json` and `report.html`; a second call continues there.
         quiet: show no progress.
+        executor: where trials run: `serial`, `processes`, `ray`, ...; it does not change the result.
+        source: how the command line names the models and tasks, for `holdfast replay`.
         options: of `AuditSpec`: battery, budgets, seeds, shots, thresholds.
 
     Raises:
@@ -170,14 +179,18 @@ def audit(
         spec = AuditSpec.model_validate(options)
     except ValidationError as error:
         raise readable(error, "audit", AuditSpec) from error
+    chosen = executors.executor(executor)
     job = _Job.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
     facts = {"model": model.facts().sha256, "original": original.facts().sha256}
-    job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.note_tasks(benign, restricted, transfer)
     job.claim({"audit": spec.model_dump(mode="json"), **facts})
+    if source is not None:
+        # Beside the job's settings, not among them: a model that was moved is the same model.
+        job.recipe = {**job.recipe, "source": dict(source)}
     job.note_model("original", original)
     job.note_model("immunized", model)
     with cpu_threads(threads):
-        result = job.audit(model, original, benign, halves(restricted)[1], spec)
+        result = job.audit(model, original, benign, halves(restricted)[1], transfer, spec, chosen)
         if folder is not None:
             job.save(audit=result)
     return result
@@ -214,7 +227,7 @@ def feasibility(
     check(model, benign, restricted, ridge=ridge, q=q)
     on = "inputs" if model is None else model.name
     job = _Job.start("feasibility", f"{benign.name} against {restricted.name} on {on}", 0, device, folder, quiet)
-    job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.note_tasks(benign, restricted)
     if model is not None:
         job.note_model("original", model)
     job.claim({"ridge": ridge, "q": q, "model": None if model is None else model.facts().sha256})
@@ -235,6 +248,7 @@ def run_recipe(
     device: str = "auto",
     overwrite: bool = False,
     quiet: bool = False,
+    executor: Executor | str = "serial",
 ) -> RunResult:
     """Runs a recipe from data to report, or what is missing of it.
 
@@ -246,16 +260,21 @@ def run_recipe(
         device: `auto`, or a torch device.
         overwrite: throw away what a former run left in the folder.
         quiet: show no progress.
+        executor: where the audit's trials run, see `audit`; studies have none.
 
     Raises:
         HoldfastError: for input that cannot work; nothing in the folder is lost.
     """
+    trials_run_on = executors.executor(executor)
     if isinstance(recipe, StudyRecipe):
+        if trials_run_on.name != "serial":
+            raise HoldfastError(f"A study has no trials that {trials_run_on.name!r} could run; leave --executor out.")
         return _run_study(recipe, folder, data_dir, device, overwrite, quiet)
     defense = recipe.build_defense()
     chosen = resolve_device(device)
     benign = load_task(recipe.benign, data_dir=data_dir)
     restricted = load_task(recipe.restricted, data_dir=data_dir)
+    transfer = None if recipe.transfer is None else load_task(recipe.transfer, data_dir=data_dir)
     run = Run(recipe.seed, chosen)
     with run.seeded("initialise"):
         model = load_model(recipe.model, benign, data_dir=data_dir, device=chosen)
@@ -265,12 +284,14 @@ def run_recipe(
             f"Recipe {recipe.title!r}: the model has no weights. Give `model.weights`, or `pretrain` to train one."
         )
     check_fits(model, restricted, own_task=False)
+    if transfer is not None:
+        check_fits(model, transfer, own_task=False)
     defenders, adversarys = halves(restricted)
     if recipe.audit.shots is not None:
         adversarys.few_shot(recipe.audit.shots, 0)
 
     job = _Job.start("run", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
-    job.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+    job.note_tasks(benign, restricted, transfer)
     job.claim({"recipe": job.recipe, "model": model.facts().sha256})
     finished = job.finished()
     if finished is not None:
@@ -280,7 +301,7 @@ def run_recipe(
     with cpu_threads(recipe.threads):
         original = job.original(model, benign, recipe.pretrain)
         immunized, immunization = job.immunize(original, benign, defenders, defense)
-        audited = job.audit(immunized, original, benign, adversarys, recipe.audit)
+        audited = job.audit(immunized, original, benign, adversarys, transfer, recipe.audit, trials_run_on)
         return job.save(immunization=immunization, audit=audited)
 
 
@@ -397,6 +418,11 @@ class _Job:
         yield
         self.timing[stage] = round(time.perf_counter() - begin, 3)
 
+    def note_tasks(self, benign: Task, restricted: Task, transfer: Task | None = None) -> None:
+        self.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+        if transfer is not None:
+            self.tasks["transfer"] = transfer.facts()
+
     def note_model(self, role: str, model: SplitModel, file_sha256: str | None = None) -> None:
         self.models[role] = model.facts(file_sha256)
 
@@ -423,10 +449,26 @@ class _Job:
         return immunized, defense.result(record)
 
     def audit(
-        self, model: SplitModel, original: SplitModel, benign: Task, restricted: Task, spec: AuditSpec
+        self,
+        model: SplitModel,
+        original: SplitModel,
+        benign: Task,
+        restricted: Task,
+        transfer: Task | None,
+        spec: AuditSpec,
+        executor: Executor,
     ) -> AuditResult:
         with self.timed("audit"):
-            return run_audit(model, original, benign=benign, restricted=restricted, spec=spec, run=self.run)
+            return run_audit(
+                model,
+                original,
+                benign=benign,
+                restricted=restricted,
+                transfer=transfer,
+                spec=spec,
+                run=self.run,
+                executor=executor,
+            )
 
     def save(
         self,
@@ -461,23 +503,6 @@ class _Job:
         write_report(result, self.run.folder / "report.html")
         write_atomic(self.run.folder / "result.json", result.model_dump_json(indent=1))
         return result
-
-
-def read_result(folder: Path | str) -> RunResult:
-    """Reads the result of a run's folder.
-
-    Raises:
-        HoldfastError: if there is none, or it is damaged or of another version.
-    """
-    path = Path(folder) / "result.json"
-    if not path.is_file():
-        raise HoldfastError(
-            f"{str(folder)!r} holds no result.json; is the run complete? The same command continues it."
-        )
-    try:
-        return RunResult.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise HoldfastError(f"{str(path)!r} is damaged or of another version: {error.errors()[0]['msg']}.") from error
 
 
 def _differences(found: Any, mine: Any, prefix: str = "") -> list[str]:

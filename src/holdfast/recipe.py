@@ -59,6 +59,7 @@ class Recipe(BaseModel):
     pretrain: PretrainSpec | None = None
     benign: TaskSpec
     restricted: TaskSpec
+    transfer: TaskSpec | None = Field(None, description="A harmless task that the model should still learn.")
     defense: dict[str, Any] = Field(description="`name`, and its hyper-parameters.")
     audit: AuditSpec = AuditSpec()
     scales: dict[Scale, dict[str, Any]] = Field({}, description="Overrides by scale, each `dotted.key: value`.")

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from holdfast.adversaries import battery
+from holdfast.adversaries import listed
 from holdfast.convergence import measured_tau, norm_ratios, predicted_tau
 from holdfast.defenses import LinearDefense, LinearProblem
 from holdfast.errors import HoldfastError, unknown
@@ -85,7 +85,7 @@ class ProbesSpec(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        names = [a.name for a in battery(self.battery)]
+        names = [a.name for a in listed(self.battery)]
         for name in self.benign:
             if name not in names:
                 raise unknown(f"adversary of {self.battery}:", name, names)
@@ -485,7 +485,7 @@ def _probes(
     jobs = [
         (row, role, adversary)
         for role in ("restricted", "benign")
-        for adversary in battery(spec.probes.battery)
+        for adversary in listed(spec.probes.battery)
         if role == "restricted" or adversary.name in spec.probes.benign
         for row in (IDENTITY, *methods)
     ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from holdfast.execution import Run, fingerprint
 from holdfast.models import SplitModel, features
@@ -81,7 +84,8 @@ class Adversary(ABC):
             role: whose curve this is.
             seed: repetition.
             benign: the model's own task, whose training data the adversary may use.
-            floors: a score for each budget, under which it is not worth going on; None, or none given: always.
+            floors: a score for each budget, under which it is not worth going on; None, or none given: always. What is
+                compared is the score on every second fold, as a search sees it.
 
         Returns:
             Scores and mean training losses at the budgets, up to the one at which it was given up.
@@ -89,9 +93,7 @@ class Adversary(ABC):
         victim = model.clone().to(run.device)
         if self.frozen_body:
             victim, task = _head_on_features(victim, task)
-        scores: list[float | None] = []
-        losses: list[float | None] = []
-        folds: list[list[float] | None] = []
+        trace = Trace()
         since: list[Tensor] = []
         with run.seeded("attack", self.name, seed) as generator:
             work = self.run(victim, task, benign=benign, generator=generator, device=run.device)
@@ -99,19 +101,61 @@ class Adversary(ABC):
                 if step:
                     since.append(loss)
                 if step in budgets:
-                    outcomes = task.audit_outcomes(victim)
-                    scores.append(_finite(float(outcomes.mean())))
-                    folds.append(by_fold(outcomes) if scores[-1] is not None else None)
-                    losses.append(_finite(float(torch.stack(since).mean())) if since else None)
+                    trace.note(task.audit_outcomes(victim), torch.stack(since) if since else None)
                     since = []
-                    floor = floors[len(scores) - 1] if floors else None
-                    if floor is not None and (scores[-1] is None or scores[-1] < floor):
+                    floor = floors[len(trace.scores) - 1] if floors else None
+                    if floor is not None and _seen(trace.folds[-1]) < floor:
                         break
                 if step >= budgets[-1]:
                     break
+        return trace.curve(self, task, role, seed, budgets)
+
+    @final
+    def flops_per_step(self, model: SplitModel, task: Task, *, run: Run, benign: Task | None = None) -> float | None:
+        """Counts the floating-point operations of the first step; None if torch cannot count one of them.
+
+        Convolutions, matrix products and attention count; element-wise work, optimizers and decompositions do not.
+        """
+        victim = model.clone().to(run.device)
+        if self.frozen_body:
+            victim, task = _head_on_features(victim, task)
+        with run.seeded("attack", self.name, 0) as generator, FlopCounterMode(display=False) as counter:
+            work = self.run(victim, task, benign=benign, generator=generator, device=run.device)
+            try:
+                next(work)
+                before = counter.get_total_flops()
+                next(work)
+            except (RuntimeError, NotImplementedError):
+                return None
+            return float(counter.get_total_flops() - before)
+
+
+@dataclass
+class Trace:
+    """What an attack has reached so far: scores, by fold as well, and losses, at each budget."""
+
+    scores: list[float | None] = field(default_factory=list)
+    losses: list[float | None] = field(default_factory=list)
+    folds: list[list[float] | None] = field(default_factory=list)
+
+    def note(self, outcomes: Tensor, losses: Tensor | None) -> None:
+        """Adds a budget.
+
+        Args:
+            outcomes: the task's `audit_outcomes` of the model there.
+            losses: training losses of the steps since the budget before; None if there were none.
+        """
+        score = _finite(float(outcomes.mean()))
+        self.scores.append(score)
+        self.folds.append(by_fold(outcomes) if score is not None else None)
+        self.losses.append(_finite(float(losses.mean())) if losses is not None else None)
+
+    def curve(self, adversary: Adversary, task: Task, role: Role, seed: int, budgets: Sequence[int]) -> Curve:
+        """Returns the curve of an attack that may have ended before its last budget."""
         return Curve(
-            adversary=self.name, role=role, seed=seed, budgets=list(budgets[: len(scores)]), scores=scores,
-            losses=losses, folds=folds, batch_size=min(self.batch_size, task.size("train")),
+            adversary=adversary.name, role=role, seed=seed, budgets=list(budgets[: len(self.scores)]),
+            scores=self.scores, losses=self.losses, folds=self.folds,
+            batch_size=min(adversary.batch_size, task.size("train")),
         )  # fmt: skip
 
 
@@ -134,6 +178,10 @@ def by_fold(outcomes: Tensor) -> list[float]:
     """
     order = torch.randperm(len(outcomes), generator=torch.Generator().manual_seed(0))
     return [float(outcomes[order[k::FOLDS]].mean()) for k in range(min(FOLDS, len(outcomes)))]
+
+
+def _seen(folds: list[float] | None) -> float:
+    return -math.inf if folds is None else statistics.fmean(folds[::2])
 
 
 def _head_on_features(model: SplitModel, task: Task) -> tuple[SplitModel, Task]:

@@ -1,6 +1,7 @@
 """Models: a network split into a body and a head; built-in ones, timm's, Hugging Face's, and anybody's code."""
 
 from holdfast.models.base import SplitModel
+from holdfast.models.blocks import is_normalisation
 from holdfast.models.catalog import ModelSpec, load_model, load_released
 from holdfast.models.code import is_code
 from holdfast.models.features import check_feature_width, feature_batches, feature_precision, features
@@ -16,6 +17,7 @@ __all__ = [
     "feature_precision",
     "features",
     "is_code",
+    "is_normalisation",
     "load_model",
     "load_released",
     "transplant",

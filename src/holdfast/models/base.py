@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
-from holdfast.execution import device_of, dtype_of, load_tensors, save_tensors
+from holdfast.execution import device_of, dtype_of, load_tensors, save_tensors, tensors_sha256
+from holdfast.models.blocks import Block, copy_layers, split_blocks
 from holdfast.models.heads import Appended, Head, duplicate, every_tensor, is_head, logits_of, outline
 from holdfast.results import ModelFacts
 from holdfast.tasks import Task
@@ -86,6 +87,8 @@ class SplitModel(nn.Module):
         self.channels_last = channels_last
         self.notes: tuple[str, ...] = ()
         self.code: str | None = None
+        self.precision: torch.dtype | None = None
+        """What inputs are cast to; None: the first parameter's."""
         self._check_head()
         if (mean is None) != (std is None):
             raise HoldfastError("Give mean and std of the input normalisation together, or neither.")
@@ -179,7 +182,7 @@ class SplitModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns logits of shape (N, classes) for inputs as a task yields them, cast to the network's precision."""
-        x = x.to(self.dtype)
+        x = x.to(self.precision or self.dtype)
         if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std
         if x.dim() == 4 and self.channels_last:
@@ -188,7 +191,11 @@ class SplitModel(nn.Module):
         return logits_of(self.network(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """Returns what the head receives, flattened to (N, D).
+        """Returns what the head receives, flattened to (N, D); see `with_features`."""
+        return self.with_features(x)[1]
+
+    def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logits, and what the head receives, flattened to (N, D), of one forward pass.
 
         Raises:
             HoldfastError: if the network does not use its head.
@@ -198,12 +205,12 @@ class SplitModel(nn.Module):
             lambda _, args, named: caught.append((*args, *named.values())[0]), with_kwargs=True
         )
         try:
-            self(x)
+            logits = self(x)
         finally:
             hook.remove()
         if not caught:
             raise HoldfastError(f"{self.name}: the network does not run its head {self.head_name!r}; name another.")
-        return caught[0].flatten(1)
+        return logits, caught[0].flatten(1)
 
     def reset_head(self, num_outputs: int | None = None) -> None:
         """Replaces the head by a fresh one (torch's default initialisation, from its global generator)."""
@@ -221,7 +228,7 @@ class SplitModel(nn.Module):
         )
         self.put_head(new)
 
-    def put_head(self, head: Head) -> None:
+    def put_head(self, head: nn.Module) -> None:
         """Puts a layer in the head's place."""
         parent, _, leaf = self.head_name.rpartition(".")
         setattr(self.network.get_submodule(parent), leaf, head)
@@ -304,6 +311,44 @@ class SplitModel(nn.Module):
         """Whether the layer before the head was inserted by `insert_extractor`."""
         return isinstance(self.network.get_submodule(self.head_name.rpartition(".")[0]), ExtractedHead)
 
+    def blocks(self) -> list[Block]:
+        """Returns the body as a row of blocks, each a list of (dotted name in `network`, module).
+
+        The rule stands in `holdfast.models.blocks`. An inserted extractor belongs to the last block.
+
+        Example:
+            >>> from holdfast.models import load_model
+            >>> from holdfast.tasks import load_task
+            >>> [block[0][0] for block in load_model("cnn", load_task("digits[0-4]")).blocks()]
+            ['body.0', 'body.4', 'body.9']
+        """
+        if not self.has_extractor:
+            return split_blocks(self.network, self.head_name)
+        place = self.head_name.rpartition(".")[0]
+        blocks = split_blocks(self.network, place) or [[]]
+        blocks[-1].append((f"{place}.0", self._extractor_layer()))
+        return blocks
+
+    def reinitialise(self, layers: Iterable[str], reference: SplitModel) -> None:
+        """Gives layers the values that they have in a fresh model (see `fresh`), in place.
+
+        Args:
+            layers: dotted names in `network`; an inserted extractor, which a fresh model does not have, becomes the
+                identity.
+            reference: a fresh model of the same architecture.
+
+        Raises:
+            HoldfastError: if the reference has nothing to copy from.
+        """
+        extractor = f"{self.head_name.rpartition('.')[0]}.0" if self.has_extractor else None
+        for name in layers:
+            if name != extractor:
+                copy_layers(self.network, reference.network, [name])
+                continue
+            weight = self._extractor_layer().weight
+            with torch.no_grad():
+                weight.copy_(torch.eye(len(weight)).view_as(weight))
+
     def clone(self) -> SplitModel:
         """Returns a deep copy whose training leaves this model alone."""
         return duplicate(self)
@@ -326,32 +371,34 @@ class SplitModel(nn.Module):
             if model.num_outputs != self.num_outputs:
                 model.reset_head(self.num_outputs)
             return _channels_last(model)
-        for name, module in model.network.named_modules():
-            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            if own and not hasattr(module, "reset_parameters"):
-                raise HoldfastError(
-                    f"{self.name}: layer {name or '(root)'!r} ({type(module).__name__}) cannot be initialised anew, "
-                    "which the scratch control needs; give the model a factory."
-                )
-            if own:
-                module.reset_parameters()
+        reason = self.not_renewable()
+        if reason is not None:
+            raise HoldfastError(f"{self.name}: {reason}, which the scratch control needs; give the model a factory.")
+        for module in model.network.modules():
+            if _has_own_tensors(module):
+                module.reset_parameters()  # type: ignore[operator]
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         return model
+
+    def not_renewable(self) -> str | None:
+        """Says why `fresh` cannot be had, or None if it can."""
+        if self.factory is not None:
+            return None
+        for name, module in self.network.named_modules():
+            if _has_own_tensors(module) and not hasattr(module, "reset_parameters"):
+                return f"layer {name or '(root)'!r} ({type(module).__name__}) cannot be initialised anew"
+        return None
 
     def facts(self, file_sha256: str | None = None) -> ModelFacts:
         """Returns name, size and a hash of the weights (and buffers), for the provenance of a result.
 
         Tensors that a state dict leaves out are hashed as well, and so is the source of somebody's own code.
         """
-        digest = hashlib.sha256((self.code or "").encode())
         state = {**dict(every_tensor(self.network)), **self.network.state_dict()}
-        for name in sorted(state):
-            value = state[name].detach().cpu().contiguous()
-            digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest = tensors_sha256(state, self.code or "")
         count = sum(p.numel() for p in self.parameters())
-        return ModelFacts(name=self.name, parameters=count, sha256=digest.hexdigest(), file_sha256=file_sha256)
+        return ModelFacts(name=self.name, parameters=count, sha256=digest, file_sha256=file_sha256)
 
     def save(self, path: Path) -> str:
         """Writes the network's state dict as safetensors, with the spec in its header; returns the file's SHA-256."""
@@ -404,6 +451,10 @@ class AppendedFactory:
     def __call__(self) -> nn.Module:
         """Returns the network with an identity as its head."""
         return Appended(self.factory(), self.num_outputs)
+
+
+def _has_own_tensors(module: nn.Module) -> bool:
+    return any(True for _ in [*module.parameters(recurse=False), *module.buffers(recurse=False)])
 
 
 def _channels_last(model: SplitModel) -> SplitModel:

@@ -125,6 +125,9 @@ class ArrayTask(Task):
         self.num_outputs = len(self.class_names)
         self.chance = int(torch.bincount(y["test"]).max()) / len(y["test"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_resident": {}}  # copies on a device; who gets this has one of its own
+
     def _with(
         self, name: str, x: dict[str, Tensor], y: dict[str, Tensor], classes: Sequence[str] | None = None
     ) -> Self:

@@ -1,0 +1,187 @@
+"""Trials: one adversary against one model with one seed; run in any order, kept as they finish, never done twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import ValidationError
+
+from holdfast.adversaries import Adversary
+from holdfast.errors import HoldfastError
+from holdfast.execution import Journal, Run, derive_seed
+from holdfast.executors import Executor
+from holdfast.models import SplitModel
+from holdfast.results import Curve, Role
+from holdfast.tasks import Task
+
+On = Literal["restricted", "benign", "transfer"]
+
+
+SEARCH_SEED = -1
+"""The repetition that searches use: samples, batches and fresh weights that no repeated trial has."""
+
+
+TRANSPLANTED = ", in the original's code"
+"""Ends the name of an adversary who first put the released weights into the original's code."""
+
+
+def few_of(task: Task, shots: int | None, run: Run, seed: int) -> Task:
+    """Returns what a repetition's learner gets of a task: all of its training split, or so many samples a class."""
+    return task if shots is None else task.few_shot(shots, derive_seed(run.seed, "shots", seed))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One piece of work.
+
+    Attributes:
+        role: which model is attacked.
+        adversary: how.
+        seed: repetition: samples, batches, fresh weights.
+        on: the task that is learned; anything but the restricted one measures side effects.
+        transplanted: whether the immunized model's weights are attacked inside the original's code.
+        floors: see `Adversary.attack`.
+    """
+
+    role: Role
+    adversary: Adversary
+    seed: int
+    on: On = "restricted"
+    transplanted: bool = False
+    floors: tuple[float | None, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The adversary's name, as curves have it."""
+        return self.adversary.name + (TRANSPLANTED if self.transplanted else "")
+
+    @property
+    def key(self) -> str:
+        """Names it among all trials of an audit."""
+        return f"{self.on}/{self.role}/{self.name}/{self.seed}"
+
+    def __str__(self) -> str:
+        return self.key
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What trials need, the same for all of them; it travels once to each worker.
+
+    Attributes:
+        immunized: the model in question.
+        original: what it was before; fresh copies of it are the scratch control.
+        transplanted: the immunized weights inside the original's code, where its own code is another.
+        samples: what adversaries learn from, by task and seed.
+        benign: the model's own task.
+        budgets: steps at which to score.
+        run: seed and device.
+    """
+
+    immunized: SplitModel
+    original: SplitModel
+    transplanted: SplitModel | None
+    samples: Mapping[tuple[On, int], Task]
+    benign: Task
+    budgets: tuple[int, ...]
+    run: Run = field(repr=False)
+
+    def model(self, role: Role, seed: int) -> SplitModel:
+        """Returns the model of a role; of `scratch`, the fresh weights that belong to a seed."""
+        if role == "immunized":
+            return self.immunized
+        if role == "original":
+            return self.original
+        with self.run.seeded("scratch", seed):
+            return self.original.fresh()
+
+    def curve(self, trial: Trial) -> Curve:
+        """Runs a trial; where the immunized model's own code fails, the curve says so and has no scores."""
+        task = self.samples[trial.on, trial.seed]
+        model = self.transplanted if trial.transplanted else self.model(trial.role, trial.seed)
+        assert model is not None
+        try:
+            found = trial.adversary.attack(
+                model,
+                task,
+                budgets=self.budgets,
+                run=self.run,
+                role=trial.role,
+                seed=trial.seed,
+                benign=self.benign,
+                floors=trial.floors,
+            )
+        except Exception as error:  # it may be anybody's code, and so is what it raises
+            if trial.role != "immunized":
+                raise
+            none: list[None] = [None] * len(self.budgets)
+            found = Curve(
+                adversary=trial.name, role=trial.role, seed=trial.seed, budgets=list(self.budgets), scores=[*none],
+                losses=[*none], folds=[*none], batch_size=min(trial.adversary.batch_size, task.size("train")),
+                failure=f"{type(error).__name__}: {error}"[:500],
+            )  # fmt: skip
+        return found.model_copy(update={"task": trial.on, "adversary": trial.name})
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Runs trials.
+
+    Attributes:
+        bench: what they need.
+        journal: keeps every finished one.
+        executor: where they run.
+    """
+
+    bench: Bench
+    journal: Journal
+    executor: Executor
+
+    def run(self, trials: Sequence[Trial], description: str) -> list[Curve]:
+        """Runs what the journal does not hold yet; every finished trial is in it at once.
+
+        Args:
+            trials: in the order in which curves are wanted.
+            description: for the progress bar.
+
+        Returns:
+            One curve a trial, the same whether it was run now or before, and wherever.
+
+        Raises:
+            HoldfastError: if the journal holds something else under a trial's key.
+        """
+        missing = [t for t in trials if t.key not in self.journal.entries]
+        with self.bench.run.progress(description, len(trials), len(trials) - len(missing)) as bar:
+            for index, curve in self.executor.run(_work, self.bench, missing):
+                trial = missing[index]
+                self.journal.add(trial.key, curve.model_dump(mode="json"))
+                bar.tick(f"{trial.role}: {trial.name}")
+        return [_kept(self.journal, trial, self.bench.budgets) for trial in trials]
+
+
+def _work(bench: Bench, trial: Trial) -> Curve:
+    return bench.curve(trial)
+
+
+def _kept(journal: Journal, trial: Trial, budgets: tuple[int, ...]) -> Curve:
+    """Reads a trial's curve back; another program, or a person, may have written to the journal."""
+    try:
+        curve = Curve.model_validate(journal.entries[trial.key])
+        if (curve.task, curve.role, curve.adversary, curve.seed) != (
+            trial.on,
+            trial.role,
+            trial.name,
+            trial.seed,
+        ):
+            raise ValueError(f"it is of {curve.task}/{curve.role}/{curve.adversary}/{curve.seed}")
+        expected = budgets[: len(curve.budgets)] if trial.seed == SEARCH_SEED else budgets
+        if tuple(curve.budgets) != expected:
+            raise ValueError(f"its budgets are {curve.budgets} instead of {list(budgets)}")
+    except ValueError as error:
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise HoldfastError(
+            f"{str(journal.path)!r} is damaged (trial {trial.key}: {why}); choose another folder with --out."
+        ) from error
+    return curve
