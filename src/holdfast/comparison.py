@@ -34,6 +34,9 @@ Array = npt.NDArray[np.float64]
 CONFIDENCE = 0.95
 REPLICATES = 1000
 
+ROUNDING = 1e-12
+"""Far below any spread of scores, far above that of the same sum taken in another order."""
+
 
 @dataclass(frozen=True)
 class Battery:
@@ -292,7 +295,7 @@ def _steps_to(target: float, budgets: Sequence[int], curve: Array) -> float | No
 def _quantile(drawn: Array) -> float:
     """The quantile of the largest deviation over budgets, in standard deviations; at least the pointwise one."""
     deviation = drawn.std(0, ddof=1)
-    moving = deviation > 0
+    moving = deviation > ROUNDING  # what does not move has no say in c, and rounding is no movement
     if not moving.any():
         return float(norm.ppf((1 + CONFIDENCE) / 2))
     largest = np.abs((drawn - drawn.mean(0))[:, moving] / deviation[moving]).max(1)
