@@ -115,7 +115,14 @@ def main() -> int:
     model = original(tasks[0])
     for seed in range(options.audits):
         result, default = null(seed, model, tasks, spec)
+<<<<<<< HEAD
         print(f"{seed:3} {result.verdict.label:8} (default limits: {default}) {result.verdict.sentence}", flush=True)
+=======
+        print(
+            f"{seed:3} {result.verdict.label:8} ({default} with the default limits): {result.verdict.sentence}",
+            flush=True,
+        )
+>>>>>>> main
         found.append(result)
         defaults.append(default)
     command = f"python benchmarks/false_alarms.py {' '.join(sys.argv[1:])}".strip()

@@ -310,3 +310,51 @@ def steps_to(target: float, budgets: list[int], curve: list[float]) -> float | N
         if np.interp(step / 10, budgets, curve) >= target - 1e-12:
             return step / 10
     return None
+# NTL (Wang et al., ICLR 2022), pair by pair.
+
+
+def mmd(x: Tensor, y: Tensor, kernels: int, multiplier: float) -> Tensor:
+    """The biased estimate with a sum of Gaussian kernels; their widths from the mean distance of different samples."""
+    both = [*x, *y]
+    plain = [u.detach() for u in both]
+    distances = [float(((u - v) ** 2).sum()) for i, u in enumerate(plain) for j, v in enumerate(plain) if i != j]
+    base = sum(distances) / len(distances)
+    widths = [base * multiplier ** (i - kernels // 2) for i in range(kernels)]
+
+    def mean_kernel(one: Tensor, other: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=x.dtype)
+        for u in one:
+            for v in other:
+                for width in widths:
+                    total = total + torch.exp(-((u - v) ** 2).sum() / width)
+        return total / (len(one) * len(other))
+
+    return mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)
+
+
+def ntl(
+    logits: tuple[Tensor, Tensor],
+    labels: tuple[Tensor, Tensor],
+    features: tuple[Tensor, Tensor],
+    *,
+    alpha: float,
+    beta: float,
+    clamp: float,
+    kernels: int,
+    multiplier: float,
+) -> Tensor:
+    """KL of the benign batch minus min(c, a KL of the restricted one) min(c, b MMD); KL from one-hot labels."""
+
+    def kl(z: Tensor, y: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=z.dtype)
+        for row, label in zip(z, y, strict=True):
+            p = torch.exp(row) / torch.exp(row).sum()
+            for j in range(len(row)):
+                q = 1.0 if j == label else 0.0
+                if q > 0:  # 0 log 0 is 0
+                    total = total + q * (math.log(q) - torch.log(p[j]))
+        return total / len(z)
+
+    benign, restricted = (kl(z, y) for z, y in zip(logits, labels, strict=True))
+    one, two = alpha * restricted, beta * mmd(*features, kernels, multiplier)
+    return benign - (one if one < clamp else clamp) * (two if two < clamp else clamp)

@@ -412,6 +412,14 @@ class TestCurves:
         curves = [self.curve("scratch", "a", 0, [None] * 4)]
         assert Comparison.of(curves).cells()[0]["scratch"].mean is None
 
+    def test_a_model_without_any_score_leaves_the_others_theirs(self):
+        """One that nobody could run has no folds, and the controls have theirs and a band."""
+        values = {"immunized": [None] * 4, "original": [0.1, 0.6, 0.7, 0.8], "scratch": [0.1, 0.2, 0.3, 0.4]}
+        curves = [self.curve(role, "a", seed, v, folds=8) for role, v in values.items() for seed in (0, 1)]
+        row = Comparison.of(curves).rows()[-1]
+        assert row.interval is None
+        assert row.original_interval.low == pytest.approx(0.4)
+
     def test_best_name_is_of_the_whole_test_split(self):
         curves = [self.curve("scratch", n, s, [0.1, v, 0.2, 0.2]) for n, v in (("a", 0.3), ("b", 0.4)) for s in (0, 1)]
         one = Comparison.of(curves).batteries["scratch"]

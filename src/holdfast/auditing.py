@@ -10,11 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from holdfast import executors
 from holdfast.adversaries import BATTERIES, Adversary, Search, battery
+from holdfast.checks import flags_of_curves, red_flags
 from holdfast.comparison import Comparison, costs
 from holdfast.errors import HoldfastError
 from holdfast.execution import Journal, Run, derive_seed
 from holdfast.executors import Executor
-from holdfast.models import SplitModel, check_fits, check_same_architecture
+from holdfast.models import SplitModel, architecture_differences, check_fits, transplant
 from holdfast.results import (
     ROLES,
     AuditResult,
@@ -28,7 +29,7 @@ from holdfast.results import (
 )
 from holdfast.searching import search
 from holdfast.tasks import Task
-from holdfast.trials import SEARCH_SEED, Bench, Crew, On, Trial
+from holdfast.trials import SEARCH_SEED, Bench, Crew, On, Trial, few_of
 from holdfast.verdict import ROUNDING, count, judge
 
 SIDE_EFFECTS = "side-effects-v1"
@@ -48,6 +49,9 @@ class AuditSpec(BaseModel):
     seeds: int = Field(5, ge=1, description="Repetitions: other samples, batches and fresh weights each.")
     trials: int = Field(48, ge=1, description="Of a search (adaptive-v1), for each model; other batteries ignore it.")
     shots: int | None = Field(None, ge=1, description="Adversary's training samples a class; null: its whole half.")
+    reported: float | None = Field(
+        None, ge=0, le=1, description="The restricted score after the last budget that the model's publisher claims."
+    )
     side_effects: bool = Field(True, description="Whether to measure how well harmless tasks are still learned.")
     thresholds: Thresholds = Thresholds()
 
@@ -82,7 +86,8 @@ def audit(
     every finished trial is kept at once, and a second call does only what is missing.
 
     Args:
-        immunized: the model in question; nothing is assumed about how it was made.
+        immunized: the model in question; nothing is assumed about how it was made, and it may be of another
+            architecture than the original.
         original: what it was before.
         benign: scored on its test split, for both models; learned anew, for side effects.
         restricted: the adversary's data for training, and the test split for scores.
@@ -95,19 +100,19 @@ def audit(
         Curves, a summary by budget and the verdict.
 
     Raises:
-        HoldfastError: if models and tasks do not fit together, the models are of different architectures, or no
-            adversary of the battery applies.
+        HoldfastError: if models and tasks do not fit together, or no adversary of the battery applies.
     """
     tasks: dict[On, Task] = {"restricted": restricted, "benign": benign}
     if transfer is not None:
         tasks["transfer"] = transfer
     for model in (immunized, original):
         # A defense may destroy the model that it was given. That is a result, and the verdict says so.
+        # Nor need anything be trainable in it: an adversary un-freezes what was frozen.
         for on, task in tasks.items():
-            check_fits(model, task, own_task=on == "benign", finite=model is original)
-    check_same_architecture(immunized, original)
+            check_fits(model, task, own_task=on == "benign", finite=model is original, trainable=False)
     plan = battery(spec.battery)
-    bench = Bench(immunized, original, _samples(tasks, spec, run), benign, spec.budgets, run)
+    inside = transplant(immunized, original) if architecture_differences(immunized, original) else None
+    bench = Bench(immunized, original, inside, _samples(tasks, spec, run), benign, spec.budgets, run)
     crew = Crew(bench, _journal(bench, plan, spec), executors.executor(executor))
     searched: list[SearchTrial] = []
     if isinstance(plan, Search):
@@ -117,10 +122,17 @@ def audit(
         applicable, not_applicable = _applicable(spec.battery, plan, immunized, restricted)
     seeds = range(spec.seeds)
     trials = [Trial(role, a, s) for s in seeds for role in ROLES for a in applicable]
+    if inside is not None:
+        trials += [Trial("immunized", a, s, transplanted=True) for s in seeds for a in applicable]
+    configs = {t.name: {**t.adversary.config(), **({"transplanted": True} if t.transplanted else {})} for t in trials}
     curves = crew.run(trials, f"Auditing ({spec.battery})")
     comparison = Comparison.of(curves, derive_seed(run.seed, "bootstrap"), both_ways=not searched)
     rows = comparison.rows()
     side = _side(immunized, original, benign, run)
+    with run.seeded("scratch", 0):
+        fresh = original.fresh()
+    flags = red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)
+    flags += flags_of_curves(curves, configs)
     samples = bench.samples["restricted", 0].size("train")
     target = _target(comparison, restricted.audit_chance)
     sizes = {c.adversary: c.batch_size for c in curves}
@@ -129,7 +141,7 @@ def audit(
     }
     return AuditResult(
         battery=spec.battery,
-        adversaries={a.name: a.config() for a in applicable},
+        adversaries=configs,
         not_applicable=not_applicable,
         budgets=list(spec.budgets),
         seeds=list(seeds),
@@ -140,7 +152,9 @@ def audit(
         test_samples=restricted.size("test"),
         chance=restricted.audit_chance,
         unit=restricted.audit_unit,
+        reported=spec.reported,
         benign=side,
+        flags=flags,
         curves=curves,
         by_budget=rows,
         cost_target=target,
@@ -153,6 +167,7 @@ def audit(
             benign=side,
             chance=restricted.audit_chance,
             limits=spec.thresholds,
+            flags=flags,
             threat_model=_threat_model(spec, len(applicable), len(searched) // len(ROLES), samples),
             retained=comparison.share(),
             areas=(comparison.area("immunized"), comparison.area("original")),
@@ -175,7 +190,7 @@ def _applicable(
 def _samples(tasks: dict[On, Task], spec: AuditSpec, run: Run) -> dict[tuple[On, int], Task]:
     """What each seed's learner gets of each task."""
     return {
-        (on, seed): task if spec.shots is None else task.few_shot(spec.shots, derive_seed(run.seed, "shots", seed))
+        (on, seed): few_of(task, spec.shots, run, seed)
         for on, task in tasks.items()
         for seed in (SEARCH_SEED, *range(spec.seeds))
     }
@@ -274,6 +289,8 @@ def _stops(result: AuditResult) -> Table:
     rows: list[dict[str, str | Cell]] = []
     for name in result.adversaries:
         own = [c for c in result.curves if c.adversary == name]
+        if {c.role for c in own} != set(ROLES):  # one that needs what only the immunized model has
+            continue
         best = Comparison.of(own).cells()
         means = [{role: cells[role].mean for role in ROLES} for k, cells in zip(result.budgets, best, strict=True) if k]
         last = {str(role): best[-1][role] for role in ROLES}

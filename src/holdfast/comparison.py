@@ -12,8 +12,8 @@ deviations of the advantage a_k at budget k in a replicate of the first and of t
 
     a_k +- c sd(D_k),   D_k = g(n) d_k + g(f) e_k,   c = 95 % quantile of max_k |D_k| / sd(D_k),
 
-covers all budgets at once. g(n) = sqrt(n / (n - 1)) t_{n-1} / z is for small n: resampling n values makes their variance
-(n - 1) / n too small, and t_{n-1} / z is what Student's distribution adds to the normal one.
+covers all budgets at once. g(n) = sqrt(n / (n - 1)) t_{n-1} / z is for small n: resampling n values makes their
+variance (n - 1) / n too small, and t_{n-1} / z is what Student's distribution adds to the normal one.
 """
 
 from __future__ import annotations
@@ -54,11 +54,10 @@ class Battery:
     both_ways: bool = True
 
     @classmethod
-    def of(cls, curves: Sequence[Curve], *, both_ways: bool = True) -> Battery:
-        """Stacks the curves of one model; seeds and budgets must be those of the first adversary."""
+    def of(cls, curves: Sequence[Curve], width: int, *, both_ways: bool = True) -> Battery:
+        """Stacks the curves of one model, scored on `width` folds; all have the seeds and budgets of the first."""
         names = tuple(dict.fromkeys(c.adversary for c in curves))
         by_name = [sorted((c for c in curves if c.adversary == name), key=lambda c: c.seed) for name in names]
-        width = max((len(f) for c in curves for f in c.folds if f is not None), default=1)
         lost = [math.nan] * width
         stacked = [[[f if f is not None else lost for f in c.folds] for c in mine] for mine in by_name]
         return cls(names, np.asarray(stacked, dtype=np.float64), both_ways)
@@ -137,8 +136,9 @@ class Comparison:
     @classmethod
     def of(cls, curves: Sequence[Curve], seed: int = 0, *, both_ways: bool = True) -> Comparison:
         """Sorts the curves of one task by role; see `Battery` for `both_ways`."""
+        width = max((len(f) for c in curves for f in c.folds if f is not None), default=1)
         batteries = {
-            role: Battery.of(mine, both_ways=both_ways)
+            role: Battery.of(mine, width, both_ways=both_ways)
             for role in ROLES
             if (mine := [c for c in curves if c.role == role])
         }

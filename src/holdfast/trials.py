@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from holdfast.adversaries import Adversary
 from holdfast.errors import HoldfastError
-from holdfast.execution import Journal, Run
+from holdfast.execution import Journal, Run, derive_seed
 from holdfast.executors import Executor
 from holdfast.models import SplitModel
 from holdfast.results import Curve, Role
@@ -23,6 +23,15 @@ SEARCH_SEED = -1
 """The repetition that searches use: samples, batches and fresh weights that no repeated trial has."""
 
 
+TRANSPLANTED = ", in the original's code"
+"""Ends the name of an adversary who first put the released weights into the original's code."""
+
+
+def few_of(task: Task, shots: int | None, run: Run, seed: int) -> Task:
+    """Returns what a repetition's learner gets of a task: all of its training split, or so many samples a class."""
+    return task if shots is None else task.few_shot(shots, derive_seed(run.seed, "shots", seed))
+
+
 @dataclass(frozen=True)
 class Trial:
     """One piece of work.
@@ -32,6 +41,7 @@ class Trial:
         adversary: how.
         seed: repetition: samples, batches, fresh weights.
         on: the task that is learned; anything but the restricted one measures side effects.
+        transplanted: whether the immunized model's weights are attacked inside the original's code.
         floors: see `Adversary.attack`.
     """
 
@@ -39,12 +49,18 @@ class Trial:
     adversary: Adversary
     seed: int
     on: On = "restricted"
+    transplanted: bool = False
     floors: tuple[float | None, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The adversary's name, as curves have it."""
+        return self.adversary.name + (TRANSPLANTED if self.transplanted else "")
 
     @property
     def key(self) -> str:
         """Names it among all trials of an audit."""
-        return f"{self.on}/{self.role}/{self.adversary.name}/{self.seed}"
+        return f"{self.on}/{self.role}/{self.name}/{self.seed}"
 
     def __str__(self) -> str:
         return self.key
@@ -57,6 +73,7 @@ class Bench:
     Attributes:
         immunized: the model in question.
         original: what it was before; fresh copies of it are the scratch control.
+        transplanted: the immunized weights inside the original's code, where its own code is another.
         samples: what adversaries learn from, by task and seed.
         benign: the model's own task.
         budgets: steps at which to score.
@@ -65,6 +82,7 @@ class Bench:
 
     immunized: SplitModel
     original: SplitModel
+    transplanted: SplitModel | None
     samples: Mapping[tuple[On, int], Task]
     benign: Task
     budgets: tuple[int, ...]
@@ -80,18 +98,31 @@ class Bench:
             return self.original.fresh()
 
     def curve(self, trial: Trial) -> Curve:
-        """Runs a trial."""
-        found = trial.adversary.attack(
-            self.model(trial.role, trial.seed),
-            self.samples[trial.on, trial.seed],
-            budgets=self.budgets,
-            run=self.run,
-            role=trial.role,
-            seed=trial.seed,
-            benign=self.benign,
-            floors=trial.floors,
-        )
-        return found.model_copy(update={"task": trial.on})
+        """Runs a trial; where the immunized model's own code fails, the curve says so and has no scores."""
+        task = self.samples[trial.on, trial.seed]
+        model = self.transplanted if trial.transplanted else self.model(trial.role, trial.seed)
+        assert model is not None
+        try:
+            found = trial.adversary.attack(
+                model,
+                task,
+                budgets=self.budgets,
+                run=self.run,
+                role=trial.role,
+                seed=trial.seed,
+                benign=self.benign,
+                floors=trial.floors,
+            )
+        except Exception as error:  # it may be anybody's code, and so is what it raises
+            if trial.role != "immunized":
+                raise
+            none: list[None] = [None] * len(self.budgets)
+            found = Curve(
+                adversary=trial.name, role=trial.role, seed=trial.seed, budgets=list(self.budgets), scores=[*none],
+                losses=[*none], folds=[*none], batch_size=min(trial.adversary.batch_size, task.size("train")),
+                failure=f"{type(error).__name__}: {error}"[:500],
+            )  # fmt: skip
+        return found.model_copy(update={"task": trial.on, "adversary": trial.name})
 
 
 @dataclass(frozen=True)
@@ -126,7 +157,7 @@ class Crew:
             for index, curve in self.executor.run(_work, self.bench, missing):
                 trial = missing[index]
                 self.journal.add(trial.key, curve.model_dump(mode="json"))
-                bar.tick(f"{trial.role}: {trial.adversary.name}")
+                bar.tick(f"{trial.role}: {trial.name}")
         return [_kept(self.journal, trial, self.bench.budgets) for trial in trials]
 
 
@@ -141,7 +172,7 @@ def _kept(journal: Journal, trial: Trial, budgets: tuple[int, ...]) -> Curve:
         if (curve.task, curve.role, curve.adversary, curve.seed) != (
             trial.on,
             trial.role,
-            trial.adversary.name,
+            trial.name,
             trial.seed,
         ):
             raise ValueError(f"it is of {curve.task}/{curve.role}/{curve.adversary}/{curve.seed}")

@@ -1,26 +1,26 @@
 """NTL: non-transferable learning (Wang et al., ICLR 2022), the SOPHON paper's baseline B3.
 
-The model unlearns the restricted task as it stands, and nothing prepares it for somebody who goes on training. Of batches
+The model unlearns the restricted task as it stands; nothing prepares it for somebody who goes on training. Of batches
 (x_P, y_P) of the benign task and (x_H, y_H) of the restricted one, with features z and the one head of the model,
 
     L = KL_P - min(c, a KL_H) * min(c, b MMD(z_P, z_H)),        a = b = 0.1, c = 1.
 
-KL is the divergence of the predictions from the labels: for one-hot labels, whose entropy is 0, the cross-entropy. So the
-restricted labels are classes of the benign head, as they are numbered.
+KL is the divergence of the predictions from the labels: for one-hot labels, whose entropy is 0, the cross-entropy. So
+the restricted labels are classes of the benign head, as they are numbered.
 
 **Where the gradient vanishes.** Let A = min(c, a KL_H) and B = min(c, b MMD). Then
 
-    dL/dKL_H = -a B  below KL_H = c/a,  0 above;        dL/dMMD = -b A  below MMD = c/b,  0 above.
+    dL/dKL_H = -a B  up to KL_H = c/a,  0 above;        dL/dMMD = -b A  up to MMD = c/b,  0 above.
 
 1. Above KL_H = c/a (10 with the defaults) the restricted labels pull no more: confidently wrong is enough.
 2. Above MMD = c/b (10) the features move apart no more. A kernel's part of the MMD is below 2, so with five kernels it
    never comes to that.
 3. Above both, only the benign loss is left. L is never more than c^2 below it: the restricted part cannot run away.
-4. Where one factor is 0, the other has no gradient: from features that do not tell the tasks apart (MMD = 0) the
-   restricted loss is not pushed up at all, and moves only after batches differ by chance.
+4. Where one factor is 0, the other has no gradient: while the features of the two tasks coincide (MMD = 0), the
+   restricted loss is not pushed up at all.
 
-None of it looks at what fine-tuning does. An adversary who minimises KL_H meets features that are still those of a trained
-network, merely in another place, and the slope that NTL stopped climbing leads back down.
+Nothing in L looks at what fine-tuning does. The features of the restricted task are moved, and an adversary who lowers
+KL_H again starts from a trained network all the same.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def mmd(
 
         MMD = mean k(x, x') + mean k(y, y') - 2 mean k(x, y)
 
-    over all pairs, a sample with itself included (the biased estimate): never negative, and below 2 m. It is the squared
-    norm of the difference of the mean embeddings; the literature on NTL leaves "squared" out.
+    over all pairs, a sample with itself included (the biased estimate): never negative, and below 2 m. It is the
+    squared norm of the difference of the mean embeddings; the literature on NTL leaves "squared" out.
 
     Args:
         x: shape (N, D).
@@ -113,8 +113,8 @@ class NTL(GuardedDefense):
 
     Both batches pass through the network together: BatchNorm normalises them alike, as it will when the model is used.
 
-    The guard keeps the last state whose held-out benign score was good enough. A low score on the way is no reason to go
-    back, because the benign loss is in the loss and repairs it; but at the end only a good state is returned.
+    The guard keeps the last state whose held-out benign score was good enough. A low score on the way is no reason to
+    go back, because L holds the benign loss, which repairs it; but at the end only a good state is returned.
 
     Attributes:
         iterations: steps of the optimizer.
@@ -180,9 +180,9 @@ class NTL(GuardedDefense):
         check_fits(model, restricted, own_task=False)
         if restricted.num_outputs > model.num_outputs:
             raise HoldfastError(
-                f"ntl: the restricted task {restricted.name!r} has {restricted.num_outputs} classes and the head, of the "
-                f"benign task {benign.name!r}, {model.num_outputs} outputs: restricted labels are classes of this "
-                f"head. Keep at most {model.num_outputs} restricted classes with NAME[...], or choose another defense."
+                f"ntl: the restricted task {restricted.name!r} has {restricted.num_outputs} classes and the head, of "
+                f"the benign task {benign.name!r}, {model.num_outputs} outputs: restricted labels are classes of "
+                f"this head. Keep at most {model.num_outputs} restricted classes with NAME[...], or another defense."
             )
         if restricted.input_shape != benign.input_shape:
             raise HoldfastError(
