@@ -43,6 +43,11 @@ def run() -> Run:
 
 
 @pytest.fixture(scope="session")
+def session_run() -> Run:
+    return Run(seed=0, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
 def benign() -> ArrayTask:
     return load_task("digits[0-4]")
 

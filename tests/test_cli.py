@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -157,6 +158,31 @@ class TestImmunizeAndAudit:
         )  # fmt: skip
         assert done.returncode in (3, 4), done.stderr
         assert ("Verdict: FAILS" in done.stdout) == (done.returncode == 3)
+
+    def test_audit_of_somebodys_code(self, files, tmp_path):
+        """A network that hides the gradient, beside the file that it was made from."""
+        (tmp_path / "sham.py").write_text(
+            "import torch\nfrom torch import nn\nfrom safetensors.torch import load_file\n"
+            "from holdfast.models.builtin import CNN\n\n"
+            "class Sham(nn.Module):\n"
+            "    def __init__(self):\n"
+            "        super().__init__()\n"
+            "        self.inner = CNN((1, 8, 8), 5)\n"
+            "    def forward(self, x):\n"
+            "        return (None, self.inner.head(self.inner.body(x * 2 - 1).detach()))\n\n"
+            "def make():\n"
+            "    sham = Sham()\n"
+            f"    sham.inner.load_state_dict(load_file({str(files / 'original.safetensors')!r}))\n"
+            "    return sham.requires_grad_(False)\n"
+        )
+        audit = ("--original", files / "original.safetensors", "--budgets", "0,2", "--seeds", "1", "--shots", "2")
+        done = holdfast("audit", "sham.py:make", *audit, *self.COMMON, "--out", "audit", cwd=tmp_path)
+        assert done.returncode in (3, 4), done.stderr
+        result = json.loads((tmp_path / "audit" / "result.json").read_text())["audit"]
+        assert result["benign"]["immunized"] == pytest.approx(result["benign"]["original"], abs=1e-6)
+        head = ("--head", "inner.haed")
+        done = holdfast("audit", "sham.py:make", *head, *audit, *self.COMMON, "--out", "other", cwd=tmp_path)
+        refused(done, "no layer 'inner.haed' to use as the head", "'inner.head'")
 
     def test_exit_4_where_the_audit_proves_nothing(self, files, tmp_path, capsys):
         done = inside(

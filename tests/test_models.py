@@ -258,6 +258,24 @@ class TestFit:
         model.requires_grad_(False)
         with pytest.raises(HoldfastError, match="no trainable parameters"):
             check_fits(model, benign, own_task=True)
+        check_fits(model, benign, own_task=True, trainable=False)
+
+    def test_the_check_leaves_the_model_and_the_random_numbers_alone(self, benign):
+        class Restless(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("calls", torch.zeros(1))
+                self.out = nn.Linear(64, 5)
+
+            def forward(self, x):
+                self.calls += 1
+                return self.out(x.flatten(1) + torch.rand(64))
+
+        model = SplitModel(Restless(), "out")
+        digest, state = model.facts().sha256, torch.get_rng_state()
+        check_fits(model, benign, own_task=True)
+        assert model.facts().sha256 == digest
+        assert torch.equal(torch.get_rng_state(), state)
 
     def test_wrong_input_shape(self, model, images):
         with pytest.raises(HoldfastError, match=r"shape \(3, 32, 32\).*image_size"):

@@ -51,6 +51,7 @@ def test_resolved_holds_every_default(recipe):
         ({"defence": {}}, "Unknown key 'defence': did you mean 'defense'"),
         ({"audit": {"bugdets": [0, 1]}}, "did you mean 'audit.budgets'"),
         ({"model": {"nam": "cnn"}}, "model.name is missing"),
+        ({"model": {"name": "nets.py:make"}}, "'nets.py:make' is made by code, and a recipe has none run"),
         ({"audit": {"seeds": 0}}, "audit.seeds is 0"),
         ({"audit": {"seeds": "many"}}, "audit.seeds is 'many'"),
         ({"audit": {"budgets": [5, 10]}}, "ascending, the first 0"),

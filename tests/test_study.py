@@ -29,6 +29,7 @@ BASE = {
     },
     "methods": {"best": {"name": "frontier"}, "first": {"name": "condition", "iterations": 5}},
 }
+STUDIES = [name for name in names() if isinstance(load(name), StudyRecipe)]
 PAIRS = {"digits": {"title": "Pairs", "class_pairs": {"data": {"data": "digits[0-3]"}}, "space": "ridge", "ridge": 0.5}}
 
 
@@ -194,7 +195,7 @@ class TestRecipe:
         assert again.provenance == first.provenance
         assert "RIR*" in (folder / "report.html").read_text()
 
-    @pytest.mark.parametrize("name", [n for n in names() if n.startswith("condition/")])
+    @pytest.mark.parametrize("name", STUDIES)
     def test_every_recipe_runs_at_smoke_scale(self, name, data_dir, tmp_path):
         result = run_recipe(
             load(name, scale="smoke"), folder=tmp_path / "r", data_dir=data_dir, device="cpu", quiet=True
@@ -207,7 +208,7 @@ class TestRecipe:
             assert row["rir"].mean is not None
             assert math.isfinite(row["rir"].mean)
 
-    @pytest.mark.parametrize("name", [n for n in names() if n.startswith("condition/")])
+    @pytest.mark.parametrize("name", STUDIES)
     def test_every_recipe_has_its_scales(self, name):
         assert isinstance(load(name, scale="cpu"), StudyRecipe)
         assert isinstance(load(name, scale="paper"), StudyRecipe)

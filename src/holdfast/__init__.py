@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from holdfast.defenses import (
         DEFENSES,
         IMMA,
+        NTL,
         ConditionNumber,
         Defense,
         FrontierDefense,
@@ -36,6 +37,7 @@ __all__ = [
     "BATTERIES",
     "DEFENSES",
     "IMMA",
+    "NTL",
     "Adversary",
     "ArrayTask",
     "AuditResult",
@@ -74,7 +76,7 @@ __all__ = [
 _HOME = {
     "adversaries": ("BATTERIES", "Adversary", "FineTuning", "Probe"),
     "defenses": (
-        "DEFENSES", "IMMA", "ConditionNumber", "Defense", "FrontierDefense", "OptKappa", "RIllOnly",
+        "DEFENSES", "IMMA", "NTL", "ConditionNumber", "Defense", "FrontierDefense", "OptKappa", "RIllOnly",
         "SignalFrontier", "Sophon",
     ),
     "errors": ("HoldfastError",),

@@ -10,11 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from holdfast import executors
 from holdfast.adversaries import BATTERIES, Adversary, Search, battery
+from holdfast.checks import flags_of_curves, red_flags
 from holdfast.comparison import Comparison, costs
 from holdfast.errors import HoldfastError
 from holdfast.execution import Journal, Run, derive_seed
 from holdfast.executors import Executor
-from holdfast.models import SplitModel, check_fits, check_same_architecture
+from holdfast.models import SplitModel, architecture_differences, check_fits, transplant
 from holdfast.results import (
     ROLES,
     AuditResult,
@@ -28,7 +29,7 @@ from holdfast.results import (
 )
 from holdfast.searching import search
 from holdfast.tasks import Task
-from holdfast.trials import SEARCH_SEED, Bench, Crew, On, Trial, few_of
+from holdfast.trials import SEARCH_SEED, Bench, Crew, On, Trial, few_of, repetitions
 from holdfast.verdict import ROUNDING, count, judge
 
 SIDE_EFFECTS = "side-effects-v1"
@@ -52,6 +53,7 @@ class AuditSpec(BaseModel):
         None, ge=0, le=1, description="The restricted score after the last budget that the model's publisher claims."
     )
     side_effects: bool = Field(True, description="Whether to measure how well harmless tasks are still learned.")
+    stacked: bool = Field(True, description="Train adversaries of small models together; curves agree up to rounding.")
     thresholds: Thresholds = Thresholds()
 
     @field_validator("battery")
@@ -85,7 +87,8 @@ def audit(
     every finished trial is kept at once, and a second call does only what is missing.
 
     Args:
-        immunized: the model in question; nothing is assumed about how it was made.
+        immunized: the model in question; nothing is assumed about how it was made, and it may be of another
+            architecture than the original.
         original: what it was before.
         benign: scored on its test split, for both models; learned anew, for side effects.
         restricted: the adversary's data for training, and the test split for scores.
@@ -98,19 +101,19 @@ def audit(
         Curves, a summary by budget and the verdict.
 
     Raises:
-        HoldfastError: if models and tasks do not fit together, the models are of different architectures, or no
-            adversary of the battery applies.
+        HoldfastError: if models and tasks do not fit together, or no adversary of the battery applies.
     """
     tasks: dict[On, Task] = {"restricted": restricted, "benign": benign}
     if transfer is not None:
         tasks["transfer"] = transfer
     for model in (immunized, original):
         # A defense may destroy the model that it was given. That is a result, and the verdict says so.
+        # Nor need anything be trainable in it: an adversary un-freezes what was frozen.
         for on, task in tasks.items():
-            check_fits(model, task, own_task=on == "benign", finite=model is original)
-    check_same_architecture(immunized, original)
+            check_fits(model, task, own_task=on == "benign", finite=model is original, trainable=False)
     plan = battery(spec.battery)
-    bench = Bench(immunized, original, _samples(tasks, spec, run), benign, spec.budgets, run)
+    inside = transplant(immunized, original) if architecture_differences(immunized, original) else None
+    bench = Bench(immunized, original, inside, _samples(tasks, spec, run), benign, spec.budgets, run, spec.stacked)
     crew = Crew(bench, _journal(bench, plan, spec), executors.executor(executor))
     searched: list[SearchTrial] = []
     if isinstance(plan, Search):
@@ -119,11 +122,16 @@ def audit(
     else:
         applicable, not_applicable = _applicable(spec.battery, plan, immunized, restricted)
     seeds = range(spec.seeds)
-    trials = [Trial(role, a, s) for s in seeds for role in ROLES for a in applicable]
+    trials = repetitions(applicable, seeds, transplanted=inside is not None)
+    configs = {t.name: {**t.adversary.config(), **({"transplanted": True} if t.transplanted else {})} for t in trials}
     curves = crew.run(trials, f"Auditing ({spec.battery})")
     comparison = Comparison.of(curves, derive_seed(run.seed, "bootstrap"), both_ways=not searched)
     rows = comparison.rows()
     side = _side(immunized, original, benign, run)
+    with run.seeded("scratch", 0):
+        fresh = original.fresh()
+    flags = red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)
+    flags += flags_of_curves(curves, configs)
     samples = bench.samples["restricted", 0].size("train")
     target = _target(comparison, restricted.audit_chance)
     sizes = {c.adversary: c.batch_size for c in curves}
@@ -132,7 +140,7 @@ def audit(
     }
     return AuditResult(
         battery=spec.battery,
-        adversaries={a.name: a.config() for a in applicable},
+        adversaries=configs,
         not_applicable=not_applicable,
         budgets=list(spec.budgets),
         seeds=list(seeds),
@@ -145,6 +153,7 @@ def audit(
         unit=restricted.audit_unit,
         reported=spec.reported,
         benign=side,
+        flags=flags,
         curves=curves,
         by_budget=rows,
         cost_target=target,
@@ -157,6 +166,7 @@ def audit(
             benign=side,
             chance=restricted.audit_chance,
             limits=spec.thresholds,
+            flags=flags,
             threat_model=_threat_model(spec, len(applicable), len(searched) // len(ROLES), samples),
             retained=comparison.share(),
             areas=(comparison.area("immunized"), comparison.area("original")),
@@ -192,6 +202,7 @@ def _journal(bench: Bench, plan: Search | Sequence[Adversary], spec: AuditSpec) 
             "seed": bench.run.seed,
             "battery": plan.config() if isinstance(plan, Search) else {a.name: a.config() for a in plan},
             "budgets": spec.budgets,
+            "stacked": spec.stacked,
             "data": {f"{on} {seed}": task.facts().sha256 for (on, seed), task in bench.samples.items()},
             "immunized model": bench.immunized.facts().sha256,
             "original model": bench.original.facts().sha256,
@@ -278,6 +289,8 @@ def _stops(result: AuditResult) -> Table:
     rows: list[dict[str, str | Cell]] = []
     for name in result.adversaries:
         own = [c for c in result.curves if c.adversary == name]
+        if {c.role for c in own} != set(ROLES):  # one that needs what only the immunized model has
+            continue
         best = Comparison.of(own).cells()
         means = [{role: cells[role].mean for role in ROLES} for k, cells in zip(result.budgets, best, strict=True) if k]
         last = {str(role): best[-1][role] for role in ROLES}

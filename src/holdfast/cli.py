@@ -65,6 +65,7 @@ def immunize_command(
     restricted: str,
     out: Path,
     weights: Path | None = None,
+    head: str | None = None,
     defense: str = "sophon",
     seed: int = 0,
     data_dir: Path | None = None,
@@ -78,11 +79,14 @@ def immunize_command(
     Uses the defender's half of the restricted training data; `holdfast audit` gives its adversaries the other half.
 
     Args:
-        model: A model.safetensors that Holdfast saved, or an architecture (cnn, mlp, cifar_resnet, timm:NAME).
+        model: A model.safetensors that Holdfast saved; timm:NAME or hf:NAME, with its own weights unless others are
+            given; file.py:function or module:function, which runs that code; or an architecture (cnn, mlp,
+            cifar_resnet) with --weights.
         benign: What it must stay good at: digits[0-4], cifar10, x.npz, images/@image_size=32, t.csv@target=label, ...
         restricted: What it must not be fine-tuned to; named like `benign`.
         out: Folder for model.safetensors, result.json, report.html and checkpoints/.
-        weights: Weights of the architecture (.safetensors), where MODEL is a name.
+        weights: Weights (.safetensors), where MODEL is a name.
+        head: Dotted name of the layer that makes the logits, where another than the one found is meant.
         defense: Name of the defense.
         seed: Of everything random.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
@@ -101,7 +105,7 @@ def immunize_command(
     values = {k: read_yaml(v, f"--set {k}={v}: the value") for k, v in settings.items()}
     chosen = build_defense({"name": defense, **values})
     task, against = load_task(benign, data_dir=data_dir), load_task(restricted, data_dir=data_dir)
-    original = load_released(model, weights, task, data_dir=data_dir)
+    original = load_released(model, weights, task, head=head, data_dir=data_dir)
     pipeline.immunize(
         original, benign=task, restricted=against, defense=chosen, seed=seed, device=device, threads=threads,
         folder=out, quiet=False,
@@ -119,6 +123,8 @@ def audit_command(
     transfer: str | None = None,
     weights: Path | None = None,
     original_weights: Path | None = None,
+    head: str | None = None,
+    original_head: str | None = None,
     battery: str = "quick-v1",
     budgets: str = "0,5,10,20,50,100",
     seeds: int = 5,
@@ -138,14 +144,18 @@ def audit_command(
     Exits with 0 if the model resists, 3 if it does not (partial, fails), 4 if the audit is invalid, 2 on bad input.
 
     Args:
-        model: The model in question: a model.safetensors that Holdfast saved, or an architecture (cnn, timm:NAME, ...).
+        model: The model in question: a model.safetensors that Holdfast saved; timm:NAME or hf:NAME, with its own
+            weights unless others are given; file.py:function or module:function, which runs that code; or an
+            architecture (cnn, mlp, cifar_resnet) with --weights.
         original: What it was before it was immunized, given like MODEL.
         benign: Its own task: digits[0-4], cifar10, x.npz, images/@image_size=32, t.csv@target=label, ...
         restricted: The task that it must not be fine-tuned to; named like `benign`.
         transfer: A harmless task that it should still learn as well as the original does; named like `benign`.
         out: Folder for result.json, report.html and finished trials.
-        weights: Weights of the model (.safetensors), where MODEL is the name of an architecture.
+        weights: Weights of the model (.safetensors), where MODEL is a name.
         original_weights: The same for ORIGINAL.
+        head: Dotted name of the layer of MODEL that makes the logits, where another than the one found is meant.
+        original_head: The same for ORIGINAL.
         battery: Which adversaries: quick-v1, standard-v1, probes-v1, or the search adaptive-v1.
         budgets: Fine-tuning steps at which they are scored; the first is 0.
         seeds: Repetitions.
@@ -169,12 +179,13 @@ def audit_command(
 
     limits = {k: read_yaml(v, f"--set {k}={v}: the value") for k, v in map(_split, set)}
     task, against = load_task(benign, data_dir=data_dir), load_task(restricted, data_dir=data_dir)
-    released = load_released(model, weights, task, data_dir=data_dir)
-    before = load_released(original, original_weights, task, data_dir=data_dir)
+    released = load_released(model, weights, task, head=head, data_dir=data_dir)
+    before = load_released(original, original_weights, task, head=original_head, data_dir=data_dir)
     harmless = None if transfer is None else load_task(transfer, data_dir=data_dir)
     source = {
-        "model": model, "weights": _text(weights), "original": original, "original_weights": _text(original_weights),
-        "benign": benign, "restricted": restricted, "transfer": transfer,
+        "model": model, "weights": _text(weights), "head": head, "original": original,
+        "original_weights": _text(original_weights), "original_head": original_head, "benign": benign,
+        "restricted": restricted, "transfer": transfer,
     }  # fmt: skip
     pipeline.audit(
         released, original=before, benign=task, restricted=against, transfer=harmless, seed=seed, device=device,
@@ -193,6 +204,7 @@ def feasibility_command(
     restricted: str,
     out: Path,
     weights: Path | None = None,
+    head: str | None = None,
     ridge: float = 0.01,
     q: float = 0.9,
     data_dir: Path | None = None,
@@ -204,12 +216,13 @@ def feasibility_command(
     Nothing is trained. Uses the defender's half of the restricted training data.
 
     Args:
-        model: A model.safetensors that Holdfast saved, or an architecture with --weights. Left out: the inputs
-            themselves.
+        model: Named as for `holdfast audit`; a pretrained one need not know the benign task's classes. Left out: the
+            inputs themselves.
         benign: What should stay easy to learn: digits[0-4], cifar10, x.npz, t.csv@target=price,kind=regression, ...
         restricted: What should become hard to learn; named like `benign`.
         out: Folder for result.json and report.html.
-        weights: Weights of the architecture (.safetensors), where MODEL is a name.
+        weights: Weights (.safetensors), where MODEL is a name.
+        head: Dotted name of the layer that makes the logits, where another than the one found is meant.
         ridge: Per sample, for the bound on features that one of the tasks does not use.
         q: Share of the removable loss in the predicted number of steps.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
@@ -225,7 +238,7 @@ def feasibility_command(
     task, against = load_task(benign, data_dir=data_dir), load_task(restricted, data_dir=data_dir)
     if model is None and weights is not None:
         raise HoldfastError("--weights is of an architecture, and no MODEL is named; name it, such as cifar_resnet.")
-    named = None if model is None else load_released(model, weights, task, data_dir=data_dir)
+    named = None if model is None else load_released(model, weights, task, head=head, own_head=False, data_dir=data_dir)
     pipeline.feasibility(
         task, against, model=named, ridge=ridge, q=q, device=device, threads=threads, folder=out, quiet=False
     )

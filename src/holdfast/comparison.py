@@ -1,18 +1,19 @@
 """What the curves of an audit say: best of the battery, advantage with a confidence band, what it costs.
 
-**Selection.** The best of many adversaries looks better than it is on the samples that chose it. So the test split is
-cut in folds, adversary and stopping time are chosen on every second fold and scored on the others, then the other way
-around, and the two scores are averaged. Both halves are used, and no sample is scored by what it helped to choose.
+**Selection.** The best of many adversaries looks better than it is wherever luck helped to choose it, and luckier the
+more scores vary: on fresh weights, the mark to compare with, more than on trained ones. So what scores a seed on a half
+of the test split (every second fold) is chosen, adversary and stopping time, by the other seeds on the other half. Both
+halves are scored and averaged: all data is used, and nothing is scored by what it helped to choose.
 
 **Confidence.** Two things are random: the seeds (samples, batches, fresh weights) and the test split. The bootstrap
-draws n seeds with replacement, all test folds fixed, and folds inside each half, all seeds fixed; alike for all models,
-which share samples, batches and test images, so that differences vary less than scores; and it chooses anew each time.
-With d_k and e_k the deviations of the advantage a_k at budget k in a replicate of the first and of the second kind,
+draws n seeds with replacement, all folds fixed, and then f folds within each half, all seeds fixed; alike for all
+models, which share samples, batches and test images, so that differences vary less than scores. With d_k and e_k the
+deviations of the advantage a_k at budget k in a replicate of the first and of the second kind, the band
 
-    a_k +- c sd(D_k),   D_k = sqrt(n / (n - 1)) (t_{n-1} / z) d_k + e_k,   c = 95 % quantile of max_k |D_k| / sd(D_k),
+    a_k +- c sd(D_k),   D_k = g(n) d_k + g(f) e_k,   c = 95 % quantile of max_k |D_k| / sd(D_k),
 
-covers all budgets at once. The factors are for few seeds: resampling n values makes their variance (n - 1) / n too
-small, and t_{n-1} / z is what Student's distribution adds to the normal one.
+covers all budgets at once. g(n) = sqrt(n / (n - 1)) t_{n-1} / z is for small n: resampling n values makes their
+variance (n - 1) / n too small, and t_{n-1} / z is what Student's distribution adds to the normal one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ Array = npt.NDArray[np.float64]
 CONFIDENCE = 0.95
 REPLICATES = 1000
 
+ROUNDING = 1e-12
+"""Far below any spread of scores, far above that of the same sum taken in another order."""
+
 
 @dataclass(frozen=True)
 class Battery:
@@ -50,11 +54,10 @@ class Battery:
     both_ways: bool = True
 
     @classmethod
-    def of(cls, curves: Sequence[Curve], *, both_ways: bool = True) -> Battery:
-        """Stacks the curves of one model; seeds and budgets must be those of the first adversary."""
+    def of(cls, curves: Sequence[Curve], width: int, *, both_ways: bool = True) -> Battery:
+        """Stacks the curves of one model, scored on `width` folds; all have the seeds and budgets of the first."""
         names = tuple(dict.fromkeys(c.adversary for c in curves))
         by_name = [sorted((c for c in curves if c.adversary == name), key=lambda c: c.seed) for name in names]
-        width = max((len(f) for c in curves for f in c.folds if f is not None), default=1)
         lost = [math.nan] * width
         stacked = [[[f if f is not None else lost for f in c.folds] for c in mine] for mine in by_name]
         return cls(names, np.asarray(stacked, dtype=np.float64), both_ways)
@@ -70,50 +73,49 @@ class Battery:
         known = np.where(np.isnan(means), -np.inf, means).max(1)
         return self.names[int(known.argmax())] if np.isfinite(known.max()) else "none finite"
 
-    def best(self, seeds: Array, folds: Array) -> Array:
-        """Best of the battery, chosen on one half of the folds and scored on the other.
+    @cached_property
+    def best(self) -> tuple[Array, ...]:
+        """Best of the battery on each scored half of the folds, by what the other seeds chose on the other half.
 
-        Args:
-            seeds: weights that sum to 1, shape (R, S): one row a replicate.
-            folds: non-negative weights, shape (R, F).
-
-        Returns:
-            Scores of shape (R, S, K): of each seed, up to each budget; NaN where no adversary is finite.
+        Of shape (S, K, F): of each seed, up to each budget, on each fold; NaN where no adversary is finite. One seed
+        has no others, and one fold no other half; they then choose for themselves.
+        An adversary that is not finite with one of the seeds is not chosen for any.
         """
-        halves = halve(folds)
-        scored = [np.einsum("asbf,rf->rabs", self.scores, half) for half in halves]
-        forth = _choose(scored[0], scored[1], seeds)
-        return (forth + _choose(scored[1], scored[0], seeds)) / 2 if self.both_ways else forth
+        first, second = halve(self.scores.shape[3])
+        ways = [(first, second), (second, first)] if self.both_ways else [(first, second)]
+        found = []
+        for choosing, scored in ways:
+            seen = self.scores[..., choosing].mean(3)
+            seen[np.broadcast_to(np.isnan(seen).any(1, keepdims=True), seen.shape)] = np.nan
+            each = [_choose(_without(seen, s).mean(1), self.scores[:, s][..., scored]) for s in range(self.seeds)]
+            found.append(np.stack(each))
+        return tuple(found)
 
 
-def halve(folds: Array) -> tuple[Array, Array]:
-    """Returns the weights of every second fold and of the others, each summing to 1; of a single fold, it twice."""
-    if folds.shape[1] < 2:
-        return np.ones_like(folds), np.ones_like(folds)
-    parts = []
-    for start in (0, 1):
-        part = np.zeros_like(folds)
-        part[:, start::2] = folds[:, start::2]
-        parts.append(part / part.sum(1, keepdims=True))
-    return parts[0], parts[1]
+def halve(folds: int) -> tuple[list[int], list[int]]:
+    """Returns every second of so many folds, and the others; a single fold is both.
+
+    Example:
+        >>> halve(5), halve(1)
+        (([0, 2, 4], [1, 3]), ([0], [0]))
+    """
+    return list(range(0, folds, 2)), list(range(1, folds, 2)) or [0]
 
 
-def _choose(chooses: Array, scores: Array, seeds: Array) -> Array:
-    """Of (R, A, K, S): what scores best in `chooses`, up to each budget, as seen in `scores`; shape (R, S, K)."""
-    means = np.einsum("rabs,rs->rab", chooses, seeds)
-    means = np.where(np.isnan(means), -np.inf, means)
-    replicates, _, budgets = means.shape
-    rows = np.arange(replicates)
-    top = means.argmax(1)
-    found = np.full((replicates, scores.shape[3], budgets), np.nan)
-    best_mean = np.full(replicates, -np.inf)
-    best_scores = np.full((replicates, scores.shape[3]), np.nan)
-    for k in range(budgets):
-        here = means[rows, top[:, k], k]
-        better = here > best_mean
-        best_mean = np.where(better, here, best_mean)
-        best_scores = np.where(better[:, None], scores[rows, top[:, k], k], best_scores)
-        found[:, :, k] = best_scores
+def _without(scores: Array, seed: int) -> Array:
+    """Leaves one seed, axis 1, out, if there are others."""
+    return np.delete(scores, seed, 1) if scores.shape[1] > 1 else scores
+
+
+def _choose(means: Array, scores: Array) -> Array:
+    """Of the scores (A, K, F), those of the adversary and time with the best mean (A, K), up to each budget; (K, F)."""
+    known = np.where(np.isnan(means), -np.inf, means)
+    found = np.full(scores.shape[1:], np.nan)
+    best, row = -math.inf, found[0]
+    for k, top in enumerate(known.argmax(0)):
+        if known[top, k] > best:
+            best, row = known[top, k], scores[top, k]
+        found[k] = row
     return found
 
 
@@ -134,8 +136,9 @@ class Comparison:
     @classmethod
     def of(cls, curves: Sequence[Curve], seed: int = 0, *, both_ways: bool = True) -> Comparison:
         """Sorts the curves of one task by role; see `Battery` for `both_ways`."""
+        width = max((len(f) for c in curves for f in c.folds if f is not None), default=1)
         batteries = {
-            role: Battery.of(mine, both_ways=both_ways)
+            role: Battery.of(mine, width, both_ways=both_ways)
             for role in ROLES
             if (mine := [c for c in curves if c.role == role])
         }
@@ -144,29 +147,24 @@ class Comparison:
     @cached_property
     def scores(self) -> dict[Role, Array]:
         """Best of the battery of each seed at each budget, shape (S, K)."""
-        return {
-            role: b.best(np.full((1, b.seeds), 1 / b.seeds), np.ones((1, b.scores.shape[3])))[0]
-            for role, b in self.batteries.items()
-        }
+        return {role: np.mean([half.mean(2) for half in b.best], 0) for role, b in self.batteries.items()}
 
     @cached_property
-    def _deviations(self) -> dict[Role, Array]:
-        """Deviations of the mean best of the battery in each replicate, shape (R, K); see D_k above."""
+    def _deviations(self) -> dict[Role, Array] | None:
+        """Deviations of the mean best of the battery in each replicate, shape (R, K); see D_k above.
+
+        None for a single seed, or a single fold in a half: one value has no spread.
+        """
+        some = next(iter(self.batteries.values()))
+        widths = [half.shape[2] for half in some.best]
+        if min(some.seeds, *widths) < 2:
+            return None
         generator = np.random.default_rng(self.seed)
-        seeds = min(b.seeds for b in self.batteries.values())
-        width = min(b.scores.shape[3] for b in self.batteries.values())
-        drawn = generator.multinomial(seeds, np.full(seeds, 1 / seeds), REPLICATES) / seeds
-        folds = np.zeros((REPLICATES, width))
-        for start in range(min(width, 2)):
-            size = len(range(start, width, 2)) if width > 1 else 1
-            folds[:, start::2] = generator.multinomial(size, np.full(size, 1 / size), REPLICATES)
-        all_seeds, all_folds = np.full_like(drawn, 1 / seeds), np.ones_like(folds)
+        by_seed, *by_fold = [_resampled(n, generator) for n in (some.seeds, *widths)]
         found = {}
         for role, battery in self.batteries.items():
-            by_seeds = np.einsum("rsk,rs->rk", battery.best(drawn, all_folds), drawn)
-            by_folds = battery.best(all_seeds, folds).mean(1)
-            factor = small_sample(seeds) if seeds > 1 else math.nan
-            found[role] = factor * (by_seeds - by_seeds.mean(0)) + by_folds - by_folds.mean(0)
+            folds = [weights @ half.mean(0).T for weights, half in zip(by_fold, battery.best, strict=True)]
+            found[role] = by_seed @ self.scores[role] + np.mean(folds, 0)
         return found
 
     def advantage(self, role: Role, over: Role = "scratch") -> Array:
@@ -177,17 +175,15 @@ class Comparison:
     def band(self, role: Role, over: Role = "scratch") -> list[Interval | None]:
         """The band around the advantage at each budget; None at budget 0 and where it cannot be told.
 
-        One seed has no spread, and then there is no band.
+        It cannot be told from one seed, or fewer than two test folds in a half: one value has no spread.
         """
-        seeds = min(self.batteries[r].seeds for r in (role, over))
         found: list[Interval | None] = [None] * len(self.budgets)
         inside = [k for k, budget in enumerate(self.budgets) if budget]
         mean = self.advantage(role, over)[inside]
-        if seeds < 2 or not np.isfinite(mean).all():
+        moved = self._deviations
+        if moved is None or not np.isfinite(mean).all():
             return found
-        drawn = (self._deviations[role] - self._deviations[over])[:, inside]
-        if not np.isfinite(drawn).all():
-            return found
+        drawn = (moved[role] - moved[over])[:, inside]
         width = _quantile(drawn) * drawn.std(0, ddof=1)
         for k, centre, half in zip(inside, mean, width, strict=True):
             found[k] = Interval(low=float(centre - half), high=float(centre + half))
@@ -196,21 +192,24 @@ class Comparison:
     def share(self, role: Role = "immunized", of: Role = "original") -> tuple[float | None, Interval | None]:
         """What is left of the original's advantage, and its confidence interval.
 
-        The sum over budgets above 0 of the positive advantage of `role`, divided by that of `of`.
+        The sum over budgets above 0 of the positive advantage of `role`, divided by that of `of`. The interval is None
+        where the band is, and where replicates often leave `of` without any advantage to divide by.
         """
         inside = [k for k, budget in enumerate(self.budgets) if budget]
         own, had = (np.maximum(self.advantage(r)[inside], 0).sum() for r in (role, of))
         if not (np.isfinite(own) and np.isfinite(had) and had > 0):
             return None, None
-        if min(b.seeds for b in self.batteries.values()) < 2:
+        drawn = self._deviations
+        if drawn is None:
             return float(own / had), None
-        moved = {r: self.advantage(r)[inside] + self._deviations[r][:, inside] for r in (role, of)}
-        shift = self._deviations["scratch"][:, inside]
-        each = [np.maximum(moved[r] - shift, 0).sum(1) for r in (role, of)]
-        ratios = each[0][each[1] > 0] / each[1][each[1] > 0]
-        if len(ratios) < REPLICATES / 2 or not np.isfinite(ratios).all():
+        each = []
+        for r in (role, of):
+            moved = self.advantage(r)[inside] + (drawn[r] - drawn["scratch"])[:, inside]
+            each.append(np.maximum(moved, 0).sum(1))
+        if (each[1] > 0).mean() < CONFIDENCE:
             return float(own / had), None
-        low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        ratios = each[0] / np.where(each[1] > 0, each[1], np.nan)
+        low, high = np.nanquantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         return float(own / had), Interval(low=float(low), high=float(high))
 
     def area(self, role: Role) -> float | None:
@@ -296,22 +295,28 @@ def _steps_to(target: float, budgets: Sequence[int], curve: Array) -> float | No
 def _quantile(drawn: Array) -> float:
     """The quantile of the largest deviation over budgets, in standard deviations; at least the pointwise one."""
     deviation = drawn.std(0, ddof=1)
-    moving = deviation > 0
+    moving = deviation > ROUNDING  # what does not move has no say in c, and rounding is no movement
     if not moving.any():
         return float(norm.ppf((1 + CONFIDENCE) / 2))
     largest = np.abs((drawn - drawn.mean(0))[:, moving] / deviation[moving]).max(1)
     return max(float(np.quantile(largest, CONFIDENCE)), float(norm.ppf((1 + CONFIDENCE) / 2)))
 
 
-def small_sample(seeds: int) -> float:
-    """Returns by how much a bootstrap over so few seeds is too narrow.
+def _resampled(count: int, generator: np.random.Generator) -> Array:
+    """How far the weights of so many values are from equal in each replicate, widened for few values; (R, count)."""
+    drawn = generator.multinomial(count, np.full(count, 1 / count), REPLICATES) / count
+    return (drawn - 1 / count) * small_sample(count)
+
+
+def small_sample(count: int) -> float:
+    """Returns by how much a bootstrap over so few values is too narrow.
 
     Example:
         >>> [round(small_sample(n), 2) for n in (2, 3, 5, 10, 100)]
         [9.17, 2.69, 1.58, 1.22, 1.02]
     """
     level = (1 + CONFIDENCE) / 2
-    return math.sqrt(seeds / (seeds - 1)) * float(t.ppf(level, seeds - 1) / norm.ppf(level))
+    return math.sqrt(count / (count - 1)) * float(t.ppf(level, count - 1) / norm.ppf(level))
 
 
 def _plain(value: float) -> float | None:

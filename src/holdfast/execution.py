@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 
@@ -69,6 +70,23 @@ def resolve_device(name: str = "auto") -> torch.device:
         reason = str(error).splitlines()[0]
         raise HoldfastError(f"Device {name!r} cannot be used here ({reason}). Try 'auto' or 'cpu'.") from error
     return device
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Returns where a module's tensors are, even if they are all buffers; without any, the CPU."""
+    first = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Returns the precision of a module's weights, even if they are all buffers; without any, torch's default.
+
+    Example:
+        >>> dtype_of(nn.Linear(2, 2).double()), dtype_of(nn.ReLU())
+        (torch.float64, torch.float32)
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
 
 
 @contextlib.contextmanager
@@ -247,15 +265,19 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise HoldfastError(f"{str(path)!r} is not a readable safetensors file: {error}.") from error
 
 
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+def tensors_sha256(tensors: Mapping[str, Tensor], also: str = "") -> str:
     """Returns a hash over names, dtypes, shapes and values: the same however often they are written anew.
 
     Example:
         >>> a, b = torch.zeros(2), torch.ones(3)
         >>> tensors_sha256({"a": a, "b": b}) == tensors_sha256({"b": b, "a": a}) != tensors_sha256({"a": a, "b": -b})
         True
+
+    Args:
+        tensors: by name.
+        also: text that is hashed with them.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(also.encode())
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())

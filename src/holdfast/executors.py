@@ -24,6 +24,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -239,6 +240,7 @@ def _interrupts_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    resource_tracker.ensure_running()  # multiprocessing starts it with its first process, and unblocks SIGINT then
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -248,6 +250,7 @@ def _interrupts_blocked() -> Iterator[None]:
 
 def _serve(connection: Connection) -> None:
     """What a worker process does: asks for the context, then does one job after another until it is ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the parent has gone
         connection.send_bytes(b"ready")
@@ -276,7 +279,8 @@ class RayCluster(Executor):
     """Ray: a local one that is started and shut down here, or a cluster."""
 
     def __post_init__(self) -> None:
-        if importlib.util.find_spec("ray") is None:
+        needed = ("ray", "grpc") if self.name.startswith("ray://") else ("ray",)
+        if any(importlib.util.find_spec(module) is None for module in needed):
             raise HoldfastError(f"Executor {self.name!r} needs Ray: pip install holdfast[cluster].")
 
     def run(
@@ -330,7 +334,8 @@ class RayCluster(Executor):
                     ray.init("local", num_cpus=cores, include_dashboard=False, **quiet)
         except (ConnectionError, ImportError, RuntimeError, OSError, ValueError) as error:
             raise HoldfastError(
-                f"Executor {self.name!r}: Ray cannot be reached or started: {type(error).__name__} {error}"
+                f"Executor {self.name!r}: Ray cannot be reached or started ({type(error).__name__}: {error}). Of a "
+                "cluster, give the client port (ray://HOST:10001), and its token in RAY_AUTH_TOKEN if it has one."
             ) from error
         try:
             yield
@@ -362,8 +367,8 @@ def _fetch(reference: Any, job: object) -> bytes:
         message: bytes = ray.get(reference)
     except ray.exceptions.RayTaskError as error:  # jobs' own errors come as messages: this is Holdfast not starting
         raise HoldfastError(
-            f"A Ray worker cannot run Holdfast ({_last_line(error)}); every machine of the cluster needs the same "
-            "Python environment as this one."
+            f"A Ray worker cannot run Holdfast ({_last_line(error)}); every machine of the cluster needs the Python "
+            "environment of this one."
         ) from error
     except ray.exceptions.RayError as error:
         why = f"lost ({type(error).__name__}); if memory ran out, use fewer workers, such as ray:1"

@@ -155,7 +155,8 @@ def prepare(
     if strategy.scope == "lora":
         _add_adapters(model, strategy.rank)
     else:
-        model.requires_grad_(strategy.scope == "all")
+        for parameter in model.parameters():
+            parameter.requires_grad_(strategy.scope == "all" and parameter.is_floating_point())
         for module in _moved_modules(model, strategy.scope):
             module.requires_grad_(True)
     model.head.requires_grad_(True)
@@ -202,8 +203,19 @@ def _add_adapters(model: SplitModel, rank: int) -> None:
     )
 
 
+BURN_IN = 10.0
+"""By how much the learning rate is higher in the first steps of a burn-in."""
+
+
 def finetune(
-    model: SplitModel, task: Task, strategy: Strategy, *, generator: torch.Generator, device: torch.device
+    model: SplitModel,
+    task: Task,
+    strategy: Strategy,
+    *,
+    generator: torch.Generator,
+    device: torch.device,
+    burn_in: int = 0,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Fine-tunes a model in place, endlessly: take as many steps as you want.
 
@@ -216,6 +228,8 @@ def finetune(
         strategy: optimizer, learning rate, batch size and scope.
         generator: draws the batches.
         device: where model and data are.
+        burn_in: first steps, which are taken at `BURN_IN` times the learning rate.
+        penalty: called once a step, in training mode; what it returns is added to the loss.
 
     Yields:
         The training loss of each step, a detached scalar, after the step.
@@ -223,13 +237,16 @@ def finetune(
     moved = [p for p in model.parameters() if p.requires_grad]
     optimizer = OPTIMIZERS[strategy.optimizer](moved, strategy.learning_rate, strategy.weight_decay)
     alone = _moved_modules(model, "last-block") if strategy.scope == "last-block" else []
-    for batch in task.batches("train", strategy.batch_size, generator=generator, device=device):
+    batches = task.batches("train", strategy.batch_size, generator=generator, device=device)
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups if step in (0, burn_in) else ():
+            group["lr"] = strategy.learning_rate * (BURN_IN if step < burn_in else 1)
         model.train(strategy.scope not in ("head", "last-block"))
         for module in alone:
             module.train()
         loss = task.loss(model, batch)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss if penalty is None else loss + penalty()).backward()  # type: ignore[no-untyped-call]
         if strategy.gradient != "raw":
             reshape_gradient(moved, strategy.gradient)
         optimizer.step()

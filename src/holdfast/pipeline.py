@@ -278,7 +278,8 @@ def run_recipe(
     run = Run(recipe.seed, chosen)
     with run.seeded("initialise"):
         model = load_model(recipe.model, benign, data_dir=data_dir, device=chosen)
-    if recipe.pretrain is None and recipe.model.weights is None and not recipe.model.options.get("pretrained"):
+    own = recipe.model.options.get("pretrained") or recipe.model.name.startswith("hf:")
+    if recipe.pretrain is None and recipe.model.weights is None and not own:
         raise HoldfastError(
             f"Recipe {recipe.title!r}: the model has no weights. Give `model.weights`, or `pretrain` to train one."
         )

@@ -17,7 +17,7 @@ from holdfast.defenses import DEFENSES, Defense, LinearDefense
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import MAX_THREADS
 from holdfast.finetune import Strategy
-from holdfast.models import ModelSpec
+from holdfast.models import ModelSpec, is_code
 from holdfast.study import StudySpec
 from holdfast.tasks import TaskSpec
 
@@ -249,9 +249,15 @@ _Schema = TypeVar("_Schema", Recipe, StudyRecipe)
 
 def _validate(settings: Mapping[str, Any], source: str, schema: type[_Schema]) -> _Schema:
     try:
-        return schema.model_validate(settings)
+        found = schema.model_validate(settings)
     except ValidationError as error:
         raise readable(error, f"Recipe {source}", schema) from error
+    if found.model is not None and is_code(found.model.name):  # nothing that was read from a file is executed
+        raise HoldfastError(
+            f"Recipe {source}: the model {found.model.name!r} is made by code, and a recipe has none run. Name it to "
+            "`holdfast immunize` and `holdfast audit` instead, if you trust it."
+        )
+    return found
 
 
 def readable(error: ValidationError, what: str, schema: type[BaseModel] | None) -> HoldfastError:

@@ -143,6 +143,7 @@ class Curve(_Result):
         description="The score at each budget on each fold of the test split; None: not finite."
     )
     batch_size: int = Field(description="Samples a step: the adversary's batch size, or all that it has.")
+    failure: str | None = Field(None, description="What the model's code raised; then no score is finite.")
 
     @model_validator(mode="after")
     def _one_value_a_budget(self) -> Self:

@@ -6,6 +6,7 @@ import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, final
 
 import torch
@@ -92,9 +93,7 @@ class Adversary(ABC):
         victim = model.clone().to(run.device)
         if self.frozen_body:
             victim, task = _head_on_features(victim, task)
-        scores: list[float | None] = []
-        losses: list[float | None] = []
-        folds: list[list[float] | None] = []
+        trace = Trace()
         since: list[Tensor] = []
         with run.seeded("attack", self.name, seed) as generator:
             work = self.run(victim, task, benign=benign, generator=generator, device=run.device)
@@ -102,20 +101,14 @@ class Adversary(ABC):
                 if step:
                     since.append(loss)
                 if step in budgets:
-                    outcomes = task.audit_outcomes(victim)
-                    scores.append(_finite(float(outcomes.mean())))
-                    folds.append(by_fold(outcomes) if scores[-1] is not None else None)
-                    losses.append(_finite(float(torch.stack(since).mean())) if since else None)
+                    trace.note(task.audit_outcomes(victim), torch.stack(since) if since else None)
                     since = []
-                    floor = floors[len(scores) - 1] if floors else None
-                    if floor is not None and _seen(folds[-1]) < floor:
+                    floor = floors[len(trace.scores) - 1] if floors else None
+                    if floor is not None and _seen(trace.folds[-1]) < floor:
                         break
                 if step >= budgets[-1]:
                     break
-        return Curve(
-            adversary=self.name, role=role, seed=seed, budgets=list(budgets[: len(scores)]), scores=scores,
-            losses=losses, folds=folds, batch_size=min(self.batch_size, task.size("train")),
-        )  # fmt: skip
+        return trace.curve(self, task, role, seed, budgets)
 
     @final
     def flops_per_step(self, model: SplitModel, task: Task, *, run: Run, benign: Task | None = None) -> float | None:
@@ -135,6 +128,35 @@ class Adversary(ABC):
             except (RuntimeError, NotImplementedError):
                 return None
             return float(counter.get_total_flops() - before)
+
+
+@dataclass
+class Trace:
+    """What an attack has reached so far: scores, by fold as well, and losses, at each budget."""
+
+    scores: list[float | None] = field(default_factory=list)
+    losses: list[float | None] = field(default_factory=list)
+    folds: list[list[float] | None] = field(default_factory=list)
+
+    def note(self, outcomes: Tensor, losses: Tensor | None) -> None:
+        """Adds a budget.
+
+        Args:
+            outcomes: the task's `audit_outcomes` of the model there.
+            losses: training losses of the steps since the budget before; None if there were none.
+        """
+        score = _finite(float(outcomes.mean()))
+        self.scores.append(score)
+        self.folds.append(by_fold(outcomes) if score is not None else None)
+        self.losses.append(_finite(float(losses.mean())) if losses is not None else None)
+
+    def curve(self, adversary: Adversary, task: Task, role: Role, seed: int, budgets: Sequence[int]) -> Curve:
+        """Returns the curve of an attack that may have ended before its last budget."""
+        return Curve(
+            adversary=adversary.name, role=role, seed=seed, budgets=list(budgets[: len(self.scores)]),
+            scores=self.scores, losses=self.losses, folds=self.folds,
+            batch_size=min(adversary.batch_size, task.size("train")),
+        )  # fmt: skip
 
 
 FOLDS = 20
@@ -175,7 +197,7 @@ def _head_on_features(model: SplitModel, task: Task) -> tuple[SplitModel, Task]:
 
 def _features(model: SplitModel, task: Task) -> tuple[Tensor, Tensor]:
     """Features of both splits; every probe of a battery asks for the same, so the last few are kept."""
-    device = next(model.parameters()).device
+    device = model.device
     with torch.no_grad():  # weights alone do not say what a network computes
         sample = model.eval().features(next(task.sweep("train", 8, device=device)).x).flatten().tolist()
     key = model.facts().sha256, task.facts().sha256, f"{device} {fingerprint(sample)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from holdfast.adversaries.base import Adversary
 from holdfast.adversaries.finetuning import FineTuning
@@ -73,3 +73,23 @@ def listed(name: str) -> tuple[Adversary, ...]:
     if isinstance(found, Search):
         raise HoldfastError(f"{name} is a search, and a list of adversaries is needed here: {', '.join(BATTERIES)}.")
     return found
+
+
+def build(config: dict[str, Any]) -> Adversary:
+    """Returns the adversary that has a `config()`, as results keep it.
+
+    Args:
+        config: the settings; those left out have their defaults.
+
+    Raises:
+        HoldfastError: for an unknown kind, setting or value.
+
+    Example:
+        >>> build({"kind": "finetuning", "initialisation": "head", "undo": ["revive"]}).name
+        'initFC+all adam 0.001 b50, revive'
+    """
+    kinds = {"finetuning": FineTuning.from_config, "probe": Probe.from_config}
+    kind = str(config.get("kind", ""))
+    if kind not in kinds:
+        raise unknown("kind of adversary", kind, kinds)
+    return kinds[kind](config)

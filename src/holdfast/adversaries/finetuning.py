@@ -1,16 +1,20 @@
-"""Fine-tuning as an adversary: initialisation x scope x optimizer x learning rate x batch size, by composition."""
+"""Fine-tuning as an adversary, by composition: a strategy, what is undone before, and what is added to the training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from holdfast import finetune
 from holdfast.adversaries.base import Adversary
+from holdfast.adversaries.undo import NEED_REFERENCE, UNDO, nothing_to_undo
+from holdfast.errors import HoldfastError, unknown
 from holdfast.finetune import Strategy
 from holdfast.models import SplitModel
 from holdfast.tasks import Task
@@ -18,29 +22,52 @@ from holdfast.tasks import Task
 
 @dataclass(frozen=True)
 class FineTuning(Adversary):
-    """Plain fine-tuning by one strategy.
+    """Fine-tuning by one strategy, perhaps after undoing what a defense may have done.
 
     Attributes:
         strategy: how it starts, what it moves, and with which optimizer.
-        name: by default spelled from the strategy, with the paper's words for start and scope.
+        name: by default spelled from the settings, with the paper's words for start and scope.
+        undo: moves of `UNDO` that are made first, in this order. "thaw" is always made where everything moves.
+        burn_in: first steps, which are taken at ten times the learning rate.
+        replay: weight of the loss on the model's own task, through the head that it came with. Needs the benign task.
+
+    Raises:
+        HoldfastError: for an unknown move, or a number out of range.
 
     Example:
         >>> FineTuning(Strategy("head", "all", "adam", 1e-3)).name
         'initFC+all adam 0.001 b50'
+        >>> FineTuning(Strategy("head"), undo=("equalise", "recalibrate"), burn_in=5, replay=0.5).name
+        'initFC+all adam 0.001 b50, equalise, recalibrate, burn-in 5, replay 0.5'
     """
 
     strategy: Strategy
     name: str = field(default="")
+    undo: tuple[str, ...] = ()
+    burn_in: int = 0
+    replay: float = 0.0
 
     def __post_init__(self) -> None:
+        for move in self.undo:
+            if move not in UNDO:
+                raise unknown("undo move", move, UNDO)
+        if self.burn_in < 0:
+            raise HoldfastError(f"burn_in is {self.burn_in}; expected at least 0.")
+        if not 0 <= self.replay < float("inf"):
+            raise HoldfastError(f"replay is {self.replay}; expected a weight of at least 0.")
+        object.__setattr__(self, "name", self.name or self._spelled())
+
+    def _spelled(self) -> str:
         s = self.strategy
         start = "initFC" if s.initialisation == "head" else s.initialisation
         scope = "FC" if s.scope == "head" else s.scope
         spelled = f"{start}+{scope} {s.optimizer} {s.learning_rate:g} b{s.batch_size}"
         spelled += f" wd{s.weight_decay:g}" if s.weight_decay else ""
         spelled += f" {s.gradient}" if s.gradient != "raw" else ""
-        spelled += f" r{s.rank}" if s.rank != 8 else ""
-        object.__setattr__(self, "name", self.name or spelled)
+        spelled += f" r{s.rank}" if s.rank != Strategy().rank else ""
+        options = [f"burn-in {self.burn_in}"] if self.burn_in else []
+        options += [f"replay {self.replay:g}"] if self.replay else []
+        return ", ".join([spelled, *self.undo, *options])
 
     @property
     def batch_size(self) -> int:  # type: ignore[override]
@@ -49,16 +76,107 @@ class FineTuning(Adversary):
 
     def not_applicable(self, model: SplitModel, task: Task) -> str | None:
         """See `Adversary.not_applicable`."""
-        return finetune.not_applicable(self.strategy, model, task)
+        reasons = (nothing_to_undo(move, model) for move in self.undo)
+        return finetune.not_applicable(self.strategy, model, task) or next((r for r in reasons if r is not None), None)
 
     def run(
         self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device
     ) -> Iterator[Tensor]:
         """See `Adversary.run`."""
-        finetune.prepare(model, self.strategy, task)
+        with _foreign(self.name, model):
+            penalty = self._start(model, task, benign, generator, device)
         yield torch.zeros((), device=device)
-        yield from finetune.finetune(model, task, self.strategy, generator=generator, device=device)
+        work = finetune.finetune(
+            model, task, self.strategy, generator=generator, device=device, burn_in=self.burn_in, penalty=penalty
+        )
+        while True:
+            with _foreign(self.name, model):
+                loss = next(work)
+            yield loss
+
+    def _start(
+        self, model: SplitModel, task: Task, benign: Task | None, generator: torch.Generator, device: torch.device
+    ) -> Callable[[], Tensor] | None:
+        """Undoes, puts the model where the strategy starts from, and returns the loss on the benign task, if any."""
+        needed = any(move in NEED_REFERENCE for move in self.undo)
+        reference = model.fresh() if needed else None
+        moves = ["thaw"] if (self.undo or self.strategy.scope == "all") and "thaw" not in self.undo else []
+        for move in [*moves, *self.undo]:
+            UNDO[move](model, model if reference is None else reference, task, generator, device)
+        penalty = self._replayed(model, benign, generator, device)
+        finetune.prepare(model, self.strategy, task, reference)
+        if "insert" in self.undo:
+            model.network.get_submodule(model.head_name.rpartition(".")[0]).requires_grad_(True)
+        return penalty
+
+    def _replayed(
+        self, model: SplitModel, benign: Task | None, generator: torch.Generator, device: torch.device
+    ) -> Callable[[], Tensor] | None:
+        if not self.replay:
+            return None
+        if benign is None:
+            raise HoldfastError(f"{self.name} mixes in benign data; give the model's own task (`benign`).")
+        return _Replay(model, benign, self.strategy.batch_size, self.replay, generator, device)
 
     def config(self) -> dict[str, Any]:
         """See `Adversary.config`."""
-        return {"kind": "finetuning", **self.strategy.settings()}
+        options = {"undo": list(self.undo), "burn_in": self.burn_in, "replay": self.replay}
+        return {"kind": "finetuning", **self.strategy.settings(), **{k: v for k, v in options.items() if v}}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Returns the adversary that has this `config`.
+
+        Raises:
+            HoldfastError: for a setting that there is not.
+        """
+        own = {k: config[k] for k in ("undo", "burn_in", "replay") if k in config}
+        rest = {k: v for k, v in config.items() if k not in own and k != "kind"}
+        known = Strategy.__dataclass_fields__
+        for key in rest:
+            if key not in known:
+                raise unknown("setting of fine-tuning", key, [*known, "undo", "burn_in", "replay"])
+        return cls(Strategy(**rest), **{**own, "undo": tuple(own.get("undo", ()))})
+
+
+class _Replay:
+    """The loss on the benign task through the head that the model came with, which stays as it was."""
+
+    def __init__(
+        self,
+        model: SplitModel,
+        benign: Task,
+        size: int,
+        weight: float,
+        generator: torch.Generator,
+        device: torch.device,
+    ) -> None:
+        self.model, self.benign, self.weight = model, benign, weight
+        self.head = copy.deepcopy(model.head).requires_grad_(False)
+        self.batches = benign.batches("train", size, generator=generator, device=device)
+
+    def __call__(self) -> Tensor:
+        own = self.model.head
+        norms = [m for m in self.model.modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase)]
+        momenta = [m.momentum for m in norms]
+        self.model.put_head(self.head)
+        for norm in norms:  # running statistics are for scores, on the restricted task
+            norm.momentum = 0.0
+        try:
+            return self.weight * self.benign.loss(self.model, next(self.batches))
+        finally:
+            self.model.put_head(own)
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+@contextmanager
+def _foreign(adversary: str, model: SplitModel) -> Iterator[None]:
+    """Whatever a foreign network raises inside becomes an error that says where."""
+    try:
+        yield
+    except (HoldfastError, StopIteration):
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise HoldfastError(f"{adversary} cannot be run on {model.name}: {type(error).__name__}: {reason}") from error

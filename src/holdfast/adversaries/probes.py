@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,18 @@ class Probe(Adversary):
         if self.solver != "adam":
             del settings["learning_rate"]
         return {"kind": "probe", **settings}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Returns the probe that has this `config`.
+
+        Raises:
+            HoldfastError: for a setting that there is not.
+        """
+        for key in config:
+            if key not in ("kind", "solver", "preparation", "learning_rate"):
+                raise unknown("setting of a probe", key, ("solver", "preparation", "learning_rate"))
+        return cls(**{k: v for k, v in config.items() if k != "kind"})
 
     def run(
         self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device

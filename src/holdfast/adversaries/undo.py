@@ -1,3 +1,510 @@
-"""Undo moves."""
+"""Undo: what an informed adversary tries first, before any fine-tuning.
 
-UNDO: dict[str, object] = {}
+Who knows that a model was made hard to fine-tune does not start from it as it is. Weights can be scaled back, dead
+units revived, statistics estimated again: each of it costs a few forward passes on the adversary's own samples. A
+defense that falls to one of these moves has hidden something and removed nothing.
+
+Each move changes the released copy in place, and knows what the adversary knows: his samples, and a freshly initialised
+model of the same architecture (`reference`). Moves that have nothing to do on a network leave it alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from holdfast.adversaries.looking import (
+    batch_statistics,
+    counterpart,
+    fresh_values,
+    in_order,
+    mend,
+    own_biases,
+    own_weights,
+    samples,
+    some_samples,
+)
+from holdfast.adversaries.modules import activations, put_affine, swap_activations
+from holdfast.models import SplitModel, is_normalisation
+from holdfast.tasks import Task
+
+Move = Callable[[SplitModel, SplitModel, Task, torch.Generator, torch.device], None]
+
+FACTOR = 3.0
+"""A layer whose outputs are this many times larger or smaller than in the reference is brought back by `equalise`."""
+SHRINK, NOISE = 0.5, 0.5
+WORST = 2
+"""Layers that `reset-worst` initialises anew."""
+
+
+def thaw(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Makes every floating-point tensor that the network computes with a trainable parameter, and drops gradient hooks.
+
+    Buffers and plain attributes that hide weights become parameters. Running statistics, which a forward pass in
+    training mode changes, and everything of normalisation layers stay what they are.
+
+    Example:
+        >>> from holdfast.tasks import load_task
+        >>> hiding = nn.Module()
+        >>> hiding.register_buffer("weight", torch.ones(64, 8))
+        >>> hiding.forward = lambda x: x @ hiding.weight
+        >>> model = SplitModel(nn.Sequential(nn.Flatten(), hiding, nn.Linear(8, 5)), "2")
+        >>> thaw(model, model, load_task("digits[0-4]"), torch.Generator(), torch.device("cpu"))
+        >>> [n for n, p in model.network.named_parameters() if p.requires_grad]
+        ['1.weight', '2.weight', '2.bias']
+    """
+    for module in model.network.modules():
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    steady = _steady(model, next(task.sweep("train", 8, device=device)).x) if _hidden(model) else []
+    before = model.dtype
+    made: dict[int, nn.Parameter] = {}
+    for name, key in steady:
+        module = model.network.get_submodule(name)
+        value = getattr(module, key)
+        delattr(module, key)
+        module.register_parameter(key, made.setdefault(id(value), nn.Parameter(value.detach())))
+    if model.dtype != before:
+        model.precision = before
+    for parameter in model.network.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+
+
+def _hidden(model: SplitModel) -> dict[tuple[str, str], Tensor]:
+    """Floating-point tensors that are no parameters, by (module, name)."""
+    return {
+        (name, key): value
+        for name, module in model.network.named_modules()
+        if not is_normalisation(module)
+        for key, value in [*module.named_buffers(recurse=False), *vars(module).items()]
+        if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isfinite().all())
+    }
+
+
+def _steady(model: SplitModel, x: Tensor) -> list[tuple[str, str]]:
+    """Which of them a forward pass in training mode leaves alone: weights, and no statistics."""
+    twin = model.clone().train()
+    before = {where: value.clone() for where, value in _hidden(twin).items()}
+    with torch.no_grad(), torch.random.fork_rng():
+        twin(torch.cat([x, x]) if len(x) == 1 else x)
+    after = _hidden(twin)
+    return [where for where, value in before.items() if where in after and torch.equal(after[where], value)]
+
+
+@torch.no_grad()
+def recalibrate(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Estimates BatchNorm's running statistics anew from the samples, and mends settings that make no sense.
+
+    Momentum outside (0, 1], an eps outside [1e-12, 0.1], statistics that are not tracked, and values that are not
+    finite are replaced by torch's defaults. With a single sample there is no variance: only settings are mended.
+    """
+    layers = [m for m in model.network.modules() if isinstance(m, _BatchNorm)]
+    for layer in layers:
+        layer.eps = layer.eps if 1e-12 <= layer.eps <= 0.1 else 1e-5
+        if layer.momentum is not None and not 0 < layer.momentum <= 1:
+            layer.momentum = 0.1
+        if layer.running_mean is None or layer.running_var is None:
+            like = next((t for t in layer.parameters()), next(model.network.parameters()))
+            layer.register_buffer("running_mean", torch.zeros(layer.num_features).to(like))
+            layer.register_buffer("running_var", torch.ones(layer.num_features).to(like))
+        if layer.num_batches_tracked is None:
+            layer.register_buffer("num_batches_tracked", torch.tensor(0, device=device))
+        layer.track_running_stats = True
+    if task.size("train") > 1:
+        _estimate(model, layers, task, generator, device)
+    for layer in layers:
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        torch.nan_to_num_(layer.running_mean, 0.0, 0.0, 0.0)
+        torch.nan_to_num_(layer.running_var, 1.0, 1.0, 1.0)
+
+
+def _estimate(
+    model: SplitModel, layers: list[_BatchNorm], task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    training, momenta = model.training, [layer.momentum for layer in layers]
+    model.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.train()
+        layer.momentum = None  # the plain mean over batches
+    for x in samples(task, generator, device):
+        if len(x) > 1:
+            model(x)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    model.train(training)
+
+
+@torch.no_grad()
+def rescale(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Scales the weights of each layer to the norm that they have in the reference.
+
+    A bias is scaled by all the factors since the last normalisation, and a normalisation's running statistics with
+    what arrives: in a network of layers in a row with ReLU the outputs change by one factor, and no prediction changes.
+    """
+    mend(model, reference)
+    arriving = 1.0
+    for name, layer in in_order(model, some_samples(task, generator, device)):
+        if is_normalisation(layer):
+            _absorb(layer, arriving)
+            arriving = 1.0
+            continue
+        arriving *= _scale_to_norm(layer, counterpart(reference, name))
+        for bias in own_biases(layer):
+            bias.mul_(arriving)
+
+
+def _scale_to_norm(layer: nn.Module, like: nn.Module | None) -> float:
+    """Scales a layer's weights to the norm that they would have if fresh; returns the factor."""
+    weights = own_weights(layer)
+    size = _norm(weights.values())
+    factor = _norm(fresh_values(layer, like, n) for n in weights) / size if size > 0 else 1.0
+    if factor <= 0:
+        return 1.0
+    for weight in weights.values():
+        weight.copy_(weight.double() * factor if weight.device.type != "mps" else weight * factor)
+    return factor
+
+
+def _norm(tensors: Any) -> float:
+    """Norm of several tensors together; by the largest entry first, since squares of tiny numbers vanish."""
+    found = [t.detach() for t in tensors]
+    peak = max((float(t.abs().max()) for t in found), default=0.0)
+    return peak * math.sqrt(sum(float((t / peak).square().sum()) for t in found)) if peak > 0 else 0.0
+
+
+def _absorb(layer: nn.Module, factor: float) -> None:
+    """Lets a normalisation layer expect inputs that are `factor` times larger."""
+    if isinstance(layer, _NormBase) and layer.running_mean is not None and layer.running_var is not None:
+        layer.running_mean.mul_(factor)
+        layer.running_var.mul_(factor**2)
+
+
+@torch.no_grad()
+def equalise(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Scales layers, in order of execution, so that their outputs on the samples are as large as in the reference.
+
+    Only those whose root mean square is off by more than `FACTOR`. Biases and running statistics go along as in
+    `rescale`, so that a network of layers in a row with ReLU changes by one factor only.
+    """
+    mend(model, reference)
+    x = some_samples(task, generator, device)
+    wanted = _output_sizes(reference, x)
+    layers = dict(reversed([(m, n) for n, m in in_order(model, x)]))
+    arriving = [1.0]
+    expected: list[tuple[nn.Module, float]] = []
+    seen: set[nn.Module] = set()
+
+    def before(layer: nn.Module, _: Any) -> None:
+        if layer in seen:
+            return
+        if is_normalisation(layer):
+            expected.append((layer, arriving[0]))
+            arriving[0] = 1.0
+            return
+        like = counterpart(reference, layers[layer])
+        off = _off(_norm(own_weights(layer).values()), _norm(fresh_values(layer, like, n) for n in own_weights(layer)))
+        if off > 1e6:  # beyond this, outputs may be too small or too large to be measured
+            arriving[0] *= _scale_to_norm(layer, like)
+        for bias in own_biases(layer):
+            bias.mul_(arriving[0])
+
+    def after(layer: nn.Module, _: Any, output: Any) -> Any:
+        if layer in seen or is_normalisation(layer):
+            return output
+        seen.add(layer)
+        own, target = _rms(output), wanted.get(layers[layer])
+        if target is None or own is None or _off(own, target) <= FACTOR:
+            return output
+        factor = target / own
+        for parameter in [*own_weights(layer).values(), *own_biases(layer)]:
+            parameter.mul_(factor)
+        arriving[0] *= factor
+        return output * factor
+
+    hooks = [h for m in layers for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
+    try:
+        with batch_statistics(model, x):
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for layer, factor in expected:
+        _absorb(layer, factor)
+
+
+def _off(own: float, wanted: float) -> float:
+    """By how many times two sizes differ; 1 where either is no size."""
+    if not (math.isfinite(own) and math.isfinite(wanted) and own > 0 and wanted > 0):
+        return 1.0
+    return max(own / wanted, wanted / own)
+
+
+def _rms(output: Any) -> float | None:
+    if not isinstance(output, Tensor) or not output.is_floating_point() or not output.numel():
+        return None
+    return _norm([output]) / math.sqrt(output.numel())
+
+
+def _output_sizes(model: SplitModel, x: Tensor) -> dict[str, float]:
+    """Root mean square of each layer's first output."""
+    found: dict[str, float] = {}
+
+    def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            size = _rms(output)
+            if size is not None:
+                found.setdefault(name, size)
+
+        return keep
+
+    hooks = [m.register_forward_hook(after(n)) for n, m in model.network.named_modules() if own_weights(m)]
+    try:
+        with batch_statistics(model, x):
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@torch.no_grad()
+def revive(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Gives units that say the same on every sample fresh incoming weights and no bias.
+
+    A unit is dead if what arrives from it at the next layer with weights is zero on all samples (or, with two samples
+    and more, constant). A BatchNorm between starts anew for this unit.
+    """
+    mend(model, reference)
+    x = some_samples(task, generator, device)
+    order = in_order(model, x)
+    for _ in order:  # a layer that is mostly dead hides those behind it: look again once it is revived
+        blind = False
+        for layer, norms, dead, name in _dead_units(model, order, x):
+            if not bool(dead.any()):
+                continue
+            blind = float(dead.float().mean()) >= 0.5
+            like = counterpart(reference, name)
+            for key, weight in own_weights(layer).items():
+                weight[dead] = fresh_values(layer, like, key)[dead]
+            for bias in own_biases(layer):
+                bias[dead] = 0
+            for norm in norms:
+                _renew_units(norm, dead)
+            if blind:
+                break
+        if not blind:
+            return
+
+
+def _renew_units(norm: nn.Module, units: Tensor) -> None:
+    state = {**dict(norm.named_parameters(recurse=False)), **dict(norm.named_buffers(recurse=False))}
+    for name, value in {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}.items():
+        found = state.get(name)
+        if found is not None and found.shape == units.shape:
+            found.masked_fill_(units, value)
+
+
+def _dead_units(
+    model: SplitModel, order: list[tuple[str, nn.Module]], x: Tensor
+) -> list[tuple[nn.Module, list[nn.Module], Tensor, str]]:
+    """For each layer with a successor: itself, the normalisations between, which units are dead, its name."""
+    constant: dict[nn.Module, Tensor] = {}
+
+    def before(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if layer in constant or not args or not isinstance(args[0], Tensor) or args[0].dim() < 2:
+            return
+        axis = 1 if isinstance(layer, nn.modules.conv._ConvNd) else -1
+        arriving = args[0].movedim(axis, -1).flatten(0, -2)
+        low, high = arriving.amin(0), arriving.amax(0)
+        constant[layer] = (low == high) if len(x) > 1 else (low == 0) & (high == 0)
+
+    hooks = [m.register_forward_pre_hook(before) for _, m in order if own_weights(m)]
+    try:
+        with batch_statistics(model, x):
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found: list[tuple[nn.Module, list[nn.Module], Tensor, str]] = []
+    last: tuple[str, nn.Module] | None = None
+    between: list[nn.Module] = []
+    for name, layer in order:
+        if is_normalisation(layer):
+            between.append(layer)
+            continue
+        if last is not None and layer in constant:
+            units = len(next(iter(own_weights(last[1]).values())))
+            if constant[layer].numel() % units == 0:  # flattened maps: a unit has several places
+                found.append((last[1], between, constant[layer].view(units, -1).all(1), last[0]))
+        last, between = (name, layer), []
+    return found
+
+
+@torch.no_grad()
+def shrink_perturb(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Halves every weight and adds half of a fresh one: w <- 0.5 w + 0.5 fresh, the reference being the noise."""
+    mend(model, reference)
+    for name, layer in model.network.named_modules():
+        for key, weight in own_weights(layer).items():
+            weight.mul_(SHRINK).add_(fresh_values(layer, counterpart(reference, name), key), alpha=NOISE)
+
+
+def activation(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Lets gradients pass every activation module, without a change of its outputs; see `Flowing`."""
+    swap_activations(model)
+
+
+def whiten(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Puts a fixed layer before the head after which the samples' features have the identity as covariance.
+
+    Directions that the samples do not use are scaled like the one that they use most. The head makes up for it.
+    """
+    z = _head_inputs(model, task, generator, device)
+    mean, precision = z.mean(0), torch.finfo(next(model.head.parameters()).dtype).eps
+    _, sigma, v = torch.linalg.svd(z - mean, full_matrices=True)
+    wide = torch.zeros(z.shape[1]).to(z)
+    wide[: len(sigma)] = sigma
+    used = wide > max(z.shape) * precision * wide.max()
+    if bool(used.any()):
+        scale = math.sqrt(len(z)) / torch.where(used, wide, wide.max())
+        put_affine(model, mean, (v.T * scale) @ v)
+
+
+def standardise(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Puts a fixed layer before the head after which each feature has mean 0 and deviation 1 on the samples.
+
+    A constant feature keeps its scale. The head makes up for it.
+    """
+    z = _head_inputs(model, task, generator, device)
+    deviation = z.std(0, correction=0)
+    varies = deviation > 1e-12 * deviation.max()
+    if bool(varies.any()):
+        put_affine(model, z.mean(0), torch.diag(torch.where(varies, 1 / deviation.clamp_min(1e-300), 1.0)))
+
+
+@torch.no_grad()
+def _head_inputs(model: SplitModel, task: Task, generator: torch.Generator, device: torch.device) -> Tensor:
+    """What the head gets, one row a vector of as many features as it takes; rows that are not finite are left out."""
+    caught: list[Tensor] = []
+    axis = 1 if isinstance(model.head, nn.Conv2d) else -1
+    place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    hook = model.head.register_forward_pre_hook(
+        lambda _, args: caught.append(args[0].movedim(axis, -1).flatten(0, -2).to(place, torch.float64))
+    )
+    training = model.training
+    try:
+        model.eval()
+        for x in samples(task, generator, device):
+            model(x)
+    finally:
+        hook.remove()
+        model.train(training)
+    z = torch.cat(caught)
+    return z[z.isfinite().all(1)] if bool(z.isfinite().all(1).any()) else torch.zeros_like(z)
+
+
+def reset_worst(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Initialises the `WORST` layers anew whose weights and gradients deviate most from the reference.
+
+    By the logarithms of the norm of the weights and of their gradient, both against the reference and against the
+    median over layers: that a trained network as a whole has larger weights or smaller gradients is no anomaly.
+    """
+    mend(model, reference)
+    own, fresh = (_statistics(m, task, generator.clone_state(), device) for m in (model, reference))
+    names = [n for n in own if n in fresh and n != model.head_name]
+    if not names:
+        return
+    anomaly = torch.zeros(len(names), dtype=torch.float64)
+    for i in range(2):
+        ratios = torch.tensor([own[n][i] - fresh[n][i] for n in names], dtype=torch.float64)
+        anomaly += (ratios - ratios.median()).abs()
+    worst = anomaly.argsort(descending=True, stable=True)[:WORST]
+    model.reinitialise([names[i] for i in worst], reference)
+
+
+def _statistics(
+    model: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> dict[str, tuple[float, float]]:
+    """Logarithms of the norms of each layer's weights and of their gradient under a fresh head."""
+    twin = model.clone()
+    twin.reset_head(task.num_outputs)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    batch = next(task.batches("train", 250, generator=generator, device=device))
+    with batch_statistics(twin, batch.x):
+        task.loss(twin, batch).backward()  # type: ignore[no-untyped-call]
+    tiny = 1e-300
+    return {
+        name: (
+            math.log(max(_norm(weights.values()), tiny)),
+            math.log(max(_norm(_finite(p.grad) for p in weights.values() if p.grad is not None), tiny)),
+        )
+        for name, layer in twin.network.named_modules()
+        if (weights := own_weights(layer))
+    }
+
+
+def _finite(gradient: Tensor) -> Tensor:
+    return torch.nan_to_num(gradient)
+
+
+def insert(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Puts a trainable linear layer before the head, the identity at first: a product of two learns differently."""
+    model.add_extractor()
+
+
+UNDO: Final[dict[str, Move]] = {
+    "thaw": thaw,
+    "recalibrate": recalibrate,
+    "rescale": rescale,
+    "equalise": equalise,
+    "revive": revive,
+    "shrink-perturb": shrink_perturb,
+    "activation": activation,
+    "whiten": whiten,
+    "standardise": standardise,
+    "reset-worst": reset_worst,
+    "insert": insert,
+}
+"""The moves by name."""
+
+NEED_REFERENCE: Final = frozenset({"rescale", "equalise", "revive", "shrink-perturb", "reset-worst"})
+
+
+def nothing_to_undo(move: str, model: SplitModel) -> str | None:
+    """Says why a move cannot be made, or would do nothing, on a model; None if it can."""
+    if move == "recalibrate" and not any(isinstance(m, _BatchNorm) for m in model.network.modules()):
+        return "it has no BatchNorm to recalibrate"
+    if move == "activation" and not activations(model):
+        return "it has no activation that is a module of its own"
+    reason = model.not_renewable() if move in NEED_REFERENCE else None
+    return None if reason is None else f"{move} compares with a fresh model, and {reason}"

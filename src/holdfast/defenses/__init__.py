@@ -7,11 +7,13 @@ from holdfast.defenses.condition import ConditionNumber, RIllOnly
 from holdfast.defenses.frontier import FrontierDefense, SignalFrontier
 from holdfast.defenses.imma import IMMA
 from holdfast.defenses.linear import LinearDefense, LinearProblem
+from holdfast.defenses.ntl import NTL
 from holdfast.defenses.opt_kappa import OptKappa
 from holdfast.defenses.sophon import Sophon
 
 DEFENSES: Final[dict[str, type[Defense]]] = {
     Sophon.name: Sophon,
+    NTL.name: NTL,
     FrontierDefense.name: FrontierDefense,
     SignalFrontier.name: SignalFrontier,
     ConditionNumber.name: ConditionNumber,
@@ -23,6 +25,7 @@ DEFENSES: Final[dict[str, type[Defense]]] = {
 __all__ = [
     "DEFENSES",
     "IMMA",
+    "NTL",
     "ConditionNumber",
     "Defense",
     "FrontierDefense",

@@ -1,20 +1,24 @@
-"""Models: a network split into a body and a head; built-in ones, and any of timm's."""
+"""Models: a network split into a body and a head; built-in ones, timm's, Hugging Face's, and anybody's code."""
 
-from holdfast.models.base import SplitModel, check_fits, check_same_architecture
+from holdfast.models.base import SplitModel
 from holdfast.models.blocks import is_normalisation
 from holdfast.models.catalog import ModelSpec, load_model, load_released
+from holdfast.models.code import is_code
 from holdfast.models.features import check_feature_width, feature_batches, feature_precision, features
+from holdfast.models.fitting import architecture_differences, check_fits, transplant
 
 __all__ = [
     "ModelSpec",
     "SplitModel",
+    "architecture_differences",
     "check_feature_width",
     "check_fits",
-    "check_same_architecture",
     "feature_batches",
     "feature_precision",
     "features",
+    "is_code",
     "is_normalisation",
     "load_model",
     "load_released",
+    "transplant",
 ]

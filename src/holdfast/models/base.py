@@ -1,23 +1,22 @@
-"""A network split into a body and a head, and the checks that refuse what cannot be split, trained or scored."""
+"""A network split into a body and a head."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
-from holdfast.execution import load_tensors, save_tensors, tensors_sha256
+from holdfast.execution import device_of, dtype_of, load_tensors, save_tensors, tensors_sha256
 from holdfast.models.blocks import Block, copy_layers, split_blocks
+from holdfast.models.heads import Appended, Head, duplicate, every_tensor, is_head, logits_of, outline
 from holdfast.results import ModelFacts
 from holdfast.tasks import Task
-
-Head = nn.Linear | nn.Conv2d
 
 
 class ExtractedHead(nn.Sequential):
@@ -30,26 +29,33 @@ class ExtractedHead(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the head's outputs, in the dtype of x."""
         extractor, head = self
-        inside = extractor(x.to(next(extractor.parameters()).dtype))
-        outputs: Tensor = head(inside.to(next(head.parameters()).dtype))
+        inside = extractor(x.to(dtype_of(extractor)))
+        outputs: Tensor = head(inside.to(dtype_of(head)))
         return outputs.to(x.dtype)
 
 
 class SplitModel(nn.Module):
     """A classifier as Holdfast sees it: input normalisation, a network, and the name of its last layer.
 
-    The state dict of `network` is the model's published one: normalisation adds no entries, so weights load into and
-    out of the plain architecture.
+    Where you do not know the last layer, `SplitModel.of` finds it. The state dict of `network` is the model's published
+    one: normalisation adds no entries, so weights load into and out of the plain architecture.
 
     Args:
-        network: maps normalised inputs to logits of shape (N, classes).
+        network: maps normalised inputs to logits of shape (N, classes), or (N, classes, 1, 1); or to something that
+            holds them as `logits`, or as its first tensor.
         head: dotted name of the layer that makes the logits; an `nn.Linear`, or a 1x1 `nn.Conv2d`.
         name: shown in reports.
         mean: subtracted from inputs in [0, 1], one value a channel (or one for all); None: nothing is normalised.
         std: divides them afterwards.
         factory: builds the same architecture anew, with weights from torch's global generator; used for the scratch
-            control. Without it, every layer must have `reset_parameters`.
+            control. Without it, every layer must have `reset_parameters`. To be sent to other processes, it must be
+            picklable: an object or a function of a module, not a lambda.
         spec: JSON-able description from which the architecture can be rebuilt; travels with saved weights.
+        channels_last: hand images over in channels-last layout, which is faster; False for code that cannot take it.
+
+    Attributes:
+        notes: what a reader of an audit should know of how the model was taken apart; in sentences.
+        code: SHA-256 of the source file that made the network, where somebody's own code did.
 
     Raises:
         HoldfastError: if the head is missing or is of another kind, or mean and std do not fit together.
@@ -70,6 +76,7 @@ class SplitModel(nn.Module):
         std: Iterable[float] | None = None,
         factory: Callable[[], nn.Module] | None = None,
         spec: dict[str, Any] | None = None,
+        channels_last: bool = True,
     ) -> None:
         super().__init__()
         self.network = network
@@ -77,6 +84,11 @@ class SplitModel(nn.Module):
         self.name = name
         self.factory = factory
         self.spec = spec
+        self.channels_last = channels_last
+        self.notes: tuple[str, ...] = ()
+        self.code: str | None = None
+        self.precision: torch.dtype | None = None
+        """What inputs are cast to; None: the first parameter's."""
         self._check_head()
         if (mean is None) != (std is None):
             raise HoldfastError("Give mean and std of the input normalisation together, or neither.")
@@ -89,6 +101,43 @@ class SplitModel(nn.Module):
             raise HoldfastError(
                 f"std of the input normalisation is {self.std.flatten().tolist()}; expected numbers above 0."
             )
+
+    @classmethod
+    def of(cls, network: nn.Module, task: Task, *, head: str | None = None, name: str = "model", **more: Any) -> Self:
+        """Wraps any network: finds its head by passing made-up inputs of a task's shape through a copy.
+
+        The head is the last layer that ran, is linear (an `nn.Linear`, or a 1x1 `nn.Conv2d`) and makes as many outputs
+        as the network. If there is none, the whole network becomes the body, and a linear layer that is the identity
+        is appended as the head; `notes` says so.
+
+        Args:
+            network: see `SplitModel`.
+            task: its input shape is used.
+            head: dotted name of the head, where the one that would be found is not the one that is meant.
+            name: shown in reports.
+            more: further arguments of `SplitModel`.
+
+        Raises:
+            HoldfastError: if the network cannot be copied or cannot take such inputs, or has no such head.
+
+        Example:
+            >>> from holdfast.tasks import load_task
+            >>> network = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.Tanh(), nn.Linear(9, 5), nn.Softplus())
+            >>> SplitModel.of(network, load_task("digits[0-4]")).head_name
+            '3'
+        """
+        seen = outline(network, task.input_shape, name)
+        layout = {"channels_last": seen.channels_last, **more}
+        if head is None and seen.head is None:
+            model = cls(Appended(network, seen.num_outputs), "head", name=name, **layout)
+            if model.factory is not None:
+                model.factory = AppendedFactory(model.factory, seen.num_outputs)
+            model.notes = (
+                f"No layer of {name} was found to make its logits; the whole network is the body, and a linear layer, "
+                "at first the identity, was appended as the head.",
+            )
+            return model
+        return cls(network, head or str(seen.head), name=name, **layout)
 
     def _check_head(self) -> None:
         try:
@@ -103,7 +152,7 @@ class SplitModel(nn.Module):
             raise HoldfastError(
                 f"{self.name}: the head {self.head_name!r} is {type(head).__name__}; expected Linear or Conv2d."
             )
-        if isinstance(head, nn.Conv2d) and (head.kernel_size != (1, 1) or head.groups != 1):
+        if not is_head(head):
             raise HoldfastError(
                 f"{self.name}: the head {self.head_name!r} is {head}; as a head it must be 1x1, ungrouped."
             )
@@ -121,26 +170,47 @@ class SplitModel(nn.Module):
         head = self.head
         return head.out_features if isinstance(head, nn.Linear) else head.out_channels
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is; of a network without tensors, the CPU."""
+        return device_of(self.network)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the network computes in, by its first weights, even if they are buffers."""
+        return dtype_of(self.network)
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns logits of shape (N, classes) for inputs as a task yields them, cast to the network's precision."""
-        x = x.to(next(self.network.parameters()).dtype)
+        x = x.to(self.precision or self.dtype)
         if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std
-        if x.dim() == 4:
+        if x.dim() == 4 and self.channels_last:
             # Channels last: convolutions of small networks run 2 to 3 times faster on a CPU.
             x = x.contiguous(memory_format=torch.channels_last)
-        logits: Tensor = self.network(x)
-        return logits.flatten(1)
+        return logits_of(self.network(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """Returns what the head receives, flattened to (N, D)."""
+        """Returns what the head receives, flattened to (N, D); see `with_features`."""
+        return self.with_features(x)[1]
+
+    def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logits, and what the head receives, flattened to (N, D), of one forward pass.
+
+        Raises:
+            HoldfastError: if the network does not use its head.
+        """
         caught: list[Tensor] = []
-        hook = self.head.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+        hook = self.head.register_forward_pre_hook(
+            lambda _, args, named: caught.append((*args, *named.values())[0]), with_kwargs=True
+        )
         try:
-            self(x)
+            logits = self(x)
         finally:
             hook.remove()
-        return caught[0].flatten(1)
+        if not caught:
+            raise HoldfastError(f"{self.name}: the network does not run its head {self.head_name!r}; name another.")
+        return logits, caught[0].flatten(1)
 
     def reset_head(self, num_outputs: int | None = None) -> None:
         """Replaces the head by a fresh one (torch's default initialisation, from its global generator)."""
@@ -158,7 +228,7 @@ class SplitModel(nn.Module):
         )
         self.put_head(new)
 
-    def put_head(self, head: Head) -> None:
+    def put_head(self, head: nn.Module) -> None:
         """Puts a layer in the head's place."""
         parent, _, leaf = self.head_name.rpartition(".")
         setattr(self.network.get_submodule(parent), leaf, head)
@@ -281,7 +351,11 @@ class SplitModel(nn.Module):
 
     def clone(self) -> SplitModel:
         """Returns a deep copy whose training leaves this model alone."""
-        return copy.deepcopy(self)
+        return duplicate(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The factory first: what unpickles it in another process imports the code that the network's classes are of.
+        return {"factory": self.factory, **self.__dict__}
 
     def fresh(self) -> SplitModel:
         """Returns a copy with newly initialised weights, from torch's global generator: the scratch control.
@@ -291,8 +365,7 @@ class SplitModel(nn.Module):
         """
         model = self.clone()
         if self.factory is not None:
-            reference = next(self.parameters())
-            model.network = self.factory().to(device=reference.device, dtype=reference.dtype)
+            model.network = self.factory().to(device=self.device, dtype=self.dtype)
             if self.has_extractor:
                 model.head_name = self.head_name.removesuffix(".1")
             if model.num_outputs != self.num_outputs:
@@ -318,8 +391,12 @@ class SplitModel(nn.Module):
         return None
 
     def facts(self, file_sha256: str | None = None) -> ModelFacts:
-        """Returns name, size and a hash of the weights (and buffers), for the provenance of a result."""
-        digest = tensors_sha256(self.network.state_dict())
+        """Returns name, size and a hash of the weights (and buffers), for the provenance of a result.
+
+        Tensors that a state dict leaves out are hashed as well, and so is the source of somebody's own code.
+        """
+        state = {**dict(every_tensor(self.network)), **self.network.state_dict()}
+        digest = tensors_sha256(state, self.code or "")
         count = sum(p.numel() for p in self.parameters())
         return ModelFacts(name=self.name, parameters=count, sha256=digest, file_sha256=file_sha256)
 
@@ -335,7 +412,9 @@ class SplitModel(nn.Module):
             HoldfastError: if the file is missing, is a pickle, or its tensors are not this architecture's.
         """
         tensors, _ = load_tensors(path)
-        own = self.network.state_dict()
+        own, target = self.network.state_dict(), self.network
+        if isinstance(target, Appended) and tensors.keys() == target.body.state_dict().keys():
+            own, target = target.body.state_dict(), target.body  # weights from before the head was appended
         problems = [f"no {n!r}" for n in own if n not in tensors]
         problems += [f"unexpected {n!r}" for n in tensors if n not in own]
         problems += [
@@ -359,7 +438,19 @@ class SplitModel(nn.Module):
                 else ""
             )
             raise HoldfastError(f"{str(path)!r} does not fit {self.name}: {'; '.join(problems[:4])}{more}.{hint}")
-        self.network.load_state_dict(tensors, strict=True)
+        target.load_state_dict(tensors, strict=True)
+
+
+@dataclass(frozen=True)
+class AppendedFactory:
+    """Builds a network anew and appends a head to it; see `SplitModel.of`."""
+
+    factory: Callable[[], nn.Module]
+    num_outputs: int
+
+    def __call__(self) -> nn.Module:
+        """Returns the network with an identity as its head."""
+        return Appended(self.factory(), self.num_outputs)
 
 
 def _has_own_tensors(module: nn.Module) -> bool:
@@ -367,101 +458,6 @@ def _has_own_tensors(module: nn.Module) -> bool:
 
 
 def _channels_last(model: SplitModel) -> SplitModel:
-    if any(p.dim() == 4 for p in model.parameters()):
+    if model.channels_last and any(p.dim() == 4 for p in model.parameters()):
         model.to(memory_format=torch.channels_last)
     return model
-
-
-def check_same_architecture(model: SplitModel, original: SplitModel) -> None:
-    """Refuses a model that is no other weights for the original's architecture: their scores would not compare.
-
-    An inserted extractor is allowed: it is a defense's, and part of what is audited.
-
-    Raises:
-        HoldfastError: naming the tensor, the head or the normalisation that differs.
-    """
-    own, other = (_shapes(m) for m in (model, original))
-    problems = [f"only the original has {n!r}" for n in other if n not in own]
-    problems += [f"only it has {n!r}" for n in own if n not in other]
-    problems += [f"{n!r} is {own[n]} instead of {other[n]}" for n in own if n in other and own[n] != other[n]]
-    if _plain_head(model) != _plain_head(original):
-        problems.append(f"its head is {model.head_name!r} instead of {original.head_name!r}")
-    for name in ("mean", "std"):
-        mine, theirs = (_plain(getattr(m, name)) for m in (model, original))
-        if mine != theirs:
-            problems.append(f"its input {name} is {mine} instead of {theirs}")
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise HoldfastError(
-            f"{model.name} is another architecture than the original ({original.name}): {'; '.join(problems[:4])}"
-            f"{more}. An audit compares weights of one architecture; give the original from before the immunization."
-        )
-
-
-def _plain_head(model: SplitModel) -> str:
-    return model.head_name.removesuffix(".1") if model.has_extractor else model.head_name
-
-
-def _shapes(model: SplitModel) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights as they would be without an extractor."""
-    plain, inserted = _plain_head(model), model.head_name.removesuffix("1") + "0."
-    return {
-        (name.replace(model.head_name, plain, 1) if name.startswith(f"{model.head_name}.") else name): tuple(
-            value.shape
-        )
-        for name, value in model.network.state_dict().items()
-        if not (model.has_extractor and name.startswith(inserted))
-    }
-
-
-def _plain(values: Tensor | None) -> list[float] | None:
-    return None if values is None else [round(v, 6) for v in values.flatten().tolist()]
-
-
-def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = True) -> None:
-    """Refuses, with the reason, a model that cannot be trained or scored on a task.
-
-    Args:
-        model: on any device; two samples of the task are passed through it in evaluation mode.
-        task: the task it is to work on.
-        own_task: whether the model's outputs must be this task's classes (its benign task), or may be more (a
-            restricted task that a fresh head will serve).
-        finite: whether its outputs must be finite.
-
-    Raises:
-        HoldfastError: no trainable parameters, inputs of another shape, another class count, non-finite outputs.
-    """
-    if not any(p.requires_grad for p in model.parameters()):
-        raise HoldfastError(
-            f"{model.name} has no trainable parameters; un-freeze what may be trained (requires_grad_)."
-        )
-    device = next(model.parameters()).device
-    batch = next(iter(task.batches("test", 2, device=device)))
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(batch.x)
-    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise HoldfastError(
-            f"{model.name} cannot take the inputs of task {task.name!r}, shape {task.input_shape}: "
-            f"{reason}. For images, set the task's image_size and channels to what the model "
-            "expects."
-        ) from error
-    finally:
-        model.train(training)
-    if logits.dim() != 2 or logits.shape[1] != model.num_outputs:
-        raise HoldfastError(
-            f"{model.name} returns {tuple(logits.shape)} for 2 inputs; its head {model.head_name!r} says (2, "
-            f"{model.num_outputs})."
-        )
-    if own_task and model.num_outputs != task.num_outputs:
-        raise HoldfastError(
-            f"{model.name} has {model.num_outputs} outputs and its task {task.name!r} {task.num_outputs} classes; "
-            "they must agree. Keep the right classes with NAME[...], or build the model for this task."
-        )
-    if finite and not bool(logits.isfinite().all()):
-        raise HoldfastError(
-            f"{model.name} returns values that are not finite on task {task.name!r}; its weights are unusable."
-        )

@@ -14,10 +14,14 @@ from torch import nn
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import load_tensors
-from holdfast.models.base import SplitModel, _channels_last, check_fits
+from holdfast.models.base import SplitModel, _channels_last
 from holdfast.models.builtin import BUILTIN
+from holdfast.models.code import Code, is_code, loaded_layers, renew
+from holdfast.models.fitting import check_fits
 from holdfast.tasks import Task
 from holdfast.tasks.catalog import DATA_VARIABLE
+
+Values = tuple[float, ...]
 
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
@@ -27,11 +31,12 @@ class ModelSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(description="`cnn`, `mlp`, `cifar_resnet`, or `timm:NAME`.")
+    name: str = Field(description="`cnn`, `mlp`, `cifar_resnet`, `timm:NAME`, `hf:NAME` or `file.py:function`.")
     weights: str | None = Field(
         None, description="A .safetensors file; relative paths are also sought in the data folder."
     )
     options: dict[str, Any] = Field({}, description="Arguments of the architecture, such as `width: 32`.")
+    head: str | None = Field(None, description="Dotted name of the head, where another than the one found is meant.")
     mean: tuple[float, ...] | None = Field(None, description="Input normalisation; by default the architecture's.")
     std: tuple[float, ...] | None = None
     extractor: bool = Field(False, description="Whether the weights have a linear extractor inserted before the head.")
@@ -48,6 +53,8 @@ def load_model(
 
     Args:
         model: a name, a `ModelSpec`, or the path of a `model.safetensors` that Holdfast saved (it carries its spec).
+            `hf:NAME` comes with its weights; `file.py:function` and `module:function` run somebody's code, which you
+            must trust.
         task: its input shape and number of classes size the model.
         data_dir: also searched for relative weight files.
         device: where the model is put.
@@ -64,26 +71,29 @@ def load_model(
         5
     """
     spec = _spec(model, data_dir)
-    # What is rebuilt later, for the scratch control or from a saved file, must not fetch pretrained weights again.
-    plain = spec.model_copy(update={"options": {k: v for k, v in spec.options.items() if k != "pretrained"}})
-    network, head, norm = _build(plain if spec.weights else spec, task.input_shape, task.num_outputs)
-    mean, std = (spec.mean or (norm[0] if norm else None)), (spec.std or (norm[1] if norm else None))
-    built = SplitModel(
-        network,
-        head,
-        name=spec.name,
-        mean=mean,
-        std=std,
-        factory=_Factory(plain, task.input_shape, task.num_outputs),
-        spec=plain.model_dump(exclude={"weights"}),
-    )
+    built = _build(spec, task.input_shape, task.num_outputs, data_dir)
+    mean, std = (values or default for values, default in zip((spec.mean, spec.std), built.norm, strict=True))
+    more: dict[str, Any] = {
+        "name": built.plain.name,
+        "mean": mean,
+        "std": std,
+        "factory": _Factory(built.plain, task.input_shape, task.num_outputs, built.code),
+        "spec": built.plain.model_dump(exclude={"weights"}),
+    }
+    head = spec.head or built.head
+    if built.foreign:
+        found = SplitModel.of(built.network, task, head=head, **more)
+        found.notes += built.notes
+        found.code = built.code.sha256 if built.code else None
+    else:
+        found = SplitModel(built.network, str(head), **more)
     if spec.extractor:
-        built.add_extractor()
-    if spec.weights is not None:
-        built.load(_find(spec.weights, data_dir))
-    built = _channels_last(built.to(device))
-    check_fits(built, task, own_task=True)
-    return built
+        found.add_extractor()
+    if spec.weights is not None and not built.loaded:
+        found.load(_find(spec.weights, data_dir))
+    found = _channels_last(found.to(device))
+    check_fits(found, task, own_task=True, trainable=False)
+    return found
 
 
 @dataclass(frozen=True)
@@ -93,39 +103,66 @@ class _Factory:
     spec: ModelSpec
     input_shape: tuple[int, ...]
     num_outputs: int
+    code: Code | None = None
 
     def __call__(self) -> nn.Module:
-        return _build(self.spec, self.input_shape, self.num_outputs)[0]
+        if self.code is None:
+            return _build(self.spec, self.input_shape, self.num_outputs).network
+        state = torch.get_rng_state()
+        twice = [_plain_network(self.code.build(self.input_shape, self.num_outputs, self.spec.options)) for _ in "ab"]
+        if any(renewed := loaded_layers(*twice)):
+            torch.set_rng_state(state)  # the function may have put its own seed in the place of ours
+            renew(twice[1], renewed, self.spec.name)
+        return twice[1]
 
 
 def load_released(
-    name: str, weights: Path | str | None, task: Task, *, data_dir: Path | str | None = None
+    name: str,
+    weights: Path | str | None,
+    task: Task,
+    *,
+    head: str | None = None,
+    own_head: bool = True,
+    data_dir: Path | str | None = None,
 ) -> SplitModel:
     """Loads a model that has weights, as the command line names it.
 
     Args:
-        name: a `model.safetensors` that Holdfast saved, or an architecture.
+        name: a `model.safetensors` that Holdfast saved; `timm:NAME` or `hf:NAME`, with their own weights if there are
+            no others; `module:function` or `file.py:function`, whose code is run; or an architecture.
         weights: the weights, where `name` is an architecture.
         task: see `load_model`.
+        head: dotted name of the head, where it is not to be found.
+        own_head: whether pretrained weights must bring a head for the task's classes; else it is a fresh one.
         data_dir: see `load_model`.
 
     Raises:
         HoldfastError: see `load_model`; and if an architecture comes without weights.
     """
-    is_file = name.endswith(_WEIGHT_SUFFIXES)
-    if not is_file and weights is None:
+    if name.endswith(_WEIGHT_SUFFIXES):
+        return load_model(_spec(name, data_dir, head), task, data_dir=data_dir)
+    options: dict[str, Any] = {}
+    if weights is None and name.startswith("timm:"):
+        from holdfast.models.timm import check_own_head
+
+        if own_head:
+            check_own_head(name.removeprefix("timm:"), task.num_outputs)
+        options = {"pretrained": True}
+    elif weights is None and name.startswith("hf:"):
+        options = {} if own_head else {"num_labels": task.num_outputs}
+    elif weights is None and not is_code(name):
         _build(ModelSpec(name=name), task.input_shape, task.num_outputs)
         raise HoldfastError(
             f"{name!r} is an architecture without weights; add its weights (.safetensors), or give a "
             "model.safetensors that Holdfast saved."
         )
-    spec = name if is_file else ModelSpec(name=name, weights=str(weights))
-    return load_model(spec, task, data_dir=data_dir)
+    described = ModelSpec(name=name, options=options, head=head, weights=None if weights is None else str(weights))
+    return load_model(described, task, data_dir=data_dir)
 
 
-def _spec(model: str | ModelSpec, data_dir: Path | str | None) -> ModelSpec:
+def _spec(model: str | ModelSpec, data_dir: Path | str | None, head: str | None = None) -> ModelSpec:
     if isinstance(model, ModelSpec):
-        return model
+        return _with_extractor(model, data_dir)
     if not model.endswith(_WEIGHT_SUFFIXES):
         return ModelSpec(name=model)
     path = _find(model, data_dir)
@@ -136,9 +173,24 @@ def _spec(model: str | ModelSpec, data_dir: Path | str | None) -> ModelSpec:
             "weights (`cnn --weights FILE`)."
         )
     try:
-        return ModelSpec.model_validate({**meta["model"], "weights": str(path)})
+        spec = ModelSpec.model_validate({**meta["model"], "weights": str(path)})
     except ValidationError as error:
         raise HoldfastError(f"{model!r} carries an unusable description of its architecture: {error}.") from error
+    if is_code(spec.name):  # nothing that was read from a file is executed
+        raise HoldfastError(
+            f"{model!r} is for a network that code makes, {spec.name!r}, and no file of weights may have code run. If "
+            "you trust the code, name it as the model and this file as its weights (`file.py:function --weights FILE`)."
+        )
+    return spec.model_copy(update={"head": head}) if head is not None else spec
+
+
+def _with_extractor(spec: ModelSpec, data_dir: Path | str | None) -> ModelSpec:
+    """Weights that Holdfast saved say whether they have an extractor, also where their architecture is named."""
+    if spec.weights is None or spec.extractor:
+        return spec
+    described = load_tensors(_find(spec.weights, data_dir))[1].get("model")
+    inserted = isinstance(described, dict) and described.get("extractor") is True
+    return spec.model_copy(update={"extractor": True}) if inserted else spec
 
 
 def _find(weights: str, data_dir: Path | str | None) -> Path:
@@ -151,15 +203,42 @@ def _find(weights: str, data_dir: Path | str | None) -> Path:
     raise HoldfastError(f"No weights at {' or '.join(repr(str(p)) for p in places)}: the file does not exist.")
 
 
-def _build(
-    spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int
-) -> tuple[nn.Module, str, tuple[tuple[float, ...], tuple[float, ...]] | None]:
-    if spec.name.startswith("timm:"):
-        from holdfast.models.timm import build_timm
+@dataclass(frozen=True)
+class _Built:
+    """A network, and what is known of it.
 
-        return build_timm(spec.name.removeprefix("timm:"), input_shape, num_outputs, spec.options)
+    Attributes:
+        network: with its own weights, if its name stands for some.
+        plain: the spec that builds the same architecture with fresh weights, without fetching or reading any.
+        head: dotted name of the head; None: it is still to be found.
+        norm: mean and std of the input normalisation, or twice None.
+        foreign: whether nothing is known about its code.
+        loaded: whether the weights of the spec are in it.
+        code: what made it, if that is somebody's own code.
+        notes: see `SplitModel`.
+    """
+
+    network: nn.Module
+    plain: ModelSpec
+    head: str | None = None
+    norm: tuple[Values | None, Values | None] = (None, None)
+    foreign: bool = False
+    loaded: bool = False
+    code: Code | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _build(
+    spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None = None
+) -> _Built:
+    if spec.name.startswith("timm:"):
+        return _build_timm(spec, input_shape, num_outputs)
+    if spec.name.startswith("hf:"):
+        return _build_huggingface(spec, input_shape, data_dir)
+    if is_code(spec.name):
+        return _build_code(spec, input_shape, num_outputs)
     if spec.name not in BUILTIN:
-        raise unknown("model", spec.name, [*BUILTIN, "timm:NAME"])
+        raise unknown("model", spec.name, [*BUILTIN, "timm:NAME", "hf:NAME", "file.py:FUNCTION"])
     builder, head, norm = BUILTIN[spec.name]
     known = [p.name for p in inspect.signature(builder).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option in spec.options:
@@ -174,6 +253,76 @@ def _build(
         raise HoldfastError(
             f"Model {spec.name!r} cannot be built for inputs of shape {input_shape} with {spec.options}: {error}."
         ) from error
-    if len(input_shape) != 3:
-        norm = None
-    return network, head, norm
+    return _Built(network, spec, head, norm if norm and len(input_shape) == 3 else (None, None))
+
+
+def _build_timm(spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int) -> _Built:
+    from holdfast.models.timm import build_timm
+
+    # What is rebuilt later, for the scratch control or from a saved file, must not fetch pretrained weights again.
+    plain = spec.model_copy(update={"options": {k: v for k, v in spec.options.items() if k != "pretrained"}})
+    options = (plain if spec.weights else spec).options
+    network, head, norm = build_timm(spec.name.removeprefix("timm:"), input_shape, num_outputs, options)
+    return _Built(network, plain, head, _for_channels(norm, input_shape))
+
+
+def _build_huggingface(spec: ModelSpec, input_shape: tuple[int, ...], data_dir: Path | str | None) -> _Built:
+    from holdfast.models import huggingface
+
+    unused = [o for o in spec.options if o not in ("config", "num_labels")]
+    if unused:
+        raise unknown(f"option of model {spec.name!r}:", unused[0], ["config", "num_labels"])
+    config = spec.options.get("config")
+    if config is not None:
+        return _Built(huggingface.architecture(spec.name.removeprefix("hf:"), config), spec, foreign=True)
+    place = _folder(spec.name.removeprefix("hf:"), data_dir)
+    network, config = (
+        huggingface.with_weights(place, _find(spec.weights, data_dir))
+        if spec.weights
+        else huggingface.pretrained(place, **spec.options)
+    )
+    norm = huggingface.normalisation(place)
+    mean, std = _for_channels(norm, input_shape) if norm is not None else (None, None)
+    name = f"hf:{Path(place).name}" if Path(place).is_dir() else spec.name
+    plain = spec.model_copy(
+        update={"name": name, "options": {"config": config}, "mean": spec.mean or mean, "std": spec.std or std}
+    )
+    missing = f"{name} comes without a preprocessor configuration; images in [0, 1] are handed to it as they are."
+    return _Built(
+        network,
+        plain,
+        norm=(mean, std),
+        foreign=True,
+        loaded=True,
+        notes=() if norm is not None or spec.mean else (missing,),
+    )
+
+
+def _build_code(spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int) -> _Built:
+    code = Code.named(spec.name)
+    made = code.build(input_shape, num_outputs, spec.options)
+    plain = spec.model_copy(update={"name": code.label})
+    if not isinstance(made, SplitModel):
+        return _Built(made, plain, foreign=True, code=code)
+    mean, std = (None if v is None else tuple(v.flatten().tolist()) for v in (made.mean, made.std))
+    return _Built(made.network, plain, made.head_name, (mean, std), foreign=True, code=code, notes=made.notes)
+
+
+def _plain_network(made: nn.Module) -> nn.Module:
+    return made.network if isinstance(made, SplitModel) else made
+
+
+def _for_channels(norm: tuple[Values, Values], input_shape: tuple[int, ...]) -> tuple[Values, Values]:
+    """Normalisation of images with another number of channels is the mean of what each channel had."""
+    mean, std = norm
+    if len(mean) in (1, input_shape[0]):
+        return mean, std
+    return (sum(mean) / len(mean),), (sum(std) / len(std),)
+
+
+def _folder(name: str, data_dir: Path | str | None) -> str:
+    """A folder of that name, here or in the data folder; else the name itself, which is then one of the Hub."""
+    data_dir = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
+    path = Path(name).expanduser()
+    places = [path] if data_dir is None else [path, Path(data_dir).expanduser() / path]
+    return next((str(place) for place in places if place.is_dir()), name)

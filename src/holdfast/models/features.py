@@ -34,7 +34,7 @@ def feature_batches(model: SplitModel | None, task: Task, split: Split) -> Itera
         >>> x.shape, y.shape
         (torch.Size([223, 64]), torch.Size([223, 5]))
     """
-    device = CPU if model is None else next(model.parameters()).device
+    device = CPU if model is None else model.device
     training = model is not None and model.training
     if model is not None:
         model.eval()
@@ -56,7 +56,7 @@ def features(model: SplitModel | None, task: Task, split: Split) -> tuple[Tensor
 
 def feature_precision(model: SplitModel | None, task: Task) -> float:
     """Returns eps of the arithmetic that features are computed in: the network's, or the inputs' own."""
-    dtype = next(model.parameters()).dtype if model is not None else next(task.sweep("train", 1, device=CPU)).x.dtype
+    dtype = model.dtype if model is not None else next(task.sweep("train", 1, device=CPU)).x.dtype
     return torch.finfo(dtype).eps
 
 
@@ -67,7 +67,7 @@ def check_feature_width(model: SplitModel, task: Task) -> None:
     Raises:
         HoldfastError: if a sample's features are more numbers than the head takes.
     """
-    device = next(model.parameters()).device
+    device = model.device
     training = model.training
     found = model.eval().features(next(task.sweep("train", 2, device=device)).x).shape[1]
     model.train(training)

@@ -8,6 +8,7 @@ import timm
 from torch import nn
 
 from holdfast.errors import HoldfastError, unknown
+from holdfast.models.heads import first_line
 
 REFUSED_OPTIONS = {
     "checkpoint_path": "would open a file that may be a pickle",
@@ -59,14 +60,34 @@ def build_timm(
     try:
         model = timm.create_model(name, **given)
     except Exception as error:  # whatever its hundreds of models raise, it is for these arguments
+        if options.get("pretrained"):
+            raise HoldfastError(
+                f"timm:{name} cannot be created with its own weights: {type(error).__name__}: {first_line(error)}. "
+                "They are fetched from a network (or timm's cache); else give weights (.safetensors) with --weights."
+            ) from error
         raise HoldfastError(
             f"timm:{name} cannot be created with {given}: {type(error).__name__} {error}".rstrip(". ") + "."
         ) from error
     config = model.pretrained_cfg
-    mean, std = tuple(config["mean"]), tuple(config["std"])
-    if len(mean) != input_shape[0]:
-        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    return model, find_head(name, model), (mean, std)
+    return model, find_head(name, model), (tuple(config["mean"]), tuple(config["std"]))
+
+
+def check_own_head(name: str, num_outputs: int) -> None:
+    """Refuses a pretrained model whose head is for other classes: timm would put an untrained one in its place.
+
+    Raises:
+        HoldfastError: if so, or if timm does not know the name or has no weights for it.
+    """
+    if not timm.is_model(name):
+        raise unknown("timm model", name, timm.list_models())
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise HoldfastError(f"timm has no weights of its own for timm:{name}; give weights (.safetensors).")
+    if config.num_classes != num_outputs:
+        raise HoldfastError(
+            f"timm:{name} is trained for {config.num_classes} classes, and the task has {num_outputs}: it would get an "
+            "untrained head. Train one first, and name the .safetensors that Holdfast saved."
+        )
 
 
 def find_head(name: str, model: Any) -> str:

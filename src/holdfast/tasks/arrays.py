@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
+from holdfast.execution import device_of
 from holdfast.results import TaskFacts
 from holdfast.tasks.base import Batch, Kind, Split, Task
 
@@ -124,6 +125,9 @@ class ArrayTask(Task):
         self.num_outputs = len(self.class_names)
         self.chance = int(torch.bincount(y["test"]).max()) / len(y["test"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_resident": {}}  # copies on a device; who gets this has one of its own
+
     def _with(
         self, name: str, x: dict[str, Tensor], y: dict[str, Tensor], classes: Sequence[str] | None = None
     ) -> Self:
@@ -190,7 +194,7 @@ class ArrayTask(Task):
     @torch.no_grad()
     def outcomes(self, model: nn.Module, split: Split = "test") -> Tensor:
         """See `Task.outcomes`: 1 for a sample whose class is found, else 0; their mean is the accuracy."""
-        device = next(model.parameters()).device
+        device = device_of(model)
         training = model.training
         model.eval()
         x, y = self._on(split, device)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from holdfast.execution import device_of, dtype_of
 from holdfast.tasks.arrays import SCORE_BATCH, Array, ArrayTask
 from holdfast.tasks.base import Batch, Kind, Split
 
@@ -100,7 +101,7 @@ class RegressionTask(ArrayTask):
         """See `Task.outcomes`: squared errors."""
         training = model.training
         model.eval()
-        x, y = self._on(split, next(model.parameters()).device)
+        x, y = self._on(split, device_of(model))
         parts = []
         for start in range(0, len(y), SCORE_BATCH):
             outputs = model(_like(model, x[start : start + SCORE_BATCH])).squeeze(-1)
@@ -111,4 +112,4 @@ class RegressionTask(ArrayTask):
 
 
 def _like(model: nn.Module, values: Tensor) -> Tensor:
-    return values.to(next(model.parameters()).dtype)
+    return values.to(dtype_of(model))

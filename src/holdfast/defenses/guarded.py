@@ -1,0 +1,266 @@
+"""What defenses that train a whole network share: a guard on the benign score, and a state to continue from."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.defenses.base import Defense, Record
+from holdfast.errors import HoldfastError
+from holdfast.execution import (
+    Run,
+    derive_seed,
+    fingerprint,
+    load_tensors,
+    optimizer_tensors,
+    restore_optimizer,
+    save_tensors,
+)
+from holdfast.models import SplitModel
+from holdfast.results import Event
+from holdfast.tasks import Task
+
+
+@dataclass
+class GuardedDefense(Defense):
+    """A defense in rounds, watched by a guard on held-out benign data.
+
+    Attributes:
+        iterations: rounds.
+        guard: watch for non-finite values and for the benign score; without it, a non-finite value ends the defense.
+        guard_every: rounds between two looks at the benign score.
+        max_benign_drop: how far the held-out benign score may fall below the original's in a good state.
+        max_rollbacks: the guard gives up after as many; the last good state is then the result.
+        holdout: share of the benign training data kept back for the guard.
+
+    Raises:
+        HoldfastError: for a value out of range.
+    """
+
+    iterations: int = 800
+    guard: bool = True
+    guard_every: int = 10
+    max_benign_drop: float = 0.05
+    max_rollbacks: int = 20
+    holdout: float = 0.1
+
+    def __post_init__(self) -> None:
+        self.refuse_below_one("iterations", "guard_every", "max_rollbacks")
+        if not 0 <= self.max_benign_drop <= 1:
+            raise HoldfastError(
+                f"{self.name}: max_benign_drop is {self.max_benign_drop}; expected a share from 0 to 1."
+            )
+        if not 0 < self.holdout < 1:
+            raise HoldfastError(f"{self.name}: holdout is {self.holdout}; expected a share between 0 and 1.")
+
+    def refuse_below_one(self, *names: str) -> None:
+        """Refuses fields under 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise HoldfastError(f"{self.name}: {name} is {getattr(self, name)}; expected at least 1.")
+
+    def refuse_not_above_zero(self, *names: str) -> None:
+        """Refuses fields that are no finite numbers above 0; None is let through."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise HoldfastError(f"{self.name}: {name} is {value}; expected a number above 0.")
+
+
+Config = TypeVar("Config", bound=GuardedDefense)
+
+
+class Immunization(ABC, Generic[Config]):
+    """One run of a guarded defense: what a checkpoint holds, and the guard's memory.
+
+    A subclass says what a round is, which optimizers it has, and what happens where the benign score is too low.
+
+    Args:
+        config: the defense.
+        model: left as it is; `self.model` is the copy that is trained.
+        benign: `self.benign` is without the part that the guard looks at, `self.held_out`.
+        restricted: the defender's half.
+        run: seed, device, folder.
+        rate: learning rate that the guard halves; `self.rate`.
+    """
+
+    title: ClassVar[str]
+    series: ClassVar[tuple[str, ...]]
+    """The history's, beside `iteration` and `benign_score`; the bar shows the first."""
+
+    def __init__(
+        self, config: Config, model: SplitModel, benign: Task, restricted: Task, run: Run, *, rate: float
+    ) -> None:
+        self.config, self.run, self.restricted, self.rate = config, run, restricted, rate
+        self.benign, self.held_out = benign.holdout(config.holdout, derive_seed(run.seed, config.name, "holdout"))
+        self.model = model.clone().to(run.device)
+        self.optimizers = self.make_optimizers()
+        self.record = Record(history={k: [] for k in ("iteration", *self.series, "benign_score")})
+        self.round, self.rollbacks = 0, 0
+        self.belongs_to = fingerprint(
+            [
+                config.config(),
+                run.seed,
+                model.facts().sha256,
+                benign.facts().sha256,
+                restricted.facts().sha256,
+            ]
+        )
+        self.original_score = self.held_out.score(self.model)
+        self.good = self._snapshot()
+
+    @abstractmethod
+    def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Returns fresh optimizers of `self.model` by name, at the present rates."""
+
+    @abstractmethod
+    def one_round(self, generator: torch.Generator) -> dict[str, list[float]]:
+        """Trains the model, and returns the values of each of the `series` in this round."""
+
+    @abstractmethod
+    def too_low(self, why: str) -> None:
+        """What the guard does where the held-out benign score is under the floor."""
+
+    def finish(self) -> tuple[SplitModel, Record]:
+        """Does the rounds that are missing, and returns the result."""
+        self._resume()
+        config = self.config
+        with self.run.progress(f"Immunizing ({self.title})", config.iterations, self.round) as bar:
+            while self.round < config.iterations and self.record.completed:
+                with self.run.seeded(config.name, self.round, self.rollbacks) as generator:
+                    sound = self._note(self.one_round(generator))
+                self.round += 1
+                if not sound:
+                    self._not_finite()
+                if not sound or self.round % config.guard_every == 0 or self.last:
+                    score = self._look() if sound else math.nan
+                    self._save()
+                    bar.tick(f"benign {score:.3f}, {self.series[0].replace('_', ' ')} {self._shown(self.series[0])}")
+                else:
+                    bar.tick()
+        self.model.eval()
+        return self.model, self.record
+
+    @property
+    def last(self) -> bool:
+        """Whether no round is left."""
+        return self.round == self.config.iterations
+
+    def _note(self, values: Mapping[str, list[float]]) -> bool:
+        """Writes a round into the history; False if anything is not finite."""
+        history = self.record.history
+        history["iteration"].append(self.round + 1)
+        history["benign_score"].append(None)
+        for name in self.series:
+            history[name].append(_mean(values[name]))
+        finite = all(math.isfinite(v) for name in self.series for v in values[name])
+        return finite and all(bool(p.isfinite().all()) for p in self.model.parameters())
+
+    def training_mode(self) -> None:
+        """Training mode, but for normalisations whose parameters are frozen: their statistics are frozen with them."""
+        self.model.train()
+        for module in self.model.modules():
+            own = list(module.parameters(recurse=False))
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and own and not any(p.requires_grad for p in own):
+                module.eval()
+
+    def _look(self) -> float:
+        """The guard keeps a good state; returns the score it saw."""
+        config = self.config
+        score = self.held_out.score(self.model)
+        self.record.history["benign_score"][-1] = score if math.isfinite(score) else None
+        floor = self.original_score - config.max_benign_drop
+        if score >= floor:
+            self.good = self._snapshot()
+        elif config.guard:
+            self.too_low(f"held-out benign score {score:.3f} is under the floor {floor:.3f}")
+        return score
+
+    def _not_finite(self) -> None:
+        if self.config.guard:
+            self.go_back("a loss or a weight is not finite")
+        else:
+            self.say("a loss or a weight is not finite; the guard is off, so this is where it ends")
+            self.record.completed = False
+
+    def go_back(self, why: str) -> None:
+        """Returns to the last good state at half the rate, or gives up there."""
+        self.rollbacks += 1
+        self.restore_good()
+        if self.rollbacks >= self.config.max_rollbacks:
+            self.say(f"{why}: back to the last good state; gave up after {self.rollbacks} times")
+            self.record.completed = False
+            return
+        self.rate /= 2
+        self.optimizers = self.make_optimizers()
+        self.say(f"{why}: back to the last good state, {self.rate_name} halved to {self.rate:.3g}")
+
+    rate_name: ClassVar[str] = "learning_rate"
+
+    def restore_good(self) -> None:
+        """Puts the last good state into the model."""
+        self._restore(self.good)
+
+    def say(self, message: str) -> None:
+        """Notes an event, and tells the person at the terminal."""
+        self.record.events.append(Event(iteration=self.round, message=message))
+        self.run.say(f"round {self.round}: {message}")
+
+    def _shown(self, series: str) -> str:
+        value = self.record.history[series][-1]
+        return "not finite" if value is None else f"{value:.3f}"
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        return {n: v.detach().clone() for n, v in self.model.network.state_dict().items()}
+
+    def _restore(self, state: Mapping[str, Tensor]) -> None:
+        self.model.network.load_state_dict(dict(state))
+
+    def _save(self) -> None:
+        path = self.run.path("immunization.safetensors")
+        if path is None:
+            return
+        tensors = {f"model/{n}": v for n, v in self._snapshot().items()}
+        tensors |= {f"good/{n}": v for n, v in self.good.items()}
+        for label, optimizer in self.optimizers.items():
+            tensors |= {f"{label}/{n}": v for n, v in optimizer_tensors(optimizer).items()}
+        meta = {
+            "belongs_to": self.belongs_to, "round": self.round, "rollbacks": self.rollbacks, "rate": self.rate,
+            "history": self.record.history, "events": [e.model_dump() for e in self.record.events],
+            "completed": self.record.completed,
+        }  # fmt: skip
+        save_tensors(path, tensors, meta)
+
+    def _resume(self) -> None:
+        path = self.run.path("immunization.safetensors")
+        if path is None or not path.exists():
+            return
+        tensors, meta = load_tensors(path)
+        if meta.get("belongs_to") != self.belongs_to:
+            raise HoldfastError(
+                f"{str(path)!r} is the state of another immunization (model, data, seed or settings differ): states "
+                "are never mixed. Choose another folder with --out."
+            )
+        self._restore(_under(tensors, "model"))
+        self.good = {n: v.to(self.run.device) for n, v in _under(tensors, "good").items()}
+        self.round, self.rollbacks, self.rate = meta["round"], meta["rollbacks"], meta["rate"]
+        self.optimizers = self.make_optimizers()
+        for label, optimizer in self.optimizers.items():
+            restore_optimizer(optimizer, _under(tensors, label))
+        self.record = Record(meta["history"], [Event(**e) for e in meta["events"]], meta["completed"])
+        self.run.say(f"Immunization: continuing after {self.round} of {self.config.iterations} rounds")
+
+
+def _under(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
+    return {n.removeprefix(f"{label}/"): v for n, v in tensors.items() if n.startswith(f"{label}/")}
+
+
+def _mean(values: list[float]) -> float | None:
+    mean = sum(values) / len(values) if values else math.nan
+    return mean if math.isfinite(mean) else None

@@ -1,0 +1,214 @@
+"""Whether a model fits a task, in what it differs from another, and its weights inside the other's code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.errors import HoldfastError
+from holdfast.models.base import SplitModel
+from holdfast.models.heads import every_tensor, first_line
+from holdfast.tasks import Task
+
+
+def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = True, trainable: bool = True) -> None:
+    """Refuses, with the reason, a model that cannot be trained or scored on a task.
+
+    Args:
+        model: on any device; two samples of the task are passed through a copy in evaluation mode.
+        task: the task it is to work on.
+        own_task: whether the model's outputs must be this task's classes (its benign task), or may be more (a
+            restricted task that a fresh head will serve).
+        finite: whether its outputs must be finite.
+        trainable: whether it must have parameters that may be trained. Who immunizes a model respects what its owner
+            froze; an adversary does not, so that an audit asks for none.
+
+    Raises:
+        HoldfastError: no trainable parameters, inputs of another shape, another class count, non-finite outputs.
+    """
+    if trainable and not any(p.requires_grad for p in model.parameters()):
+        raise HoldfastError(
+            f"{model.name} has no trainable parameters; un-freeze what may be trained (requires_grad_)."
+        )
+    # Of a copy: somebody's forward pass may change the model, or draw random numbers.
+    probe = model.clone().eval()
+    batch = next(iter(task.batches("test", 2, device=model.device)))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits = probe(batch.x)
+    except HoldfastError:
+        raise
+    except Exception as error:  # the code may be anybody's, and so is what it raises
+        raise HoldfastError(
+            f"{model.name} cannot take the inputs of task {task.name!r}, shape {task.input_shape}: "
+            f"{first_line(error)}. For images, set the task's image_size and channels to what the model "
+            "expects."
+        ) from error
+    if logits.dim() != 2 or logits.shape[1] != model.num_outputs:
+        raise HoldfastError(
+            f"{model.name} returns {tuple(logits.shape)} for 2 inputs; its head {model.head_name!r} says (2, "
+            f"{model.num_outputs})."
+        )
+    if own_task and model.num_outputs != task.num_outputs:
+        raise HoldfastError(
+            f"{model.name} has {model.num_outputs} outputs and its task {task.name!r} {task.num_outputs} classes; "
+            "they must agree. Keep the right classes with NAME[...], or build the model for this task."
+        )
+    if finite and not bool(logits.isfinite().all()):
+        raise HoldfastError(
+            f"{model.name} returns values that are not finite on task {task.name!r}; its weights are unusable."
+        )
+
+
+def architecture_differences(model: SplitModel, original: SplitModel) -> list[str]:
+    """Returns in which ways a model is more than other weights for the original's architecture; empty if it is not.
+
+    Compared are the names and shapes of all tensors and whether each is a parameter, the kinds of all layers, hooks on
+    them, the head, and the input normalisation. An inserted extractor is no difference: it is a defense's, and part of
+    what is audited.
+
+    Returns:
+        A sentence for each difference.
+
+    Example:
+        >>> one = SplitModel(nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 3)), head="2")
+        >>> other = SplitModel(nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 3)), head="2")
+        >>> architecture_differences(other, one)
+        ["Layer '1' is Tanh instead of ReLU."]
+    """
+    found = []
+    own, theirs = _plain_tensors(model), _plain_tensors(original)
+    found += [f"Only the original has the tensor {n!r}." for n in theirs if n not in own]
+    found += [f"Only {model.name} has the tensor {n!r}." for n in own if n not in theirs]
+    for name in (n for n in own if n in theirs):
+        mine, other = own[name], theirs[name]
+        if mine.shape != other.shape:
+            found.append(f"{name!r} is {tuple(mine.shape)} instead of {tuple(other.shape)}.")
+        if isinstance(mine, nn.Parameter) != isinstance(other, nn.Parameter):
+            found.append(f"{name!r} is {_kind(mine)} instead of {_kind(other)}.")
+    found += _layer_differences(_plain_layers(model), _plain_layers(original), model.name)
+    if _plain_name(model, model.head_name) != _plain_name(original, original.head_name):
+        found.append(f"Its head is {model.head_name!r} instead of {original.head_name!r}.")
+    for name in ("mean", "std"):
+        values, others = (_rounded(getattr(m, name)) for m in (model, original))
+        if values != others:
+            found.append(f"Its input {name} is {values} instead of {others}.")
+    return found
+
+
+def _layer_differences(own: dict[str, nn.Module], theirs: dict[str, nn.Module], whose: str) -> list[str]:
+    found = [f"Only the original has a layer {n!r} ({type(theirs[n]).__name__})." for n in theirs if n not in own]
+    found += [f"Only {whose} has a layer {n!r} ({type(own[n]).__name__})." for n in own if n not in theirs]
+    for name in (n for n in own if n in theirs):
+        mine, other = type(own[name]), type(theirs[name])
+        label = f"Layer {name!r}" if name else "The network"
+        if (mine.__module__, mine.__qualname__) != (other.__module__, other.__qualname__):
+            same = mine.__qualname__ == other.__qualname__
+            spelled = [f"{t.__module__}.{t.__qualname__}" if same else t.__qualname__ for t in (mine, other)]
+            found.append(f"{label} is {spelled[0]} instead of {spelled[1]}.")
+        if _hooks(own[name]) > _hooks(theirs[name]):
+            found.append(f"{label} has hooks: code that runs beside its own.")
+    return found
+
+
+def _hooks(layer: nn.Module) -> int:
+    kinds = (
+        layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks,
+    )  # fmt: skip
+    return sum(map(len, kinds))
+
+
+def _kind(tensor: Tensor) -> str:
+    return "a parameter" if isinstance(tensor, nn.Parameter) else "no parameter"
+
+
+def _plain_name(model: SplitModel, name: str) -> str | None:
+    """The name of a tensor or layer as it would be without an extractor; None if it is the extractor's."""
+    if not model.has_extractor:
+        return name
+    both = model.head_name.removesuffix(".1")
+    if name in (both, f"{both}.0") or name.startswith(f"{both}.0."):
+        return None
+    return both + name.removeprefix(model.head_name) if name.startswith(model.head_name) else name
+
+
+def _plain_tensors(model: SplitModel) -> dict[str, Tensor]:
+    """Every tensor, as it would be without an extractor, which is merged into the head."""
+    tensors = dict(every_tensor(model.network))
+    if model.has_extractor:
+        inserted = model.network.get_submodule(model.head_name.removesuffix("1") + "0")
+        assert isinstance(inserted.weight, Tensor)
+        head = model.head.weight
+        merged = nn.Parameter((head.flatten(1) @ inserted.weight.flatten(1)).detach().reshape(head.shape))
+        tensors[f"{model.head_name}.weight"] = merged
+    named = ((_plain_name(model, name), tensor) for name, tensor in tensors.items())
+    return {name: tensor for name, tensor in named if name is not None}
+
+
+def _plain_layers(model: SplitModel) -> dict[str, nn.Module]:
+    named = ((_plain_name(model, name), layer) for name, layer in model.network.named_modules())
+    return {name: layer for name, layer in named if name is not None}
+
+
+def _rounded(values: Tensor | None) -> list[float] | None:
+    return None if values is None else [round(v, 6) for v in values.flatten().tolist()]
+
+
+@torch.no_grad()
+def transplant(model: SplitModel, original: SplitModel) -> SplitModel | None:
+    """Puts a model's weights into the original's code, as an adversary may always do.
+
+    Whatever the model's own code does to hinder training is left behind. Its tensors are sought wherever they are
+    (parameters, buffers, plain attributes): under the original's names, under these with one prefix (the original
+    inside a wrapper), or, if nothing else is there, in the original's order. Counters, such as those of BatchNorm, stay
+    the original's. An extractor is merged into the head.
+
+    Args:
+        model: the released model.
+        original: left as it is.
+
+    Returns:
+        A copy of the original with the model's weights, and with its input normalisation if it has one; None if a
+        tensor of the original is not found.
+
+    Example:
+        >>> original = SplitModel(nn.Sequential(nn.Linear(4, 3)), head="0")
+        >>> class Wrapper(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.inner = nn.Sequential(nn.Linear(4, 3))
+        ...     def forward(self, x):
+        ...         return self.inner(x.detach())
+        >>> released = SplitModel(Wrapper(), head="inner.0")
+        >>> inside = transplant(released, original)
+        >>> torch.equal(inside.head.weight, released.head.weight)
+        True
+    """
+    grown = original.clone()
+    own = grown.network.state_dict(keep_vars=True)  # the tensors themselves: writing to them writes to the copy
+    needed = {name: tensor for name, tensor in own.items() if tensor.is_floating_point()}
+    found = _matching(_plain_tensors(model), needed)
+    if found is None:
+        return None
+    for name, tensor in needed.items():
+        tensor.copy_(found[name])
+    if model.mean is not None and model.std is not None:
+        grown.mean, grown.std = model.mean.clone(), model.std.clone()
+    grown.name = f"{model.name} in the original's code"
+    return grown
+
+
+def _matching(tensors: dict[str, Tensor], needed: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """The tensor for each name, or None; see `transplant`."""
+    first = next(iter(needed), None)
+    if first is None:
+        return None
+    prefixes = sorted({n.removesuffix(first) for n in tensors if n == first or n.endswith(f".{first}")}, key=len)
+    for prefix in prefixes:
+        found = {name: tensors.get(prefix + name) for name in needed}
+        if all(t is not None and t.shape == needed[name].shape for name, t in found.items()):
+            return {name: t for name, t in found.items() if t is not None}
+    in_order = [t for t in tensors.values() if t.is_floating_point()]
+    if [t.shape for t in in_order] == [t.shape for t in needed.values()]:
+        return dict(zip(needed, in_order, strict=True))
+    return None

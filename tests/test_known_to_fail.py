@@ -1,0 +1,38 @@
+"""Two known results, which an audit has to reproduce before its verdicts on other models mean anything."""
+
+from __future__ import annotations
+
+from holdfast.pipeline import run_recipe
+from holdfast.recipe import load
+
+
+def stopped(result):
+    """What the audit says of each adversary."""
+    return {row["method"]: row["stopped"] for row in result.tables["stops"].rows}
+
+
+def test_fine_tuning_brings_the_digits_back_that_ntl_unlearned(tmp_path):
+    recipe = load("ntl", overrides=["audit.seeds=2", "audit.budgets=[0, 5, 10]"])
+    result = run_recipe(recipe, folder=tmp_path, device="cpu", quiet=True)
+    assert result.audit.benign.drop < 0.03
+    first, *_, last = result.audit.by_budget
+    assert first.best["immunized"].mean < 0.5  # a guess is right in a third of the cases
+    assert last.best["immunized"].mean > 0.8
+    assert result.audit.verdict.label in {"fails", "partial"}
+
+
+def test_ntl_starts_on_real_weights(data_dir, tmp_path):
+    recipe = load("ntl-cifar", scale="smoke")
+    result = run_recipe(recipe, folder=tmp_path, data_dir=data_dir, device="cpu", quiet=True)
+    assert result.audit.benign.original > 0.7
+    assert len(result.immunization.history["mmd"]) == 2
+
+
+def test_whitening_and_the_closed_form_walk_through_a_linear_extractor(data_dir, tmp_path):
+    recipe = load("condition/probes", overrides=["audit.seeds=1"])
+    result = run_recipe(recipe, folder=tmp_path, data_dir=data_dir, device="cpu", quiet=True)
+    says = stopped(result)
+    assert says["probe line-search raw"] == says["probe gd raw"] == "slowed"
+    for name in ("line-search whitened", "gd whitened", "ridge raw", "ridge whitened"):
+        assert says[f"probe {name}"] == "not stopped"
+    assert result.audit.verdict.label in {"fails", "partial"}
