@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
+from reference import advantage_band, best_of_battery, mean_best, steps_to
 
 from holdfast import comparison
 from holdfast.comparison import Battery, Comparison, costs, halve
 from holdfast.results import Curve
-from reference import advantage_band, best_of_battery, mean_best, steps_to
 
 ROLES = ("immunized", "original", "scratch")
 BUDGETS = (0, 5, 10, 40)
@@ -136,11 +136,7 @@ class TestNotFinite:
 
     def test_none_finite_is_none(self):
         lost = np.full((2, 3, 4, 8), np.nan)
-        roles = {
-            "immunized": lost,
-            "original": constant([0.1, 0.5, 0.6, 0.7]),
-            "scratch": constant([0.1, 0.2, 0.3, 0.4]),
-        }
+        roles = {"immunized": lost, "original": constant([0.1, 0.5, 0.6, 0.7]), "scratch": constant([0.1, 0.2, 0.3, 0.4])}
         one = compared(**roles)
         for row in one.rows():
             assert row.best["immunized"].mean is row.advantage is row.interval is None
@@ -264,9 +260,7 @@ class TestNoise:
         """Scratch has other weights each seed, and so more luck to choose from; a maximum would take that for skill."""
         rng = np.random.default_rng(1)
         found = [
-            compared((5,), immunized=self.draw(rng, 0.05), scratch=self.draw(rng, 0.05, luck=0.05)).advantage(
-                "immunized"
-            )[0]
+            compared((5,), immunized=self.draw(rng, 0.05), scratch=self.draw(rng, 0.05, luck=0.05)).advantage("immunized")[0]
             for _ in range(self.REPETITIONS)
         ]
         assert abs(np.mean(found)) < 3 * np.std(found) / math.sqrt(self.REPETITIONS)
