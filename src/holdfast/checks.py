@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any, Literal
 
 from holdfast.execution import Run
@@ -66,12 +65,17 @@ def red_flags(
         ['No trainable parameters']
     """
     seen = [inspect(m, benign=benign, restricted=restricted, run=run) for m in (released, original, fresh)]
-    flags = list(chain.from_iterable(check(*seen) for check in CHECKS))
+    flags = compare(*seen)
     differences = architecture_differences(released, original)
     if differences:
-        more = f" And {len(differences) - 4} more." if len(differences) > 4 else ""
-        flags.append(_flag("Another architecture", "warning", " ".join(differences[:4]) + more))
-    return _one_each(flags)
+        more = [f"And {len(differences) - 3} more."] if len(differences) > 3 else []
+        flags.append(_flag("Another architecture", "warning", " ".join([*differences[:3], *more])))
+    return sorted(flags, key=lambda flag: flag.severity != "critical")
+
+
+def compare(released: Inspection, original: Inspection, fresh: Inspection) -> list[Flag]:
+    """Returns what is suspicious in what was measured of a released model, against the original and a fresh one."""
+    return _one_each([flag for check in CHECKS for flag in check(released, original, fresh)])
 
 
 REMEDIES = {
@@ -101,14 +105,14 @@ REMEDIES = {
 
 
 def _one_each(flags: Sequence[Flag]) -> list[Flag]:
-    """Puts flags of one name together, and the critical ones first."""
+    """Puts flags of one name together."""
     merged: dict[str, Flag] = {}
     for flag in flags:
         before = merged.setdefault(flag.name, flag)
         if before is not flag:
             worst: Severity = "critical" if "critical" in (before.severity, flag.severity) else "warning"
             merged[flag.name] = _flag(flag.name, worst, f"{before.found} {flag.found}")
-    return sorted(merged.values(), key=lambda flag: flag.severity != "critical")
+    return list(merged.values())
 
 
 def _flag(name: str, severity: Severity, found: str) -> Flag:

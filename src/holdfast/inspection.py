@@ -24,6 +24,17 @@ SAMPLES = 128
 PASSES = 8
 """Forward passes in training mode, without a step, after which state is compared."""
 
+STEPS = (1e-6, 1e-3)
+"""Relative lengths of the differences. Kinks of ReLU spoil the long one, rounding the short one: the better counts."""
+
+AGREES = 1e-2
+"""An error that ends the search for a better one."""
+
+DIRECTIONS = 3
+GROUPS = 6
+FEW = 16
+"""Samples for what is repeated most: differences, and passes after which state is compared."""
+
 Norm = nn.modules.batchnorm._BatchNorm
 
 
@@ -32,7 +43,8 @@ class Inspection:
     """What was measured of one model; a part that failed is empty and has its reason in `failures`.
 
     Attributes:
-        failures: what could not be measured: "evaluation", "training", "gradients" or "state", with what was raised.
+        failures: what could not be measured ("evaluation", "training", "gradients", "state", "derivatives" or
+            "tensors"), with what was raised.
         weights: root mean square of each weight tensor of two or more axes.
         activations: the same of each layer's outputs, on benign samples in evaluation mode.
         logits: the same of the logits on benign and on restricted samples; not finite if they are not.
@@ -113,7 +125,8 @@ def inspect(model: SplitModel, *, benign: Task, restricted: Task, run: Run) -> I
         "training": lambda m: _train_mode(m, benign, own, found),
         "gradients": lambda m: _gradients(m, benign, own, restricted, foreign, found),
         "state": lambda m: _state(m, own, found),
-        "derivatives": lambda m: _derivatives(m, benign, own, run, found),
+        "derivatives": lambda m: _derivatives(m, benign, own, found),
+        "tensors": lambda _: _tensors(model, found),
     }
     for name, part in parts.items():
         with run.seeded("inspect", name):
@@ -121,7 +134,6 @@ def inspect(model: SplitModel, *, benign: Task, restricted: Task, run: Run) -> I
                 part(model.clone().to(run.device).requires_grad_(True))
             except Exception as error:  # the code is anybody's, and so is what it raises
                 found.failures[name] = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    _tensors(model, found)
     return found
 
 
@@ -132,7 +144,7 @@ def _batch(task: Task, run: Run) -> Batch:
 
 def rms(x: Tensor) -> float:
     """Returns the root mean square, in float64."""
-    return float(x.detach().double().square().mean().sqrt()) if x.numel() else 0.0
+    return float(x.detach().cpu().double().square().mean().sqrt()) if x.numel() else 0.0
 
 
 # --- Evaluation mode ---
@@ -147,8 +159,7 @@ def _look(model: SplitModel, own: Batch, foreign: Batch, found: Inspection) -> N
         found.activations, found.in_a_row, found.statistics = watch.outputs, watch.in_a_row, watch.statistics
     found.logits["benign"] = rms(logits)
     again = model(own.x)
-    spread = float((logits - logits.mean()).double().square().mean().sqrt())
-    found.unrepeatable = rms(again - logits) / spread if spread > 0 else rms(again - logits)
+    found.unrepeatable = rms(again - logits) / (rms(logits - logits.mean()) or 1.0)
     with _Watch(model) as watch:
         found.logits["restricted"] = rms(model(foreign.x))
         found.dead_units, found.dead_samples = watch.dead_units, watch.dead_samples
@@ -163,7 +174,7 @@ class _Watch:
         self.in_a_row: dict[str, float] = {}
         self.statistics: dict[str, Statistics] = {}
         self.dead_units = self.dead_samples = (0.0, "")
-        self._linear: dict[int, tuple[nn.Module, Tensor]] = {}  # by output; the tensor is kept, so that ids stay unique
+        self._linear: dict[int, tuple[Tensor, Tensor]] = {}  # by id: outputs, kept so that ids stay unique, and weights
         self._first = True
 
     def __enter__(self) -> _Watch:
@@ -190,12 +201,12 @@ class _Watch:
         return hook
 
     def _linear_layer(self, name: str, layer: nn.Conv2d | nn.Linear, inputs: Tensor, output: Tensor) -> None:
-        before = self._linear.get(id(inputs))
+        _, before = self._linear.get(id(inputs), (None, None))
         if before is not None:
-            weight = before[0].weight.detach().double().flatten(1)  # type: ignore[operator]
+            weight = before.detach().cpu().double().flatten(1)
             sigma = torch.linalg.svdvals(torch.nan_to_num(weight))
             self.in_a_row[name] = float(sigma[0] / sigma[-1].clamp_min(torch.finfo(torch.float64).tiny))
-        self._linear[id(output)] = layer, output
+        self._linear[id(output)] = output, layer.weight
         if not self._first:  # what the first layer gets is data: pixels that are always black are nobody's fault
             active = inputs != 0
             units = active.movedim(1 if isinstance(layer, nn.Conv2d) else -1, 0).flatten(1).any(1)
@@ -208,8 +219,8 @@ class _Watch:
 def _compared(layer: Norm, inputs: Tensor) -> Statistics:
     assert layer.running_mean is not None
     assert layer.running_var is not None
-    mean, var = layer.running_mean.double(), layer.running_var.double()
-    channels = inputs.detach().double().movedim(1, 0).flatten(1)
+    mean, var = layer.running_mean.cpu().double(), layer.running_var.cpu().double()
+    channels = inputs.detach().cpu().double().movedim(1, 0).flatten(1)
     eps = torch.finfo(torch.float32).tiny
     ratio = ((channels.var(1, correction=0) + layer.eps) / (var + layer.eps).clamp_min(eps)).clamp_min(eps).log()
     return Statistics(
@@ -279,7 +290,7 @@ def _state(model: SplitModel, batch: Batch, found: Inspection) -> None:
     for mode, passes in (("evaluation", 1), ("training", PASSES)):
         before = {name: t.clone() for name, t in _watched(model)}
         for _ in range(passes):
-            model.train(mode == "training")(batch.x)
+            model.train(mode == "training")(batch.x[:FEW])
         found.moved[mode] = [n for n, t in _watched(model) if n not in before or not _equal(t, before[n])]
 
 
@@ -338,15 +349,8 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 # --- Do gradients tell the truth? ---
 
-STEPS = (1e-6, 1e-3)
-"""Relative lengths of the differences. Kinks of ReLU spoil the long one, rounding the short one: the better counts."""
 
-DIRECTIONS = 3
-GROUPS = 6
-FEW = 16
-
-
-def _derivatives(model: SplitModel, task: Task, batch: Batch, run: Run, found: Inspection) -> None:
+def _derivatives(model: SplitModel, task: Task, batch: Batch, found: Inspection) -> None:
     """Compares directional derivatives by autograd with differences, in float64 where the model can be made so."""
     few = Batch(batch.x[:FEW], batch.y[:FEW])
     for training in (False, True):
@@ -384,11 +388,11 @@ def _errors(model: SplitModel, task: Task, batch: Batch, training: bool) -> dict
         errors = []
         for _ in range(DIRECTIONS if members else 0):
             errors.append(_error({n: parameters[n] for n in members}, gradient, value))
-            if errors[-1] < 1e-2:  # a lie agrees so well once in a hundred times
+            if errors[-1] < AGREES:  # a lie agrees so well once in a hundred times
                 break
         known = sorted(e for e in errors if not math.isnan(e))
         if known:
-            found[name] = known[0] if known[0] < 1e-2 else known[len(known) // 2]
+            found[name] = known[0] if known[0] < AGREES else known[len(known) // 2]
     return found
 
 
@@ -414,4 +418,6 @@ def _error(parameters: dict[str, nn.Parameter], gradient: dict[str, Tensor], val
         size = abs(slope) + abs(difference)
         if size > noise:
             errors.append(abs(slope - difference) / size)
+        if errors and errors[-1] < AGREES:
+            break
     return min(errors, default=float("nan"))
