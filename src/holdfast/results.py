@@ -457,7 +457,10 @@ def provenance(
         models: facts of every model, by its part in the run.
         command: the command line; the process's own by default.
     """
-    argv = list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]]
+    program = Path(sys.argv[0]).name
+    argv = (
+        list(command) if command is not None else ["holdfast" if program == "__main__.py" else program, *sys.argv[1:]]
+    )
     names = [
         "torch",
         "torchvision",

@@ -105,11 +105,10 @@ def _metadata(result: RunResult) -> dict[str, Any]:
     audit = _audit(result)
     key = wording.key_numbers(audit)
     last = key.last.best["immunized"].mean
+    advantage = key.worst.advantage if key.worst else None
     restricted = [
         _metric(audit.unit, f"Best adversary after {key.last.budget} steps of fine-tuning", last),
-        _metric(
-            "advantage", "Largest advantage over training from scratch", key.worst.advantage if key.worst else None
-        ),
+        _metric("advantage", "Largest advantage over training from scratch", advantage),
         _metric("retained", "Retained share of the original's advantage", audit.verdict.retained),
     ]
     benign = [_metric(audit.unit, "Benign score", audit.benign.immunized)]
@@ -120,7 +119,12 @@ def _metadata(result: RunResult) -> dict[str, Any]:
             "metrics": [m for m in metrics if m is not None],
         }
         for kind, name, data, metrics in (
-            ("fine-tuning-resistance", "Resistance to fine-tuning", audit.restricted_task, restricted),
+            # No number of an invalid audit may stand in an index as a result.
+            *(
+                []
+                if audit.verdict.label == "invalid"
+                else [("fine-tuning-resistance", "Resistance to fine-tuning", audit.restricted_task, restricted)]
+            ),
             ("benign-task", "The model's own task", audit.benign_task, benign),
         )
     ]
@@ -145,7 +149,8 @@ def _section(result: RunResult, file_sha256: str | None) -> str:
         BEGIN,
         "## Resistance to fine-tuning",
         f"**Verdict: {verdict.label}.** {_text(verdict.sentence)}",
-        f"**It holds for:** {_text(verdict.threat_model)}",
+        *([] if verdict.label != "invalid" else ["\n".join(f"- {_text(reason)}" for reason in verdict.reasons)]),
+        f"**{'What was tried' if verdict.label == 'invalid' else 'It holds for'}:** {_text(verdict.threat_model)}",
         _numbers(result, audit),
         "### Red flags",
         "\n".join(f"- **{_text(f.name)}** ({f.severity}): {_text(f.found)} {_text(f.remedy)}" for f in audit.flags)

@@ -96,6 +96,7 @@ def _band(figure: Any, role: Role, budgets: Sequence[int], band: Sequence[Interv
                 mode="lines",
                 line={"width": 0},
                 name=f"{role}: 95% band",
+                showlegend=False,
                 hoverinfo="skip",
             )
         )

@@ -20,7 +20,7 @@ from holdfast.report.curves import advantage_plot, adversary_plots, best_plot, s
 from holdfast.report.plots import STYLES, figure_plot, history_plot, series_title
 from holdfast.results import ROLES, AuditResult, Cell, RunResult, Table
 
-SHOWN_ROWS, SHOWN_PANELS = 12, 8
+LONG_BATTERY, SHOWN_ROWS, SHOWN_PANELS = 12, 6, 8
 """Of a long battery, so many of the strongest are shown; the others are folded away."""
 
 
@@ -128,18 +128,19 @@ class Grid:
             for rows in groups.values():
                 rows.sort(key=lambda row: place.get(str(row.get("method")), len(place)))
         best = _best(list(groups.values()), numbers) if name == "battery" else set()
-        shown = SHOWN_ROWS if battery else cls.shown
+        shown = SHOWN_ROWS if battery and len(order) > LONG_BATTERY else cls.shown
         return cls(table.title, texts, numbers, list(groups.items()), best, table.percent, table.note, shown)
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Mapping[str, Any]]) -> Grid:
         """Lays out the settings of several adversaries, one a row."""
         columns = list(dict.fromkeys(key for values in settings.values() for key in values))
+        shown = SHOWN_ROWS if len(settings) > LONG_BATTERY else cls.shown
         rows = [
             {"adversary": name, **{k: wording.setting(v) for k, v in values.items()}}
             for name, values in settings.items()
         ]
-        return cls("", ["adversary", *columns], [], [("", list(rows))], set(), False, shown=SHOWN_ROWS)
+        return cls("", ["adversary", *columns], [], [("", list(rows))], set(), False, shown=shown)
 
 
 def _best(groups: Sequence[Sequence[Mapping[str, Any]]], columns: Sequence[str]) -> set[tuple[int, int, str]]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy.stats import t
+from scipy.stats import norm, t
 
 from holdfast.errors import HoldfastError
 from holdfast.execution import write_atomic
@@ -85,10 +85,10 @@ class Entry:
         cell = self.key.last.best["immunized"]
         if cell.mean is None or cell.sd is None:
             return None
-        variance = cell.sd**2 / cell.n
+        half = float(t.ppf(0.975, cell.n - 1)) * cell.sd / math.sqrt(cell.n)
         if self.audit.unit == "accuracy" and self.audit.test_samples:
-            variance += max(cell.mean * (1 - cell.mean), 0) / self.audit.test_samples
-        half = float(t.ppf(0.975, cell.n - 1)) * math.sqrt(variance)
+            samples = max(cell.mean * (1 - cell.mean), 0) / self.audit.test_samples
+            half = math.hypot(half, float(norm.ppf(0.975)) * math.sqrt(samples))
         return Interval(low=cell.mean - half, high=cell.mean + half)
 
     @property

@@ -42,8 +42,8 @@ def show(result: RunResult, folder: Path) -> None:
 def show_replay(recorded: Curve, repeated: Curve) -> None:
     """Prints a trial's scores as they were recorded and as they came out now, and whether they are the same."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    table = Table(title=f"{recorded.adversary} on {recorded.role}, seed {recorded.seed}", title_justify="left",
-                  pad_edge=False)  # fmt: skip
+    console.print(f"{recorded.adversary} on {recorded.role}, seed {recorded.seed}")
+    table = Table(pad_edge=False)
     table.add_column("steps", justify="right")
     for heading in ("recorded", "repeated"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -99,11 +99,8 @@ def _number(cell: Cell) -> str:
 
 
 def _show_audit(audited: AuditResult, console: Console) -> None:
-    table = Table(
-        title=f"Best of {audited.battery} on {audited.restricted_task}, {audited.unit} in %",
-        title_justify="left",
-        pad_edge=False,
-    )
+    console.print(f"Best of {audited.battery} on {audited.restricted_task}, {audited.unit} in %")
+    table = Table(pad_edge=False)
     table.add_column("model", no_wrap=True)
     for row in audited.by_budget:
         table.add_column(f"{row.budget} steps", justify="right", no_wrap=True)
@@ -127,7 +124,7 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
     if verdict.label == "invalid":
         for reason in verdict.reasons:
             console.print(f"  - {reason}")
-    if verdict.retained is not None:
+    elif verdict.retained is not None:
         of = "" if verdict.retained_interval is None else f" (95 %: {wording.share_span(verdict.retained_interval)})"
         console.print(f"Retained of the original's advantage: {verdict.retained:.0%}{of}.")
     for name, reason in audited.not_applicable.items():

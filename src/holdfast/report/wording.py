@@ -147,7 +147,7 @@ def caveats(audit: AuditResult) -> list[str]:
         error = 100 * math.sqrt(0.25 / samples)
         found.append(
             f"The test split has {samples} samples. That alone makes a score near 50% uncertain by about "
-            f"± {error:.1f} points. The band contains it, ± over seeds does not."
+            f"± {error:.1f} points" + (". The band contains that, ± over seeds does not." if seeds > 1 else ".")
         )
     return found
 
