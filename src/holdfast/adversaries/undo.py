@@ -112,9 +112,9 @@ def recalibrate(
         if layer.momentum is not None and not 0 < layer.momentum <= 1:
             layer.momentum = 0.1
         if layer.running_mean is None or layer.running_var is None:
-            like = next((t for t in layer.parameters()), next(model.network.parameters()))
-            layer.register_buffer("running_mean", torch.zeros(layer.num_features).to(like))
-            layer.register_buffer("running_var", torch.ones(layer.num_features).to(like))
+            width = layer.num_features
+            layer.register_buffer("running_mean", torch.zeros(width).to(model.device, model.dtype))
+            layer.register_buffer("running_var", torch.ones(width).to(model.device, model.dtype))
         if layer.num_batches_tracked is None:
             layer.register_buffer("num_batches_tracked", torch.tensor(0, device=device))
         layer.track_running_stats = True
@@ -245,7 +245,7 @@ def whiten(
     Directions that the samples do not use are scaled like the one that they use most. The head makes up for it.
     """
     z = _head_inputs(model, task, generator, device)
-    mean, precision = z.mean(0), torch.finfo(next(model.head.parameters()).dtype).eps
+    mean, precision = z.mean(0), torch.finfo(model.head.weight.dtype).eps
     _, sigma, v = torch.linalg.svd(z - mean, full_matrices=True)
     wide = torch.zeros(z.shape[1]).to(z)
     wide[: len(sigma)] = sigma
