@@ -203,7 +203,11 @@ def _key(member: Member) -> tuple[Any, ...] | None:
     assert isinstance(adversary, FineTuning)
     strategy = adversary.strategy
     batch_size = min(strategy.batch_size, task.size("train"))
-    if batch_size < 2 or batch_size * math.prod(task.input_shape) > SMALL or adversary.not_applicable(model, task) is not None:
+    if (
+        batch_size < 2
+        or batch_size * math.prod(task.input_shape) > SMALL
+        or adversary.not_applicable(model, task) is not None
+    ):
         return None
     outputs = model.num_outputs if strategy.initialisation == "direct" else task.num_outputs
     chain = [(name, type(layer).__name__, _settings(layer)) for name, layer in _layers(model)[:-1]]
