@@ -53,6 +53,7 @@ docs: $(VENV)/.installed-docs
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/suppression_loop.py
 	$(BIN)/python benchmarks/spectral.py
+	$(BIN)/python benchmarks/audit.py
 
 clean:
 	rm -rf $(VENV) site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

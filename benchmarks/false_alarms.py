@@ -25,7 +25,7 @@ import torch
 
 from holdfast.auditing import AuditSpec, audit
 from holdfast.execution import Run
-from holdfast.models import SplitModel, load_model
+from holdfast.models import ModelSpec, SplitModel, load_model
 from holdfast.pipeline import pretrain
 from holdfast.results import AuditResult, Thresholds
 from holdfast.tasks import ArrayTask, load_task
@@ -35,10 +35,10 @@ LIFTED = Thresholds(max_benign_drop=0.99)
 
 
 def original(benign: ArrayTask) -> SplitModel:
-    """A model of the digits 0 to 4, about 20 000 parameters."""
+    """A model of the digits 0 to 6 that is a better start for the others than none."""
     run = Run(seed=0, device=torch.device("cpu"))
     with run.seeded("initialise"):
-        fresh = load_model("cnn", benign)
+        fresh = load_model(ModelSpec(name="cnn", options={"depth": 3}), benign)
     return pretrain(fresh, benign, steps=300, run=run)
 
 
@@ -70,9 +70,10 @@ def table(found: list[AuditResult], defaults: list[str], spec: AuditSpec, comman
     return f"""# False alarms of {spec.battery}
 
 Fresh weights in place of the immunized model: no advantage over training from scratch, whatever the verdict. The
-original is the built-in CNN, trained on the digits 0 to 4; restricted are the digits 5 to 9, {spec.shots} samples a
-class; budgets {", ".join(map(str, spec.budgets))}; {spec.seeds} seeds an audit; {len(found)} audits, each with other fresh
-weights, samples and batches. The rule about the benign score is lifted in the first row, so that the statistics decide.
+original is the built-in CNN, trained on the digits 0 to 6; restricted are the digits 7 to 9, {spec.shots} samples a
+class; budgets {", ".join(map(str, spec.budgets))}; {spec.seeds} seeds an audit; {len(found)} audits, each with other
+fresh weights, samples and batches. The rule about the benign score is lifted in the first row, so that the statistics
+decide.
 
 | | {" | ".join(labels)} |
 |---|{"---|" * len(labels)}
@@ -101,11 +102,11 @@ def main() -> int:
     parser.add_argument("--audits", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--shots", type=int, default=2)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[0, 5, 10, 20, 50])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[0, 5, 10, 20])
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "results")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    tasks = load_task("digits[0-4]"), load_task("digits[5-9]")
+    tasks = load_task("digits[0-6]"), load_task("digits[7-9]")
     spec = AuditSpec(
         battery=options.battery, budgets=tuple(options.budgets), seeds=options.seeds, shots=options.shots,
         side_effects=False,
@@ -115,10 +116,7 @@ def main() -> int:
     model = original(tasks[0])
     for seed in range(options.audits):
         result, default = null(seed, model, tasks, spec)
-        print(
-            f"{seed:3} {result.verdict.label:8} ({default} with the default limits): {result.verdict.sentence}",
-            flush=True,
-        )
+        print(f"{seed:3} {result.verdict.label:8} (default limits: {default}) {result.verdict.sentence}", flush=True)
         found.append(result)
         defaults.append(default)
     command = f"python benchmarks/false_alarms.py {' '.join(sys.argv[1:])}".strip()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from holdfast.adversaries import Adversary, FineTuning, Probe
+from holdfast.adversaries import UNDO, Adversary, FineTuning, Probe
 from holdfast.adversaries.probes import PREPARATIONS, SOLVERS
 from holdfast.defenses import (
     IMMA,
@@ -56,5 +56,17 @@ ADVERSARIES: dict[str, Adversary] = {
 } | {
     f"probe-{solver}-{preparation}": Probe(solver, preparation, 0.1)
     for solver in SOLVERS for preparation in PREPARATIONS
+} | {
+    "start-last-block": FineTuning(Strategy("last-block", "all", "adam", 2e-3, 20)),
+    "start-last-half": FineTuning(Strategy("last-half", "all", "adam", 2e-3, 20)),
+    "scope-last-block": FineTuning(Strategy("head", "last-block", "adam", 2e-3, 20)),
+    "scope-norm": FineTuning(Strategy("head", "norm", "adam", 1e-2, 20)),
+    "scope-lora": FineTuning(Strategy("head", "lora", "adam", 1e-2, 20, rank=4)),
+    "gradient-normalised": FineTuning(Strategy("head", "all", "sgd", 0.1, 20, gradient="normalised")),
+    "gradient-sign": FineTuning(Strategy("head", "all", "sgd", 2e-3, 20, gradient="sign")),
+    "burn-in": FineTuning(Strategy("head", "all", "sgd", 0.05, 20), burn_in=3),
+    "replay": FineTuning(Strategy("head", "all", "adam", 2e-3, 20), replay=0.5),
+} | {
+    f"undo-{move}": FineTuning(Strategy("head", "all", "adam", 2e-3, 20), undo=(move,)) for move in UNDO
 }  # fmt: skip
 """Every adversary with a rate at which it learns the digits."""

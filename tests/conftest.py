@@ -11,9 +11,9 @@ import torch
 
 from holdfast.execution import Run
 from holdfast.models import SplitModel, load_model
-from holdfast.pipeline import pretrain, read_result, run_recipe
+from holdfast.pipeline import pretrain, run_recipe
 from holdfast.recipe import load as load_recipe
-from holdfast.results import RunResult
+from holdfast.results import RunResult, read_result
 from holdfast.tasks import ArrayTask, load_task
 from shams import zoo_original
 

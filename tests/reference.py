@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 
@@ -225,6 +228,88 @@ def norm_ratios(x: Tensor, y: Tensor, steps: int) -> list[float]:
     best = torch.linalg.pinv(x) @ y
     path = probe_path(x, y, steps, line_search=True)
     return [float((w - best).norm() ** 2 / (path[0] - best).norm() ** 2) for w in path]
+
+
+# What the curves of an audit say, from the docstring of `holdfast.comparison`: plain loops over lists.
+
+
+def best_of_battery(scores: list, *, both_ways: bool = True) -> list:
+    """From scores [adversary][seed][budget][fold], NaN where not finite: of each scored half, [seed][budget][fold].
+
+    What scores a seed on a half of the folds is chosen by the other seeds on the other half.
+    """
+    adversaries, seeds = range(len(scores)), range(len(scores[0]))
+    budgets, folds = range(len(scores[0][0])), range(len(scores[0][0][0]))
+    even, odd = [f for f in folds if f % 2 == 0], [f for f in folds if f % 2] or [0]
+    halves = []
+    for choosing, scored in [(even, odd), (odd, even)][: 2 if both_ways else 1]:
+        rows = []
+        for s in seeds:
+            others = [t for t in seeds if t != s] or [s]
+            row, highest, chosen = [], -math.inf, None
+            for k in budgets:
+                for a in adversaries:
+                    if any(math.isnan(scores[a][t][k][f]) for t in seeds for f in folds):
+                        continue
+                    mean = statistics.fmean(statistics.fmean(scores[a][t][k][f] for f in choosing) for t in others)
+                    if mean > highest:
+                        highest, chosen = mean, (a, k)
+                row.append([math.nan if chosen is None else scores[chosen[0]][s][chosen[1]][f] for f in scored])
+            rows.append(row)
+        halves.append(rows)
+    return halves
+
+
+def mean_best(halves: list) -> list[float]:
+    """The mean over seeds and over the scored halves, at each budget."""
+    seeds, budgets = range(len(halves[0])), range(len(halves[0][0]))
+    return [
+        statistics.fmean(statistics.fmean(statistics.fmean(half[s][k]) for half in halves) for s in seeds)
+        for k in budgets
+    ]
+
+
+def advantage_band(one: list, other: list, seed: int, replicates: int) -> list[tuple[float, float]]:
+    """The band around the advantage of one battery over the other at every budget, from their scored halves."""
+    generator = np.random.default_rng(seed)
+    n, widths, budgets = len(one[0]), [len(half[0][0]) for half in one], range(len(one[0][0]))
+
+    def draws(size: int) -> list:
+        return [generator.multinomial(size, [1 / size] * size) / size for _ in range(replicates)]
+
+    def g(size: int) -> float:
+        return math.sqrt(size / (size - 1)) * float(stats.t.ppf(0.975, size - 1) / stats.norm.ppf(0.975))
+
+    by_seed, by_fold = draws(n), [draws(width) for width in widths]
+    centre = [a - b for a, b in zip(mean_best(one), mean_best(other), strict=True)]
+    deviations = []
+    for r in range(replicates):
+        row = []
+        for k in budgets:
+            d = e = 0.0
+            for sign, halves in ((1, one), (-1, other)):
+                for s in range(n):
+                    mean = statistics.fmean(statistics.fmean(half[s][k]) for half in halves)
+                    d += sign * (by_seed[r][s] - 1 / n) * mean
+                for half, weights, width in zip(halves, by_fold, widths, strict=True):
+                    for f in range(width):
+                        mean = statistics.fmean(half[s][k][f] for s in range(n))
+                        e += sign * (weights[r][f] - 1 / width) * g(width) * mean / len(halves)
+            row.append(g(n) * d + e)
+        deviations.append(row)
+    spread = [statistics.stdev(row[k] for row in deviations) for k in budgets]
+    middle = [statistics.fmean(row[k] for row in deviations) for k in budgets]
+    largest = [max(abs(row[k] - middle[k]) / spread[k] for k in budgets) for row in deviations]
+    c = max(float(np.quantile(largest, 0.95)), float(stats.norm.ppf(0.975)))
+    return [(a - c * s, a + c * s) for a, s in zip(centre, spread, strict=True)]
+
+
+def steps_to(target: float, budgets: list[int], curve: list[float]) -> float | None:
+    """The first tenth of a step at which straight lines between budgets are as high as the target."""
+    for step in range(10 * budgets[-1] + 1):
+        if np.interp(step / 10, budgets, curve) >= target - 1e-12:
+            return step / 10
+    return None
 
 
 # NTL (Wang et al., ICLR 2022), pair by pair.

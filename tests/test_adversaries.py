@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from itertools import islice
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from cases import ADVERSARIES
-from holdfast.adversaries import BATTERIES, Adversary, FineTuning, Probe, battery
+from holdfast.adversaries import BATTERIES, Adversary, FineTuning, Probe, battery, build
 from holdfast.adversaries.probes import prepare
 from holdfast.convergence import descend
 from holdfast.errors import HoldfastError
@@ -22,9 +23,9 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("name", ADVERSARIES)
 class TestEveryAdversary:
-    def test_learns_on_a_copy(self, name, trained, restricted, run):
+    def test_learns_on_a_copy(self, name, trained, benign, restricted, run):
         digest = trained.facts().sha256
-        curve = ADVERSARIES[name].attack(trained, restricted, budgets=[0, 1, 60], run=run)
+        curve = ADVERSARIES[name].attack(trained, restricted, budgets=[0, 1, 60], run=run, benign=benign)
         assert trained.facts().sha256 == digest
         assert curve.budgets == [0, 1, 60]
         assert curve.finite
@@ -35,7 +36,8 @@ class TestEveryAdversary:
 
     def test_depends_on_the_seed_and_on_nothing_else(self, name, model, benign, run):
         def curve(seed, role):
-            return ADVERSARIES[name].attack(model, benign, budgets=[0, 3], run=run, seed=seed, role=role)
+            settings = {"run": run, "seed": seed, "role": role, "benign": benign}
+            return ADVERSARIES[name].attack(model, benign, budgets=[0, 3], **settings)
 
         torch.manual_seed(1)
         first = curve(0, "immunized")
@@ -49,6 +51,71 @@ class TestEveryAdversary:
         config = ADVERSARIES[name].config()
         assert json.loads(json.dumps(config)) == config
         assert config["kind"]
+
+    def test_can_be_built_from_its_config(self, name):
+        config = ADVERSARIES[name].config()
+        assert build(json.loads(json.dumps(config))).config() == config
+        assert build(config).name == ADVERSARIES[name].name
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "Unknown kind of adversary"),
+        ({"kind": "fine-tuning"}, "did you mean 'finetuning'"),
+        ({"kind": "finetuning", "optimiser": "adam"}, "did you mean 'optimizer'"),
+        ({"kind": "finetuning", "undo": ["reviv"]}, "did you mean 'revive'"),
+        ({"kind": "finetuning", "burn_in": -1}, "burn_in is -1"),
+        ({"kind": "finetuning", "replay": float("nan")}, "replay is nan"),
+        ({"kind": "probe", "steps": 3}, "Unknown setting of a probe"),
+    ],
+)
+def test_refuses_to_build(config, message):
+    with pytest.raises(HoldfastError, match=message):
+        build(config)
+
+
+class TestOptions:
+    def run(self, attack, model, task, benign=None, steps=1):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            generator = torch.Generator().manual_seed(0)
+            work = attack.run(model, task, benign=benign, generator=generator, device=CPU)
+            return [float(next(work)) for _ in range(steps + 1)]
+
+    def test_burn_in_is_ten_times_the_rate_and_then_the_rate(self, trained, restricted):
+        high, low = trained.clone(), trained.clone()
+        self.run(FineTuning(Strategy("direct", "all", "sgd", 1e-2, 20), burn_in=2), high, restricted, steps=2)
+        self.run(FineTuning(Strategy("direct", "all", "sgd", 1e-1, 20)), low, restricted, steps=2)
+        for own, other in zip(high.parameters(), low.parameters(), strict=True):
+            assert torch.equal(own, other)
+        moved = [m.clone() for m in (trained, trained)]
+        self.run(FineTuning(Strategy("direct", "all", "sgd", 1e-2, 20), burn_in=1), moved[0], restricted, steps=2)
+        twice = [torch.cat([p.flatten() for p in m.parameters()]) for m in (moved[0], high, trained)]
+        assert (twice[0] - twice[2]).norm() < (twice[1] - twice[2]).norm()
+
+    def test_replay_keeps_the_benign_task(self, trained, benign, restricted):
+        scores = []
+        for replay in (0.0, 2.0):
+            model, head = trained.clone(), copy.deepcopy(trained.head)
+            attack = FineTuning(Strategy("head", "all", "sgd", 0.2, 20), replay=replay)
+            self.run(attack, model, restricted, benign, steps=60)
+            assert restricted.score(model) > 0.6
+            model.put_head(head)
+            scores.append(benign.score(model))
+        assert scores[1] > scores[0] + 0.1
+
+    def test_replay_leaves_statistics_to_the_restricted_task(self, trained, benign, restricted):
+        still = FineTuning(Strategy("direct", "all", "sgd", 1e-30, 20), replay=1.0)
+        model, plain = trained.clone(), trained.clone()
+        self.run(still, model, benign.few_shot(3, 0), restricted)
+        self.run(FineTuning(still.strategy), plain, benign.few_shot(3, 0))
+        assert torch.equal(model.network.body[1].running_mean, plain.network.body[1].running_mean)
+        assert model.network.body[1].momentum == 0.1
+
+    def test_replay_needs_the_benign_task(self, trained, restricted, run):
+        with pytest.raises(HoldfastError, match="give the model's own task"):
+            FineTuning(Strategy("head"), replay=1.0).attack(trained, restricted, budgets=(0, 1), run=run)
 
 
 def test_fine_tunings_config_says_it_all():
@@ -124,6 +191,11 @@ class TestBatteries:
         assert min(rates) <= 1e-4
         assert max(rates) >= 1e-2
         assert Strategy("direct", "all", "momentum", 1e-4, 50, 1e-4) in strategies  # the paper's default attack
+
+    def test_every_member_can_be_built_from_its_config(self):
+        for adversaries in BATTERIES.values():
+            for adversary in adversaries:
+                assert build(adversary.config()).config() == adversary.config()
 
     def test_names_are_unique(self):
         for adversaries in BATTERIES.values():

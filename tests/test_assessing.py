@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import holdfast
 from holdfast import pipeline
 from holdfast.assessing import assess
 from holdfast.errors import HoldfastError
@@ -125,7 +126,7 @@ def test_the_verb_writes_a_folder(tmp_path):
     found = pipeline.feasibility(
         load_task("digits[0-4]"), load_task("digits[5-9]"), folder=tmp_path / "f", device="cpu"
     )
-    result = pipeline.read_result(tmp_path / "f")
+    result = holdfast.read_result(tmp_path / "f")
     assert result.feasibility == found
     page = (tmp_path / "f" / "report.html").read_text()
     assert found.sentence.split(":")[0] in page

@@ -12,8 +12,9 @@ import torch
 
 import holdfast
 from holdfast.errors import HoldfastError
-from holdfast.pipeline import halves, read_result, run_recipe
+from holdfast.pipeline import halves, run_recipe
 from holdfast.recipe import load
+from holdfast.results import read_result
 from holdfast.tasks import load_task
 
 SMOKE = {"scale": "smoke"}

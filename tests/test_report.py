@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from holdfast.auditing import summarise, tables
+from holdfast.auditing import tables
+from holdfast.comparison import Comparison, costs
 from holdfast.report import write_report
 from holdfast.report.html import render
 from holdfast.results import (
@@ -23,12 +24,16 @@ from holdfast.results import (
     Cell,
     Curve,
     Event,
+    Flag,
     ImmunizationResult,
+    Interval,
     ModelFacts,
     Provenance,
     Role,
     RunResult,
+    SearchTrial,
     Side,
+    SideEffect,
     Table,
     TaskFacts,
     Thresholds,
@@ -37,6 +42,7 @@ from holdfast.results import (
 )
 
 BUDGETS = [0, 10, 100]
+FOLDER = Path("runs/of a test")
 NASTY = 'probe <img src=x onerror="alert(1)"> & </script><script>alert(2)</script>'
 LEVELS: dict[Role, list[float]] = {
     "immunized": [0.25, 0.42, 0.61],
@@ -63,6 +69,16 @@ def make_curves(names: Sequence[str], seeds: int, lost: dict[tuple[str, Role], i
     return curves
 
 
+FLAGS = (
+    Flag(name="Poisoned BatchNorm statistics", severity="critical", found="Found <this>.", remedy="Recalibrate."),
+    Flag(name="Dead units", severity="warning", found="Half are dead.", remedy="Revive them."),
+)
+
+
+def settings_of(kind: str) -> dict[str, Any]:
+    return {"kind": kind, "optimizer": "adam", "learning_rate": 0.001, "batch_size": 50}
+
+
 def make_audit(
     label: VerdictLabel = "resists",
     *,
@@ -70,12 +86,22 @@ def make_audit(
     seeds: int = 3,
     lost: dict[tuple[str, Role], int] | None = None,
     kind: str = "finetuning",
+    flags: Sequence[Flag] = (),
+    searched: int = 0,
 ) -> AuditResult:
     curves = make_curves(names, seeds, lost or {})
-    settings = {"kind": kind, "optimizer": "adam", "learning_rate": 0.001, "batch_size": 50}
+    comparison = Comparison.of(curves, both_ways=not searched)
+    sizes, flops = dict.fromkeys(names, 50), dict.fromkeys(names, 2e6)
+    search = [
+        SearchTrial(
+            role=role, number=i, adversary=names[i % len(names)], config=settings_of(kind), score=0.4 + 0.01 * i,
+            steps=100, confirmed=i >= searched - 2,
+        )
+        for role in ROLES for i in range(searched)
+    ]  # fmt: skip
     return AuditResult(
         battery="test-v1",
-        adversaries=dict.fromkeys(names, settings),
+        adversaries=dict.fromkeys(names, settings_of(kind)),
         not_applicable={"whole-body probe": "the model has no body"},
         budgets=BUDGETS,
         seeds=list(range(seeds)),
@@ -87,7 +113,21 @@ def make_audit(
         chance=0.2,
         benign=Side(original=0.981, immunized=0.954, chance=0.1),
         curves=curves,
-        by_budget=summarise(curves, BUDGETS),
+        by_budget=comparison.rows(),
+        flags=list(flags),
+        cost_target=0.542,
+        costs=costs(comparison, 0.542, sizes, flops),
+        search=search,
+        side_effects=[
+            SideEffect(
+                task="digits[0-4]",
+                kind="benign",
+                by_budget=comparison.rows(),
+                lost=0.012,
+                interval=Interval(low=-0.01, high=0.034),
+            ),
+            SideEffect(task="faces", kind="transfer", by_budget=comparison.rows(), lost=0.2, interval=None),
+        ],
         verdict=Verdict(
             label=label,
             sentence=f"The sentence of a verdict that {label}.",
@@ -95,6 +135,9 @@ def make_audit(
             threat_model="An adversary with 337 samples, and nothing else.",
             thresholds=Thresholds(),
             retained=None if label == "invalid" else 0.13,
+            retained_interval=None if label == "invalid" else Interval(low=0.04, high=0.25),
+            area=0.021,
+            original_area=0.3,
         ),
     )
 
@@ -188,8 +231,12 @@ class Page(HTMLParser):
         return dict(json.loads(found[0]))
 
 
+def html_of(result: RunResult) -> str:
+    return render(result, FOLDER)
+
+
 def page(**parts: Any) -> Page:
-    return Page(render(make_result(**parts)))
+    return Page(html_of(make_result(**parts)))
 
 
 def row(source: str, heading: str) -> str:
@@ -206,7 +253,7 @@ def _tight(source: str) -> str:
 @pytest.mark.parametrize("label", LABELS)
 def test_verdict_is_first_and_said_in_word_glyph_and_colour(label: VerdictLabel) -> None:
     audit = make_audit(label)
-    source = render(make_result(audit=audit, immunization=make_immunization()))
+    source = html_of(make_result(audit=audit, immunization=make_immunization()))
     top = source[source.index("<body>") : source.index('class="cards"')]
     assert f"Verdict: {label.capitalize()}</span></h2>" in top
     assert f'class="glyph glyph-{label}"' in top
@@ -250,7 +297,7 @@ def test_names_are_escaped_in_text_in_attributes_and_in_figures() -> None:
 
 def test_provenance_is_complete() -> None:
     result = make_result(audit=make_audit(), immunization=make_immunization())
-    source = render(result)
+    source = html_of(result)
     text = Page(source).text
     facts = result.provenance
     digests = [t.sha256 for t in facts.tasks.values()]
@@ -275,17 +322,20 @@ def test_key_numbers() -> None:
     assert f"Change: {chr(0x2212)}2.7 points." in text
     assert "immunized 62.0% original 88.0% scratch 59.0%" in text
     # Budget 0 has the larger advantage (+4.0), but the verdict does not count it.
-    assert "worst over budgets +3.0 points After 100 steps; the tolerance is +2.0." in text
+    assert "worst over budgets +3.0 points 95%: +3.0 to +3.0 After 100 steps; up to +2.0 counts as none." in text
     assert "up to +30.0, after 10 steps" in text
-    assert "Advantage retained 13% " in text
+    assert "Advantage retained 13% 95%: 4% to 25% " in text
+    assert "the advantage is +2.1 points; the original's is +30.0" in text
 
 
 def test_tables_show_mean_and_spread_and_mark_the_best() -> None:
     audit = make_audit(lost={("direct+all adam", "scratch"): 2})
-    source = render(make_result(audit=audit))
+    source = html_of(make_result(audit=audit))
     by_budget = row(source, "10")
     minus = chr(0x2212)
-    assert by_budget == f"43.0 ± 1.0 46.0 ± 1.0 {minus}3.0 76.0 ± 1.0 +30.0 direct+all adam"
+    assert by_budget == (
+        f"43.0 ± 1.0 46.0 ± 1.0 {minus}3.0 {minus}3.0 to {minus}3.0 76.0 ± 1.0 +30.0 +30.0 to +30.0 direct+all adam"
+    )
     battery = _tight(source)[_tight(source).index("Accuracy on digits[5-9] after") :]
     assert row(battery, "direct+all adam") == "▲ 26.0 ± 1.0 ▲ 43.0 ± 1.0 ▲ 62.0 ± 1.0"
     assert row(battery, "initFC+all momentum") == "16.0 ± 1.0 33.0 ± 1.0 52.0 ± 1.0"
@@ -299,7 +349,7 @@ def test_a_missing_number_is_a_dash_and_never_an_advantage() -> None:
     lost: dict[tuple[str, Role], int] = dict.fromkeys([(name, "immunized") for name in names], 0)
     audit = make_audit("invalid", lost=lost)
     audit = audit.model_copy(update={"benign": Side(original=0.9, immunized=None, chance=0.1)})
-    source = render(make_result(audit=audit, immunization=make_immunization()))
+    source = html_of(make_result(audit=audit, immunization=make_immunization()))
     dash = '<span title="not finite or not measured" aria-label="not finite or not measured">—</span>'
     start = re.search(r'<tr><th scope="row">0</th>(.*?)</tr>', _tight(source), re.DOTALL)
     assert start
@@ -324,6 +374,8 @@ def test_nothing_finite_at_all_is_still_a_report() -> None:
 def test_one_seed_has_no_spread() -> None:
     seen = page(audit=make_audit(seeds=1), immunization=make_immunization())
     assert "±" not in re.sub(r"uncertain by about ± \d", "", seen.text)
+    assert "One seed: there is no band" in seen.text
+    assert [t["name"] for t in seen.figure("advantage")["data"]] == ["original", "immunized"]
     assert "There is one seed only" in seen.text
     assert seen.figure("best")["data"][0]["error_y"]["array"] == [None] * 3
     assert "±" in page(audit=make_audit(seeds=2)).text
@@ -338,7 +390,7 @@ def test_the_papers_numbers_stand_beside_ours() -> None:
         title="Condition numbers",
         rows=[{"method": "stretch", "ratio": Cell(mean=64.8, sd=None, n=1, paper=70.04)}],
     )
-    source = render(make_result(audit=audit, tables=found))
+    source = html_of(make_result(audit=audit, tables=found))
     assert row(source, "10").startswith("43.0 ± 1.0 paper 12.3 46.0")
     assert row(source, "initFC+all momentum").endswith("— paper 45.6")
     assert row(source, "stretch") == "64.8 paper 70.04"
@@ -371,9 +423,11 @@ def test_what_was_not_tried_follows_from_what_was() -> None:
     assert "more than 100 steps" in text
     assert "more than 337 labelled samples" in text
     assert "optimizer adam; learning rate 0.001; batch size 50" in text
-    assert "low-rank adapters (LoRA), distillation" in text
+    assert "low-rank adapters (LoRA), linear probes on prepared features, undoing" in text
+    assert "a search for adversaries against this very model" in text
+    assert "a search for adversaries" not in page(audit=make_audit(searched=4)).text
     assert "whole-body probe : the model has no body" in text
-    assert "this favours the adversary" in text
+    assert "errs on the adversary's side" in text
     assert "100 samples. That alone makes a score near 50% uncertain by about ± 5.0 points" in text
     assert "low-rank adapters" not in page(audit=make_audit(kind="lora")).text
 
@@ -396,6 +450,80 @@ def test_figures_hold_the_results() -> None:
     assert "mean training loss: 0.5" in second["original"]["customdata"][2]
 
 
+def test_the_band_is_drawn_and_written_down() -> None:
+    audit = make_audit()
+    rows = [
+        r.model_copy(update={"interval": Interval(low=-0.05, high=0.01 * k), "original_interval": None})
+        for k, r in enumerate(audit.by_budget)
+    ]
+    rows[0] = rows[0].model_copy(update={"interval": None})
+    seen = page(audit=audit.model_copy(update={"by_budget": rows}))
+    band = seen.figure("advantage")["data"][0]
+    assert band["name"] == "immunized: 95% band"
+    assert band["x"] == [10, 100, 100, 10], "budget 0 has no band"
+    assert band["y"] == pytest.approx([1.0, 2.0, -5.0, -5.0])
+    assert f"95%: {chr(0x2212)}5.0 to +2.0" in seen.text
+
+
+def test_flags_come_with_severity_remedy_and_page() -> None:
+    seen = page(audit=make_audit("invalid", flags=FLAGS))
+    assert "2 red flags, 1 critical" in seen.text
+    assert "critical Poisoned BatchNorm statistics Found <this>." in seen.text
+    assert "Remedy: Recalibrate. In the documentation: red-flags.html#poisoned-batchnorm-statistics" in seen.text
+    assert "warning Dead units" in seen.text
+    assert "Red flags" not in page(audit=make_audit()).text
+
+
+def test_costs_are_set_against_scratch_and_never_is_a_word() -> None:
+    audit = make_audit()
+    source = html_of(make_result(audit=audit))
+    costs_at = _tight(source)[_tight(source).index('id="cost"') :]
+    found = {
+        role: " ".join(re.sub(r"<[^>]*>", " ", match).split())
+        for role, match in re.findall(r"</svg>(\w+)</th>(.*?)</tr>", costs_at)[: len(ROLES)]
+    }
+    # Straight lines between (10, 0.43) and (100, 0.62); (10, 0.46) and (100, 0.59).
+    assert found["immunized"] == "63 0.94 × 3,153 1.3e8 0.94 × direct+all adam"
+    assert found["scratch"].startswith("67 1 × 3,338")
+    never = [c.model_copy(update={"steps": None, "samples": None, "flops": None}) for c in audit.costs]
+    assert page(audit=audit.model_copy(update={"costs": never})).text.count("never within the budget") == 3
+
+
+def test_side_effects_and_search_are_shown() -> None:
+    seen = page(audit=make_audit(searched=6))
+    assert f"Lost: +1.2 points (95%: {chr(0x2212)}1.0 to +3.4)" in seen.text
+    assert "faces (transfer task)" in seen.text
+    assert "Lost: +20.0 points" in seen.text
+    assert "6 trials against each model" in seen.text
+    assert "scored on the other half only" in seen.text
+    trace = seen.figure("search")["data"][0]
+    assert trace["x"] == [1, 2, 3, 4, 5, 6]
+    assert trace["y"] == pytest.approx([0.4, 0.41, 0.42, 0.43, 0.44, 0.45])
+    assert trace["marker"]["size"] == [3, 3, 3, 3, 11, 11]
+    assert not any(a.get("id") == "plot-search" for a in page(audit=make_audit()).all("div"))
+
+
+def test_the_best_adversary_comes_with_the_command_that_replays_it() -> None:
+    command = "holdfast replay 'runs/of a test' --adversary 'direct+all adam' --role immunized --seed 0"
+    assert command in page(audit=make_audit()).text
+    assert "cannot be replayed" in page(kind="audit", audit=make_audit()).text
+    assert command in page(kind="audit", audit=make_audit(), recipe={"source": {"model": "a"}}).text
+
+
+def test_a_long_battery_stays_readable() -> None:
+    names = tuple(f"adversary {i:02d}" for i in range(40))
+    audit = make_audit(names=names)
+    audit = audit.model_copy(update={"adversaries": dict(reversed(audit.adversaries.items()))})
+    seen = page(audit=audit)
+    panels = [attrs for attrs in seen.all("div") if "data-small" in attrs and "adversary" in (attrs["id"] or "")]
+    assert len(panels) == 40
+    assert "The other 32 adversaries" in seen.text
+    assert "adversary 00" in (panels[0]["aria-label"] or ""), "the strongest comes first"
+    assert "adversary 39" in (panels[-1]["aria-label"] or "")
+    assert seen.text.count("Show all 40") == 3
+    assert "Show all" not in page(audit=make_audit()).text
+
+
 def test_structure_serves_readers_of_every_kind() -> None:
     seen = page(audit=make_audit(), immunization=make_immunization())
     assert seen.all("html")[0]["lang"] == "en"
@@ -403,7 +531,7 @@ def test_structure_serves_readers_of_every_kind() -> None:
     levels = [int(tag[1]) for tag, _ in seen.elements if re.fullmatch(r"h\d", tag)]
     assert all(b - a <= 1 for a, b in pairwise(levels)), levels
     plots = [a for a in seen.all("div") if a.get("class") == "plot"]
-    assert len(plots) == 4
+    assert len(plots) == 7
     assert all(a.get("role") == "img" and a.get("aria-label") for a in plots)
     ids = [a["id"] for _, a in seen.elements if "id" in a]
     assert len(ids) == len(set(ids))
@@ -415,7 +543,7 @@ def test_the_file_is_written_whole_and_replaces_an_older_one(tmp_path: Path) -> 
     write_report(make_result(audit=make_audit("fails")), path)
     result = make_result(audit=make_audit("resists"))
     write_report(result, path)
-    assert path.read_text() == render(result)
+    assert path.read_text() == render(result, path.parent)
     assert path.read_text().startswith("<!DOCTYPE html>")
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
 
@@ -457,7 +585,9 @@ def test_a_browser_draws_every_figure_without_an_error(browser: str, report: Pat
     document, errors = visit(browser, report, tmp_path / "profile")
     assert errors == []
     plots = re.split(r'<div class="plot[^"]*" id="plot-', document)[1:]
-    assert [p.split('"')[0] for p in plots] == ["best", "adversary-0", "adversary-1", "history"]
+    assert [p.split('"')[0] for p in plots] == [
+        "best", "advantage", "adversary-0", "adversary-1", "side-benign", "side-transfer", "history",
+    ]  # fmt: skip
     for plot in plots:
         drawn = plot.split("<script", 1)[0]
         assert "<svg" in drawn
@@ -485,6 +615,21 @@ def test_hovering_and_toggling_work_and_names_stay_text(browser: str, report: Pa
     assert "immunized after 10 steps: 43.0% ± 1.0 (3 seeds)" in shown
     assert NASTY in shown
     assert not Page(document).all("img")
+
+
+def test_what_is_folded_away_is_drawn_when_it_is_unfolded(browser: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_report(make_result(audit=make_audit(names=[f"adversary {i}" for i in range(14)])), path)
+    act = """<script>
+      const drawn = () => document.querySelectorAll(".panels .js-plotly-plot").length;
+      const before = drawn();
+      document.querySelectorAll("details").forEach(d => { d.open = true; });
+      setTimeout(() => { document.body.dataset.drawn = before + " then " + drawn(); }, 300);
+    </script>"""
+    path.write_text(path.read_text().replace("</html>", f"{act}</html>"))
+    document, errors = visit(browser, path, tmp_path / "profile")
+    assert errors == []
+    assert 'data-drawn="10 then 16"' in document, re.findall(r'data-drawn="[^"]*"', document)
 
 
 def test_an_error_in_a_page_would_be_seen(browser: str, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from holdfast.defenses import FrontierDefense, LinearProblem
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run
 from holdfast.models import features
-from holdfast.pipeline import read_result, run_recipe
+from holdfast.pipeline import run_recipe
 from holdfast.recipe import StudyRecipe, load, names
-from holdfast.results import Cell, Map
+from holdfast.results import Cell, Map, read_result
 from holdfast.study import StudySpec, measure, sources, study
 from holdfast.tasks import load_task
 

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from holdfast.finetune import Strategy
     from holdfast.frontier import Frontier
     from holdfast.models import ModelSpec, SplitModel, load_model
-    from holdfast.pipeline import audit, feasibility, halves, immunize, pretrain, read_result
+    from holdfast.pipeline import audit, feasibility, halves, immunize, pretrain
     from holdfast.report import write_report
-    from holdfast.results import AuditResult, Feasibility, RunResult
+    from holdfast.results import AuditResult, Feasibility, RunResult, read_result
     from holdfast.spectrum import LeastSquares, condition_number
     from holdfast.tasks import ArrayTask, RegressionTask, Task, TaskSpec, load_task
 
@@ -83,9 +83,9 @@ _HOME = {
     "finetune": ("Strategy",),
     "frontier": ("Frontier",),
     "models": ("ModelSpec", "SplitModel", "load_model"),
-    "pipeline": ("audit", "feasibility", "halves", "immunize", "pretrain", "read_result"),
+    "pipeline": ("audit", "feasibility", "halves", "immunize", "pretrain"),
     "report": ("write_report",),
-    "results": ("AuditResult", "Feasibility", "RunResult"),
+    "results": ("AuditResult", "Feasibility", "RunResult", "read_result"),
     "spectrum": ("LeastSquares", "condition_number"),
     "tasks": ("ArrayTask", "RegressionTask", "Task", "TaskSpec", "load_task"),
 }  # fmt: skip

@@ -29,7 +29,7 @@ from holdfast.results import (
 )
 from holdfast.searching import search
 from holdfast.tasks import Task
-from holdfast.trials import SEARCH_SEED, Bench, Crew, On, Trial
+from holdfast.trials import SEARCH_SEED, Bench, Crew, On, Trial, few_of
 from holdfast.verdict import ROUNDING, count, judge
 
 SIDE_EFFECTS = "side-effects-v1"
@@ -49,7 +49,11 @@ class AuditSpec(BaseModel):
     seeds: int = Field(5, ge=1, description="Repetitions: other samples, batches and fresh weights each.")
     trials: int = Field(48, ge=1, description="Of a search (adaptive-v1), for each model; other batteries ignore it.")
     shots: int | None = Field(None, ge=1, description="Adversary's training samples a class; null: its whole half.")
+    reported: float | None = Field(
+        None, ge=0, le=1, description="The restricted score after the last budget that the model's publisher claims."
+    )
     side_effects: bool = Field(True, description="Whether to measure how well harmless tasks are still learned.")
+    stacked: bool = Field(True, description="Train adversaries of small models together; curves agree up to rounding.")
     thresholds: Thresholds = Thresholds()
 
     @field_validator("battery")
@@ -109,7 +113,7 @@ def audit(
             check_fits(model, task, own_task=on == "benign", finite=model is original, trainable=False)
     plan = battery(spec.battery)
     inside = transplant(immunized, original) if architecture_differences(immunized, original) else None
-    bench = Bench(immunized, original, inside, _samples(tasks, spec, run), benign, spec.budgets, run)
+    bench = Bench(immunized, original, inside, _samples(tasks, spec, run), benign, spec.budgets, run, spec.stacked)
     crew = Crew(bench, _journal(bench, plan, spec), executors.executor(executor))
     searched: list[SearchTrial] = []
     if isinstance(plan, Search):
@@ -149,6 +153,7 @@ def audit(
         test_samples=restricted.size("test"),
         chance=restricted.audit_chance,
         unit=restricted.audit_unit,
+        reported=spec.reported,
         benign=side,
         flags=flags,
         curves=curves,
@@ -186,7 +191,7 @@ def _applicable(
 def _samples(tasks: dict[On, Task], spec: AuditSpec, run: Run) -> dict[tuple[On, int], Task]:
     """What each seed's learner gets of each task."""
     return {
-        (on, seed): task if spec.shots is None else task.few_shot(spec.shots, derive_seed(run.seed, "shots", seed))
+        (on, seed): few_of(task, spec.shots, run, seed)
         for on, task in tasks.items()
         for seed in (SEARCH_SEED, *range(spec.seeds))
     }
@@ -199,6 +204,7 @@ def _journal(bench: Bench, plan: Search | Sequence[Adversary], spec: AuditSpec) 
             "seed": bench.run.seed,
             "battery": plan.config() if isinstance(plan, Search) else {a.name: a.config() for a in plan},
             "budgets": spec.budgets,
+            "stacked": spec.stacked,
             "data": {f"{on} {seed}": task.facts().sha256 for (on, seed), task in bench.samples.items()},
             "immunized model": bench.immunized.facts().sha256,
             "original model": bench.original.facts().sha256,

@@ -14,6 +14,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from holdfast.errors import HoldfastError
+from holdfast.finished import card_command, leaderboard_command, replay_command, report_command
 
 RESISTS, BAD_INPUT, DOES_NOT_RESIST, INVALID, INTERRUPTED = 0, 2, 3, 4, 130
 
@@ -129,6 +130,7 @@ def audit_command(
     seeds: int = 5,
     shots: int | None = None,
     trials: int = 48,
+    reported: float | None = None,
     seed: int = 0,
     data_dir: Path | None = None,
     device: str = "auto",
@@ -159,6 +161,7 @@ def audit_command(
         seeds: Repetitions.
         shots: Adversary's training samples a class; null: its whole half.
         trials: Of the search adaptive-v1, for each model.
+        reported: Restricted score after the last budget that the publisher claims, such as 0.23; for comparison.
         seed: Of everything random.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
         device: auto, cpu, cuda, cuda:1, mps, ...
@@ -171,6 +174,7 @@ def audit_command(
     from holdfast.models import load_released
     from holdfast.recipe import read_yaml
     from holdfast.report.terminal import show
+    from holdfast.results import read_result
     from holdfast.tasks import load_task
 
     limits = {k: read_yaml(v, f"--set {k}={v}: the value") for k, v in map(_split, set)}
@@ -178,12 +182,16 @@ def audit_command(
     released = load_released(model, weights, task, head=head, data_dir=data_dir)
     before = load_released(original, original_weights, task, head=original_head, data_dir=data_dir)
     harmless = None if transfer is None else load_task(transfer, data_dir=data_dir)
+    source = {
+        "model": model, "weights": _text(weights), "original": original, "original_weights": _text(original_weights),
+        "benign": benign, "restricted": restricted, "transfer": transfer,
+    }  # fmt: skip
     pipeline.audit(
         released, original=before, benign=task, restricted=against, transfer=harmless, seed=seed, device=device,
         threads=threads, folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds, shots=shots,
-        trials=trials, thresholds=limits, executor=executor,
+        trials=trials, reported=reported, thresholds=limits, executor=executor, source=source,
     )  # fmt: skip
-    result = pipeline.read_result(out)
+    result = read_result(out)
     show(result, out)
     return _exit_code(result.audit.verdict.label if result.audit else None)
 
@@ -223,6 +231,7 @@ def feasibility_command(
     from holdfast import pipeline
     from holdfast.models import load_released
     from holdfast.report.terminal import show
+    from holdfast.results import read_result
     from holdfast.tasks import load_task
 
     task, against = load_task(benign, data_dir=data_dir), load_task(restricted, data_dir=data_dir)
@@ -232,23 +241,7 @@ def feasibility_command(
     pipeline.feasibility(
         task, against, model=named, ridge=ridge, q=q, device=device, threads=threads, folder=out, quiet=False
     )
-    show(pipeline.read_result(out), out)
-    return 0
-
-
-def report_command(folder: Path) -> int:
-    """Write a run's report.html anew from its result.json, and print the verdict.
-
-    Args:
-        folder: A folder that `holdfast run`, `immunize` or `audit` completed.
-    """
-    from holdfast.pipeline import read_result
-    from holdfast.report import write_report
-    from holdfast.report.terminal import show
-
-    result = read_result(folder)
-    write_report(result, folder / "report.html")
-    show(result, folder)
+    show(read_result(out), out)
     return 0
 
 
@@ -289,6 +282,9 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "audit": audit_command,
     "feasibility": feasibility_command,
     "report": report_command,
+    "replay": replay_command,
+    "card": card_command,
+    "leaderboard": leaderboard_command,
     "recipes": recipes_command,
 }
 
@@ -384,6 +380,10 @@ def _split(item: str) -> tuple[str, str]:
     if not equals:
         raise HoldfastError(f"--set {item!r} has no '='; write it as key=value.")
     return key.strip(), value
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -34,6 +34,9 @@ Array = npt.NDArray[np.float64]
 CONFIDENCE = 0.95
 REPLICATES = 1000
 
+ROUNDING = 1e-12
+"""Far below any spread of scores, far above that of the same sum taken in another order."""
+
 
 @dataclass(frozen=True)
 class Battery:
@@ -51,11 +54,10 @@ class Battery:
     both_ways: bool = True
 
     @classmethod
-    def of(cls, curves: Sequence[Curve], *, both_ways: bool = True) -> Battery:
-        """Stacks the curves of one model; seeds and budgets must be those of the first adversary."""
+    def of(cls, curves: Sequence[Curve], width: int, *, both_ways: bool = True) -> Battery:
+        """Stacks the curves of one model, scored on `width` folds; all have the seeds and budgets of the first."""
         names = tuple(dict.fromkeys(c.adversary for c in curves))
         by_name = [sorted((c for c in curves if c.adversary == name), key=lambda c: c.seed) for name in names]
-        width = max((len(f) for c in curves for f in c.folds if f is not None), default=1)
         lost = [math.nan] * width
         stacked = [[[f if f is not None else lost for f in c.folds] for c in mine] for mine in by_name]
         return cls(names, np.asarray(stacked, dtype=np.float64), both_ways)
@@ -134,8 +136,9 @@ class Comparison:
     @classmethod
     def of(cls, curves: Sequence[Curve], seed: int = 0, *, both_ways: bool = True) -> Comparison:
         """Sorts the curves of one task by role; see `Battery` for `both_ways`."""
+        width = max((len(f) for c in curves for f in c.folds if f is not None), default=1)
         batteries = {
-            role: Battery.of(mine, both_ways=both_ways)
+            role: Battery.of(mine, width, both_ways=both_ways)
             for role in ROLES
             if (mine := [c for c in curves if c.role == role])
         }
@@ -292,7 +295,7 @@ def _steps_to(target: float, budgets: Sequence[int], curve: Array) -> float | No
 def _quantile(drawn: Array) -> float:
     """The quantile of the largest deviation over budgets, in standard deviations; at least the pointwise one."""
     deviation = drawn.std(0, ddof=1)
-    moving = deviation > 0
+    moving = deviation > ROUNDING  # what does not move has no say in c, and rounding is no movement
     if not moving.any():
         return float(norm.ppf((1 + CONFIDENCE) / 2))
     largest = np.abs((drawn - drawn.mean(0))[:, moving] / deviation[moving]).max(1)

@@ -265,6 +265,26 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise HoldfastError(f"{str(path)!r} is not a readable safetensors file: {error}.") from error
 
 
+def tensors_sha256(tensors: Mapping[str, Tensor], also: str = "") -> str:
+    """Returns a hash over names, dtypes, shapes and values: the same however often they are written anew.
+
+    Example:
+        >>> a, b = torch.zeros(2), torch.ones(3)
+        >>> tensors_sha256({"a": a, "b": b}) == tensors_sha256({"b": b, "a": a}) != tensors_sha256({"a": a, "b": -b})
+        True
+
+    Args:
+        tensors: by name.
+        also: text that is hashed with them.
+    """
+    digest = hashlib.sha256(also.encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Returns an optimizer's state as named tensors, for `save_tensors`; settings such as rates are not in it."""
     state = optimizer.state_dict()["state"]

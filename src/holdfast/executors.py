@@ -279,7 +279,8 @@ class RayCluster(Executor):
     """Ray: a local one that is started and shut down here, or a cluster."""
 
     def __post_init__(self) -> None:
-        if importlib.util.find_spec("ray") is None:
+        needed = ("ray", "grpc") if self.name.startswith("ray://") else ("ray",)
+        if any(importlib.util.find_spec(module) is None for module in needed):
             raise HoldfastError(f"Executor {self.name!r} needs Ray: pip install holdfast[cluster].")
 
     def run(
@@ -333,7 +334,8 @@ class RayCluster(Executor):
                     ray.init("local", num_cpus=cores, include_dashboard=False, **quiet)
         except (ConnectionError, ImportError, RuntimeError, OSError, ValueError) as error:
             raise HoldfastError(
-                f"Executor {self.name!r}: Ray cannot be reached or started: {type(error).__name__} {error}"
+                f"Executor {self.name!r}: Ray cannot be reached or started ({type(error).__name__}: {error}). Of a "
+                "cluster, give the client port (ray://HOST:10001), and its token in RAY_AUTH_TOKEN if it has one."
             ) from error
         try:
             yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,6 +36,7 @@ from holdfast.results import (
     RunResult,
     TaskFacts,
     provenance,
+    read_result,
 )
 from holdfast.study import Outcome, sources, study
 from holdfast.tasks import Task, load_task
@@ -151,6 +152,7 @@ def audit(
     folder: Path | str | None = None,
     quiet: bool = True,
     executor: Executor | str = "serial",
+    source: Mapping[str, str | None] | None = None,
     **options: Any,
 ) -> AuditResult:
     """Audits a model against its controls.
@@ -167,6 +169,7 @@ def audit(
         folder: where to keep finished trials, `result.json` and `report.html`; a second call continues there.
         quiet: show no progress.
         executor: where trials run: `serial`, `processes`, `ray`, ...; it does not change the result.
+        source: how the command line names the models and tasks, for `holdfast replay`.
         options: of `AuditSpec`: battery, budgets, seeds, shots, thresholds.
 
     Raises:
@@ -181,6 +184,9 @@ def audit(
     facts = {"model": model.facts().sha256, "original": original.facts().sha256}
     job.note_tasks(benign, restricted, transfer)
     job.claim({"audit": spec.model_dump(mode="json"), **facts})
+    if source is not None:
+        # Beside the job's settings, not among them: a model that was moved is the same model.
+        job.recipe = {**job.recipe, "source": dict(source)}
     job.note_model("original", original)
     job.note_model("immunized", model)
     with cpu_threads(threads):
@@ -497,23 +503,6 @@ class _Job:
         write_report(result, self.run.folder / "report.html")
         write_atomic(self.run.folder / "result.json", result.model_dump_json(indent=1))
         return result
-
-
-def read_result(folder: Path | str) -> RunResult:
-    """Reads the result of a run's folder.
-
-    Raises:
-        HoldfastError: if there is none, or it is damaged or of another version.
-    """
-    path = Path(folder) / "result.json"
-    if not path.is_file():
-        raise HoldfastError(
-            f"{str(folder)!r} holds no result.json; is the run complete? The same command continues it."
-        )
-    try:
-        return RunResult.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise HoldfastError(f"{str(path)!r} is damaged or of another version: {error.errors()[0]['msg']}.") from error
 
 
 def _differences(found: Any, mine: Any, prefix: str = "") -> list[str]:

@@ -15,7 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from holdfast.errors import HoldfastError
 
 SCHEMA_VERSION = "1"
 
@@ -321,6 +323,9 @@ class AuditResult(_Result):
     test_samples: int
     chance: float
     unit: str = Field("accuracy", description="What the scores are; all are at most 1, and larger is better.")
+    reported: float | None = Field(
+        None, description="The restricted score after the last budget that the model's publisher claims."
+    )
     benign: Side
     flags: list[Flag] = Field([], description="Signs that the resistance, or the audit, is not what it seems.")
     curves: list[Curve]
@@ -416,6 +421,23 @@ def json_schema() -> dict[str, Any]:
     return RunResult.model_json_schema(mode="serialization")
 
 
+def read_result(folder: Path | str) -> RunResult:
+    """Reads the result of a run's folder.
+
+    Raises:
+        HoldfastError: if there is none, or it is damaged or of another version.
+    """
+    path = Path(folder) / "result.json"
+    if not path.is_file():
+        raise HoldfastError(
+            f"{str(folder)!r} holds no result.json; is the run complete? The same command continues it."
+        )
+    try:
+        return RunResult.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise HoldfastError(f"{str(path)!r} is damaged or of another version: {error.errors()[0]['msg']}.") from error
+
+
 def provenance(
     *,
     started: str,
@@ -435,7 +457,10 @@ def provenance(
         models: facts of every model, by its part in the run.
         command: the command line; the process's own by default.
     """
-    argv = list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]]
+    program = Path(sys.argv[0]).name
+    argv = (
+        list(command) if command is not None else ["holdfast" if program == "__main__.py" else program, *sys.argv[1:]]
+    )
     names = [
         "torch",
         "torchvision",

@@ -9,8 +9,9 @@ from typing import Literal
 from pydantic import ValidationError
 
 from holdfast.adversaries import Adversary
+from holdfast.adversaries.stacked import Member, attack_together, stacks
 from holdfast.errors import HoldfastError
-from holdfast.execution import Journal, Run
+from holdfast.execution import Journal, Run, derive_seed
 from holdfast.executors import Executor
 from holdfast.models import SplitModel
 from holdfast.results import Curve, Role
@@ -25,6 +26,11 @@ SEARCH_SEED = -1
 
 TRANSPLANTED = ", in the original's code"
 """Ends the name of an adversary who first put the released weights into the original's code."""
+
+
+def few_of(task: Task, shots: int | None, run: Run, seed: int) -> Task:
+    """Returns what a repetition's learner gets of a task: all of its training split, or so many samples a class."""
+    return task if shots is None else task.few_shot(shots, derive_seed(run.seed, "shots", seed))
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class Bench:
         benign: the model's own task.
         budgets: steps at which to score.
         run: seed and device.
+        stacked: whether attacks on small models are trained together; curves agree up to rounding.
     """
 
     immunized: SplitModel
@@ -82,6 +89,7 @@ class Bench:
     benign: Task
     budgets: tuple[int, ...]
     run: Run = field(repr=False)
+    stacked: bool = True
 
     def model(self, role: Role, seed: int) -> SplitModel:
         """Returns the model of a role; of `scratch`, the fresh weights that belong to a seed."""
@@ -92,14 +100,43 @@ class Bench:
         with self.run.seeded("scratch", seed):
             return self.original.fresh()
 
+    def jobs(self, trials: Sequence[Trial]) -> list[tuple[Trial, ...]]:
+        """Groups trials that are trained together; the same whatever of them was done before, and wherever they run."""
+        if not self.stacked:
+            return [(trial,) for trial in trials]
+        scratch = {seed: self.model("scratch", seed) for seed in {t.seed for t in trials if t.role == "scratch"}}
+        found: dict[int, Trial] = {}
+        members = []
+        for trial in trials:
+            model = scratch[trial.seed] if trial.role == "scratch" else self._victim(trial)
+            member = Member(trial.adversary, model, self.samples[trial.on, trial.seed], trial.role, trial.seed)
+            found[id(member)] = trial
+            members.append(member)
+        groups: list[tuple[Trial, ...]] = []
+        for group in stacks([m for m in members if not found[id(m)].floors]):
+            groups.append(tuple(found[id(member)] for member in group))
+        return groups + [(found[id(m)],) for m in members if found[id(m)].floors]
+
+    def curves(self, job: tuple[Trial, ...]) -> list[Curve]:
+        """Runs the trials of a job."""
+        if len(job) == 1:
+            return [self.curve(job[0])]
+        members = [Member(t.adversary, self._victim(t), self.samples[t.on, t.seed], t.role, t.seed) for t in job]
+        together = attack_together(members, budgets=self.budgets, run=self.run)
+        return [_named(curve, trial) for curve, trial in zip(together, job, strict=True)]
+
+    def _victim(self, trial: Trial) -> SplitModel:
+        if not trial.transplanted:
+            return self.model(trial.role, trial.seed)
+        assert self.transplanted is not None
+        return self.transplanted
+
     def curve(self, trial: Trial) -> Curve:
         """Runs a trial; where the immunized model's own code fails, the curve says so and has no scores."""
         task = self.samples[trial.on, trial.seed]
-        model = self.transplanted if trial.transplanted else self.model(trial.role, trial.seed)
-        assert model is not None
         try:
             found = trial.adversary.attack(
-                model,
+                self._victim(trial),
                 task,
                 budgets=self.budgets,
                 run=self.run,
@@ -117,7 +154,11 @@ class Bench:
                 losses=[*none], folds=[*none], batch_size=min(trial.adversary.batch_size, task.size("train")),
                 failure=f"{type(error).__name__}: {error}"[:500],
             )  # fmt: skip
-        return found.model_copy(update={"task": trial.on, "adversary": trial.name})
+        return _named(found, trial)
+
+
+def _named(curve: Curve, trial: Trial) -> Curve:
+    return curve.model_copy(update={"task": trial.on, "adversary": trial.name})
 
 
 @dataclass(frozen=True)
@@ -147,17 +188,19 @@ class Crew:
         Raises:
             HoldfastError: if the journal holds something else under a trial's key.
         """
-        missing = [t for t in trials if t.key not in self.journal.entries]
-        with self.bench.run.progress(description, len(trials), len(trials) - len(missing)) as bar:
-            for index, curve in self.executor.run(_work, self.bench, missing):
-                trial = missing[index]
-                self.journal.add(trial.key, curve.model_dump(mode="json"))
-                bar.tick(f"{trial.role}: {trial.name}")
+        done = self.journal.entries
+        jobs = [job for job in self.bench.jobs(trials) if any(t.key not in done for t in job)]
+        with self.bench.run.progress(description, len(trials), sum(t.key in done for t in trials)) as bar:
+            for index, curves in self.executor.run(_work, self.bench, jobs):
+                for trial, curve in zip(jobs[index], curves, strict=True):
+                    if trial.key not in done:
+                        self.journal.add(trial.key, curve.model_dump(mode="json"))
+                        bar.tick(f"{trial.role}: {trial.name}")
         return [_kept(self.journal, trial, self.bench.budgets) for trial in trials]
 
 
-def _work(bench: Bench, trial: Trial) -> Curve:
-    return bench.curve(trial)
+def _work(bench: Bench, job: tuple[Trial, ...]) -> list[Curve]:
+    return bench.curves(job)
 
 
 def _kept(journal: Journal, trial: Trial, budgets: tuple[int, ...]) -> Curve:

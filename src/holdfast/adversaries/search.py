@@ -67,7 +67,6 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(
             seed=seed % 2**32, multivariate=True, constant_liar=True, n_startup_trials=len(self.openings) // 2,
-            warn_independent_sampling=False,
         )  # fmt: skip
         study = optuna.create_study(direction="maximize", sampler=sampler)
         for opening in self.openings:

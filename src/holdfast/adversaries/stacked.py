@@ -1,27 +1,26 @@
 """Many fine-tuning adversaries of one small architecture, trained together as one batch.
 
-A step of a small network is mostly overhead. Here the weights of many members are stacked along a new first axis, and one
-step moves all of them: each on its own batch, at its own learning rate, as if it were alone.
+A step of a small network is mostly overhead. Here the weights of many members are stacked along a new first axis, and
+one step moves all of them: each on its own batch, at its own learning rate, as if it were alone.
 
-Images lie as (N, members x channels, H, W), channels last, and a convolution is one with a group for each member; vectors
-lie as (members, N, features), and a linear layer is a batched product. `vmap` over `functional_call` is the shorter way to
-write this and computes the same, but it keeps the members in front of the channels in memory and is no faster than
-one by one on a CPU (`benchmarks/audit.py` measures both). So the layers that are known are written out below, and a
-model with any other is never stacked.
+Images lie as (N, members x channels, H, W), channels last, and a convolution is one with a group for each member;
+vectors lie as (members, N, features), and a linear layer is a batched product. `torch.func.vmap` would write the same
+in fewer lines, but puts the members elsewhere in memory, and on a CPU is no faster than one by one
+(`benchmarks/audit.py` measures both). So the layers that are known are written out below, and a model with any other
+is never stacked.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast import finetune
 from holdfast.adversaries.base import Adversary, Trace
 from holdfast.adversaries.finetuning import FineTuning
 from holdfast.errors import HoldfastError
@@ -33,13 +32,17 @@ from holdfast.results import Curve, Role
 from holdfast.tasks import ArrayTask, Batch, Task
 
 ELEMENTWISE: Final = frozenset({"sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw"})
-"""Optimizers whose update of a number depends on that number's own history alone: they cannot tell that they are stacked."""
+"""Optimizers whose update of a number depends on its own history alone: they cannot tell that weights are stacked."""
 
 DECOUPLED: Final = frozenset({"adamw"})
 """Those whose weight decay shrinks the weights instead of adding to the gradients."""
 
 SAMEWISE: Final = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
-POOLS: Final = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+ONLY: Final[dict[type[nn.Module], bool]] = {
+    nn.Conv2d: True, nn.BatchNorm2d: True, nn.MaxPool2d: True, nn.AvgPool2d: True, nn.AdaptiveAvgPool2d: True,
+    nn.Linear: False,
+}  # fmt: skip
+"""Layers that are known for images (True) or for vectors (False) only."""
 
 SMALL: Final = 1_000_000
 """Weights and batch values up to which a step is mostly overhead; larger models gain nothing by being stacked."""
@@ -77,11 +80,12 @@ def _plain(adversary: Adversary) -> bool:
     """Whether it is fine-tuning without anything beside its six settings."""
     if type(adversary) is not FineTuning:
         return False
-    strategy, known = adversary.strategy, {"scope", "optimizer", "learning_rate", "batch_size", "weight_decay"}
-    others = [(strategy, f) for f in fields(strategy) if f.name not in known | {"initialisation"}]
+    strategy = adversary.strategy
+    known = {"initialisation", "scope", "optimizer", "learning_rate", "batch_size", "weight_decay"}
+    others: list[tuple[object, Field[Any]]] = [(strategy, f) for f in fields(strategy) if f.name not in known]
     others += [(adversary, f) for f in fields(adversary) if f.name not in {"strategy", "name"}]
     return (
-        strategy.scope in ("all", "head")
+        strategy.scope in ("all", "head", "norm")
         and strategy.optimizer in ELEMENTWISE
         and all(getattr(owner, field.name) == field.default for owner, field in others)
     )
@@ -102,52 +106,47 @@ def _layers(model: SplitModel) -> list[tuple[str, nn.Module]]:
 
 def _flows(model: SplitModel, *, images: bool) -> bool:
     """Whether a small model is a chain of known layers for such inputs, and nothing else."""
-    own = [*model.parameters()]
+    layers, own = _layers(model), [*model.parameters()]
     tied = len(own) != len([*model.named_parameters(remove_duplicate=False)])
-    layers = _layers(model)
-    if type(model) is not SplitModel or tied or layers[-1][1] is not model.head or not _inert(model):
-        return False
-    if sum(p.numel() for p in own) > SMALL or len({(p.dtype, p.device) for p in own}) != 1:
+    alike = len({(p.dtype, p.device) for p in own}) == 1
+    if type(model) is not SplitModel or layers[-1][1] is not model.head or tied or not alike or not _inert(model):
         return False
     for _, layer in layers:
-        kind = type(layer)
-        if kind is nn.Flatten:
-            if (layer.start_dim, layer.end_dim) != (1, -1):
-                return False
-            images = False
-        elif kind is nn.Linear:
-            if images:
-                return False
-        elif kind in (nn.Conv2d, nn.BatchNorm2d, *POOLS):
-            if not images or not _usual(layer):
-                return False
-        elif kind not in SAMEWISE:
+        if not _usual(layer) or (type(layer) in ONLY and images != ONLY[type(layer)]):
             return False
-    return not images
+        images = images and type(layer) is not nn.Flatten
+    return not images and sum(p.numel() for p in own) <= SMALL
 
 
 def _usual(layer: nn.Module) -> bool:
-    """Whether an image layer's settings are among those that the stacked form covers."""
-    if isinstance(layer, nn.Conv2d):
+    """Whether a layer, with its settings, is among those that are written out below."""
+    if type(layer) is nn.Conv2d:
         return layer.padding_mode == "zeros"
-    if isinstance(layer, nn.BatchNorm2d):
+    if type(layer) is nn.BatchNorm2d:
         return layer.momentum is not None and layer.track_running_stats
-    return not getattr(layer, "return_indices", False)
+    if type(layer) is nn.MaxPool2d:
+        return not layer.return_indices
+    if type(layer) is nn.Flatten:
+        return layer.start_dim == 1 and layer.end_dim == -1
+    return type(layer) in SAMEWISE or type(layer) in ONLY
 
 
 def _inert(model: SplitModel) -> bool:
-    """Whether modules and weights are what their classes make them: no hooks, no methods or buffers of their own."""
+    """Whether modules and weights are what their classes make them: no hooks, nor anything else of their own."""
     for module in model.modules():
+        own = {n for n, _ in module.named_parameters(recurse=False)}
+        buffers = {n for n, _ in module.named_buffers(recurse=False)}
+        statistics = {"running_mean", "running_var", "num_batches_tracked"}
+        expected = {"mean", "std"} if module is model else statistics if type(module) is nn.BatchNorm2d else set()
         hooked = any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
-        buffers = {n for n, b in module.named_buffers(recurse=False) if b is not None}
-        expected = {"running_mean", "running_var", "num_batches_tracked"} if type(module) is nn.BatchNorm2d else set()
-        expected = {"mean", "std"} if module is model else expected
-        if hooked or not buffers <= expected or any(callable(v) for v in _settings(module).values()):
+        strange = any(callable(v) or isinstance(v, Tensor) for v in _settings(module).values())
+        lacking = isinstance(module, nn.Linear | nn.Conv2d) and "weight" not in own
+        if hooked or strange or lacking or not buffers <= expected or not own <= {"weight", "bias"}:
             return False
         for weight in module.parameters(recurse=False):
             if type(weight) is not nn.Parameter or weight._backward_hooks or weight._post_accumulate_grad_hooks:
                 return False
-    return True
+    return model.precision is None
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
@@ -197,25 +196,22 @@ def stacks(members: Sequence[Member], limit: int = 32) -> list[list[Member]]:
 def _key(member: Member) -> tuple[Any, ...] | None:
     """What members of one stack have in common; None for who must be alone."""
     adversary, model, task = member.adversary, member.model, member.task
-    images = len(task.input_shape) == 3
-    if type(task).loss is not ArrayTask.loss or not _plain(adversary) or not _flows(model, images=images):
+    own = type(task).loss is not ArrayTask.loss or type(task).outcomes is not ArrayTask.outcomes
+    if own or not _plain(adversary) or not _flows(model, images=len(task.input_shape) == 3):
         return None
     assert isinstance(adversary, FineTuning)
     strategy = adversary.strategy
     batch_size = min(strategy.batch_size, task.size("train"))
-    if (
-        batch_size < 2
-        or batch_size * math.prod(task.input_shape) > SMALL
-        or adversary.not_applicable(model, task) is not None
-    ):
+    large = batch_size * math.prod(task.input_shape) > SMALL
+    if batch_size < 2 or large or adversary.not_applicable(model, task) is not None:  # BatchNorm refuses one sample
         return None
     outputs = model.num_outputs if strategy.initialisation == "direct" else task.num_outputs
     chain = [(name, type(layer).__name__, _settings(layer)) for name, layer in _layers(model)[:-1]]
     tensors = [(n, tuple(v.shape), v.dtype) for n, v in model.state_dict().items() if not n.startswith(_head(model))]
     scale = [None if v is None else v.flatten().tolist() for v in (model.mean, model.std)]
     return (
-        strategy.optimizer, strategy.scope, batch_size, outputs, task.input_shape, model.head.weight.dtype,
-        model.head.in_features, model.head.bias is None, repr((chain, tensors, scale)),
+        strategy.optimizer, strategy.scope, batch_size, outputs, task.input_shape, task.size("test"),
+        model.head.weight.dtype, model.head.weight.shape[1], model.head.bias is None, repr((chain, tensors, scale)),
     )  # fmt: skip
 
 
@@ -255,8 +251,8 @@ def attack_together(members: Sequence[Member], *, budgets: Sequence[int], run: R
                 since.append(stack.step())
             if step in budgets:
                 losses = torch.stack(since).unbind(1) if since else [None] * len(members)
-                for trace, member, victim, loss in zip(traces, members, stack.victims(), losses, strict=True):
-                    trace.note(member.task.audit_outcomes(victim), loss)
+                for trace, outcomes, loss in zip(traces, stack.outcomes(), losses, strict=True):
+                    trace.note(outcomes, loss)
                 since = []
     return [t.curve(m.adversary, m.task, m.role, m.seed, budgets) for t, m in zip(traces, members, strict=True)]
 
@@ -265,38 +261,45 @@ class _Stack:
     """The members' models and optimizer as stacked tensors."""
 
     def __init__(self, members: Sequence[Member], run: Run) -> None:
-        self._models = [_prepared(m, run) for m in members]
-        first = self._models[0]
-        strategies = [_strategy(m) for m in members]
+        models, strategies = [_prepared(m, run) for m in members], [_strategy(m) for m in members]
+        first = models[0]
+        self._members, self._run = members, run
         self._layers = _pool_first(_layers(first))
         self._scale = first.mean, first.std
-        self._training = strategies[0].scope == "all"
+        self._training = strategies[0].scope != "head"
         self._batches = _batches(members, run)
-        self._states = [dict(m.state_dict()) for m in self._models]
-        self._tensors = {name: _stacked([s[name] for s in self._states]) for name in self._states[0]}
-        moving = [name for name, p in first.named_parameters() if p.requires_grad]
-        self._moving = [self._tensors[name].requires_grad_(True) for name in moving]
+        self._size = min(strategies[0].batch_size, members[0].task.size("train"))
+        states = [m.state_dict() for m in models]
+        self._tensors = {name: _stacked([s[name] for s in states]) for name in states[0]}
+        self._moving = [self._tensors[n].requires_grad_(True) for n, p in first.named_parameters() if p.requires_grad]
         # The optimizer moves shadows that start at zero, by learning rate 1: what they hold after a step is the update,
         # and each member scales its own. No optimizer of ELEMENTWISE looks at the weights but for their decay.
         self._shadows = [nn.Parameter(torch.zeros_like(p)) for p in self._moving]
         self._optimizer = OPTIMIZERS[strategies[0].optimizer](self._shadows, 1.0, 0.0)
         self._decoupled = strategies[0].optimizer in DECOUPLED
-        self._rates = [_alongside(p, [s.learning_rate for s in strategies]) for p in self._moving]
         decays = [s.weight_decay for s in strategies]
+        self._rates = [_alongside(p, [s.learning_rate for s in strategies]) for p in self._moving]
         self._decays = [_alongside(p, decays) for p in self._moving] if any(decays) else None
+        # The C library gives a large block back to the system when it is freed, and a step that gets it anew waits for
+        # its pages; freeing one of the largest size that it ever keeps makes it keep all below (glibc; else nothing).
+        torch.empty(32 * 10**6, dtype=torch.uint8)
 
-    def victims(self) -> Iterator[SplitModel]:
-        """Yields every member's model as it is now."""
-        for k, (model, state) in enumerate(zip(self._models, self._states, strict=True)):
-            with torch.no_grad():
-                for name, own in state.items():
-                    own.copy_(self._tensors[name][k])
-            yield model
+    @torch.no_grad()
+    def outcomes(self) -> list[Tensor]:
+        """Returns every member's `Task.audit_outcomes` as it is now."""
+        tasks = [m.task for m in self._members]
+        sweeps = {id(t): t.sweep("test", self._size, device=self._run.device) for t in tasks}
+        parts = []
+        for found in zip(*sweeps.values(), strict=True):
+            x = dict(zip(sweeps, (batch.x for batch in found), strict=True))
+            parts.append(self._logits(torch.stack([x[id(t)] for t in tasks]), training=False))
+        whole = torch.cat(parts, dim=1)
+        return [task.audit_outcomes(_Known(logits)) for task, logits in zip(tasks, whole, strict=True)]
 
     def step(self) -> Tensor:
         """Moves every member by one step; returns their training losses, shape (members,)."""
         x, y = next(self._batches)
-        logits = self._logits(x)
+        logits = self._logits(x, training=self._training)
         losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(len(x), -1).mean(1)
         losses.sum().backward()  # type: ignore[no-untyped-call]  # no member's loss depends on another's weights
         with torch.no_grad():
@@ -316,7 +319,7 @@ class _Stack:
             value.addcmul_(rate, shadow)
             shadow.zero_()
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _logits(self, x: Tensor, *, training: bool) -> Tensor:
         """Logits of shape (members, N, classes) for inputs of shape (members, N, ...)."""
         count, (mean, std) = len(x), self._scale
         x = x.to(self._moving[0].dtype)
@@ -326,8 +329,22 @@ class _Stack:
             x = x.transpose(0, 1).flatten(1, 2).contiguous(memory_format=torch.channels_last)
         for name, layer in self._layers:
             own = {key: self._tensors.get(f"{name}.{key}") for key in ("weight", "bias", "running_mean", "running_var")}
-            x = _pass(layer, own, x, count, self._training)
+            x = _pass(layer, own, x, count, training)
         return x
+
+
+class _Known(nn.Module):
+    """Stands for a member's model where a task scores it: its logits for the whole split are known, in order."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("logits", logits)
+        self.logits: Tensor
+        self.given = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.given += len(x)
+        return self.logits[self.given - len(x) : self.given]
 
 
 def _pass(layer: nn.Module, own: dict[str, Tensor | None], x: Tensor, count: int, training: bool) -> Tensor:
@@ -337,11 +354,11 @@ def _pass(layer: nn.Module, own: dict[str, Tensor | None], x: Tensor, count: int
         assert weight is not None
         return x @ weight.mT if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
     if isinstance(layer, nn.Flatten):
-        return x.unflatten(1, (count, -1)).transpose(0, 1).flatten(2) if x.dim() == 4 else x
+        return x.view(len(x), count, -1, *x.shape[2:]).transpose(0, 1).flatten(2) if x.dim() == 4 else x
     side_by_side = {key: None if v is None else v.flatten(0, 1) for key, v in own.items()}
     weight, bias = side_by_side["weight"], side_by_side["bias"]
     if isinstance(layer, nn.Conv2d):
-        assert weight is not None and not isinstance(layer.padding, str)
+        assert weight is not None
         return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups * count)
     if isinstance(layer, nn.BatchNorm2d):
         mean, var = side_by_side["running_mean"], side_by_side["running_var"]
@@ -351,7 +368,8 @@ def _pass(layer: nn.Module, own: dict[str, Tensor | None], x: Tensor, count: int
         window = x.shape[2] // size[0], x.shape[3] // size[1]
         if (window[0] * size[0], window[1] * size[1]) == x.shape[2:]:  # equal windows have a much faster gradient
             return F.avg_pool2d(x, window)
-    return layer(x)  # without weights: it does not know that there are many
+    passed: Tensor = layer(x)  # without weights: it does not know that there are many
+    return passed
 
 
 def _pool_first(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
@@ -369,10 +387,10 @@ def _strategy(member: Member) -> Strategy:
 
 
 def _prepared(member: Member, run: Run) -> SplitModel:
-    """The member's copy of its model where it starts from; the draws are those of `Adversary.attack`."""
+    """The member's copy of its model where it starts from, with the draws of `Adversary.attack`."""
     model = member.model.clone().to(run.device)
-    with run.seeded("attack", member.adversary.name, member.seed):
-        finetune.prepare(model, _strategy(member), member.task)
+    with run.seeded("attack", member.adversary.name, member.seed) as generator:
+        next(member.adversary.run(model, member.task, benign=None, generator=generator, device=run.device))
     return model
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
-from holdfast.execution import device_of, dtype_of, load_tensors, save_tensors
+from holdfast.execution import device_of, dtype_of, load_tensors, save_tensors, tensors_sha256
 from holdfast.models.blocks import Block, copy_layers, split_blocks
 from holdfast.models.heads import Appended, Head, duplicate, every_tensor, is_head, logits_of, outline
 from holdfast.results import ModelFacts
@@ -395,14 +395,10 @@ class SplitModel(nn.Module):
 
         Tensors that a state dict leaves out are hashed as well, and so is the source of somebody's own code.
         """
-        digest = hashlib.sha256((self.code or "").encode())
         state = {**dict(every_tensor(self.network)), **self.network.state_dict()}
-        for name in sorted(state):
-            value = state[name].detach().cpu().contiguous()
-            digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest = tensors_sha256(state, self.code or "")
         count = sum(p.numel() for p in self.parameters())
-        return ModelFacts(name=self.name, parameters=count, sha256=digest.hexdigest(), file_sha256=file_sha256)
+        return ModelFacts(name=self.name, parameters=count, sha256=digest, file_sha256=file_sha256)
 
     def save(self, path: Path) -> str:
         """Writes the network's state dict as safetensors, with the spec in its header; returns the file's SHA-256."""

@@ -247,8 +247,8 @@ def _refuse_twins(path: Path) -> None:
         home = taken.parent.parent if taken.name == "__init__.py" else taken.parent
         if home in _FOLDERS and home != path.parent:
             raise HoldfastError(
-                f"{str(path)!r} stands beside {twin.name!r}, and another file that was run beside {str(taken)!r}: Python "
-                "keeps one module a name, and would mix them. Rename one of the two."
+                f"{str(path)!r} stands beside {twin.name!r}, and another file that was run beside {str(taken)!r}: "
+                "Python keeps one module a name, and would mix them. Rename one of the two."
             )
 
 

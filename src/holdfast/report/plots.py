@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import statistics
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from holdfast.results import ROLES, AuditResult, Cell, Curve, Event, Figure, ImmunizationResult, Lines, Map, Role
+from holdfast.results import Event, Figure, ImmunizationResult, Lines, Map, Role
 
 
 @dataclass(frozen=True)
@@ -60,51 +59,6 @@ class Plot:
     height: int
 
 
-def best_plot(audit: AuditResult) -> Plot:
-    """Returns the best of the battery against fine-tuning steps, for the model and both controls.
-
-    Args:
-        audit: its `by_budget` is drawn, with the standard deviation over seeds as bars.
-    """
-    figure = _figure(height=440, legend=True)
-    budgets = [row.budget for row in audit.by_budget]
-    for role in ROLES:
-        cells = [row.best[role] for row in audit.by_budget]
-        names = [f"best: {_text(row.best_adversary[role])}" for row in audit.by_budget]
-        figure.add_trace(_role_trace(role, budgets, cells, names))
-    figure.add_trace(_chance(audit))
-    _score_axes(figure, audit)
-    ends = [f"{role} {_percent(audit.by_budget[-1].best[role].mean)}" for role in ROLES]
-    label = (
-        f"Line chart: {audit.unit} of the best adversary on {audit.restricted_task} against fine-tuning steps. "
-        f"After {budgets[-1]} steps: {', '.join(ends)}. Chance: {_percent(audit.chance)}."
-    )
-    return _plot("best", figure, label)
-
-
-def adversary_plots(audit: AuditResult) -> list[tuple[str, Plot]]:
-    """Returns one small figure an adversary, with its name: mean curves on the model and on both controls.
-
-    All have the same axes, so that they can be compared at a glance.
-    """
-    found = []
-    for i, name in enumerate(audit.adversaries):
-        figure = _figure(height=230, legend=False)
-        ends = []
-        for role in ROLES:
-            mine = [c for c in audit.curves if c.adversary == name and c.role == role]
-            cells = [Cell.of(c.scores[k] for c in mine) for k in range(len(audit.budgets))]
-            losses = [f"mean training loss: {_loss(mine, k)}" for k in range(len(audit.budgets))]
-            figure.add_trace(_role_trace(role, audit.budgets, cells, losses))
-            ends.append(f"{role} {_percent(cells[-1].mean)}")
-        figure.add_trace(_chance(audit))
-        _score_axes(figure, audit, titles=False)
-        figure.update_layout(margin={"l": 42, "r": 8, "t": 8, "b": 28})
-        label = f"Line chart for adversary {name}. After {audit.budgets[-1]} steps: {', '.join(ends)}."
-        found.append((name, _plot(f"adversary-{i}", figure, label)))
-    return found
-
-
 def history_plot(immunization: ImmunizationResult) -> Plot | None:
     """Returns the defense's own record over rounds, one panel a series, with its events marked.
 
@@ -116,7 +70,7 @@ def history_plot(immunization: ImmunizationResult) -> Plot | None:
     if not history:
         return None
     panels, strip = len(history), 40 if immunization.events else 0
-    figure = _figure(height=170 * panels + strip + 60, legend=False)
+    figure = figure_of(height=170 * panels + strip + 60, legend=False)
     top = 1 - strip / (170 * panels + strip)
     for i, (name, values) in enumerate(history.items()):
         axis, low = str(i + 1) if i else "", top * (1 - (i + 1) / panels)
@@ -124,7 +78,7 @@ def history_plot(immunization: ImmunizationResult) -> Plot | None:
         domain = (low, low + 0.84 * top / panels)
         figure.update_layout({f"yaxis{axis}": _series_axis(name, values) | {"domain": domain}})
         figure.add_annotation(
-            text=_text(series_title(name)), x=0, xref="paper", y=domain[1], yref="paper",
+            text=label_text(series_title(name)), x=0, xref="paper", y=domain[1], yref="paper",
             xanchor="left", yanchor="bottom", showarrow=False, font={"size": 12},
         )  # fmt: skip
     if immunization.events:
@@ -135,7 +89,7 @@ def history_plot(immunization: ImmunizationResult) -> Plot | None:
         f"Line charts over the rounds of {immunization.defense}: {', '.join(map(series_title, history))}. "
         f"Events: {len(immunization.events)}."
     )
-    return _plot("history", figure, label)
+    return plot_of("history", figure, label)
 
 
 PALETTE = ("#1a85c9", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#7a6fd0", "#808590", "#c0392b", "#2aa198", "#6c8e3a")
@@ -155,18 +109,18 @@ def figure_plot(name: str, figure: Figure) -> tuple[str, Plot]:
 
 
 def _lines(name: str, lines: Lines) -> Plot:
-    figure = _figure(height=460, legend=True)
+    figure = figure_of(height=460, legend=True)
     for i, (series, values) in enumerate(lines.series.items()):
         points = sum(v is not None for v in values)
         figure.add_trace(
             go.Scatter(
                 x=lines.x,
                 y=values,
-                name=_text(series),
+                name=label_text(series),
                 mode="markers" if points == 1 else "lines",
                 line={"color": PALETTE[i % len(PALETTE)], "width": 2, "dash": DASHES[i % len(DASHES)]},
                 marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 11, "color": PALETTE[i % len(PALETTE)]},
-                hovertemplate=f"{_text(series)}<br>%{{x:.4g}}: %{{y:.4g}}<extra></extra>",
+                hovertemplate=f"{label_text(series)}<br>%{{x:.4g}}: %{{y:.4g}}<extra></extra>",
             )
         )
     look = {"exponentformat": "power", "minorloglabels": "none"}
@@ -181,13 +135,13 @@ def _lines(name: str, lines: Lines) -> Plot:
     )
     figure.update_layout(margin={"l": 64, "r": 12, "t": 12, "b": 48})
     ends = [f"{s}: {_short(_last(v))}" for s, v in lines.series.items()]
-    return _plot(name, figure, f"Line chart: {lines.title}. At the right end: {', '.join(ends)}.")
+    return plot_of(name, figure, f"Line chart: {lines.title}. At the right end: {', '.join(ends)}.")
 
 
 def _map(name: str, maps: Map) -> Plot:
     across = min(3, len(maps.panels))
     down = -(-len(maps.panels) // across)
-    figure = make_subplots(down, across, subplot_titles=[_text(p) for p in maps.panels], horizontal_spacing=0.07)
+    figure = make_subplots(down, across, subplot_titles=[label_text(p) for p in maps.panels], horizontal_spacing=0.07)
     values = [v for panel in maps.panels.values() for row in panel for v in row if v is not None]
     signed = any(v < 0 for v in values) or maps.value_title.startswith("log")
     reach = max((abs(v) for v in values), default=1.0) or 1.0
@@ -200,13 +154,13 @@ def _map(name: str, maps: Map) -> Plot:
                 coloraxis="coloraxis",
                 xgap=1,
                 ygap=1,
-                hovertemplate=f"{_text(panel)} {maps.column_title} %{{x}}, {maps.row_title} %{{y}}: "
+                hovertemplate=f"{label_text(panel)} {maps.column_title} %{{x}}, {maps.row_title} %{{y}}: "
                 f"{maps.value_title} %{{z:.3g}}<extra></extra>",
             ),
             row=i // across + 1,
             col=i % across + 1,
         )
-    plain = _figure(height=340 * down + 30, legend=False)
+    plain = figure_of(height=340 * down + 30, legend=False)
     plain.layout.pop("xaxis")
     figure.update_layout(plain.layout)
     figure.update_layout(
@@ -225,7 +179,7 @@ def _map(name: str, maps: Map) -> Plot:
     shares = [
         f"{p or 'all'}: {sum(v > 0 for r in g for v in r if v is not None)} above 0" for p, g in maps.panels.items()
     ]
-    return _plot(name, figure, f"Heat map: {maps.title}. {', '.join(shares)}.")
+    return plot_of(name, figure, f"Heat map: {maps.title}. {', '.join(shares)}.")
 
 
 def _last(values: Sequence[float | None]) -> float | None:
@@ -284,7 +238,7 @@ def _mark_events(figure: Any, axis: str, events: Sequence[Event], domain: tuple[
             yaxis=f"y{axis}",
             mode="markers",
             marker={"symbol": "triangle-down", "size": 11, "color": STYLES["original"].colour},
-            customdata=["<br>".join(map(_text, textwrap.wrap(e.message, 48))) for e in events],
+            customdata=["<br>".join(map(label_text, textwrap.wrap(e.message, 48))) for e in events],
             name="events",
             hovertemplate="round %{x}<br>%{customdata}<extra></extra>",
         )
@@ -293,7 +247,8 @@ def _mark_events(figure: Any, axis: str, events: Sequence[Event], domain: tuple[
     figure.update_layout({f"yaxis{axis}": {"domain": domain, "range": [-1, 1], **look}})
 
 
-def _figure(*, height: int, legend: bool) -> Any:
+def figure_of(*, height: int, legend: bool) -> Any:
+    """Returns an empty figure in the report's look."""
     figure = go.Figure()
     figure.update_layout(
         # plotly's default template brings a white page and its own palette.
@@ -319,67 +274,11 @@ def _figure(*, height: int, legend: bool) -> Any:
     return figure
 
 
-def _role_trace(role: Role, budgets: Sequence[int], cells: Sequence[Cell], notes: Sequence[str]) -> Any:
-    style = STYLES[role]
-    hover = [
-        f"<b>{role}</b> after {k} steps: {_percent(c.mean)}{_spread(c)}<br>{note}"
-        for k, c, note in zip(budgets, cells, notes, strict=True)
-    ]
-    return go.Scatter(
-        x=list(budgets),
-        y=[c.mean for c in cells],
-        error_y={"type": "data", "array": [c.sd for c in cells], "thickness": 1.2, "width": 4},
-        mode="lines+markers",
-        name=role,
-        meta={"role": role},
-        line={"color": style.colour, "width": 2.4, "dash": style.dash},
-        marker={"symbol": style.symbol, "size": 8},
-        customdata=hover,
-        hovertemplate="%{customdata}<extra></extra>",
-    )
-
-
-def _chance(audit: AuditResult) -> Any:
-    return go.Scatter(
-        x=[audit.budgets[0], audit.budgets[-1]],
-        y=[audit.chance, audit.chance],
-        mode="lines",
-        name=f"chance ({_percent(audit.chance)})",
-        line={"color": NEUTRAL, "width": 1.4, "dash": "longdashdot"},
-        hovertemplate=f"chance: {_percent(audit.chance)}<extra></extra>",
-    )
-
-
-def _score_axes(figure: Any, audit: AuditResult, *, titles: bool = True) -> None:
-    budgets = audit.budgets
-    span = budgets[-1] - budgets[0]
-    figure.update_xaxes(range=[budgets[0] - 0.03 * span, budgets[-1] + 0.03 * span], nticks=8)
-    figure.update_yaxes(range=[0, 1.03], tickformat=".0%", dtick=0.2, zeroline=False, fixedrange=True)
-    if titles:
-        figure.update_xaxes(title={"text": "fine-tuning steps"})
-        figure.update_yaxes(title={"text": f"{audit.unit} on the restricted task"})
-
-
-def _plot(name: str, figure: Any, label: str) -> Plot:
+def plot_of(name: str, figure: Any, label: str) -> Plot:
+    """Returns a figure as the page takes it."""
     return Plot(f"plot-{name}", label, str(figure.to_json()), int(figure.layout.height))
 
 
-def _percent(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.1%}"
-
-
-def _spread(cell: Cell) -> str:
-    return "" if cell.sd is None else f" ± {100 * cell.sd:.1f} ({cell.n} seeds)"
-
-
-def _loss(curves: Sequence[Curve], index: int) -> str:
-    losses = [c.losses[index] for c in curves]
-    finite = [v for v in losses if v is not None]
-    if index == 0:
-        return "none before the first step"
-    return f"{statistics.fmean(finite):.3g}" if finite and len(finite) == len(losses) else "not finite"
-
-
-def _text(raw: str) -> str:
+def label_text(raw: str) -> str:
     """Plotly reads some HTML in its labels; names must come out as they are written."""
     return html.escape(raw, quote=False)

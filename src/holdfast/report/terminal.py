@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from holdfast.results import AuditResult, Cell, Interval, RunResult
+from holdfast.report import wording
+from holdfast.results import AuditResult, Cell, Curve, Interval, RunResult
 
 
 def show(result: RunResult, folder: Path) -> None:
@@ -24,15 +25,45 @@ def show(result: RunResult, folder: Path) -> None:
             console.print(f"Note: round {event.iteration}: {event.message}.")
     if result.audit is not None:
         _show_audit(result.audit, console)
-        if "stops" in result.tables:
-            _show_stops(result.tables["stops"].rows, console)
+        for word, names in wording.stopped(result.tables).items():
+            console.print(f"{word.capitalize()}: {_some(names)}.")
     if result.feasibility is not None:
         console.print(f"{result.feasibility.label.upper()}. {result.feasibility.sentence}")
         for reason in result.feasibility.reasons:
             console.print(f"  - {reason}")
     if result.kind == "study":
         _show_study(result, console)
+    replay = wording.replay_command(result, folder)
+    if replay is not None:
+        console.print(f"The best adversary again: {replay}")
     console.print(f"Report: {folder / 'report.html'}")
+
+
+def show_replay(recorded: Curve, repeated: Curve) -> None:
+    """Prints a trial's scores as they were recorded and as they came out now, and whether they are the same."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{recorded.adversary} on {recorded.role}, seed {recorded.seed}")
+    table = Table(pad_edge=False)
+    table.add_column("steps", justify="right")
+    for heading in ("recorded", "repeated"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for budget, then, now in zip(recorded.budgets, recorded.scores, repeated.scores, strict=True):
+        table.add_row(str(budget), _digits(then), _digits(now), "" if then == now else "differs")
+    Console().print(table)
+    if recorded.scores != repeated.scores:
+        console.print("NOT the same: another machine, number of threads or version adds up in another order.")
+        return
+    losses = [(a, b) for a, b in zip(recorded.losses, repeated.losses, strict=True) if a is not None and b is not None]
+    console.print(
+        "The same scores, to the last digit"
+        + (", and the same training losses." if recorded.losses == repeated.losses else
+           f"; training losses differ by up to {max(abs(a - b) for a, b in losses):.1e}.")
+    )  # fmt: skip
+
+
+def _digits(score: float | None) -> str:
+    return "not finite" if score is None else f"{score:.6f}"
 
 
 def _show_study(result: RunResult, console: Console) -> None:
@@ -55,13 +86,10 @@ def _show_study(result: RunResult, console: Console) -> None:
         console.print(f"- {finding}")
 
 
-def _show_stops(rows: Sequence[Mapping[str, str | Cell]], console: Console) -> None:
-    """The adversaries by what the immunization does to them, each compared with itself on the controls."""
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        found.setdefault(str(row["stopped"]), []).append(str(row["method"]))
-    for word, names in found.items():
-        console.print(f"{word.capitalize()}: {', '.join(names)}.")
+def _some(names: Sequence[str]) -> str:
+    """A list that stays readable for a long battery."""
+    shown = 8 if len(names) > 10 else len(names)
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if shown < len(names) else "")
 
 
 def _number(cell: Cell) -> str:
@@ -71,11 +99,8 @@ def _number(cell: Cell) -> str:
 
 
 def _show_audit(audited: AuditResult, console: Console) -> None:
-    table = Table(
-        title=f"Best of {audited.battery} on {audited.restricted_task}, {audited.unit} in %",
-        title_justify="left",
-        pad_edge=False,
-    )
+    console.print(f"Best of {audited.battery} on {audited.restricted_task}, {audited.unit} in %")
+    table = Table(pad_edge=False)
     table.add_column("model", no_wrap=True)
     for row in audited.by_budget:
         table.add_column(f"{row.budget} steps", justify="right", no_wrap=True)
@@ -87,14 +112,39 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
     Console().print(table)
     before, after = (Cell.of([score]) for score in (audited.benign.original, audited.benign.immunized))
     console.print(f"Benign task {audited.benign_task}: {_percent(before)} % before, {_percent(after)} % after.")
+    _show_costs(audited, console)
+    for effect in audited.side_effects:
+        kind = "Benign task learned anew" if effect.kind == "benign" else "Transfer task"
+        lost = "not finite" if effect.lost is None else f"{_points(effect.lost)} points{_within(effect.interval)}"
+        console.print(f"{kind} ({effect.task}): lost against the original: {lost}.")
+    for flag in audited.flags:
+        console.print(f"Red flag ({flag.severity}): {flag.name}. {flag.found} {flag.remedy}")
     verdict = audited.verdict
     console.print(f"\nVerdict: {verdict.label.upper()}. {verdict.sentence}")
     if verdict.label == "invalid":
         for reason in verdict.reasons:
             console.print(f"  - {reason}")
+    elif verdict.retained is not None:
+        of = "" if verdict.retained_interval is None else f" (95 %: {wording.share_span(verdict.retained_interval)})"
+        console.print(f"Retained of the original's advantage: {verdict.retained:.0%}{of}.")
     for name, reason in audited.not_applicable.items():
         console.print(f"Not tried: {name}: {reason}.")
     console.print(f"Threat model: {verdict.threat_model}\n")
+
+
+def _show_costs(audited: AuditResult, console: Console) -> None:
+    if audited.cost_target is None or not audited.costs:
+        return
+    parts = []
+    for cost in audited.costs:
+        ratio = wording.cost_ratio(audited, role=cost.role)
+        times = "" if ratio is None or cost.role == "scratch" else f" ({ratio:.2g} times scratch)"
+        parts.append(f"{cost.role} {wording.amount(cost.steps)}{times}")
+    console.print(f"Steps to {100 * audited.cost_target:.1f} %: {', '.join(parts)}.")
+
+
+def _within(interval: Interval | None) -> str:
+    return "" if interval is None else f" ({_band(interval)})"
 
 
 def _points(value: float | None) -> str:

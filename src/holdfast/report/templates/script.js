@@ -33,15 +33,37 @@
 
   var plots = Array.prototype.slice.call(document.querySelectorAll(".plot"));
 
-  plots.forEach(function (plot) {
+  // What is folded away has no width yet: it is drawn when it is unfolded.
+  function draw(plot) {
+    if (plot.data || plot.closest("details:not([open])")) { return; }
     var spec = JSON.parse(document.getElementById(plot.id + "-data").textContent);
     var update = themed(spec.layout, now());
     Object.keys(update).forEach(function (path) { assign(spec.layout, path, update[path]); });
     Plotly.newPlot(plot, spec.data, spec.layout, config);
+    restyle(plot);
+  }
+
+  // Roles that the reader does not want to see in the small figures.
+  function restyle(plot) {
+    if (!plot.hasAttribute("data-small") || !plot.closest("#curves")) { return; }
+    document.querySelectorAll("input[data-role]").forEach(function (box) {
+      var mine = [];
+      plot.data.forEach(function (trace, i) {
+        if (trace.meta && trace.meta.role === box.dataset.role && (trace.visible !== false) !== box.checked) { mine.push(i); }
+      });
+      if (mine.length) { Plotly.restyle(plot, { visible: box.checked }, mine); }
+    });
+  }
+
+  function drawn() { return plots.filter(function (plot) { return plot.data; }); }
+
+  plots.forEach(draw);
+  document.querySelectorAll("details").forEach(function (part) {
+    part.addEventListener("toggle", function () { if (part.open) { part.querySelectorAll(".plot").forEach(draw); } });
   });
 
   function repaint(theme, size) {
-    plots.forEach(function (plot) {
+    drawn().forEach(function (plot) {
       Plotly.relayout(plot, Object.assign(themed(plot.layout, theme), size(plot)));
     });
   }
@@ -56,9 +78,10 @@
   // On paper the page is white and nothing can be unfolded.
   var unfolded = [];
   window.addEventListener("beforeprint", function () {
-    repaint(themes.light, printed);
     unfolded = Array.prototype.slice.call(document.querySelectorAll("details:not([open])"));
     unfolded.forEach(function (part) { part.open = true; });
+    plots.forEach(draw);
+    repaint(themes.light, printed);
   });
   window.addEventListener("afterprint", function () {
     repaint(now(), fluid);
@@ -66,14 +89,6 @@
   });
 
   Array.prototype.forEach.call(document.querySelectorAll("input[data-role]"), function (box) {
-    box.addEventListener("change", function () {
-      document.querySelectorAll(".plot[data-small]").forEach(function (plot) {
-        var mine = [];
-        plot.data.forEach(function (trace, i) {
-          if (trace.meta && trace.meta.role === box.dataset.role) { mine.push(i); }
-        });
-        Plotly.restyle(plot, { visible: box.checked }, mine);
-      });
-    });
+    box.addEventListener("change", function () { drawn().forEach(restyle); });
   });
 })();

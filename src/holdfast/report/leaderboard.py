@@ -1,0 +1,169 @@
+"""The leaderboard: the audits of many folders on one page, in groups of those that compare."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from scipy.stats import norm, t
+
+from holdfast.errors import HoldfastError
+from holdfast.execution import write_atomic
+from holdfast.report import wording
+from holdfast.report.html import environment
+from holdfast.results import AuditResult, Interval, RunResult, read_result
+
+FEW_SEEDS = 3
+"""Fewer say too little about the spread."""
+
+WEAK_BATTERIES = ("quick-v1", "side-effects-v1")
+"""Batteries that are for a first look: a model that only they could not break is not known to resist."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One audit.
+
+    Attributes:
+        where: its folder, as seen from the leaderboard's.
+        result: all that it recorded.
+        audit: of it.
+    """
+
+    where: str
+    result: RunResult
+    audit: AuditResult
+
+    @property
+    def group(self) -> tuple[str, str, int, int, str]:
+        """What two audits must share, or their numbers do not compare."""
+        a = self.audit
+        return a.benign_task, a.restricted_task, a.budgets[-1], a.adversary_samples, a.unit
+
+    @property
+    def key(self) -> wording.KeyNumbers:
+        """See `key_numbers`."""
+        return wording.key_numbers(self.audit)
+
+    @property
+    def model(self) -> str:
+        """Its architecture."""
+        facts = self.result.provenance.models.get("immunized")
+        return facts.name if facts else "not recorded"
+
+    @property
+    def defense(self) -> str:
+        """Its defense, where the run made the model."""
+        return self.result.immunization.defense if self.result.immunization else "not recorded"
+
+    @property
+    def cost_ratio(self) -> float | None:
+        """Steps to the target score, over those from scratch."""
+        return wording.cost_ratio(self.audit)
+
+    @property
+    def cost_known(self) -> bool:
+        """Whether the costs were measured at all."""
+        return any(c.role == "immunized" for c in self.audit.costs)
+
+    @property
+    def lost(self) -> float | None:
+        """The largest loss on a harmless task."""
+        return max((e.lost for e in self.audit.side_effects if e.lost is not None), default=None)
+
+    @property
+    def reported(self) -> float | None:
+        """The restricted score after the last budget that the publisher, or the paper, claims."""
+        if self.audit.reported is not None:
+            return self.audit.reported
+        return wording.paper_of_best(self.result).get(("immunized", self.audit.budgets[-1]))
+
+    @property
+    def measured(self) -> Interval | None:
+        """A 95 % interval of the same score: over seeds, and over test samples where scores are accuracies."""
+        cell = self.key.last.best["immunized"]
+        if cell.mean is None or cell.sd is None:
+            return None
+        half = float(t.ppf(0.975, cell.n - 1)) * cell.sd / math.sqrt(cell.n)
+        if self.audit.unit == "accuracy" and self.audit.test_samples:
+            samples = max(cell.mean * (1 - cell.mean), 0) / self.audit.test_samples
+            half = math.hypot(half, float(norm.ppf(0.975)) * math.sqrt(samples))
+        return Interval(low=cell.mean - half, high=cell.mean + half)
+
+    @property
+    def unreliable(self) -> list[str]:
+        """Why the row should not be relied on; empty: nothing speaks against it."""
+        audit, found = self.audit, []
+        if audit.verdict.label == "invalid":
+            found.append("the audit is invalid")
+        found += [f"critical red flag: {f.name}" for f in audit.flags if f.severity == "critical"]
+        if audit.battery in WEAK_BATTERIES:
+            found.append(f"battery {audit.battery} only")
+        if len(audit.seeds) < FEW_SEEDS:
+            found.append("one seed" if len(audit.seeds) == 1 else f"{len(audit.seeds)} seeds only")
+        reported, measured = self.reported, self.measured
+        if reported is not None and measured is not None and not measured.low <= reported <= measured.high:
+            found.append(f"reported {reported:.1%}, but measured {measured.low:.1%} to {measured.high:.1%}")
+        return found
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """What was found under a folder.
+
+    Attributes:
+        entries: the audits.
+        others: folders whose result holds no audit, and their kind.
+        damaged: files that could not be read, and why.
+    """
+
+    entries: list[Entry]
+    others: list[tuple[str, str]]
+    damaged: list[tuple[str, str]]
+
+    @property
+    def groups(self) -> list[tuple[tuple[str, str, int, int, str], list[Entry]]]:
+        """The audits that compare, side by side: reliable ones first, then those that retain least."""
+        found: dict[tuple[str, str, int, int, str], list[Entry]] = {}
+        for entry in self.entries:
+            found.setdefault(entry.group, []).append(entry)
+        for rows in found.values():
+            rows.sort(key=lambda e: (bool(e.unreliable), _or_inf(e.audit.verdict.retained), e.where))
+        return sorted(found.items())
+
+
+def collect(folder: Path) -> Leaderboard:
+    """Reads every `result.json` under a folder; what cannot be read is listed, and stops nothing.
+
+    Raises:
+        HoldfastError: if there is none.
+    """
+    paths = sorted(folder.rglob("result.json"))
+    if not paths:
+        raise HoldfastError(
+            f"There is no result.json under {str(folder)!r}; expected folders of `holdfast run` or `audit`."
+        )
+    board = Leaderboard([], [], [])
+    for path in paths:
+        where = str(path.parent.relative_to(folder))
+        try:
+            result = read_result(path.parent)
+        except (HoldfastError, OSError) as error:
+            board.damaged.append((where, str(error)))
+            continue
+        if result.audit is None:
+            board.others.append((where, result.kind))
+        else:
+            board.entries.append(Entry(where, result, result.audit))
+    return board
+
+
+def write_leaderboard(board: Leaderboard, path: Path) -> None:
+    """Writes the page: one file that loads nothing from the network."""
+    page = environment().get_template("leaderboard.html.j2").render(board=board, few_seeds=FEW_SEEDS)
+    write_atomic(path, page)
+
+
+def _or_inf(value: float | None) -> float:
+    return math.inf if value is None else value
