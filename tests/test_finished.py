@@ -110,7 +110,7 @@ class TestReplay:
     def test_an_adversary_of_another_version_is_refused(self, folder, brief_result, capsys):
         best = brief_result.audit.by_budget[-1].best_adversary["immunized"]
         change(folder, lambda c: c["audit"]["adversaries"][best].update(batch_size=49))
-        refused(inside(capsys, "replay", folder), "no adversary of this version")
+        refused(inside(capsys, "replay", folder), "which the audit does not name")
 
     def test_a_missing_model_is_named(self, folder, capsys):
         (folder / "model.safetensors").unlink()

@@ -29,7 +29,7 @@ from holdfast.results import (
 )
 from holdfast.searching import search
 from holdfast.tasks import Task
-from holdfast.trials import SEARCH_SEED, Bench, Crew, On, Trial, few_of
+from holdfast.trials import SEARCH_SEED, Bench, Crew, On, Trial, few_of, repetitions
 from holdfast.verdict import ROUNDING, count, judge
 
 SIDE_EFFECTS = "side-effects-v1"
@@ -122,9 +122,7 @@ def audit(
     else:
         applicable, not_applicable = _applicable(spec.battery, plan, immunized, restricted)
     seeds = range(spec.seeds)
-    trials = [Trial(role, a, s) for s in seeds for role in ROLES for a in applicable]
-    if inside is not None:
-        trials += [Trial("immunized", a, s, transplanted=True) for s in seeds for a in applicable]
+    trials = repetitions(applicable, seeds, transplanted=inside is not None)
     configs = {t.name: {**t.adversary.config(), **({"transplanted": True} if t.transplanted else {})} for t in trials}
     curves = crew.run(trials, f"Auditing ({spec.battery})")
     comparison = Comparison.of(curves, derive_seed(run.seed, "bootstrap"), both_ways=not searched)

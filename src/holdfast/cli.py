@@ -183,8 +183,9 @@ def audit_command(
     before = load_released(original, original_weights, task, head=original_head, data_dir=data_dir)
     harmless = None if transfer is None else load_task(transfer, data_dir=data_dir)
     source = {
-        "model": model, "weights": _text(weights), "original": original, "original_weights": _text(original_weights),
-        "benign": benign, "restricted": restricted, "transfer": transfer,
+        "model": model, "weights": _text(weights), "head": head, "original": original,
+        "original_weights": _text(original_weights), "original_head": original_head, "benign": benign,
+        "restricted": restricted, "transfer": transfer,
     }  # fmt: skip
     pipeline.audit(
         released, original=before, benign=task, restricted=against, transfer=harmless, seed=seed, device=device,

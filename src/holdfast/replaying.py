@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from holdfast.adversaries import Adversary, build
+from holdfast.adversaries import build
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Run, cpu_threads, resolve_device
 from holdfast.models import SplitModel, check_fits, load_model, load_released, transplant
@@ -17,7 +17,7 @@ from holdfast.pipeline import halves
 from holdfast.recipe import Recipe, readable
 from holdfast.results import AuditResult, Curve, Role, RunResult, read_result
 from holdfast.tasks import ArrayTask, load_task
-from holdfast.trials import TRANSPLANTED, Bench, Trial, few_of
+from holdfast.trials import TRANSPLANTED, Bench, Trial, few_of, repetitions
 
 
 @dataclass(frozen=True)
@@ -77,24 +77,41 @@ def replay(
             f"{str(folder)!r} holds no audit (its kind is {result.kind!r}); there is nothing to replay."
         )
     recorded = _recorded(result.audit, adversary, role, seed)
-    again = _adversary(result.audit, recorded.adversary)
     run = Run(result.seed, resolve_device(device or result.provenance.device))
     with cpu_threads(threads or result.provenance.threads):
         source = _load(Path(folder), result, run, data_dir)
         _check_hashes(result, source)
-        for on, task in source.tasks.items():
-            check_fits(source.immunized, task, own_task=on == "benign", finite=False)
-        transplanted = recorded.adversary.endswith(TRANSPLANTED)
-        bench = Bench(
-            source.immunized,
-            source.original,
-            transplant(source.immunized, source.original) if transplanted else None,
-            {("restricted", seed): few_of(halves(source.tasks["restricted"])[1], result.audit.shots, run, seed)},
-            source.tasks["benign"],
-            tuple(result.audit.budgets),
-            run,
+        bench, trials = _bench(result, result.audit, source, run)
+        # Trials that were trained together are trained together again: apart, they agree up to rounding only.
+        job = next(
+            j for j in bench.jobs(trials) for t in j if (t.role, t.name, t.seed) == (role, recorded.adversary, seed)
         )
-        return Replay(recorded, bench.curve(Trial(role, again, seed, transplanted=transplanted)))
+        again = {(c.role, c.adversary, c.seed): c for c in bench.curves(job)}
+        return Replay(recorded, again[role, recorded.adversary, seed])
+
+
+def _bench(result: RunResult, audit: AuditResult, source: _Source, run: Run) -> tuple[Bench, list[Trial]]:
+    """What the audit's trials need, and all of them."""
+    for on, task in source.tasks.items():
+        check_fits(source.immunized, task, own_task=on == "benign", finite=False, trainable=False)
+    transplanted = any(name.endswith(TRANSPLANTED) for name in audit.adversaries)
+    adversarys = halves(source.tasks["restricted"])[1]
+    bench = Bench(
+        source.immunized,
+        source.original,
+        transplant(source.immunized, source.original) if transplanted else None,
+        {("restricted", seed): few_of(adversarys, audit.shots, run, seed) for seed in audit.seeds},
+        source.tasks["benign"],
+        tuple(audit.budgets),
+        run,
+        bool(result.recipe["audit"]["stacked"]),
+    )
+    adversaries = [build(config) for name, config in audit.adversaries.items() if not name.endswith(TRANSPLANTED)]
+    for adversary in adversaries:
+        if adversary.name not in audit.adversaries:
+            raise HoldfastError(f"The settings of an adversary in result.json are those of {adversary.name!r}, which the "
+                                "audit does not name; was the file changed?")  # fmt: skip
+    return bench, repetitions(adversaries, audit.seeds, transplanted=transplanted)
 
 
 def _recorded(audit: AuditResult, adversary: str | None, role: Role, seed: int) -> Curve:
@@ -105,10 +122,6 @@ def _recorded(audit: AuditResult, adversary: str | None, role: Role, seed: int) 
         if (curve.adversary, curve.role, curve.seed, curve.task) == (name, role, seed, "restricted"):
             return curve
     raise HoldfastError(f"The audit has no trial of {name!r} on {role} with seed {seed}; its seeds are {audit.seeds}.")
-
-
-def _adversary(audit: AuditResult, name: str) -> Adversary:
-    return build({k: v for k, v in audit.adversaries[name].items() if k != "transplanted"})
 
 
 def _load(folder: Path, result: RunResult, run: Run, data_dir: Path | str | None) -> _Source:
@@ -143,7 +156,8 @@ def _load_audit(folder: Path, result: RunResult, run: Run, data_dir: Path | str 
 
     def released(name: str, prefix: str) -> SplitModel:
         weights = source.get(f"{prefix}weights")
-        return load_released(_text(source, name), weights, tasks["benign"], data_dir=data_dir)
+        head = source.get(f"{prefix}head")
+        return load_released(_text(source, name), weights, tasks["benign"], head=head, data_dir=data_dir)
 
     return _Source(released("model", ""), released("original", "original_"), tasks)
 

@@ -14,7 +14,7 @@ from holdfast.errors import HoldfastError
 from holdfast.execution import Journal, Run, derive_seed
 from holdfast.executors import Executor
 from holdfast.models import SplitModel
-from holdfast.results import Curve, Role
+from holdfast.results import ROLES, Curve, Role
 from holdfast.tasks import Task
 
 On = Literal["restricted", "benign", "transfer"]
@@ -65,6 +65,20 @@ class Trial:
 
     def __str__(self) -> str:
         return self.key
+
+
+def repetitions(adversaries: Sequence[Adversary], seeds: Sequence[int], *, transplanted: bool) -> list[Trial]:
+    """Returns the trials of an audit, in the order that decides which of them are trained together.
+
+    Args:
+        adversaries: each against every model, with every seed.
+        seeds: the repetitions.
+        transplanted: whether each is also tried on the immunized weights inside the original's code.
+    """
+    trials = [Trial(role, a, s) for s in seeds for role in ROLES for a in adversaries]
+    if transplanted:
+        trials += [Trial("immunized", a, s, transplanted=True) for s in seeds for a in adversaries]
+    return trials
 
 
 @dataclass(frozen=True)
