@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -113,32 +114,45 @@ def rows(folder: Path) -> list[dict]:
 
 
 def choose(folder: Path) -> None:
-    found: dict[str, dict[str, list[float]]] = {}
+    """Prints the greedy cover of each setting, and what each value of a factor reaches alone."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    factors: dict[str, list[str]] = {}
     for row in rows(folder):
-        best, seen = [], 0.0
-        for score in row["scores"]:
-            seen = max(seen, score or 0.0)
-            best.append(seen)
+        best = [max((s or 0.0) for s in row["scores"][: i + 1]) for i in range(len(row["scores"]))]
         found.setdefault(row["cell"].split(":")[0], {}).setdefault(row["name"], {})[row["cell"]] = best
+        factors[row["name"]] = [str(row["config"][k]) for k in ("initialisation", "scope", "optimizer")]
     for setting, by_name in found.items():
-        cells = sorted({c for scores in by_name.values() for c in scores})
-        length = max(len(s) for scores in by_name.values() for s in scores.values())
+        counts = Counter(cell for scores in by_name.values() for cell in scores)
+        # Every adversary must be compared on the same cells; an interrupted run has some that few were tried on.
+        cells = sorted(c for c, n in counts.items() if n >= 0.8 * len(by_name))
         table = {
-            n: torch.tensor([scores.get(c, [0.0] * length) for c in cells], dtype=torch.float64)
-            for n, scores in by_name.items()
+            name: torch.tensor([scores[c] for c in cells], dtype=torch.float64)
+            for name, scores in by_name.items()
+            if all(c in scores for c in cells)
         }
         everything = torch.stack(list(table.values())).amax(0)
-        print(f"\n{setting}: {len(table)} adversaries, {len(cells)} cells")
-        print(f"all of them: {100 * everything.mean():.1f}", *(f"{100 * v:.1f}" for v in everything.mean(1)))
+        print(f"\n{setting}: {len(table)} adversaries on {', '.join(c.split(': ')[1] for c in cells)}")
+        print(f"best of all: {_percent(everything.mean())}; by cell {[_percent(v) for v in everything.mean(1)]}")
         covered = torch.zeros_like(everything)
         for position in range(1, MOST + 1):
             name, score = max(((n, t.maximum(covered).mean()) for n, t in table.items()), key=lambda x: float(x[1]))
-            gain = float(score - covered.mean())
+            gain = score - covered.mean()
             if gain < LEAST_GAIN:
                 break
             covered = covered.maximum(table[name])
-            print(f"| {position} | {name} | {100 * covered.mean():.1f} | {100 * gain:.1f} |")
-        print("cells:", *(f"{c.split(': ')[1]} {100 * v:.1f}" for c, v in zip(cells, covered.mean(1), strict=True)))
+            print(f"| {position} | `{name}` | {_percent(covered.mean())} | {_percent(gain)} |")
+        print(f"by cell {[_percent(v) for v in covered.mean(1)]}")
+        for i, factor in enumerate(("initialisation", "scope", "optimizer")):
+            for value in dict.fromkeys(f[i] for f in factors.values()):
+                only = [t for n, t in table.items() if factors[n][i] == value]
+                if only:
+                    best, name = max((float(table[n].mean()), n) for n in table if factors[n][i] == value)
+                    alone = torch.stack(only).amax(0).mean()
+                    print(f"| {factor} `{value}` | {_percent(alone)} | `{name}` {100 * best:.1f} |")
+
+
+def _percent(value: torch.Tensor) -> str:
+    return f"{100 * float(value):.1f}"
 
 
 def main() -> None:

@@ -71,8 +71,9 @@ def table(found: list[AuditResult], defaults: list[str], spec: AuditSpec, comman
 
 Fresh weights in place of the immunized model: no advantage over training from scratch, whatever the verdict. The
 original is the built-in CNN, trained on the digits 0 to 6; restricted are the digits 7 to 9, {spec.shots} samples a
-class; budgets {", ".join(map(str, spec.budgets))}; {spec.seeds} seeds an audit; {len(found)} audits, each with other fresh
-weights, samples and batches. The rule about the benign score is lifted in the first row, so that the statistics decide.
+class; budgets {", ".join(map(str, spec.budgets))}; {spec.seeds} seeds an audit; {len(found)} audits, each with other
+fresh weights, samples and batches. The rule about the benign score is lifted in the first row, so that the statistics
+decide.
 
 | | {" | ".join(labels)} |
 |---|{"---|" * len(labels)}
@@ -115,14 +116,7 @@ def main() -> int:
     model = original(tasks[0])
     for seed in range(options.audits):
         result, default = null(seed, model, tasks, spec)
-<<<<<<< HEAD
         print(f"{seed:3} {result.verdict.label:8} (default limits: {default}) {result.verdict.sentence}", flush=True)
-=======
-        print(
-            f"{seed:3} {result.verdict.label:8} ({default} with the default limits): {result.verdict.sentence}",
-            flush=True,
-        )
->>>>>>> main
         found.append(result)
         defaults.append(default)
     command = f"python benchmarks/false_alarms.py {' '.join(sys.argv[1:])}".strip()

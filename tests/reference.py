@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.stats import norm, t
+from scipy import stats
 from torch import Tensor, nn
 
 
@@ -234,7 +234,7 @@ def norm_ratios(x: Tensor, y: Tensor, steps: int) -> list[float]:
 
 
 def best_of_battery(scores: list, *, both_ways: bool = True) -> list:
-    """Scores [adversary][seed][budget][fold], NaN where not finite; returns, for each scored half, [seed][budget][fold].
+    """From scores [adversary][seed][budget][fold], NaN where not finite: of each scored half, [seed][budget][fold].
 
     What scores a seed on a half of the folds is chosen by the other seeds on the other half.
     """
@@ -278,7 +278,7 @@ def advantage_band(one: list, other: list, seed: int, replicates: int) -> list[t
         return [generator.multinomial(size, [1 / size] * size) / size for _ in range(replicates)]
 
     def g(size: int) -> float:
-        return math.sqrt(size / (size - 1)) * float(t.ppf(0.975, size - 1) / norm.ppf(0.975))
+        return math.sqrt(size / (size - 1)) * float(stats.t.ppf(0.975, size - 1) / stats.norm.ppf(0.975))
 
     by_seed, by_fold = draws(n), [draws(width) for width in widths]
     centre = [a - b for a, b in zip(mean_best(one), mean_best(other), strict=True)]
@@ -300,7 +300,7 @@ def advantage_band(one: list, other: list, seed: int, replicates: int) -> list[t
     spread = [statistics.stdev(row[k] for row in deviations) for k in budgets]
     middle = [statistics.fmean(row[k] for row in deviations) for k in budgets]
     largest = [max(abs(row[k] - middle[k]) / spread[k] for k in budgets) for row in deviations]
-    c = max(float(np.quantile(largest, 0.95)), float(norm.ppf(0.975)))
+    c = max(float(np.quantile(largest, 0.95)), float(stats.norm.ppf(0.975)))
     return [(a - c * s, a + c * s) for a, s in zip(centre, spread, strict=True)]
 
 

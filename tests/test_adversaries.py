@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 from itertools import islice
+from typing import get_args
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from holdfast.adversaries.probes import prepare
 from holdfast.convergence import descend
 from holdfast.errors import HoldfastError
 from holdfast.execution import fingerprint
-from holdfast.finetune import Strategy
-from holdfast.models import features
+from holdfast.finetune import OPTIMIZERS, Initialisation, Scope, Strategy
+from holdfast.models import ModelSpec, features, load_model
 from holdfast.spectrum import LeastSquares
 from holdfast.tasks import load_task
 
@@ -172,6 +173,7 @@ class TestBatteries:
         [
             ("quick-v1", "d078379561a91e2eb9728aa528a17de0d20c37ce19110780841de905b6699814"),
             ("probes-v1", "640054c82829dcd9844023cc49b970bf1acdb28d43de0b2b977b6d72abf87599"),
+            ("standard-v1", "abf428f5259990b87c6cc1a7bc1b258262d42c37d01e452909783561b0a70f9c"),
         ],
     )
     def test_a_published_battery_never_changes(self, name, frozen):
@@ -191,6 +193,25 @@ class TestBatteries:
         assert min(rates) <= 1e-4
         assert max(rates) >= 1e-2
         assert Strategy("direct", "all", "momentum", 1e-4, 50, 1e-4) in strategies  # the paper's default attack
+
+    def test_standard_covers_what_it_says(self):
+        tuned = [a for a in battery("standard-v1") if isinstance(a, FineTuning)]
+        assert 24 <= len(battery("standard-v1")) <= 40
+        strategies = [a.strategy for a in tuned]
+        assert {s.initialisation for s in strategies} == set(get_args(Initialisation))
+        assert {s.scope for s in strategies} == set(get_args(Scope))
+        assert {s.optimizer for s in strategies} == set(OPTIMIZERS) - {"sgd"}
+        rates = [s.learning_rate for s in strategies]
+        assert max(rates) >= 1e4 * min(rates)
+        moves = {move for a in tuned for move in a.undo}
+        assert {"equalise", "recalibrate", "revive", "rescale", "whiten", "shrink-perturb", "activation"} <= moves
+        assert "normalised" in {s.gradient for s in strategies}
+
+    def test_standard_runs_on_networks_without_batch_normalisation(self, benign):
+        """Of several moves, one that has nothing to do does not keep the others from being made."""
+        plain = load_model(ModelSpec(name="cnn", options={"norm": "none"}), benign)
+        out = {a.name for a in battery("standard-v1") if a.not_applicable(plain, benign)}
+        assert out == {"last-block+norm nesterov 1 b50"}
 
     def test_every_member_can_be_built_from_its_config(self):
         for adversaries in BATTERIES.values():

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
-from reference import advantage_band, best_of_battery, mean_best, steps_to
 
 from holdfast import comparison
 from holdfast.comparison import Battery, Comparison, costs, halve
 from holdfast.results import Curve
+from reference import advantage_band, best_of_battery, mean_best, steps_to
 
 ROLES = ("immunized", "original", "scratch")
 BUDGETS = (0, 5, 10, 40)
@@ -32,9 +32,10 @@ def constant(curve, *, seeds=3, folds=8):
 
 
 @st.composite
-def score_arrays(draw, *, count=1, adversaries=st.integers(1, 4), seeds=st.integers(1, 4), folds=st.integers(1, 9)):
+def score_arrays(draw, *, count=1, least_seeds=1, least_folds=1):
     """Scores of some models, of one shape."""
-    shape = draw(adversaries), draw(seeds), len(BUDGETS), draw(folds)
+    seeds, folds = draw(st.integers(least_seeds, 4)), draw(st.integers(least_folds, 9))
+    shape = draw(st.integers(1, 4)), seeds, len(BUDGETS), folds
     # Sixteenths add up without rounding, so that ties are ties however a mean is taken.
     values = st.integers(0, 16).map(lambda n: n / 16)
     return [draw(arrays(np.float64, shape, elements=values)) for _ in range(count)]
@@ -88,7 +89,7 @@ class TestSelection:
         assert len(first) - len(second) in (0, 1)
 
     @settings(deadline=None)
-    @given(score_arrays(adversaries=st.integers(1, 4)))
+    @given(score_arrays())
     def test_never_above_the_best_adversary_of_each_sample(self, scores):
         own = scores[0]
         one = compared(immunized=own, scratch=own)
@@ -136,8 +137,8 @@ class TestNotFinite:
 
     def test_none_finite_is_none(self):
         lost = np.full((2, 3, 4, 8), np.nan)
-        roles = {"immunized": lost, "original": constant([0.1, 0.5, 0.6, 0.7]), "scratch": constant([0.1, 0.2, 0.3, 0.4])}
-        one = compared(**roles)
+        had, fresh = constant([0.1, 0.5, 0.6, 0.7]), constant([0.1, 0.2, 0.3, 0.4])
+        one = compared(immunized=lost, original=had, scratch=fresh)
         for row in one.rows():
             assert row.best["immunized"].mean is row.advantage is row.interval is None
             assert row.best_adversary["immunized"] == "none finite"
@@ -171,14 +172,14 @@ class TestBand:
         )  # fmt: skip
 
     @settings(deadline=None, max_examples=30)
-    @given(score_arrays(seeds=st.integers(2, 4), folds=st.integers(4, 9)))
+    @given(score_arrays(least_seeds=2, least_folds=4))
     def test_a_model_against_itself_has_no_advantage_for_certain(self, scores):
         one = compared(immunized=scores[0], scratch=scores[0].copy())
         assert one.advantage("immunized").tolist() == [0.0] * len(BUDGETS)
         assert [(i.low, i.high) for i in one.band("immunized")[1:]] == [(0.0, 0.0)] * (len(BUDGETS) - 1)
 
     @settings(deadline=None, max_examples=30)
-    @given(score_arrays(count=2, seeds=st.integers(2, 4), folds=st.integers(4, 9)))
+    @given(score_arrays(count=2, least_seeds=2, least_folds=4))
     def test_it_is_around_the_advantage_and_the_same_twice(self, scores):
         first, second = (compared(immunized=scores[0], scratch=scores[1]) for _ in range(2))
         assert first.band("immunized") == second.band("immunized")
@@ -214,7 +215,7 @@ class TestBand:
         assert one.area("immunized") is None  # a mean over steps needs two
 
     @settings(deadline=None, max_examples=25)
-    @given(score_arrays(count=2, seeds=st.integers(2, 4), folds=st.integers(4, 9)), st.sampled_from([0.25, 2.0]))
+    @given(score_arrays(count=2, least_seeds=2, least_folds=4), st.sampled_from([0.25, 2.0]))
     def test_it_scales_with_the_scores(self, scores, factor):
         """By powers of two, which round nothing: other sums may break ties in another way."""
         one, two = (compared(immunized=f * scores[0], scratch=f * scores[1]) for f in (1.0, factor))
@@ -259,10 +260,10 @@ class TestNoise:
     def test_a_steadier_model_is_not_called_worse(self):
         """Scratch has other weights each seed, and so more luck to choose from; a maximum would take that for skill."""
         rng = np.random.default_rng(1)
-        found = [
-            compared((5,), immunized=self.draw(rng, 0.05), scratch=self.draw(rng, 0.05, luck=0.05)).advantage("immunized")[0]
-            for _ in range(self.REPETITIONS)
-        ]
+        found = []
+        for _ in range(self.REPETITIONS):
+            steady, lucky = self.draw(rng, 0.05), self.draw(rng, 0.05, luck=0.05)
+            found.append(compared((5,), immunized=steady, scratch=lucky).advantage("immunized")[0])
         assert abs(np.mean(found)) < 3 * np.std(found) / math.sqrt(self.REPETITIONS)
 
 
@@ -292,8 +293,8 @@ class TestCoverage:
 def synthetic(rng, *, seeds, adversaries=8, folds=20, gap=0.01):
     """Scores of three models that share seeds and test samples, and their true advantages at budgets above 0.
 
-    Adversaries are `gap` apart. Luck of seeds: 3 points shared, 3 of scratch's own weights, 1 of the others', 3 or 1.5 of
-    each adversary. Of the test split: 3 points shared, 2 of each model, 1.2 of each adversary, and 1.2 of each score.
+    Adversaries are `gap` apart. Luck of seeds: 3 points shared, 3 of scratch's own weights, 1 of the others', 3 or 1.5
+    of each adversary. Of the test split: 3 points shared, 2 of each model, 1.2 of each adversary, 1.2 of each score.
     """
     rise = np.array([0, 0.3, 0.5, 0.7, 1.0])
     gains = {"immunized": 0.05, "original": 0.2, "scratch": 0.0}

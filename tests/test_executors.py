@@ -105,7 +105,7 @@ class TestEverywhere:
             torch.set_default_dtype(torch.float32)
             torch.set_float32_matmul_precision(before)
 
-    @pytest.mark.parametrize("name", EVERYWHERE)
+    @pytest.mark.parametrize("name", ELSEWHERE)
     def test_the_audits_curves_are_the_same_to_the_last_bit(self, run_on, name, trained, benign, restricted):
         with torch.random.fork_rng():
             torch.manual_seed(5)
@@ -290,7 +290,7 @@ def command(tmp_path_factory, trained):
         torch.manual_seed(1)
         trained.fresh().save(folder / "fresh.safetensors")
     return ["audit", folder / "fresh.safetensors", "--original", folder / "original.safetensors", "--benign",
-            "digits[0-4]", "--restricted", "digits[5-9]", "--budgets", "0,20,40", "--seeds", "1", "--shots", "8",
+            "digits[0-4]", "--restricted", "digits[5-9]", "--budgets", "0,10,20", "--seeds", "1", "--shots", "8",
             "--device", "cpu", "--threads", "1"]  # fmt: skip
 
 
@@ -323,12 +323,16 @@ def test_interrupted_then_killed_then_continued_to_the_same_numbers(command, tmp
     process.wait()
     wait_for(lambda: not alive(helpers), seconds=60)
     kept = trials.read_text().count("\n") - 1
-    assert 4 < kept < 24
+    assert kept > 4
     assert not (tmp_path / "killed" / "result.json").exists()
 
     for folder in ("killed", "whole"):
         with pytest.raises(SystemExit):
             main([str(a) for a in [*command, "--out", tmp_path / folder]])
-    keys = [json.loads(line)["key"] for line in trials.read_text().splitlines()[1:]]
-    assert len(keys) == len(set(keys)) == 24
+    keys = [
+        [json.loads(line)["key"] for line in journal.read_text().splitlines()[1:]]
+        for journal in (trials, tmp_path / "whole" / "checkpoints" / "trials.jsonl")
+    ]
+    assert kept < len(keys[0]) == len(set(keys[0]))
+    assert sorted(keys[0]) == sorted(keys[1])
     assert read_result(tmp_path / "killed").numbers() == read_result(tmp_path / "whole").numbers()

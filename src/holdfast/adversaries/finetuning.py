@@ -76,8 +76,15 @@ class FineTuning(Adversary):
 
     def not_applicable(self, model: SplitModel, task: Task) -> str | None:
         """See `Adversary.not_applicable`."""
-        reasons = (nothing_to_undo(move, model) for move in self.undo)
-        return finetune.not_applicable(self.strategy, model, task) or next((r for r in reasons if r is not None), None)
+        reason = finetune.not_applicable(self.strategy, model, task)
+        if reason is not None or not self.undo:
+            return reason
+        reasons = {move: nothing_to_undo(move, model) for move in self.undo}
+        impossible = [r for move, r in reasons.items() if move in NEED_REFERENCE and r is not None]
+        if impossible:
+            return impossible[0]
+        # Of several moves, some may have nothing to do: the others are still worth trying.
+        return next(iter(reasons.values())) if None not in reasons.values() else None
 
     def run(
         self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device

@@ -89,7 +89,7 @@ def _show_study(result: RunResult, console: Console) -> None:
 def _some(names: Sequence[str]) -> str:
     """A list that stays readable for a long battery."""
     shown = 8 if len(names) > 10 else len(names)
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if shown < len(names) else "")
+    return "; ".join(names[:shown]) + (f" and {len(names) - shown} more" if shown < len(names) else "")
 
 
 def _number(cell: Cell) -> str:
