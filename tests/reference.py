@@ -310,6 +310,8 @@ def steps_to(target: float, budgets: list[int], curve: list[float]) -> float | N
         if np.interp(step / 10, budgets, curve) >= target - 1e-12:
             return step / 10
     return None
+
+
 # NTL (Wang et al., ICLR 2022), pair by pair.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -127,6 +128,8 @@ class Grid:
             place = {method: i for i, method in enumerate(order)}
             for rows in groups.values():
                 rows.sort(key=lambda row: place.get(str(row.get("method")), len(place)))
+                if name == "battery":  # each model's own best must not be folded away
+                    rows.sort(key=_top, reverse=True)
         best = _best(list(groups.values()), numbers) if name == "battery" else set()
         shown = SHOWN_ROWS if battery and len(order) > LONG_BATTERY else cls.shown
         return cls(table.title, texts, numbers, list(groups.items()), best, table.percent, table.note, shown)
@@ -151,6 +154,11 @@ def _best(groups: Sequence[Sequence[Mapping[str, Any]]], columns: Sequence[str])
             top = max((m for m in means if m is not None), default=None)
             found |= {(g, i, column) for i, m in enumerate(means) if m is not None and m == top}
     return found
+
+
+def _top(row: Mapping[str, Any]) -> float:
+    means = [cell.mean for cell in row.values() if isinstance(cell, Cell) and cell.mean is not None]
+    return max(means, default=-math.inf)
 
 
 def _last(values: Sequence[float | None]) -> float | None:
