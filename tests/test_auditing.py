@@ -230,7 +230,7 @@ class TestSideEffects:
         dead = trained.clone()
         with torch.no_grad():
             for module in dead.modules():
-                if isinstance(module, torch.nn.Conv2d | torch.nn.BatchNorm2d):
+                if isinstance(module, torch.nn.BatchNorm2d):
                     module.weight.zero_()
                     module.bias.fill_(-1.0)
         transfer = load_task("digits[2-6]")
@@ -260,13 +260,14 @@ class TestSideEffects:
         assert audit(trained, trained, benign=benign, restricted=restricted, spec=BRIEF, run=run).side_effects == []
 
 
+@pytest.fixture(scope="module")
+def result(trained, benign, restricted):
+    spec = AuditSpec(budgets=(0, 5, 10), seeds=2, shots=5, side_effects=False)
+    return audit(trained, trained.clone(), benign=benign, restricted=restricted, spec=spec, run=Run(0, CPU))
+
+
 class TestResult:
     """What the result says beside curves and verdict."""
-
-    @pytest.fixture(scope="class")
-    def result(self, trained, benign, restricted):
-        spec = AuditSpec(budgets=(0, 5, 10), seeds=2, shots=5, side_effects=False)
-        return audit(trained, trained.clone(), benign=benign, restricted=restricted, spec=spec, run=Run(0, CPU))
 
     def test_bands(self, result):
         assert result.by_budget[0].interval is result.by_budget[0].original_interval is None
@@ -287,7 +288,8 @@ class TestResult:
         own, had, fresh = result.costs
         assert [c.role for c in result.costs] == ["immunized", "original", "scratch"]
         assert own.model_copy(update={"role": "original"}) == had
-        assert had.steps < fresh.steps <= 10
+        assert 0 < had.steps <= 10
+        assert 0 < fresh.steps < 10  # nine tenths of what it reaches at the last budget
         assert had.samples <= had.steps * 25  # 5 shots of 5 classes are all that a batch can hold
         assert had.flops > 1e6
 
