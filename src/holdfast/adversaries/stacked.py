@@ -5,7 +5,7 @@ one step moves all of them: each on its own batch, at its own learning rate, as 
 
 Images lie as (N, members x channels, H, W), channels last, and a convolution is one with a group for each member;
 vectors lie as (members, N, features), and a linear layer is a batched product. `torch.func.vmap` would write the same
-in fewer lines, but puts the members elsewhere in memory, and on a CPU is no faster than one by one
+in fewer lines, but puts the members elsewhere in memory, and on a CPU is hardly faster than one by one
 (`benchmarks/audit.py` measures both). So the layers that are known are written out below, and a model with any other
 is never stacked.
 """
@@ -354,7 +354,12 @@ def _pass(layer: nn.Module, own: dict[str, Tensor | None], x: Tensor, count: int
         assert weight is not None
         return x @ weight.mT if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
     if isinstance(layer, nn.Flatten):
-        return x.view(len(x), count, -1, *x.shape[2:]).transpose(0, 1).flatten(2) if x.dim() == 4 else x
+        if x.dim() == 3:
+            return x
+        apart = x.permute(0, 2, 3, 1).reshape(
+            len(x), *x.shape[2:], count, -1
+        )  # so that gradients are channels last, too
+        return apart.permute(3, 0, 4, 1, 2).flatten(2)
     side_by_side = {key: None if v is None else v.flatten(0, 1) for key, v in own.items()}
     weight, bias = side_by_side["weight"], side_by_side["bias"]
     if isinstance(layer, nn.Conv2d):
@@ -363,11 +368,6 @@ def _pass(layer: nn.Module, own: dict[str, Tensor | None], x: Tensor, count: int
     if isinstance(layer, nn.BatchNorm2d):
         mean, var = side_by_side["running_mean"], side_by_side["running_var"]
         return F.batch_norm(x, mean, var, weight, bias, training, layer.momentum or 0.0, layer.eps)
-    if isinstance(layer, nn.AdaptiveAvgPool2d):
-        size = F.adaptive_avg_pool2d(x[:1, :1], layer.output_size).shape[-2:]
-        window = x.shape[2] // size[0], x.shape[3] // size[1]
-        if (window[0] * size[0], window[1] * size[1]) == x.shape[2:]:  # equal windows have a much faster gradient
-            return F.avg_pool2d(x, window)
     passed: Tensor = layer(x)  # without weights: it does not know that there are many
     return passed
 
