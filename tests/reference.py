@@ -236,7 +236,7 @@ def norm_ratios(x: Tensor, y: Tensor, steps: int) -> list[float]:
 def best_of_battery(scores: list, *, both_ways: bool = True) -> list:
     """From scores [adversary][seed][budget][fold], NaN where not finite: of each scored half, [seed][budget][fold].
 
-    What scores a seed on a half of the folds is chosen by the other seeds on the other half.
+    What scores a half of the folds is chosen on the other half.
     """
     adversaries, seeds = range(len(scores)), range(len(scores[0]))
     budgets, folds = range(len(scores[0][0])), range(len(scores[0][0][0]))
@@ -245,13 +245,12 @@ def best_of_battery(scores: list, *, both_ways: bool = True) -> list:
     for choosing, scored in [(even, odd), (odd, even)][: 2 if both_ways else 1]:
         rows = []
         for s in seeds:
-            others = [t for t in seeds if t != s] or [s]
             row, highest, chosen = [], -math.inf, None
             for k in budgets:
                 for a in adversaries:
                     if any(math.isnan(scores[a][t][k][f]) for t in seeds for f in folds):
                         continue
-                    mean = statistics.fmean(statistics.fmean(scores[a][t][k][f] for f in choosing) for t in others)
+                    mean = statistics.fmean(statistics.fmean(scores[a][t][k][f] for f in choosing) for t in seeds)
                     if mean > highest:
                         highest, chosen = mean, (a, k)
                 row.append([math.nan if chosen is None else scores[chosen[0]][s][chosen[1]][f] for f in scored])

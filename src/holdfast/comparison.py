@@ -1,9 +1,8 @@
 """What the curves of an audit say: best of the battery, advantage with a confidence band, what it costs.
 
-**Selection.** The best of many adversaries looks better than it is wherever luck helped to choose it, and luckier the
-more scores vary: on fresh weights, the mark to compare with, more than on trained ones. So what scores a seed on a half
-of the test split (every second fold) is chosen, adversary and stopping time, by the other seeds on the other half. Both
-halves are scored and averaged: all data is used, and nothing is scored by what it helped to choose.
+**Selection.** The best of many adversaries looks better than it is on the samples that chose it. So the test split is
+cut in folds, adversary and stopping time are chosen on every second fold and scored on the others, then the other way
+around, and the two scores are averaged. Both halves are used, and no sample is scored by what it helped to choose.
 
 **Confidence.** Two things are random: the seeds (samples, batches, fresh weights) and the test split. The bootstrap
 draws n seeds with replacement, all folds fixed, and then f folds within each half, all seeds fixed; alike for all
@@ -75,21 +74,14 @@ class Battery:
 
     @cached_property
     def best(self) -> tuple[Array, ...]:
-        """Best of the battery on each scored half of the folds, by what the other seeds chose on the other half.
+        """Best of the battery on each scored half of the folds, as the other half chose it.
 
-        Of shape (S, K, F): of each seed, up to each budget, on each fold; NaN where no adversary is finite. One seed
-        has no others, and one fold no other half; they then choose for themselves.
-        An adversary that is not finite with one of the seeds is not chosen for any.
+        Of shape (S, K, F): of each seed, up to each budget, on each fold; NaN where no adversary is finite with every
+        seed. A single fold has no other half, and chooses for itself.
         """
         first, second = halve(self.scores.shape[3])
         ways = [(first, second), (second, first)] if self.both_ways else [(first, second)]
-        found = []
-        for choosing, scored in ways:
-            seen = self.scores[..., choosing].mean(3)
-            seen[np.broadcast_to(np.isnan(seen).any(1, keepdims=True), seen.shape)] = np.nan
-            each = [_choose(_without(seen, s).mean(1), self.scores[:, s][..., scored]) for s in range(self.seeds)]
-            found.append(np.stack(each))
-        return tuple(found)
+        return tuple(_choose(self.scores[..., one].mean((1, 3)), self.scores[..., two]) for one, two in ways)
 
 
 def halve(folds: int) -> tuple[list[int], list[int]]:
@@ -102,20 +94,15 @@ def halve(folds: int) -> tuple[list[int], list[int]]:
     return list(range(0, folds, 2)), list(range(1, folds, 2)) or [0]
 
 
-def _without(scores: Array, seed: int) -> Array:
-    """Leaves one seed, axis 1, out, if there are others."""
-    return np.delete(scores, seed, 1) if scores.shape[1] > 1 else scores
-
-
 def _choose(means: Array, scores: Array) -> Array:
-    """Of the scores (A, K, F), those of the adversary and time with the best mean (A, K), up to each budget; (K, F)."""
+    """Of scores (A, S, K, F), those of adversary and time with the best mean (A, K), up to each budget; (S, K, F)."""
     known = np.where(np.isnan(means), -np.inf, means)
     found = np.full(scores.shape[1:], np.nan)
-    best, row = -math.inf, found[0]
+    best, chosen = -math.inf, found[:, 0]
     for k, top in enumerate(known.argmax(0)):
         if known[top, k] > best:
-            best, row = known[top, k], scores[top, k]
-        found[k] = row
+            best, chosen = known[top, k], scores[top, :, k]
+        found[:, k] = chosen
     return found
 
 

@@ -179,7 +179,7 @@ class BudgetRow(_Result):
     """The audit in one line per budget.
 
     Best of battery: the adversary and the stopping time, at this budget or earlier, with the highest mean over seeds;
-    each seed, on each half of the test split, is scored by what the other seeds chose on the other half.
+    chosen on one half of the test split and scored on the other, both ways.
     """
 
     budget: int
