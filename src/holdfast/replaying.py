@@ -109,8 +109,10 @@ def _bench(result: RunResult, audit: AuditResult, source: _Source, run: Run) -> 
     adversaries = [build(config) for name, config in audit.adversaries.items() if not name.endswith(TRANSPLANTED)]
     for adversary in adversaries:
         if adversary.name not in audit.adversaries:
-            raise HoldfastError(f"The settings of an adversary in result.json are those of {adversary.name!r}, which the "
-                                "audit does not name; was the file changed?")  # fmt: skip
+            raise HoldfastError(
+                f"The settings of an adversary in result.json are those of {adversary.name!r}, which the audit does "
+                "not name; was the file changed?"
+            )
     return bench, repetitions(adversaries, audit.seeds, transplanted=transplanted)
 
 
