@@ -5,7 +5,7 @@ from holdfast.models.blocks import is_normalisation
 from holdfast.models.catalog import ModelSpec, load_model, load_released
 from holdfast.models.code import is_code
 from holdfast.models.features import check_feature_width, feature_batches, feature_precision, features
-from holdfast.models.fitting import architecture_differences, check_fits, transplant
+from holdfast.models.fitting import architecture_differences, check_fits, foreign_code, transplant
 
 __all__ = [
     "ModelSpec",
@@ -16,6 +16,7 @@ __all__ = [
     "feature_batches",
     "feature_precision",
     "features",
+    "foreign_code",
     "is_code",
     "is_normalisation",
     "load_model",
