@@ -44,8 +44,8 @@ def rescale(
     for name, layer in in_order(model, some_samples(task, generator, device)):
         like = counterpart(reference, name)
         if is_normalisation(layer):
-            _keep_slope(layer, arriving)
-            _absorb(layer, arriving)
+            keep_slope(layer, arriving)
+            absorb(layer, arriving)
             arriving = _scale_normalisation(layer, like)
             continue
         arriving *= _scale_to_norm(layer, like)
@@ -72,7 +72,7 @@ def norm_of(tensors: Any) -> float:
     return peak * math.sqrt(sum(float((t / peak).square().sum()) for t in found)) if peak > 0 else 0.0
 
 
-def _keep_slope(layer: nn.Module, factor: Factor) -> None:
+def keep_slope(layer: nn.Module, factor: Factor) -> None:
     """Undoes what a normalisation's eps makes of inputs that are `factor` times larger, by its weight.
 
     Beside tiny variances eps is what divides; once they are usual, it is not.
@@ -84,7 +84,7 @@ def _keep_slope(layer: nn.Module, factor: Factor) -> None:
         weight.mul_(torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0))
 
 
-def _absorb(layer: nn.Module, factor: Factor) -> None:
+def absorb(layer: nn.Module, factor: Factor) -> None:
     """Lets a normalisation layer expect inputs that are `factor` times larger."""
     if isinstance(layer, _NormBase) and layer.running_mean is not None and layer.running_var is not None:
         layer.running_mean.mul_(factor)
@@ -138,7 +138,7 @@ def equalise(
         if is_normalisation(layer):
             seen.add(layer)
             expected.append((layer, arriving[0]))
-            _keep_slope(layer, arriving[0])
+            keep_slope(layer, arriving[0])
             arriving[0] = _scale_normalisation(layer, like, FACTOR)
             return
         off = _off(
@@ -170,7 +170,7 @@ def equalise(
         for hook in hooks:
             hook.remove()
     for layer, factor in expected:
-        _absorb(layer, factor)
+        absorb(layer, factor)
 
 
 def _off(own: float, wanted: float) -> float:
