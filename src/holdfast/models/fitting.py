@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from holdfast.errors import HoldfastError
 from holdfast.models.base import SplitModel
@@ -241,7 +242,7 @@ def transplant(model: SplitModel, original: SplitModel) -> SplitModel | None:
     """Puts a model's weights into the original's code, as an adversary may always do.
 
     Whatever the model's own code does to hinder training is left behind. Its tensors are sought wherever they are
-    (parameters, buffers, plain attributes): under the original's names, under these with one prefix (the original
+    (parameters, buffers, plain attributes, what parametrizations compute): under the original's names, under these with one prefix (the original
     inside a wrapper), or, if nothing else is there, in the original's order. Counters, such as those of BatchNorm, stay
     the original's. An extractor is merged into the head.
 
@@ -269,7 +270,7 @@ def transplant(model: SplitModel, original: SplitModel) -> SplitModel | None:
     grown = original.clone()
     own = grown.network.state_dict(keep_vars=True)  # the tensors themselves: writing to them writes to the copy
     needed = {name: tensor for name, tensor in own.items() if tensor.is_floating_point()}
-    found = _matching(_plain_tensors(model), needed)
+    found = _matching({**_plain_tensors(model), **_computed(model)}, needed)
     if found is None:
         return None
     for name, tensor in needed.items():
@@ -278,6 +279,16 @@ def transplant(model: SplitModel, original: SplitModel) -> SplitModel | None:
         grown.mean, grown.std = model.mean.clone(), model.std.clone()
     grown.name = f"{model.name} in the original's code"
     return grown
+
+
+def _computed(model: SplitModel) -> dict[str, Tensor]:
+    """What parametrizations make of what they keep, under the names of the plain tensors."""
+    return {
+        f"{name}.{tensor}".removeprefix("."): getattr(module, tensor)
+        for name, module in model.network.named_modules()
+        if parametrize.is_parametrized(module)
+        for tensor in module.parametrizations  # type: ignore[union-attr]
+    }
 
 
 def _matching(tensors: dict[str, Tensor], needed: dict[str, Tensor]) -> dict[str, Tensor] | None:
