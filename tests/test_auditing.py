@@ -165,7 +165,10 @@ class TestAudit:
         other = trained.clone()
         with torch.no_grad():
             other.head.bias += 1e-3
+        darker = trained.clone()
+        darker.mean += 0.1
         for change, names in (
+            ({"immunized": darker}, "layers or input normalisation"),
             ({"run": Run(1, CPU, tmp_path)}, "seed"),
             ({"spec": BRIEF.model_copy(update={"battery": "probes-v1"})}, "battery"),
             ({"spec": BRIEF.model_copy(update={"budgets": (0, 5)})}, "budgets"),

@@ -130,7 +130,8 @@ def _other_settings(label: str, own: dict[str, str], theirs: dict[str, str]) -> 
 def _settings(layer: nn.Module) -> dict[str, str]:
     """What a layer's code may depend on beside its tensors: plain attributes, shortened; objects by their type."""
     skip = {*vars(nn.Module()), "name_or_path"}  # from where transformers loaded weights
-    return {key: _spelled(value) for key, value in vars(layer).items() if key not in skip}
+    private = "_" if _published(type(layer)) else "\0"  # transformers keep how weights were loaded in such
+    return {k: _spelled(v) for k, v in vars(layer).items() if k not in skip and not k.startswith(private)}
 
 
 def _spelled(value: Any, inside: bool = False) -> str:
