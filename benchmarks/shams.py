@@ -22,6 +22,7 @@ from holdfast.results import AuditResult
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import shams  # the zoo belongs to the tests
 
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--battery", default="standard-v1")
