@@ -561,6 +561,15 @@ class TestDifferences:
         assert foreign_code(released) == ["'body' (Sequential)", "'head' (Linear)"]
 
 
+def test_the_hash_sees_weights_in_lists(trained):
+    one = trained.clone()
+    one.network.aside = [nn.Linear(2, 2)]
+    other = one.clone()
+    with torch.no_grad():
+        other.network.aside[0].weight += 1
+    assert len({m.facts().sha256 for m in (trained, one, other)}) == 3
+
+
 class TestForeignCode:
     def test_published_layers_are_none(self, trained):
         assert foreign_code(trained) == []

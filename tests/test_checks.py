@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from holdfast.checks import REMEDIES, compare, flags_of_code, flags_of_curves, red_flags
-from holdfast.inspection import all_tensors, inspect
-from holdfast.models import ModelSpec, SplitModel, load_model
+from holdfast.inspection import inspect
+from holdfast.models import ModelSpec, SplitModel, every_tensor, load_model
 from holdfast.pipeline import halves, pretrain
 from holdfast.recipe import build_defense
 from holdfast.recipe import load as load_recipe
@@ -231,7 +231,7 @@ def test_tensors_are_found_wherever_they_are():
     layer.aside = {"a": [nn.Linear(1, 1, bias=False)], "b": (torch.ones(2),)}
     layer.again = layer.weight
     layer.itself = [layer]
-    assert [name for name, _ in all_tensors(layer)] == ["weight", "bias", "buffer", "aside.a.0.weight", "aside.b.0"]
+    assert [name for name, _ in every_tensor(layer)] == ["weight", "bias", "buffer", "aside.a.0.weight", "aside.b.0"]
 
 
 def test_another_architecture_is_said(zoo_originals, zoo, run):

@@ -6,6 +6,7 @@ from holdfast.models.catalog import ModelSpec, load_model, load_released
 from holdfast.models.code import is_code
 from holdfast.models.features import check_feature_width, feature_batches, feature_precision, features
 from holdfast.models.fitting import architecture_differences, check_fits, foreign_code, transplant
+from holdfast.models.heads import every_tensor
 
 __all__ = [
     "ModelSpec",
@@ -13,6 +14,7 @@ __all__ = [
     "architecture_differences",
     "check_feature_width",
     "check_fits",
+    "every_tensor",
     "feature_batches",
     "feature_precision",
     "features",

@@ -218,7 +218,8 @@ def _plain_name(model: SplitModel, name: str) -> str | None:
 
 def _plain_tensors(model: SplitModel) -> dict[str, Tensor]:
     """Every tensor, as it would be without an extractor, which is merged into the head."""
-    tensors = dict(every_tensor(model.network))
+    # Tensors that are shared have all their names in the state dict, and one among the others.
+    tensors = {**dict(every_tensor(model.network)), **model.network.state_dict(keep_vars=True)}
     if model.has_extractor:
         inserted = model.network.get_submodule(model.head_name.removesuffix("1") + "0")
         assert isinstance(inserted.weight, Tensor)
