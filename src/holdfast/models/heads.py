@@ -167,19 +167,46 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
+DEPTH = 3
+"""How deep containers in plain attributes are looked into; it also ends cycles."""
+
+
 def every_tensor(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yields every tensor of a network with its dotted name: parameters, buffers, and tensors in plain attributes.
 
-    A state dict has neither buffers that are not persistent nor plain attributes: weights could hide there.
+    A state dict has neither buffers that are not persistent nor plain attributes, nor what lists, dicts and tuples in
+    them hold (tensors, or modules that the network does not know of): weights could hide there.
 
     Example:
         >>> layer = nn.Linear(2, 2, bias=False)
         >>> layer.hidden = torch.ones(1)
         >>> [name for name, _ in every_tensor(layer)]
         ['weight', 'hidden']
+        >>> layer.stem = [nn.Linear(2, 2, bias=False)]
+        >>> [name for name, _ in every_tensor(layer)]
+        ['weight', 'hidden', 'stem.0.weight']
     """
-    for prefix, module in network.named_modules():
-        for held in (module._parameters, module._buffers, vars(module)):
-            for name, value in held.items():
-                if isinstance(value, Tensor):
-                    yield f"{prefix}.{name}".removeprefix("."), value
+    yield from _tensors_of(network, "", set(network.modules()))
+
+
+def _tensors_of(network: nn.Module, root: str, known: set[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    usual = vars(nn.Module())
+    for name, module in network.named_modules():
+        prefix = ".".join(filter(None, (root, name)))
+        plain = {key: value for key, value in vars(module).items() if key not in usual}
+        for held in (module._parameters, module._buffers, plain):
+            yield from _tensors_in(held, prefix, known, 0)
+
+
+def _tensors_in(held: Any, prefix: str, known: set[nn.Module], depth: int) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in a container, in containers in it, and in modules that the network does not know of."""
+    items = held.items() if isinstance(held, dict) else enumerate(held)
+    for key, value in list(items):
+        name = ".".join(filter(None, (prefix, str(key))))
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, nn.Module) and value not in known:
+            known.update(value.modules())
+            yield from _tensors_of(value, name, known)
+        elif isinstance(value, dict | list | tuple) and depth < DEPTH:
+            yield from _tensors_in(value, name, known, depth + 1)
