@@ -244,9 +244,9 @@ def transplant(model: SplitModel, original: SplitModel) -> SplitModel | None:
     """Puts a model's weights into the original's code, as an adversary may always do.
 
     Whatever the model's own code does to hinder training is left behind. Its tensors are sought wherever they are
-    (parameters, buffers, plain attributes, what parametrizations compute): under the original's names, under these with one prefix (the original
-    inside a wrapper), or, if nothing else is there, in the original's order. Counters, such as those of BatchNorm, stay
-    the original's. An extractor is merged into the head.
+    (parameters, buffers, plain attributes, what parametrizations compute): under the original's names, under these with
+    one prefix (the original inside a wrapper), or in the original's order and shapes, whatever is between. Counters,
+    such as those of BatchNorm, stay the original's. An extractor is merged into the head.
 
     Args:
         model: the released model.
@@ -303,7 +303,8 @@ def _matching(tensors: dict[str, Tensor], needed: dict[str, Tensor]) -> dict[str
         found = {name: tensors.get(prefix + name) for name in needed}
         if all(t is not None and t.shape == needed[name].shape for name, t in found.items()):
             return {name: t for name, t in found.items() if t is not None}
-    in_order = [t for t in tensors.values() if t.is_floating_point()]
-    if [t.shape for t in in_order] == [t.shape for t in needed.values()]:
-        return dict(zip(needed, in_order, strict=True))
+    rest = (t for t in tensors.values() if t.is_floating_point())
+    ordered = {name: next((t for t in rest if t.shape == like.shape), None) for name, like in needed.items()}
+    if all(t is not None for t in ordered.values()):
+        return {name: t for name, t in ordered.items() if t is not None}
     return None
