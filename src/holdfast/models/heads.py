@@ -167,7 +167,6 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-<<<<<<< HEAD
 _BOOKKEEPING = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 
@@ -177,23 +176,11 @@ def every_tensor(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Lists, dictionaries and modules in them are looked into: a network in a list is no sub-module, and nobody who asks
     for its parameters sees them.
-=======
-DEPTH = 3
-"""How deep containers in plain attributes are looked into; it also ends cycles."""
-
-
-def every_tensor(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields every tensor of a network with its dotted name: parameters, buffers, and tensors in plain attributes.
-
-    A state dict has neither buffers that are not persistent nor plain attributes, nor what lists, dicts and tuples in
-    them hold (tensors, or modules that the network does not know of): weights could hide there.
->>>>>>> part-u
 
     Example:
         >>> layer = nn.Linear(2, 2, bias=False)
         >>> layer.aside = [nn.Linear(2, 1, bias=False)]
         >>> [name for name, _ in every_tensor(layer)]
-<<<<<<< HEAD
         ['weight', 'aside.0.weight']
     """
     seen: set[int] = set()
@@ -215,34 +202,3 @@ def every_tensor(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from walk(f"{name}.{key}".removeprefix("."), item)
 
     yield from walk("", network)
-=======
-        ['weight', 'hidden']
-        >>> layer.stem = [nn.Linear(2, 2, bias=False)]
-        >>> [name for name, _ in every_tensor(layer)]
-        ['weight', 'hidden', 'stem.0.weight']
-    """
-    yield from _tensors_of(network, "", set(network.modules()))
-
-
-def _tensors_of(network: nn.Module, root: str, known: set[nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    usual = vars(nn.Module())
-    for name, module in network.named_modules():
-        prefix = ".".join(filter(None, (root, name)))
-        plain = {key: value for key, value in vars(module).items() if key not in usual}
-        for held in (module._parameters, module._buffers, plain):
-            yield from _tensors_in(held, prefix, known, 0)
-
-
-def _tensors_in(held: Any, prefix: str, known: set[nn.Module], depth: int) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in a container, in containers in it, and in modules that the network does not know of."""
-    items = held.items() if isinstance(held, dict) else enumerate(held)
-    for key, value in list(items):
-        name = ".".join(filter(None, (prefix, str(key))))
-        if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, nn.Module) and value not in known:
-            known.update(value.modules())
-            yield from _tensors_of(value, name, known)
-        elif isinstance(value, dict | list | tuple) and depth < DEPTH:
-            yield from _tensors_in(value, name, known, depth + 1)
->>>>>>> part-u
