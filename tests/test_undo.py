@@ -643,3 +643,11 @@ def test_prepared_head_is_reset_like_any_other(benign):
     assert isinstance(model.network.get_submodule("5"), Prepared)
     model.reset_head(7)
     assert model(inputs(benign)).shape[1] == 7
+
+
+@pytest.mark.parametrize("move", ["insert", "whiten", "standardise"])
+@pytest.mark.parametrize("start", ["last-block", "last-half"])
+def test_what_is_put_before_the_head_survives_a_fresh_body(move, start, trained, restricted, run):
+    """A fresh model has no layer of that name to copy from."""
+    attack = FineTuning(Strategy(start, "all", "adam", 1e-3, 20), undo=(move,))
+    assert attack.attack(trained, restricted, budgets=(0, 2), run=run).finite

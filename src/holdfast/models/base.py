@@ -334,16 +334,18 @@ class SplitModel(nn.Module):
 
         Args:
             layers: dotted names in `network`; an inserted extractor, which a fresh model does not have, becomes the
-                identity.
+                identity, and whatever else was put before the head stays.
             reference: a fresh model of the same architecture.
 
         Raises:
             HoldfastError: if the reference has nothing to copy from.
         """
-        extractor = f"{self.head_name.rpartition('.')[0]}.0" if self.has_extractor else None
+        inserted = f"{self.head_name.rpartition('.')[0]}.0" if self.head_name != reference.head_name else None
         for name in layers:
-            if name != extractor:
+            if name != inserted:
                 copy_layers(self.network, reference.network, [name])
+                continue
+            if not self.has_extractor:
                 continue
             weight = self._extractor_layer().weight
             with torch.no_grad():
