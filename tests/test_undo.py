@@ -106,6 +106,19 @@ class TestBeforeTheHead:
         undo(move, model, benign)
         assert model.head_name == "5"
 
+    @pytest.mark.parametrize("start", ["last-block", "last-half"])
+    def test_blocks_that_start_anew_come_first(self, start, trained, benign, run):
+        """What a prepared head gets comes from the new blocks, and has mean 0 and deviation 1."""
+        attack = FineTuning(Strategy(start, "all", "adam", 1e-3, 20), undo=("standardise",))
+        model = trained.clone()
+        with torch.random.fork_rng():
+            next(attack.run(model, benign, benign=None, generator=torch.Generator(), device=CPU))
+        z = model.eval().features(torch.cat([b.x for b in benign.sweep("train", 250, device=CPU)])).double()
+        varying = z.std(0, correction=0) > 1e-6
+        assert varying.sum() > 8
+        assert z.mean(0)[varying].abs().max() < 1e-4
+        assert (z.std(0, correction=0)[varying] - 1).abs().max() < 1e-3
+
     def test_an_inserted_layer_is_trained_even_with_the_head_alone(self, trained, benign, run):
         attack = FineTuning(Strategy("head", "head", "adam", 1e-2, 20), undo=("insert",))
         model = trained.clone()
@@ -164,7 +177,6 @@ class TestScales:
         agree = (model.eval()(x).argmax(1) == honest).double().mean()
         assert agree > 0.97
         assert model.network.body[0].weight.norm() < 20
-
 
     @pytest.mark.parametrize("move", ["rescale", "equalise"])
     def test_scales_in_normalisation_layers(self, move, trained, benign):

@@ -86,6 +86,11 @@ class Strategy:
         if not self.weight_decay >= 0:
             raise HoldfastError(f"weight_decay is {self.weight_decay}; expected at least 0.")
 
+    @property
+    def renews(self) -> bool:
+        """Whether a part of the body starts anew."""
+        return self.initialisation in ("last-block", "last-half")
+
     def settings(self) -> dict[str, Any]:
         """Returns the settings as plain values; `gradient` and `rank` only where they are not the default.
 
@@ -111,15 +116,14 @@ def not_applicable(strategy: Strategy, model: SplitModel, task: Task) -> str | N
 
 
 def _no_blocks(strategy: Strategy, model: SplitModel) -> str | None:
-    renews = strategy.initialisation in ("last-block", "last-half")
-    if not renews and strategy.scope != "last-block":
+    if not strategy.renews and strategy.scope != "last-block":
         return None
     blocks = model.blocks()
     if not blocks:
         return "its body has no layer with weights, so there is no last block"
     if strategy.initialisation == "last-half" and len(blocks) == 1:
         return "its body is a single block, which has no last half"
-    reason = model.not_renewable() if renews else None
+    reason = model.not_renewable() if strategy.renews else None
     return None if reason is None else f"a part of the body should start anew, and {reason}"
 
 
@@ -145,11 +149,8 @@ def prepare(
     reason = not_applicable(strategy, model, task)
     if reason is not None:
         raise HoldfastError(f"{strategy} cannot be run on {task.name!r}: {reason}.")
-    if strategy.initialisation in ("last-block", "last-half"):
-        blocks = model.blocks()
-        kept = len(blocks) - 1 if strategy.initialisation == "last-block" else len(blocks) // 2
-        names = [name for block in blocks[kept:] for name, _ in block]
-        model.reinitialise(names, reference if reference is not None else model.fresh())
+    if strategy.renews:
+        renew_blocks(model, strategy, reference if reference is not None else model.fresh())
     if strategy.initialisation != "direct":
         model.reset_head(task.num_outputs)
     if strategy.scope == "lora":
@@ -161,6 +162,13 @@ def prepare(
             module.requires_grad_(True)
     model.head.requires_grad_(True)
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def renew_blocks(model: SplitModel, strategy: Strategy, reference: SplitModel) -> None:
+    """Gives the blocks that a strategy starts anew the reference's weights; done twice, it changes nothing more."""
+    blocks = model.blocks()
+    kept = len(blocks) - 1 if strategy.initialisation == "last-block" else len(blocks) // 2
+    model.reinitialise([name for block in blocks[kept:] for name, _ in block], reference)
 
 
 def _moved_modules(model: SplitModel, scope: Scope) -> list[nn.Module]:

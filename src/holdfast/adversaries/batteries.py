@@ -7,7 +7,7 @@ from typing import Any, Final
 from holdfast.adversaries.base import Adversary
 from holdfast.adversaries.finetuning import FineTuning
 from holdfast.adversaries.probes import PREPARATIONS, SOLVERS, Probe
-from holdfast.adversaries.search import ADAPTIVE, Search
+from holdfast.adversaries.search import ADAPTIVE, SCALES, Search
 from holdfast.errors import HoldfastError, unknown
 from holdfast.finetune import Strategy
 
@@ -53,16 +53,21 @@ BATTERIES: Final[dict[str, tuple[Adversary, ...]]] = {
         Probe("adam", "standardised", 1e-1),
         Probe("ridge", "raw"),
         Probe("ridge", "whitened"),
-        FineTuning(Strategy("direct", "all", "adam", 1e-3, 50), undo=("equalise", "recalibrate")),
-        FineTuning(Strategy("head", "all", "adam", 1e-2, 50), undo=("equalise", "recalibrate")),
-        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("rescale", "recalibrate")),
-        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("revive", "recalibrate")),
-        FineTuning(Strategy("head", "all", "momentum", 1e-2, 50), undo=("whiten",)),
-        FineTuning(Strategy("head", "all", "adam", 1e-2, 50), undo=("shrink-perturb",)),
+        FineTuning(Strategy("direct", "all", "adam", 1e-3, 50), undo=SCALES),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=(*SCALES, "standardise")),
+        FineTuning(Strategy("head", "all", "momentum", 1e-2, 50), undo=(*SCALES, "standardise")),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=(*SCALES, "whiten")),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=(*SCALES, "revive", "activation")),
+        FineTuning(Strategy("last-block", "all", "adam", 1e-3, 50), undo=SCALES),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("rescale", "standardise")),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("equalise",)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("equalise", "recalibrate")),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("balance",)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("revive",)),
         FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("activation",)),
         FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("reset-worst",)),
+        FineTuning(Strategy("head", "all", "adam", 1e-2, 50), undo=("shrink-perturb",)),
         FineTuning(Strategy("head", "all", "momentum", 3e-2, 50, gradient="normalised")),
-        FineTuning(Strategy("head", "all", "adam", 1e-2, 50), undo=("equalise", "revive", "activation", "recalibrate")),
     ),
     # People who mean no harm: an audit asks whether they still can. Not against the restricted task.
     "side-effects-v1": (

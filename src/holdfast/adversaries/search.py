@@ -16,6 +16,10 @@ from holdfast.adversaries.undo import UNDO
 from holdfast.finetune import Strategy
 
 NONE = "none"
+SCALES = ("fold", "balance", "rescale")
+"""The moves that undo every trick of scale at once: of statistics, of units, of layers."""
+MOVES: dict[str, tuple[str, ...]] = {NONE: (), "scales": SCALES, **{move: (move,) for move in UNDO}}
+"""What a search may undo, by name."""
 
 SPACE: dict[str, BaseDistribution] = {
     "initialisation": CategoricalDistribution(("direct", "head", "last-block", "last-half")),
@@ -27,10 +31,10 @@ SPACE: dict[str, BaseDistribution] = {
     "gradient": CategoricalDistribution(("raw", "normalised", "sign")),
     "burn_in": CategoricalDistribution((0, 5, 10)),
     "replay": CategoricalDistribution((0.0, 0.5)),
-    "first": CategoricalDistribution((NONE, *UNDO)),
-    "second": CategoricalDistribution((NONE, *UNDO)),
+    "first": CategoricalDistribution(tuple(MOVES)),
+    "second": CategoricalDistribution(tuple(MOVES)),
 }
-"""The joint space. `first` and `second` are undo moves, made in this order."""
+"""The joint space. `first` and `second` are undo moves of `MOVES`, made in this order."""
 
 DEFAULT: dict[str, Any] = {
     "initialisation": "head", "scope": "all", "optimizer": "adam", "learning_rate": 1e-2, "batch_size": 50,
@@ -101,7 +105,7 @@ def adversary(params: dict[str, Any]) -> FineTuning:
         >>> adversary({**DEFAULT, "first": "equalise", "second": "equalise"}).undo
         ('equalise',)
     """
-    moves = dict.fromkeys(m for m in (params["first"], params["second"]) if m != NONE)
+    moves = dict.fromkeys([*MOVES[params["first"]], *MOVES[params["second"]]])
     strategy = Strategy(
         params["initialisation"], params["scope"], params["optimizer"],
         # Three digits: what a name shows is what was run.
@@ -119,16 +123,20 @@ ADAPTIVE: Search = Search(
         {"initialisation": "direct", "optimizer": "momentum", "learning_rate": 1e-2},
         {"optimizer": "momentum", "learning_rate": 1e-1},
         {"optimizer": "adagrad"},
-        {"first": "recalibrate"},
-        {"first": "equalise", "second": "recalibrate"},
-        {"first": "rescale", "second": "recalibrate"},
-        {"first": "revive"},
+        {"first": "scales", "second": "standardise", "learning_rate": 1e-3},
+        {"first": "scales", "second": "standardise", "optimizer": "momentum"},
+        {"first": "scales", "second": "whiten", "learning_rate": 1e-3},
+        {"first": "scales", "second": "revive", "learning_rate": 1e-3},
+        {"first": "scales", "initialisation": "direct", "learning_rate": 1e-3},
+        {"first": "rescale", "second": "standardise", "learning_rate": 1e-3},
+        {"first": "equalise", "second": "recalibrate", "learning_rate": 1e-3},
+        {"first": "revive", "learning_rate": 1e-3},
         {"first": "shrink-perturb"},
-        {"first": "activation"},
-        {"first": "whiten"},
+        {"first": "activation", "learning_rate": 1e-3},
+        {"first": "whiten", "learning_rate": 1e-3},
         {"first": "standardise", "scope": "head"},
-        {"first": "reset-worst"},
-        {"first": "insert"},
+        {"first": "reset-worst", "learning_rate": 1e-3},
+        {"first": "insert", "learning_rate": 1e-3},
         {"gradient": "normalised", "optimizer": "momentum", "learning_rate": 1e-1},
         {"gradient": "sign", "optimizer": "momentum", "learning_rate": 1e-3},
         {"burn_in": 10, "learning_rate": 1e-3},

@@ -329,6 +329,9 @@ UNDO: Final[dict[str, Move]] = {
 
 NEED_REFERENCE: Final = frozenset({"rescale", "balance", "equalise", "revive", "shrink-perturb", "reset-worst"})
 
+OF_FEATURES: Final = frozenset({"whiten", "standardise"})
+"""Moves that depend on what the last layer of the body says."""
+
 
 def nothing_to_undo(move: str, model: SplitModel) -> str | None:
     """Says why a move cannot be made, or would do nothing, on a model; None if it can."""

@@ -92,7 +92,7 @@ def copy_layers(into: nn.Module, source: nn.Module, names: list[str]) -> None:
         layer = into.get_submodule(name)
         own = {f"{name}.{n}": v for n, v in [*layer.named_parameters(), *layer.named_buffers()]}
         found = [n for n, v in own.items() if n in values and values[n].shape == v.shape]
-        if own and not found:
+        if any(True for _ in layer.parameters()) and not found:
             raise HoldfastError(
                 f"Layer {name!r} cannot be initialised anew: a fresh model of this architecture has nothing of that "
                 "name and shape. Is the model's factory the one that built it?"
