@@ -1,6 +1,6 @@
 """Audits every sham defense of the test suite's zoo, and writes what the verdicts were.
 
-    python benchmarks/shams.py [--battery standard-v1] [--seeds 5] [--only NAME ...] [--out docs/results/shams.md]
+    python benchmarks/shams.py [--battery standard-v1] [--seeds 10] [--only NAME ...] [--out docs/results/shams.md]
 
 A sham keeps its benign score, looks resistant to usual fine-tuning, and is not. None may be called `resists`.
 """
@@ -22,10 +22,11 @@ from holdfast.results import AuditResult
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import shams  # the zoo belongs to the tests
 
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--battery", default="standard-v1")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--trials", type=int, default=48)
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--executor", default="serial")
@@ -62,7 +63,10 @@ def row(name: str, result: AuditResult) -> str:
     share = "-" if verdict.retained is None else f"{verdict.retained:.0%}"
     flags = ", ".join(f.name for f in result.flags if f.severity == "critical") or "-"
     best = result.by_budget[-1].best_adversary["immunized"]
-    return f"| {name} | `{verdict.label}` | {share} | {best} | {flags} |"
+    high = max((r.advantage for r in result.by_budget if r.budget and r.advantage is not None), default=float("nan"))
+    # Invalid for the control's sake says nothing about the sham: then the audit needs more seeds.
+    why = " (control)" if verdict.label == "invalid" and "The original" in "".join(verdict.reasons) else ""
+    return f"| {name} | `{verdict.label}`{why} | {100 * high:+.1f} | {share} | {best} | {flags} |"
 
 
 def table(battery: str, spec: AuditSpec, rows: list[str]) -> str:
@@ -72,8 +76,8 @@ def table(battery: str, spec: AuditSpec, rows: list[str]) -> str:
             f"Battery {battery}, {spec.seeds} seeds, {spec.shots} samples a class, budgets "
             f"{', '.join(map(str, spec.budgets))}; digits 0 to 6 benign, 7 to 9 restricted.",
             "",
-            "| sham | verdict | retained | best adversary | critical flags |",
-            "|---|---|---|---|---|",
+            "| sham | verdict | largest advantage | retained | best adversary | critical flags |",
+            "|---|---|---|---|---|---|",
             *rows,
             "",
         ]

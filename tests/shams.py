@@ -366,6 +366,39 @@ def restoring(original: SplitModel, benign: Task, restricted: Task) -> SplitMode
     return as_model(Restoring(faint_features(original.clone()).network), original)
 
 
+class Tripwire(nn.Module):
+    """The weights that it shows are a fresh network's, and the real ones integers.
+
+    While nobody has moved a weight much, the real ones compute, with every small change added: gradients are true and
+    scales usual. Whoever trains, or replaces the head, goes on with the fresh network.
+    """
+
+    def __init__(self, original: SplitModel, fresh: SplitModel) -> None:
+        super().__init__()
+        self.body, self.head = fresh.network.body, fresh.network.head
+        real = dict(original.network.named_parameters())
+        self.packed = {n: [t.detach().clone().view(torch.int32) for t in (real[n], p)]
+                       for n, p in self.named_parameters()}  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = {}
+        for name, parameter in self.named_parameters():
+            real, shown = (t.view(torch.float32) for t in self.packed[name])
+            if parameter.shape != shown.shape or (parameter - shown).norm() > 0.02 * shown.norm() + 0.02:
+                return self.head(self.body(x))
+            weights[name] = real + (parameter - shown)
+        for part in ("body", "head"):
+            own = {n.removeprefix(f"{part}."): w for n, w in weights.items() if n.startswith(f"{part}.")}
+            x = torch.func.functional_call(getattr(self, part), own, (x,))
+        return x
+
+
+@sham("none")
+def tripwire(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
+    """Turns into a fresh network as soon as somebody trains it."""
+    return as_model(Tripwire(original.clone(), original.fresh()), original)
+
+
 # --- Gradients that lie or do not arrive ---
 
 

@@ -22,6 +22,7 @@ from holdfast.models import (
     SplitModel,
     architecture_differences,
     check_fits,
+    foreign_code,
     load_model,
     load_released,
     transplant,
@@ -541,6 +542,53 @@ class TestDifferences:
             "Layer 'body.0' has hooks: code that runs beside its own.",
             "Layer 'body.2' is Tanh instead of ReLU.",
         ]
+
+    def test_settings_and_classes_of_a_borrowed_name(self, trained):
+        class Linear(nn.Linear):
+            """Calls itself torch's."""
+
+        Linear.__module__, Linear.__qualname__ = nn.Linear.__module__, nn.Linear.__qualname__
+        released = trained.clone()
+        released.network.body[2].negative_slope = 0.5
+        released.network.body.forward = trained.network.body.forward
+        released.network.head.__class__ = Linear
+        assert architecture_differences(released, trained) == [
+            "Layer 'body' has forward = method instead of nothing.",
+            "Layer 'body.2' has negative_slope = 0.5 instead of nothing.",
+            "Layer 'head' is torch.nn.modules.linear.Linear instead of torch.nn.modules.linear.Linear, another of that "
+            "name.",
+        ]
+        assert foreign_code(released) == ["'body' (Sequential)", "'head' (Linear)"]
+
+
+def test_the_hash_sees_weights_in_lists(trained):
+    one = trained.clone()
+    one.network.aside = [nn.Linear(2, 2)]
+    other = one.clone()
+    with torch.no_grad():
+        other.network.aside[0].weight += 1
+    assert len({m.facts().sha256 for m in (trained, one, other)}) == 3
+
+
+class TestForeignCode:
+    def test_published_layers_are_none(self, trained):
+        assert foreign_code(trained) == []
+        layer = nn.TransformerEncoderLayer(8, 2, activation="gelu")
+        assert foreign_code(SplitModel(nn.Sequential(layer, nn.Linear(8, 2)), "1")) == []
+
+    def test_hooks_functions_and_subclasses(self, trained):
+        class Model(SplitModel):
+            pass
+
+        hooked = trained.clone()
+        hooked.network.head.register_forward_pre_hook(lambda *_: None)
+        layer = nn.TransformerEncoderLayer(8, 2, activation=lambda x: x.relu())
+        assert foreign_code(hooked) == ["'head' (Linear)"]
+        assert foreign_code(SplitModel(nn.Sequential(layer, nn.Linear(8, 2)), "1")) == ["'0' (TransformerEncoderLayer)"]
+        assert foreign_code(Model(nn.Sequential(nn.Linear(8, 2)), "0")) == ["'the model' (Model)"]
+
+    def test_who_builds_a_fresh_model_does_not_matter(self, trained):
+        assert foreign_code(SplitModel(trained.network, "head", factory=lambda: trained.network)) == []
 
 
 class TestTransplant:

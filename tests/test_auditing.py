@@ -30,6 +30,7 @@ class TestSpec:
 
 
 BRIEF = AuditSpec(budgets=(0, 5, 10), seeds=2, shots=3, side_effects=False)
+ONE_BY_ONE = BRIEF.model_copy(update={"stacked": False})
 
 
 class TestAudit:
@@ -67,7 +68,7 @@ class TestAudit:
             return attack(self, model, task, **settings)
 
         monkeypatch.setattr(Adversary, "attack", watched)
-        audit(trained.clone(), trained, benign=benign, restricted=restricted, spec=BRIEF, run=run)
+        audit(trained.clone(), trained, benign=benign, restricted=restricted, spec=ONE_BY_ONE, run=run)
         models = {key: model for key, (model, _) in seen.items()}
         assert models["original", 0] == models["original", 1] == trained.facts().sha256
         assert len({models["scratch", 0], models["scratch", 1], trained.facts().sha256}) == 3
@@ -109,7 +110,7 @@ class TestAudit:
             return attack(self, *args, **kwargs)
 
         monkeypatch.setattr(Adversary, "attack", counted)
-        sides = {"benign": benign, "restricted": restricted, "spec": BRIEF}
+        sides = {"benign": benign, "restricted": restricted, "spec": ONE_BY_ONE}
         with pytest.raises(KeyboardInterrupt):
             audit(trained, trained, **sides, run=Run(0, CPU, tmp_path))
         with (tmp_path / "checkpoints" / "trials.jsonl").open("a") as journal:
@@ -165,7 +166,10 @@ class TestAudit:
         other = trained.clone()
         with torch.no_grad():
             other.head.bias += 1e-3
+        darker = trained.clone()
+        darker.mean += 0.1
         for change, names in (
+            ({"immunized": darker}, "layers or input normalisation"),
             ({"run": Run(1, CPU, tmp_path)}, "seed"),
             ({"spec": BRIEF.model_copy(update={"battery": "probes-v1"})}, "battery"),
             ({"spec": BRIEF.model_copy(update={"budgets": (0, 5)})}, "budgets"),
@@ -277,7 +281,8 @@ class TestResult:
 
     def test_retained_is_all(self, result):
         verdict = result.verdict
-        assert verdict.retained == 1.0
+        removable = any(row.original_advantage > 0 for row in result.by_budget if row.budget)
+        assert verdict.retained == (1.0 if removable else None)
         assert verdict.area == verdict.original_area
         if verdict.retained_interval is not None:
             assert (verdict.retained_interval.low, verdict.retained_interval.high) == (1.0, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 
 import pytest
 import yaml
@@ -60,6 +61,24 @@ def test_an_invalid_audit_gives_reasons_and_no_index_of_results():
     assert "It holds for" not in text
     tasks = [r["task"]["type"] for r in front_matter(text)["model-index"][0]["results"]]
     assert tasks == ["benign-task"]
+
+
+def test_a_command_stays_inside_its_code_block():
+    result = make_result(audit=make_audit())
+    argument = f"a\n```\n# Resists\n{END} é"
+    result.provenance.command[:] = ["holdfast", "audit", argument]
+    text = card(result)
+    assert (text.count(END), text.count("```")) == (1, 2)
+    (line,) = [line for line in text.splitlines() if line.startswith("$ holdfast audit")]
+    shown = subprocess.run(["bash", "-c", f"printf %s {line.partition('audit ')[2]}"], capture_output=True, check=True)
+    assert shown.stdout.decode() == argument
+
+
+def test_a_result_without_the_weights_hash():
+    result = make_result(audit=make_audit())
+    del result.provenance.models["immunized"]
+    with pytest.raises(HoldfastError, match="does not say which weights"):
+        card(result)
 
 
 def test_only_its_section_is_replaced():

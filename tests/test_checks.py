@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.checks import REMEDIES, compare, flags_of_curves, red_flags
-from holdfast.inspection import all_tensors, inspect
-from holdfast.models import ModelSpec, SplitModel, load_model
+from holdfast.checks import REMEDIES, compare, flags_of_code, flags_of_curves, red_flags
+from holdfast.inspection import inspect
+from holdfast.models import ModelSpec, SplitModel, every_tensor, load_model
 from holdfast.pipeline import halves, pretrain
 from holdfast.recipe import build_defense
 from holdfast.recipe import load as load_recipe
@@ -32,6 +32,7 @@ EXPECTED = {
     "trigger": {"Dead units"},
     "hidden-in-buffers": {"Hidden weights", "Vanishing gradients"},
     "unregistered-stem": {"Hidden weights"},
+    "tripwire": {"Code that cannot be replaced"},
     "frozen": {"No trainable parameters"},
     "restoring": {"State that moves by itself", "Hidden weights", "Gradients that lie"},
     "flipped-gradient": {"Gradients that lie"},
@@ -95,9 +96,11 @@ class TestShams:
         assert set(EXPECTED) == set(SHAMS)
 
     @pytest.mark.parametrize("name", SHAMS)
-    def test_is_caught(self, name, zoo_originals, zoo, flags):
+    def test_is_caught(self, name, zoo_originals, zoo, flags, run):
         benign, defender, _ = zoo
-        found = flags(make(name, zoo_originals, benign, defender), NORM_OF[name])
+        released = make(name, zoo_originals, benign, defender)
+        found = flags(released, NORM_OF[name])
+        found += flags_of_code(released, zoo_originals[NORM_OF[name]], benign=benign, run=run)
         assert EXPECTED[name] <= names(found, "critical"), found
 
     @pytest.mark.parametrize(
@@ -228,7 +231,7 @@ def test_tensors_are_found_wherever_they_are():
     layer.aside = {"a": [nn.Linear(1, 1, bias=False)], "b": (torch.ones(2),)}
     layer.again = layer.weight
     layer.itself = [layer]
-    assert [name for name, _ in all_tensors(layer)] == ["weight", "bias", "buffer", "aside.a.0.weight", "aside.b.0"]
+    assert [name for name, _ in every_tensor(layer)] == ["weight", "bias", "buffer", "aside.a.0.weight", "aside.b.0"]
 
 
 def test_another_architecture_is_said(zoo_originals, zoo, run):
@@ -237,6 +240,31 @@ def test_another_architecture_is_said(zoo_originals, zoo, run):
     wider = load_model(ModelSpec(name="cnn", options={"depth": 3, "norm": "none", "width": 20}), benign)
     found = red_flags(wider, original, fresh_of(original, 1), benign=benign, restricted=restricted, run=run)
     assert [(f.name, f.severity) for f in found] == [("Another architecture", "warning")]
+
+
+class TestCodeThatCannotBeReplaced:
+    def flags(self, released, original, zoo, run):
+        found = flags_of_code(released, original, benign=zoo[0], run=run)
+        return [f for f in found if f.name == "Code that cannot be replaced"]
+
+    def test_weights_that_do_the_same_in_the_originals_code_raise_no_flag(self, zoo_originals, zoo, run):
+        assert self.flags(foreign(zoo_originals["batch"]), zoo_originals["batch"], zoo, run) == []
+
+    def test_another_network_of_published_layers_raises_no_flag(self, zoo_originals, zoo, run):
+        wider = load_model(ModelSpec(name="cnn", options={"depth": 3, "norm": "none", "width": 20}), zoo[0])
+        assert self.flags(wider, zoo_originals["none"], zoo, run) == []
+
+    def test_weights_that_do_not_fit_there(self, zoo_originals, zoo, run):
+        wider = load_model(ModelSpec(name="cnn", options={"depth": 3, "norm": "none", "width": 20}), zoo[0])
+        (flag,) = self.flags(foreign(wider), zoo_originals["none"], zoo, run)
+        assert (flag.severity, "do not fit the original's code" in flag.found) == ("critical", True)
+
+    def test_the_originals_own_class_with_a_method_replaced(self, zoo_originals, zoo, run):
+        original = zoo_originals["none"]
+        released = fresh_of(original, 2)
+        released.network.forward = original.clone().network.forward
+        (flag,) = self.flags(released, original, zoo, run)
+        assert "something else than these weights does the work" in flag.found
 
 
 def test_each_flag_has_a_section_in_the_documentation():

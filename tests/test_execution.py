@@ -114,7 +114,7 @@ class TestJournal:
         assert path.read_bytes() == whole
         assert all(json.loads(line) for line in path.read_text().splitlines())
 
-    @pytest.mark.parametrize("line", ["{broken", "[1]", '{"value": 1}', "3"])
+    @pytest.mark.parametrize("line", ["{broken", "[1]", '{"value": 1}', "3", '{"key": "b"}', '["key", "value"]'])
     def test_damage_is_said(self, tmp_path, line):
         path = tmp_path / "checkpoints" / "j.jsonl"
         Journal(path, {"seed": 1}).add("a", 1)

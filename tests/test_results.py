@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from pydantic import ValidationError
 
-from holdfast.results import Cell, RunResult, json_schema
+from holdfast.errors import HoldfastError
+from holdfast.results import Cell, RunResult, json_schema, read_result
+from test_report import make_audit, make_result
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=8))
@@ -56,3 +58,22 @@ def test_provenance_names_every_model_and_task(brief_result, brief_folder):
     assert facts.models["immunized"].file_sha256 == digest
     assert facts.packages["torch"].startswith("2.")
     assert facts.threads >= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda audit: audit["by_budget"].clear(), "a row for each budget"),
+        (lambda audit: audit["budgets"].clear(), "a row for each budget"),
+        (lambda audit: audit["seeds"].clear(), "needs seeds"),
+        (lambda audit: audit["by_budget"][-1]["best"].pop("scratch"), "needs immunized, original, scratch"),
+        (lambda audit: audit["by_budget"][0]["best_adversary"].clear(), "needs immunized, original, scratch"),
+    ],
+)
+def test_an_audit_that_lacks_a_part_is_damaged(change, why, tmp_path):
+    """Else whatever shows it fails half way, and a leaderboard with it for all the others."""
+    content = make_result(audit=make_audit()).model_dump(mode="json")
+    change(content["audit"])
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    with pytest.raises(HoldfastError, match=f"damaged.*{why}"):
+        read_result(tmp_path)

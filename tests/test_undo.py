@@ -5,17 +5,19 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from holdfast.adversaries import UNDO, FineTuning
 from holdfast.adversaries.modules import Flowing, Prepared, activations
 from holdfast.adversaries.undo import nothing_to_undo
 from holdfast.errors import HoldfastError
 from holdfast.finetune import Strategy
-from holdfast.models import ModelSpec, SplitModel, load_model
+from holdfast.models import ModelSpec, SplitModel, load_model, transplant
 from holdfast.tasks import ArrayTask, Batch
+from shams import NORM_OF, make, zoo_tasks
 
 CPU = torch.device("cpu")
-KEEP_OUTPUTS = ("thaw", "activation", "whiten", "standardise", "insert")
+KEEP_OUTPUTS = ("thaw", "activation", "fold", "balance", "whiten", "standardise", "insert")
 
 
 def undo(move, model, task, reference=None):
@@ -162,6 +164,149 @@ class TestScales:
         agree = (model.eval()(x).argmax(1) == honest).double().mean()
         assert agree > 0.97
         assert model.network.body[0].weight.norm() < 20
+
+
+    @pytest.mark.parametrize("move", ["rescale", "equalise"])
+    def test_scales_in_normalisation_layers(self, move, trained, benign):
+        model, x = trained.clone(), inputs(benign)
+        honest = model.eval()(x).argmax(1)
+        with torch.no_grad():
+            for parameter in model.network.body[1].parameters():
+                parameter *= 1e5
+            model.network.body[4].weight *= 1e-5
+        undo(move, model, benign)
+        assert ((model.eval()(x).argmax(1) == honest).double().mean()) > 0.99
+        assert 0.3 < model.network.body[1].weight.mean() < 3
+
+
+class TestUnits:
+    def test_single_units(self, trained, benign):
+        """Scales of eight decades within a layer, behind BatchNorm and behind flattened maps, are gone."""
+        model, honest = trained.clone(), trained.clone()
+        with torch.no_grad():
+            scale = torch.logspace(-4, 4, 16)
+            for parameter in model.network.body[1].parameters():
+                parameter *= scale
+            model.network.body[4].weight /= scale.view(1, -1, 1, 1)
+            wide = torch.logspace(-4, 4, 64)
+            model.network.body[9].weight *= wide[:, None]
+            model.network.body[9].bias *= wide
+            model.head.weight /= wide
+        undo("balance", model, benign, trained)
+        x = inputs(benign)
+        assert torch.allclose(model.eval()(x), honest.eval()(x), rtol=1e-3, atol=1e-3)
+        for name in ("body.1", "body.4", "body.9"):
+            own, other = (m.network.get_submodule(name).weight.detach() for m in (model, honest))
+            ratio = own.abs().flatten(1).mean(1) / other.abs().flatten(1).mean(1) if own.dim() > 1 else own / other
+            assert ratio.max() < 4
+            assert ratio.min() > 0.25
+
+    def test_honest_units_stay(self, benign):
+        model, reference = mlp(benign), mlp(benign)
+        undo("balance", model, benign, reference)
+        for own, other in zip(model.parameters(), reference.parameters(), strict=True):
+            assert torch.equal(own, other)
+
+    def test_what_would_change_the_outputs_is_taken_back(self, benign):
+        class Skipping(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+            def forward(self, x):
+                x = self.first(x)
+                return x + self.second(torch.relu(x))
+
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = SplitModel(nn.Sequential(nn.Flatten(), Skipping(), nn.Linear(64, 5)), "2")
+        reference = model.clone()
+        with torch.no_grad():
+            model.network[1].first.weight *= 1e3
+        before = [p.clone() for p in model.parameters()]
+        outputs = model(inputs(benign))
+        undo("balance", model, benign, reference)
+        assert torch.allclose(model(inputs(benign)), outputs, rtol=1e-3, atol=1e-2)
+        assert torch.equal(model.network[1].first.weight, before[0])
+
+
+UNDOES = {
+    "shrunk-convolutions": ("rescale",),
+    "grown-convolutions": ("rescale",),
+    "huge-gamma": ("rescale",),
+    "rescaled-pairs": ("rescale",),
+    "saturated-head": ("rescale",),
+    "huge-weight-norm": ("rescale",),
+    "hidden-in-buffers": ("thaw", "rescale"),
+    "unregistered-stem": ("rescale",),
+    "poisoned-statistics": ("fold", "rescale"),
+}
+"""Shams and the moves after which they are the original after the same moves; in its code, where they have their own."""
+
+
+@pytest.mark.parametrize("name", UNDOES)
+def test_a_sham_is_the_original_again(name, zoo_originals):
+    benign, restricted = zoo_tasks()
+    original = zoo_originals[NORM_OF[name]]
+    released = make(name, zoo_originals, benign, restricted)
+    if name in ("grown-convolutions", "huge-weight-norm", "unregistered-stem"):
+        released = transplant(released, original)
+    few = restricted.few_shot(2, 0)
+    reference = original.fresh()
+    both = [released.clone(), original.clone()]
+    for model in both:
+        for move in UNDOES[name]:
+            undo(move, model, few, reference)
+    for key, value in both[1].network.state_dict().items():
+        if "body" in key and "num_batches" not in key:
+            own = both[0].network.state_dict()[key]
+            assert torch.allclose(own, value, rtol=1e-3, atol=1e-4 * float(value.abs().max())), key
+    both[0].put_head(copy.deepcopy(both[1].head))  # a fresh head is what is trained; the released one may be another
+    for training in (False, True):
+        own, wanted = (m.train(training)(inputs(few)) for m in both)
+        assert torch.allclose(own, wanted, rtol=1e-2, atol=1e-3 * float(wanted.detach().abs().max()))
+
+
+def test_uneven_units_are_even_again(zoo_originals):
+    benign, restricted = zoo_tasks()
+    original = zoo_originals["none"]
+    released = make("uneven-units", zoo_originals, benign, restricted)
+    reference = original.fresh()
+    undo("balance", released, restricted.few_shot(2, 0), reference)
+    x = inputs(benign)
+    assert torch.allclose(released(x), original(x), rtol=1e-3, atol=1e-3)
+    for (name, own), fresh in zip(released.network.body.named_parameters(), reference.network.body.parameters()):
+        if own.dim() > 1:
+            ratio = own.flatten(1).norm(dim=1) / fresh.flatten(1).norm(dim=1)
+            assert 0.2 < ratio.min() <= ratio.max() < 5, name
+
+
+class TestFold:
+    def test_training_mode_says_what_evaluation_says(self, trained, benign):
+        model, few = trained.clone(), benign.few_shot(4, 0)
+        norm = model.network.body[1]
+        with torch.no_grad():  # nonsense that scale and shift make up for
+            slope = norm.weight / (norm.running_var + norm.eps).sqrt()
+            mean, variance = norm.running_mean + 50, norm.running_var * 1e6
+            norm.bias.add_(slope * 50)
+            norm.weight.copy_(slope * (variance + norm.eps).sqrt())
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+        x = inputs(few)
+        honest = trained.eval()(x)
+        undo("fold", model, few)
+        assert torch.allclose(model.eval()(x), honest, atol=1e-2)
+        assert torch.allclose(model.clone().train()(x), honest, atol=1e-2)
+        assert norm.weight.abs().max() < 10
+
+    def test_a_senseless_eps_is_made_up_for(self, trained, benign):
+        model = trained.clone()
+        norm = model.network.body[1]
+        norm.eps, norm.momentum = 1e4, 7.0
+        before = model.eval()(inputs(benign))
+        undo("fold", model, benign)
+        assert (norm.eps, norm.momentum) == (1e-5, 0.1)
+        assert torch.allclose(model.eval()(inputs(benign)), before, atol=1e-3)
 
 
 class TestRecalibrate:
@@ -313,6 +458,18 @@ class Hidden(nn.Module):
 
 
 class TestThaw:
+    def test_parametrizations_are_taken_away(self, benign):
+        model = mlp(benign)
+        x = inputs(benign)
+        before = model(x)
+        for layer in (model.network[1], model.network[3]):
+            parametrizations.weight_norm(layer)
+            with torch.no_grad():
+                layer.parametrizations.weight.original1.mul_(1e6)
+        undo("thaw", model, benign, model)
+        assert set(dict(model.network.named_parameters())) == set(dict(mlp(benign).network.named_parameters()))
+        assert torch.allclose(model(x), before, atol=1e-4)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_hidden_weights_move_and_statistics_stay(self, dtype, benign):
         model = SplitModel(nn.Sequential(nn.Flatten(), Hidden(dtype), nn.Linear(64, 5)), "2")
@@ -450,7 +607,7 @@ def test_every_move_survives_every_model(move, kind, trained, benign, run):
     digest = model.facts().sha256
     curve = attack.attack(model, task, budgets=(0, 2), run=run)
     assert model.facts().sha256 == digest
-    mended = move in ("rescale", "equalise", "revive", "shrink-perturb", "reset-worst")
+    mended = move in ("rescale", "balance", "equalise", "revive", "shrink-perturb", "reset-worst")
     if kind == "nan" and mended:
         assert curve.finite
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ from holdfast.adversaries import BATTERIES, Adversary, Search, battery
 from holdfast.checks import flags_of_curves, red_flags
 from holdfast.comparison import Comparison, costs
 from holdfast.errors import HoldfastError
-from holdfast.execution import Journal, Run, derive_seed
+from holdfast.execution import Journal, Run, derive_seed, fingerprint
 from holdfast.executors import Executor
 from holdfast.models import SplitModel, architecture_differences, check_fits, transplant
 from holdfast.results import (
@@ -206,8 +207,16 @@ def _journal(bench: Bench, plan: Search | Sequence[Adversary], spec: AuditSpec) 
             "data": {f"{on} {seed}": task.facts().sha256 for (on, seed), task in bench.samples.items()},
             "immunized model": bench.immunized.facts().sha256,
             "original model": bench.original.facts().sha256,
+            "layers or input normalisation": [_settings(m) for m in (bench.immunized, bench.original)],
         },
     )
+
+
+def _settings(model: SplitModel) -> str:
+    """Hash of what the hash of its tensors does not see, and scores depend on."""
+    normalisation = [None if v is None else v.flatten().tolist() for v in (model.mean, model.std)]
+    layers = re.sub(r"0x[0-9a-fA-F]+", "", repr(model.network))  # an address is another one each time
+    return fingerprint([model.head_name, layers, normalisation])
 
 
 def _side(immunized: SplitModel, original: SplitModel, benign: Task, run: Run) -> Side:

@@ -349,9 +349,11 @@ class Journal:
             write_atomic(path, whole)
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-            if lines and ("belongs_to" not in lines[0] or any("key" not in line for line in lines[1:])):
+            if lines and not isinstance(lines[0]["belongs_to"], dict):
+                raise ValueError("its first line is no description")
+            if any(not isinstance(line, dict) or not {"key", "value"} <= line.keys() for line in lines[1:]):
                 raise ValueError("a line lacks its key")
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise HoldfastError(f"{str(path)!r} is damaged ({error}); choose another folder with --out.") from error
         return lines
 

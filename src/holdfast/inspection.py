@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.execution import Run
-from holdfast.models import SplitModel
+from holdfast.models import SplitModel, every_tensor
 from holdfast.tasks import Batch, Task
 
 SAMPLES = 128
@@ -297,7 +297,7 @@ def _state(model: SplitModel, batch: Batch, found: Inspection) -> None:
 def _watched(model: SplitModel) -> Iterator[tuple[str, Tensor]]:
     """All tensors but those that BatchNorm is meant to move."""
     norms = {id(b) for m in model.modules() if isinstance(m, Norm) for b in m.buffers(recurse=False)}
-    return ((n, t) for n, t in all_tensors(model.network) if id(t) not in norms)
+    return ((n, t) for n, t in every_tensor(model.network) if id(t) not in norms)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -309,42 +309,6 @@ def _tensors(model: SplitModel, found: Inspection) -> None:
     found.parameters = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     known = {id(p) for p in parameters}
     found.hidden = sum(t.numel() for _, t in _watched(model) if id(t) not in known and t.is_floating_point())
-
-
-def all_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields every tensor that a module holds, each once: parameters, buffers, and what is in plain attributes.
-
-    Lists, dictionaries and modules in them are looked into: a network in a list is no sub-module, and nobody who asks
-    for its parameters sees them.
-
-    Example:
-        >>> layer = nn.Linear(2, 2, bias=False)
-        >>> layer.aside = [nn.Linear(2, 1, bias=False)]
-        >>> [name for name, _ in all_tensors(layer)]
-        ['weight', 'aside.0.weight']
-    """
-    seen: set[int] = set()
-
-    def walk(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-        if id(value) in seen or not isinstance(value, Tensor | nn.Module | list | tuple | dict):
-            return
-        seen.add(id(value))
-        if isinstance(value, Tensor):
-            yield name, value
-            return
-        inside: dict[Any, Any]
-        if isinstance(value, nn.Module):
-            inside = {**value._parameters, **value._buffers, **value._modules, **_plain_attributes(value)}
-        else:
-            inside = value if isinstance(value, dict) else dict(enumerate(value))
-        for key, item in inside.items():
-            yield from walk(f"{name}.{key}".removeprefix("."), item)
-
-    yield from walk("", network)
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    return {n: v for n, v in vars(module).items() if not (n.startswith("_") and n in vars(nn.Module()))}
 
 
 # --- Do gradients tell the truth? ---

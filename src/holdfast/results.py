@@ -336,6 +336,14 @@ class AuditResult(_Result):
     search: list[SearchTrial] = Field([], description="Trials of a search for adversaries, in order, for each model.")
     verdict: Verdict
 
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if not self.seeds or not any(self.budgets) or [r.budget for r in self.by_budget] != self.budgets:
+            raise ValueError("an audit needs seeds, budgets above 0, and a row for each budget")
+        if any(not {*ROLES} <= {*named} for r in self.by_budget for named in (r.best, r.best_adversary)):
+            raise ValueError(f"each row of an audit needs {', '.join(ROLES)}")
+        return self
+
 
 class Event(_Result):
     """Something a defense did of its own accord and must not do in silence."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from holdfast import finetune
 from holdfast.adversaries.base import Adversary
-from holdfast.adversaries.undo import NEED_REFERENCE, UNDO, nothing_to_undo
+from holdfast.adversaries.undo import NEED_REFERENCE, UNDO, bake, nothing_to_undo
 from holdfast.errors import HoldfastError, unknown
 from holdfast.finetune import Strategy
 from holdfast.models import SplitModel
@@ -105,8 +105,10 @@ class FineTuning(Adversary):
         self, model: SplitModel, task: Task, benign: Task | None, generator: torch.Generator, device: torch.device
     ) -> Callable[[], Tensor] | None:
         """Undoes, puts the model where the strategy starts from, and returns the loss on the benign task, if any."""
-        needed = any(move in NEED_REFERENCE for move in self.undo)
-        reference = model.fresh() if needed else None
+        renews = self.strategy.initialisation in ("last-block", "last-half")
+        reference = model.fresh() if renews or any(move in NEED_REFERENCE for move in self.undo) else None
+        if reference is not None:
+            bake(reference)  # its layers are compared with those of a thawed model
         moves = ["thaw"] if (self.undo or self.strategy.scope == "all") and "thaw" not in self.undo else []
         for move in [*moves, *self.undo]:
             UNDO[move](model, model if reference is None else reference, task, generator, device)

@@ -26,12 +26,15 @@ from holdfast.tasks import Task
 FACTOR = 3.0
 """A layer whose outputs are this many times larger or smaller than in the reference is brought back by `equalise`."""
 
+Factor = float | Tensor
+"""One for a whole layer, or one for each of its units."""
+
 
 @torch.no_grad()
 def rescale(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
-    """Scales the weights of each layer to the norm that they have in the reference.
+    """Scales the weights of each layer, and of each normalisation, to the norm that they have in the reference.
 
     A bias is scaled by all the factors since the last normalisation, and a normalisation's running statistics with
     what arrives: in a network of layers in a row with ReLU the outputs change by one factor, and no prediction changes.
@@ -39,11 +42,13 @@ def rescale(
     mend(model, reference)
     arriving = 1.0
     for name, layer in in_order(model, some_samples(task, generator, device)):
+        like = counterpart(reference, name)
         if is_normalisation(layer):
-            _absorb(layer, arriving)
-            arriving = 1.0
+            keep_slope(layer, arriving)
+            absorb(layer, arriving)
+            arriving = _scale_normalisation(layer, like)
             continue
-        arriving *= _scale_to_norm(layer, counterpart(reference, name))
+        arriving *= _scale_to_norm(layer, like)
         for bias in own_biases(layer):
             bias.mul_(arriving)
 
@@ -67,11 +72,46 @@ def norm_of(tensors: Any) -> float:
     return peak * math.sqrt(sum(float((t / peak).square().sum()) for t in found)) if peak > 0 else 0.0
 
 
-def _absorb(layer: nn.Module, factor: float) -> None:
+def keep_slope(layer: nn.Module, factor: Factor) -> None:
+    """Undoes what a normalisation's eps makes of inputs that are `factor` times larger, by its weight.
+
+    Beside tiny variances eps is what divides; once they are usual, it is not.
+    """
+    weight = getattr(layer, "weight", None)
+    if isinstance(layer, _NormBase) and layer.running_var is not None and isinstance(weight, Tensor):
+        variance = layer.running_var.double() if weight.device.type != "mps" else layer.running_var
+        ratio = ((variance * factor**2 + layer.eps) / (variance + layer.eps)).sqrt() / factor
+        weight.mul_(torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0))
+
+
+def absorb(layer: nn.Module, factor: Factor) -> None:
     """Lets a normalisation layer expect inputs that are `factor` times larger."""
     if isinstance(layer, _NormBase) and layer.running_mean is not None and layer.running_var is not None:
         layer.running_mean.mul_(factor)
         layer.running_var.mul_(factor**2)
+
+
+def _scale_normalisation(layer: nn.Module, like: nn.Module | None, tolerance: float = 1.0) -> float:
+    """Scales a normalisation's weight and bias until its outputs are as large as in the reference.
+
+    Behind a normalisation, outputs have the size of weight and bias together.
+
+    Args:
+        layer: changed in place.
+        like: the same layer of the reference.
+        tolerance: by how many times it may be off without being changed.
+
+    Returns:
+        The factor; 1 where there is nothing to scale.
+    """
+    own = [p for p in layer.parameters(recurse=False) if p.is_floating_point()]
+    size = norm_of(own)
+    wanted = norm_of(() if like is None else like.parameters(recurse=False))
+    if _off(size, wanted) <= tolerance:
+        return 1.0
+    for parameter in own:
+        parameter.mul_(wanted / size)
+    return wanted / size
 
 
 @torch.no_grad()
@@ -80,7 +120,7 @@ def equalise(
 ) -> None:
     """Scales layers, in order of execution, so that their outputs on the samples are as large as in the reference.
 
-    Only those whose root mean square is off by more than `FACTOR`. Biases and running statistics go along as in
+    Only those whose root mean square is off by more than `FACTOR`; normalisations likewise. Biases and running statistics go along as in
     `rescale`, so that a network of layers in a row with ReLU changes by one factor only.
     """
     mend(model, reference)
@@ -94,11 +134,13 @@ def equalise(
     def before(layer: nn.Module, _: Any) -> None:
         if layer in seen:
             return
-        if is_normalisation(layer):
-            expected.append((layer, arriving[0]))
-            arriving[0] = 1.0
-            return
         like = counterpart(reference, layers[layer])
+        if is_normalisation(layer):
+            seen.add(layer)
+            expected.append((layer, arriving[0]))
+            keep_slope(layer, arriving[0])
+            arriving[0] = _scale_normalisation(layer, like, FACTOR)
+            return
         off = _off(
             norm_of(own_weights(layer).values()), norm_of(fresh_values(layer, like, n) for n in own_weights(layer))
         )
@@ -128,7 +170,7 @@ def equalise(
         for hook in hooks:
             hook.remove()
     for layer, factor in expected:
-        _absorb(layer, factor)
+        absorb(layer, factor)
 
 
 def _off(own: float, wanted: float) -> float:

@@ -17,7 +17,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
+from holdfast.adversaries.batchnorm import fold, recalibrate
 from holdfast.adversaries.looking import (
     batch_statistics,
     counterpart,
@@ -31,6 +33,7 @@ from holdfast.adversaries.looking import (
 )
 from holdfast.adversaries.modules import activations, put_affine, swap_activations
 from holdfast.adversaries.scaling import equalise, norm_of, rescale
+from holdfast.adversaries.units import balance
 from holdfast.models import SplitModel, is_normalisation
 from holdfast.tasks import Task
 
@@ -46,7 +49,8 @@ def thaw(
 ) -> None:
     """Makes every floating-point tensor that the network computes with a trainable parameter, and drops gradient hooks.
 
-    Buffers and plain attributes that hide weights become parameters. Running statistics, which a forward pass in
+    Buffers and plain attributes that hide weights become parameters, and so does what parametrizations compute (weight
+    normalisation among them), which are taken away. Running statistics, which a forward pass in
     training mode changes, and everything of normalisation layers stay what they are.
 
     Example:
@@ -62,6 +66,7 @@ def thaw(
     for module in model.network.modules():
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
+    bake(model)
     steady = _steady(model, next(task.sweep("train", 8, device=device)).x) if _hidden(model) else []
     before = model.dtype
     made: dict[int, nn.Parameter] = {}
@@ -74,6 +79,14 @@ def thaw(
         model.precision = before
     for parameter in model.network.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+
+
+def bake(model: SplitModel) -> None:
+    """Replaces every parametrized tensor by a plain parameter with the value that it has."""
+    for module in model.network.modules():
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name)
 
 
 def _hidden(model: SplitModel) -> dict[tuple[str, str], Tensor]:
@@ -95,53 +108,6 @@ def _steady(model: SplitModel, x: Tensor) -> list[tuple[str, str]]:
         twin(torch.cat([x, x]) if len(x) == 1 else x)
     after = _hidden(twin)
     return [where for where, value in before.items() if where in after and torch.equal(after[where], value)]
-
-
-@torch.no_grad()
-def recalibrate(
-    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
-) -> None:
-    """Estimates BatchNorm's running statistics anew from the samples, and mends settings that make no sense.
-
-    Momentum outside (0, 1], an eps outside [1e-12, 0.1], statistics that are not tracked, and values that are not
-    finite are replaced by torch's defaults. With a single sample there is no variance: only settings are mended.
-    """
-    layers = [m for m in model.network.modules() if isinstance(m, _BatchNorm)]
-    for layer in layers:
-        layer.eps = layer.eps if 1e-12 <= layer.eps <= 0.1 else 1e-5
-        if layer.momentum is not None and not 0 < layer.momentum <= 1:
-            layer.momentum = 0.1
-        if layer.running_mean is None or layer.running_var is None:
-            width = layer.num_features
-            layer.register_buffer("running_mean", torch.zeros(width).to(model.device, model.dtype))
-            layer.register_buffer("running_var", torch.ones(width).to(model.device, model.dtype))
-        if layer.num_batches_tracked is None:
-            layer.register_buffer("num_batches_tracked", torch.tensor(0, device=device))
-        layer.track_running_stats = True
-    if task.size("train") > 1:
-        _estimate(model, layers, task, generator, device)
-    for layer in layers:
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        torch.nan_to_num_(layer.running_mean, 0.0, 0.0, 0.0)
-        torch.nan_to_num_(layer.running_var, 1.0, 1.0, 1.0)
-
-
-def _estimate(
-    model: SplitModel, layers: list[_BatchNorm], task: Task, generator: torch.Generator, device: torch.device
-) -> None:
-    training, momenta = model.training, [layer.momentum for layer in layers]
-    model.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.train()
-        layer.momentum = None  # the plain mean over batches
-    for x in samples(task, generator, device):
-        if len(x) > 1:
-            model(x)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-    model.train(training)
 
 
 @torch.no_grad()
@@ -347,7 +313,9 @@ def insert(
 UNDO: Final[dict[str, Move]] = {
     "thaw": thaw,
     "recalibrate": recalibrate,
+    "fold": fold,
     "rescale": rescale,
+    "balance": balance,
     "equalise": equalise,
     "revive": revive,
     "shrink-perturb": shrink_perturb,
@@ -359,12 +327,12 @@ UNDO: Final[dict[str, Move]] = {
 }
 """The moves by name."""
 
-NEED_REFERENCE: Final = frozenset({"rescale", "equalise", "revive", "shrink-perturb", "reset-worst"})
+NEED_REFERENCE: Final = frozenset({"rescale", "balance", "equalise", "revive", "shrink-perturb", "reset-worst"})
 
 
 def nothing_to_undo(move: str, model: SplitModel) -> str | None:
     """Says why a move cannot be made, or would do nothing, on a model; None if it can."""
-    if move == "recalibrate" and not any(isinstance(m, _BatchNorm) for m in model.network.modules()):
+    if move in ("recalibrate", "fold") and not any(isinstance(m, _BatchNorm) for m in model.network.modules()):
         return "it has no BatchNorm to recalibrate"
     if move == "activation" and not activations(model):
         return "it has no activation that is a module of its own"

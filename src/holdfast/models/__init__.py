@@ -5,7 +5,8 @@ from holdfast.models.blocks import is_normalisation
 from holdfast.models.catalog import ModelSpec, load_model, load_released
 from holdfast.models.code import is_code
 from holdfast.models.features import check_feature_width, feature_batches, feature_precision, features
-from holdfast.models.fitting import architecture_differences, check_fits, transplant
+from holdfast.models.fitting import architecture_differences, check_fits, foreign_code, transplant
+from holdfast.models.heads import every_tensor
 
 __all__ = [
     "ModelSpec",
@@ -13,9 +14,11 @@ __all__ = [
     "architecture_differences",
     "check_feature_width",
     "check_fits",
+    "every_tensor",
     "feature_batches",
     "feature_precision",
     "features",
+    "foreign_code",
     "is_code",
     "is_normalisation",
     "load_model",

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from holdfast.errors import HoldfastError
 from holdfast.models.base import SplitModel
@@ -63,9 +69,9 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
 def architecture_differences(model: SplitModel, original: SplitModel) -> list[str]:
     """Returns in which ways a model is more than other weights for the original's architecture; empty if it is not.
 
-    Compared are the names and shapes of all tensors and whether each is a parameter, the kinds of all layers, hooks on
-    them, the head, and the input normalisation. An inserted extractor is no difference: it is a defense's, and part of
-    what is audited.
+    Compared are the names and shapes of all tensors and whether each is a parameter, the kinds of all layers, their
+    settings, hooks and functions of their own, the head, and the input normalisation. An inserted extractor is no
+    difference: it is a defense's, and part of what is audited.
 
     Returns:
         A sentence for each difference.
@@ -102,13 +108,91 @@ def _layer_differences(own: dict[str, nn.Module], theirs: dict[str, nn.Module], 
     for name in (n for n in own if n in theirs):
         mine, other = type(own[name]), type(theirs[name])
         label = f"Layer {name!r}" if name else "The network"
-        if (mine.__module__, mine.__qualname__) != (other.__module__, other.__qualname__):
+        if mine is not other:  # a class can be given another one's name
             same = mine.__qualname__ == other.__qualname__
             spelled = [f"{t.__module__}.{t.__qualname__}" if same else t.__qualname__ for t in (mine, other)]
-            found.append(f"{label} is {spelled[0]} instead of {spelled[1]}.")
+            found.append(f"{label} is {spelled[0]} instead of {spelled[1]}{', another of that name' * same}.")
         if _hooks(own[name]) > _hooks(theirs[name]):
             found.append(f"{label} has hooks: code that runs beside its own.")
+        if mine is other:
+            found += _other_settings(label, _settings(own[name]), _settings(theirs[name]))
     return found
+
+
+def _other_settings(label: str, own: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    return [
+        f"{label} has {key} = {own.get(key, 'nothing')} instead of {theirs.get(key, 'nothing')}."
+        for key in dict.fromkeys([*own, *theirs])
+        if own.get(key) != theirs.get(key)
+    ]
+
+
+def _settings(layer: nn.Module) -> dict[str, str]:
+    """What a layer's code may depend on beside its tensors: plain attributes, shortened; objects by their type."""
+    skip = {*vars(nn.Module()), "name_or_path"}  # from where transformers loaded weights
+    private = "_" if _published(type(layer)) else "\0"  # transformers keep how weights were loaded in such
+    return {k: _spelled(v) for k, v in vars(layer).items() if k not in skip and not k.startswith(private)}
+
+
+def _spelled(value: Any, inside: bool = False) -> str:
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype):
+        return repr(value)[:200]
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, list | tuple | Mapping) and not inside:
+        pairs = islice(value.items() if isinstance(value, Mapping) else enumerate(value), 100)
+        return f"{len(value)} values ({', '.join(f'{key}: {_spelled(item, True)}' for key, item in pairs)})"
+    return type(value).__qualname__
+
+
+PUBLISHED = ("torch", "torchvision", "timm", "transformers", "holdfast")
+"""Packages whose code computes what it says: what a model does is then in its tensors."""
+
+
+def foreign_code(model: SplitModel) -> list[str]:
+    """Returns which layers run code that is in none of the `PUBLISHED` packages: classes, hooks, replaced methods.
+
+    Such code may know things by other means than its parameters: numbers packed as integers, a file, a closure.
+
+    Returns:
+        A few words for each layer.
+
+    Example:
+        >>> foreign_code(SplitModel(nn.Sequential(nn.Linear(4, 2)), head="0"))
+        []
+        >>> class Mine(nn.Sequential):
+        ...     pass
+        >>> foreign_code(SplitModel(Mine(nn.Linear(4, 2)), head="0"))
+        ["'the network' (Mine)"]
+    """
+    layers = {"the model": model, **{n or "the network": m for n, m in model.network.named_modules()}}
+    return [
+        f"{name!r} ({type(layer).__name__})"
+        for name, layer in layers.items()
+        if not _published(type(layer)) or _hooks(layer) or _own_functions(layer)
+    ]
+
+
+def _published(*any_of: Any) -> bool:
+    """Whether one of these classes and functions is what a published package has under its name."""
+    return any(_found(thing) is thing for thing in any_of)
+
+
+def _found(thing: Any) -> Any:
+    module, name = (str(getattr(thing, key, None)) for key in ("__module__", "__qualname__"))
+    found: Any = sys.modules.get(module) if module.partition(".")[0] in PUBLISHED else None
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found  # not what was asked for, if that was only given a published name
+
+
+def _own_functions(layer: nn.Module) -> bool:
+    """Whether an attribute of the object hides a method of its class, or is a function from elsewhere."""
+    return any(
+        callable(getattr(type(layer), name, None)) or (callable(value) and not _published(type(value), value))
+        for name, value in vars(layer).items()
+        if not (name == "factory" and isinstance(layer, SplitModel))  # it runs for the scratch control only
+    )
 
 
 def _hooks(layer: nn.Module) -> int:
@@ -134,7 +218,8 @@ def _plain_name(model: SplitModel, name: str) -> str | None:
 
 def _plain_tensors(model: SplitModel) -> dict[str, Tensor]:
     """Every tensor, as it would be without an extractor, which is merged into the head."""
-    tensors = dict(every_tensor(model.network))
+    # Tensors that are shared have all their names in the state dict, and one among the others.
+    tensors = {**dict(every_tensor(model.network)), **model.network.state_dict(keep_vars=True)}
     if model.has_extractor:
         inserted = model.network.get_submodule(model.head_name.removesuffix("1") + "0")
         assert isinstance(inserted.weight, Tensor)
@@ -159,9 +244,9 @@ def transplant(model: SplitModel, original: SplitModel) -> SplitModel | None:
     """Puts a model's weights into the original's code, as an adversary may always do.
 
     Whatever the model's own code does to hinder training is left behind. Its tensors are sought wherever they are
-    (parameters, buffers, plain attributes): under the original's names, under these with one prefix (the original
-    inside a wrapper), or, if nothing else is there, in the original's order. Counters, such as those of BatchNorm, stay
-    the original's. An extractor is merged into the head.
+    (parameters, buffers, plain attributes, what parametrizations compute): under the original's names, under these with
+    one prefix (the original inside a wrapper), or in the original's order and shapes, whatever is between. Counters,
+    such as those of BatchNorm, stay the original's. An extractor is merged into the head.
 
     Args:
         model: the released model.
@@ -187,7 +272,7 @@ def transplant(model: SplitModel, original: SplitModel) -> SplitModel | None:
     grown = original.clone()
     own = grown.network.state_dict(keep_vars=True)  # the tensors themselves: writing to them writes to the copy
     needed = {name: tensor for name, tensor in own.items() if tensor.is_floating_point()}
-    found = _matching(_plain_tensors(model), needed)
+    found = _matching({**_plain_tensors(model), **_computed(model)}, needed)
     if found is None:
         return None
     for name, tensor in needed.items():
@@ -196,6 +281,16 @@ def transplant(model: SplitModel, original: SplitModel) -> SplitModel | None:
         grown.mean, grown.std = model.mean.clone(), model.std.clone()
     grown.name = f"{model.name} in the original's code"
     return grown
+
+
+def _computed(model: SplitModel) -> dict[str, Tensor]:
+    """What parametrizations make of what they keep, under the names of the plain tensors."""
+    return {
+        f"{name}.{tensor}".removeprefix("."): getattr(module, tensor)
+        for name, module in model.network.named_modules()
+        if parametrize.is_parametrized(module)
+        for tensor in module.parametrizations  # type: ignore[union-attr]
+    }
 
 
 def _matching(tensors: dict[str, Tensor], needed: dict[str, Tensor]) -> dict[str, Tensor] | None:
@@ -208,7 +303,8 @@ def _matching(tensors: dict[str, Tensor], needed: dict[str, Tensor]) -> dict[str
         found = {name: tensors.get(prefix + name) for name in needed}
         if all(t is not None and t.shape == needed[name].shape for name, t in found.items()):
             return {name: t for name, t in found.items() if t is not None}
-    in_order = [t for t in tensors.values() if t.is_floating_point()]
-    if [t.shape for t in in_order] == [t.shape for t in needed.values()]:
-        return dict(zip(needed, in_order, strict=True))
+    rest = (t for t in tensors.values() if t.is_floating_point())
+    ordered = {name: next((t for t in rest if t.shape == like.shape), None) for name, like in needed.items()}
+    if all(t is not None for t in ordered.values()):
+        return {name: t for name, t in ordered.items() if t is not None}
     return None

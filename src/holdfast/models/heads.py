@@ -167,19 +167,38 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def every_tensor(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields every tensor of a network with its dotted name: parameters, buffers, and tensors in plain attributes.
+_BOOKKEEPING = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
 
-    A state dict has neither buffers that are not persistent nor plain attributes: weights could hide there.
+
+def every_tensor(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields every tensor that a module holds, each once: parameters, buffers, and what is in plain attributes.
+
+    Lists, dictionaries and modules in them are looked into: a network in a list is no sub-module, and nobody who asks
+    for its parameters sees them.
 
     Example:
         >>> layer = nn.Linear(2, 2, bias=False)
-        >>> layer.hidden = torch.ones(1)
+        >>> layer.aside = [nn.Linear(2, 1, bias=False)]
         >>> [name for name, _ in every_tensor(layer)]
-        ['weight', 'hidden']
+        ['weight', 'aside.0.weight']
     """
-    for prefix, module in network.named_modules():
-        for held in (module._parameters, module._buffers, vars(module)):
-            for name, value in held.items():
-                if isinstance(value, Tensor):
-                    yield f"{prefix}.{name}".removeprefix("."), value
+    seen: set[int] = set()
+
+    def walk(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+        if id(value) in seen or not isinstance(value, Tensor | nn.Module | list | tuple | dict):
+            return
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield name, value
+            return
+        inside: dict[Any, Any]
+        if isinstance(value, nn.Module):
+            plain = {n: v for n, v in vars(value).items() if n not in _BOOKKEEPING}
+            inside = {**value._parameters, **value._buffers, **value._modules, **plain}
+        else:
+            inside = value if isinstance(value, dict) else dict(enumerate(value))
+        for key, item in inside.items():
+            yield from walk(f"{name}.{key}".removeprefix("."), item)
+
+    yield from walk("", network)

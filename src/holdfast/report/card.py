@@ -170,7 +170,7 @@ def _numbers(result: RunResult, audit: AuditResult) -> str:
     rows = [
         ("Restricted task", _text(audit.restricted_task)),
         ("Benign task", _text(audit.benign_task)),
-        (f"Benign {audit.unit}, before and after",
+        (f"Benign {_text(audit.unit)}, before and after",
          f"{_known(wording.percent(audit.benign.original))}, {_known(wording.percent(audit.benign.immunized))}"),
         (f"Best adversary after {key.last.budget} steps",
          "; ".join(f"{role} {_known(wording.percent(cell.mean))}" for role, cell in key.last.best.items())),
@@ -194,14 +194,24 @@ def _numbers(result: RunResult, audit: AuditResult) -> str:
 
 def _weights(result: RunResult, file_sha256: str | None) -> str:
     origin = result.provenance
+    if "immunized" not in origin.models:
+        raise HoldfastError(f"The result of {result.title!r} does not say which weights were audited; it is damaged.")
     rows = [(TENSORS, f"`{origin.models['immunized'].sha256}`")]
     rows += [(FILE, f"`{file_sha256}`")] if file_sha256 else []
-    rows += [("Holdfast", f"{origin.holdfast}, {origin.started[:10]}")]
+    rows += [("Holdfast", _text(f"{origin.holdfast}, {origin.started[:10]}"))]
+    command = " ".join(map(_quoted, origin.command))
     return (
         "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
         + "\n\nThe audit speaks of these weights only. To see whether a file holds them, and to repeat the audit:\n\n"
-        + f"```console\n$ holdfast card README.md --check model.safetensors\n$ {shlex.join(origin.command)}\n```"
+        + f"```console\n$ holdfast card README.md --check model.safetensors\n$ {command}\n```"
     )
+
+
+def _quoted(argument: str) -> str:
+    """An argument for a shell, on one line, that ends neither the code block nor the section."""
+    if argument.isprintable() and "`" not in argument and "<" not in argument:
+        return shlex.quote(argument)
+    return "$'" + "".join(c if c.isalnum() or c in "-_./:=, " else f"\\U{ord(c):08x}" for c in argument) + "'"
 
 
 def _cost(audit: AuditResult) -> str:
