@@ -24,6 +24,10 @@ def numbers(folder):
     return read_result(folder).numbers()
 
 
+ALONE = ("audit.stacked=false", "audit.side_effects=false")
+"""Every attack by itself, and on the restricted task only."""
+
+
 class TestRecipe:
     def test_leaves_a_whole_folder(self, brief_folder):
         assert {p.name for p in brief_folder.iterdir()} >= {
@@ -101,13 +105,13 @@ class TestRecipe:
         assert not result.immunization.completed
         assert result.audit.verdict.label == "invalid"
         assert result.audit.benign.immunized is None
-        assert any("not finite on the immunized model" in r for r in result.audit.verdict.reasons)
+        assert any("No adversary has a finite score on: immunized" in r for r in result.audit.verdict.reasons)
         assert read_result(tmp_path).audit == result.audit
         assert "Invalid" in (tmp_path / "report.html").read_text()
 
     @pytest.mark.parametrize("scale", ["smoke", "paper"])
     def test_real_weights_start_at_every_scale(self, data_dir, tmp_path, scale):
-        quick = ["audit.budgets=[0,1]", "audit.seeds=1", "audit.shots=2", "defense.iterations=1", "defense.steps=1",
+        quick = ["audit.budgets=[0,1]", "audit.seeds=1", "audit.shots=2", "audit.side_effects=false", "defense.iterations=1", "defense.steps=1",
                  "benign.test_limit=50", "restricted.test_limit=50"]  # fmt: skip
         recipe = load("quickstart-cifar", scale=scale, overrides=quick)
         result = run_recipe(recipe, folder=tmp_path, data_dir=data_dir, device="cpu", quiet=True)
@@ -220,13 +224,13 @@ class TestVerbs:
         holdfast.immunize(trained, **tasks, iterations=1, steps=1, batch_sizes=(20,))
         assert seen == {"defense": {defenders}, "adversaries": set(), "threads": {3}}
         seen["threads"].clear()
-        holdfast.audit(trained, original=trained, **tasks, budgets=(0, 1), seeds=1)
+        holdfast.audit(trained, original=trained, **tasks, budgets=(0, 1), seeds=1, stacked=False, side_effects=False)
         assert seen == {"defense": {defenders}, "adversaries": {adversarys}, "threads": {3}}
         assert torch.get_num_threads() == before != 3
 
     def test_each_side_gets_its_own_half_and_the_threads_in_a_recipe(self, tmp_path, seen):
         defenders, adversarys = (half.facts().sha256 for half in halves(load_task("digits[7-9]")))
-        recipe = load("quickstart", **SMOKE, overrides=["audit.shots=null", "threads=3", "pretrain.steps=1"])
+        recipe = load("quickstart", **SMOKE, overrides=[*ALONE, "audit.shots=null", "threads=3", "pretrain.steps=1"])
         result = run_recipe(recipe, folder=tmp_path, device="cpu", quiet=True)
         assert seen == {"defense": {defenders}, "adversaries": {adversarys}, "threads": {3}}
         assert result.provenance.threads == 3
