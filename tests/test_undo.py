@@ -184,7 +184,7 @@ class TestScales:
         honest = model.eval()(x).argmax(1)
         with torch.no_grad():
             for parameter in model.network.body[1].parameters():
-                parameter *= 1e5
+                parameter.mul_(1e5)
             model.network.body[4].weight *= 1e-5
         undo(move, model, benign)
         assert ((model.eval()(x).argmax(1) == honest).double().mean()) > 0.99
@@ -198,7 +198,7 @@ class TestUnits:
         with torch.no_grad():
             scale = torch.logspace(-4, 4, 16)
             for parameter in model.network.body[1].parameters():
-                parameter *= scale
+                parameter.mul_(scale)
             model.network.body[4].weight /= scale.view(1, -1, 1, 1)
             wide = torch.logspace(-4, 4, 64)
             model.network.body[9].weight *= wide[:, None]
@@ -253,7 +253,7 @@ UNDOES = {
     "unregistered-stem": ("rescale",),
     "poisoned-statistics": ("fold", "rescale"),
 }
-"""Shams and the moves after which they are the original after the same moves; in its code, where they have their own."""
+"""Shams, and the moves after which they are the original after the same moves; in its code, if they have their own."""
 
 
 @pytest.mark.parametrize("name", UNDOES)
@@ -287,7 +287,9 @@ def test_uneven_units_are_even_again(zoo_originals):
     undo("balance", released, restricted.few_shot(2, 0), reference)
     x = inputs(benign)
     assert torch.allclose(released(x), original(x), rtol=1e-3, atol=1e-3)
-    for (name, own), fresh in zip(released.network.body.named_parameters(), reference.network.body.parameters()):
+    for (name, own), fresh in zip(
+        released.network.body.named_parameters(), reference.network.body.parameters(), strict=True
+    ):
         if own.dim() > 1:
             ratio = own.flatten(1).norm(dim=1) / fresh.flatten(1).norm(dim=1)
             assert 0.2 < ratio.min() <= ratio.max() < 5, name
@@ -478,7 +480,9 @@ class TestThaw:
             parametrizations.weight_norm(layer)
             with torch.no_grad():
                 layer.parametrizations.weight.original1.mul_(1e6)
-        undo("thaw", model, benign, model)
+        released = model
+        model = undo("thaw", released.clone(), benign, released)
+        assert torch.allclose(released(x), before, atol=1e-4)  # which is of the same class, and stays parametrized
         assert set(dict(model.network.named_parameters())) == set(dict(mlp(benign).network.named_parameters()))
         assert torch.allclose(model(x), before, atol=1e-4)
 

@@ -120,8 +120,8 @@ def equalise(
 ) -> None:
     """Scales layers, in order of execution, so that their outputs on the samples are as large as in the reference.
 
-    Only those whose root mean square is off by more than `FACTOR`; normalisations likewise. Biases and running statistics go along as in
-    `rescale`, so that a network of layers in a row with ReLU changes by one factor only.
+    Only those whose root mean square is off by more than `FACTOR`; normalisations likewise. Biases and running
+    statistics go along as in `rescale`, so that a network of layers in a row with ReLU changes by one factor only.
     """
     mend(model, reference)
     x = some_samples(task, generator, device)

@@ -72,15 +72,16 @@ def _sizes(parameters: list[nn.Parameter]) -> Tensor:
     """Norm of what belongs to each unit; by the largest entry first, since squares of tiny numbers vanish."""
     rows = torch.cat([p.detach().flatten(1) if p.dim() > 1 else p.detach()[:, None] for p in parameters], 1)
     peak = rows.abs().amax(1)
-    return peak * (rows / peak[:, None]).norm(dim=1)
+    return peak * (rows / peak[:, None]).square().sum(1).sqrt()
 
 
 def _reads(reader: nn.Module, units: int) -> bool:
     """Whether a layer may be what reads so many units; flattened maps give a unit several columns."""
     if isinstance(reader, _BatchNorm):
         return reader.num_features == units and reader.running_var is not None
+    weight = getattr(reader, "weight", None)
     whole = not isinstance(reader, nn.modules.conv._ConvNd) or reader.groups == 1
-    return _plain(reader) and whole and reader.weight.shape[1] % units == 0  # type: ignore[operator,union-attr]
+    return _plain(reader) and whole and isinstance(weight, Tensor) and weight.shape[1] % units == 0
 
 
 def _make_up(reader: nn.Module, factors: Tensor) -> None:

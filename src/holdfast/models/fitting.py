@@ -205,7 +205,7 @@ def _computed(model: SplitModel) -> dict[str, Tensor]:
         f"{name}.{tensor}".removeprefix("."): getattr(module, tensor)
         for name, module in model.network.named_modules()
         if parametrize.is_parametrized(module)
-        for tensor in module.parametrizations  # type: ignore[union-attr]
+        for tensor in module.parametrizations
     }
 
 
