@@ -1,6 +1,6 @@
 """Measures how far a battery undoes each sham defense of the test suite's zoo: scores, and no verdicts.
 
-    python benchmarks/undone_shams.py [--battery standard-v1] [--seeds 2] [--only NAME ...] [--out docs/results/shams.md]
+    python benchmarks/undone_shams.py [--battery standard-v1] [--seeds 2] [--only NAME ...] [--out PAGE.md]
 
 Each sham is attacked as an audit does it: inside the original's code where it has code of its own and its weights fit.
 """
@@ -85,12 +85,12 @@ def page(battery: str, seeds: int, rows: list[str]) -> str:
         [
             "# Sham defenses, undone",
             "",
-            f"What `{battery}` reaches on the sham defenses of `tests/shams.py`: {shams.SHOTS} samples a class, mean of "
-            f"{seeds} seeds, test score in % after 5 / 10 / 20 steps. Digits 0 to 6 are benign, 7 to 9 restricted "
-            "(chance is 33 %). A sham that has code of its own is attacked inside the original's code where its weights",
-            "fit, as audits do beside attacking it as it is. The last two columns are the battery's best at each budget.",
-            "They are maxima over the battery on the same test images: they compare a sham with its original, and are no "
-            "estimates.",
+            f"What `{battery}` reaches on the sham defenses of `tests/shams.py`: {shams.SHOTS} samples a class, mean of",
+            f"{seeds} seeds, test score in % after 5 / 10 / 20 steps. Digits 0 to 6 are benign, 7 to 9 restricted",
+            "(chance is 33 %). A sham that has code of its own is attacked inside the original's code where its",
+            "weights fit, as audits do beside attacking it as it is. The last two columns are the battery's best at",
+            "each budget. They are maxima over the battery on the same test images: they compare a sham with its",
+            "original, and are no estimates.",
             "",
             "| sham | code | strongest after 20 steps | its scores | best on the sham | best on the original |",
             "|---|---|---|---|---|---|",
