@@ -85,8 +85,8 @@ def page(battery: str, seeds: int, rows: list[str]) -> str:
         [
             "# Sham defenses, undone",
             "",
-            f"What `{battery}` reaches on the sham defenses of `tests/shams.py`: {shams.SHOTS} samples a class, mean of",
-            f"{seeds} seeds, test score in % after 5 / 10 / 20 steps. Digits 0 to 6 are benign, 7 to 9 restricted",
+            f"What `{battery}` reaches on the sham defenses of `tests/shams.py`: {shams.SHOTS} samples a class, mean",
+            f"of {seeds} seeds, test score in % after 5 / 10 / 20 steps. Digits 0 to 6 are benign, 7 to 9 restricted",
             "(chance is 33 %). A sham that has code of its own is attacked inside the original's code where its",
             "weights fit, as audits do beside attacking it as it is. The last two columns are the battery's best at",
             "each budget. They are maxima over the battery on the same test images: they compare a sham with its",
