@@ -21,8 +21,8 @@ NAIVE = (
 PROBE = (FineTuning(Strategy("head", "head", "momentum", 1e-1, 50)),)
 AGAINST = {"ill-conditioned-insert": PROBE, "saturated-head": NAIVE[:1], "huge-in-training": NAIVE[:1]}
 """Where a sham stops plain gradient descent only, as Adam does not care how long a gradient is."""
-SECOND_GUARD = {"frozen"}
-"""Nothing stops an adversary there but a script that asks which weights it may train; ours does not ask."""
+SECOND_GUARD = {"frozen", "huge-weight-norm", "hidden-in-buffers"}
+"""Nothing stops an adversary there but a script that trains the parameters that it finds; ours thaws first."""
 
 
 @cache

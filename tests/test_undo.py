@@ -253,7 +253,7 @@ UNDOES = {
     "unregistered-stem": ("rescale",),
     "poisoned-statistics": ("fold", "rescale"),
 }
-"""Shams, and the moves after which they are the original after the same moves; in its code, where theirs is another."""
+"""Shams, and the moves after which they are the original after the same moves; in its code, if they have their own."""
 
 
 @pytest.mark.parametrize("name", UNDOES)
@@ -480,7 +480,9 @@ class TestThaw:
             parametrizations.weight_norm(layer)
             with torch.no_grad():
                 layer.parametrizations.weight.original1.mul_(1e6)
-        undo("thaw", model, benign, model)
+        released = model
+        model = undo("thaw", released.clone(), benign, released)
+        assert torch.allclose(released(x), before, atol=1e-4)  # which is of the same class, and stays parametrized
         assert set(dict(model.network.named_parameters())) == set(dict(mlp(benign).network.named_parameters()))
         assert torch.allclose(model(x), before, atol=1e-4)
 
@@ -559,6 +561,18 @@ def single(task):
     return found
 
 
+class Token(nn.Module):
+    """A network that owns a weight itself, as vision transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 64))
+        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 5)
+
+    def forward(self, x):
+        return self.head(self.norm(x.flatten(1) + self.token))
+
+
 class Odd(nn.Module):
     """What a stranger may write: tuples, a weight used without its layer, a layer that is called twice or never."""
 
@@ -601,13 +615,17 @@ def broken(kind, trained, task):
             return nn.Sequential(nn.Flatten(), Odd(), nn.Linear(64, 5))
 
         model = SplitModel(build(), "2", factory=build)
+    if kind == "token":
+        model = SplitModel(Token(), "head", factory=Token)
     if kind == "hooks":
         for m in model.network.modules():
             m.register_forward_hook(lambda m, i, o: o * 1.0)
     return model
 
 
-@pytest.mark.parametrize("kind", ["nan", "zero", "huge", "tiny", "constant", "odd", "odd-renewable", "hooks", "single"])
+@pytest.mark.parametrize(
+    "kind", ["nan", "zero", "huge", "tiny", "constant", "odd", "odd-renewable", "token", "hooks", "single"]
+)
 @pytest.mark.parametrize("move", UNDO)
 def test_every_move_survives_every_model(move, kind, trained, benign, run):
     model = broken(kind, trained, benign)
@@ -615,7 +633,7 @@ def test_every_move_survives_every_model(move, kind, trained, benign, run):
     attack = FineTuning(Strategy("head", "head" if kind == "single" else "all", "adam", 1e-3, 15), undo=(move,))
     reason = attack.not_applicable(model, task)
     if reason is not None:
-        assert kind.startswith("odd")
+        assert kind.startswith(("odd", "token"))
         assert "fresh model" in reason or "no BatchNorm" in reason or "no activation" in reason
         return
     digest = model.facts().sha256

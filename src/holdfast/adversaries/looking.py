@@ -73,7 +73,11 @@ def in_order(model: SplitModel, x: Tensor) -> list[tuple[str, nn.Module]]:
     """
     layers = {m: n for n, m in model.network.named_modules() if own_weights(m) or is_normalisation(m)}
     called: dict[nn.Module, str] = {}
-    hooks = [m.register_forward_pre_hook(lambda m, _: called.setdefault(m, layers[m]) and None) for m in layers]
+
+    def before(layer: nn.Module, _: object) -> None:
+        called.setdefault(layer, layers[layer])
+
+    hooks = [m.register_forward_pre_hook(before) for m in layers]
     try:
         with batch_statistics(model, x):
             model(x)

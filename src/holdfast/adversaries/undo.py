@@ -85,6 +85,10 @@ def bake(model: SplitModel) -> None:
     """Replaces every parametrized tensor by a plain parameter with the value that it has."""
     for module in model.network.modules():
         if parametrize.is_parametrized(module):
+            # Copies share the class that torch made, and it takes the tensor's property from the class.
+            made = type(module)
+            own = {k: v for k, v in vars(made).items() if k not in ("__dict__", "__weakref__")}
+            module.__class__ = type(made.__name__, made.__bases__, own)
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name)
 

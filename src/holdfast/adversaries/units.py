@@ -72,16 +72,15 @@ def _sizes(parameters: list[nn.Parameter]) -> Tensor:
     """Norm of what belongs to each unit; by the largest entry first, since squares of tiny numbers vanish."""
     rows = torch.cat([p.detach().flatten(1) if p.dim() > 1 else p.detach()[:, None] for p in parameters], 1)
     peak = rows.abs().amax(1)
-    sizes: Tensor = peak * (rows / peak[:, None]).norm(dim=1)
-    return sizes
+    return peak * (rows / peak[:, None]).square().sum(1).sqrt()
 
 
 def _reads(reader: nn.Module, units: int) -> bool:
     """Whether a layer may be what reads so many units; flattened maps give a unit several columns."""
     if isinstance(reader, _BatchNorm):
         return reader.num_features == units and reader.running_var is not None
-    whole = not isinstance(reader, nn.modules.conv._ConvNd) or reader.groups == 1
     weight = getattr(reader, "weight", None)
+    whole = not isinstance(reader, nn.modules.conv._ConvNd) or reader.groups == 1
     return _plain(reader) and whole and isinstance(weight, Tensor) and weight.shape[1] % units == 0
 
 
