@@ -589,8 +589,19 @@ class Odd(nn.Module):
         return x * self.scale + attended[:, 0]
 
 
+def odd():
+    return nn.Sequential(nn.Flatten(), Odd(), nn.Linear(64, 5))
+
+
+FOREIGN = {
+    "odd": lambda: SplitModel(odd(), "2"),
+    "odd-renewable": lambda: SplitModel(odd(), "2", factory=odd),
+    "token": lambda: SplitModel(Token(), "head", factory=Token),
+}
+
+
 def broken(kind, trained, task):
-    model = trained.clone()
+    model = FOREIGN.get(kind, trained.clone)()
     parameters = list(model.network.parameters())
     with torch.no_grad():
         if kind == "nan":
@@ -607,16 +618,6 @@ def broken(kind, trained, task):
                 p.mul_(1e-42)
         elif kind == "constant":
             model.network.body[9].weight.zero_()
-    if kind == "odd":
-        model = SplitModel(nn.Sequential(nn.Flatten(), Odd(), nn.Linear(64, 5)), "2")
-    if kind == "odd-renewable":
-
-        def build():
-            return nn.Sequential(nn.Flatten(), Odd(), nn.Linear(64, 5))
-
-        model = SplitModel(build(), "2", factory=build)
-    if kind == "token":
-        model = SplitModel(Token(), "head", factory=Token)
     if kind == "hooks":
         for m in model.network.modules():
             m.register_forward_hook(lambda m, i, o: o * 1.0)

@@ -270,7 +270,8 @@ def reset_worst(
     """
     mend(model, reference)
     own, fresh = (_statistics(m, task, generator.clone_state(), device) for m in (model, reference))
-    names = [n for n in own if n in fresh and n != model.head_name]
+    holds_head = {n for n in own if not n or f"{model.head_name}.".startswith(f"{n}.")}
+    names = [n for n in own if n in fresh and n not in holds_head]
     if not names:
         return
     anomaly = torch.zeros(len(names), dtype=torch.float64)
