@@ -195,7 +195,7 @@ def every_tensor(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
         inside: dict[Any, Any]
         if isinstance(value, nn.Module):
             plain = {n: v for n, v in vars(value).items() if n not in _BOOKKEEPING}
-            inside = {**value._parameters, **value._buffers, **value._modules, **plain}
+            inside = {**value._parameters, **value._buffers, **plain, **value._modules}
         else:
             inside = value if isinstance(value, dict) else dict(enumerate(value))
         for key, item in inside.items():
