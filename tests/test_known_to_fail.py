@@ -12,7 +12,7 @@ def stopped(result):
 
 
 def test_fine_tuning_brings_the_digits_back_that_ntl_unlearned(tmp_path):
-    recipe = load("ntl", overrides=["audit.seeds=2", "audit.budgets=[0, 5, 10]"])
+    recipe = load("ntl", overrides=["audit.budgets=[0, 5, 20]", "audit.side_effects=false"])
     result = run_recipe(recipe, folder=tmp_path, device="cpu", quiet=True)
     assert result.audit.benign.drop < 0.03
     first, *_, last = result.audit.by_budget
@@ -29,10 +29,10 @@ def test_ntl_starts_on_real_weights(data_dir, tmp_path):
 
 
 def test_whitening_and_the_closed_form_walk_through_a_linear_extractor(data_dir, tmp_path):
-    recipe = load("condition/probes", overrides=["audit.seeds=1"])
+    recipe = load("condition/probes", overrides=["audit.seeds=1", "audit.side_effects=false"])
     result = run_recipe(recipe, folder=tmp_path, data_dir=data_dir, device="cpu", quiet=True)
     says = stopped(result)
     assert says["probe line-search raw"] == says["probe gd raw"] == "slowed"
     for name in ("line-search whitened", "gd whitened", "ridge raw", "ridge whitened"):
         assert says[f"probe {name}"] == "not stopped"
-    assert result.audit.verdict.label in {"fails", "partial"}
+    assert max(row.advantage for row in result.audit.by_budget) > 0.2  # one seed gives numbers, and no verdict
