@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from holdfast.adversaries import FineTuning
+from holdfast.errors import HoldfastError
 from holdfast.execution import Run
 from holdfast.finetune import Strategy
 from holdfast.pipeline import halves
@@ -42,7 +43,7 @@ def naive_best(model, battery=NAIVE, seeds=3):
                 scores = adversary.attack(
                     model, restricted.few_shot(SHOTS, seed), budgets=BUDGETS, run=run, seed=seed
                 ).scores[1:]
-            except RuntimeError:  # a foreign forward pass may fail
+            except HoldfastError:  # a foreign forward pass may fail
                 scores = []
             best.append(max((s for s in scores if s is not None), default=0.0))
         means.append(sum(best) / seeds)
