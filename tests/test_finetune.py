@@ -158,7 +158,8 @@ class TestBlocks:
         from holdfast.models.catalog import _build
 
         spec = ModelSpec(name=name)
-        network, head, _ = _build(spec, shape, 4)
+        built = _build(spec, shape, 4)
+        network, head = built.network, built.head
         blocks = SplitModel(network, head).blocks()
         weighted = [next(n for n, m in block if any(p.dim() > 1 for p in m.parameters())) for block in blocks]
         assert weighted == expected
