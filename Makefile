@@ -35,7 +35,7 @@ demo: $(VENV)/.installed
 	$(BIN)/holdfast run quickstart
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
