@@ -268,7 +268,7 @@ def children(pid: int) -> set[int]:
 
 
 def command_of(pid: int) -> str:
-    return subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
 
 
 def alive(pids: set[int]) -> set[int]:
