@@ -268,7 +268,8 @@ def children(pid: int) -> set[int]:
 
 
 def command_of(pid: int) -> str:
-    return subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    command = ["ps", "-ww", "-o", "args=", "-p", str(pid)]  # ww: a long path would push what is asked for off the line
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def alive(pids: set[int]) -> set[int]:
