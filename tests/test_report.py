@@ -654,3 +654,16 @@ def test_nothing_sticks_out_on_a_phone(browser: str, report: Path, tmp_path: Pat
     assert width, "the page did not answer"
     assert (int(width[1]) > 390) == bool(fault)
     assert errors == []
+
+
+def test_failed_trials_are_told():
+    """A model's code may raise when it is trained; that must not look like an attack that learned nothing."""
+    whole = make_audit()
+    curves = [
+        c.model_copy(update={"failure": "RuntimeError: for inference only"}) if c.role == "immunized" else c
+        for c in whole.curves
+    ]
+    text = page(audit=whole.model_copy(update={"curves": curves})).text
+    assert f"{sum(c.role == 'immunized' for c in curves)} of {len(curves)} trials ended" in text
+    assert "RuntimeError: for inference only" in text
+    assert "trials ended" not in page(audit=whole).text

@@ -130,6 +130,12 @@ def caveats(audit: AuditResult) -> list[str]:
     seeds, samples = len(audit.seeds), audit.test_samples
     found = [selection(audit) + " A real adversary has no test labels and would choose worse: the audit errs on the "
              "adversary's side, on the controls as well."]  # fmt: skip
+    failed = [c for c in audit.curves if c.failure is not None]
+    if failed:
+        found.append(
+            f"{len(failed)} of {len(audit.curves)} trials ended because the immunized model's code failed, and count "
+            f"as attacks without a score; first {failed[0].adversary!r}: {failed[0].failure}."
+        )
     if seeds == 1:
         found.append("There is one seed only: nothing is known about the spread, there is no confidence band, and no "
                      "verdict but invalid.")  # fmt: skip
