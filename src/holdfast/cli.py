@@ -31,8 +31,9 @@ def run_command(
     executor: str = "serial",
     *,
     set: Sequence[str] = (),
+    reuse: Sequence[Path] = (),
 ) -> int:
-    """Run a recipe: train or load a model, immunize it, audit it, write the report; or a study of several defenses.
+    """Run a recipe: train or load a model, immunize it, audit it, write the report; or a study, or a protocol.
 
     If the folder already holds a part of this very job, only what is missing is done. Ctrl-C is safe at any time.
 
@@ -45,8 +46,9 @@ def run_command(
         device: auto, cpu, cuda, cuda:1, mps, ...
         overwrite: Throw away what an earlier run left in the folder.
         gate: Exit as `holdfast audit` does: 0 resists, 3 does not, 4 invalid.
-        executor: Where the audit's trials run: serial, processes[:N], ray[:N] or ray://HOST:PORT; same results.
+        executor: Where trials run: serial, processes[:N], ray[:N] or ray://HOST:PORT; same results.
         set: Override a setting of the recipe, such as defense.iterations=50; may be repeated.
+        reuse: Folder of another protocol's run: take from it the immunized models that are wanted; may be repeated.
     """
     from holdfast.pipeline import run_recipe
     from holdfast.recipe import load
@@ -54,7 +56,10 @@ def run_command(
 
     loaded = load(recipe, scale=scale, overrides=set, seed=seed)
     folder = out or Path("runs") / (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe)
-    result = run_recipe(loaded, folder=folder, data_dir=data_dir, device=device, overwrite=overwrite, executor=executor)
+    result = run_recipe(
+        loaded, folder=folder, data_dir=data_dir, device=device, overwrite=overwrite, executor=executor,
+        reuse=[Path(each) for each in reuse],
+    )  # fmt: skip
     show(result, folder)
     return _exit_code(result.audit.verdict.label if result.audit else None) if gate else 0
 
@@ -345,16 +350,21 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+REPEATED = {"set": "KEY=VALUE", "reuse": "FOLDER"}
+"""Options that may be given several times, and what their value is."""
+
+
 def _add_arguments(parser: ArgumentParser, function: Callable[..., int], help_of: dict[str, str]) -> None:
-    """Adds a signature: the first parameter is positional, flags take no value, and `set` may be repeated."""
+    """Adds a signature: the first parameter is positional, flags take no value, and `REPEATED` may be repeated."""
     parameters = inspect.signature(function, eval_str=True).parameters.values()
-    special: set[int | str] = {p.name for p in parameters if p.annotation is bool or p.name == "set"}
+    special: set[int | str] = {p.name for p in parameters if p.annotation is bool or p.name in REPEATED}
     first = next(iter(parameters))
     for p in parameters:
         if p.annotation is bool:
             parser.add_argument(f"--{p.name}", action="store_true", help=help_of[p.name])
-        elif p.name == "set":
-            parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_of["set"])
+        elif p.name in REPEATED:
+            shown, text = REPEATED[p.name], help_of[p.name]
+            parser.add_argument(f"--{p.name}", action="append", default=[], metavar=shown, help=text)
     if first.default is first.empty:
         parser.add_argument(first.name, type=first.annotation, help=help_of[first.name])
     else:

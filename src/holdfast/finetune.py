@@ -9,6 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Final, Literal, get_args
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
@@ -18,6 +19,7 @@ from holdfast.tasks import Task
 Initialisation = Literal["direct", "head", "last-block", "last-half"]
 Scope = Literal["all", "head", "last-block", "norm", "lora"]
 Gradient = Literal["raw", "normalised", "sign"]
+Precision = Literal["float32", "bf16"]
 OptimizerFactory = Callable[[Iterable[nn.Parameter], float, float], torch.optim.Optimizer]
 
 
@@ -58,6 +60,8 @@ class Strategy:
         gradient: what the optimizer gets: the gradient ("raw"), all of it scaled to length 1 ("normalised"), or its
             signs ("sign"). In the last two, what is not a number counts as 0.
         rank: of the adapters; only "lora" has them.
+        precision: of the forward and backward pass: the weights' own ("float32"), or bfloat16 where torch.autocast
+            takes it ("bf16"), which is faster on hardware that has it. Weights, optimizer and scores keep theirs.
 
     Raises:
         HoldfastError: for an unknown name or a number out of range.
@@ -71,11 +75,13 @@ class Strategy:
     weight_decay: float = 0.0
     gradient: Gradient = "raw"
     rank: int = 8
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise unknown("optimizer", self.optimizer, OPTIMIZERS)
-        for name, known in (("initialisation", Initialisation), ("scope", Scope), ("gradient", Gradient)):
+        named = {"initialisation": Initialisation, "scope": Scope, "gradient": Gradient, "precision": Precision}
+        for name, known in named.items():
             if getattr(self, name) not in get_args(known):
                 raise unknown(name, getattr(self, name), get_args(known))
         if not self.learning_rate > 0:
@@ -92,7 +98,7 @@ class Strategy:
         return self.initialisation in ("last-block", "last-half")
 
     def settings(self) -> dict[str, Any]:
-        """Returns the settings as plain values; `gradient` and `rank` only where they are not the default.
+        """Returns the settings as plain values; `gradient`, `rank` and `precision` only where not the default.
 
         Published batteries have hashes of these settings: one that comes later must not change them.
 
@@ -100,8 +106,24 @@ class Strategy:
             >>> list(Strategy(gradient="sign").settings())[-2:]
             ['weight_decay', 'gradient']
         """
-        later = {f.name: f.default for f in fields(self) if f.name in ("gradient", "rank")}
+        later = {f.name: f.default for f in fields(self) if f.name in ("gradient", "rank", "precision")}
         return {k: v for k, v in asdict(self).items() if v != later.get(k, MISSING)}
+
+
+class PretrainSpec(BaseModel):
+    """How the original model is made where no weights are given: honest training on the benign task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(600, ge=1)
+    optimizer: str = "adam"
+    learning_rate: float = 2e-3
+    batch_size: int = 64
+    weight_decay: float = 0.0
+
+    def strategy(self) -> Strategy:
+        """Returns the strategy to train with."""
+        return Strategy("direct", "all", self.optimizer, self.learning_rate, self.batch_size, self.weight_decay)
 
 
 def not_applicable(strategy: Strategy, model: SplitModel, task: Task) -> str | None:
@@ -252,9 +274,11 @@ def finetune(
         model.train(strategy.scope not in ("head", "last-block"))
         for module in alone:
             module.train()
-        loss = task.loss(model, batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=strategy.precision == "bf16"):
+            loss = task.loss(model, batch)
+            total = loss if penalty is None else loss + penalty()
         optimizer.zero_grad(set_to_none=True)
-        (loss if penalty is None else loss + penalty()).backward()  # type: ignore[no-untyped-call]
+        total.backward()  # type: ignore[no-untyped-call]
         if strategy.gradient != "raw":
             reshape_gradient(moved, strategy.gradient)
         optimizer.step()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +23,11 @@ from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run, cpu_threads, fingerprint, resolve_device, writable_folder, write_atomic
 from holdfast.executors import Executor
-from holdfast.finetune import Strategy, finetune
-from holdfast.models import SplitModel, check_fits, load_model
-from holdfast.recipe import PretrainSpec, Recipe, StudyRecipe, build_defense, readable
+from holdfast.finetune import PretrainSpec, Strategy, finetune
+from holdfast.immunizing import Ground, borrow_all, check_reuse, shelf
+from holdfast.models import ModelSpec, SplitModel, check_fits, load_model
+from holdfast.protocol import SettingSpec, orders, protocol
+from holdfast.recipe import AnyRecipe, ProtocolRecipe, StudyRecipe, build_defense, readable
 from holdfast.report import write_report
 from holdfast.results import (
     AuditResult,
@@ -33,12 +35,13 @@ from holdfast.results import (
     Figure,
     ImmunizationResult,
     ModelFacts,
+    Outcome,
     RunResult,
     TaskFacts,
     provenance,
     read_result,
 )
-from holdfast.study import Outcome, sources, study
+from holdfast.study import sources, study
 from holdfast.tasks import Task, load_task
 
 HALVES_SEED = 0
@@ -46,7 +49,7 @@ HALVES_SEED = 0
 that a defender and an auditor who never met do not share restricted training data, even if their classes differ."""
 
 
-_Kind = Literal["run", "immunize", "audit", "feasibility", "study"]
+_Kind = Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
 
 OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints")
 """What a job makes in its folder, beside `job.json`, which marks the folder as one of ours."""
@@ -241,7 +244,7 @@ def feasibility(
 
 
 def run_recipe(
-    recipe: Recipe | StudyRecipe,
+    recipe: AnyRecipe,
     *,
     folder: Path,
     data_dir: Path | str | None = None,
@@ -249,6 +252,7 @@ def run_recipe(
     overwrite: bool = False,
     quiet: bool = False,
     executor: Executor | str = "serial",
+    reuse: Sequence[Path] = (),
 ) -> RunResult:
     """Runs a recipe from data to report, or what is missing of it.
 
@@ -260,12 +264,18 @@ def run_recipe(
         device: `auto`, or a torch device.
         overwrite: throw away what a former run left in the folder.
         quiet: show no progress.
-        executor: where the audit's trials run, see `audit`; studies have none.
+        executor: where the audit's trials run, see `audit`, or a protocol's immunizations and attacks; studies have
+            none.
+        reuse: folders of other protocols' runs, whose immunized models are taken where they are the very same.
 
     Raises:
         HoldfastError: for input that cannot work; nothing in the folder is lost.
     """
     trials_run_on = executors.executor(executor)
+    if isinstance(recipe, ProtocolRecipe):
+        return _run_protocol(recipe, folder, data_dir, device, overwrite, quiet, trials_run_on, reuse)
+    if reuse:
+        raise HoldfastError("--reuse is for protocols; this recipe is a study or a run, and immunizes by itself.")
     if isinstance(recipe, StudyRecipe):
         if trials_run_on.name != "serial":
             raise HoldfastError(f"A study has no trials that {trials_run_on.name!r} could run; leave --executor out.")
@@ -278,11 +288,7 @@ def run_recipe(
     run = Run(recipe.seed, chosen)
     with run.seeded("initialise"):
         model = load_model(recipe.model, benign, data_dir=data_dir, device=chosen)
-    own = recipe.model.options.get("pretrained") or recipe.model.name.startswith("hf:")
-    if recipe.pretrain is None and recipe.model.weights is None and not own:
-        raise HoldfastError(
-            f"Recipe {recipe.title!r}: the model has no weights. Give `model.weights`, or `pretrain` to train one."
-        )
+    _refuse_without_weights(f"Recipe {recipe.title!r}", recipe.model, recipe.pretrain)
     check_fits(model, restricted, own_task=False)
     if transfer is not None:
         check_fits(model, transfer, own_task=False)
@@ -295,8 +301,6 @@ def run_recipe(
     job.claim({"recipe": job.recipe, "model": model.facts().sha256})
     finished = job.finished()
     if finished is not None:
-        job.run.say(f"{folder}: already complete. Nothing to do; --overwrite runs it again.")
-        write_report(finished, folder / "report.html")
         return finished
     with cpu_threads(recipe.threads):
         original = job.original(model, benign, recipe.pretrain)
@@ -326,13 +330,66 @@ def _run_study(
     job.claim({"recipe": job.recipe, "model": None if model is None else model.facts().sha256})
     finished = job.finished()
     if finished is not None:
-        job.run.say(f"{folder}: already complete. Nothing to do; --overwrite runs it again.")
-        write_report(finished, folder / "report.html")
         return finished
     with cpu_threads(recipe.threads), job.timed("study"):
         outcome = study(recipe, methods, tasks, model, run=job.run)
     with cpu_threads(recipe.threads):
-        return job.save(study=outcome)
+        return job.save(outcome=outcome)
+
+
+def _refuse_without_weights(what: str, model: ModelSpec, pretrain: PretrainSpec | None) -> None:
+    own = model.options.get("pretrained") or model.name.startswith("hf:")
+    if pretrain is None and model.weights is None and not own:
+        raise HoldfastError(f"{what}: the model has no weights. Give `model.weights`, or `pretrain` to train one.")
+
+
+def _run_protocol(
+    recipe: ProtocolRecipe,
+    folder: Path,
+    data_dir: Path | str | None,
+    device: str,
+    overwrite: bool,
+    quiet: bool,
+    executor: Executor,
+    reuse: Sequence[Path],
+) -> RunResult:
+    defenses = recipe.build_defenses()
+    check_reuse(reuse)
+    run = Run(recipe.seed, resolve_device(device))
+    grounds = {name: _ground(name, spec, recipe.shots, data_dir, run) for name, spec in recipe.settings.items()}
+    job = _Job.start("protocol", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
+    for name, ground in grounds.items():
+        job.tasks |= {f"{name}: benign": ground.benign.facts(), f"{name}: restricted": ground.restricted.facts()}
+    job.claim({"recipe": job.recipe, "models": {name: g.original.facts().sha256 for name, g in grounds.items()}})
+    finished = job.finished()
+    if finished is not None:
+        return finished
+    with cpu_threads(recipe.threads):
+        for name, ground in grounds.items():
+            original = job.kept_original(ground.original, ground.benign, recipe.settings[name].pretrain, reuse)
+            grounds[name] = replace(ground, original=original)
+            job.note_model(f"{name}: original", original)
+        wanted = orders(recipe, defenses, grounds, job.run)
+        borrow_all(wanted, reuse, run=job.run)
+        with job.timed("protocol"):
+            outcome, models, seconds = protocol(recipe, wanted, grounds, run=job.run, executor=executor)
+        for name, model in models.items():
+            job.note_model(name, model)
+        job.timing |= seconds
+        return job.save(outcome=outcome)
+
+
+def _ground(name: str, spec: SettingSpec, shots: int | None, data_dir: Path | str | None, run: Run) -> Ground:
+    """Loads what a setting names, its model still untrained; refuses what does not fit together."""
+    benign, restricted = (load_task(task, data_dir=data_dir) for task in (spec.benign, spec.restricted))
+    with run.seeded("initialise"):
+        model = load_model(spec.model, benign, data_dir=data_dir)
+    _refuse_without_weights(f"Setting {name!r}", spec.model, spec.pretrain)
+    check_fits(model, restricted, own_task=False)
+    defenders, adversarys = halves(restricted)
+    if shots is not None:
+        adversarys.few_shot(shots, 0)
+    return Ground(model, benign, restricted, defenders, adversarys)
 
 
 @dataclass
@@ -377,7 +434,7 @@ class _Job:
 
     def claim(self, settings: dict[str, Any]) -> None:
         """Marks the folder as this job's, or refuses it if it is another's."""
-        if self.kind != "run":
+        if self.kind not in ("run", "protocol"):
             self.recipe = settings
         if self.run.folder is None:
             return
@@ -404,13 +461,17 @@ class _Job:
 
     def _elsewhere(self) -> str:
         other = "choose another folder with --out"
-        return f"{other}, or throw the old one away with --overwrite" if self.kind == "run" else other
+        return f"{other}, or throw the old one away with --overwrite" if self.kind in ("run", "protocol") else other
 
     def finished(self) -> RunResult | None:
-        """Returns the folder's result, if the job was completed before."""
-        if self.run.folder is None:
+        """Returns the folder's result, if the job was completed before, and says so; its report is written anew."""
+        folder = self.run.folder
+        if folder is None or not (folder / "result.json").exists():
             return None
-        return read_result(self.run.folder) if (self.run.folder / "result.json").exists() else None
+        result = read_result(folder)
+        self.run.say(f"{folder}: already complete. Nothing to do; --overwrite runs it again.")
+        write_report(result, folder / "report.html")
+        return result
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -438,6 +499,30 @@ class _Job:
                 model.save(path)
         self.note_model("original", model)
         return model.eval()
+
+    def kept_original(
+        self, model: SplitModel, benign: Task, spec: PretrainSpec | None, reuse: Sequence[Path]
+    ) -> SplitModel:
+        """Returns a protocol's original: as loaded, or trained; once for all settings that have the same."""
+        if spec is None:
+            return model.eval()
+        assert self.run.folder is not None
+        own = shelf(self.run.folder, "originals")
+        made_of = {
+            "untrained model": model.facts().sha256,
+            "benign": benign.facts().sha256,
+            "seed": self.run.seed,
+            **{f"pretrain.{key}": value for key, value in spec.model_dump(mode="json").items()},
+        }
+        owner = next((other for other in reuse if shelf(other, "originals").has(made_of)), None)
+        if not own.has(made_of) and owner is not None:
+            own.borrow(made_of, shelf(owner, "originals"), owner)
+            self.run.say(f"Reusing the original from {owner}")
+        if not own.has(made_of):
+            with self.timed("pretrain"):
+                trained = pretrain(model, benign, steps=spec.steps, strategy=spec.strategy(), run=self.run)
+            own.keep(made_of, trained, {})
+        return own.take(made_of, model)[0]
 
     def immunize(
         self, model: SplitModel, benign: Task, restricted: Task, defense: Defense
@@ -477,7 +562,7 @@ class _Job:
         audit: AuditResult | None = None,
         feasibility: Feasibility | None = None,
         figures: dict[str, Figure] | None = None,
-        study: Outcome | None = None,
+        outcome: Outcome | None = None,
     ) -> RunResult:
         assert self.run.folder is not None
         result = RunResult(
@@ -488,9 +573,9 @@ class _Job:
             immunization=immunization,
             audit=audit,
             feasibility=feasibility,
-            findings=study.findings if study is not None else [],
-            tables=tables(audit) if audit is not None else study.tables if study is not None else {},
-            figures=study.figures if study is not None else figures or {},
+            findings=outcome.findings if outcome is not None else [],
+            tables=tables(audit) if audit is not None else outcome.tables if outcome is not None else {},
+            figures=outcome.figures if outcome is not None else figures or {},
             provenance=provenance(
                 started=self.started,
                 device=str(self.run.device),

@@ -16,28 +16,13 @@ from holdfast.auditing import AuditSpec
 from holdfast.defenses import DEFENSES, Defense, LinearDefense
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import MAX_THREADS
-from holdfast.finetune import Strategy
+from holdfast.finetune import PretrainSpec
 from holdfast.models import ModelSpec, is_code
+from holdfast.protocol import ProtocolSpec
 from holdfast.study import StudySpec
 from holdfast.tasks import TaskSpec
 
 Scale = Literal["smoke", "cpu", "paper"]
-
-
-class PretrainSpec(BaseModel):
-    """How the original model is made where no weights are given: honest training on the benign task."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    steps: int = Field(600, ge=1)
-    optimizer: str = "adam"
-    learning_rate: float = 2e-3
-    batch_size: int = 64
-    weight_decay: float = 0.0
-
-    def strategy(self) -> Strategy:
-        """Returns the strategy to train with."""
-        return Strategy("direct", "all", self.optimizer, self.learning_rate, self.batch_size, self.weight_decay)
 
 
 class Recipe(BaseModel):
@@ -107,6 +92,30 @@ class StudyRecipe(StudySpec):
         return settings
 
 
+class ProtocolRecipe(ProtocolSpec):
+    """A whole protocol: fixed attacks on several models side by side."""
+
+    kind: Literal["protocol"]
+    title: str
+    about: str = Field("", description="What it shows and how long it takes, for `holdfast recipes`.")
+    seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1, le=MAX_THREADS, description="CPU threads of torch; null: its default.")
+    scales: dict[Scale, dict[str, Any]] = Field({}, description="Overrides by scale, each `dotted.key: value`.")
+
+    def build_defenses(self) -> dict[str, Defense]:
+        """Returns the defenses by the name of their row."""
+        return {row: build_defense(settings) for row, settings in self.defenses.items()}
+
+    def resolved(self) -> dict[str, Any]:
+        """Returns every setting, defaults included, as it goes into `result.json`."""
+        settings = self.model_dump(mode="json", exclude={"scales", "defenses"})
+        settings["defenses"] = {row: {"name": d.name, **d.config()} for row, d in self.build_defenses().items()}
+        return settings
+
+
+AnyRecipe = Recipe | StudyRecipe | ProtocolRecipe
+
+
 def build_defense(settings: Mapping[str, Any]) -> Defense:
     """Builds a defense from its name and hyper-parameters.
 
@@ -146,9 +155,7 @@ def names() -> list[str]:
     return sorted(found)
 
 
-def load(
-    name: str, *, scale: Scale = "cpu", overrides: Sequence[str] = (), seed: int | None = None
-) -> Recipe | StudyRecipe:
+def load(name: str, *, scale: Scale = "cpu", overrides: Sequence[str] = (), seed: int | None = None) -> AnyRecipe:
     """Reads a recipe, then its scale, then the overrides, later ones winning.
 
     Args:
@@ -194,6 +201,13 @@ def load(
         study = _validate(settings, source, StudyRecipe)
         study.build_methods()
         return study
+    if settings.get("kind") == "protocol":
+        protocol = _validate(settings, source, ProtocolRecipe)
+        protocol.build_defenses()
+        for setting in protocol.settings.values():
+            if setting.pretrain is not None:
+                setting.pretrain.strategy()
+        return protocol
     recipe = _validate(settings, source, Recipe)
     recipe.build_defense()
     if recipe.pretrain is not None:
@@ -244,7 +258,7 @@ def _assign(settings: dict[str, Any], dotted: str, value: Any, source: str) -> N
     here[leaf] = copy.deepcopy(value)
 
 
-_Schema = TypeVar("_Schema", Recipe, StudyRecipe)
+_Schema = TypeVar("_Schema", Recipe, StudyRecipe, ProtocolRecipe)
 
 
 def _validate(settings: Mapping[str, Any], source: str, schema: type[_Schema]) -> _Schema:
@@ -252,11 +266,13 @@ def _validate(settings: Mapping[str, Any], source: str, schema: type[_Schema]) -
         found = schema.model_validate(settings)
     except ValidationError as error:
         raise readable(error, f"Recipe {source}", schema) from error
-    if found.model is not None and is_code(found.model.name):  # nothing that was read from a file is executed
-        raise HoldfastError(
-            f"Recipe {source}: the model {found.model.name!r} is made by code, and a recipe has none run. Name it to "
-            "`holdfast immunize` and `holdfast audit` instead, if you trust it."
-        )
+    models = [s.model for s in found.settings.values()] if isinstance(found, ProtocolRecipe) else [found.model]
+    for model in models:
+        if model is not None and is_code(model.name):  # nothing that was read from a file is executed
+            raise HoldfastError(
+                f"Recipe {source}: the model {model.name!r} is made by code, and a recipe has none run. Name it to "
+                "`holdfast immunize` and `holdfast audit` instead, if you trust it."
+            )
     return found
 
 

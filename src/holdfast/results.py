@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -32,31 +33,42 @@ class _Result(BaseModel):
 
 
 class Cell(_Result):
-    """A number in a table: mean and sample standard deviation over `n` seeds, and the paper's value if it has one."""
+    """A number in a table: mean and sample standard deviation over `n` seeds, and the paper's values if it has any."""
 
     mean: float | None = Field(description="None where a seed gave a non-finite number or nothing was measured.")
     sd: float | None = Field(description="Sample standard deviation; None for fewer than two seeds.")
     n: int
     paper: float | None = None
+    paper_sd: float | None = Field(None, description="The standard deviation that the paper prints.")
 
     @classmethod
-    def of(cls, values: Iterable[float | None], paper: float | None = None) -> Cell:
+    def of(cls, values: Iterable[float | None], paper: float | None = None, paper_sd: float | None = None) -> Cell:
         """Summarises one value per seed.
 
         Args:
             values: one number per seed; None marks a non-finite one, and makes mean and sd None.
             paper: the number that the paper prints, in the same unit.
+            paper_sd: its standard deviation, if the paper prints one.
 
         Example:
             >>> Cell.of([0.5, 0.7])
-            Cell(mean=0.6, sd=0.1414..., n=2, paper=None)
+            Cell(mean=0.6, sd=0.1414..., n=2, paper=None, paper_sd=None)
         """
         got = list(values)
         finite = [v for v in got if v is not None]
-        if not got or len(finite) < len(got):
-            return cls(mean=None, sd=None, n=len(got), paper=paper)
-        sd = statistics.stdev(finite) if len(finite) > 1 else None
-        return cls(mean=statistics.fmean(finite), sd=sd, n=len(finite), paper=paper)
+        known = len(finite) if len(finite) == len(got) else 0
+        return cls(
+            mean=statistics.fmean(finite) if known else None,
+            sd=statistics.stdev(finite) if known > 1 else None,
+            n=len(got),
+            paper=paper,
+            paper_sd=paper_sd,
+        )
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean; None where there is no standard deviation."""
+        return None if self.sd is None else self.sd / self.n**0.5
 
 
 class Table(_Result):
@@ -66,6 +78,7 @@ class Table(_Result):
     rows: list[dict[str, str | Cell]]
     percent: bool = Field(False, description="Whether the cells are shares, to be shown in percent.")
     note: str = Field("", description="What the columns mean, for people.")
+    standard_error: bool = Field(False, description="Whether people are shown the standard error instead of `sd`.")
 
 
 class Lines(_Result):
@@ -95,6 +108,15 @@ class Map(_Result):
 
 
 Figure = Annotated[Lines | Map, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study or a protocol leaves: tables, figures, sentences."""
+
+    tables: dict[str, Table]
+    figures: dict[str, Figure]
+    findings: list[str]
 
 
 class Feasibility(_Result):
@@ -360,6 +382,7 @@ class ImmunizationResult(_Result):
     history: dict[str, list[int | float | None]] = Field(description="Series by name; `iteration` is the axis.")
     events: list[Event]
     completed: bool = Field(description="False if the defense gave up early; the events say why.")
+    rollbacks: int = Field(0, description="How often the guard went back to the last good state.")
 
 
 class TaskFacts(_Result):
@@ -401,14 +424,14 @@ class RunResult(_Result):
     """The content of `result.json`."""
 
     schema_version: Literal["1"] = "1"
-    kind: Literal["run", "immunize", "audit", "feasibility", "study"]
+    kind: Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
     title: str
     recipe: dict[str, Any]
     seed: int
     immunization: ImmunizationResult | None = None
     audit: AuditResult | None = None
     feasibility: Feasibility | None = None
-    findings: list[str] = Field([], description="What a study found, in sentences.")
+    findings: list[str] = Field([], description="What a study or a protocol found, in sentences.")
     tables: dict[str, Table] = {}
     figures: dict[str, Figure] = {}
     provenance: Provenance

@@ -21,7 +21,7 @@ from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Journal, Run, Ticker
 from holdfast.frontier import Frontier, SpaceName, published_ratio, ratios_behind, relative_immunization_ratio
 from holdfast.models import ModelSpec, SplitModel, feature_precision, features
-from holdfast.results import Cell, Figure, Lines, Map, Table
+from holdfast.results import Cell, Figure, Lines, Map, Outcome, Table
 from holdfast.spectrum import EPS, PUBLISHED_FLOOR, LeastSquares
 from holdfast.tasks import Task, TaskSpec
 
@@ -117,15 +117,6 @@ class StudySpec(BaseModel):
         if self.probes is not None and not all(t.pair and t.held_out for t in self.tables.values()):
             raise ValueError("probes need every table to be a `pair` with `held_out: true`")
         return self
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a study leaves: tables, figures, sentences."""
-
-    tables: dict[str, Table]
-    figures: dict[str, Figure]
-    findings: list[str]
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class FineTuning(Adversary):
         spelled += f" wd{s.weight_decay:g}" if s.weight_decay else ""
         spelled += f" {s.gradient}" if s.gradient != "raw" else ""
         spelled += f" r{s.rank}" if s.rank != Strategy().rank else ""
+        spelled += f" {s.precision}" if s.precision != "float32" else ""
         options = [f"burn-in {self.burn_in}"] if self.burn_in else []
         options += [f"replay {self.replay:g}"] if self.replay else []
         return ", ".join([spelled, *self.undo, *options])

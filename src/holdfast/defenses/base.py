@@ -19,6 +19,7 @@ class Record:
     history: dict[str, list[int | float | None]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     completed: bool = True
+    rollbacks: int = 0
 
 
 class Defense(ABC):
@@ -57,4 +58,5 @@ class Defense(ABC):
             history=record.history,
             events=record.events,
             completed=record.completed,
+            rollbacks=record.rollbacks,
         )

@@ -102,7 +102,7 @@ class Immunization(ABC, Generic[Config]):
         self.model = model.clone().to(run.device)
         self.optimizers = self.make_optimizers()
         self.record = Record(history={k: [] for k in ("iteration", *self.series, "benign_score")})
-        self.round, self.rollbacks = 0, 0
+        self.round = 0
         self.belongs_to = fingerprint(
             [
                 config.config(),
@@ -133,7 +133,7 @@ class Immunization(ABC, Generic[Config]):
         config = self.config
         with self.run.progress(f"Immunizing ({self.title})", config.iterations, self.round) as bar:
             while self.round < config.iterations and self.record.completed:
-                with self.run.seeded(config.name, self.round, self.rollbacks) as generator:
+                with self.run.seeded(config.name, self.round, self.record.rollbacks) as generator:
                     sound = self._note(self.one_round(generator))
                 self.round += 1
                 if not sound:
@@ -191,10 +191,10 @@ class Immunization(ABC, Generic[Config]):
 
     def go_back(self, why: str) -> None:
         """Returns to the last good state at half the rate, or gives up there."""
-        self.rollbacks += 1
+        self.record.rollbacks += 1
         self.restore_good()
-        if self.rollbacks >= self.config.max_rollbacks:
-            self.say(f"{why}: back to the last good state; gave up after {self.rollbacks} times")
+        if self.record.rollbacks >= self.config.max_rollbacks:
+            self.say(f"{why}: back to the last good state; gave up after {self.record.rollbacks} times")
             self.record.completed = False
             return
         self.rate /= 2
@@ -231,7 +231,7 @@ class Immunization(ABC, Generic[Config]):
         for label, optimizer in self.optimizers.items():
             tensors |= {f"{label}/{n}": v for n, v in optimizer_tensors(optimizer).items()}
         meta = {
-            "belongs_to": self.belongs_to, "round": self.round, "rollbacks": self.rollbacks, "rate": self.rate,
+            "belongs_to": self.belongs_to, "round": self.round, "rollbacks": self.record.rollbacks, "rate": self.rate,
             "history": self.record.history, "events": [e.model_dump() for e in self.record.events],
             "completed": self.record.completed,
         }  # fmt: skip
@@ -249,11 +249,13 @@ class Immunization(ABC, Generic[Config]):
             )
         self._restore(_under(tensors, "model"))
         self.good = {n: v.to(self.run.device) for n, v in _under(tensors, "good").items()}
-        self.round, self.rollbacks, self.rate = meta["round"], meta["rollbacks"], meta["rate"]
+        self.round, self.rate = meta["round"], meta["rate"]
         self.optimizers = self.make_optimizers()
         for label, optimizer in self.optimizers.items():
             restore_optimizer(optimizer, _under(tensors, label))
-        self.record = Record(meta["history"], [Event(**e) for e in meta["events"]], meta["completed"])
+        self.record = Record(
+            meta["history"], [Event(**e) for e in meta["events"]], meta["completed"], meta["rollbacks"]
+        )
         self.run.say(f"Immunization: continuing after {self.round} of {self.config.iterations} rounds")
 
 

@@ -44,11 +44,15 @@ def render(result: RunResult, folder: Path) -> str:
     """
     audit, immunization = result.audit, result.immunization
     order = [] if audit is None else wording.by_strength(audit)
+
+    def shown(name: str) -> bool:
+        return audit is None or name != "best"  # an audit's is drawn in its own section
+
     return environment().get_template("report.html.j2").render(
         result=result,
         audit=audit,
         **({} if audit is None else _about_audit(result, audit, order, folder)),
-        grids=[(name, Grid.of_table(name, t, order)) for name, t in result.tables.items() if name != "best"],
+        grids=[(name, Grid.of_table(name, t, order)) for name, t in result.tables.items() if shown(name)],
         figures=[figure_plot(name, figure) for name, figure in result.figures.items()],
         history=None if immunization is None else history_plot(immunization),
         last_benign=None if immunization is None else _last(immunization.history.get("benign_score", [])),
@@ -92,6 +96,7 @@ class Grid:
         percent: whether numbers are shares, to be shown in percent.
         note: what the columns mean.
         shown: rows of each group that are shown at once.
+        standard_error: whether the standard error stands behind ± instead of the standard deviation.
     """
 
     title: str
@@ -102,6 +107,7 @@ class Grid:
     percent: bool
     note: str = ""
     shown: int = 10**6
+    standard_error: bool = False
 
     @property
     def length(self) -> int:
@@ -119,10 +125,11 @@ class Grid:
         """
         columns = list(dict.fromkeys(key for row in table.rows for key in row))
         numbers = [c for c in columns if any(isinstance(row.get(c), Cell) for row in table.rows)]
-        texts = [c for c in columns if c not in numbers and c != "model"]
+        heading = _heading(table)
+        texts = [c for c in columns if c not in numbers and c != heading]
         groups: dict[str, list[Mapping[str, Any]]] = {}
         for row in table.rows:
-            groups.setdefault(str(row.get("model", "")), []).append(row)
+            groups.setdefault(str(row.get(heading, "")), []).append(row)
         battery = name in ("battery", "stops")
         if battery:
             place = {method: i for i, method in enumerate(order)}
@@ -132,7 +139,10 @@ class Grid:
                     rows.sort(key=_top, reverse=True)
         best = _best(list(groups.values()), numbers) if name == "battery" else set()
         shown = SHOWN_ROWS if battery and len(order) > LONG_BATTERY else cls.shown
-        return cls(table.title, texts, numbers, list(groups.items()), best, table.percent, table.note, shown)
+        return cls(
+            table.title, texts, numbers, list(groups.items()), best, table.percent, table.note, shown,
+            table.standard_error,
+        )  # fmt: skip
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Mapping[str, Any]]) -> Grid:
@@ -144,6 +154,14 @@ class Grid:
             for name, values in settings.items()
         ]
         return cls("", ["adversary", *columns], [], [("", list(rows))], set(), False, shown=shown)
+
+
+def _heading(table: Table) -> str:
+    """The column whose values head groups of rows: settings, or models if any has several rows; else none."""
+    if any("setting" in row for row in table.rows):
+        return "setting"
+    models = [row["model"] for row in table.rows if "model" in row]
+    return "model" if len(set(models)) < len(models) or "method" in table.rows[0] else ""
 
 
 def _best(groups: Sequence[Sequence[Mapping[str, Any]]], columns: Sequence[str]) -> set[tuple[int, int, str]]:

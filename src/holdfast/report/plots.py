@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
+import itertools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +111,7 @@ def figure_plot(name: str, figure: Figure) -> tuple[str, Plot]:
 
 def _lines(name: str, lines: Lines) -> Plot:
     figure = figure_of(height=460, legend=True)
-    for i, (series, values) in enumerate(lines.series.items()):
+    for i, (series, values) in zip(_looks(lines.series), lines.series.items(), strict=True):
         points = sum(v is not None for v in values)
         figure.add_trace(
             go.Scatter(
@@ -136,6 +137,17 @@ def _lines(name: str, lines: Lines) -> Plot:
     figure.update_layout(margin={"l": 64, "r": 12, "t": 12, "b": 48})
     ends = [f"{s}: {_short(_last(v))}" for s, v in lines.series.items()]
     return plot_of(name, figure, f"Line chart: {lines.title}. At the right end: {', '.join(ends)}.")
+
+
+CONTROLS = {"original": 1, "scratch": 2}
+"""Their places in `PALETTE`, which begins with the colours of `STYLES`."""
+
+
+def _looks(names: Collection[str]) -> list[int]:
+    """Places in the palette: controls look as they do everywhere, whichever of them is there; others take the rest."""
+    reserved = set(CONTROLS.values()) if CONTROLS.keys() & set(names) else set()
+    free = (i for i in itertools.count() if i not in reserved)
+    return [CONTROLS[name] if name in CONTROLS else next(free) for name in names]
 
 
 def _map(name: str, maps: Map) -> Plot:

@@ -33,6 +33,8 @@ def show(result: RunResult, folder: Path) -> None:
             console.print(f"  - {reason}")
     if result.kind == "study":
         _show_study(result, console)
+    if result.kind == "protocol":
+        _show_protocol(result, console)
     replay = wording.replay_command(result, folder)
     if replay is not None:
         console.print(f"The best adversary again: {replay}")
@@ -82,6 +84,21 @@ def _show_study(result: RunResult, console: Console) -> None:
             numbers = [_number(c) for c in cells if isinstance(c, Cell)]
             table.add_row(str(row["method"]), *numbers, "" if paper is None else f"{paper:g}")
         Console().print(table)
+    for finding in result.findings:
+        console.print(f"- {finding}")
+
+
+def _show_protocol(result: RunResult, console: Console) -> None:
+    """The accuracies; all else is in the report."""
+    each = result.tables["accuracy"]
+    columns = list(dict.fromkeys(column for row in each.rows for column in row))
+    numbers = [c for c in columns if any(isinstance(row.get(c), Cell) for row in each.rows)]
+    table = Table(title=f"{each.title}, in %", title_justify="left", pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=column in numbers)
+    for row in each.rows:
+        table.add_row(*(_percent(cell) if isinstance(cell := row.get(c, ""), Cell) else cell for c in columns))
+    Console().print(table)
     for finding in result.findings:
         console.print(f"- {finding}")
 
@@ -157,5 +174,5 @@ def _band(interval: Interval | None) -> str:
 
 def _percent(cell: Cell) -> str:
     if cell.mean is None:
-        return "not finite"
+        return "not finite" if cell.n else "-"
     return f"{100 * cell.mean:.1f}" + (f" ± {100 * cell.sd:.1f}" if cell.sd is not None else "")

@@ -1,0 +1,410 @@
+"""Protocols: fixed attacks over epochs on several models side by side, laid out as the tables of the SOPHON paper.
+
+An audit looks for the best adversary and gives a verdict. A protocol gives none: it runs the attacks that it is told
+to, and shows every one of them on every model, scratch and the original among them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from holdfast.adversaries import Adversary, FineTuning, listed
+from holdfast.defenses import Defense
+from holdfast.errors import HoldfastError
+from holdfast.execution import Journal, Run
+from holdfast.executors import Executor
+from holdfast.finetune import Gradient, Initialisation, Precision, PretrainSpec, Scope, Strategy
+from holdfast.immunizing import Ground, Made, Order, immunize_all
+from holdfast.models import ModelSpec, SplitModel
+from holdfast.results import Curve, Outcome, Role
+from holdfast.tabulating import ORIGINAL, SCRATCH, PaperSpec, Row, Scene, tabulate
+from holdfast.tasks import Task, TaskSpec
+from holdfast.trials import few_of
+
+ROLES: Final[dict[str, Role]] = {SCRATCH: "scratch", ORIGINAL: "original"}
+"""Of the controls; every other model is an immunized one."""
+
+
+class SettingSpec(BaseModel):
+    """One setting: a model, its own task, and the task that it must not be fine-tuned to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: ModelSpec
+    pretrain: PretrainSpec | None = None
+    benign: TaskSpec
+    restricted: TaskSpec
+    stands_for: str | None = Field(
+        None, description="The setting of `paper` that this one takes the place of; null: the one of the same name."
+    )
+
+
+class AttackSpec(BaseModel):
+    """One attack: a fine-tuning strategy; by default the SOPHON paper's (section 5.1.1)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    initialisation: Initialisation = "direct"
+    scope: Scope = "all"
+    optimizer: str = "momentum"
+    learning_rate: float = 1e-4
+    batch_size: int = 200
+    weight_decay: float = 1e-4
+    gradient: Gradient = "raw"
+    rank: int = 8
+    more_epochs: tuple[int, ...] = Field((), description="Epochs after the protocol's last, for this attack alone.")
+    stands_for: str | None = Field(
+        None, description="The attack of `paper` that this one takes the place of; null: the one of the same name."
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        self.adversary("float32")
+        return self
+
+    def adversary(self, precision: Precision) -> FineTuning:
+        """Returns the attack; its random choices derive from its settings, not from the recipe's name for it."""
+        settings = self.model_dump(exclude={"more_epochs", "stands_for"})
+        return FineTuning(Strategy(**settings, precision=precision))
+
+
+class ProtocolSpec(BaseModel):
+    """What a protocol does, as a recipe writes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    precision: Precision = Field("float32", description="Of the attacks' training; bf16 is torch.autocast.")
+    seeds: int = Field(3, ge=1, description="Repetitions of every attack: batches, samples, fresh weights.")
+    immunizations: int = Field(
+        1, ge=1, description="Repetitions of every defense; attack seed s meets the model of defense seed s mod this."
+    )
+    epochs: tuple[int, ...] = Field((0, 1, 5, 10, 15, 20), description="At which to score; the first is 0.")
+    shots: int | None = Field(None, ge=1, description="Adversary's training samples a class; null: its whole half.")
+    epoch_of: Literal["samples", "task"] = Field(
+        "samples",
+        description="An epoch is as many samples as the adversary has, or as the task has before the split in halves: "
+        "so the paper counts (250 steps of 200 are the 50,000 images of CIFAR-10).",
+    )
+    max_steps_per_epoch: int | None = Field(None, ge=1, description="Cuts every epoch short, for quick looks.")
+    settings: dict[str, SettingSpec]
+    defenses: dict[str, dict[str, Any]] = Field({}, description="Defenses by the name of their row: `name`, settings.")
+    attacks: dict[str, AttackSpec] = Field({}, description="Attacks by the name of their row.")
+    battery: str | None = Field(None, description="A battery instead of `attacks`; every adversary is a row.")
+    paper: dict[str, dict[str, PaperSpec]] = Field(
+        {}, description="The paper's numbers in percent: by setting, then model (`scratch`, `original`, defenses)."
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if not self.settings:
+            raise ValueError("settings is empty; give at least one, with model, benign and restricted")
+        reserved = [name for name in (SCRATCH, ORIGINAL) if name in self.defenses]
+        if reserved:
+            raise ValueError(f"a defense is called {reserved[0]!r}, as a control that is always there; rename it")
+        if len(self.epochs) < 2 or self.epochs[0] != 0 or any(a >= b for a, b in itertools.pairwise(self.epochs)):
+            raise ValueError(f"epochs are {list(self.epochs)}; expected at least two, ascending, the first 0")
+        if self.attacks and self.battery is not None:
+            raise ValueError("both attacks and a battery are given; give one of them")
+        if not self.attacks and self.battery is None and not self.defenses:
+            raise ValueError("there are neither attacks nor defenses, so there is nothing to do")
+        if (self.attacks or self.battery) and self.seeds < self.immunizations:
+            raise ValueError(
+                f"seeds is {self.seeds} and immunizations {self.immunizations}: some immunized models would not be "
+                "attacked; give at least as many seeds"
+            )
+        self.plan()
+        return self
+
+    def epoch_samples(self, ground: Ground) -> int:
+        """Returns the number of samples in an epoch; see `epoch_of`."""
+        if self.epoch_of == "task":
+            return ground.restricted.size("train")
+        few = ground.adversarys if self.shots is None else ground.adversarys.few_shot(self.shots, 0)
+        return few.size("train")
+
+    def plan(self) -> list[Attack]:
+        """Returns the attacks in order.
+
+        Raises:
+            HoldfastError: for an unknown battery, epochs out of order, or two attacks that are the same.
+        """
+        if self.battery is not None:
+            adversaries = [_in_precision(a, self.precision) for a in listed(self.battery)]
+            return [Attack(a.name, a, self.epochs, a.name) for a in adversaries]
+        found: dict[str, Attack] = {}
+        for name, spec in self.attacks.items():
+            epochs = (*self.epochs, *spec.more_epochs)
+            if any(a >= b for a, b in itertools.pairwise(epochs)):
+                raise HoldfastError(
+                    f"attack {name!r}: more_epochs are {list(spec.more_epochs)}; expected ascending numbers above "
+                    f"{self.epochs[-1]}, the protocol's last epoch"
+                )
+            attack = Attack(name, spec.adversary(self.precision), epochs, spec.stands_for or name)
+            if attack.adversary.name in found:
+                raise HoldfastError(
+                    f"attacks {found[attack.adversary.name].label!r} and {name!r} have the same settings; leave one out"
+                )
+            found[attack.adversary.name] = attack
+        return list(found.values())
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack of a protocol.
+
+    Attributes:
+        label: the recipe's name for it.
+        adversary: what runs.
+        epochs: at which it is scored.
+        stands_for: under which name the paper's numbers are found.
+    """
+
+    label: str
+    adversary: Adversary
+    epochs: tuple[int, ...]
+    stands_for: str
+
+
+def _in_precision(adversary: Adversary, precision: Precision) -> Adversary:
+    """A battery's adversary, its training in another precision, and its name spelled accordingly."""
+    if not isinstance(adversary, FineTuning) or adversary.strategy.precision == precision:
+        return adversary
+    return dataclasses.replace(
+        adversary, strategy=dataclasses.replace(adversary.strategy, precision=precision), name=""
+    )
+
+
+def scratch_plan(plan: Sequence[Attack], model: SplitModel, task: Task) -> list[tuple[Attack, tuple[Attack, ...]]]:
+    """Returns training from scratch once for all attacks that do the same to fresh weights, and those attacks.
+
+    Whether a model was released plays no part from scratch, so attacks that differ only in where they start are one.
+    Training the head alone on random features is no way to train a model, nor is a probe: for them there is none.
+
+    Args:
+        plan: the attacks.
+        model: whose architecture is trained; its head stays as the architecture initialises it, unless it is for
+            another number of classes.
+        task: what is learned.
+    """
+    start: Initialisation = "direct" if model.num_outputs == task.num_outputs else "head"
+    groups: dict[FineTuning, list[Attack]] = {}
+    for attack in plan:
+        adversary = attack.adversary
+        if isinstance(adversary, FineTuning) and adversary.strategy.scope != "head":
+            strategy = dataclasses.replace(adversary.strategy, initialisation=start)
+            groups.setdefault(FineTuning(strategy, burn_in=adversary.burn_in), []).append(attack)
+    found = []
+    for adversary, covered in groups.items():
+        labels = [a.label for a in covered]
+        label = " / ".join(labels) if len(labels) <= 3 else f"{labels[0]} and {len(labels) - 1} more"
+        epochs = tuple(sorted({e for a in covered for e in a.epochs}))
+        found.append((Attack(label, adversary, epochs, covered[0].stands_for), tuple(covered)))
+    return found
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One attack on one model with one seed."""
+
+    setting: str
+    model: str
+    attack: Attack
+    seed: int
+    budgets: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        return json.dumps([self.setting, self.model, self.attack.label, self.seed], ensure_ascii=False)
+
+    def __str__(self) -> str:
+        return self.key
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What all trials need; it travels once to each worker."""
+
+    grounds: Mapping[str, Ground]
+    models: Mapping[tuple[str, str, int], SplitModel]
+    immunizations: int
+    shots: int | None
+    run: Run
+
+    def victim(self, trial: _Trial) -> SplitModel:
+        original = self.grounds[trial.setting].original
+        if trial.model == ORIGINAL:
+            return original
+        if trial.model == SCRATCH:
+            with self.run.seeded("scratch", trial.seed):
+                return original.fresh()
+        return self.models[trial.setting, trial.model, trial.seed % self.immunizations]
+
+
+def _work(bench: _Bench, trial: _Trial) -> Curve:
+    ground = bench.grounds[trial.setting]
+    return trial.attack.adversary.attack(
+        bench.victim(trial),
+        few_of(ground.adversarys, bench.shots, bench.run, trial.seed),
+        budgets=trial.budgets,
+        run=bench.run,
+        role=ROLES.get(trial.model, "immunized"),
+        seed=trial.seed,
+        benign=ground.benign,
+    )
+
+
+def orders(spec: ProtocolSpec, defenses: Mapping[str, Defense], grounds: Mapping[str, Ground], run: Run) -> list[Order]:
+    """Returns every immunization of a protocol.
+
+    Args:
+        spec: how many repetitions.
+        defenses: by the name of their row.
+        grounds: models and tasks by setting.
+        run: its seed is the first repetition's.
+    """
+    return [
+        Order.of(setting, label, seed, defense, ground, run)
+        for setting, ground in grounds.items()
+        for label, defense in defenses.items()
+        for seed in range(spec.immunizations)
+    ]
+
+
+def protocol(
+    spec: ProtocolSpec, wanted: Sequence[Order], grounds: Mapping[str, Ground], *, run: Run, executor: Executor
+) -> tuple[Outcome, dict[str, SplitModel], dict[str, float]]:
+    """Immunizes, attacks every model, and lays the scores out as tables.
+
+    Every finished piece is kept in the run's folder at once, and a second call does only what is missing.
+
+    Args:
+        spec: attacks, epochs, seeds.
+        wanted: see `orders`.
+        grounds: models and tasks by setting.
+        run: seed, device, folder.
+        executor: where immunizations and attacks run; it does not change their results.
+
+    Returns:
+        Tables, figures and sentences; the immunized models; and the seconds that each of them took.
+
+    Raises:
+        HoldfastError: if models and tasks do not fit together.
+    """
+    made = immunize_all(wanted, grounds, run=run, executor=executor)
+    models = {place: each.model for place, each in made.items()}
+    bench = _Bench(grounds, models, spec.immunizations, spec.shots, run)
+    rows, trials = _plan(spec, wanted, grounds)
+    curves = _attack(bench, trials, spec, made, executor)
+    filled = [
+        dataclasses.replace(row, curves=tuple(curves[t.key] for t in mine))
+        for row, mine in zip(rows, trials, strict=True)
+    ]
+    scenes = [_scene(name, ground, spec, made, run) for name, ground in grounds.items()]
+    named = {f"{o.setting}: {o.label}, seed {o.seed}": made[o.setting, o.label, o.seed] for o in wanted}
+    seconds = {f"immunize {name}": each.seconds for name, each in named.items()}
+    return tabulate(scenes, filled, spec.epochs), {name: each.model for name, each in named.items()}, seconds
+
+
+def _plan(
+    spec: ProtocolSpec, wanted: Sequence[Order], grounds: Mapping[str, Ground]
+) -> tuple[list[Row], list[list[_Trial]]]:
+    """Rows of the table, still without curves, and the trials of each; none where an attack cannot start."""
+    plan, rows, trials = spec.plan(), [], []
+    for setting, ground in grounds.items():
+        labels = dict.fromkeys(order.label for order in wanted if order.setting == setting)
+        lines = [(SCRATCH, *each) for each in scratch_plan(plan, ground.original, ground.restricted)]
+        lines += [(model, attack, (attack,)) for model in (ORIGINAL, *labels) for attack in plan]
+        samples = spec.epoch_samples(ground)
+        for model, attack, covered in lines:
+            reason = attack.adversary.not_applicable(ground.original, ground.restricted)
+            steps = steps_per_epoch(samples, attack.adversary.batch_size, spec.max_steps_per_epoch)
+            budgets = tuple(epoch * steps for epoch in attack.epochs)
+            seeds = range(0 if reason else spec.seeds)
+            trials.append([_Trial(setting, model, attack, seed, budgets) for seed in seeds])
+            remark = f"not applicable: {reason}" if reason else ""
+            covers, names = tuple(a.label for a in covered), tuple(a.stands_for for a in covered)
+            rows.append(Row(setting, model, attack.label, covers, names, attack.epochs, steps, remark))
+    return rows, trials
+
+
+def steps_per_epoch(samples: int, batch_size: int, cap: int | None = None) -> int:
+    """Returns the steps of an epoch: each sample once, the last batch filled up from the next; at most `cap`.
+
+    Example:
+        >>> steps_per_epoch(25_000, 200), steps_per_epoch(25_000, 150), steps_per_epoch(25_000, 200, cap=2)
+        (125, 167, 2)
+    """
+    steps = math.ceil(samples / min(batch_size, samples))
+    return steps if cap is None else min(steps, cap)
+
+
+def _attack(
+    bench: _Bench,
+    trials: Sequence[Sequence[_Trial]],
+    spec: ProtocolSpec,
+    made: Mapping[tuple[str, str, int], Made],
+    executor: Executor,
+) -> dict[str, Curve]:
+    """Runs what the journal does not hold yet, and returns all curves by key of their trial."""
+    # Seeds first: an interrupted protocol has few seeds of everything rather than everything of a few models.
+    every = sorted(itertools.chain.from_iterable(trials), key=lambda trial: trial.seed)
+    journal = Journal(
+        bench.run.path("trials.jsonl"),
+        {
+            "seed": bench.run.seed,
+            "attacks": {t.key: [t.attack.adversary.config(), t.budgets] for t in every if t.seed == 0},
+            "seeds": spec.seeds,
+            "shots": spec.shots,
+            "data": {name: ground.adversarys.facts().sha256 for name, ground in bench.grounds.items()},
+            "originals": {name: ground.original.facts().sha256 for name, ground in bench.grounds.items()},
+            "immunized models": {json.dumps(place): each.model.facts().sha256 for place, each in made.items()},
+        },
+    )
+    missing = [trial for trial in every if trial.key not in journal.entries]
+    if every:
+        with bench.run.progress("Attacking", len(every), len(every) - len(missing)) as bar:
+            for index, curve in executor.run(_work, bench, missing):
+                journal.add(missing[index].key, curve.model_dump(mode="json"))
+                bar.tick(f"{missing[index].model}: {missing[index].attack.label}")
+    return {trial.key: _kept(journal, trial) for trial in every}
+
+
+def _kept(journal: Journal, trial: _Trial) -> Curve:
+    """Reads a trial's curve back; another program, or a person, may have written to the journal."""
+    try:
+        curve = Curve.model_validate(journal.entries[trial.key])
+        if (curve.adversary, curve.seed, tuple(curve.budgets)) != (
+            trial.attack.adversary.name,
+            trial.seed,
+            trial.budgets,
+        ):
+            raise ValueError(f"it is of {curve.adversary!r}, seed {curve.seed}, budgets {curve.budgets}")
+    except ValueError as error:
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise HoldfastError(
+            f"{str(journal.path)!r} is damaged (trial {trial.key}: {why}); choose another folder with --out."
+        ) from error
+    return curve
+
+
+def _scene(name: str, ground: Ground, spec: ProtocolSpec, made: Mapping[tuple[str, str, int], Made], run: Run) -> Scene:
+    score = ground.benign.audit_score(ground.original.clone().to(run.device))
+    setting = spec.settings[name]
+    return Scene(
+        name=name,
+        restricted=ground.restricted.name,
+        unit=ground.restricted.audit_unit,
+        chance=ground.restricted.audit_chance,
+        original=score if math.isfinite(score) else None,
+        made={(label, seed): each for (where, label, seed), each in made.items() if where == name},
+        paper=spec.paper.get(setting.stands_for or name, {}),
+        stands_for=setting.stands_for,
+    )
