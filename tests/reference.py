@@ -362,7 +362,7 @@ def ntl(
 
 
 def ridge_probe(features: Tensor, labels: Tensor, ridge: float) -> Tensor:
-    """R2 of ridge regression from features to one-hot labels, both centred; lambda is relative to the mean eigenvalue."""
+    """R2 of ridge regression from features to one-hot labels, centred; lambda is relative to the mean eigenvalue."""
     n, d = features.shape
     z = features - features.mean(0)
     classes = sorted(set(labels.tolist()))
