@@ -9,6 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Final, Literal, get_args
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
@@ -63,6 +64,8 @@ class Strategy:
     Raises:
         HoldfastError: for an unknown name or a number out of range.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # where a recipe writes one, a misspelled key is an error
 
     initialisation: Initialisation = "direct"
     scope: Scope = "all"
