@@ -25,6 +25,23 @@ DEFENSES: dict[str, Defense] = {
     "sophon-many": Sophon(tasks=3, suppression_loops=2, reinforcement_loops=2, gamma=(0.1, 0.3, 0.6), **_BRIEF),
     "sophon-ce-ascent": Sophon(loss="ce-ascent", **_BRIEF),
     "sophon-every-optimizer": Sophon(optimizers=tuple(OPTIMIZERS), **_BRIEF),
+    "sophon-lasting": Sophon(
+        population=3,
+        lifetime=4,
+        probe_weight=0.5,
+        probe_batch=60,
+        distillation=1.0,
+        validate_every=2,
+        validation_steps=2,
+        **_BRIEF,
+    ),
+    "sophon-wide": Sophon(
+        initialisations=("head", "last-block", "last-half"), scopes=("all", "last-block", "norm"), tasks=2, **_BRIEF
+    ),
+    "sophon-written-out": Sophon(strategies=(Strategy("head", "all", "nesterov", 1e-2, 20, 1e-4),), **_BRIEF),
+    "sophon-exact": Sophon(second_order=True, optimizers=("sgd", "momentum", "nesterov"), **_BRIEF),
+    "sophon-bf16": Sophon(precision="bf16", **_BRIEF),
+    "sophon-probe-alone": Sophon(loss="none", probe_weight=1.0, probe_batch=60, **_BRIEF),
     "ntl": NTL(iterations=4, batch_size=20, guard_every=1, max_benign_drop=1.0),
     "ntl-momentum": NTL(
         iterations=3, batch_size=20, optimizer="momentum", guard_every=2, kernels=3, max_benign_drop=1.0

@@ -359,3 +359,41 @@ def ntl(
     benign, restricted = (kl(z, y) for z, y in zip(logits, labels, strict=True))
     one, two = alpha * restricted, beta * mmd(*features, kernels, multiplier)
     return benign - (one if one < clamp else clamp) * (two if two < clamp else clamp)
+
+
+def ridge_probe(features: Tensor, labels: Tensor, ridge: float) -> Tensor:
+    """R2 of ridge regression from features to one-hot labels, centred; lambda is relative to the mean eigenvalue."""
+    n, d = features.shape
+    z = features - features.mean(0)
+    classes = sorted(set(labels.tolist()))
+    y = torch.stack([(labels == c).to(z.dtype) for c in classes], 1)
+    y = y - y.mean(0)
+    lam = ridge * (z**2).sum() / min(n, d)
+    inverse = torch.linalg.inv(z.T @ z + lam * torch.eye(d, dtype=z.dtype))
+    return torch.trace(y.T @ z @ inverse @ z.T @ y) / (y**2).sum()
+
+
+def meta_objective(
+    loss_at,
+    suppression_at,
+    theta: list[Tensor],
+    gamma: list[float],
+    learning_rate: float,
+    momentum: float,
+    nesterov: bool,
+) -> Tensor:
+    """Eq. 4 for one adversary as a function of theta: fine-tune by hand, sum gamma_k L_alpha(phi_k).
+
+    Args:
+        loss_at: (parameters, k) -> the adversary's loss on its k-th batch.
+        suppression_at: (parameters, k) -> L_alpha on the k-th evaluation batch.
+    """
+    phi, velocity, total = list(theta), [torch.zeros_like(t) for t in theta], torch.zeros((), dtype=theta[0].dtype)
+    for k, weight in enumerate(gamma):
+        at = [p.detach().requires_grad_() for p in phi]
+        grads = torch.autograd.grad(loss_at(at, k), at)
+        velocity = [momentum * v + g for v, g in zip(velocity, grads, strict=True)]
+        steps = [g + momentum * v if nesterov else v for g, v in zip(grads, velocity, strict=True)]
+        phi = [p.detach() - learning_rate * s for p, s in zip(phi, steps, strict=True)]
+        total = total + weight * suppression_at(phi, k)
+    return total

@@ -62,20 +62,23 @@ class TestEveryDefense:
         assert again == record
 
 
+class Killed(Exception):
+    pass
+
+
+class Interrupted(Run):
+    """Is killed before the third round."""
+
+    def seeded(self, *purpose):
+        if purpose[:2] == ("sophon", 2):
+            raise Killed
+        return super().seeded(*purpose)
+
+
 @pytest.mark.parametrize("name", [n for n, d in DEFENSES.items() if isinstance(d, Sophon)])
 class TestSophonResumes:
     def test_stops_and_continues_to_the_same_model(self, name, model, benign, restricted, tmp_path):
         whole, record = DEFENSES[name].immunize(model, benign, restricted, run=Run(0, CPU))
-
-        class Killed(Exception):
-            pass
-
-        class Interrupted(Run):
-            def seeded(self, *purpose):
-                if purpose[:2] == ("sophon", 2):
-                    raise Killed
-                return super().seeded(*purpose)
-
         with pytest.raises(Killed):
             DEFENSES[name].immunize(model, benign, restricted, run=Interrupted(0, CPU, tmp_path))
         resumed, again = DEFENSES[name].immunize(model, benign, restricted, run=Run(0, CPU, tmp_path))
@@ -89,12 +92,8 @@ class TestSophonResumes:
             dataclasses.replace(DEFENSES[name], initialisations=("head",)),
         )
         whole, _ = settings.immunize(model, benign, narrow, run=Run(0, CPU))
-        first = dataclasses.replace(settings, iterations=1)
-        state = tmp_path / "checkpoints" / "immunization.safetensors"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(first, "config", settings.config)  # the state of the first round of the longer job
-            first.immunize(model, benign, narrow, run=Run(0, CPU, tmp_path))
-        assert state.exists()
+        with pytest.raises(Killed):
+            settings.immunize(model, benign, narrow, run=Interrupted(0, CPU, tmp_path))
         resumed, _ = settings.immunize(model, benign, narrow, run=Run(0, CPU, tmp_path))
         assert resumed.facts().sha256 == whole.facts().sha256
 
@@ -284,13 +283,13 @@ class TestSophon:
             assert norms == pytest.approx([largest] * 6, rel=1e-3)
 
     def test_every_loop_simulates_so_many_adversaries(self, model, benign, restricted, run, monkeypatch):
-        simulate, sizes = Simulation.run, []
+        simulate, sizes = Simulation.go_on, []
 
         def counted(self, *arguments, **more):
             sizes.append(sum(float(g.abs().sum()) for g in self.gradient))
             return simulate(self, *arguments, **more)
 
-        monkeypatch.setattr(Simulation, "run", counted)
+        monkeypatch.setattr(Simulation, "go_on", counted)
         Sophon(iterations=2, suppression_loops=2, tasks=3, steps=1).immunize(model, benign, restricted, run=run)
         assert len(sizes) == 2 * 2 * 3
         assert [s == 0 for s in sizes] == [True, False, False] * 4  # they add up, and each loop begins anew
@@ -348,17 +347,16 @@ class TestSophon:
     def test_a_fresh_head_after_direct_loops_leaves_the_released_head(
         self, model, benign, restricted, run, monkeypatch
     ):
-        simulate = Simulation.run
+        begin = Simulation.start
 
         def after(*starts):
             """The model after suppression loops that start so, with nothing else that could move it."""
             left = list(starts)
 
-            def chosen(self, task, strategy, *rest, **more):
-                strategy = dataclasses.replace(strategy, initialisation=left.pop(0))
-                return simulate(self, task, strategy, *rest, **more)
+            def chosen(self, strategy, task):
+                return begin(self, dataclasses.replace(strategy, initialisation=left.pop(0)), task)
 
-            monkeypatch.setattr(Simulation, "run", chosen)
+            monkeypatch.setattr(Simulation, "start", chosen)
             brief = Sophon(iterations=len(starts), steps=2, reinforcement_loops=0, learning_rates=(1e-3,))
             return brief.immunize(model, benign, restricted, run=run)[0]
 

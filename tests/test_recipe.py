@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 
 from holdfast.errors import HoldfastError
+from holdfast.finetune import Strategy
 from holdfast.recipe import build_defense, load, names
 
 MINIMAL = {
@@ -116,3 +119,12 @@ def test_not_yaml(tmp_path):
 
 def test_numbers_in_yamls_odd_spelling():
     assert build_defense({"name": "sophon", "suppression_lr": "1e-3"}).config()["suppression_lr"] == 1e-3
+
+
+def test_a_defense_reads_strategies_written_out():
+    written = {"initialisation": "head", "optimizer": "momentum", "learning_rate": 0.05}
+    made = build_defense({"name": "sophon", "strategies": [written]})
+    assert made.phi() == [Strategy("head", "all", "momentum", 0.05)]
+    assert build_defense({"name": "sophon", **json.loads(json.dumps(made.config()))}) == made
+    with pytest.raises(HoldfastError, match=r"strategies\.0\.optimiser is 'adam': unexpected keyword"):
+        build_defense({"name": "sophon", "strategies": [{"optimiser": "adam"}]})

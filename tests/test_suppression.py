@@ -7,7 +7,7 @@ from hypothesis import given
 
 import reference
 from holdfast.errors import HoldfastError
-from holdfast.suppression import LOSSES, cross_entropy_ascent, inverse_cross_entropy, kl_from_uniform
+from holdfast.suppression import LOSSES, cross_entropy_ascent, inverse_cross_entropy, kl_from_uniform, ridge_probe
 
 BOUNDED = ("ice", "klu")
 
@@ -82,3 +82,59 @@ def test_ascent_has_the_gradient_that_grows_with_the_error():
 def test_one_class_is_refused():
     with pytest.raises(HoldfastError, match="at least 2 classes"):
         inverse_cross_entropy(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))
+
+
+@st.composite
+def features_and_labels(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    n, d, c = draw(st.integers(3, 12)), draw(st.integers(1, 12)), draw(st.integers(2, 3))
+    z = torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(draw(st.integers(0, 999))))
+    return z, torch.arange(n) % c
+
+
+class TestRidgeProbe:
+    @given(features_and_labels(), st.floats(1e-4, 10))
+    def test_equals_the_equation(self, case, ridge):
+        z, y = case
+        assert torch.allclose(ridge_probe(z, y, ridge), reference.ridge_probe(z, y, ridge), rtol=1e-7, atol=1e-10)
+
+    @given(features_and_labels(), st.floats(1e-4, 10))
+    def test_is_a_share(self, case, ridge):
+        assert -1e-12 <= ridge_probe(*case, ridge) < 1
+
+    @given(features_and_labels(), st.sampled_from([1e-12, 1e-4, 1e8]), st.floats(-5, 5))
+    def test_neither_scale_nor_place_nor_rotation_matters(self, case, scale, shift):
+        z, y = case
+        turned = torch.linalg.qr(torch.randn(z.shape[1], z.shape[1], dtype=z.dtype, generator=_seeded()))[0]
+        assert torch.allclose(ridge_probe(z @ turned * scale + shift * scale, y), ridge_probe(z, y), rtol=1e-6)
+
+    @given(features_and_labels())
+    def test_falls_as_the_ridge_grows(self, case):
+        shares = [float(ridge_probe(*case, ridge)) for ridge in (1e-3, 1e-1, 10.0)]
+        assert shares == sorted(shares, reverse=True)
+
+    @pytest.mark.parametrize("shape", [(12, 4), (5, 9), (6, 6)])
+    def test_gradcheck(self, shape):
+        z = torch.randn(*shape, dtype=torch.float64, generator=_seeded(), requires_grad=True)
+        assert torch.autograd.gradcheck(lambda z: ridge_probe(z, torch.arange(shape[0]) % 2, 0.1), z)
+
+    def test_constant_features_say_nothing_and_pull_nowhere(self):
+        z = torch.ones(6, 3, requires_grad=True)
+        share = ridge_probe(z, torch.arange(6) % 2)
+        assert share == 0
+        assert torch.autograd.grad(share, z)[0].isfinite().all()
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_features_that_are_no_numbers_give_no_number(self, value):
+        z = torch.randn(6, 3, generator=_seeded())
+        z[0, 0] = value
+        assert ridge_probe(z, torch.arange(6) % 2).isnan()
+
+    def test_refuses_one_class_and_no_ridge(self):
+        with pytest.raises(HoldfastError, match="at least 2 classes"):
+            ridge_probe(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))
+        with pytest.raises(HoldfastError, match="ridge of a probe is 0"):
+            ridge_probe(torch.randn(4, 2), torch.arange(4) % 2, 0.0)
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Final, Literal, get_args
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.models import SplitModel, is_normalisation
+from holdfast.models.blocks import Block
 from holdfast.tasks import Task
 
 Initialisation = Literal["direct", "head", "last-block", "last-half"]
@@ -66,6 +68,8 @@ class Strategy:
     Raises:
         HoldfastError: for an unknown name or a number out of range.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # where a recipe writes one, a misspelled key is an error
 
     initialisation: Initialisation = "direct"
     scope: Scope = "all"
@@ -188,9 +192,16 @@ def prepare(
 
 def renew_blocks(model: SplitModel, strategy: Strategy, reference: SplitModel) -> None:
     """Gives the blocks that a strategy starts anew the reference's weights; done twice, it changes nothing more."""
+    model.reinitialise([name for name, _ in renewed(model, strategy)], reference)
+
+
+def renewed(model: SplitModel, strategy: Strategy) -> Block:
+    """Returns the layers of the body that a strategy starts anew, with their dotted names in `model.network`."""
+    if not strategy.renews:
+        return []
     blocks = model.blocks()
     kept = len(blocks) - 1 if strategy.initialisation == "last-block" else len(blocks) // 2
-    model.reinitialise([name for block in blocks[kept:] for name, _ in block], reference)
+    return [layer for block in blocks[kept:] for layer in block]
 
 
 def _moved_modules(model: SplitModel, scope: Scope) -> list[nn.Module]:
@@ -237,6 +248,12 @@ BURN_IN = 10.0
 """By how much the learning rate is higher in the first steps of a burn-in."""
 
 
+def optimizer_of(model: SplitModel, strategy: Strategy) -> torch.optim.Optimizer:
+    """Returns a strategy's optimizer over what it moves in a model that is where it starts from (see `prepare`)."""
+    moved = [p for p in model.parameters() if p.requires_grad]
+    return OPTIMIZERS[strategy.optimizer](moved, strategy.learning_rate, strategy.weight_decay)
+
+
 def finetune(
     model: SplitModel,
     task: Task,
@@ -246,6 +263,7 @@ def finetune(
     device: torch.device,
     burn_in: int = 0,
     penalty: Callable[[], Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Iterator[Tensor]:
     """Fine-tunes a model in place, endlessly: take as many steps as you want.
 
@@ -260,12 +278,13 @@ def finetune(
         device: where model and data are.
         burn_in: first steps, which are taken at `BURN_IN` times the learning rate.
         penalty: called once a step, in training mode; what it returns is added to the loss.
+        optimizer: goes on with this one, made by `optimizer_of` for this model and strategy; None: a new one.
 
     Yields:
         The training loss of each step, a detached scalar, after the step.
     """
     moved = [p for p in model.parameters() if p.requires_grad]
-    optimizer = OPTIMIZERS[strategy.optimizer](moved, strategy.learning_rate, strategy.weight_decay)
+    optimizer = optimizer_of(model, strategy) if optimizer is None else optimizer
     alone = _moved_modules(model, "last-block") if strategy.scope == "last-block" else []
     batches = task.batches("train", strategy.batch_size, generator=generator, device=device)
     for step, batch in enumerate(batches):
@@ -274,7 +293,8 @@ def finetune(
         model.train(strategy.scope not in ("head", "last-block"))
         for module in alone:
             module.train()
-        with torch.autocast(device.type, torch.bfloat16, enabled=strategy.precision == "bf16"):
+        # With the weights' own precision nothing is entered: a caller's autocast then stays in force.
+        with torch.autocast(device.type, torch.bfloat16) if strategy.precision == "bf16" else nullcontext():
             loss = task.loss(model, batch)
             total = loss if penalty is None else loss + penalty()
         optimizer.zero_grad(set_to_none=True)

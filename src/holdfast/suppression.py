@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -86,6 +88,79 @@ def cross_entropy_ascent(logits: Tensor, labels: Tensor) -> Tensor:
         -0.6931
     """
     return -F.cross_entropy(logits, labels)
+
+
+def ridge_probe(features: Tensor, labels: Tensor, ridge: float = 0.01) -> Tensor:
+    """R2 of the best linear probe: the share of the labels' energy that ridge regression on the features explains.
+
+    With features Z and one-hot labels Y, both centred,
+
+        R2 = tr(Y' Z (Z'Z + lambda I)^-1 Z'Y) / ||Y||^2,    lambda = ridge * ||Z||_F^2 / min(N, D).
+
+    No head occurs in it: whoever minimises it over Z takes from every linear probe, whitened or in closed form, and a
+    head that starts anew gains nothing. lambda is relative to the mean eigenvalue, so that scaling Z changes nothing.
+
+    By the push-through identity Z (Z'Z + lambda I)^-1 Z' = ZZ' (ZZ' + lambda I)^-1, so the smaller of the two Gram
+    matrices serves. R2 is at most min(N - 1, D) / (that + ridge), and noise is explained as well: the batch should have
+    several times as many samples as there are features, or the ridge should be large.
+
+    Args:
+        features: shape (N, D), floating point; the result is computed in float64.
+        labels: shape (N,), int64; at least two different ones.
+        ridge: relative strength of the regularisation, above 0.
+
+    Returns:
+        A scalar of the dtype of ``features`` in [0, 1): 0 where the features say nothing, or are constant.
+
+    Raises:
+        HoldfastError: if the ridge is not above 0, or all labels are the same.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> telling = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
+        >>> silent = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
+        >>> round(ridge_probe(telling, labels).item(), 3), round(ridge_probe(silent, labels).item(), 3)
+        (0.99, 0.0)
+    """
+    if not ridge > 0:
+        raise HoldfastError(f"The ridge of a probe is {ridge}; expected a number above 0.")
+    classes, index = torch.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise HoldfastError("A probe needs samples of at least 2 classes; the batch has one. Take a larger batch.")
+    y = F.one_hot(index, len(classes)).to(torch.float64)
+    y = y - y.mean(0)
+    z = features.to(torch.float64)
+    z = z - z.mean(0)
+    energy = z.square().sum()
+    side = min(z.shape)
+    # Constant features: any lambda will do, as the numerator is 0.
+    strength = torch.where(energy > 0, ridge * energy / side, torch.ones_like(energy))
+    gram = z @ z.T if len(z) <= z.shape[1] else z.T @ z
+    right = y if len(z) <= z.shape[1] else z.T @ y
+    # Features that are no numbers give a result that is none, for whoever guards the training; not an exception.
+    factor, info = torch.linalg.cholesky_ex(gram + strength * torch.eye(side, dtype=z.dtype, device=z.device))
+    solved = torch.cholesky_solve(right, factor)
+    # In the N x N case: y' K (K + lambda)^-1 y = y'y - lambda y' (K + lambda)^-1 y.
+    explained = y.square().sum() - strength * (y * solved).sum() if len(z) <= z.shape[1] else (right * solved).sum()
+    share = torch.where(info == 0, explained / y.square().sum(), torch.full_like(energy, math.nan))
+    return share.to(features.dtype)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a defender minimises at a simulated adversary: a loss of its logits, and what probes could still read.
+
+    Attributes:
+        loss: of logits and labels, at every step; None: none.
+        probe_weight: of `ridge_probe` at the end of a simulation, counted once for each of its steps; 0: none.
+        ridge: of that probe.
+        probe_batch: samples that it is fitted on.
+    """
+
+    loss: SuppressionLoss | None
+    probe_weight: float = 0.0
+    ridge: float = 0.01
+    probe_batch: int = 250
 
 
 LOSSES: Final[dict[str, SuppressionLoss]] = {

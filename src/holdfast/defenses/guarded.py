@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.defenses.base import Defense, Record
+from holdfast.defenses.validation import validation_score
 from holdfast.errors import HoldfastError
 from holdfast.execution import (
     Run,
@@ -26,6 +28,12 @@ from holdfast.models import SplitModel
 from holdfast.results import Event
 from holdfast.tasks import Task
 
+VALIDATION_SHARE = 0.2
+"""Of the defender's restricted training data, kept back to score the examinations."""
+
+SAVE_SECONDS = 60.0
+"""The state is saved at least so often, and whenever the guard looks."""
+
 
 @dataclass
 class GuardedDefense(Defense):
@@ -38,6 +46,10 @@ class GuardedDefense(Defense):
         max_benign_drop: how far the held-out benign score may fall below the original's in a good state.
         max_rollbacks: the guard gives up after as many; the last good state is then the result.
         holdout: share of the benign training data kept back for the guard.
+        validate_every: rounds between two examinations by short attacks (see `VALIDATION`); the result is then the good
+            state in which they reached least, not the last one. None: there are none. They are scored on a fifth of the
+            defender's restricted data, which is kept back for them.
+        validation_steps: of each of these attacks.
 
     Raises:
         HoldfastError: for a value out of range.
@@ -49,9 +61,13 @@ class GuardedDefense(Defense):
     max_benign_drop: float = 0.05
     max_rollbacks: int = 20
     holdout: float = 0.1
+    validate_every: int | None = None
+    validation_steps: int = 40
 
     def __post_init__(self) -> None:
-        self.refuse_below_one("iterations", "guard_every", "max_rollbacks")
+        self.refuse_below_one("iterations", "guard_every", "max_rollbacks", "validate_every")
+        if self.validation_steps < 2:
+            raise HoldfastError(f"{self.name}: validation_steps is {self.validation_steps}; expected at least 2.")
         if not 0 <= self.max_benign_drop <= 1:
             raise HoldfastError(
                 f"{self.name}: max_benign_drop is {self.max_benign_drop}; expected a share from 0 to 1."
@@ -60,10 +76,11 @@ class GuardedDefense(Defense):
             raise HoldfastError(f"{self.name}: holdout is {self.holdout}; expected a share between 0 and 1.")
 
     def refuse_below_one(self, *names: str) -> None:
-        """Refuses fields under 1."""
+        """Refuses fields under 1; None is let through."""
         for name in names:
-            if getattr(self, name) < 1:
-                raise HoldfastError(f"{self.name}: {name} is {getattr(self, name)}; expected at least 1.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise HoldfastError(f"{self.name}: {name} is {value}; expected at least 1.")
 
     def refuse_not_above_zero(self, *names: str) -> None:
         """Refuses fields that are no finite numbers above 0; None is let through."""
@@ -92,16 +109,24 @@ class Immunization(ABC, Generic[Config]):
 
     title: ClassVar[str]
     series: ClassVar[tuple[str, ...]]
-    """The history's, beside `iteration` and `benign_score`; the bar shows the first."""
+    """The history's, beside `iteration` and `benign_score`."""
+    shown: ClassVar[tuple[str, ...]]
+    """Those that the progress bar shows, beside the benign score."""
 
     def __init__(
         self, config: Config, model: SplitModel, benign: Task, restricted: Task, run: Run, *, rate: float
     ) -> None:
         self.config, self.run, self.restricted, self.rate = config, run, restricted, rate
         self.benign, self.held_out = benign.holdout(config.holdout, derive_seed(run.seed, config.name, "holdout"))
+        self.examined: Task | None = None
+        if config.validate_every is not None:
+            self.restricted, self.examined = restricted.holdout(
+                VALIDATION_SHARE, derive_seed(run.seed, config.name, "validation")
+            )
         self.model = model.clone().to(run.device)
         self.optimizers = self.make_optimizers()
-        self.record = Record(history={k: [] for k in ("iteration", *self.series, "benign_score")})
+        validated = ("validation_score",) if config.validate_every is not None else ()
+        self.record = Record(history={k: [] for k in ("iteration", *self.series, "benign_score", *validated)})
         self.round = 0
         self.belongs_to = fingerprint(
             [
@@ -114,6 +139,8 @@ class Immunization(ABC, Generic[Config]):
         )
         self.original_score = self.held_out.score(self.model)
         self.good = self._snapshot()
+        self.best: dict[str, Tensor] = {}
+        self.best_score, self.best_round = math.inf, 0
 
     @abstractmethod
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -130,7 +157,7 @@ class Immunization(ABC, Generic[Config]):
     def finish(self) -> tuple[SplitModel, Record]:
         """Does the rounds that are missing, and returns the result."""
         self._resume()
-        config = self.config
+        config, saved = self.config, time.monotonic()
         with self.run.progress(f"Immunizing ({self.title})", config.iterations, self.round) as bar:
             while self.round < config.iterations and self.record.completed:
                 with self.run.seeded(config.name, self.round, self.record.rollbacks) as generator:
@@ -138,14 +165,49 @@ class Immunization(ABC, Generic[Config]):
                 self.round += 1
                 if not sound:
                     self._not_finite()
-                if not sound or self.round % config.guard_every == 0 or self.last:
-                    score = self._look() if sound else math.nan
+                examines = config.validate_every is not None and self._due(config.validate_every)
+                looks = not sound or examines or self._due(config.guard_every)
+                if looks:
+                    score, note = (self._look(), "") if sound else (math.nan, "")
+                    if examines and score >= self.floor:
+                        note = f", validation {self._examine():.3f}"
+                    note = f"benign {score:.3f}, " + ", ".join(map(self._shown, self.shown)) + note
+                if looks or time.monotonic() - saved > SAVE_SECONDS:
                     self._save()
-                    bar.tick(f"benign {score:.3f}, {self.series[0].replace('_', ' ')} {self._shown(self.series[0])}")
-                else:
-                    bar.tick()
+                    saved = time.monotonic()
+                bar.tick(note if looks else "")
+        if self.best:
+            self.say(f"kept the state after round {self.best_round}, of validation score {self.best_score:.3f}")
+            self._restore(self.best)
         self.model.eval()
         return self.model, self.record
+
+    def _due(self, every: int) -> bool:
+        return self.round % every == 0 or self.last
+
+    @property
+    def floor(self) -> float:
+        """The lowest held-out benign score of a good state."""
+        return self.original_score - self.config.max_benign_drop
+
+    def _examine(self) -> float:
+        """Attacks a good state, and keeps it if it is the best one so far."""
+        assert self.examined is not None
+        score = validation_score(self.model, self.examined, self.config.validation_steps, run=self.run)
+        self.record.history["validation_score"][-1] = score if math.isfinite(score) else None
+        if score < self.best_score:
+            self.best, self.best_score, self.best_round = self._snapshot(), score, self.round
+        return score
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns what else a checkpoint holds: tensors, and plain values."""
+        return {}, {}
+
+    def restore_own(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Puts back what `saved` returned."""
+
+    def forget(self) -> None:
+        """Drops what belongs to the state that the guard has just left."""
 
     @property
     def last(self) -> bool:
@@ -156,7 +218,9 @@ class Immunization(ABC, Generic[Config]):
         """Writes a round into the history; False if anything is not finite."""
         history = self.record.history
         history["iteration"].append(self.round + 1)
-        history["benign_score"].append(None)
+        for name in ("benign_score", "validation_score"):
+            if name in history:
+                history[name].append(None)
         for name in self.series:
             history[name].append(_mean(values[name]))
         finite = all(math.isfinite(v) for name in self.series for v in values[name])
@@ -175,11 +239,10 @@ class Immunization(ABC, Generic[Config]):
         config = self.config
         score = self.held_out.score(self.model)
         self.record.history["benign_score"][-1] = score if math.isfinite(score) else None
-        floor = self.original_score - config.max_benign_drop
-        if score >= floor:
+        if score >= self.floor:
             self.good = self._snapshot()
         elif config.guard:
-            self.too_low(f"held-out benign score {score:.3f} is under the floor {floor:.3f}")
+            self.too_low(f"held-out benign score {score:.3f} is under the floor {self.floor:.3f}")
         return score
 
     def _not_finite(self) -> None:
@@ -193,6 +256,7 @@ class Immunization(ABC, Generic[Config]):
         """Returns to the last good state at half the rate, or gives up there."""
         self.record.rollbacks += 1
         self.restore_good()
+        self.forget()
         if self.record.rollbacks >= self.config.max_rollbacks:
             self.say(f"{why}: back to the last good state; gave up after {self.record.rollbacks} times")
             self.record.completed = False
@@ -214,7 +278,7 @@ class Immunization(ABC, Generic[Config]):
 
     def _shown(self, series: str) -> str:
         value = self.record.history[series][-1]
-        return "not finite" if value is None else f"{value:.3f}"
+        return f"{series.replace('_', ' ')} {'not finite' if value is None else f'{value:.3f}'}"
 
     def _snapshot(self) -> dict[str, Tensor]:
         return {n: v.detach().clone() for n, v in self.model.network.state_dict().items()}
@@ -228,12 +292,16 @@ class Immunization(ABC, Generic[Config]):
             return
         tensors = {f"model/{n}": v for n, v in self._snapshot().items()}
         tensors |= {f"good/{n}": v for n, v in self.good.items()}
+        tensors |= {f"best/{n}": v for n, v in self.best.items()}
+        more, own = self.saved()
+        tensors |= {f"own/{n}": v for n, v in more.items()}
         for label, optimizer in self.optimizers.items():
             tensors |= {f"{label}/{n}": v for n, v in optimizer_tensors(optimizer).items()}
         meta = {
             "belongs_to": self.belongs_to, "round": self.round, "rollbacks": self.record.rollbacks, "rate": self.rate,
             "history": self.record.history, "events": [e.model_dump() for e in self.record.events],
-            "completed": self.record.completed,
+            "completed": self.record.completed, "own": own,
+            "best": [self.best_score, self.best_round] if self.best else None,
         }  # fmt: skip
         save_tensors(path, tensors, meta)
 
@@ -256,6 +324,10 @@ class Immunization(ABC, Generic[Config]):
         self.record = Record(
             meta["history"], [Event(**e) for e in meta["events"]], meta["completed"], meta["rollbacks"]
         )
+        if meta["best"] is not None:
+            self.best = {n: v.to(self.run.device) for n, v in _under(tensors, "best").items()}
+            self.best_score, self.best_round = meta["best"]
+        self.restore_own(_under(tensors, "own"), meta["own"])
         self.run.say(f"Immunization: continuing after {self.round} of {self.config.iterations} rounds")
 
 

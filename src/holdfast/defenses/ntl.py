@@ -197,6 +197,7 @@ class _Immunization(Immunization[NTL]):
 
     title = "NTL"
     series = ("restricted_loss", "benign_loss", "mmd")
+    shown = ("restricted_loss",)
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """See `Immunization.make_optimizers`."""

@@ -7,21 +7,25 @@ moves the model so that they do worse; a *reinforcement* loop (NTR) is ordinary 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from holdfast.defenses.base import Record
 from holdfast.defenses.guarded import GuardedDefense, Immunization
-from holdfast.defenses.simulation import Simulation
+from holdfast.defenses.population import Population
+from holdfast.defenses.second_order import MOMENTUM, ExactSimulation
+from holdfast.defenses.simulation import Seen, Simulation
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Run
-from holdfast.finetune import Strategy, not_applicable
+from holdfast.finetune import Initialisation, Scope, Strategy, not_applicable
 from holdfast.models import SplitModel, check_fits
-from holdfast.suppression import LOSSES
-from holdfast.tasks import Task
+from holdfast.suppression import LOSSES, Objective
+from holdfast.tasks import Batch, Task
 
 
 @dataclass
@@ -29,7 +33,8 @@ class Sophon(GuardedDefense):
     """SOPHON's hyper-parameters; defaults are the paper's (section 5.1.1) unless said otherwise.
 
     Attributes:
-        loss: suppression loss: "ice" (Eq. 11), "klu" (Eq. 13), or "ce-ascent", the unstable baseline.
+        loss: suppression loss: "ice" (Eq. 11), "klu" (Eq. 13), "ce-ascent", the unstable baseline, or "none", if there
+            is a `probe_weight`.
         iterations: Iter, rounds of suppression and reinforcement.
         suppression_loops: l_FTS, per round.
         reinforcement_loops: l_NTR, per round.
@@ -38,10 +43,26 @@ class Sophon(GuardedDefense):
         tasks: N, simulated adversaries a suppression loop (the paper: one per GPU, three).
         steps: K, steps that each of them takes.
         gamma: weights of Eq. 4, one a step; None: all 1 (the paper does not give them).
-        initialisations: how simulated adversaries start; one is drawn for each.
-        optimizers: theirs; one is drawn for each.
+        initialisations: how simulated adversaries start; one is drawn for each. The paper simulates "direct" and
+            "head"; "last-block" and "last-half" are ours (see `Strategy`).
+        scopes: what they train; the paper: everything.
+        optimizers: theirs; one is drawn for each. The paper simulates Adam.
         learning_rates: theirs; one is drawn for each.
         batch_sizes: theirs; one is drawn for each.
+        strategies: the whole of Phi, written out; then the five settings above are not looked at. Ours.
+        population: simulated adversaries that are kept side by side and take turns, at least `tasks`; None: as many.
+        lifetime: loops that one of them goes on for, `steps` a loop, before a new one is drawn in its place; 1: none
+            is continued, as in the paper.
+        probe_weight: of `ridge_probe` on the simulated adversaries' features, beside the suppression loss; 0: none, as
+            in the paper.
+        probe_ridge: see `ridge_probe`.
+        probe_batch: samples that this probe is fitted on.
+        distillation: weight of KL(original || model) on benign batches, beside the reinforcement loss; 0: none, as in
+            the paper.
+        temperature: of that distillation.
+        second_order: the exact meta-gradient instead of the first-order one: for a small K, without Adam's relatives.
+        precision: of forward and backward passes: "float32", or "bf16" where torch's autocast deems it safe.
+        compile: let torch.compile make the forward passes: worth its start-up time for long runs.
         reinforcement_batch: samples a reinforcement loop (the paper does not give it).
         clip: the meta-gradient's norm is clipped to this (published code; the value is ours); None: never.
         guard: watch for non-finite values and for the benign score; without it, a non-finite value ends the defense.
@@ -61,7 +82,7 @@ class Sophon(GuardedDefense):
         "IEEE S&P 2024"
     )
 
-    loss: Literal["ice", "klu", "ce-ascent"] = "ice"
+    loss: Literal["ice", "klu", "ce-ascent", "none"] = "ice"
     suppression_loops: int = 1
     reinforcement_loops: int = 1
     suppression_lr: float = 3e-4
@@ -69,46 +90,93 @@ class Sophon(GuardedDefense):
     tasks: int = 1
     steps: int = 50
     gamma: tuple[float, ...] | None = None
-    initialisations: tuple[Literal["direct", "head"], ...] = ("direct", "head")
+    initialisations: tuple[Initialisation, ...] = ("direct", "head")
+    scopes: tuple[Scope, ...] = ("all",)
     optimizers: tuple[str, ...] = ("adam",)
     learning_rates: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
     batch_sizes: tuple[int, ...] = (50, 100, 150, 200, 250)
+    strategies: tuple[Strategy, ...] | None = None
+    population: int | None = None
+    lifetime: int = 1
+    probe_weight: float = 0.0
+    probe_ridge: float = 0.01
+    probe_batch: int = 250
     reinforcement_batch: int = 200
+    distillation: float = 0.0
+    temperature: float = 2.0
     clip: float | None = 1.0
+    second_order: bool = False
+    precision: Literal["float32", "bf16"] = "float32"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss not in LOSSES:
-            raise unknown("suppression loss", self.loss, LOSSES)
-        self.refuse_below_one("suppression_loops", "tasks", "steps", "reinforcement_batch")
-        self.refuse_not_above_zero("suppression_lr", "reinforcement_lr", "clip")
+        if self.loss not in LOSSES and self.loss != "none":
+            raise unknown("suppression loss", self.loss, [*LOSSES, "none"])
+        self.refuse_below_one("suppression_loops", "tasks", "steps", "reinforcement_batch", "lifetime", "probe_batch")
+        self.refuse_not_above_zero("suppression_lr", "reinforcement_lr", "clip", "probe_ridge", "temperature")
+        for name in ("probe_weight", "distillation"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise HoldfastError(f"sophon: {name} is {getattr(self, name)}; expected a number of at least 0.")
+        if self.loss == "none" and not self.probe_weight:
+            raise HoldfastError("sophon: loss is 'none' and probe_weight is 0, so nothing is suppressed; give one.")
+        if self.precision not in ("float32", "bf16"):
+            raise unknown("precision", self.precision, ("float32", "bf16"))
+        if self.population is not None and self.population < self.tasks:
+            raise HoldfastError(
+                f"sophon: population is {self.population} and tasks {self.tasks}: each loop needs as many adversaries."
+            )
         if self.gamma is not None and not all(map(math.isfinite, self.gamma)):
             raise HoldfastError(f"sophon: gamma is {self.gamma}; expected finite numbers.")
-        for name in ("initialisations", "optimizers", "learning_rates", "batch_sizes"):
+        for name in ("initialisations", "scopes", "optimizers", "learning_rates", "batch_sizes"):
             if not getattr(self, name):
                 raise HoldfastError(f"sophon: {name} is empty; give at least one.")
         if self.gamma is not None and len(self.gamma) != self.steps:
             raise HoldfastError(
                 f"sophon: gamma has {len(self.gamma)} weights and there are {self.steps} steps; give one a step."
             )
-        self.phi()  # refuses unknown optimizers and rates or sizes out of range now, not in the middle of the work
+        phi = self.phi()  # refuses unknown names and rates or sizes out of range now, not in the middle of the work
+        if self.second_order:
+            self._check_second_order(phi)
+
+    def _check_second_order(self, phi: list[Strategy]) -> None:
+        for strategy in phi:
+            if strategy.optimizer not in MOMENTUM or strategy.scope != "all" or strategy.gradient != "raw":
+                raise HoldfastError(
+                    f"sophon: the exact meta-gradient is for adversaries that train everything with "
+                    f"{', '.join(MOMENTUM)}; got {strategy.scope!r} with {strategy.optimizer!r}. Set optimizers, or "
+                    "second_order: false."
+                )
+        if self.lifetime > 1 or self.probe_weight or self.precision != "float32" or self.compile:
+            raise HoldfastError(
+                "sophon: the exact meta-gradient goes without lifetime, probe_weight, bf16 and compile; leave them out."
+            )
 
     def phi(self) -> list[Strategy]:
         """Returns every fine-tuning setting that may be simulated: the paper's Phi.
 
         Raises:
-            HoldfastError: for a start of the body, whose meta-gradient would be another one.
+            HoldfastError: for adapters, which the released model does not have.
         """
-        for start in self.initialisations:
-            if start not in ("direct", "head"):
-                raise unknown("initialisation", start, ("direct", "head"))
-        return [
-            Strategy(initialisation, "all", optimizer, rate, size)
-            for initialisation in self.initialisations
-            for optimizer in self.optimizers
-            for rate in self.learning_rates
-            for size in self.batch_sizes
-        ]
+        if self.strategies is not None:
+            phi = list(self.strategies)
+        else:
+            phi = [
+                Strategy(initialisation, scope, optimizer, rate, size)
+                for initialisation in self.initialisations
+                for scope in self.scopes
+                for optimizer in self.optimizers
+                for rate in self.learning_rates
+                for size in self.batch_sizes
+            ]
+        if not phi:
+            raise HoldfastError("sophon: strategies is empty; give at least one, or leave it out.")
+        if any(strategy.scope == "lora" for strategy in phi):
+            raise HoldfastError(
+                "sophon: 'lora' cannot be simulated: adapters are not in the model that is immunized. Scope 'all' is "
+                "the stronger adversary."
+            )
+        return phi
 
     def immunize(self, model: SplitModel, benign: Task, restricted: Task, *, run: Run) -> tuple[SplitModel, Record]:
         """Runs Algorithm 1; see `Defense.immunize`.
@@ -127,8 +195,8 @@ class Sophon(GuardedDefense):
             reason = not_applicable(strategy, model, restricted)
             if reason is not None:
                 raise HoldfastError(
-                    f"sophon: {reason}, so '{strategy.initialisation}' cannot be simulated; set initialisations to "
-                    "[head]."
+                    f"sophon: {reason}, so a start from '{strategy.initialisation}' that trains '{strategy.scope}' "
+                    "cannot be simulated; leave it out of initialisations and scopes (or strategies)."
                 )
         return _Immunization(self, model, benign, restricted, run).finish()
 
@@ -137,12 +205,24 @@ class _Immunization(Immunization[Sophon]):
     """One run of Algorithm 1."""
 
     title = "SOPHON"
-    series = ("suppression_loss", "reinforcement_loss")
+    series = ("suppression_loss", "reinforcement_loss", "simulated_score")
+    shown = ("suppression_loss", "simulated_score")
     rate_name = "suppression_lr"
 
     def __init__(self, config: Sophon, model: SplitModel, benign: Task, restricted: Task, run: Run) -> None:
         super().__init__(config, model, benign, restricted, run, rate=config.suppression_lr)
-        self.simulation = Simulation(self.model, LOSSES[config.loss])
+        self.population = Population(
+            self.model,
+            Objective(LOSSES.get(config.loss), config.probe_weight, config.probe_ridge, config.probe_batch),
+            config.phi(),
+            size=config.population or config.tasks,
+            lifetime=config.lifetime,
+            devices=_devices(run.device) if config.tasks > 1 else (),
+            kind=ExactSimulation if config.second_order else Simulation,
+            bf16=config.precision == "bf16",
+            compiled=config.compile,
+        )
+        self.teacher = model.clone().to(run.device).eval() if config.distillation else None
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """See `Immunization.make_optimizers`; the guard halves the suppressor's rate alone."""
@@ -153,34 +233,79 @@ class _Immunization(Immunization[Sophon]):
 
     def one_round(self, generator: torch.Generator) -> dict[str, list[float]]:
         """Suppression loops, then reinforcement loops."""
-        config, reinforcer, reinforcement = self.config, self.optimizers["reinforcer"], []
-        suppression = [self._suppress(generator) for _ in range(config.suppression_loops)]
+        config, reinforcer = self.config, self.optimizers["reinforcer"]
+        seen = [s for _ in range(config.suppression_loops) for s in self._suppress(generator)]
+        reinforcement = []
         batches = self.benign.batches("train", config.reinforcement_batch, generator=generator, device=self.run.device)
         self.training_mode()
         for _ in range(config.reinforcement_loops):
-            loss = self.benign.loss(self.model, next(batches))
+            with torch.autocast(self.run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = self._reinforcement_loss(next(batches))
             reinforcer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             reinforcer.step()
             reinforcement.append(float(loss.detach()))
-        return {"suppression_loss": suppression, "reinforcement_loss": reinforcement}
+        return {
+            "suppression_loss": [s.loss for s in seen],
+            "reinforcement_loss": reinforcement,
+            "simulated_score": [s.accuracy for s in seen],
+        }
 
-    def _suppress(self, generator: torch.Generator) -> float:
-        config, phi = self.config, self.config.phi()
-        self.simulation.zero()
-        losses = []
-        for _ in range(config.tasks):
-            strategy = phi[int(torch.randint(len(phi), (), generator=generator))]
-            losses.append(
-                self.simulation.run(self.restricted, strategy, config.steps, config.gamma, generator=generator)
-            )
-        for parameter, gradient in zip(self.model.parameters(), self.simulation.gradients(), strict=True):
+    def _suppress(self, generator: torch.Generator) -> list[Seen]:
+        config = self.config
+        seen = self.population.loop(self.restricted, config.tasks, config.steps, config.gamma, generator=generator)
+        for parameter, gradient in zip(self.model.parameters(), self.population.gradients(), strict=True):
             parameter.grad = gradient
         if config.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizers["suppressor"].step()
-        return sum(losses) / len(losses)
+        return seen
+
+    def _reinforcement_loss(self, batch: Batch) -> Tensor:
+        """L_beta, and how far the model's answers are from the original's."""
+        if self.teacher is None:
+            return self.benign.loss(self.model, batch)
+        with torch.no_grad():
+            wanted = self.teacher(batch.x).float()
+        logits = self.model(batch.x).float()
+        return F.cross_entropy(logits, batch.y) + self.config.distillation * distillation_loss(
+            logits, wanted, self.config.temperature
+        )
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """See `Immunization.saved`."""
+        return self.population.saved()
+
+    def restore_own(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """See `Immunization.restore_own`."""
+        self.population.restore(self.restricted, tensors, values)
+
+    def forget(self) -> None:
+        """See `Immunization.forget`."""
+        self.population.clear()
 
     def too_low(self, why: str) -> None:
         """See `Immunization.too_low`: suppression went too far."""
         self.go_back(why)
+
+
+def distillation_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student) at temperature T: its gradient does not shrink with T.
+
+    Args:
+        logits: the student's, shape (N, C).
+        wanted: the teacher's, of the same shape.
+        temperature: T, above 0.
+
+    Example:
+        >>> distillation_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 3.0]]), 2.0).item()
+        0.0
+    """
+    student, teacher = (F.log_softmax(z / temperature, -1) for z in (logits, wanted))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def _devices(chosen: torch.device) -> list[torch.device]:
+    """Where simulated adversaries run: one a device, as in the paper, if a kind of device was chosen and not one."""
+    count = torch.cuda.device_count() if chosen.type == "cuda" and chosen.index is None else 1
+    return [torch.device("cuda", i) for i in range(count)] if count > 1 else [chosen]

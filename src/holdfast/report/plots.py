@@ -209,7 +209,11 @@ def series_title(name: str) -> str:
         >>> series_title("suppression_loss")
         'Suppression loss'
     """
-    known = {"benign_score": "Held-out benign score"}
+    known = {
+        "benign_score": "Held-out benign score",
+        "simulated_score": "Simulated adversaries' accuracy",
+        "validation_score": "Best of the defender's own attacks",
+    }
     return known.get(name, name.replace("_", " ").capitalize())
 
 
