@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,17 @@ class Ground:
     defenders: Task
     adversarys: Task
 
+    @cached_property
+    def made_of(self) -> MadeOf:
+        """What any model that is immunized here depends on."""
+        mean, std = (None if v is None else v.flatten().tolist() for v in (self.original.mean, self.original.std))
+        return {
+            "model": self.original.facts().sha256,
+            "input normalisation": [mean, std],
+            "benign": self.benign.facts().sha256,
+            "restricted": self.defenders.facts().sha256,
+        }
+
 
 @dataclass(frozen=True)
 class Order:
@@ -162,16 +174,8 @@ class Order:
     @classmethod
     def of(cls, setting: str, label: str, seed: int, defense: Defense, ground: Ground, run: Run) -> Order:
         """Describes an immunization; seed s of it has the run's seed + s, as `holdfast immunize --seed` would."""
-        mean, std = (None if v is None else v.flatten().tolist() for v in (ground.original.mean, ground.original.std))
-        made_of = {
-            "defense": defense.name,
-            **{f"defense.{key}": value for key, value in defense.config().items()},
-            "seed": run.seed + seed,
-            "model": ground.original.facts().sha256,
-            "input normalisation": [mean, std],
-            "benign": ground.benign.facts().sha256,
-            "restricted": ground.defenders.facts().sha256,
-        }
+        settings = {f"defense.{key}": value for key, value in defense.config().items()}
+        made_of = {"defense": defense.name, **settings, "seed": run.seed + seed, **ground.made_of}
         return cls(setting, label, seed, defense, run.seed + seed, json.loads(json.dumps(made_of)))
 
     def __str__(self) -> str:
@@ -272,8 +276,6 @@ def immunize_all(
     alone = executor.name == "serial"  # then each defense shows its own bar, and two do not fit on a terminal
     shown = Run(run.seed, run.device, run.folder, quiet=run.quiet or alone)
     with shown.progress("Immunizing", len(orders), len(orders) - len(missing)) as bar:
-        if alone and missing:
-            run.say(f"Immunizing: {', '.join(map(str, missing))}")
         for index, (model, notes) in executor.run(_work, _Workshop(grounds, run), missing):
             order = missing[index]
             own.keep(order.made_of, model, notes)
@@ -313,6 +315,7 @@ def _work(workshop: _Workshop, order: Order) -> tuple[SplitModel, dict[str, Any]
     place = _workplace(run, order)
     # A worker on another machine does not see the folder, and works without checkpoints.
     own = Run(order.run_seed, run.device, place if place.is_dir() else None, run.quiet)
+    run.say(f"Immunizing {order}")
     begin = time.perf_counter()
     model, record = order.defense.immunize(ground.original, ground.benign, ground.defenders, run=own)
     seconds = time.perf_counter() - begin

@@ -356,7 +356,12 @@ def _run_protocol(
     defenses = recipe.build_defenses()
     check_reuse(reuse)
     run = Run(recipe.seed, resolve_device(device))
-    grounds = {name: _ground(name, spec, recipe.shots, data_dir, run) for name, spec in recipe.settings.items()}
+    wanted_tasks = dict.fromkeys(task for spec in recipe.settings.values() for task in (spec.benign, spec.restricted))
+    tasks = {spec: load_task(spec, data_dir=data_dir) for spec in wanted_tasks}  # each once, if in several settings
+    grounds = {
+        name: _ground(name, spec, tasks[spec.benign], tasks[spec.restricted], recipe.shots, data_dir, run)
+        for name, spec in recipe.settings.items()
+    }
     job = _Job.start("protocol", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
     for name, ground in grounds.items():
         job.tasks |= {f"{name}: benign": ground.benign.facts(), f"{name}: restricted": ground.restricted.facts()}
@@ -379,9 +384,16 @@ def _run_protocol(
         return job.save(outcome=outcome)
 
 
-def _ground(name: str, spec: SettingSpec, shots: int | None, data_dir: Path | str | None, run: Run) -> Ground:
-    """Loads what a setting names, its model still untrained; refuses what does not fit together."""
-    benign, restricted = (load_task(task, data_dir=data_dir) for task in (spec.benign, spec.restricted))
+def _ground(
+    name: str,
+    spec: SettingSpec,
+    benign: Task,
+    restricted: Task,
+    shots: int | None,
+    data_dir: Path | str | None,
+    run: Run,
+) -> Ground:
+    """Loads a setting's model, which may still be untrained; refuses what does not fit together."""
     with run.seeded("initialise"):
         model = load_model(spec.model, benign, data_dir=data_dir)
     _refuse_without_weights(f"Setting {name!r}", spec.model, spec.pretrain)

@@ -250,11 +250,11 @@ def _assign(settings: dict[str, Any], dotted: str, value: Any, source: str) -> N
     *parents, leaf = dotted.split(".")
     here = settings
     for key in parents:
-        if here.get(key) is None:
-            here[key] = {}
-        here = here[key]
-        if not isinstance(here, dict):
+        inner = here.get(key) or {}
+        if not isinstance(inner, dict):
             raise HoldfastError(f"Recipe {source}: {dotted!r} goes through {key!r}, which is no mapping.")
+        here[key] = {**inner}  # a mapping of its own: with YAML's aliases, one may stand in several places
+        here = here[key]
     here[leaf] = copy.deepcopy(value)
 
 

@@ -166,7 +166,8 @@ def _accuracy(scenes: Sequence[Scene], rows: Mapping[str, Sequence[Row]], epochs
         f"{unit.capitalize()} on the restricted task ({restricted}) after so many epochs of each attack, and on the "
         f"benign task before any; mean ± standard deviation over seeds, in percent.{length}{_about_paper(scenes)}"
     )
-    return Table(title=f"{unit.capitalize()} over epochs", rows=found, percent=True, note=note)
+    title = f"{unit.capitalize()} over epochs" if any(rows.values()) else f"Benign {unit}; no attacks"
+    return Table(title=title, rows=found, percent=True, note=note if any(rows.values()) else "")
 
 
 def _about_paper(scenes: Sequence[Scene]) -> str:
@@ -425,7 +426,7 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _share(percent: float | None) -> float | None:
-    return None if percent is None else percent / 100
+    return None if percent is None else round(percent / 100, 12)  # 96.2 % is 0.962, as it is written
 
 
 def _plain(values: np.ndarray) -> list[float | None]:
