@@ -248,7 +248,7 @@ class TestTables:
     def test_how_models_were_immunized(self, result):
         row = rows(result, "immunization", "defense")["SOPHON",]
         assert (row["ended"], row["from"], row["rounds"].mean, row["rollbacks"].mean) == (
-            "completed", "immunized here", 2, 0,
+            "completed", "here", 2, 0,
         )  # fmt: skip
         assert row["last loss"].mean is not None
         assert row["largest jump"].mean > 0
@@ -271,7 +271,7 @@ class TestTables:
         assert "epoch 3" not in table["original", "A"]
         assert table["original", "B"]["epoch 3"].n == table["scratch", "B"]["epoch 3"].n == 1
         assert "epoch 3" not in found.tables["best"].rows[0]
-        figure = found.figures["attack_0_1"]
+        figure = found.figures["attack_1"]
         assert isinstance(figure, Lines)
         assert figure.x == [0, 1, 2, 3]
 
@@ -373,10 +373,10 @@ class TestTabulate:
 
     def test_sentences(self):
         original, defended, jump = self.outcome().findings
-        assert "best attack on the original is at 80.0 %, from scratch at 45.0 %; chance is 10.0 %" in original
-        assert "D under its best attack, B, is at 35.0 %: -10.0 ± 10.0 points over scratch" in defended
+        assert "best attack on the original is at 80.0%, from scratch at 45.0%; chance is 10.0%" in original
+        assert "D under its best attack, B, is at 35.0%: -10.0 ± 10.0 points over scratch" in defended
         assert "2 of 2 attacks end no higher than the same from scratch" in defended
-        assert "was 95.0 % before, and is 85.0 %" in defended
+        assert "was 95.0% before, and is 85.0%" in defended
         assert "largest jump of its suppression loss between two rounds is 1.5" in jump
 
     def test_what_is_not_finite_is_said_and_is_no_number(self):
@@ -386,7 +386,7 @@ class TestTabulate:
         found = tabulate([scene(made={("D", 0): lost})], lines, (0, 1, 2))
         row = rows(found, "immunization", "defense")["D",]
         assert (row["ended"], row["non-finite from"].mean, row["largest jump"].mean) == ("gave up", 2, None)
-        assert "x: D: in 1 of 1 seeds a suppression loss was not finite (round 2)." in found.findings
+        assert "D: in 1 of 1 seeds a suppression loss was not finite (round 2)." in found.findings
         assert any("did not complete with seed 0" in f for f in found.findings)
         assert found.tables["advantage"].rows == []  # nothing was trained from scratch
 
@@ -487,7 +487,7 @@ class TestReuse:
         changes = {"defenses": other, "attacks": {}, "seeds": 1}
         found = run_recipe(recipe(**changes), folder=tmp_path, device="cpu", reuse=[folder])
         assert [row["from"].split(" from")[0] for row in found.tables["immunization"].rows] == [
-            "reused", "immunized here",
+            "reused", "here",
         ]  # fmt: skip
         said = " ".join(capsys.readouterr().err.split())
         assert "longer, seed 0, in 'digits' (longer, seed 0: the nearest differs in defense.iterations)" in said
@@ -520,7 +520,7 @@ class TestReuse:
 class TestPages:
     def test_the_report_has_tables_and_figures(self, folder):
         page = (folder / "report.html").read_text()
-        for text in ("Accuracy over epochs", "Advantage over scratch", "paper 10.5 ± 0.8", 'id="plot-attack_0_0"'):
+        for text in ("Accuracy over epochs", "Advantage over scratch", "paper 10.5 ± 0.8", 'id="plot-attack_0"'):
             assert text in page
         assert "Verdict" not in page.split("<script>")[0]
 

@@ -106,7 +106,7 @@ class Scene:
         return Cell.of([self.original] if model == ORIGINAL else own, printed)
 
     def drop(self, model: str) -> Cell:
-        """What a model lost of the original's benign score, over seeds of its defense."""
+        """What a model lost of the original's benign score, over seeds of its defense; empty for the controls."""
         own = [made.benign for (label, _), made in self.made.items() if label == model]
         known = [self.original - score for score in own if score is not None and self.original is not None]
         return Cell.of(known if len(known) == len(own) else [None])
@@ -134,9 +134,12 @@ def tabulate(scenes: Sequence[Scene], rows: Sequence[Row], epochs: Sequence[int]
                 del row["setting"]
     figures: dict[str, Figure] = {}
     findings: list[str] = []
+    several = len(scenes) > 1
     for i, scene in enumerate(scenes):
-        figures |= _figures(f"{i}", scene, by_scene[scene.name], compared[scene.name], epochs, len(scenes) > 1)
-        findings += _findings(scene, by_scene[scene.name], compared[scene.name], epochs)
+        mine = by_scene[scene.name], compared[scene.name], epochs
+        where = f"{scene.name}: " if several else ""
+        figures |= {f"{k}_{i}" if several else k: v for k, v in _figures(scene, *mine, where).items()}
+        findings += [where + finding for finding in _findings(scene, *mine)]
     return Outcome(tables, figures, findings)
 
 
@@ -215,8 +218,7 @@ def _best(scenes: Sequence[Scene], compared: Mapping[str, Mapping[str, Compariso
             scores = comparison.scores[_role(model)]
             row: TableRow = {"setting": scene.name, "model": model, "attack": battery.best_name(len(epochs) - 1)}
             row["benign"] = scene.benign(model).model_copy(update={"paper": None})
-            if _role(model) == "immunized":
-                row["benign drop"] = scene.drop(model)
+            row["benign drop"] = scene.drop(model)
             found.append(row | {_column(e): Cell.of(_plain(scores[:, k])) for k, e in enumerate(epochs)})
     note = (
         "The attack that is best at this epoch or before, chosen by mean over seeds on one half of the test split and "
@@ -254,7 +256,7 @@ def _immunization(scenes: Sequence[Scene]) -> Table:
                 "defense": label,
                 "seed": str(seed),
                 "ended": "completed" if made.result.completed else "gave up",
-                "from": f"reused from {made.reused_from}" if made.reused_from else "immunized here",
+                "from": f"reused from {made.reused_from}" if made.reused_from else "here",
                 "rounds": Cell.of([len(history.get("iteration", []))]),
                 "rollbacks": Cell.of([made.result.rollbacks]),
                 "held-out benign": Cell.of([_last(history.get("benign_score", []))]),
@@ -294,14 +296,8 @@ def first_lost(result: ImmunizationResult) -> int | None:
 
 
 def _figures(
-    key: str,
-    scene: Scene,
-    rows: Sequence[Row],
-    compared: Mapping[str, Comparison],
-    epochs: Sequence[int],
-    several: bool,
+    scene: Scene, rows: Sequence[Row], compared: Mapping[str, Comparison], epochs: Sequence[int], where: str
 ) -> dict[str, Figure]:
-    where = f"{scene.name}: " if several else ""
     axes = {"x_title": "epoch", "y_title": f"{scene.unit} on {scene.restricted}"}
     found: dict[str, Figure] = {}
     attacks = list(dict.fromkeys(r.attack for r in rows if r.model != SCRATCH and r.curves))
@@ -309,11 +305,11 @@ def _figures(
         mine = [row for row in rows if attack in row.covers and row.curves]
         x = sorted({e for row in mine for e in row.epochs})
         series = {r.model: [r.cell(e).mean if e in r.epochs else None for e in x] for r in mine}
-        found[f"attack_{key}_{i}"] = Lines(title=f"{where}{attack}", x=list(map(float, x)), series=series, **axes)
+        found[f"attack_{i}"] = Lines(title=f"{where}{attack}", x=list(map(float, x)), series=series, **axes)
     if len(attacks) > 1:
         best = {m: _plain(c.scores[_role(m)].mean(0)) for m, c in compared.items()}
         title = f"{where}best attack on each model"
-        found[f"best_{key}"] = Lines(title=title, x=list(map(float, epochs)), series=best, **axes)
+        found["best_attack"] = Lines(title=title, x=list(map(float, epochs)), series=best, **axes)
     losses = {
         label if seed == 0 else f"{label}, seed {seed}": made.result.history["suppression_loss"]
         for (label, seed), made in scene.made.items()
@@ -321,7 +317,7 @@ def _figures(
     }
     if losses:
         longest = max(map(len, losses.values()))
-        found[f"suppression_{key}"] = Lines(
+        found["suppression"] = Lines(
             title=f"{where}suppression loss",
             x_title="round",
             y_title="suppression loss",
@@ -339,9 +335,9 @@ def _findings(
     for label in labels:
         if label in compared:
             found.append(_about_defense(label, scene, rows, compared, epochs))
-        found += _about_immunization(label, scene)
+        found += _about_immunization(label, scene.made)
     refused = {row.attack: row.remark for row in rows if row.remark}
-    found += [f"{scene.name}: {attack} is {remark}." for attack, remark in refused.items()]
+    found += [f"{attack} is {remark}." for attack, remark in refused.items()]
     return found
 
 
@@ -351,7 +347,7 @@ def _about_original(scene: Scene, compared: Mapping[str, Comparison], epochs: Se
     assert ahead is not None
     last = Cell.of(seed[-1] for seed in ahead)
     text = (
-        f"{scene.name}: after epoch {epochs[-1]}, the best attack on the original is at {_score(compared, ORIGINAL)}, "
+        f"After epoch {epochs[-1]}, the best attack on the original is at {_score(compared, ORIGINAL)}, "
         f"from scratch at {_score(compared, SCRATCH)}; chance is {_percent(scene.chance)}."
     )
     if last.mean is not None and last.mean <= 0:
@@ -364,8 +360,7 @@ def _about_defense(
 ) -> str:
     comparison = compared[label]
     best = comparison.batteries["immunized"].best_name(len(epochs) - 1)
-    end = f"after epoch {epochs[-1]}"
-    text = f"{scene.name}: {end}, {label} under its best attack, {best}, is at {_score(compared, label)}"
+    text = f"After epoch {epochs[-1]}, {label} under its best attack, {best}, is at {_score(compared, label)}"
     ahead = _ahead(label, comparison)
     if ahead is not None:
         last, area = Cell.of(seed[-1] for seed in ahead), Cell.of(_mean(seed[1:]) for seed in ahead)
@@ -380,24 +375,23 @@ def _about_defense(
     return text + "."
 
 
-def _about_immunization(label: str, scene: Scene) -> list[str]:
+def _about_immunization(label: str, every: Mapping[tuple[str, int], Made]) -> list[str]:
     """What went wrong, or was taken from elsewhere."""
-    own = {seed: made for (name, seed), made in scene.made.items() if name == label}
-    where = f"{scene.name}: {label}"
+    own = {seed: made for (name, seed), made in every.items() if name == label}
     found = []
     lost = {seed: at for seed, made in own.items() if (at := first_lost(made.result)) is not None}
     if lost:
         rounds = ", ".join(map(str, lost.values()))
-        found.append(f"{where}: in {len(lost)} of {len(own)} seeds a suppression loss was not finite (round {rounds}).")
+        found.append(f"{label}: in {len(lost)} of {len(own)} seeds a suppression loss was not finite (round {rounds}).")
     unfinished = [seed for seed, made in own.items() if not made.result.completed]
     if unfinished:
         seeds = ", ".join(map(str, unfinished))
-        found.append(f"{where} did not complete with seed {seeds}: it gave up early, and its last state was attacked.")
+        found.append(f"{label} did not complete with seed {seeds}: it gave up early, and its last state was attacked.")
     jumps = [jump for made in own.values() if (jump := _jump_of(made)) is not None]
     if jumps:
-        found.append(f"{where}: the largest jump of its suppression loss between two rounds is {max(jumps):.3g}.")
+        found.append(f"{label}: the largest jump of its suppression loss between two rounds is {max(jumps):.3g}.")
     for owner in dict.fromkeys(made.reused_from for made in own.values() if made.reused_from):
-        found.append(f"{where} was not immunized here, but reused from {owner}.")
+        found.append(f"{label} was not immunized here, but reused from {owner}.")
     return found
 
 
@@ -411,7 +405,7 @@ def _score(compared: Mapping[str, Comparison], model: str) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{value:.1%}"
 
 
 def _points(cell: Cell) -> str:

@@ -89,16 +89,24 @@ def _show_study(result: RunResult, console: Console) -> None:
 
 
 def _show_protocol(result: RunResult, console: Console) -> None:
-    """The accuracies; all else is in the report."""
+    """The accuracies, a table for each setting; all else is in the report."""
     each = result.tables["accuracy"]
-    columns = list(dict.fromkeys(column for row in each.rows for column in row))
-    numbers = [c for c in columns if any(isinstance(row.get(c), Cell) for row in each.rows)]
-    table = Table(title=f"{each.title}, in %", title_justify="left", pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=column in numbers)
-    for row in each.rows:
-        table.add_row(*(_percent(cell) if isinstance(cell := row.get(c, ""), Cell) else cell for c in columns))
-    Console().print(table)
+    for setting in dict.fromkeys(str(row.get("setting", "")) for row in each.rows):
+        rows = [row for row in each.rows if row.get("setting", "") == setting]
+        numbers = [
+            c
+            for c in dict.fromkeys(c for row in rows for c in row)
+            if any(isinstance(row.get(c), Cell) for row in rows)
+        ]
+        table = Table(title=f"{setting or each.title}, in %", title_justify="left", pad_edge=False)
+        table.add_column("model", no_wrap=True)
+        table.add_column("attack")
+        for column in numbers:
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in rows:
+            cells = [_percent(cell) if isinstance(cell := row.get(c), Cell) else "" for c in numbers]
+            table.add_row(str(row["model"]), str(row.get("attack", "")), *cells)
+        Console().print(table)
     for finding in result.findings:
         console.print(f"- {finding}")
 
