@@ -33,7 +33,7 @@ def run_command(
     set: Sequence[str] = (),
     reuse: Sequence[Path] = (),
 ) -> int:
-    """Run a recipe: train or load a model, immunize it, audit it, write the report; or a study, or a protocol of attacks.
+    """Run a recipe: load a model, immunize it, audit it, write the report; or a study, or a protocol of attacks.
 
     If the folder already holds a part of this very job, only what is missing is done. Ctrl-C is safe at any time.
 
