@@ -205,7 +205,7 @@ class _Immunization(Immunization[Sophon]):
     """One run of Algorithm 1."""
 
     title = "SOPHON"
-    series = ("suppression_loss", "reinforcement_loss", "simulated_score")
+    series = ("suppression_loss", "reinforcement_loss", "simulated_score", "gradient_passes")
     shown = ("suppression_loss", "simulated_score")
     rate_name = "suppression_lr"
 
@@ -249,7 +249,14 @@ class _Immunization(Immunization[Sophon]):
             "suppression_loss": [s.loss for s in seen],
             "reinforcement_loss": reinforcement,
             "simulated_score": [s.accuracy for s in seen],
+            "gradient_passes": [self._passes()],
         }
+
+    def _passes(self) -> int:
+        """Forward and backward passes of a round; what the guard and validation do is not among them."""
+        config = self.config
+        evaluations = config.steps * (config.loss != "none") + (config.probe_weight > 0)
+        return config.suppression_loops * config.tasks * (config.steps + evaluations) + config.reinforcement_loops
 
     def _suppress(self, generator: torch.Generator) -> list[Seen]:
         config = self.config
