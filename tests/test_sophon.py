@@ -293,6 +293,25 @@ def trained_on(task):
     return pretrain(load_model("cnn", task), task, steps=60)
 
 
+class TestRecovery:
+    def made(self, benign, restricted, run, **more):
+        harsh = Sophon(iterations=4, steps=2, suppression_lr=0.05, guard_every=1, batch_sizes=(20,), clip=None,
+                       reinforcement_loops=1, max_benign_drop=0.1, **more)  # fmt: skip
+        return harsh.immunize(trained_on(benign), benign, restricted, run=run)
+
+    def test_reinforcement_brings_the_score_back_at_the_same_rate(self, benign, restricted, run):
+        _, without = self.made(benign, restricted, run)
+        assert any("halved" in e.message for e in without.events)
+        _, record = self.made(benign, restricted, run, recovery_loops=60, reinforcement_lr=5e-3)
+        assert any("brought back to" in e.message for e in record.events)
+        assert not any("halved" in e.message for e in record.events)
+        assert max(record.history["gradient_passes"]) == 2 * 2 + 1 + 60
+
+    def test_what_it_does_not_bring_back_goes_back(self, benign, restricted, run):
+        _, record = self.made(benign, restricted, run, recovery_loops=1, reinforcement_lr=1e-9)
+        assert any("halved" in e.message for e in record.events)
+
+
 class TestDistillation:
     def test_is_zero_at_the_teacher_and_has_its_gradient_there(self):
         teacher = torch.randn(4, 5, dtype=torch.float64, generator=stream())

@@ -68,7 +68,9 @@ class Sophon(GuardedDefense):
         guard: watch for non-finite values and for the benign score; without it, a non-finite value ends the defense.
         guard_every: rounds between two looks at the benign score.
         max_benign_drop: how far the held-out benign score may fall below the original's before the guard goes back to
-            the last good state and halves `suppression_lr`.
+            the last good state and halves `suppression_lr`. An original that was trained on what is held out here
+            scores higher there than on test data, and falls further.
+        recovery_loops: reinforcement loops by which the guard first tries to bring the score back; 0: none.
         max_rollbacks: the guard gives up after as many; the last good state is then the result.
         holdout: share of the benign training data kept back for the guard.
 
@@ -104,6 +106,7 @@ class Sophon(GuardedDefense):
     reinforcement_batch: int = 200
     distillation: float = 0.0
     temperature: float = 2.0
+    recovery_loops: int = 0
     clip: float | None = 1.0
     second_order: bool = False
     precision: Literal["float32", "bf16"] = "float32"
@@ -115,7 +118,7 @@ class Sophon(GuardedDefense):
             raise unknown("suppression loss", self.loss, [*LOSSES, "none"])
         self.refuse_below_one("suppression_loops", "tasks", "steps", "reinforcement_batch", "lifetime", "probe_batch")
         self.refuse_not_above_zero("suppression_lr", "reinforcement_lr", "clip", "probe_ridge", "temperature")
-        for name in ("probe_weight", "distillation"):
+        for name in ("probe_weight", "distillation", "recovery_loops"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise HoldfastError(f"sophon: {name} is {getattr(self, name)}; expected a number of at least 0.")
         if self.loss == "none" and not self.probe_weight:
@@ -233,24 +236,27 @@ class _Immunization(Immunization[Sophon]):
 
     def one_round(self, generator: torch.Generator) -> dict[str, list[float]]:
         """Suppression loops, then reinforcement loops."""
-        config, reinforcer = self.config, self.optimizers["reinforcer"]
+        config = self.config
         seen = [s for _ in range(config.suppression_loops) for s in self._suppress(generator)]
-        reinforcement = []
-        batches = self.benign.batches("train", config.reinforcement_batch, generator=generator, device=self.run.device)
-        self.training_mode()
-        for _ in range(config.reinforcement_loops):
-            with torch.autocast(self.run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = self._reinforcement_loss(next(batches))
-            reinforcer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            reinforcer.step()
-            reinforcement.append(float(loss.detach()))
         return {
             "suppression_loss": [s.loss for s in seen],
-            "reinforcement_loss": reinforcement,
+            "reinforcement_loss": self._reinforce(config.reinforcement_loops, generator),
             "simulated_score": [s.accuracy for s in seen],
             "gradient_passes": [self._passes()],
         }
+
+    def _reinforce(self, loops: int, generator: torch.Generator) -> list[float]:
+        config, optimizer, losses = self.config, self.optimizers["reinforcer"], []
+        batches = self.benign.batches("train", config.reinforcement_batch, generator=generator, device=self.run.device)
+        self.training_mode()
+        for _ in range(loops):
+            with torch.autocast(self.run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = self._reinforcement_loss(next(batches))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        return losses
 
     def _passes(self) -> int:
         """Forward and backward passes of a round; what the guard and validation do is not among them."""
@@ -292,7 +298,17 @@ class _Immunization(Immunization[Sophon]):
         self.population.clear()
 
     def too_low(self, why: str) -> None:
-        """See `Immunization.too_low`: suppression went too far."""
+        """See `Immunization.too_low`: suppression went too far; perhaps reinforcement alone makes up for it."""
+        config = self.config
+        if config.recovery_loops:
+            with self.run.seeded("sophon", "recovery", self.round, self.record.rollbacks) as generator:
+                losses = self._reinforce(config.recovery_loops, generator)
+            self.record.history["gradient_passes"][-1] = self._passes() + config.recovery_loops
+            score = self.held_out.score(self.model)
+            if score >= self.floor and all(map(math.isfinite, losses)):
+                self.say(f"{why}: brought back to {score:.3f} by {config.recovery_loops} reinforcement loops")
+                self.keep(score)
+                return
         self.go_back(why)
 
 
