@@ -15,7 +15,7 @@ from cases import DEFENSES
 from conftest import toy_task
 from holdfast.adversaries import FineTuning
 from holdfast.adversaries.batteries import BATTERIES
-from holdfast.defenses import Sophon, guarded
+from holdfast.defenses import Sophon, guarded, sophon
 from holdfast.defenses.population import Population
 from holdfast.defenses.second_order import MOMENTUM, ExactSimulation
 from holdfast.defenses.simulation import Simulation
@@ -160,6 +160,22 @@ class TestSimulation:
 
         assert close(gradient(True), gradient(False))
 
+    def test_evaluated_on_the_other_half_what_was_learned_by_heart_does_not_count(self, model, benign, restricted, run):
+        seen = []
+
+        class Spied(Simulation):
+            def _simulate(self, adversary, task, steps, gamma, generator, evaluation):
+                seen.append([{x.numpy().tobytes() for x in t._x["train"]} for t in (task, evaluation)])
+                return super()._simulate(adversary, task, steps, gamma, generator, evaluation)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sophon, "Simulation", Spied)
+            for disjoint in (True, False):
+                Sophon(iterations=1, steps=1, disjoint=disjoint).immunize(model, benign, restricted, run=run)
+        (learned, evaluated), (same, also) = seen
+        assert not learned & evaluated
+        assert learned | evaluated == same == also
+
 
 class TestExactGradient:
     @pytest.mark.parametrize("optimizer", MOMENTUM)
@@ -232,7 +248,7 @@ class TestPopulation:
         torch.manual_seed(1)
         once = Simulation(small, inverse_cross_entropy)
         adversary = once.start(strategy, task)
-        once._simulate(adversary, task, 12, None, stream())
+        once._simulate(adversary, task, 12, None, stream(), task)
         assert lasting.loops == 3
         assert close(lasting.model.parameters(), adversary.model.parameters())
 

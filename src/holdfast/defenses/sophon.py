@@ -21,7 +21,7 @@ from holdfast.defenses.population import Population
 from holdfast.defenses.second_order import MOMENTUM, ExactSimulation
 from holdfast.defenses.simulation import Seen, Simulation
 from holdfast.errors import HoldfastError, unknown
-from holdfast.execution import Run
+from holdfast.execution import Run, derive_seed
 from holdfast.finetune import Initialisation, Scope, Strategy, not_applicable
 from holdfast.models import SplitModel, check_fits
 from holdfast.suppression import LOSSES, Objective
@@ -53,6 +53,8 @@ class Sophon(GuardedDefense):
         population: simulated adversaries that are kept side by side and take turns, at least `tasks`; None: as many.
         lifetime: loops that one of them goes on for, `steps` a loop, before a new one is drawn in its place; 1: none
             is continued, as in the paper.
+        disjoint: simulated adversaries learn from one half of the defender's data and are evaluated on the other, so
+            that what they learned by heart does not count; False: both on all of it, as in the paper.
         probe_weight: of `ridge_probe` on the simulated adversaries' features, beside the suppression loss; 0: none, as
             in the paper.
         probe_ridge: see `ridge_probe`.
@@ -100,6 +102,7 @@ class Sophon(GuardedDefense):
     strategies: tuple[Strategy, ...] | None = None
     population: int | None = None
     lifetime: int = 1
+    disjoint: bool = False
     probe_weight: float = 0.0
     probe_ridge: float = 0.01
     probe_batch: int = 250
@@ -225,6 +228,11 @@ class _Immunization(Immunization[Sophon]):
             bf16=config.precision == "bf16",
             compiled=config.compile,
         )
+        self.learned, self.evaluated = (
+            self.restricted.halves(derive_seed(run.seed, "sophon", "disjoint"))
+            if config.disjoint
+            else (self.restricted, self.restricted)
+        )
         self.teacher = model.clone().to(run.device).eval() if config.distillation else None
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -266,7 +274,9 @@ class _Immunization(Immunization[Sophon]):
 
     def _suppress(self, generator: torch.Generator) -> list[Seen]:
         config = self.config
-        seen = self.population.loop(self.restricted, config.tasks, config.steps, config.gamma, generator=generator)
+        seen = self.population.loop(
+            self.learned, config.tasks, config.steps, config.gamma, generator=generator, evaluation=self.evaluated
+        )
         for parameter, gradient in zip(self.model.parameters(), self.population.gradients(), strict=True):
             parameter.grad = gradient
         if config.clip is not None:
@@ -291,7 +301,7 @@ class _Immunization(Immunization[Sophon]):
 
     def restore_own(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """See `Immunization.restore_own`."""
-        self.population.restore(self.restricted, tensors, values)
+        self.population.restore(self.learned, tensors, values)
 
     def forget(self) -> None:
         """See `Immunization.forget`."""
