@@ -194,6 +194,9 @@ class TestCatalog:
             (ModelSpec(name="timm:resnet19"), "Unknown timm model 'resnet19': did you mean 'resnet1"),
             (ModelSpec(name="cnn", options={"widht": 3}), "did you mean 'width'"),
             (ModelSpec(name="cnn", options={"width": "many"}), "cannot be built"),
+            (ModelSpec(name="cifar_vgg", options={"depth": 12}), "expected one of 11, 13, 16, 19"),
+            (ModelSpec(name="cifar_vit", options={"heads": 3}), "3 heads do not divide a width of 128"),
+            (ModelSpec(name="small_caformer", options={"depths": [1, 1]}), "four numbers each"),
             (ModelSpec(name="cnn", options={"depth": -1}), "depth is -1; expected at least 1"),
             (ModelSpec(name="timm:resnet18", options={"nonsense": 1}), "cannot be created"),
             (ModelSpec(name="timm:resnet18", options={"act_layer": "nonsense"}), "KeyError 'nonsense'"),
@@ -270,6 +273,7 @@ class TestCatalog:
         [
             ("mnist_cnn", 12, "vanish in its convolutions; give at least 16x16"),
             ("cifar_vit", 30, "no whole number of 4x4 patches"),
+            ("cifar_vgg", 16, "give at least 32x32"),
         ],
     )
     def test_images_that_a_network_cannot_take(self, name, size, message):

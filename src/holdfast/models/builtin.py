@@ -1,8 +1,8 @@
-"""Small architectures that train on two cores: an MLP, CNNs, the CIFAR residual networks, and a small ViT."""
+"""Small architectures that train on two cores: an MLP, CNNs, the CIFAR residual networks, a ViT and a CAFormer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -252,6 +252,90 @@ class CifarViT(nn.Module):
         return logits
 
 
+_VGG = {11: "A", 13: "B", 16: "D", 19: "E"}
+
+
+class CifarVGG(nn.Module):
+    """VGG's convolutions, pooled to one position, and two small hidden layers; for images from 32 pixels on.
+
+    Args:
+        input_shape: (channels, height, width).
+        num_outputs: number of logits.
+        depth: 11, 13, 16 or 19, as the original counts its layers.
+        hidden: units of each of the two hidden layers.
+        dropout: share of them that is dropped, in training.
+        norm: "batch" for BatchNorm behind each convolution, or "none".
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        num_outputs: int,
+        *,
+        depth: int = 13,
+        hidden: int = 256,
+        dropout: float = 0.5,
+        norm: Literal["batch", "none"] = "batch",
+    ) -> None:
+        super().__init__()
+        from torchvision.models.vgg import cfgs, make_layers
+
+        if depth not in _VGG:
+            raise ValueError(f"depth is {depth}; expected one of {', '.join(map(str, _VGG))}")
+        if min(input_shape[1:]) < 32:
+            raise ValueError("images shrink to nothing in its five poolings; give at least 32x32")
+        self.features = make_layers(cfgs[_VGG[depth]], batch_norm=norm == "batch")
+        if input_shape[0] != 3:
+            self.features[0] = nn.Conv2d(input_shape[0], 64, 3, padding=1)
+        self.hidden = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(512, hidden), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(dropout),
+        )  # fmt: skip
+        self.head = nn.Linear(hidden, num_outputs)
+        for module in self.features:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns logits of shape (N, num_outputs)."""
+        logits: Tensor = self.head(self.hidden(self.features(x)))
+        return logits
+
+
+def small_caformer(
+    input_shape: tuple[int, ...],
+    num_outputs: int,
+    *,
+    widths: Sequence[int] = (32, 64, 160, 256),
+    depths: Sequence[int] = (1, 1, 3, 1),
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """Returns timm's CAFormer (convolutions in two stages, attention in two), small enough to train on two cores.
+
+    Args:
+        input_shape: (channels, height, width), from 32 pixels on.
+        num_outputs: number of logits.
+        widths: channels of the four stages; those of the last two in steps of 32, the width of an attention head.
+        depths: blocks of the four stages.
+        drop_path: share of the residual branches that is dropped, in training.
+    """
+    from timm.models import metaformer
+
+    if len(widths) != 4 or len(depths) != 4:
+        raise ValueError("widths and depths need four numbers each, one a stage")
+    network: nn.Module = metaformer.MetaFormer(
+        in_chans=input_shape[0],
+        num_classes=num_outputs,
+        dims=tuple(widths),
+        depths=tuple(depths),
+        drop_path_rate=drop_path,
+        token_mixers=[metaformer.SepConv] * 2 + [metaformer.Attention] * 2,
+        norm_layers=[metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2,
+    )
+    return network
+
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 MNIST = ((0.1307,), (0.3081,))
 
@@ -261,6 +345,8 @@ BUILTIN: dict[str, tuple[Builder, str, tuple[tuple[float, ...], tuple[float, ...
     "cnn": (CNN, "head", ((0.5,), (0.5,))),
     "cifar_resnet": (CifarResNet, "linear", IMAGENET),
     "cifar_vit": (CifarViT, "mlp_head.1", IMAGENET),
+    "cifar_vgg": (CifarVGG, "head", IMAGENET),
+    "small_caformer": (small_caformer, "head.fc.fc2", IMAGENET),
     "mnist_cnn": (MnistCNN, "fc2", MNIST),
 }
 """Builder, name of the head, and (mean, std) of the input normalisation by default."""

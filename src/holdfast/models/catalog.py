@@ -32,8 +32,7 @@ class ModelSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(
-        description="`cnn`, `mlp`, `cifar_resnet`, `cifar_vit`, `mnist_cnn`, `timm:NAME`, `hf:NAME` or "
-        "`file.py:function`."
+        description="`cnn`, `cifar_resnet` or another built-in one, `timm:NAME`, `hf:NAME` or `file.py:function`."
     )
     weights: str | None = Field(
         None, description="A .safetensors file; relative paths are also sought in the data folder."
