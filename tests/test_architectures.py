@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from holdfast.defenses.simulation import Simulation
-from holdfast.finetune import Strategy
+from holdfast.finetune import Strategy, finetune, prepare
 from holdfast.models import ModelSpec, every_tensor, load_model
 from holdfast.suppression import inverse_cross_entropy
 from holdfast.tasks import ArrayTask
@@ -165,6 +165,25 @@ def test_a_suppression_loop_leaves_the_model_alone(built):
             else:
                 assert gradient.isfinite().all()
         assert any(g is not None and g.any() for g in simulation.gradients())
+
+
+def test_adapters_in_the_transformer_are_scored_as_they_were_trained():
+    """PyTorch's own encoder layer reads the weights past its layers in evaluation, and so past the adapters."""
+    task = images(16)
+    model = load_model(ModelSpec(name="cifar_vit", options={"depth": 1}), task)
+    strategy = Strategy("direct", "lora", "adam", 0.1, 4)
+    prepare(model, strategy, task)
+    work = finetune(model, task, strategy, generator=torch.Generator().manual_seed(0), device=torch.device("cpu"))
+    for _ in range(2):
+        next(work)
+    model.eval()
+    adapters = {n: m for n, m in model.network.named_modules() if hasattr(m, "lora_B")}
+    assert {n.rpartition(".")[2] for n in adapters} == {"proj", "out_proj", "linear1", "linear2"}
+    with torch.no_grad():
+        for adapter in adapters.values():
+            before = model(batch(task))
+            adapter.lora_B["default"].weight.zero_()
+            assert not torch.equal(before, model(batch(task)))
 
 
 class TestTable:

@@ -159,17 +159,21 @@ class TestTorchvision:
         assert load_task(name, data_dir=tmp_path).input_shape == OWN_SHAPES[name]
         assert load_task(f"{name}@channels=1", data_dir=tmp_path).input_shape[0] == 1
 
-    def test_imagenette_is_the_smallest_archive_that_will_do(self, tmp_path):
-        from torchvision.datasets import Imagenette
+    def test_imagenette_is_the_smallest_archive_that_will_do(self, tmp_path, monkeypatch):
+        from torchvision.datasets import imagenette
 
         write_imagenette(tmp_path / "torchvision")
         task = load_task("imagenette[0,4]@image_size=160,channels=1", data_dir=tmp_path)
         assert task.input_shape == (1, 160, 160)
         assert task.class_names == ["tench", "church"]
-        for size, archive in ((161, "320px"), (400, "full")):
-            with pytest.raises(HoldfastError, match="could not download"):
+
+        def refuse(url, *_, **__):
+            raise RuntimeError(url)
+
+        monkeypatch.setattr(imagenette, "download_and_extract_archive", refuse)
+        for size, archive in ((161, "imagenette2-320"), (320, "imagenette2-320"), (400, "imagenette2")):
+            with pytest.raises(HoldfastError, match=rf"/{archive}\.tgz"):
                 load_task(f"imagenette@image_size={size}", data_dir=tmp_path)
-            assert archive in Imagenette._ARCHIVES
         with pytest.raises(HoldfastError, match="differ in size; give one, as in imagenette@image_size=64"):
             load_task("imagenette", data_dir=tmp_path)
 
