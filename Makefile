@@ -52,6 +52,7 @@ docs: $(VENV)/.installed-docs
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/suppression_loop.py
+	$(BIN)/python benchmarks/suppression_memory.py
 	$(BIN)/python benchmarks/spectral.py
 	$(BIN)/python benchmarks/audit.py
 

@@ -28,6 +28,7 @@ DEFENSES: dict[str, Defense] = {
     "sophon-lasting": Sophon(
         population=3,
         lifetime=4,
+        disjoint=True,
         probe_weight=0.5,
         probe_batch=60,
         distillation=1.0,

@@ -194,6 +194,9 @@ class TestCatalog:
             (ModelSpec(name="timm:resnet19"), "Unknown timm model 'resnet19': did you mean 'resnet1"),
             (ModelSpec(name="cnn", options={"widht": 3}), "did you mean 'width'"),
             (ModelSpec(name="cnn", options={"width": "many"}), "cannot be built"),
+            (ModelSpec(name="cifar_vgg", options={"depth": 12}), "expected one of 11, 13, 16, 19"),
+            (ModelSpec(name="cifar_vit", options={"heads": 3}), "3 heads do not divide a width of 128"),
+            (ModelSpec(name="small_caformer", options={"depths": [1, 1]}), "four numbers each"),
             (ModelSpec(name="cnn", options={"depth": -1}), "depth is -1; expected at least 1"),
             (ModelSpec(name="timm:resnet18", options={"nonsense": 1}), "cannot be created"),
             (ModelSpec(name="timm:resnet18", options={"act_layer": "nonsense"}), "KeyError 'nonsense'"),
@@ -241,16 +244,51 @@ class TestCatalog:
         with pytest.raises(HoldfastError, match="no head was found"):
             load_model(ModelSpec(name="timm:resnet18", options={"num_classes": 0}), images)
 
-    def test_grey_images_get_one_channel(self, benign):
-        model = load_model(ModelSpec(name="timm:resnet18"), benign)
+    @pytest.mark.parametrize("name", ["timm:resnet18", "cifar_resnet"])
+    def test_grey_images_get_one_channel(self, name, benign):
+        model = load_model(ModelSpec(name=name), benign)
         assert model.network.conv1.in_channels == 1
         assert model.mean is not None
         assert model.mean.shape == (1, 1, 1)
 
-    def test_real_weights(self, data_dir):
-        task = load_task(TaskSpec(data="cifar10", test_limit=500), data_dir=data_dir)
-        spec = ModelSpec(name="cifar_resnet", weights="weights/cifar10_resnet20.safetensors")
-        assert task.score(load_model(spec, task, data_dir=data_dir)) > 0.88
+    @pytest.mark.parametrize(
+        ("name", "options", "weights", "task", "accuracy"),
+        [
+            ("cifar_resnet", {"depth": 20}, "cifar10_resnet20", "cifar10", 0.9173),
+            ("cifar_resnet", {"depth": 32}, "cifar10_resnet32", "cifar10", 0.9263),
+            ("cifar_resnet", {"depth": 56}, "cifar10_resnet56", "cifar10", 0.9339),
+            ("cifar_vit", {}, "cifar10_vit", "cifar10", 0.7372),
+            ("mnist_cnn", {}, "mnist_cnn", "mnist", 0.9894),
+        ],
+    )
+    def test_real_weights(self, data_dir, name, options, weights, task, accuracy):
+        """Accuracies of the whole test splits, as published; here 600 images, so three of their standard errors."""
+        task = load_task(TaskSpec(data=task, test_limit=600), data_dir=data_dir)
+        spec = ModelSpec(name=name, options=options, weights=f"weights/{weights}.safetensors")
+        tolerance = 3 * (accuracy * (1 - accuracy) / 600) ** 0.5
+        assert task.score(load_model(spec, task, data_dir=data_dir)) == pytest.approx(accuracy, abs=tolerance)
+
+    @pytest.mark.parametrize(
+        ("name", "size", "message"),
+        [
+            ("mnist_cnn", 12, "vanish in its convolutions; give at least 16x16"),
+            ("cifar_vit", 30, "no whole number of 4x4 patches"),
+            ("cifar_vgg", 16, "give at least 32x32"),
+        ],
+    )
+    def test_images_that_a_network_cannot_take(self, name, size, message):
+        with pytest.raises(HoldfastError, match=message):
+            load_model(name, load_task(f"digits@image_size={size}"))
+
+    def test_the_transformer_is_pytorchs(self):
+        """The same tensors in PyTorch's own encoder give the same outputs."""
+        model = load_model(ModelSpec(name="cifar_vit", options={"depth": 2}), load_task("digits@image_size=16"))
+        layer = nn.TransformerEncoderLayer(128, 8, 256, batch_first=True)
+        theirs = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+        theirs.load_state_dict(model.network.transformer.state_dict(), strict=True)
+        tokens = torch.randn(3, 17, 128)
+        ours = model.eval().network.transformer["layers"](tokens)
+        assert torch.allclose(ours, theirs(tokens), atol=1e-5)
 
 
 class TestFit:

@@ -15,7 +15,7 @@ from cases import DEFENSES
 from conftest import toy_task
 from holdfast.adversaries import FineTuning
 from holdfast.adversaries.batteries import BATTERIES
-from holdfast.defenses import Sophon, guarded
+from holdfast.defenses import Sophon, guarded, sophon
 from holdfast.defenses.population import Population
 from holdfast.defenses.second_order import MOMENTUM, ExactSimulation
 from holdfast.defenses.simulation import Simulation
@@ -160,6 +160,22 @@ class TestSimulation:
 
         assert close(gradient(True), gradient(False))
 
+    def test_evaluated_on_the_other_half_what_was_learned_by_heart_does_not_count(self, model, benign, restricted, run):
+        seen = []
+
+        class Spied(Simulation):
+            def _simulate(self, adversary, task, steps, gamma, generator, evaluation):
+                seen.append([{x.numpy().tobytes() for x in t._x["train"]} for t in (task, evaluation)])
+                return super()._simulate(adversary, task, steps, gamma, generator, evaluation)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sophon, "Simulation", Spied)
+            for disjoint in (True, False):
+                Sophon(iterations=1, steps=1, disjoint=disjoint).immunize(model, benign, restricted, run=run)
+        (learned, evaluated), (same, also) = seen
+        assert not learned & evaluated
+        assert learned | evaluated == same == also
+
 
 class TestExactGradient:
     @pytest.mark.parametrize("optimizer", MOMENTUM)
@@ -232,7 +248,7 @@ class TestPopulation:
         torch.manual_seed(1)
         once = Simulation(small, inverse_cross_entropy)
         adversary = once.start(strategy, task)
-        once._simulate(adversary, task, 12, None, stream())
+        once._simulate(adversary, task, 12, None, stream(), task)
         assert lasting.loops == 3
         assert close(lasting.model.parameters(), adversary.model.parameters())
 
@@ -291,6 +307,25 @@ def trained_on(task):
 
     torch.manual_seed(0)
     return pretrain(load_model("cnn", task), task, steps=60)
+
+
+class TestRecovery:
+    def made(self, benign, restricted, run, **more):
+        harsh = Sophon(iterations=4, steps=2, suppression_lr=0.05, guard_every=1, batch_sizes=(20,), clip=None,
+                       reinforcement_loops=1, max_benign_drop=0.1, **more)  # fmt: skip
+        return harsh.immunize(trained_on(benign), benign, restricted, run=run)
+
+    def test_reinforcement_brings_the_score_back_at_the_same_rate(self, benign, restricted, run):
+        _, without = self.made(benign, restricted, run)
+        assert any("halved" in e.message for e in without.events)
+        _, record = self.made(benign, restricted, run, recovery_loops=60, reinforcement_lr=5e-3)
+        assert any("brought back to" in e.message for e in record.events)
+        assert not any("halved" in e.message for e in record.events)
+        assert max(record.history["gradient_passes"]) == 2 * 2 + 1 + 60
+
+    def test_what_it_does_not_bring_back_goes_back(self, benign, restricted, run):
+        _, record = self.made(benign, restricted, run, recovery_loops=1, reinforcement_lr=1e-9)
+        assert any("halved" in e.message for e in record.events)
 
 
 class TestDistillation:

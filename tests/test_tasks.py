@@ -95,7 +95,9 @@ class TestRefusals:
             raise OSError("no network")
 
         monkeypatch.setattr(datasets, "KMNIST", offline)
-        with pytest.raises(HoldfastError, match=r"no network.*or put kmnist\.npz into"):
+        with pytest.raises(
+            HoldfastError, match=r"no network.*or put kmnist\.npz, or a folder kmnist/ of images .*, into"
+        ):
             load_task("kmnist", data_dir=tmp_path)
 
     def test_pickled_arrays_are_not_opened(self, tmp_path):

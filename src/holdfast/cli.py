@@ -85,8 +85,8 @@ def immunize_command(
 
     Args:
         model: A model.safetensors that Holdfast saved; timm:NAME or hf:NAME, with its own weights unless others are
-            given; file.py:function or module:function, which runs that code; or an architecture (cnn, mlp,
-            cifar_resnet) with --weights.
+            given; file.py:function or module:function, which runs that code; or an architecture (such as
+            cnn or cifar_resnet) with --weights.
         benign: What it must stay good at: digits[0-4], cifar10, x.npz, images/@image_size=32, t.csv@target=label, ...
         restricted: What it must not be fine-tuned to; named like `benign`.
         out: Folder for model.safetensors, result.json, report.html and checkpoints/.
@@ -151,7 +151,7 @@ def audit_command(
     Args:
         model: The model in question: a model.safetensors that Holdfast saved; timm:NAME or hf:NAME, with its own
             weights unless others are given; file.py:function or module:function, which runs that code; or an
-            architecture (cnn, mlp, cifar_resnet) with --weights.
+            architecture (such as cnn or cifar_resnet) with --weights.
         original: What it was before it was immunized, given like MODEL.
         benign: Its own task: digits[0-4], cifar10, x.npz, images/@image_size=32, t.csv@target=label, ...
         restricted: The task that it must not be fine-tuned to; named like `benign`.

@@ -48,9 +48,9 @@ class Strategy:
     The paper's three are direct+all, initFC+all (`initialisation="head", scope="all"`) and initFC+FC (both "head").
 
     Attributes:
-        initialisation: start from the whole model ("direct"), or with a part of it freshly initialised, as the
-            architecture initialises it: the head ("head"), the head and the last block of the body ("last-block"), or
-            the head and the second half of its blocks ("last-half"); see `SplitModel.blocks`.
+        initialisation: start from the whole model ("direct"), or with a part of it freshly initialised: the head
+            ("head"), the head and the last block of the body ("last-block"), or the head and the second half of its
+            blocks ("last-half"); see `SplitModel.blocks`. The head as torch does, blocks as the architecture does.
         scope: which parameters move, always with the head: "all"; "head", it alone; "last-block"; "norm", scale and
             shift of every normalisation layer; "lora", low-rank adapters beside every linear and convolutional layer.
             With "head" and "last-block", what does not move stays in evaluation mode. With "norm" and "lora" the whole

@@ -235,15 +235,20 @@ class Immunization(ABC, Generic[Config]):
                 module.eval()
 
     def _look(self) -> float:
-        """The guard keeps a good state; returns the score it saw."""
-        config = self.config
+        """The guard keeps a good state; returns the score that it noted."""
         score = self.held_out.score(self.model)
         self.record.history["benign_score"][-1] = score if math.isfinite(score) else None
         if score >= self.floor:
-            self.good = self._snapshot()
-        elif config.guard:
+            self.keep(score)
+        elif self.config.guard:
             self.too_low(f"held-out benign score {score:.3f} is under the floor {self.floor:.3f}")
-        return score
+        noted = self.record.history["benign_score"][-1]
+        return math.nan if noted is None else float(noted)
+
+    def keep(self, score: float) -> None:
+        """Remembers the present state as the last good one."""
+        self.good = self._snapshot()
+        self.record.history["benign_score"][-1] = score
 
     def _not_finite(self) -> None:
         if self.config.guard:

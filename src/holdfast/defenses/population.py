@@ -53,7 +53,14 @@ class Population:
         self.turn = 0
 
     def loop(
-        self, task: Task, count: int, steps: int, gamma: tuple[float, ...] | None, *, generator: torch.Generator
+        self,
+        task: Task,
+        count: int,
+        steps: int,
+        gamma: tuple[float, ...] | None,
+        *,
+        generator: torch.Generator,
+        evaluation: Task | None = None,
     ) -> list[Seen]:
         """Lets the next `count` adversaries take `steps` steps each, and collects the meta-gradient.
 
@@ -64,6 +71,7 @@ class Population:
             gamma: one weight a step, or None for 1.
             generator: draws settings and batches. The first adversary draws from it, every other one from a generator
                 of its own, so that it does not matter which runs first.
+            evaluation: see `Simulation.run`.
         """
         for simulation in self.simulations:
             simulation.zero()
@@ -74,7 +82,7 @@ class Population:
 
         def visit(slot: int, stream: torch.Generator) -> Seen:
             simulation, adversary = self._home(slot), self._adversary(slot, task, stream)
-            seen = simulation.go_on(adversary, task, steps, gamma, generator=stream)
+            seen = simulation.go_on(adversary, task, steps, gamma, generator=stream, evaluation=evaluation)
             if adversary.loops >= adversary.life:
                 simulation.release(self.living.pop(slot))
             return seen

@@ -31,12 +31,13 @@ class ExactSimulation(Simulation):
         steps: int,
         gamma: tuple[float, ...] | None,
         generator: torch.Generator,
+        evaluation: Task,
     ) -> Seen:
         strategy, loss = adversary.strategy, self.objective.loss
         assert loss is not None
         learner = _Learner(adversary.model, task).train()
         named = {n: p for n, p in learner.named_parameters() if p.requires_grad}
-        evaluation = task.batches("train", strategy.batch_size, generator=generator, device=self.device)
+        unseen = evaluation.batches("train", strategy.batch_size, generator=generator, device=self.device)
         training = task.batches("train", strategy.batch_size, generator=generator, device=self.device)
         momentum = MOMENTUM[strategy.optimizer]
         phi: dict[str, Tensor] = dict(named)
@@ -51,7 +52,7 @@ class ExactSimulation(Simulation):
                 velocity[n] = momentum * velocity[n] + decayed
                 step = decayed + momentum * velocity[n] if strategy.optimizer == "nesterov" else velocity[n]
                 phi[n] = value - strategy.learning_rate * step
-            batch = next(evaluation)
+            batch = next(unseen)
             logits = functional_call(adversary.model, {n.removeprefix("model."): v for n, v in phi.items()}, batch.x)
             here = loss(logits, batch.y)
             total = total + here.detach()

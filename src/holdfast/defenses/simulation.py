@@ -138,6 +138,7 @@ class Simulation:
         gamma: tuple[float, ...] | None,
         *,
         generator: torch.Generator,
+        evaluation: Task | None = None,
     ) -> Seen:
         """Simulates one adversary that lives for this loop alone, and adds its weighted gradients to the buffer.
 
@@ -147,13 +148,14 @@ class Simulation:
             steps: K.
             gamma: one weight a step, or None for 1.
             generator: draws R and T.
+            evaluation: where T comes from instead, so that what the adversary learned by heart does not count.
 
         Returns:
             The mean suppression loss over the K steps, not finite if any step's was not, and the adversary's accuracy
             on the last batch T.
         """
         adversary = self.start(strategy, task)
-        seen = self._simulate(adversary, task, steps, gamma, generator)
+        seen = self._simulate(adversary, task, steps, gamma, generator, evaluation or task)
         self.release(adversary)
         return seen
 
@@ -165,11 +167,12 @@ class Simulation:
         gamma: tuple[float, ...] | None,
         *,
         generator: torch.Generator,
+        evaluation: Task | None = None,
     ) -> Seen:
         """As `run`, with an adversary that is new or at rest, and that is put to rest afterwards."""
         if adversary.loops:
             self._move(adversary, 1.0)
-        seen = self._simulate(adversary, task, steps, gamma, generator)
+        seen = self._simulate(adversary, task, steps, gamma, generator, evaluation or task)
         self._move(adversary, -1.0)
         adversary.loops += 1
         return seen
@@ -181,11 +184,12 @@ class Simulation:
         steps: int,
         gamma: tuple[float, ...] | None,
         generator: torch.Generator,
+        evaluation: Task,
     ) -> Seen:
         model, strategy, objective = adversary.model, adversary.strategy, self.objective
         parameters = list(model.parameters())
         frozen = [p for i in adversary.shared if not (p := parameters[i]).requires_grad]
-        evaluation = task.batches("train", strategy.batch_size, generator=generator, device=self.device)
+        unseen = evaluation.batches("train", strategy.batch_size, generator=generator, device=self.device)
         training = finetune(
             model, task, strategy, generator=generator, device=self.device, optimizer=adversary.optimizer
         )
@@ -195,14 +199,16 @@ class Simulation:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             for k in range(steps):
                 next(training)
-                batch = next(evaluation)
+                batch = next(unseen)
                 with _free(frozen):
                     logits = _whole(model(batch.x))
                     if objective.loss is not None:
                         total += self._add(adversary, objective.loss(logits, batch.y), weights[k])
             accuracy = accuracy_of(logits, batch)
             if objective.probe_weight:
-                probed = next(task.batches("train", objective.probe_batch, generator=generator, device=self.device))
+                probed = next(
+                    evaluation.batches("train", objective.probe_batch, generator=generator, device=self.device)
+                )
                 with _free(frozen):
                     share = ridge_probe(_whole(model.features(probed.x)), probed.y, objective.ridge)
                     weight = objective.probe_weight

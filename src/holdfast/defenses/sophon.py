@@ -21,7 +21,7 @@ from holdfast.defenses.population import Population
 from holdfast.defenses.second_order import MOMENTUM, ExactSimulation
 from holdfast.defenses.simulation import Seen, Simulation
 from holdfast.errors import HoldfastError, unknown
-from holdfast.execution import Run
+from holdfast.execution import Run, derive_seed
 from holdfast.finetune import Initialisation, Scope, Strategy, not_applicable
 from holdfast.models import SplitModel, check_fits
 from holdfast.suppression import LOSSES, Objective
@@ -53,6 +53,8 @@ class Sophon(GuardedDefense):
         population: simulated adversaries that are kept side by side and take turns, at least `tasks`; None: as many.
         lifetime: loops that one of them goes on for, `steps` a loop, before a new one is drawn in its place; 1: none
             is continued, as in the paper.
+        disjoint: simulated adversaries learn from one half of the defender's data and are evaluated on the other, so
+            that what they learned by heart does not count; False: both on all of it, as in the paper.
         probe_weight: of `ridge_probe` on the simulated adversaries' features, beside the suppression loss; 0: none, as
             in the paper.
         probe_ridge: see `ridge_probe`.
@@ -68,7 +70,9 @@ class Sophon(GuardedDefense):
         guard: watch for non-finite values and for the benign score; without it, a non-finite value ends the defense.
         guard_every: rounds between two looks at the benign score.
         max_benign_drop: how far the held-out benign score may fall below the original's before the guard goes back to
-            the last good state and halves `suppression_lr`.
+            the last good state and halves `suppression_lr`. An original that was trained on what is held out here
+            scores higher there than on test data, and falls further.
+        recovery_loops: reinforcement loops by which the guard first tries to bring the score back; 0: none.
         max_rollbacks: the guard gives up after as many; the last good state is then the result.
         holdout: share of the benign training data kept back for the guard.
 
@@ -98,12 +102,14 @@ class Sophon(GuardedDefense):
     strategies: tuple[Strategy, ...] | None = None
     population: int | None = None
     lifetime: int = 1
+    disjoint: bool = False
     probe_weight: float = 0.0
     probe_ridge: float = 0.01
     probe_batch: int = 250
     reinforcement_batch: int = 200
     distillation: float = 0.0
     temperature: float = 2.0
+    recovery_loops: int = 0
     clip: float | None = 1.0
     second_order: bool = False
     precision: Literal["float32", "bf16"] = "float32"
@@ -115,7 +121,7 @@ class Sophon(GuardedDefense):
             raise unknown("suppression loss", self.loss, [*LOSSES, "none"])
         self.refuse_below_one("suppression_loops", "tasks", "steps", "reinforcement_batch", "lifetime", "probe_batch")
         self.refuse_not_above_zero("suppression_lr", "reinforcement_lr", "clip", "probe_ridge", "temperature")
-        for name in ("probe_weight", "distillation"):
+        for name in ("probe_weight", "distillation", "recovery_loops"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise HoldfastError(f"sophon: {name} is {getattr(self, name)}; expected a number of at least 0.")
         if self.loss == "none" and not self.probe_weight:
@@ -205,7 +211,7 @@ class _Immunization(Immunization[Sophon]):
     """One run of Algorithm 1."""
 
     title = "SOPHON"
-    series = ("suppression_loss", "reinforcement_loss", "simulated_score")
+    series = ("suppression_loss", "reinforcement_loss", "simulated_score", "gradient_passes")
     shown = ("suppression_loss", "simulated_score")
     rate_name = "suppression_lr"
 
@@ -222,6 +228,11 @@ class _Immunization(Immunization[Sophon]):
             bf16=config.precision == "bf16",
             compiled=config.compile,
         )
+        self.learned, self.evaluated = (
+            self.restricted.halves(derive_seed(run.seed, "sophon", "disjoint"))
+            if config.disjoint
+            else (self.restricted, self.restricted)
+        )
         self.teacher = model.clone().to(run.device).eval() if config.distillation else None
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -233,27 +244,39 @@ class _Immunization(Immunization[Sophon]):
 
     def one_round(self, generator: torch.Generator) -> dict[str, list[float]]:
         """Suppression loops, then reinforcement loops."""
-        config, reinforcer = self.config, self.optimizers["reinforcer"]
+        config = self.config
         seen = [s for _ in range(config.suppression_loops) for s in self._suppress(generator)]
-        reinforcement = []
-        batches = self.benign.batches("train", config.reinforcement_batch, generator=generator, device=self.run.device)
-        self.training_mode()
-        for _ in range(config.reinforcement_loops):
-            with torch.autocast(self.run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = self._reinforcement_loss(next(batches))
-            reinforcer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            reinforcer.step()
-            reinforcement.append(float(loss.detach()))
         return {
             "suppression_loss": [s.loss for s in seen],
-            "reinforcement_loss": reinforcement,
+            "reinforcement_loss": self._reinforce(config.reinforcement_loops, generator),
             "simulated_score": [s.accuracy for s in seen],
+            "gradient_passes": [self._passes()],
         }
+
+    def _reinforce(self, loops: int, generator: torch.Generator) -> list[float]:
+        config, optimizer, losses = self.config, self.optimizers["reinforcer"], []
+        batches = self.benign.batches("train", config.reinforcement_batch, generator=generator, device=self.run.device)
+        self.training_mode()
+        for _ in range(loops):
+            with torch.autocast(self.run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = self._reinforcement_loss(next(batches))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        return losses
+
+    def _passes(self) -> int:
+        """Forward and backward passes of a round; what the guard and validation do is not among them."""
+        config = self.config
+        evaluations = config.steps * (config.loss != "none") + (config.probe_weight > 0)
+        return config.suppression_loops * config.tasks * (config.steps + evaluations) + config.reinforcement_loops
 
     def _suppress(self, generator: torch.Generator) -> list[Seen]:
         config = self.config
-        seen = self.population.loop(self.restricted, config.tasks, config.steps, config.gamma, generator=generator)
+        seen = self.population.loop(
+            self.learned, config.tasks, config.steps, config.gamma, generator=generator, evaluation=self.evaluated
+        )
         for parameter, gradient in zip(self.model.parameters(), self.population.gradients(), strict=True):
             parameter.grad = gradient
         if config.clip is not None:
@@ -278,14 +301,24 @@ class _Immunization(Immunization[Sophon]):
 
     def restore_own(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """See `Immunization.restore_own`."""
-        self.population.restore(self.restricted, tensors, values)
+        self.population.restore(self.learned, tensors, values)
 
     def forget(self) -> None:
         """See `Immunization.forget`."""
         self.population.clear()
 
     def too_low(self, why: str) -> None:
-        """See `Immunization.too_low`: suppression went too far."""
+        """See `Immunization.too_low`: suppression went too far; perhaps reinforcement alone makes up for it."""
+        config = self.config
+        if config.recovery_loops:
+            with self.run.seeded("sophon", "recovery", self.round, self.record.rollbacks) as generator:
+                losses = self._reinforce(config.recovery_loops, generator)
+            self.record.history["gradient_passes"][-1] = self._passes() + config.recovery_loops
+            score = self.held_out.score(self.model)
+            if score >= self.floor and all(map(math.isfinite, losses)):
+                self.say(f"{why}: brought back to {score:.3f} by {config.recovery_loops} reinforcement loops")
+                self.keep(score)
+                return
         self.go_back(why)
 
 

@@ -31,7 +31,9 @@ class ModelSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(description="`cnn`, `mlp`, `cifar_resnet`, `timm:NAME`, `hf:NAME` or `file.py:function`.")
+    name: str = Field(
+        description="`cnn`, `cifar_resnet` or another built-in one, `timm:NAME`, `hf:NAME` or `file.py:function`."
+    )
     weights: str | None = Field(
         None, description="A .safetensors file; relative paths are also sought in the data folder."
     )
@@ -253,7 +255,9 @@ def _build(
         raise HoldfastError(
             f"Model {spec.name!r} cannot be built for inputs of shape {input_shape} with {spec.options}: {error}."
         ) from error
-    return _Built(network, spec, head, norm if norm and len(input_shape) == 3 else (None, None))
+    return _Built(
+        network, spec, head, _for_channels(norm, input_shape) if norm and len(input_shape) == 3 else (None, None)
+    )
 
 
 def _build_timm(spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int) -> _Built:

@@ -34,7 +34,8 @@ def build_timm(
 
     Args:
         name: a name of `timm.list_models()`, with or without a pretrained tag.
-        input_shape: (channels, height, width) of the images it will get.
+        input_shape: (channels, height, width) of the images it will get; transformers with learned positions are built
+            for this size.
         num_outputs: number of logits.
         options: further arguments of `timm.create_model`, such as `pretrained: true`.
 
@@ -56,7 +57,10 @@ def build_timm(
                 f"timm:{name}: the option {option!r} {why}; leave it out. Weights are given as .safetensors "
                 "(`weights`), or by `pretrained: true`."
             )
-    given = {"num_classes": num_outputs, "in_chans": input_shape[0], **options}
+    config = timm.get_pretrained_cfg(name)
+    # timm's own rule for which architectures are built for one size of image, and take it as an argument.
+    size = {"img_size": tuple(input_shape[1:])} if config is not None and config.fixed_input_size else {}
+    given = {"num_classes": num_outputs, "in_chans": input_shape[0], **size, **options}
     try:
         model = timm.create_model(name, **given)
     except Exception as error:  # whatever its hundreds of models raise, it is for these arguments

@@ -66,7 +66,9 @@ def history_plot(immunization: ImmunizationResult) -> Plot | None:
     Returns:
         The figure; None if the defense recorded no finite number.
     """
-    history = {k: v for k, v in immunization.history.items() if any(x is not None for x in v)}
+    history = {
+        k: v for k, v in immunization.history.items() if k != "gradient_passes" and any(x is not None for x in v)
+    }
     rounds = history.pop("iteration", None) or list(range(1, max(map(len, history.values()), default=0) + 1))
     if not history:
         return None

@@ -391,17 +391,17 @@ def _float(x: Tensor) -> Tensor:
 
 
 def _adapt(x: Tensor, size: int | None, channels: int | None) -> Tensor:
-    if channels == 3 and x.shape[1] == 1:
-        x = x.expand(-1, 3, -1, -1)
-    elif channels == 1 and x.shape[1] == 3:
+    if channels == 1 and x.shape[1] == 3:
         x = x.float().mean(1, keepdim=True).round().to(torch.uint8)
-    if size is None or x.shape[-2:] == (size, size):
-        return x.contiguous()
-    parts = [
-        F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-        for part in torch.split(x, 4096)
-    ]
-    return torch.cat([p.round().clamp(0, 255).to(torch.uint8) for p in parts])
+    if size is not None and x.shape[-2:] != (size, size):
+        parts = [
+            F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+            .round().clamp(0, 255).to(torch.uint8)
+            for part in torch.split(x, 4096)
+        ]  # fmt: skip
+        x = torch.cat(parts)
+    # Last, as three equal channels are three times the work.
+    return x.expand(-1, channels or x.shape[1], -1, -1).contiguous()
 
 
 def _ranges(classes: Sequence[int]) -> str:

@@ -12,7 +12,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.tasks.arrays import Array, ArrayTask, load_npz
+from holdfast.tasks.arrays import ArrayTask, load_npz
+from holdfast.tasks.downloads import DOWNLOADS, download
 from holdfast.tasks.image import load_folder
 from holdfast.tasks.tabular import Encoding, load_csv, load_csv_regression
 
@@ -90,7 +91,7 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ar
     """Loads a task by name or path.
 
     A name is looked up among the embedded data (`digits`), then as `NAME.npz`, `NAME.csv` or a folder `NAME` in the
-    data folder, then downloaded by torchvision if it knows it.
+    data folder, then downloaded by torchvision or Hugging Face's datasets if one of them knows it.
 
     Args:
         task: `digits`, `digits[0-4]`, `cifar10`, `path/to/data.npz`, `table.csv@target=label`, ... or a `TaskSpec`.
@@ -162,8 +163,8 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
             return load_csv(path, spec.target, test_fraction=spec.test_fraction, seed=spec.seed)
         if path.is_file():
             raise HoldfastError(f"{str(path)!r}: data is read from .npz, .csv or a folder of images.")
-    if source in TORCHVISION:
-        return _torchvision(source, folder)
+    if source in DOWNLOADS:
+        return download(source, folder, image_size=spec.image_size, channels=spec.channels)
     if "/" in source or source.endswith((".npz", ".csv")):
         raise HoldfastError(f"No data at {source!r}: the file does not exist.")
     ways = f"put {source}.npz into " + (
@@ -171,7 +172,7 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
     )
     here = [p.stem for p in folder.glob("*.npz")] if folder else []
     raise HoldfastError(
-        f"{unknown('task', source, [*EMBEDDED, *TORCHVISION, *here])} For data of your own, {ways}, or give a path."
+        f"{unknown('task', source, [*EMBEDDED, *DOWNLOADS, *here])} For data of your own, {ways}, or give a path."
     )
 
 
@@ -181,7 +182,7 @@ def _candidates(source: str, folder: Path | None) -> list[Path]:
     return [
         p
         for p in (*named, own)
-        if p != own or "/" in source or own.suffix or (own.is_dir() and source not in TORCHVISION)
+        if p != own or "/" in source or own.suffix or (own.is_dir() and source not in DOWNLOADS)
     ]
 
 
@@ -215,45 +216,5 @@ def _digits() -> ArrayTask:
     return ArrayTask("digits", x[~test], raw.target[~test], x[test], raw.target[test], [str(c) for c in range(10)])
 
 
-def _torchvision(name: str, folder: Path | None) -> ArrayTask:
-    from torchvision import datasets
-
-    root = (folder or Path("~/.cache/holdfast").expanduser()) / "torchvision"
-    loader = getattr(datasets, TORCHVISION[name][0])
-    train, test = TORCHVISION[name][1:]
-    try:
-        parts = [loader(root=str(root), download=True, **part) for part in (train, test)]
-    except (OSError, RuntimeError) as error:
-        where = str(folder) if folder else f"a folder named by --data-dir or ${DATA_VARIABLE}"
-        raise HoldfastError(
-            f"Task {name!r}: torchvision could not download it ({error}). Check the network, or put {name}.npz into "
-            f"{where}."
-        ) from error
-    arrays: list[Array] = []
-    for part in parts:
-        x = np.asarray(part.data)
-        arrays += [
-            np.moveaxis(x, 1, -1) if x.ndim == 4 and x.shape[1] == 3 else x,
-            np.asarray(part.targets if hasattr(part, "targets") else part.labels),
-        ]
-    x_train, y_train, x_test, y_test = arrays
-    return ArrayTask(name, x_train, y_train, x_test, y_test, getattr(parts[0], "classes", None))
-
-
 EMBEDDED: dict[str, Callable[[], ArrayTask]] = {"digits": _digits}
 """Data that comes with the dependencies."""
-
-_Arguments = dict[str, bool | str]
-_BY_FLAG: tuple[_Arguments, _Arguments] = ({"train": True}, {"train": False})
-_BY_WORD: tuple[_Arguments, _Arguments] = ({"split": "train"}, {"split": "test"})
-TORCHVISION: dict[str, tuple[str, _Arguments, _Arguments]] = {
-    "mnist": ("MNIST", *_BY_FLAG),
-    "fashion_mnist": ("FashionMNIST", *_BY_FLAG),
-    "kmnist": ("KMNIST", *_BY_FLAG),
-    "usps": ("USPS", *_BY_FLAG),
-    "cifar10": ("CIFAR10", *_BY_FLAG),
-    "cifar100": ("CIFAR100", *_BY_FLAG),
-    "svhn": ("SVHN", *_BY_WORD),
-    "stl10": ("STL10", *_BY_WORD),
-}
-"""Class in torchvision.datasets, and its arguments for the training and the test split."""

@@ -1,7 +1,12 @@
-"""A folder of images, one folder a class: `ROOT/CLASS/*.png`, or `ROOT/train/CLASS/*` and `ROOT/test/CLASS/*`."""
+"""A folder of images, one folder a class: `ROOT/CLASS/*.png`, or `ROOT/train/CLASS/*` and `ROOT/test/CLASS/*`.
+
+Many data sets have a third folder with images for validation. It is left alone where there is one for testing, and is
+tested on where there is none, as in ImageNet.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +17,9 @@ from holdfast.errors import HoldfastError
 from holdfast.tasks.arrays import Array, ArrayTask
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+
+TEST_FOLDERS = ("test", "val", "valid", "validation")
+"""Where images for testing are, beside a folder `train`; the first that is there."""
 
 
 def load_folder(
@@ -25,8 +33,9 @@ def load_folder(
     """Reads an image folder into memory.
 
     Args:
-        path: the root; classes are its sub-folders, sorted by name. With sub-folders `train` and `test` these are the
-            splits, else `test_fraction` of every class is drawn by `seed`.
+        path: the root; classes are its sub-folders, sorted by name. With sub-folders `train` and `test` (or, without
+            it, `val`, `valid` or `validation`) these are the splits, else `test_fraction` of every class is drawn by
+            `seed`.
         image_size: pixels a side that every image is resized to (bicubic); None: they must already be equal.
         channels: 1 for grey, 3 for colour; None: 3.
         test_fraction: share of the images to test on, in (0, 1).
@@ -36,13 +45,14 @@ def load_folder(
         HoldfastError: if a folder is empty, an image cannot be opened, or sizes differ and no `image_size` is given.
     """
     mode = "L" if channels == 1 else "RGB"
-    if (path / "train").is_dir() and (path / "test").is_dir():
+    held = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None)
+    if (path / "train").is_dir() and held is not None:
         names = _classes(path / "train")
-        strange = sorted(set(_classes(path / "test")) - set(names))
+        strange = sorted(set(_classes(held)) - set(names))
         if strange:
-            raise HoldfastError(f"{str(path)!r}: test has a class {strange[0]!r} that train does not have.")
+            raise HoldfastError(f"{str(path)!r}: {held.name} has a class {strange[0]!r} that train does not have.")
         x_train, y_train = _read(path / "train", names, image_size, mode)
-        x_test, y_test = _read(path / "test", names, image_size, mode)
+        x_test, y_test = _read(held, names, image_size, mode)
         return ArrayTask(path.name, x_train, y_train, x_test, y_test, names)
     names = _classes(path)
     x, y = _read(path, names, image_size, mode)
@@ -72,27 +82,46 @@ def _eight_bits(image: Image.Image, file: Path) -> Image.Image:
 
 
 def _read(path: Path, names: list[str], size: int | None, mode: str) -> tuple[Array, Array]:
-    images, labels, first = [], [], None
-    for label, name in enumerate(names):
-        files = sorted(p for p in (path / name).glob("*") if p.suffix.lower() in SUFFIXES)
-        for file in files:
-            try:
-                with Image.open(file) as image:
-                    pixels = _eight_bits(image, file).convert(mode)
-            except HoldfastError:
-                raise
-            except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                raise HoldfastError(f"{str(file)!r} cannot be opened as an image: {error}.") from error
-            if size is not None:
-                pixels = pixels.resize((size, size), Image.Resampling.BICUBIC)
-            first = first or pixels.size
-            if pixels.size != first:
-                raise HoldfastError(
-                    f"{str(file)!r} is {pixels.size[0]}x{pixels.size[1]} and others are {first[0]}x{first[1]}; "
-                    "give image_size to resize all."
-                )
-            images.append(np.asarray(pixels))
-            labels.append(label)
-    if not images:
+    if not any(_files(path / name) for name in names):
         raise HoldfastError(f"{str(path)!r}: no images in its class folders ({', '.join(sorted(SUFFIXES))}).")
+    return stack(
+        ((repr(str(f)), _open(f, mode), label) for label, name in enumerate(names) for f in _files(path / name)), size
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(p for p in path.glob("*") if p.suffix.lower() in SUFFIXES)
+
+
+def _open(file: Path, mode: str) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return _eight_bits(image, file).convert(mode)
+    except HoldfastError:
+        raise
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise HoldfastError(f"{str(file)!r} cannot be opened as an image: {error}.") from error
+
+
+def stack(labelled: Iterable[tuple[str, Image.Image, int]], size: int | None) -> tuple[Array, Array]:
+    """Puts images of one mode into one array.
+
+    Args:
+        labelled: what each image is called in messages, the image, and its label.
+        size: pixels a side that every image is resized to (bicubic); None: they must already be equal.
+
+    Raises:
+        HoldfastError: if sizes differ and no `size` is given.
+    """
+    images: list[Array] = []
+    labels: list[int] = []
+    for what, image, label in labelled:
+        pixels = np.asarray(image if size is None else image.resize((size, size), Image.Resampling.BICUBIC))
+        if images and pixels.shape != images[0].shape:
+            high, wide = images[0].shape[:2]
+            raise HoldfastError(
+                f"{what} is {image.width}x{image.height} and others are {wide}x{high}; give image_size to resize all."
+            )
+        images.append(pixels)
+        labels.append(label)
     return np.stack(images), np.array(labels)

@@ -1,0 +1,129 @@
+"""Data sets that a library downloads: torchvision's, and Hugging Face's `datasets` for those it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from holdfast.errors import HoldfastError
+from holdfast.tasks.arrays import Array, ArrayTask
+from holdfast.tasks.image import stack
+
+_Arguments = dict[str, bool | str]
+_BY_FLAG: tuple[_Arguments, _Arguments] = ({"train": True}, {"train": False})
+_BY_WORD: tuple[_Arguments, _Arguments] = ({"split": "train"}, {"split": "test"})
+TORCHVISION: dict[str, tuple[str, tuple[_Arguments, _Arguments]]] = {
+    "mnist": ("MNIST", _BY_FLAG),
+    "fashion_mnist": ("FashionMNIST", _BY_FLAG),
+    "kmnist": ("KMNIST", _BY_FLAG),
+    "usps": ("USPS", _BY_FLAG),
+    "cifar10": ("CIFAR10", _BY_FLAG),
+    "cifar100": ("CIFAR100", _BY_FLAG),
+    "svhn": ("SVHN", _BY_WORD),
+    "stl10": ("STL10", _BY_WORD),
+    "imagenette": ("Imagenette", ({"split": "train"}, {"split": "val"})),
+}
+"""Class in torchvision.datasets, and its arguments for the training and the test split."""
+
+HUGGING_FACE: dict[str, tuple[str, str]] = {
+    "cinic10": ("flwrlabs/cinic10", "8e3c2c337e520de86f32a669bb7dcc9662930502"),
+}
+"""Name and commit on the Hub of data sets with the splits `train` and `test` and the columns `image` and `label`."""
+
+DOWNLOADS = (*TORCHVISION, *HUGGING_FACE)
+"""Names that `download` knows."""
+
+
+def download(
+    name: str, folder: Path | None, *, image_size: int | None = None, channels: int | None = None
+) -> ArrayTask:
+    """Loads a data set that a library knows, downloading what is not there yet.
+
+    Args:
+        name: one of `DOWNLOADS`.
+        folder: the data folder, in which downloads are kept; None: `~/.cache/holdfast`.
+        image_size: pixels a side, where images are files; None: they must be of one size.
+        channels: 1 for grey, where images are files; else they are in colour.
+
+    Raises:
+        HoldfastError: if it cannot be had; the message says what to do instead.
+    """
+    root = folder or Path("~/.cache/holdfast").expanduser()
+    where = f"{str(folder)!r}" if folder else "a folder named by --data-dir or $HOLDFAST_DATA"
+    instead = f"put {name}.npz, or a folder {name}/ of images in train/CLASS/ and test/CLASS/, into {where}"
+    mode = "L" if channels == 1 else "RGB"
+    if name in HUGGING_FACE:
+        return _hugging_face(name, root / "huggingface", image_size, mode, instead)
+    return _torchvision(name, root / "torchvision", image_size, mode, instead)
+
+
+def _torchvision(name: str, root: Path, size: int | None, mode: str, instead: str) -> ArrayTask:
+    from torchvision import datasets
+
+    kind, splits = TORCHVISION[name]
+    more = _imagenette_size(size) if name == "imagenette" else {}
+    try:
+        parts = [getattr(datasets, kind)(root=str(root), download=True, **split, **more) for split in splits]
+    except (OSError, RuntimeError) as error:
+        raise HoldfastError(
+            f"Task {name!r}: torchvision could not download it ({_said(error)}). Check the network, or {instead}."
+        ) from error
+    arrays: list[Array] = []
+    for part in parts:
+        arrays += _arrays(part) if hasattr(part, "data") else stack(_converted(name, part, mode), size)
+    names = [c if isinstance(c, str) else c[0] for c in getattr(parts[0], "classes", ())]
+    x_train, y_train, x_test, y_test = arrays
+    return ArrayTask(name, x_train, y_train, x_test, y_test, names or None)
+
+
+def _arrays(part: Any) -> tuple[Array, Array]:
+    """Images and labels of a data set of torchvision that is in memory; those with channels first are turned round."""
+    x = np.asarray(part.data)
+    y = np.asarray(part.targets if hasattr(part, "targets") else part.labels)
+    return np.moveaxis(x, 1, -1) if x.ndim == 4 and x.shape[1] == 3 else x, y
+
+
+def _imagenette_size(image_size: int | None) -> _Arguments:
+    """Which of Imagenette's three archives to take: the smallest whose shorter side is no shorter than asked for."""
+    if image_size is None:
+        raise HoldfastError("Task 'imagenette': its images differ in size; give one, as in imagenette@image_size=64.")
+    return {"size": "160px" if image_size <= 160 else "320px" if image_size <= 320 else "full"}
+
+
+def _hugging_face(name: str, root: Path, size: int | None, mode: str, instead: str) -> ArrayTask:
+    repository, revision = HUGGING_FACE[name]
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise HoldfastError(
+            f"Task {name!r} is downloaded by Hugging Face's datasets, which is not installed: "
+            f'pip install "holdfast[data]", or {instead}.'
+        ) from error
+    try:
+        parts = load_dataset(repository, revision=revision, split=["train", "test"], cache_dir=str(root))
+    except Exception as error:  # whatever a network, the Hub, a cache and a file format raise
+        raise HoldfastError(
+            f"Task {name!r}: datasets could not download {repository} ({_said(error)}). Check the network, "
+            f"or {instead}."
+        ) from error
+    arrays: list[Array] = []
+    for part in parts:
+        arrays += stack(_converted(name, ((row["image"], row["label"]) for row in part), mode), size)
+    x_train, y_train, x_test, y_test = arrays
+    return ArrayTask(name, x_train, y_train, x_test, y_test, parts[0].features["label"].names)
+
+
+def _converted(
+    name: str, labelled: Iterable[tuple[Image.Image, int]], mode: str
+) -> Iterator[tuple[str, Image.Image, int]]:
+    for i, (image, label) in enumerate(labelled):
+        yield f"image {i} of {name}", image.convert(mode), label
+
+
+def _said(error: Exception) -> str:
+    """What an exception says, on one line."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
