@@ -257,12 +257,12 @@ class TestTables:
 
     def test_figures(self, result):
         titles = {figure.title: figure for figure in result.figures.values()}
-        assert list(titles) == ["direct", "new head", "head alone", "best attack on each model", "suppression loss"]
+        assert list(titles) == ["direct", "new head", "head alone", "Best attack on each model", "Suppression loss"]
         assert list(titles["direct"].series) == ["scratch", "original", "NTL", "SOPHON"]
         assert list(titles["head alone"].series) == ["original", "NTL", "SOPHON"]
         assert titles["direct"].series["NTL"][2] == rows(result)["NTL", "direct"]["epoch 2"].mean
-        assert list(titles["suppression loss"].series) == ["SOPHON"]
-        assert len(titles["suppression loss"].x) == 2
+        assert list(titles["Suppression loss"].series) == ["SOPHON"]
+        assert len(titles["Suppression loss"].x) == 2
 
     def test_attacks_may_go_on_for_longer(self, tmp_path):
         attacks = {"A": {"batch_size": 5}, "B": {"batch_size": 5, "optimizer": "adam", "more_epochs": [3]}}
