@@ -308,7 +308,7 @@ def _figures(
         found[f"attack_{i}"] = Lines(title=f"{where}{attack}", x=list(map(float, x)), series=series, **axes)
     if len(attacks) > 1:
         best = {m: _plain(c.scores[_role(m)].mean(0)) for m, c in compared.items()}
-        title = f"{where}best attack on each model"
+        title = f"{where}Best attack on each model"
         found["best_attack"] = Lines(title=title, x=list(map(float, epochs)), series=best, **axes)
     losses = {
         label if seed == 0 else f"{label}, seed {seed}": made.result.history["suppression_loss"]
@@ -318,7 +318,7 @@ def _figures(
     if losses:
         longest = max(map(len, losses.values()))
         found["suppression"] = Lines(
-            title=f"{where}suppression loss",
+            title=f"{where}Suppression loss",
             x_title="round",
             y_title="suppression loss",
             x=[float(i + 1) for i in range(longest)],
