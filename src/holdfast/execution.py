@@ -295,11 +295,18 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     """Puts what `optimizer_tensors` returned into an optimizer over the same parameters.
 
     Fused optimizers walk a parameter and its moments in memory order, so each moment gets its parameter's layout.
+
+    Raises:
+        HoldfastError: if a moment is of no parameter, or of another shape.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, _, key = name.partition("/")
+        if int(index) >= len(parameters) or (value.dim() and value.shape != parameters[int(index)].shape):
+            raise HoldfastError(
+                f"The optimizer's state {name!r} of shape {tuple(value.shape)} fits none of its parameters."
+            )
         like = parameters[int(index)]
         laid_out = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
         state.setdefault(int(index), {})[key] = laid_out

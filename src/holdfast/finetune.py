@@ -204,6 +204,11 @@ def renewed(model: SplitModel, strategy: Strategy) -> Block:
     return [layer for block in blocks[kept:] for layer in block]
 
 
+def trained_modules(model: SplitModel, strategy: Strategy) -> list[nn.Module]:
+    """Returns what is in training mode where only a part of the model is: see `Strategy.scope`."""
+    return _moved_modules(model, "last-block") if strategy.scope == "last-block" else []
+
+
 def _moved_modules(model: SplitModel, scope: Scope) -> list[nn.Module]:
     """What moves beside the head, where it is neither everything nor adapters."""
     if scope == "last-block":
@@ -285,7 +290,7 @@ def finetune(
     """
     moved = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_of(model, strategy) if optimizer is None else optimizer
-    alone = _moved_modules(model, "last-block") if strategy.scope == "last-block" else []
+    alone = trained_modules(model, strategy)
     batches = task.batches("train", strategy.batch_size, generator=generator, device=device)
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups if step in (0, burn_in) else ():

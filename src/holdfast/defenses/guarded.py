@@ -31,6 +31,9 @@ from holdfast.tasks import Task
 VALIDATION_SHARE = 0.2
 """Of the defender's restricted training data, kept back to score the examinations."""
 
+FORMAT = 2
+"""Of the saved state; another number is refused."""
+
 SAVE_SECONDS = 60.0
 """The state is saved at least so often, and whenever the guard looks."""
 
@@ -133,12 +136,15 @@ class Immunization(ABC, Generic[Config]):
                 config.config(),
                 run.seed,
                 model.facts().sha256,
+                [None if v is None else v.flatten().tolist() for v in (model.mean, model.std)],
+                [n for n, p in model.named_parameters() if p.requires_grad],
                 benign.facts().sha256,
                 restricted.facts().sha256,
             ]
         )
         self.original_score = self.held_out.score(self.model)
         self.good = self._snapshot()
+        self.changed = False
         self.best: dict[str, Tensor] = {}
         self.best_score, self.best_round = math.inf, 0
 
@@ -156,7 +162,8 @@ class Immunization(ABC, Generic[Config]):
 
     def finish(self) -> tuple[SplitModel, Record]:
         """Does the rounds that are missing, and returns the result."""
-        self._resume()
+        with self.run.seeded(self.config.name, "resume"):  # adversaries are made anew before they get their state
+            self._resume()
         config, saved = self.config, time.monotonic()
         with self.run.progress(f"Immunizing ({self.title})", config.iterations, self.round) as bar:
             while self.round < config.iterations and self.record.completed:
@@ -176,11 +183,21 @@ class Immunization(ABC, Generic[Config]):
                     self._save()
                     saved = time.monotonic()
                 bar.tick(note if looks else "")
+        self._conclude()
+        self.model.eval()
+        return self.model, self.record
+
+    def _conclude(self) -> None:
+        """Puts the best state into the model; says so where nothing was achieved."""
         if self.best:
             self.say(f"kept the state after round {self.best_round}, of validation score {self.best_score:.3f}")
             self._restore(self.best)
-        self.model.eval()
-        return self.model, self.record
+        elif self.config.validate_every is not None and self.record.completed:
+            self.record.completed = False
+            self.say("no state passed the guard and the examination, so that none was chosen")
+        if self.record.completed and self.config.guard and not self.changed:
+            self.record.completed = False
+            self.say("no state but the original's kept the benign score: the model is as it was")
 
     def _due(self, every: int) -> bool:
         return self.round % every == 0 or self.last
@@ -248,6 +265,7 @@ class Immunization(ABC, Generic[Config]):
     def keep(self, score: float) -> None:
         """Remembers the present state as the last good one."""
         self.good = self._snapshot()
+        self.changed = True
         self.record.history["benign_score"][-1] = score
 
     def _not_finite(self) -> None:
@@ -303,9 +321,10 @@ class Immunization(ABC, Generic[Config]):
         for label, optimizer in self.optimizers.items():
             tensors |= {f"{label}/{n}": v for n, v in optimizer_tensors(optimizer).items()}
         meta = {
-            "belongs_to": self.belongs_to, "round": self.round, "rollbacks": self.record.rollbacks, "rate": self.rate,
+            "format": FORMAT, "belongs_to": self.belongs_to,
+            "round": self.round, "rollbacks": self.record.rollbacks, "rate": self.rate,
             "history": self.record.history, "events": [e.model_dump() for e in self.record.events],
-            "completed": self.record.completed, "own": own,
+            "completed": self.record.completed, "changed": self.changed, "own": own,
             "best": [self.best_score, self.best_round] if self.best else None,
         }  # fmt: skip
         save_tensors(path, tensors, meta)
@@ -315,6 +334,11 @@ class Immunization(ABC, Generic[Config]):
         if path is None or not path.exists():
             return
         tensors, meta = load_tensors(path)
+        if meta.get("format") != FORMAT:
+            raise HoldfastError(
+                f"{str(path)!r} was written by another version of Holdfast, and cannot be continued by this one. "
+                "Choose another folder with --out, or finish it with the version that began it."
+            )
         if meta.get("belongs_to") != self.belongs_to:
             raise HoldfastError(
                 f"{str(path)!r} is the state of another immunization (model, data, seed or settings differ): states "
@@ -322,7 +346,7 @@ class Immunization(ABC, Generic[Config]):
             )
         self._restore(_under(tensors, "model"))
         self.good = {n: v.to(self.run.device) for n, v in _under(tensors, "good").items()}
-        self.round, self.rate = meta["round"], meta["rate"]
+        self.round, self.rate, self.changed = meta["round"], meta["rate"], meta["changed"]
         self.optimizers = self.make_optimizers()
         for label, optimizer in self.optimizers.items():
             restore_optimizer(optimizer, _under(tensors, label))

@@ -12,6 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from holdfast.defenses.simulation import Seen, Simulated, Simulation, accuracy_of
 from holdfast.tasks import Batch, Task
@@ -44,11 +45,13 @@ class ExactSimulation(Simulation):
         velocity = {n: torch.zeros_like(p) for n, p in named.items()}
         objective = total = torch.zeros((), device=self.device)
         for k in range(steps):
-            grads = torch.autograd.grad(
-                functional_call(learner, phi, next(training)), list(phi.values()), create_graph=True
-            )
+            with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no second derivative
+                loss_here = functional_call(learner, phi, next(training))
+                grads = torch.autograd.grad(loss_here, list(phi.values()), create_graph=True, allow_unused=True)
             for (n, value), gradient in zip(list(phi.items()), grads, strict=True):
-                decayed = gradient + strategy.weight_decay * value
+                decayed = (
+                    strategy.weight_decay * value if gradient is None else gradient + strategy.weight_decay * value
+                )
                 velocity[n] = momentum * velocity[n] + decayed
                 step = decayed + momentum * velocity[n] if strategy.optimizer == "nesterov" else velocity[n]
                 phi[n] = value - strategy.learning_rate * step

@@ -23,8 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from holdfast.errors import HoldfastError
 from holdfast.execution import optimizer_tensors, restore_optimizer
-from holdfast.finetune import Strategy, finetune, optimizer_of, prepare, renewed
+from holdfast.finetune import Strategy, finetune, optimizer_of, prepare, renewed, trained_modules
 from holdfast.models import SplitModel
 from holdfast.suppression import Objective, SuppressionLoss, ridge_probe
 from holdfast.tasks import Batch, Task
@@ -126,6 +127,13 @@ class Simulation:
 
     def _copy(self) -> tuple[SplitModel, nn.Module]:
         copy = self.model.clone().to(self.device)
+        head = {id(p) for p in copy.head.parameters()}
+        body = (p for n, m in copy.network.named_modules() if m is not copy.head for p in m.parameters(recurse=False))
+        if any(id(p) in head for p in body):
+            raise HoldfastError(
+                f"{copy.name}: its head shares weights with its body, and a simulated adversary could not start the "
+                "one anew without the other; untie them."
+            )
         if self.compiled:
             copy.network.compile()
         return copy, copy.head
@@ -172,6 +180,7 @@ class Simulation:
         """As `run`, with an adversary that is new or at rest, and that is put to rest afterwards."""
         if adversary.loops:
             self._move(adversary, 1.0)
+            self._refresh(adversary)
         seen = self._simulate(adversary, task, steps, gamma, generator, evaluation or task)
         self._move(adversary, -1.0)
         adversary.loops += 1
@@ -199,11 +208,15 @@ class Simulation:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             for k in range(steps):
                 next(training)
-                batch = next(unseen)
-                with _free(frozen):
-                    logits = _whole(model(batch.x))
-                    if objective.loss is not None:
+                if objective.loss is not None:
+                    batch = next(unseen)
+                    with _free(frozen):
+                        logits = _whole(model(batch.x))
                         total += self._add(adversary, objective.loss(logits, batch.y), weights[k])
+            if objective.loss is None:
+                batch = next(unseen)
+                with torch.no_grad():
+                    logits = _whole(model(batch.x))
             accuracy = accuracy_of(logits, batch)
             if objective.probe_weight:
                 probed = next(
@@ -234,6 +247,16 @@ class Simulation:
         parameters, own = list(self.model.parameters()), list(adversary.model.parameters())
         for i in adversary.shared:
             own[i].add_(parameters[i].to(self.device), alpha=sign)
+
+    def _refresh(self, adversary: Simulated) -> None:
+        """Where only a part is trained, the rest is in evaluation mode, with the statistics of today's model."""
+        model = adversary.model
+        trained = {id(b) for m in trained_modules(model, adversary.strategy) for b in m.buffers()}
+        if adversary.strategy.scope in ("head", "last-block"):
+            theirs = dict(self.model.network.named_buffers())
+            for name, buffer in model.network.named_buffers():
+                if id(buffer) not in trained and name in theirs:
+                    buffer.copy_(theirs[name])
 
     def saved(self, adversary: Simulated) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Returns the tensors and counts from which `restored` makes an adversary at rest again."""

@@ -147,10 +147,11 @@ class Sophon(GuardedDefense):
 
     def _check_second_order(self, phi: list[Strategy]) -> None:
         for strategy in phi:
-            if strategy.optimizer not in MOMENTUM or strategy.scope != "all" or strategy.gradient != "raw":
+            plain = strategy.gradient == "raw" and strategy.precision == "float32"
+            if strategy.optimizer not in MOMENTUM or strategy.scope != "all" or not plain:
                 raise HoldfastError(
                     f"sophon: the exact meta-gradient is for adversaries that train everything with "
-                    f"{', '.join(MOMENTUM)}; got {strategy.scope!r} with {strategy.optimizer!r}. Set optimizers, or "
+                    f"{', '.join(MOMENTUM)}, by the raw gradient, in float32; got {strategy}. Set optimizers, or "
                     "second_order: false."
                 )
         if self.lifetime > 1 or self.probe_weight or self.precision != "float32" or self.compile:

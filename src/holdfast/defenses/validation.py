@@ -6,9 +6,8 @@ test compares them with every battery.
 
 from __future__ import annotations
 
+import math
 from typing import Final
-
-import torch
 
 from holdfast.execution import Run
 from holdfast.finetune import Strategy, finetune, not_applicable, prepare
@@ -35,10 +34,10 @@ def validation_score(model: SplitModel, task: Task, steps: int, *, run: Run) -> 
         run: seed and device.
 
     Returns:
-        A score of the task; nan if no attack can start.
+        A score of the task; nan if no attack can start, or all of them end in numbers that are not finite.
     """
     budgets = (steps // 2, steps)
-    best = [torch.nan, torch.nan]
+    best = [math.nan, math.nan]
     for strategy in VALIDATION:
         if not_applicable(strategy, model, task) is not None:
             continue
@@ -51,5 +50,6 @@ def validation_score(model: SplitModel, task: Task, steps: int, *, run: Run) -> 
                 if step in budgets:
                     i = budgets.index(step)
                     score = task.score(victim)
-                    best[i] = max(score, best[i]) if best[i] == best[i] else score
+                    if math.isfinite(score):  # an attack that diverges does not make another one worse
+                        best[i] = max(score, best[i]) if math.isfinite(best[i]) else score
     return sum(best) / len(best)
