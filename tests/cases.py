@@ -26,7 +26,8 @@ DEFENSES: dict[str, Defense] = {
     "sophon-ce-ascent": Sophon(loss="ce-ascent", **_BRIEF),
     "sophon-every-optimizer": Sophon(optimizers=tuple(OPTIMIZERS), **_BRIEF),
     "sophon-lasting": Sophon(
-        population=3,
+        population=2,
+        tasks=2,
         lifetime=4,
         disjoint=True,
         probe_weight=0.5,

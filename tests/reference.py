@@ -381,6 +381,7 @@ def meta_objective(
     learning_rate: float,
     momentum: float,
     nesterov: bool,
+    weight_decay: float,
 ) -> Tensor:
     """Eq. 4 for one adversary as a function of theta: fine-tune by hand, sum gamma_k L_alpha(phi_k).
 
@@ -391,7 +392,9 @@ def meta_objective(
     phi, velocity, total = list(theta), [torch.zeros_like(t) for t in theta], torch.zeros((), dtype=theta[0].dtype)
     for k, weight in enumerate(gamma):
         at = [p.detach().requires_grad_() for p in phi]
-        grads = torch.autograd.grad(loss_at(at, k), at)
+        grads = [
+            g + weight_decay * p.detach() for g, p in zip(torch.autograd.grad(loss_at(at, k), at), at, strict=True)
+        ]
         velocity = [momentum * v + g for v, g in zip(velocity, grads, strict=True)]
         steps = [g + momentum * v if nesterov else v for g, v in zip(grads, velocity, strict=True)]
         phi = [p.detach() - learning_rate * s for p, s in zip(phi, steps, strict=True)]

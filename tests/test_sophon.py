@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
 
@@ -27,6 +28,7 @@ from holdfast.finetune import Strategy
 from holdfast.models import SplitModel, load_model
 from holdfast.suppression import Objective, inverse_cross_entropy, ridge_probe
 from holdfast.tasks import load_task
+from test_defenses import Interrupted, Killed
 
 CPU = torch.device("cpu")
 EVERYTHING = 10_000
@@ -73,7 +75,7 @@ class TestPhi:
             ({"strategies": (Strategy(scope="lora"),)}, "adapters are not in the model"),
             ({"strategies": ()}, "strategies is empty"),
             ({"scopes": ()}, "scopes is empty"),
-            ({"tasks": 3, "population": 2}, "population is 2 and tasks 3"),
+            ({"tasks": 3, "population": 2, "lifetime": 2}, "population is 2 and tasks 3"),
             ({"lifetime": 0}, "lifetime is 0"),
             ({"probe_weight": -1.0}, "probe_weight is -1.0"),
             ({"distillation": math.nan}, "distillation is nan"),
@@ -83,6 +85,13 @@ class TestPhi:
             ({"second_order": True, "optimizers": ("sgd",), "lifetime": 2}, "goes without lifetime"),
             ({"validate_every": 0}, "validate_every is 0"),
             ({"validation_steps": 1}, "validation_steps is 1"),
+            ({"probe_batch": 1}, "at least 2 samples"),
+            ({"population": 2}, "nobody lives on"),
+            ({"recovery_loops": 5, "guard": False}, "recovery_loops are the guard's"),
+            ({"steps": 2, "gamma": (0.0, 0.0)}, "one above it"),
+            ({"steps": 2, "gamma": (1.0, -1.0)}, "at least 0"),
+            ({"second_order": True, "strategies": (Strategy(optimizer="sgd", gradient="sign"),)}, "raw gradient"),
+            ({"second_order": True, "strategies": (Strategy(optimizer="sgd", precision="bf16"),)}, "in float32"),
         ],
     )
     def test_refuses_what_cannot_work(self, settings, match):
@@ -134,6 +143,43 @@ class TestSimulation:
         assert all(torch.allclose(b - p, a, rtol=1e-6, atol=1e-9) for b, p, a in zip(both, plain, added, strict=True))
         assert loss - plain_loss == pytest.approx(weight * float(share), rel=1e-5)
 
+    def test_the_probe_reaches_what_the_adversary_freezes(self, small, task):
+        def gradient(scope):
+            simulation = Simulation(small, Objective(None, 1.0, 0.1, EVERYTHING))
+            simulation.run(task, Strategy("direct", scope, "sgd", 1e-14, 10), 1, None, generator=stream())
+            return simulation.gradient
+
+        assert any(float(g.abs().max()) > 1e-6 for g in gradient("head"))
+        assert close(gradient("head"), gradient("all"))
+
+    def test_the_probe_is_fitted_on_the_samples_of_the_evaluation(self, small, task):
+        other = toy_task(3, seed=5)
+        other._x = {s: v.double() for s, v in other._x.items()}
+
+        def gradient(learned, evaluation):
+            simulation = Simulation(small, Objective(None, 1.0, 0.1, EVERYTHING))
+            simulation.run(learned, Strategy("direct", "all", "sgd", 1e-14, 10), 1, None, generator=stream(),
+                           evaluation=evaluation)  # fmt: skip
+            return simulation.gradient
+
+        assert close(gradient(task, other), gradient(other, None))
+        assert not close(gradient(task, other), gradient(task, None))
+
+    def test_a_probe_batch_of_one_class_tells_nothing(self, small, task):
+        simulation = Simulation(small, Objective(None, 1.0, 0.1, 2))
+        for seed in range(8):  # some of these pairs are of one class
+            simulation.run(task, Strategy("direct", batch_size=10), 1, None, generator=stream(seed))
+        assert all(g.isfinite().all() for g in simulation.gradient)
+
+    def test_refuses_a_head_that_shares_its_weights(self, small, task):
+        small.network[4].weight = nn.Parameter(torch.zeros(5, 5, dtype=torch.float64))
+        small.network[2] = nn.Linear(8, 5).double()
+        body = nn.Linear(5, 5).double()
+        body.weight = small.network[4].weight
+        small.network[3] = body
+        with pytest.raises(HoldfastError, match="shares weights with its body"):
+            Simulation(small, inverse_cross_entropy).run(task, Strategy(), 1, None, generator=stream())
+
     def test_bf16_trains_as_float32_does(self, restricted):
         """Autocast must not go on with the weights of the first step."""
         torch.manual_seed(0)
@@ -178,12 +224,13 @@ class TestSimulation:
 
 
 class TestExactGradient:
+    @pytest.mark.parametrize("decay", [0.0, 0.2])
     @pytest.mark.parametrize("optimizer", MOMENTUM)
-    def test_is_the_derivative_of_equation_4(self, small, task, optimizer):
+    def test_is_the_derivative_of_equation_4(self, small, task, optimizer, decay):
         """Central differences of the whole objective: fine-tuning by hand from a shifted theta."""
         gamma, rate = [0.5, 1.0, 2.0], 0.3
         simulation = ExactSimulation(small, inverse_cross_entropy)
-        strategy = Strategy("direct", "all", optimizer, rate, EVERYTHING)
+        strategy = Strategy("direct", "all", optimizer, rate, EVERYTHING, decay)
         simulation.run(task, strategy, len(gamma), tuple(gamma), generator=stream())
 
         x, y = task._x["train"], task._y["train"]
@@ -196,7 +243,7 @@ class TestExactGradient:
             return float(
                 reference.meta_objective(
                     lambda p, _: nn.functional.cross_entropy(logits(p), y), lambda p, _: reference.ice(logits(p), y),
-                    theta, gamma, rate, MOMENTUM[optimizer], optimizer == "nesterov",
+                    theta, gamma, rate, MOMENTUM[optimizer], optimizer == "nesterov", decay,
                 ).detach()
             )  # fmt: skip
 
@@ -220,6 +267,26 @@ class TestExactGradient:
 
         assert gap(0.3) > 0.01  # they do differ
         assert gap(1e-3) / gap(1e-4) == pytest.approx(10, rel=0.05)  # by O(rate)
+
+    def test_parameters_that_are_not_used_are_left_out(self, task):
+        class Idle(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.idle, self.head = nn.Linear(2, 2).double(), nn.Linear(6, 3).double()
+
+            def forward(self, x):
+                return self.head(x)
+
+        simulation = ExactSimulation(SplitModel(Idle(), "head"), inverse_cross_entropy)
+        simulation.run(task, Strategy("direct", "all", "sgd", 0.1, 10), 2, None, generator=stream())
+        assert [g is not None for g in simulation.gradients()] == [False, False, True, True]
+
+    def test_goes_through_attention(self, restricted):
+        model = load_model("timm:vit_tiny_patch16_224", load_task("digits[5-9]@image_size=32,channels=3"))
+        task = load_task("digits[5-9]@image_size=32,channels=3")
+        simulation = ExactSimulation(model, inverse_cross_entropy)
+        simulation.run(task, Strategy("direct", "all", "sgd", 0.01, 4), 1, None, generator=stream())
+        assert all(g.isfinite().all() for g in simulation.gradient)
 
     def test_leaves_the_model_and_its_statistics(self, model, restricted):
         digest = model.facts().sha256
@@ -282,16 +349,67 @@ class TestPopulation:
         assert {life for later in lives[32:] for _, life in later.values()} == {8}
         assert len({loops for loops, _ in lives[-1].values()}) > 1
 
-    def test_two_devices_collect_what_one_does(self, small, task):
+    @pytest.mark.parametrize("start", ["direct", "head"])
+    def test_two_devices_collect_what_one_does(self, small, task, start):
         def gradients(devices):
-            population = self.population(small, Strategy("direct", batch_size=20), size=5, lifetime=3, devices=devices)
+            torch.manual_seed(0)
+            population = self.population(small, Strategy(start, batch_size=20), size=5, lifetime=3, devices=devices)
             for _ in range(3):
                 seen = population.loop(task, 3, 2, None, generator=stream(4))
-            return population.gradients(), seen
+            return population.simulations[0].gradient, seen
 
         (one, seen), (two, seen_by_two) = gradients(()), gradients((CPU, CPU))
         assert close(one, two)
         assert [s.loss for s in seen] == pytest.approx([s.loss for s in seen_by_two])
+
+    def test_adversaries_of_one_loop_have_different_heads(self, small, task):
+        population = self.population(small, Strategy("head", batch_size=20), size=3, lifetime=9)
+        population._unborn.clear()
+        population.loop(task, 3, 1, None, generator=stream())
+        heads = [population.living[slot].model.head.weight for slot in range(3)]
+        assert not torch.allclose(heads[0], heads[1], atol=0.05)
+        assert not torch.allclose(heads[1], heads[2], atol=0.05)
+
+    def test_what_an_adversary_freezes_has_the_statistics_of_the_present_model(self, model, restricted):
+        population = self.population(model, Strategy("head", "head", "adam", 1e-2, 20), lifetime=9)
+        population._unborn.clear()
+        population.loop(restricted, 1, 1, None, generator=stream())
+        model.train()
+        x = next(restricted.sweep("train", 50, device=CPU)).x
+        with torch.no_grad():
+            for _ in range(20):
+                model(3 * x)
+        model.eval()
+        population.loop(restricted, 1, 1, None, generator=stream())
+        lasting = population.living[0]
+        population.simulations[0]._move(lasting, 1.0)
+        lasting.model.eval()
+        assert torch.allclose(lasting.model.features(x), model.features(x), rtol=1e-4, atol=1e-5)
+
+    def test_restored_it_goes_on_as_if_nothing_had_happened(self, small, task):
+        phi = [Strategy(start, "all", optimizer, 1e-2, 20) for start in ("direct", "head", "last-block")
+               for optimizer in ("adam", "momentum")]  # fmt: skip
+
+        def new():
+            return Population(small, Objective(inverse_cross_entropy), phi, size=3, lifetime=5)
+
+        torch.manual_seed(0)
+        whole = new()
+        for i in range(4):
+            whole.loop(task, 2, 2, None, generator=stream(i))
+        tensors, values = whole.saved()
+        tensors = {n: v.clone() for n, v in tensors.items()}
+        again = new()
+        again.restore(task, tensors, json.loads(json.dumps(values)))
+        for i in range(4, 12):  # past the ends of all lives
+            torch.manual_seed(i)
+            seen = whole.loop(task, 2, 2, None, generator=stream(i))
+            torch.manual_seed(i)
+            assert again.loop(task, 2, 2, None, generator=stream(i)) == seen
+            assert all(
+                (a is None and b is None) or torch.equal(a, b)
+                for a, b in zip(whole.gradients(), again.gradients(), strict=True)
+            )
 
     def test_the_guard_ends_all_lives_when_it_goes_back(self, model, benign, restricted, run, monkeypatch):
         cleared = []
@@ -326,6 +444,16 @@ class TestRecovery:
     def test_what_it_does_not_bring_back_goes_back(self, benign, restricted, run):
         _, record = self.made(benign, restricted, run, recovery_loops=1, reinforcement_lr=1e-9)
         assert any("halved" in e.message for e in record.events)
+
+    def test_the_recovered_state_is_a_good_one(self, benign, restricted, run):
+        settings = Sophon(recovery_loops=1, max_benign_drop=1.0)
+        going = sophon._Immunization(settings, trained_on(benign), benign, restricted, run)
+        for name in ("benign_score", "gradient_passes"):
+            going.record.history[name].append(None)
+        with torch.no_grad():
+            going.model.head.weight.mul_(0.5)
+        going.too_low("for a test")
+        assert all(torch.equal(v, going.good[n]) for n, v in going.model.network.state_dict().items())
 
 
 class TestDistillation:
@@ -379,6 +507,19 @@ class TestValidation:
             model, restricted, 6, run=run
         )
 
+    def test_it_is_the_best_attack_over_two_budgets_whatever_diverges(self, model, restricted, run, monkeypatch):
+        scores = iter([0.3, 0.9, math.nan, 0.2, 0.5, math.nan])
+        monkeypatch.setattr(type(restricted), "score", lambda *_: next(scores))
+        assert validation_score(model, restricted, 4, run=run) == pytest.approx((0.5 + 0.9) / 2)
+
+    def test_a_state_under_the_floor_is_not_examined(self, model, benign, restricted, run, monkeypatch):
+        looks, examined = iter([1.0, -1.0, 1.0]), iter([0.5, 0.4])
+        monkeypatch.setattr(guarded.Immunization, "_look", lambda self: next(looks))
+        monkeypatch.setattr(guarded, "validation_score", lambda *_, **__: next(examined))
+        settings = Sophon(iterations=3, steps=1, validate_every=1)
+        _, record = settings.immunize(model, benign, restricted, run=run)
+        assert record.history["validation_score"] == [0.5, None, 0.4]
+
     def test_the_same_model_gets_the_same_score(self, model, restricted, run):
         digest = model.facts().sha256
         scores = {validation_score(model, restricted, 4, run=run) for _ in range(2)}
@@ -404,9 +545,17 @@ class TestValidation:
     def test_nothing_of_the_examined_samples_is_trained_on(self, model, benign, restricted, run, monkeypatch):
         seen = []
         monkeypatch.setattr(guarded, "validation_score", lambda model, task, *_, **__: seen.append(task) or 0.5)
+        learned, simulate = [], Simulation._simulate
+        monkeypatch.setattr(
+            Simulation,
+            "_simulate",
+            lambda self, adversary, *rest: learned.append(rest) or simulate(self, adversary, *rest),
+        )
         Sophon(iterations=1, steps=1, validate_every=1, max_benign_drop=1.0).immunize(
             model, benign, restricted, run=run
         )
+        simulated = {x.numpy().tobytes() for task in (learned[0][0], learned[0][4]) for x in task._x["train"]}
+        assert not simulated & {x.numpy().tobytes() for x in seen[0]._x["test"]}
         train, test = ({bytes(x.numpy().tobytes()) for x in seen[0]._x[s]} for s in ("train", "test"))
         everything = {bytes(x.numpy().tobytes()) for x in restricted._x["train"]}
         assert not train & test
@@ -414,7 +563,55 @@ class TestValidation:
         assert len(test) == pytest.approx(guarded.VALIDATION_SHARE * len(everything), rel=0.1)
 
 
+class TestNothingAchieved:
+    def test_a_model_that_is_as_it_was_is_not_called_complete(self, model, benign, restricted, run, monkeypatch):
+        monkeypatch.setattr(guarded.Immunization, "floor", 2.0)
+        made, record = Sophon(iterations=3, steps=1, guard_every=1).immunize(model, benign, restricted, run=run)
+        assert made.facts().sha256 == model.facts().sha256
+        assert not record.completed
+        assert "the model is as it was" in record.events[-1].message
+
+    def test_nor_is_a_state_that_nobody_examined(self, model, benign, restricted, run, monkeypatch):
+        monkeypatch.setattr(guarded.Immunization, "floor", 2.0)
+        settings = Sophon(iterations=2, steps=1, guard=False, validate_every=1)
+        _, record = settings.immunize(model, benign, restricted, run=run)
+        assert not record.completed
+        assert "none was chosen" in record.events[-1].message
+
+
 class TestCheckpoints:
+    def stop(self, model, benign, restricted, tmp_path):
+        settings = Sophon(iterations=4, steps=1, guard_every=1, max_benign_drop=1.0, population=2, lifetime=3)
+        with pytest.raises(Killed):
+            settings.immunize(model, benign, restricted, run=Interrupted(0, CPU, tmp_path))
+        return settings
+
+    def test_a_state_belongs_to_what_was_trained(self, model, benign, restricted, tmp_path):
+        settings = self.stop(model, benign, restricted, tmp_path)
+        frozen = model.clone()
+        next(frozen.parameters()).requires_grad_(False)
+        with pytest.raises(HoldfastError, match="another immunization"):
+            settings.immunize(frozen, benign, restricted, run=Run(0, CPU, tmp_path))
+
+    def test_a_state_belongs_to_how_inputs_are_normalised(self, model, benign, restricted, tmp_path):
+        settings = self.stop(model, benign, restricted, tmp_path)
+        other = SplitModel(model.clone().network, model.head_name, mean=(0.9,), std=(0.1,))
+        with pytest.raises(HoldfastError, match="another immunization"):
+            settings.immunize(other, benign, restricted, run=Run(0, CPU, tmp_path))
+
+    def test_a_state_of_another_version_is_refused(self, model, benign, restricted, tmp_path, monkeypatch):
+        settings = self.stop(model, benign, restricted, tmp_path)
+        monkeypatch.setattr(guarded, "FORMAT", 99)
+        with pytest.raises(HoldfastError, match="another version of Holdfast"):
+            settings.immunize(model, benign, restricted, run=Run(0, CPU, tmp_path))
+
+    def test_resuming_leaves_the_global_generator(self, model, benign, restricted, tmp_path):
+        settings = self.stop(model, benign, restricted, tmp_path)
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        settings.immunize(model, benign, restricted, run=Run(0, CPU, tmp_path))
+        assert torch.equal(torch.get_rng_state(), before)
+
     def test_the_state_is_saved_between_looks_when_time_has_passed(
         self, model, benign, restricted, tmp_path, monkeypatch
     ):
@@ -437,7 +634,27 @@ def test_ridge_probe_is_computed_through_the_smaller_gram(task):
         assert torch.allclose(ridge_probe(z, y, 0.1), reference.ridge_probe(z, y, 0.1), rtol=1e-9)
 
 
-def test_the_embedded_task_can_be_immunized_with_every_option_at_once(run):
+def test_a_model_in_float64_is_not_for_bf16(task, small, run):
+    with pytest.raises(HoldfastError, match="computes in float64"):
+        Sophon(precision="bf16").immunize(small, task, task, run=run)
+
+
+def test_bf16_is_for_reinforcement_too(model, benign, restricted, run, monkeypatch):
+    seen, forward = set(), SplitModel.forward
+
+    def spied(self, x):
+        logits = forward(self, x)
+        seen.add((self.num_outputs, logits.dtype))
+        return logits
+
+    monkeypatch.setattr(SplitModel, "forward", spied)
+    narrow = load_task("digits[5-7]")  # simulated adversaries have three outputs
+    settings = Sophon(iterations=1, steps=1, initialisations=("head",), precision="bf16", guard=False, guard_every=9)
+    settings.immunize(model, benign, narrow, run=run)
+    assert {(3, torch.bfloat16), (5, torch.bfloat16)} <= seen
+
+
+def test_options_go_together(run):
     benign, restricted = load_task("digits[0-4]"), load_task("digits[5-9]")
     made, record = dataclasses.replace(DEFENSES["sophon-lasting"], tasks=2, precision="bf16").immunize(
         trained_on(benign), benign, restricted, run=run

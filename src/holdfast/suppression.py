@@ -97,8 +97,10 @@ def ridge_probe(features: Tensor, labels: Tensor, ridge: float = 0.01) -> Tensor
 
         R2 = tr(Y' Z (Z'Z + lambda I)^-1 Z'Y) / ||Y||^2,    lambda = ridge * ||Z||_F^2 / min(N, D).
 
-    No head occurs in it: whoever minimises it over Z takes from every linear probe, whitened or in closed form, and a
-    head that starts anew gains nothing. lambda is relative to the mean eigenvalue, so that scaling Z changes nothing.
+    No head occurs in it, so that a head that starts anew gains nothing by that. lambda is relative to the mean
+    eigenvalue: scaling, shifting or rotating Z changes nothing. Shrinking one direction against the others does: what
+    lies in directions of less energy than lambda counts little here, and a probe that whitens reads it all the same.
+    The smaller the ridge, the less there is to hide in, and the more samples it takes.
 
     By the push-through identity Z (Z'Z + lambda I)^-1 Z' = ZZ' (ZZ' + lambda I)^-1, so the smaller of the two Gram
     matrices serves. R2 is at most min(N - 1, D) / (that + ridge), and noise is explained as well: the batch should have

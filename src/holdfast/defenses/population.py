@@ -78,10 +78,17 @@ class Population:
         seeds = torch.randint(2**62, (count - 1,), generator=generator).tolist()
         streams = [generator, *(torch.Generator().manual_seed(seed) for seed in seeds)]
         slots = [(self.turn + i) % self.size for i in range(count)]
+        first = generator
         self.turn = (self.turn + count) % self.size
 
+        def adversary_of(slot: int, stream: torch.Generator) -> Simulated:
+            if stream is not first and slot not in self.living:
+                # Torch's generators of several devices are seeded alike, and would draw the same fresh head on each.
+                torch.manual_seed(int(torch.randint(2**62, (), generator=stream)))
+            return self._adversary(slot, task, stream)
+
         def visit(slot: int, stream: torch.Generator) -> Seen:
-            simulation, adversary = self._home(slot), self._adversary(slot, task, stream)
+            simulation, adversary = self._home(slot), adversary_of(slot, stream)
             seen = simulation.go_on(adversary, task, steps, gamma, generator=stream, evaluation=evaluation)
             if adversary.loops >= adversary.life:
                 simulation.release(self.living.pop(slot))
@@ -90,7 +97,7 @@ class Population:
         if len(self.simulations) == 1:  # one after the other, so that those that live for one loop share their memory
             return [visit(slot, stream) for slot, stream in zip(slots, streams, strict=True)]
         for slot, stream in zip(slots, streams, strict=True):
-            self._adversary(slot, task, stream)  # fresh parts come from one global generator: in order, in one thread
+            adversary_of(slot, stream)  # fresh parts come from a global generator: in order, in one thread
         lanes = [[i for i, slot in enumerate(slots) if self._home(slot) is home] for home in self.simulations]
         with ThreadPoolExecutor(len(lanes)) as threads:
             found = threads.map(lambda lane: [(i, visit(slots[i], streams[i])) for i in lane], lanes)

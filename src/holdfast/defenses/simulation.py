@@ -64,6 +64,8 @@ class Simulated:
 class Simulation:
     """Simulated fine-tuning and the first-order meta-gradient, in buffers that are made once.
 
+    Where blocks of the body start anew, a fresh model is drawn for each adversary.
+
     Args:
         model: the model being immunized; never written to.
         objective: what the defender minimises; or its suppression loss alone.
@@ -211,21 +213,22 @@ class Simulation:
                 if objective.loss is not None:
                     batch = next(unseen)
                     with _free(frozen):
-                        logits = _whole(model(batch.x))
+                        logits = whole(model(batch.x))
                         total += self._add(adversary, objective.loss(logits, batch.y), weights[k])
             if objective.loss is None:
                 batch = next(unseen)
                 with torch.no_grad():
-                    logits = _whole(model(batch.x))
+                    logits = whole(model(batch.x))
             accuracy = accuracy_of(logits, batch)
             if objective.probe_weight:
                 probed = next(
                     evaluation.batches("train", objective.probe_batch, generator=generator, device=self.device)
                 )
-                with _free(frozen):
-                    share = ridge_probe(_whole(model.features(probed.x)), probed.y, objective.ridge)
-                    weight = objective.probe_weight
-                    total += weight * steps * self._add(adversary, share, weight * sum(weights))
+                if len(torch.unique(probed.y)) > 1:  # a batch of one class has nothing to tell apart
+                    with _free(frozen):
+                        share = ridge_probe(whole(model.features(probed.x)), probed.y, objective.ridge)
+                        weight = objective.probe_weight
+                        total += weight * steps * self._add(adversary, share, weight * sum(weights))
         return Seen(float(total) / steps, accuracy)
 
     def _add(self, adversary: Simulated, loss: Tensor, weight: float) -> Tensor:
@@ -296,6 +299,6 @@ def _free(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _whole(values: Tensor) -> Tensor:
-    """Losses are computed in full precision."""
+def whole(values: Tensor) -> Tensor:
+    """Returns half-precision values in float32, in which losses are computed, and others as they are."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,10 @@ from holdfast.defenses.base import Record
 from holdfast.defenses.guarded import GuardedDefense, Immunization
 from holdfast.defenses.population import Population
 from holdfast.defenses.second_order import MOMENTUM, ExactSimulation
-from holdfast.defenses.simulation import Seen, Simulation
+from holdfast.defenses.simulation import Seen, Simulation, whole
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Run, derive_seed
-from holdfast.finetune import Initialisation, Scope, Strategy, not_applicable
+from holdfast.finetune import Initialisation, Precision, Scope, Strategy, not_applicable
 from holdfast.models import SplitModel, check_fits
 from holdfast.suppression import LOSSES, Objective
 from holdfast.tasks import Batch, Task
@@ -112,7 +112,7 @@ class Sophon(GuardedDefense):
     recovery_loops: int = 0
     clip: float | None = 1.0
     second_order: bool = False
-    precision: Literal["float32", "bf16"] = "float32"
+    precision: Precision = "float32"
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -124,26 +124,49 @@ class Sophon(GuardedDefense):
         for name in ("probe_weight", "distillation", "recovery_loops"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise HoldfastError(f"sophon: {name} is {getattr(self, name)}; expected a number of at least 0.")
-        if self.loss == "none" and not self.probe_weight:
-            raise HoldfastError("sophon: loss is 'none' and probe_weight is 0, so nothing is suppressed; give one.")
-        if self.precision not in ("float32", "bf16"):
-            raise unknown("precision", self.precision, ("float32", "bf16"))
-        if self.population is not None and self.population < self.tasks:
-            raise HoldfastError(
-                f"sophon: population is {self.population} and tasks {self.tasks}: each loop needs as many adversaries."
-            )
-        if self.gamma is not None and not all(map(math.isfinite, self.gamma)):
-            raise HoldfastError(f"sophon: gamma is {self.gamma}; expected finite numbers.")
-        for name in ("initialisations", "scopes", "optimizers", "learning_rates", "batch_sizes"):
-            if not getattr(self, name):
-                raise HoldfastError(f"sophon: {name} is empty; give at least one.")
-        if self.gamma is not None and len(self.gamma) != self.steps:
-            raise HoldfastError(
-                f"sophon: gamma has {len(self.gamma)} weights and there are {self.steps} steps; give one a step."
-            )
+        if self.precision not in get_args(Precision):
+            raise unknown("precision", self.precision, get_args(Precision))
+        for broken, message in self._impossible():
+            if broken:
+                raise HoldfastError(f"sophon: {message}.")
         phi = self.phi()  # refuses unknown names and rates or sizes out of range now, not in the middle of the work
         if self.second_order:
             self._check_second_order(phi)
+
+    def _impossible(self) -> list[tuple[bool, str]]:
+        """What cannot be, or would do nothing, and how to mend it."""
+        gamma, population = self.gamma, self.population
+        empty = [n for n in ("initialisations", "scopes", "optimizers", "learning_rates", "batch_sizes")
+                 if not getattr(self, n)]  # fmt: skip
+        return [
+            (bool(empty), f"{', '.join(empty)} is empty; give at least one"),
+            (
+                self.loss == "none" and not self.probe_weight,
+                "loss is 'none' and probe_weight is 0, so nothing is suppressed; give one",
+            ),
+            (self.probe_batch < 2, f"probe_batch is {self.probe_batch}; a probe needs at least 2 samples"),
+            (
+                self.recovery_loops > 0 and not self.guard,
+                "recovery_loops are the guard's, which is off; set guard, or leave them out",
+            ),
+            (
+                population is not None and self.lifetime == 1,
+                f"population is {population} and lifetime 1, so that nobody lives on; set lifetime to 2 or more, or "
+                "leave population out",
+            ),
+            (
+                population is not None and population < self.tasks,
+                f"population is {population} and tasks {self.tasks}: each loop needs as many adversaries",
+            ),
+            (
+                gamma is not None and not (all(0 <= g < math.inf for g in gamma) and any(gamma)),
+                f"gamma is {gamma}; expected finite numbers of at least 0, and one above it",
+            ),
+            (
+                gamma is not None and len(gamma) != self.steps,
+                f"gamma has {len(gamma or ())} weights and there are {self.steps} steps; give one a step",
+            ),
+        ]
 
     def _check_second_order(self, phi: list[Strategy]) -> None:
         for strategy in phi:
@@ -196,6 +219,11 @@ class Sophon(GuardedDefense):
         """
         if benign.kind != "classification" or restricted.kind != "classification":
             raise HoldfastError(f"sophon: {self.loss} is for classification; got {benign.kind} and {restricted.kind}.")
+        if self.precision == "bf16" and model.dtype == torch.float64:
+            raise HoldfastError(
+                f"sophon: precision is bf16 and {model.name} computes in float64, which autocast leaves alone; set "
+                "precision: float32."
+            )
         check_fits(model, benign, own_task=True)
         check_fits(model, restricted, own_task=False)
         for strategy in self.phi():
@@ -290,8 +318,8 @@ class _Immunization(Immunization[Sophon]):
         if self.teacher is None:
             return self.benign.loss(self.model, batch)
         with torch.no_grad():
-            wanted = self.teacher(batch.x).float()
-        logits = self.model(batch.x).float()
+            wanted = whole(self.teacher(batch.x))
+        logits = whole(self.model(batch.x))
         return F.cross_entropy(logits, batch.y) + self.config.distillation * distillation_loss(
             logits, wanted, self.config.temperature
         )
@@ -313,10 +341,10 @@ class _Immunization(Immunization[Sophon]):
         config = self.config
         if config.recovery_loops:
             with self.run.seeded("sophon", "recovery", self.round, self.record.rollbacks) as generator:
-                losses = self._reinforce(config.recovery_loops, generator)
+                self._reinforce(config.recovery_loops, generator)
             self.record.history["gradient_passes"][-1] = self._passes() + config.recovery_loops
             score = self.held_out.score(self.model)
-            if score >= self.floor and all(map(math.isfinite, losses)):
+            if score >= self.floor:
                 self.say(f"{why}: brought back to {score:.3f} by {config.recovery_loops} reinforcement loops")
                 self.keep(score)
                 return
