@@ -29,9 +29,8 @@ from holdfast.adversaries import FineTuning, battery
 from holdfast.adversaries.stacked import Member, attack_together, stacks
 from holdfast.auditing import AuditSpec, audit
 from holdfast.execution import Run
-from holdfast.finetune import Strategy, finetune
+from holdfast.finetune import Strategy, finetune, pretrain
 from holdfast.models import ModelSpec, SplitModel, load_model
-from holdfast.pipeline import pretrain
 from holdfast.results import Curve
 from holdfast.tasks import ArrayTask, load_task
 

@@ -25,9 +25,8 @@ import torch
 from holdfast.adversaries import FineTuning
 from holdfast.defenses import SignalFrontier, Sophon
 from holdfast.execution import Run
-from holdfast.finetune import Initialisation, Scope, Strategy
+from holdfast.finetune import Initialisation, Scope, Strategy, pretrain
 from holdfast.models import ModelSpec, SplitModel, load_model
-from holdfast.pipeline import pretrain
 from holdfast.tasks import Task, load_task
 
 RATES = {

@@ -25,8 +25,8 @@ import torch
 
 from holdfast.auditing import AuditSpec, audit
 from holdfast.execution import Run
+from holdfast.finetune import pretrain
 from holdfast.models import ModelSpec, SplitModel, load_model
-from holdfast.pipeline import pretrain
 from holdfast.results import AuditResult, Thresholds
 from holdfast.tasks import ArrayTask, load_task
 

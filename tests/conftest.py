@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from holdfast.execution import Run
+from holdfast.finetune import pretrain
 from holdfast.models import SplitModel, load_model
-from holdfast.pipeline import pretrain, run_recipe
+from holdfast.pipeline import run_recipe
 from holdfast.recipe import load as load_recipe
 from holdfast.results import RunResult, read_result
 from holdfast.tasks import ArrayTask, load_task

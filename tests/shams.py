@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from holdfast.execution import Run
+from holdfast.finetune import pretrain
 from holdfast.models import ModelSpec, SplitModel, load_model
-from holdfast.pipeline import pretrain
 from holdfast.tasks import Task, load_task
 
 Sham = Callable[[SplitModel, Task, Task], SplitModel]

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from holdfast.auditing import AuditSpec, audit, tables
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run
+from holdfast.finetune import pretrain
 from holdfast.models import load_model
-from holdfast.pipeline import pretrain
 from holdfast.results import Thresholds
 from holdfast.tasks import load_task
 from holdfast.trials import Bench

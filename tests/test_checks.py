@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from holdfast.checks import REMEDIES, compare, flags_of_code, flags_of_curves, red_flags
+from holdfast.finetune import pretrain
 from holdfast.inspection import inspect
 from holdfast.models import ModelSpec, SplitModel, every_tensor, load_model
-from holdfast.pipeline import halves, pretrain
+from holdfast.pipeline import halves
 from holdfast.recipe import build_defense
 from holdfast.recipe import load as load_recipe
 from holdfast.results import Curve

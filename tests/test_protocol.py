@@ -619,6 +619,8 @@ def brief(name, network=None):
             setting["model"] = network
     for defense in changed["defenses"].values():
         defense.update(BRIEF | SMALL[defense["name"]])
+        for strategy in defense.get("strategies") or []:
+            strategy["batch_size"] = 4
     changed |= {"shots": 1, "seeds": 1, "immunizations": 1, "epochs": [0, 1, 2], "epoch_of": "samples"}
     for attack in changed["attacks"].values():
         attack["more_epochs"] = [3 for _ in attack["more_epochs"][:1]]

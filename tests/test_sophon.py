@@ -421,7 +421,7 @@ class TestPopulation:
 
 
 def trained_on(task):
-    from holdfast.pipeline import pretrain
+    from holdfast.finetune import pretrain
 
     torch.manual_seed(0)
     return pretrain(load_model("cnn", task), task, steps=60)

@@ -12,10 +12,9 @@ from holdfast.adversaries import FineTuning, Probe
 from holdfast.adversaries.stacked import Member, attack_together, stackable, stacks
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run
-from holdfast.finetune import OPTIMIZERS, Strategy
+from holdfast.finetune import OPTIMIZERS, Strategy, pretrain
 from holdfast.models import ModelSpec, SplitModel, load_model
 from holdfast.models.builtin import CifarResNet
-from holdfast.pipeline import pretrain
 
 BUDGETS = (0, 5, 100)
 RATES = {"sgd": 0.05, "momentum": 5e-3, "nesterov": 5e-3, "adagrad": 5e-3, "adadelta": 0.5, "adam": 1e-3, "adamw": 1e-3}

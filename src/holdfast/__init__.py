@@ -24,10 +24,10 @@ if TYPE_CHECKING:
         Sophon,
     )
     from holdfast.errors import HoldfastError
-    from holdfast.finetune import Strategy
+    from holdfast.finetune import Strategy, pretrain
     from holdfast.frontier import Frontier
     from holdfast.models import ModelSpec, SplitModel, load_model
-    from holdfast.pipeline import audit, feasibility, halves, immunize, pretrain
+    from holdfast.pipeline import audit, feasibility, halves, immunize
     from holdfast.report import write_report
     from holdfast.results import AuditResult, Feasibility, RunResult, read_result
     from holdfast.spectrum import LeastSquares, condition_number
@@ -80,10 +80,10 @@ _HOME = {
         "SignalFrontier", "Sophon",
     ),
     "errors": ("HoldfastError",),
-    "finetune": ("Strategy",),
+    "finetune": ("Strategy", "pretrain"),
     "frontier": ("Frontier",),
     "models": ("ModelSpec", "SplitModel", "load_model"),
-    "pipeline": ("audit", "feasibility", "halves", "immunize", "pretrain"),
+    "pipeline": ("audit", "feasibility", "halves", "immunize"),
     "report": ("write_report",),
     "results": ("AuditResult", "Feasibility", "RunResult", "read_result"),
     "spectrum": ("LeastSquares", "condition_number"),

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
+from holdfast.execution import Run
 from holdfast.models import SplitModel, is_normalisation
 from holdfast.models.blocks import Block
 from holdfast.tasks import Task
@@ -342,3 +343,43 @@ def _largest(grads: list[Tensor]) -> float:
 
 def _norm(grads: list[Tensor]) -> float:
     return math.hypot(*(float(g.norm()) for g in grads))
+
+
+def pretrain(
+    model: SplitModel,
+    task: Task,
+    *,
+    steps: int = 600,
+    strategy: Strategy | None = None,
+    seed: int = 0,
+    run: Run | None = None,
+) -> SplitModel:
+    """Trains a copy of a model honestly on a task.
+
+    Args:
+        model: left as it is.
+        task: what to learn.
+        steps: gradient steps.
+        strategy: optimizer, learning rate, batch size; by default Adam at 2e-3 with batches of 64.
+        seed: of the batches; ignored if a `run` is given.
+        run: seed, device and progress display.
+
+    Returns:
+        The trained model.
+
+    Example:
+        >>> import holdfast
+        >>> task = holdfast.load_task("digits[0-4]")
+        >>> model = holdfast.pretrain(holdfast.load_model("mlp", task), task, steps=100)
+        >>> task.score(model) > 0.9
+        True
+    """
+    run = run or Run(seed)
+    strategy = strategy or PretrainSpec().strategy()
+    trained = model.clone().to(run.device)
+    with run.seeded("pretrain") as generator, run.progress("Training the original", steps) as bar:
+        training = finetune(trained, task, strategy, generator=generator, device=run.device)
+        for _ in range(steps):
+            next(training)
+            bar.tick()
+    return trained.eval()

@@ -2,44 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from holdfast import executors
 from holdfast.assessing import assess, check
-from holdfast.auditing import AuditSpec, tables
-from holdfast.auditing import audit as run_audit
+from holdfast.auditing import AuditSpec
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError
-from holdfast.execution import Run, cpu_threads, fingerprint, resolve_device, writable_folder, write_atomic
+from holdfast.execution import Run, cpu_threads, resolve_device
 from holdfast.executors import Executor
-from holdfast.finetune import PretrainSpec, Strategy, finetune
-from holdfast.immunizing import Ground, borrow_all, check_reuse, shelf
+from holdfast.finetune import PretrainSpec
+from holdfast.immunizing import Ground, borrow_all, check_reuse
+from holdfast.job import Job
 from holdfast.models import ModelSpec, SplitModel, check_fits, load_model
 from holdfast.protocol import SettingSpec, orders, protocol
 from holdfast.recipe import AnyRecipe, ProtocolRecipe, StudyRecipe, build_defense, readable
-from holdfast.report import write_report
 from holdfast.results import (
     AuditResult,
     Feasibility,
-    Figure,
-    ImmunizationResult,
-    ModelFacts,
-    Outcome,
     RunResult,
-    TaskFacts,
-    provenance,
-    read_result,
 )
 from holdfast.study import sources, study
 from holdfast.tasks import Task, load_task
@@ -49,55 +35,9 @@ HALVES_SEED = 0
 that a defender and an auditor who never met do not share restricted training data, even if their classes differ."""
 
 
-_Kind = Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
-
-OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints")
-"""What a job makes in its folder, beside `job.json`, which marks the folder as one of ours."""
-
-
 def halves(restricted: Task) -> tuple[Task, Task]:
     """Returns the defender's and the adversary's half of a restricted task's training data."""
     return restricted.halves(HALVES_SEED)
-
-
-def pretrain(
-    model: SplitModel,
-    task: Task,
-    *,
-    steps: int = 600,
-    strategy: Strategy | None = None,
-    seed: int = 0,
-    run: Run | None = None,
-) -> SplitModel:
-    """Trains a copy of a model honestly on a task.
-
-    Args:
-        model: left as it is.
-        task: what to learn.
-        steps: gradient steps.
-        strategy: optimizer, learning rate, batch size; by default Adam at 2e-3 with batches of 64.
-        seed: of the batches; ignored if a `run` is given.
-        run: seed, device and progress display.
-
-    Returns:
-        The trained model.
-
-    Example:
-        >>> import holdfast
-        >>> task = holdfast.load_task("digits[0-4]")
-        >>> model = holdfast.pretrain(holdfast.load_model("mlp", task), task, steps=100)
-        >>> task.score(model) > 0.9
-        True
-    """
-    run = run or Run(seed)
-    strategy = strategy or PretrainSpec().strategy()
-    trained = model.clone().to(run.device)
-    with run.seeded("pretrain") as generator, run.progress("Training the original", steps) as bar:
-        training = finetune(trained, task, strategy, generator=generator, device=run.device)
-        for _ in range(steps):
-            next(training)
-            bar.tick()
-    return trained.eval()
 
 
 def immunize(
@@ -131,7 +71,7 @@ def immunize(
         HoldfastError: for input that cannot work, before any work is done.
     """
     chosen = build_defense({"name": defense, **options}) if isinstance(defense, str) else defense
-    job = _Job.start("immunize", f"{chosen.name} on {model.name}", seed, device, folder, quiet)
+    job = Job.start("immunize", f"{chosen.name} on {model.name}", seed, device, folder, quiet)
     job.note_tasks(benign, restricted)
     job.claim({"defense": {"name": chosen.name, **chosen.config()}, "model": model.facts().sha256})
     job.note_model("original", model)
@@ -183,7 +123,7 @@ def audit(
     except ValidationError as error:
         raise readable(error, "audit", AuditSpec) from error
     chosen = executors.executor(executor)
-    job = _Job.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
+    job = Job.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
     facts = {"model": model.facts().sha256, "original": original.facts().sha256}
     job.note_tasks(benign, restricted, transfer)
     job.claim({"audit": spec.model_dump(mode="json"), **facts})
@@ -229,7 +169,7 @@ def feasibility(
     """
     check(model, benign, restricted, ridge=ridge, q=q)
     on = "inputs" if model is None else model.name
-    job = _Job.start("feasibility", f"{benign.name} against {restricted.name} on {on}", 0, device, folder, quiet)
+    job = Job.start("feasibility", f"{benign.name} against {restricted.name} on {on}", 0, device, folder, quiet)
     job.note_tasks(benign, restricted)
     if model is not None:
         job.note_model("original", model)
@@ -296,7 +236,7 @@ def run_recipe(
     if recipe.audit.shots is not None:
         adversarys.few_shot(recipe.audit.shots, 0)
 
-    job = _Job.start("run", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
+    job = Job.start("run", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
     job.note_tasks(benign, restricted, transfer)
     job.claim({"recipe": job.recipe, "model": model.facts().sha256})
     finished = job.finished()
@@ -321,7 +261,7 @@ def _run_study(
         first = next(iter(tasks.values()))[0]
         with run.seeded("initialise"):
             model = load_model(recipe.model, first, data_dir=data_dir, device=chosen)
-    job = _Job.start("study", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
+    job = Job.start("study", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
     for name, each in tasks.items():
         for role, task in zip(("benign", "restricted") if len(each) > 1 else ("data",), each, strict=True):
             job.tasks[f"{name} {role}"] = task.facts()
@@ -362,7 +302,7 @@ def _run_protocol(
         name: _ground(name, spec, tasks[spec.benign], tasks[spec.restricted], recipe.shots, data_dir, run)
         for name, spec in recipe.settings.items()
     }
-    job = _Job.start("protocol", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
+    job = Job.start("protocol", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
     for name, ground in grounds.items():
         job.tasks |= {f"{name}: benign": ground.benign.facts(), f"{name}: restricted": ground.restricted.facts()}
     job.claim({"recipe": job.recipe, "models": {name: g.original.facts().sha256 for name, g in grounds.items()}})
@@ -402,210 +342,3 @@ def _ground(
     if shots is not None:
         adversarys.few_shot(shots, 0)
     return Ground(model, benign, restricted, defenders, adversarys)
-
-
-@dataclass
-class _Job:
-    """What the verbs share: a run, its folder, and the facts that go into the result."""
-
-    kind: _Kind
-    title: str
-    run: Run
-    recipe: dict[str, Any]
-    started: str
-    tasks: dict[str, TaskFacts] = field(default_factory=dict)
-    models: dict[str, ModelFacts] = field(default_factory=dict)
-    timing: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def start(
-        cls,
-        kind: _Kind,
-        title: str,
-        seed: int,
-        device: str,
-        folder: Path | str | None,
-        quiet: bool,
-        recipe: dict[str, Any] | None = None,
-        overwrite: bool = False,
-    ) -> _Job:
-        where = None if folder is None else writable_folder(Path(folder))
-        if where is not None and not (where / "job.json").exists():
-            strange = [name for name in OWN_FILES if (where / name).exists()]
-            if strange:
-                raise HoldfastError(
-                    f"{str(where)!r} holds {', '.join(strange)} and was not made by Holdfast; choose another "
-                    "folder with --out. Nothing was changed."
-                )
-        if where is not None and overwrite:
-            shutil.rmtree(where / "checkpoints", ignore_errors=True)
-            for name in ("result.json", "report.html", "model.safetensors", "job.json"):
-                (where / name).unlink(missing_ok=True)
-        run = Run(seed, resolve_device(device), where, quiet)
-        return cls(kind, title, run, recipe or {}, datetime.now(UTC).isoformat(timespec="seconds"))
-
-    def claim(self, settings: dict[str, Any]) -> None:
-        """Marks the folder as this job's, or refuses it if it is another's."""
-        if self.kind not in ("run", "protocol"):
-            self.recipe = settings
-        if self.run.folder is None:
-            return
-        path = self.run.folder / "job.json"
-        data = {part: facts.sha256 for part, facts in self.tasks.items()}
-        mine = json.loads(json.dumps({"kind": self.kind, "seed": self.run.seed, "data": data, **settings}))
-        if not path.exists():
-            write_atomic(path, json.dumps(mine, indent=1))
-            return
-        try:
-            found = json.loads(path.read_bytes())
-            if not isinstance(found, dict):
-                raise ValueError("it is no mapping")
-        except (ValueError, RecursionError) as error:
-            raise HoldfastError(
-                f"{str(path)!r} is damaged ({error}); choose another folder, or --overwrite this one."
-            ) from error
-        if fingerprint(found) != fingerprint(mine):
-            raise HoldfastError(
-                f"{str(self.run.folder)!r} holds another job; it differs in: "
-                f"{', '.join(dict.fromkeys(_differences(found, mine)[:5]))}. "
-                f"Results are never mixed: {self._elsewhere()}."
-            )
-
-    def _elsewhere(self) -> str:
-        other = "choose another folder with --out"
-        return f"{other}, or throw the old one away with --overwrite" if self.kind in ("run", "protocol") else other
-
-    def finished(self) -> RunResult | None:
-        """Returns the folder's result, if the job was completed before, and says so; its report is written anew."""
-        folder = self.run.folder
-        if folder is None or not (folder / "result.json").exists():
-            return None
-        result = read_result(folder)
-        self.run.say(f"{folder}: already complete. Nothing to do; --overwrite runs it again.")
-        write_report(result, folder / "report.html")
-        return result
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.timing[stage] = round(time.perf_counter() - begin, 3)
-
-    def note_tasks(self, benign: Task, restricted: Task, transfer: Task | None = None) -> None:
-        self.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
-        if transfer is not None:
-            self.tasks["transfer"] = transfer.facts()
-
-    def note_model(self, role: str, model: SplitModel, file_sha256: str | None = None) -> None:
-        self.models[role] = model.facts(file_sha256)
-
-    def original(self, model: SplitModel, benign: Task, spec: PretrainSpec | None) -> SplitModel:
-        """Returns the original model: as loaded, or trained now, or trained before the job was interrupted."""
-        if spec is not None and self.run.folder is not None:
-            path = self.run.folder / "checkpoints" / "original.safetensors"
-            if path.exists():
-                model.load(path)
-            else:
-                with self.timed("pretrain"):
-                    model = pretrain(model, benign, steps=spec.steps, strategy=spec.strategy(), run=self.run)
-                model.save(path)
-        self.note_model("original", model)
-        return model.eval()
-
-    def kept_original(
-        self, model: SplitModel, benign: Task, spec: PretrainSpec | None, reuse: Sequence[Path]
-    ) -> SplitModel:
-        """Returns a protocol's original: as loaded, or trained; once for all settings that have the same."""
-        if spec is None:
-            return model.eval()
-        assert self.run.folder is not None
-        own = shelf(self.run.folder, "originals")
-        made_of = {
-            "untrained model": model.facts().sha256,
-            "benign": benign.facts().sha256,
-            "seed": self.run.seed,
-            **{f"pretrain.{key}": value for key, value in spec.model_dump(mode="json").items()},
-        }
-        owner = next((other for other in reuse if shelf(other, "originals").has(made_of)), None)
-        if not own.has(made_of) and owner is not None:
-            own.borrow(made_of, shelf(owner, "originals"), owner)
-            self.run.say(f"Reusing the original from {owner}")
-        if not own.has(made_of):
-            with self.timed("pretrain"):
-                trained = pretrain(model, benign, steps=spec.steps, strategy=spec.strategy(), run=self.run)
-            own.keep(made_of, trained, {})
-        return own.take(made_of, model)[0]
-
-    def immunize(
-        self, model: SplitModel, benign: Task, restricted: Task, defense: Defense
-    ) -> tuple[SplitModel, ImmunizationResult]:
-        with self.timed("immunize"):
-            immunized, record = defense.immunize(model, benign, restricted, run=self.run)
-        digest = immunized.save(self.run.folder / "model.safetensors") if self.run.folder is not None else None
-        self.note_model("immunized", immunized, digest)
-        return immunized, defense.result(record)
-
-    def audit(
-        self,
-        model: SplitModel,
-        original: SplitModel,
-        benign: Task,
-        restricted: Task,
-        transfer: Task | None,
-        spec: AuditSpec,
-        executor: Executor,
-    ) -> AuditResult:
-        with self.timed("audit"):
-            return run_audit(
-                model,
-                original,
-                benign=benign,
-                restricted=restricted,
-                transfer=transfer,
-                spec=spec,
-                run=self.run,
-                executor=executor,
-            )
-
-    def save(
-        self,
-        *,
-        immunization: ImmunizationResult | None = None,
-        audit: AuditResult | None = None,
-        feasibility: Feasibility | None = None,
-        figures: dict[str, Figure] | None = None,
-        outcome: Outcome | None = None,
-    ) -> RunResult:
-        assert self.run.folder is not None
-        result = RunResult(
-            kind=self.kind,
-            title=self.title,
-            recipe=self.recipe,
-            seed=self.run.seed,
-            immunization=immunization,
-            audit=audit,
-            feasibility=feasibility,
-            findings=outcome.findings if outcome is not None else [],
-            tables=tables(audit) if audit is not None else outcome.tables if outcome is not None else {},
-            figures=outcome.figures if outcome is not None else figures or {},
-            provenance=provenance(
-                started=self.started,
-                device=str(self.run.device),
-                threads=torch.get_num_threads(),
-                tasks=self.tasks,
-                models=self.models,
-            ),
-            timing=self.timing,
-        )
-        write_report(result, self.run.folder / "report.html")
-        write_atomic(self.run.folder / "result.json", result.model_dump_json(indent=1))
-        return result
-
-
-def _differences(found: Any, mine: Any, prefix: str = "") -> list[str]:
-    """Dotted names of the settings in which two jobs differ."""
-    if not (isinstance(found, dict) and isinstance(mine, dict)):
-        return [] if found == mine else [prefix.removeprefix("recipe.")]
-    return [
-        d for k in sorted({*found, *mine}) for d in _differences(found.get(k), mine.get(k), f"{prefix}.{k}".strip("."))
-    ]

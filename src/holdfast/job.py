@@ -1,0 +1,262 @@
+"""What all verbs share: a run, its folder that is claimed and filled, and the facts that go into the result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from holdfast.auditing import AuditSpec, tables
+from holdfast.auditing import audit as run_audit
+from holdfast.defenses import Defense
+from holdfast.errors import HoldfastError
+from holdfast.execution import Run, fingerprint, resolve_device, writable_folder, write_atomic
+from holdfast.executors import Executor
+from holdfast.finetune import PretrainSpec, pretrain
+from holdfast.immunizing import shelf
+from holdfast.models import SplitModel
+from holdfast.report import write_report
+from holdfast.results import (
+    AuditResult,
+    Feasibility,
+    Figure,
+    ImmunizationResult,
+    ModelFacts,
+    Outcome,
+    RunResult,
+    TaskFacts,
+    provenance,
+    read_result,
+)
+from holdfast.tasks import Task
+
+Kind = Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
+
+OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints")
+"""What a job makes in its folder, beside `job.json`, which marks the folder as one of ours."""
+
+
+@dataclass
+class Job:
+    """What the verbs share: a run, its folder, and the facts that go into the result."""
+
+    kind: Kind
+    title: str
+    run: Run
+    recipe: dict[str, Any]
+    started: str
+    tasks: dict[str, TaskFacts] = field(default_factory=dict)
+    models: dict[str, ModelFacts] = field(default_factory=dict)
+    timing: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def start(
+        cls,
+        kind: Kind,
+        title: str,
+        seed: int,
+        device: str,
+        folder: Path | str | None,
+        quiet: bool,
+        recipe: dict[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> Job:
+        """Returns a job that may use its folder.
+
+        Raises:
+            HoldfastError: if the folder holds what is not ours, or the device is not to be had.
+        """
+        where = None if folder is None else writable_folder(Path(folder))
+        if where is not None and not (where / "job.json").exists():
+            strange = [name for name in OWN_FILES if (where / name).exists()]
+            if strange:
+                raise HoldfastError(
+                    f"{str(where)!r} holds {', '.join(strange)} and was not made by Holdfast; choose another "
+                    "folder with --out. Nothing was changed."
+                )
+        if where is not None and overwrite:
+            shutil.rmtree(where / "checkpoints", ignore_errors=True)
+            for name in ("result.json", "report.html", "model.safetensors", "job.json"):
+                (where / name).unlink(missing_ok=True)
+        run = Run(seed, resolve_device(device), where, quiet)
+        return cls(kind, title, run, recipe or {}, datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Marks the folder as this job's, or refuses it if it is another's."""
+        if self.kind not in ("run", "protocol"):
+            self.recipe = settings
+        if self.run.folder is None:
+            return
+        path = self.run.folder / "job.json"
+        data = {part: facts.sha256 for part, facts in self.tasks.items()}
+        mine = json.loads(json.dumps({"kind": self.kind, "seed": self.run.seed, "data": data, **settings}))
+        if not path.exists():
+            write_atomic(path, json.dumps(mine, indent=1))
+            return
+        try:
+            found = json.loads(path.read_bytes())
+            if not isinstance(found, dict):
+                raise ValueError("it is no mapping")
+        except (ValueError, RecursionError) as error:
+            raise HoldfastError(
+                f"{str(path)!r} is damaged ({error}); choose another folder, or --overwrite this one."
+            ) from error
+        if fingerprint(found) != fingerprint(mine):
+            raise HoldfastError(
+                f"{str(self.run.folder)!r} holds another job; it differs in: "
+                f"{', '.join(dict.fromkeys(_differences(found, mine)[:5]))}. "
+                f"Results are never mixed: {self._elsewhere()}."
+            )
+
+    def _elsewhere(self) -> str:
+        other = "choose another folder with --out"
+        return f"{other}, or throw the old one away with --overwrite" if self.kind in ("run", "protocol") else other
+
+    def finished(self) -> RunResult | None:
+        """Returns the folder's result, if the job was completed before, and says so; its report is written anew."""
+        folder = self.run.folder
+        if folder is None or not (folder / "result.json").exists():
+            return None
+        result = read_result(folder)
+        self.run.say(f"{folder}: already complete. Nothing to do; --overwrite runs it again.")
+        write_report(result, folder / "report.html")
+        return result
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Notes the seconds that the block takes."""
+        begin = time.perf_counter()
+        yield
+        self.timing[stage] = round(time.perf_counter() - begin, 3)
+
+    def note_tasks(self, benign: Task, restricted: Task, transfer: Task | None = None) -> None:
+        """Notes the facts of the tasks."""
+        self.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
+        if transfer is not None:
+            self.tasks["transfer"] = transfer.facts()
+
+    def note_model(self, role: str, model: SplitModel, file_sha256: str | None = None) -> None:
+        """Notes the facts of a model."""
+        self.models[role] = model.facts(file_sha256)
+
+    def original(self, model: SplitModel, benign: Task, spec: PretrainSpec | None) -> SplitModel:
+        """Returns the original model: as loaded, or trained now, or trained before the job was interrupted."""
+        if spec is not None and self.run.folder is not None:
+            path = self.run.folder / "checkpoints" / "original.safetensors"
+            if path.exists():
+                model.load(path)
+            else:
+                with self.timed("pretrain"):
+                    model = pretrain(model, benign, steps=spec.steps, strategy=spec.strategy(), run=self.run)
+                model.save(path)
+        self.note_model("original", model)
+        return model.eval()
+
+    def kept_original(
+        self, model: SplitModel, benign: Task, spec: PretrainSpec | None, reuse: Sequence[Path]
+    ) -> SplitModel:
+        """Returns a protocol's original: as loaded, or trained; once for all settings that have the same."""
+        if spec is None:
+            return model.eval()
+        assert self.run.folder is not None
+        own = shelf(self.run.folder, "originals")
+        made_of = {
+            "untrained model": model.facts().sha256,
+            "benign": benign.facts().sha256,
+            "seed": self.run.seed,
+            **{f"pretrain.{key}": value for key, value in spec.model_dump(mode="json").items()},
+        }
+        owner = next((other for other in reuse if shelf(other, "originals").has(made_of)), None)
+        if not own.has(made_of) and owner is not None:
+            own.borrow(made_of, shelf(owner, "originals"), owner)
+            self.run.say(f"Reusing the original from {owner}")
+        if not own.has(made_of):
+            with self.timed("pretrain"):
+                trained = pretrain(model, benign, steps=spec.steps, strategy=spec.strategy(), run=self.run)
+            own.keep(made_of, trained, {})
+        return own.take(made_of, model)[0]
+
+    def immunize(
+        self, model: SplitModel, benign: Task, restricted: Task, defense: Defense
+    ) -> tuple[SplitModel, ImmunizationResult]:
+        """Runs a defense and keeps its model."""
+        with self.timed("immunize"):
+            immunized, record = defense.immunize(model, benign, restricted, run=self.run)
+        digest = immunized.save(self.run.folder / "model.safetensors") if self.run.folder is not None else None
+        self.note_model("immunized", immunized, digest)
+        return immunized, defense.result(record)
+
+    def audit(
+        self,
+        model: SplitModel,
+        original: SplitModel,
+        benign: Task,
+        restricted: Task,
+        transfer: Task | None,
+        spec: AuditSpec,
+        executor: Executor,
+    ) -> AuditResult:
+        """Runs an audit."""
+        with self.timed("audit"):
+            return run_audit(
+                model,
+                original,
+                benign=benign,
+                restricted=restricted,
+                transfer=transfer,
+                spec=spec,
+                run=self.run,
+                executor=executor,
+            )
+
+    def save(
+        self,
+        *,
+        immunization: ImmunizationResult | None = None,
+        audit: AuditResult | None = None,
+        feasibility: Feasibility | None = None,
+        figures: dict[str, Figure] | None = None,
+        outcome: Outcome | None = None,
+    ) -> RunResult:
+        """Writes the report and the result, and returns the result."""
+        assert self.run.folder is not None
+        result = RunResult(
+            kind=self.kind,
+            title=self.title,
+            recipe=self.recipe,
+            seed=self.run.seed,
+            immunization=immunization,
+            audit=audit,
+            feasibility=feasibility,
+            findings=outcome.findings if outcome is not None else [],
+            tables=tables(audit) if audit is not None else outcome.tables if outcome is not None else {},
+            figures=outcome.figures if outcome is not None else figures or {},
+            provenance=provenance(
+                started=self.started,
+                device=str(self.run.device),
+                threads=torch.get_num_threads(),
+                tasks=self.tasks,
+                models=self.models,
+            ),
+            timing=self.timing,
+        )
+        write_report(result, self.run.folder / "report.html")
+        write_atomic(self.run.folder / "result.json", result.model_dump_json(indent=1))
+        return result
+
+
+def _differences(found: Any, mine: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the settings in which two jobs differ."""
+    if not (isinstance(found, dict) and isinstance(mine, dict)):
+        return [] if found == mine else [prefix.removeprefix("recipe.")]
+    return [
+        d for k in sorted({*found, *mine}) for d in _differences(found.get(k), mine.get(k), f"{prefix}.{k}".strip("."))
+    ]
