@@ -19,6 +19,9 @@ from holdfast.results import Cell, Curve, Figure, ImmunizationResult, Lines, Out
 SCRATCH: Final = "scratch"
 ORIGINAL: Final = "original"
 
+BELOW_CHANCE = 0.03
+"""By how much a score must be under chance before the findings wonder at it."""
+
 LONG = 12
 """With more attacks than this there is no figure for each."""
 
@@ -369,10 +372,24 @@ def _about_defense(
         ends = [(r.cell(epochs[-1]).mean, s.cell(epochs[-1]).mean) for r, s in pairs if r.curves and s.curves]
         below = sum(own is not None and scratch is not None and own <= scratch for own, scratch in ends)
         text += f"; {below} of {len(ends)} attacks end no higher than the same from scratch"
+    low = (
+        [r.attack for r in rows if r.model == label and _below_chance(r.cell(epochs[-1]), scene.chance)]
+        if ahead
+        else []
+    )
+    if low:
+        text += (
+            f". Below chance ({_percent(scene.chance)}) after {', '.join(low)}: the model avoids the right answers, which "
+            "is not the same as not knowing them"
+        )
     benign = scene.benign(label)
     if benign.mean is not None and scene.original is not None:
         text += f". Benign {scene.unit} was {_percent(scene.original)} before, and is {_percent(benign.mean)}"
     return text + "."
+
+
+def _below_chance(cell: Cell, chance: float) -> bool:
+    return cell.mean is not None and cell.mean < chance - BELOW_CHANCE
 
 
 def _about_immunization(label: str, every: Mapping[tuple[str, int], Made]) -> list[str]:
