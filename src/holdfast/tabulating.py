@@ -379,8 +379,8 @@ def _about_defense(
     )
     if low:
         text += (
-            f". Below chance ({_percent(scene.chance)}) after {', '.join(low)}: the model avoids the right answers, which "
-            "is not the same as not knowing them"
+            f". Below chance ({_percent(scene.chance)}) after {', '.join(low)}: the model avoids the right answers, "
+            "which is not the same as not knowing them"
         )
     benign = scene.benign(label)
     if benign.mean is not None and scene.original is not None:
