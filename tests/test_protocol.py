@@ -337,7 +337,7 @@ def made(losses=(0.5, 2.0, 1.0), benign=0.9, **changes):
 class TestTabulate:
     """On numbers that can be checked by hand."""
 
-    def outcome(self):
+    def outcome(self, chance=0.1):
         scores = {
             ("scratch", "scratch", "A / B"): [[0.1, 0.2, 0.4], [0.1, 0.3, 0.5]],
             ("original", "original", "A"): [[0.1, 0.6, 0.7], [0.1, 0.6, 0.9]],
@@ -352,7 +352,13 @@ class TestTabulate:
             )
             for (model, role, attack), seeds in scores.items()
         ]  # fmt: skip
-        return tabulate([scene(made={("D", 0): made(), ("D", 1): made(benign=0.8)})], lines, (0, 1, 2))
+        own = {("D", 0): made(), ("D", 1): made(benign=0.8)}
+        return tabulate([scene(made=own, chance=chance)], lines, (0, 1, 2))
+
+    def test_a_score_below_chance_is_explained(self):
+        assert not any("Below chance" in finding for finding in self.outcome().findings)
+        _, defended, _ = self.outcome(chance=0.25).findings
+        assert "Below chance (25.0%) after A: the model avoids the right answers" in defended
 
     def test_best_attack_at_this_epoch_or_before(self):
         best = rows(self.outcome(), "best", "model")
