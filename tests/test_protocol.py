@@ -97,6 +97,7 @@ class TestSchema:
         ("changes", "message"),
         [
             ({"settings": {}}, "settings is empty"),
+            ({"compare_with": "SOFON"}, "defense to compare with: 'SOFON'"),
             ({"epochs": [1, 2]}, "the first 0"),
             ({"epochs": [0, 5, 5]}, "ascending"),
             ({"defenses": {"original": {"name": "ntl"}}}, "a defense is called 'original'"),
@@ -376,6 +377,26 @@ class TestTabulate:
         assert last.standard_error == pytest.approx(0.1)
         assert advantage["D",]["area"].mean == pytest.approx((0.2 + 0.0 + 0.0 - 0.2) / 4)
         assert self.outcome().tables["advantage"].standard_error
+
+    def test_difference_seed_by_seed(self):
+        scores = {
+            ("scratch", "scratch"): [[0.1, 0.2, 0.4], [0.1, 0.3, 0.5]],
+            ("D", "immunized"): [[0.1, 0.4, 0.5], [0.1, 0.6, 0.7]],
+            ("E", "immunized"): [[0.1, 0.3, 0.4], [0.1, 0.4, 0.5]],
+        }
+        lines = [
+            Row("x", model, "A", ("A",), ("A",), (0, 1, 2), 5,
+                curves=tuple(curve("spelled", role, s, v) for s, v in enumerate(seeds)))
+            for (model, role), seeds in scores.items()
+        ]  # fmt: skip
+        own = {("D", 0): made(benign=0.9), ("E", 0): made(benign=0.85)}
+        found = tabulate([scene(made=own)], lines, (0, 1, 2), "D")
+        ((key, row),) = rows(found, "difference", "model").items()
+        assert key == ("E",)
+        assert (row["epoch 1"].mean, row["epoch 2"].mean) == (pytest.approx(-0.15), pytest.approx(-0.15))
+        assert row["area"].mean == pytest.approx(-0.15)
+        assert row["area"].standard_error == pytest.approx(0.05)
+        assert row["benign"].mean == pytest.approx(-0.05)
 
     def test_sentences(self):
         original, defended, jump = self.outcome().findings

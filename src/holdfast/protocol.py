@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from holdfast.adversaries import Adversary, FineTuning, listed
 from holdfast.defenses import Defense
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Journal, Run
 from holdfast.executors import Executor
 from holdfast.finetune import Gradient, Initialisation, Precision, PretrainSpec, Scope, Strategy
@@ -98,6 +98,9 @@ class ProtocolSpec(BaseModel):
     defenses: dict[str, dict[str, Any]] = Field({}, description="Defenses by the name of their row: `name`, settings.")
     attacks: dict[str, AttackSpec] = Field({}, description="Attacks by the name of their row.")
     battery: str | None = Field(None, description="A battery instead of `attacks`; every adversary is a row.")
+    compare_with: str | None = Field(
+        None, description="A defense that the others are compared with, seed by seed, in a table of its own."
+    )
     paper: dict[str, dict[str, PaperSpec]] = Field(
         {}, description="The paper's numbers in percent: by setting, then model (`scratch`, `original`, defenses)."
     )
@@ -109,6 +112,8 @@ class ProtocolSpec(BaseModel):
         reserved = [name for name in (SCRATCH, ORIGINAL) if name in self.defenses]
         if reserved:
             raise ValueError(f"a defense is called {reserved[0]!r}, as a control that is always there; rename it")
+        if self.compare_with is not None and self.compare_with not in self.defenses:
+            raise ValueError(str(unknown("defense to compare with:", self.compare_with, self.defenses)))
         if len(self.epochs) < 2 or self.epochs[0] != 0 or any(a >= b for a, b in itertools.pairwise(self.epochs)):
             raise ValueError(f"epochs are {list(self.epochs)}; expected at least two, ascending, the first 0")
         if self.attacks and self.battery is not None:
@@ -310,7 +315,11 @@ def protocol(
     scenes = [_scene(name, ground, spec, made, run) for name, ground in grounds.items()]
     named = {f"{o.setting}: {o.label}, seed {o.seed}": made[o.setting, o.label, o.seed] for o in wanted}
     seconds = {f"immunize {name}": each.seconds for name, each in named.items()}
-    return tabulate(scenes, filled, spec.epochs), {name: each.model for name, each in named.items()}, seconds
+    return (
+        tabulate(scenes, filled, spec.epochs, spec.compare_with),
+        {name: each.model for name, each in named.items()},
+        seconds,
+    )
 
 
 def _plan(

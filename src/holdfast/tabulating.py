@@ -115,13 +115,16 @@ class Scene:
         return Cell.of(known if len(known) == len(own) else [None])
 
 
-def tabulate(scenes: Sequence[Scene], rows: Sequence[Row], epochs: Sequence[int]) -> Outcome:
+def tabulate(
+    scenes: Sequence[Scene], rows: Sequence[Row], epochs: Sequence[int], compare_with: str | None = None
+) -> Outcome:
     """Lays out what a protocol measured.
 
     Args:
         scenes: the settings.
         rows: of the table of accuracies.
         epochs: of the protocol; single attacks may have more.
+        compare_with: the defense that the others are compared with, if there is one.
     """
     by_scene = {scene.name: [row for row in rows if row.setting == scene.name] for scene in scenes}
     compared = {scene.name: _compared(by_scene[scene.name], epochs) for scene in scenes}
@@ -129,6 +132,8 @@ def tabulate(scenes: Sequence[Scene], rows: Sequence[Row], epochs: Sequence[int]
     if any(row.curves for row in rows):
         tables["best"] = _best(scenes, compared, epochs)
         tables["advantage"] = _advantage(scenes, compared, epochs)
+        if compare_with is not None:
+            tables["difference"] = _difference(scenes, compared, epochs, compare_with)
     if any(scene.made for scene in scenes):
         tables["immunization"] = _immunization(scenes)
     if len(scenes) == 1:
@@ -247,6 +252,35 @@ def _advantage(
         "seeds. At 0 or below, having the model is worth nothing. Area: the mean over all epochs but 0."
     )
     return Table(title="Advantage over scratch", rows=found, percent=True, note=note, standard_error=True)
+
+
+def _difference(
+    scenes: Sequence[Scene], compared: Mapping[str, Mapping[str, Comparison]], epochs: Sequence[int], base: str
+) -> Table:
+    """Each model against one of them: seeds share their batches and samples, so that much of the noise cancels."""
+    found: list[TableRow] = []
+    for scene in scenes:
+        models = compared[scene.name]
+        for model, comparison in models.items():
+            if model in (base, SCRATCH) or base not in models:
+                continue
+            difference = comparison.scores[_role(model)] - models[base].scores[_role(base)]
+            seeds = [_plain(seed) for seed in difference]
+            row: TableRow = {"setting": scene.name, "model": model}
+            row |= {_column(e): Cell.of(seed[k] for seed in seeds) for k, e in enumerate(epochs) if e}
+            row["area"] = Cell.of(_mean(seed[1:]) for seed in seeds)
+            dropped = [scene.made[model, s].benign for label, s in scene.made if label == model]
+            own = [scene.made[base, s].benign for label, s in scene.made if label == base]
+            if dropped and len(dropped) == len(own):
+                pairs = zip(dropped, own, strict=True)
+                row["benign"] = Cell.of(a - b if a is not None and b is not None else None for a, b in pairs)
+            found.append(row)
+    note = (
+        f"Best attack on the model minus best attack on {base}, seed by seed, in points: mean ± standard error over "
+        f"seeds. Below 0, the model resists more than {base}. Area: the mean over all epochs but 0. Benign: its own "
+        f"score minus that of {base}."
+    )
+    return Table(title=f"Against {base}", rows=found, percent=True, note=note, standard_error=True)
 
 
 def _immunization(scenes: Sequence[Scene]) -> Table:
