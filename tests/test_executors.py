@@ -18,7 +18,7 @@ from holdfast.errors import HoldfastError
 from holdfast.execution import Run
 from holdfast.executors import ATTEMPTS, executor
 from holdfast.models import ModelSpec, SplitModel, load_model
-from holdfast.pipeline import read_result
+from holdfast.results import read_result
 from holdfast.tasks import load_task
 from jobs import (
     Shipped,
