@@ -347,19 +347,30 @@ def _figures(
         best = {m: _plain(c.scores[_role(m)].mean(0)) for m, c in compared.items()}
         title = f"{where}Best attack on each model"
         found["best_attack"] = Lines(title=title, x=list(map(float, epochs)), series=best, **axes)
-    losses = {
-        label if seed == 0 else f"{label}, seed {seed}": made.result.history["suppression_loss"]
-        for (label, seed), made in scene.made.items()
+    return found | _loss_figures(scene, where)
+
+
+def _loss_figures(scene: Scene, where: str) -> dict[str, Figure]:
+    """One figure a defense: one that runs away would flatten the others to a line."""
+    histories = {
+        place: made.result.history["suppression_loss"]
+        for place, made in scene.made.items()
         if any(v is not None for v in made.result.history.get("suppression_loss", []))
     }
-    if losses:
-        longest = max(map(len, losses.values()))
-        found["suppression"] = Lines(
-            title=f"{where}Suppression loss",
+    labels = list(dict.fromkeys(label for label, _ in histories))
+    found: dict[str, Figure] = {}
+    for i, label in enumerate(labels):
+        own = {seed: history for (name, seed), history in histories.items() if name == label}
+        longest = max(map(len, own.values()))
+        found["suppression" + (f"_{i}" if len(labels) > 1 else "")] = Lines(
+            title=f"{where}Suppression loss" + (f" of {label}" if len(labels) > 1 else ""),
             x_title="round",
             y_title="suppression loss",
-            x=[float(i + 1) for i in range(longest)],
-            series={name: [*values, *([None] * (longest - len(values)))] for name, values in losses.items()},
+            x=[float(k + 1) for k in range(longest)],
+            series={
+                label if seed == 0 else f"{label}, seed {seed}": [*values, *([None] * (longest - len(values)))]
+                for seed, values in own.items()
+            },
         )
     return found
 
