@@ -361,6 +361,14 @@ class TestTabulate:
         _, defended, _ = self.outcome(chance=0.25).findings
         assert "Below chance (25.0%) after A: the model avoids the right answers" in defended
 
+    def test_where_the_original_is_as_low_nothing_is_made_of_it(self):
+        lines = [
+            Row("x", m, "A", ("A",), ("A",), (0, 1, 2), 5, curves=(curve("A", role, 0, [0.1, 0.2, 0.2]),))
+            for m, role in (("scratch", "scratch"), ("original", "original"), ("D", "immunized"))
+        ]
+        found = tabulate([scene(made={("D", 0): made()}, chance=0.3)], lines, (0, 1, 2))
+        assert not any("Below chance" in finding for finding in found.findings)
+
     def test_best_attack_at_this_epoch_or_before(self):
         best = rows(self.outcome(), "best", "model")
         assert best["original",]["attack"] == "A"

@@ -20,7 +20,7 @@ SCRATCH: Final = "scratch"
 ORIGINAL: Final = "original"
 
 BELOW_CHANCE = 0.03
-"""By how much a score must be under chance before the findings wonder at it."""
+"""By how much a score must be under chance, and under the original's, before the findings wonder at it."""
 
 LONG = 12
 """With more attacks than this there is no figure for each."""
@@ -417,11 +417,7 @@ def _about_defense(
         ends = [(r.cell(epochs[-1]).mean, s.cell(epochs[-1]).mean) for r, s in pairs if r.curves and s.curves]
         below = sum(own is not None and scratch is not None and own <= scratch for own, scratch in ends)
         text += f"; {below} of {len(ends)} attacks end no higher than the same from scratch"
-    low = (
-        [r.attack for r in rows if r.model == label and _below_chance(r.cell(epochs[-1]), scene.chance)]
-        if ahead
-        else []
-    )
+    low = _below_chance(label, rows, epochs[-1], scene.chance)
     if low:
         text += (
             f". Below chance ({_percent(scene.chance)}) after {', '.join(low)}: the model avoids the right answers, "
@@ -433,8 +429,15 @@ def _about_defense(
     return text + "."
 
 
-def _below_chance(cell: Cell, chance: float) -> bool:
-    return cell.mean is not None and cell.mean < chance - BELOW_CHANCE
+def _below_chance(label: str, rows: Sequence[Row], epoch: int, chance: float) -> list[str]:
+    """Attacks that leave the model clearly under chance, where they do not leave the original there as well."""
+    ends = {(r.model, r.attack): r.cell(epoch).mean for r in rows if r.curves}
+    found = []
+    for (model, attack), end in ends.items():
+        known = [v for v in (ends.get((ORIGINAL, attack)),) if v is not None]
+        if model == label and end is not None and end < min([chance, *known]) - BELOW_CHANCE:
+            found.append(attack)
+    return found
 
 
 def _about_immunization(label: str, every: Mapping[tuple[str, int], Made]) -> list[str]:
