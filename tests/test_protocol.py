@@ -25,7 +25,8 @@ from holdfast.pipeline import halves, run_recipe
 from holdfast.protocol import Attack, ProtocolSpec, scratch_plan
 from holdfast.recipe import ProtocolRecipe, load, names
 from holdfast.results import Cell, Curve, ImmunizationResult, Lines, read_result
-from holdfast.tabulating import PaperSpec, Row, Scene, tabulate
+from holdfast.scenes import PaperSpec, Row, Scene
+from holdfast.tabulating import tabulate
 from holdfast.tasks import load_task
 from holdfast.trials import few_of
 

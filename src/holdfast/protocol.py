@@ -25,7 +25,8 @@ from holdfast.finetune import Gradient, Initialisation, Precision, PretrainSpec,
 from holdfast.immunizing import Ground, Made, Order, immunize_all
 from holdfast.models import ModelSpec, SplitModel
 from holdfast.results import Curve, Outcome, Role
-from holdfast.tabulating import ORIGINAL, SCRATCH, PaperSpec, Row, Scene, tabulate
+from holdfast.scenes import ORIGINAL, SCRATCH, PaperSpec, Row, Scene
+from holdfast.tabulating import tabulate
 from holdfast.tasks import Task, TaskSpec
 from holdfast.trials import few_of
 
