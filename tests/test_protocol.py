@@ -19,14 +19,11 @@ from holdfast.defenses import NTL, Sophon
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run
 from holdfast.finetune import Strategy
-from holdfast.immunizing import Made
 from holdfast.models import load_model
 from holdfast.pipeline import halves, run_recipe
 from holdfast.protocol import Attack, ProtocolSpec, scratch_plan
 from holdfast.recipe import ProtocolRecipe, load, names
-from holdfast.results import Cell, Curve, ImmunizationResult, Lines, read_result
-from holdfast.scenes import PaperSpec, Row, Scene
-from holdfast.tabulating import tabulate
+from holdfast.results import Cell, Lines, read_result
 from holdfast.tasks import load_task
 from holdfast.trials import few_of
 
@@ -313,133 +310,6 @@ class TestTables:
         assert [row["model"] for row in found.tables["accuracy"].rows] == ["original", "wild"]
         assert list(found.tables) == ["accuracy", "immunization"]
         assert [f.series.keys() for f in found.figures.values()] == [{"wild", "wild, seed 1"}]
-
-
-def curve(attack, role, seed, scores):
-    return Curve(
-        adversary=attack, role=role, seed=seed, budgets=[0, 5, 10][: len(scores)], scores=scores,
-        losses=[None, 0.1, 0.1], folds=[[s, s, s, s] for s in scores], batch_size=5,
-    )  # fmt: skip
-
-
-def scene(**changes):
-    defaults = {
-        "name": "x", "restricted": "r", "unit": "accuracy", "chance": 0.1, "original": 0.95, "made": {}, "paper": {},
-        "stands_for": None,
-    }  # fmt: skip
-    return Scene(**{**defaults, **changes})
-
-
-def made(losses=(0.5, 2.0, 1.0), benign=0.9, **changes):
-    history = {"iteration": [1, 2, 3], "suppression_loss": list(losses), "benign_score": [None, 0.9, None]}
-    defaults = {"defense": "sophon", "config": {}, "history": history, "events": [], "completed": True}
-    return Made(None, ImmunizationResult(**{**defaults, **changes}), benign, 1.0, None)
-
-
-class TestTabulate:
-    """On numbers that can be checked by hand."""
-
-    def outcome(self, chance=0.1):
-        scores = {
-            ("scratch", "scratch", "A / B"): [[0.1, 0.2, 0.4], [0.1, 0.3, 0.5]],
-            ("original", "original", "A"): [[0.1, 0.6, 0.7], [0.1, 0.6, 0.9]],
-            ("original", "original", "B"): [[0.1, 0.5, 0.5], [0.1, 0.5, 0.5]],
-            ("D", "immunized", "A"): [[0.1, 0.1, 0.2], [0.1, 0.2, 0.2]],
-            ("D", "immunized", "B"): [[0.1, 0.4, 0.3], [0.1, 0.3, 0.3]],
-        }
-        lines = [
-            Row(
-                "x", model, attack, ("A", "B") if model == "scratch" else (attack,), (attack,), (0, 1, 2), 5,
-                curves=tuple(curve("spelled", role, s, v) for s, v in enumerate(seeds)),
-            )
-            for (model, role, attack), seeds in scores.items()
-        ]  # fmt: skip
-        own = {("D", 0): made(), ("D", 1): made(benign=0.8)}
-        return tabulate([scene(made=own, chance=chance)], lines, (0, 1, 2))
-
-    def test_a_score_below_chance_is_explained(self):
-        assert not any("Below chance" in finding for finding in self.outcome().findings)
-        _, defended, _ = self.outcome(chance=0.25).findings
-        assert "Below chance (25.0%) after A: the model avoids the right answers" in defended
-
-    def test_where_the_original_is_as_low_nothing_is_made_of_it(self):
-        lines = [
-            Row("x", m, "A", ("A",), ("A",), (0, 1, 2), 5, curves=(curve("A", role, 0, [0.1, 0.2, 0.2]),))
-            for m, role in (("scratch", "scratch"), ("original", "original"), ("D", "immunized"))
-        ]
-        found = tabulate([scene(made={("D", 0): made()}, chance=0.3)], lines, (0, 1, 2))
-        assert not any("Below chance" in finding for finding in found.findings)
-
-    def test_best_attack_at_this_epoch_or_before(self):
-        best = rows(self.outcome(), "best", "model")
-        assert best["original",]["attack"] == "A"
-        assert best["D",]["attack"] == "B"
-        assert [best["D",][f"epoch {e}"].mean for e in (0, 1, 2)] == pytest.approx([0.1, 0.35, 0.35])
-        assert best["D",]["benign drop"].mean == pytest.approx(0.1)
-        assert best["D",]["benign drop"].sd == pytest.approx(0.05 * 2**0.5)
-
-    def test_advantage_seed_by_seed_with_its_standard_error(self):
-        advantage = rows(self.outcome(), "advantage", "model")
-        assert list(advantage) == [("original",), ("D",)]
-        last = advantage["D",]["epoch 2"]  # stopped at epoch 1: 0.4 - 0.4, and 0.3 - 0.5
-        assert last.mean == pytest.approx(-0.1)
-        assert last.standard_error == pytest.approx(0.1)
-        assert advantage["D",]["area"].mean == pytest.approx((0.2 + 0.0 + 0.0 - 0.2) / 4)
-        assert self.outcome().tables["advantage"].standard_error
-
-    def test_difference_seed_by_seed(self):
-        scores = {
-            ("scratch", "scratch"): [[0.1, 0.2, 0.4], [0.1, 0.3, 0.5]],
-            ("D", "immunized"): [[0.1, 0.4, 0.5], [0.1, 0.6, 0.7]],
-            ("E", "immunized"): [[0.1, 0.3, 0.4], [0.1, 0.4, 0.5]],
-        }
-        lines = [
-            Row("x", model, "A", ("A",), ("A",), (0, 1, 2), 5,
-                curves=tuple(curve("spelled", role, s, v) for s, v in enumerate(seeds)))
-            for (model, role), seeds in scores.items()
-        ]  # fmt: skip
-        own = {("D", 0): made(benign=0.9), ("E", 0): made(benign=0.85)}
-        found = tabulate([scene(made=own)], lines, (0, 1, 2), "D")
-        ((key, row),) = rows(found, "difference", "model").items()
-        assert key == ("E",)
-        assert (row["epoch 1"].mean, row["epoch 2"].mean) == (pytest.approx(-0.15), pytest.approx(-0.15))
-        assert row["area"].mean == pytest.approx(-0.15)
-        assert row["area"].standard_error == pytest.approx(0.05)
-        assert row["benign"].mean == pytest.approx(-0.05)
-
-    def test_sentences(self):
-        original, defended, jump = self.outcome().findings
-        assert "best attack on the original is at 80.0%, from scratch at 45.0%; chance is 10.0%" in original
-        assert "D under its best attack, B, is at 35.0%: -10.0 ± 10.0 points over scratch" in defended
-        assert "2 of 2 attacks end no higher than the same from scratch" in defended
-        assert "was 95.0% before, and is 85.0%" in defended
-        assert "largest jump of its suppression loss between two rounds is 1.5" in jump
-
-    def test_what_is_not_finite_is_said_and_is_no_number(self):
-        lost = made(losses=(0.5, None, 1.0), completed=False)
-        own = curve("A", "immunized", 0, [0.1, 0.2, 0.3])
-        lines = [Row("x", "D", "A", ("A",), ("A",), (0, 1, 2), 5, curves=(own,))]
-        found = tabulate([scene(made={("D", 0): lost})], lines, (0, 1, 2))
-        row = rows(found, "immunization", "defense")["D",]
-        assert (row["ended"], row["non-finite from"].mean, row["largest jump"].mean) == ("gave up", 2, None)
-        assert "D: in 1 of 1 seeds a suppression loss was not finite (round 2)." in found.findings
-        assert any("did not complete with seed 0" in f for f in found.findings)
-        assert found.tables["advantage"].rows == []  # nothing was trained from scratch
-
-    def test_an_original_without_advantage_is_said(self):
-        lines = [
-            Row("x", m, "A", ("A",), ("A",), (0, 1, 2), 5, curves=(curve("A", m, 0, [0.1, 0.2, s]),))
-            for m, s in (("scratch", 0.5), ("original", 0.4))
-        ]
-        assert "there is nothing to protect" in tabulate([scene()], lines, (0, 1, 2)).findings[0]
-
-    def test_another_setting_of_the_paper_is_named(self):
-        other = scene(paper={"original": PaperSpec(benign=99.6)}, stands_for="ImageNette to CIFAR-10")
-        own = curve("A", "original", 0, [0.1, 0.1, 0.1])
-        lines = [Row("x", "original", "A", ("A",), ("A",), (0, 1, 2), 5, curves=(own,))]
-        table = tabulate([other], lines, (0, 1, 2)).tables["accuracy"]
-        assert "here stands x for its ImageNette to CIFAR-10" in table.note
-        assert table.rows[0]["benign"].paper == pytest.approx(0.996)
 
 
 class TestResume:

@@ -15,16 +15,17 @@ from pydantic import BaseModel, ConfigDict
 from holdfast.comparison import Comparison
 from holdfast.immunizing import Made
 from holdfast.results import Cell, Curve, ImmunizationResult, Role
+from holdfast.tasks import Task
 
 SCRATCH: Final = "scratch"
 ORIGINAL: Final = "original"
 
 Printed = float | tuple[float, float]
-"""A number of the paper in percent, or (mean, standard deviation)."""
+"""A number of the paper, or (mean, standard deviation); see `PaperSpec`."""
 
 
 class PaperSpec(BaseModel):
-    """What the paper prints of one model, in percent."""
+    """What the paper prints of one model: accuracies in percent, errors as they are."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,8 +34,71 @@ class PaperSpec(BaseModel):
 
 
 @dataclass(frozen=True)
+class Measure:
+    """How people are shown the scores of a task: accuracies in percent, errors in their own unit.
+
+    Curves hold what an audit compares, of which larger is better. An error is turned back only where it is shown, so
+    that models are compared in the same way on every kind of task.
+
+    Attributes:
+        name: what is shown.
+        scale: the error whose score is 0; None: not an error, the score itself is shown.
+
+    Example:
+        >>> error = Measure("mean squared error", scale=0.08)
+        >>> error.value(0.75), error.difference(0.25), error.text(0.041234)
+        (0.02, 0.02, '0.0412')
+        >>> accuracy = Measure("accuracy")
+        >>> accuracy.value(0.75), accuracy.difference(0.25), accuracy.text(0.75)
+        (0.75, 0.25, '75.0%')
+    """
+
+    name: str
+    scale: float | None = None
+
+    @classmethod
+    def of(cls, task: Task) -> Measure:
+        """Returns how the audit scores of a task are shown."""
+        return cls(task.audit_unit) if task.higher_is_better else cls("mean squared error", task.chance)
+
+    @property
+    def percent(self) -> bool:
+        """Whether shares are shown, of which larger is better; else errors, of which smaller is better."""
+        return self.scale is None
+
+    def value(self, score: float | None) -> float | None:
+        """Returns what is shown of a score."""
+        return score if score is None or self.scale is None else (1 - score) * self.scale
+
+    def difference(self, scores: float | None) -> float | None:
+        """Returns what is shown of a difference of scores; above 0 the first is the better one, of errors as well."""
+        return scores if scores is None or self.scale is None else scores * self.scale
+
+    def printed(self, number: float | None) -> float | None:
+        """Returns a number of the paper in the unit of `value`."""
+        if number is None or not self.percent:
+            return number
+        return round(number / 100, 12)  # 96.2 % is 0.962, as it is written
+
+    def text(self, value: float | None) -> str:
+        """Returns in words what is shown of a score."""
+        if value is None:
+            return "no finite score"
+        return f"{value:.1%}" if self.percent else f"{value:.3g}"
+
+    def advantage(self, cell: Cell) -> str:
+        """Returns in words what is shown of differences over seeds, with their standard error."""
+        if cell.mean is None:
+            return "a number of points that is not finite" if self.percent else "an advantage that is not finite"
+        error = cell.standard_error
+        if self.percent:
+            return f"{100 * cell.mean:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " points"
+        return f"an advantage of {cell.mean:+.3g}" + ("" if error is None else f" ± {error:.2g}")
+
+
+@dataclass(frozen=True)
 class Row:
-    """One row of the table of accuracies: one attack on one model.
+    """One row of the table of scores: one attack on one model.
 
     Attributes:
         setting: where.
@@ -58,16 +122,20 @@ class Row:
     remark: str = ""
     curves: tuple[Curve, ...] = ()
 
-    def cell(self, epoch: int, paper: PaperSpec | None = None) -> Cell:
-        """Scores over seeds at one of the epochs, with the paper's."""
-        k = self.epochs.index(epoch)
-        return Cell.of((curve.scores[k] for curve in self.curves), *self._printed(epoch, paper))
+    def score(self, epoch: int) -> float | None:
+        """Mean score over seeds at one of the epochs; None where one is not finite."""
+        return mean_of(self._scores(epoch))
 
-    def _printed(self, epoch: int, paper: PaperSpec | None) -> tuple[float | None, float | None]:
+    def cell(self, epoch: int, measure: Measure, paper: PaperSpec | None = None) -> Cell:
+        """What is shown of the scores over seeds at one of the epochs, with the paper's."""
         attacks = {} if paper is None else paper.attacks
         found = next((attacks[name][epoch] for name in self.stands_for if epoch in attacks.get(name, {})), None)
-        mean, sd = found if isinstance(found, tuple) else (found, None)
-        return _share(mean), _share(sd)
+        printed = found if isinstance(found, tuple) else (found, None)
+        return Cell.of(map(measure.value, self._scores(epoch)), *map(measure.printed, printed))
+
+    def _scores(self, epoch: int) -> list[float | None]:
+        k = self.epochs.index(epoch)
+        return [curve.scores[k] for curve in self.curves]
 
 
 @dataclass(frozen=True)
@@ -77,8 +145,9 @@ class Scene:
     Attributes:
         name: of the setting.
         restricted: name of the restricted task.
-        unit: what scores are.
-        chance: the score of a constant guess.
+        measure: how scores on the restricted task are shown.
+        benign_measure: how those on the benign task are shown; an error has another scale there.
+        chance: the score of a constant guess on the restricted task.
         original: benign score of the original; None: not finite.
         made: immunized models by label and seed of the defense.
         paper: the paper's numbers by model.
@@ -87,7 +156,8 @@ class Scene:
 
     name: str
     restricted: str
-    unit: str
+    measure: Measure
+    benign_measure: Measure
     chance: float
     original: float | None
     made: Mapping[tuple[str, int], Made]
@@ -95,20 +165,22 @@ class Scene:
     stands_for: str | None
 
     def benign(self, model: str) -> Cell:
-        """Benign score of a model over seeds of its defense; empty for scratch, which has no benign task."""
-        printed = _share(self.paper[model].benign) if model in self.paper else None
-        own = [made.benign for (label, _), made in self.made.items() if label == model]
-        return Cell.of([self.original] if model == ORIGINAL else own, printed)
+        """Benign score of a model over seeds of its defense, as shown; none for scratch, which has no benign task."""
+        printed = self.benign_measure.printed(self.paper[model].benign) if model in self.paper else None
+        scores = [self.original] if model == ORIGINAL else self._scores(model)
+        return Cell.of(map(self.benign_measure.value, scores), printed)
 
-    def drop(self, model: str) -> Cell:
-        """What a model lost of the original's benign score, over seeds of its defense; empty for the controls."""
-        own = [made.benign for (label, _), made in self.made.items() if label == model]
+    def lost(self, model: str) -> Cell:
+        """What a model lost of the original's benign score, over seeds of its defense; empty for the controls.
+
+        Of an error, by how much it rose.
+        """
+        own = self._scores(model)
         known = [self.original - score for score in own if score is not None and self.original is not None]
-        return Cell.of(known if len(known) == len(own) else [None])
+        return Cell.of(map(self.benign_measure.difference, known if len(known) == len(own) else [None]))
 
-
-def _share(percent: float | None) -> float | None:
-    return None if percent is None else round(percent / 100, 12)  # 96.2 % is 0.962, as it is written
+    def _scores(self, model: str) -> list[float | None]:
+        return [made.benign for (label, _), made in self.made.items() if label == model]
 
 
 def compare(rows: Sequence[Row], epochs: Sequence[int]) -> dict[str, Comparison]:
@@ -132,12 +204,12 @@ def role_of(model: str) -> Role:
     return "scratch" if model == SCRATCH else "original" if model == ORIGINAL else "immunized"
 
 
-def ahead_of_scratch(model: str, comparison: Comparison) -> list[list[float | None]] | None:
-    """Advantage over scratch of each seed at each epoch; None where there is none."""
+def ahead_of_scratch(model: str, comparison: Comparison, measure: Measure) -> list[list[float | None]] | None:
+    """Advantage over scratch of each seed at each epoch, as it is shown; None where there is none."""
     if model == SCRATCH or SCRATCH not in comparison.batteries:
         return None
     difference = comparison.scores[role_of(model)] - comparison.scores[SCRATCH]
-    return [[float(v) if math.isfinite(v) else None for v in seed] for seed in difference]
+    return [list(map(measure.difference, plain(seed))) for seed in difference]
 
 
 def largest_jump(losses: Sequence[float | None]) -> float | None:

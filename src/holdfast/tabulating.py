@@ -34,13 +34,14 @@ def tabulate(
 
     Args:
         scenes: the settings.
-        rows: of the table of accuracies.
+        rows: of the table of scores.
         epochs: of the protocol; single attacks may have more.
         compare_with: the defense that the others are compared with, if there is one.
     """
     by_scene = {scene.name: [row for row in rows if row.setting == scene.name] for scene in scenes}
     compared = {scene.name: compare(by_scene[scene.name], epochs) for scene in scenes}
-    tables = {"accuracy": _accuracy(scenes, by_scene, epochs)}
+    measure = scenes[0].measure  # of all: a protocol has one kind of task
+    tables = {"accuracy" if measure.percent else "error": _scores(scenes, by_scene)}
     if any(row.curves for row in rows):
         tables["best"] = _best(scenes, compared, epochs)
         tables["advantage"] = _advantage(scenes, compared, epochs)
@@ -67,7 +68,7 @@ def _column(epoch: int) -> str:
     return f"epoch {epoch}"
 
 
-def _accuracy(scenes: Sequence[Scene], rows: Mapping[str, Sequence[Row]], epochs: Sequence[int]) -> Table:
+def _scores(scenes: Sequence[Scene], rows: Mapping[str, Sequence[Row]]) -> Table:
     found: list[TableRow] = []
     for scene in scenes:
         for row in rows[scene.name]:
@@ -76,21 +77,23 @@ def _accuracy(scenes: Sequence[Scene], rows: Mapping[str, Sequence[Row]], epochs
             if row.remark:
                 cells["remark"] = row.remark
             else:
-                cells |= {_column(e): row.cell(e, scene.paper.get(row.model)) for e in row.epochs}
+                cells |= {_column(e): row.cell(e, scene.measure, scene.paper.get(row.model)) for e in row.epochs}
             found.append(cells)
         if not rows[scene.name]:  # no attacks: how good the models are is still worth a line
             for model in (ORIGINAL, *dict.fromkeys(label for label, _ in scene.made)):
                 found.append({"setting": scene.name, "model": model, "benign": scene.benign(model)})
-    unit = scenes[0].unit
+    measure = scenes[0].measure
+    unit = measure.name.capitalize()
     restricted = ", ".join(dict.fromkeys(scene.restricted for scene in scenes))
     steps = sorted({row.steps for each in rows.values() for row in each if row.curves})
     length = f" An epoch has {_listed([str(n) for n in steps])} steps." if steps else ""
     note = (
-        f"{unit.capitalize()} on the restricted task ({restricted}) after so many epochs of each attack, and on the "
-        f"benign task before any; mean ± standard deviation over seeds, in percent.{length}{_about_paper(scenes)}"
+        f"{unit} on the restricted task ({restricted}) after so many epochs of each attack, and on the "
+        f"benign task before any; mean ± standard deviation over seeds, "
+        f"{'in percent' if measure.percent else 'smaller is better'}.{length}{_about_paper(scenes)}"
     )
-    title = f"{unit.capitalize()} over epochs" if any(rows.values()) else f"Benign {unit}; no attacks"
-    return Table(title=title, rows=found, percent=True, note=note if any(rows.values()) else "")
+    title = f"{unit} over epochs" if any(rows.values()) else f"Benign {measure.name}; no attacks"
+    return Table(title=title, rows=found, percent=measure.percent, note=note if any(rows.values()) else "")
 
 
 def _about_paper(scenes: Sequence[Scene]) -> str:
@@ -110,13 +113,14 @@ def _best(scenes: Sequence[Scene], compared: Mapping[str, Mapping[str, Compariso
             scores = comparison.scores[role_of(model)]
             row: TableRow = {"setting": scene.name, "model": model, "attack": battery.best_name(len(epochs) - 1)}
             row["benign"] = scene.benign(model).model_copy(update={"paper": None})
-            row["benign drop"] = scene.drop(model)
-            found.append(row | {_column(e): Cell.of(plain(scores[:, k])) for k, e in enumerate(epochs)})
+            row["benign drop" if scene.measure.percent else "benign rise"] = scene.lost(model)
+            shown = (map(scene.measure.value, plain(each)) for each in scores.T)
+            found.append(row | {_column(e): Cell.of(seeds) for e, seeds in zip(epochs, shown, strict=True)})
     note = (
         "The attack that is best at this epoch or before, chosen by mean over seeds on one half of the test split and "
         "scored on the other, both ways; the one that is named is the best on the whole test split at the last epoch."
     )
-    return Table(title="Best attack on each model", rows=found, percent=True, note=note)
+    return Table(title="Best attack on each model", rows=found, percent=scenes[0].measure.percent, note=note)
 
 
 def _advantage(
@@ -125,17 +129,23 @@ def _advantage(
     found: list[TableRow] = []
     for scene in scenes:
         for model, comparison in compared[scene.name].items():
-            ahead = ahead_of_scratch(model, comparison)
+            ahead = ahead_of_scratch(model, comparison, scene.measure)
             if ahead is None:
                 continue
             row: TableRow = {"setting": scene.name, "model": model}
             row |= {_column(e): Cell.of(seed[k] for seed in ahead) for k, e in enumerate(epochs) if e}
             found.append({**row, "area": Cell.of(mean_of(seed[1:]) for seed in ahead)})
-    note = (
-        "Best attack on the model minus best attack from scratch, seed by seed, in points: mean ± standard error over "
-        "seeds. At 0 or below, having the model is worth nothing. Area: the mean over all epochs but 0."
+    percent = scenes[0].measure.percent
+    what = (
+        "Best attack on the model minus best attack from scratch, seed by seed, in points"
+        if percent
+        else "Error of the best attack from scratch minus that of the best attack on the model, seed by seed"
     )
-    return Table(title="Advantage over scratch", rows=found, percent=True, note=note, standard_error=True)
+    note = (
+        f"{what}: mean ± standard error over seeds. At 0 or below, having the model is worth nothing. Area: the mean "
+        "over all epochs but 0."
+    )
+    return Table(title="Advantage over scratch", rows=found, percent=percent, note=note, standard_error=True)
 
 
 def _difference(
@@ -149,7 +159,7 @@ def _difference(
             if model in (base, SCRATCH) or base not in models:
                 continue
             difference = comparison.scores[role_of(model)] - models[base].scores[role_of(base)]
-            seeds = [plain(seed) for seed in difference]
+            seeds = [list(map(scene.measure.difference, plain(seed))) for seed in difference]
             row: TableRow = {"setting": scene.name, "model": model}
             row |= {_column(e): Cell.of(seed[k] for seed in seeds) for k, e in enumerate(epochs) if e}
             row["area"] = Cell.of(mean_of(seed[1:]) for seed in seeds)
@@ -157,14 +167,22 @@ def _difference(
             own = [scene.made[base, s].benign for label, s in scene.made if label == base]
             if dropped and len(dropped) == len(own):
                 pairs = zip(dropped, own, strict=True)
-                row["benign"] = Cell.of(a - b if a is not None and b is not None else None for a, b in pairs)
+                apart = [a - b if a is not None and b is not None else None for a, b in pairs]
+                row["benign"] = Cell.of(map(scene.benign_measure.difference, apart))
             found.append(row)
+    percent = scenes[0].measure.percent
+    what, benign = (
+        (f"Best attack on the model minus best attack on {base}, seed by seed, in points",
+         f"its own score minus that of {base}")
+        if percent
+        else (f"Error of the best attack on {base} minus that of the best attack on the model, seed by seed",
+              f"the error of {base} minus its own")
+    )  # fmt: skip
     note = (
-        f"Best attack on the model minus best attack on {base}, seed by seed, in points: mean ± standard error over "
-        f"seeds. Below 0, the model resists more than {base}. Area: the mean over all epochs but 0. Benign: its own "
-        f"score minus that of {base}."
+        f"{what}: mean ± standard error over seeds. Below 0, the model resists more than {base}. Area: the mean over "
+        f"all epochs but 0. Benign: {benign}."
     )
-    return Table(title=f"Against {base}", rows=found, percent=True, note=note, standard_error=True)
+    return Table(title=f"Against {base}", rows=found, percent=percent, note=note, standard_error=True)
 
 
 def _immunization(scenes: Sequence[Scene]) -> Table:
@@ -202,16 +220,16 @@ def _immunization(scenes: Sequence[Scene]) -> Table:
 def _figures(
     scene: Scene, rows: Sequence[Row], compared: Mapping[str, Comparison], epochs: Sequence[int], where: str
 ) -> dict[str, Figure]:
-    axes = {"x_title": "epoch", "y_title": f"{scene.unit} on {scene.restricted}"}
+    axes = {"x_title": "epoch", "y_title": f"{scene.measure.name} on {scene.restricted}"}
     found: dict[str, Figure] = {}
     attacks = list(dict.fromkeys(r.attack for r in rows if r.model != SCRATCH and r.curves))
     for i, attack in enumerate(attacks if len(attacks) <= LONG else ()):
         mine = [row for row in rows if attack in row.covers and row.curves]
         x = sorted({e for row in mine for e in row.epochs})
-        series = {r.model: [r.cell(e).mean if e in r.epochs else None for e in x] for r in mine}
+        series = {r.model: [r.cell(e, scene.measure).mean if e in r.epochs else None for e in x] for r in mine}
         found[f"attack_{i}"] = Lines(title=f"{where}{attack}", x=list(map(float, x)), series=series, **axes)
     if len(attacks) > 1:
-        best = {m: plain(c.scores[role_of(m)].mean(0)) for m, c in compared.items()}
+        best = {m: list(map(scene.measure.value, plain(c.scores[role_of(m)].mean(0)))) for m, c in compared.items()}
         title = f"{where}Best attack on each model"
         found["best_attack"] = Lines(title=title, x=list(map(float, epochs)), series=best, **axes)
     return found | _loss_figures(scene, where)
