@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,10 +23,10 @@ from holdfast.execution import Run
 from holdfast.finetune import Strategy
 from holdfast.models import load_model
 from holdfast.pipeline import halves, run_recipe
-from holdfast.protocol import Attack, ProtocolSpec, scratch_plan
+from holdfast.protocol import Attack, ProtocolSpec, rescaled, scratch_plan
 from holdfast.recipe import ProtocolRecipe, load, names
-from holdfast.results import Cell, Lines, read_result
-from holdfast.tasks import load_task
+from holdfast.results import Cell, Curve, Lines, read_result
+from holdfast.tasks import TaskSpec, load_task
 from holdfast.trials import few_of
 
 PROTOCOLS = [name for name in names() if isinstance(load(name), ProtocolRecipe)]
@@ -310,6 +312,120 @@ class TestTables:
         assert [row["model"] for row in found.tables["accuracy"].rows] == ["original", "wild"]
         assert list(found.tables) == ["accuracy", "immunization"]
         assert [f.series.keys() for f in found.figures.values()] == [{"wild", "wild, seed 1"}]
+
+
+REGRESSION = {
+    "model": {"name": "mlp"},
+    "pretrain": {"steps": 100},
+    "benign": {"data": "a", "kind": "regression", "target": "y"},
+    "restricted": {"data": "b", "kind": "regression", "target": "y"},
+}
+ERRORS = {
+    "settings": {"tables": REGRESSION},
+    "defenses": {"frontier": {"name": "signal-frontier"}},
+    "attacks": {name: BASE["attacks"][name] for name in ("direct", "new head")},
+    "paper": {"tables": {"frontier": {"benign": 0.05, "attacks": {"direct": {1: [0.614, 0.0046]}}}}},
+}
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    """A folder with two tables of numbers."""
+    made = tmp_path_factory.mktemp("tables")
+    generator = np.random.default_rng(0)
+    for name in "ab":
+        x = generator.normal(size=(120, 4))
+        table = np.column_stack([x, x @ generator.normal(size=4) + 3])
+        np.savetxt(made / f"{name}.csv", table, delimiter=",", header="p,q,r,s,y", comments="")
+    return made
+
+
+@pytest.fixture(scope="module")
+def of_errors(numbers, tmp_path_factory):
+    """The folder of a whole protocol on them."""
+    made = tmp_path_factory.mktemp("errors") / "whole"
+    run(made, recipe(**ERRORS), data_dir=numbers)
+    return made
+
+
+class TestErrors:
+    """Regression: scored by an error, and shown as one."""
+
+    def test_what_is_shown_is_the_mean_over_seeds_of_the_errors_themselves(self, of_errors, numbers):
+        """Trials by hand. Each seed has other samples, so that the error of a guess is another one."""
+        restricted = load_task(TaskSpec(**REGRESSION["restricted"]), data_dir=numbers)
+        benign = load_task(TaskSpec(**REGRESSION["benign"]), data_dir=numbers)
+        own = Run(0, torch.device("cpu"))
+        (weights,) = (of_errors / "checkpoints" / "immunized").glob("*.safetensors")
+        model = load_model(str(weights), benign)
+        tasks = [few_of(halves(restricted)[1], 4, own, s) for s in (0, 1)]
+        assert abs(tasks[0].chance / tasks[1].chance - 1) > 0.01
+        adversary = recipe(**ERRORS).plan()[0].adversary
+        curves = [adversary.attack(model, task, budgets=(0, 1, 2), run=own, seed=s) for s, task in enumerate(tasks)]
+        errors = [[(1 - v) * t.chance for v in c.scores] for c, t in zip(curves, tasks, strict=True)]
+        found = read_result(of_errors)
+        row = rows(found, "error")["frontier", "direct"]
+        for k in (0, 1, 2):
+            assert row[f"epoch {k}"].mean == pytest.approx((errors[0][k] + errors[1][k]) / 2, rel=1e-5)
+        assert row["epoch 0"].mean == pytest.approx(restricted.score(model), rel=1e-5)
+        assert row["epoch 0"].sd == pytest.approx(0, abs=1e-9)  # one model, and the same test samples
+        assert row["benign"].mean == pytest.approx(benign.score(model), rel=1e-5)
+        assert "accuracy" not in found.tables
+
+    def test_the_same_errors_by_another_chance(self):
+        """An error of 0.1 is a score of 0.5 where chance is 0.2, and of 0 where it is 0.1."""
+        given = Curve(
+            adversary="A", role="immunized", seed=0, budgets=[0, 1], scores=[0.5, None], losses=[None, 0.1],
+            folds=[[0.25, 0.75], None], batch_size=5,
+        )  # fmt: skip
+        found = rescaled(given, 0.2 / 0.1)
+        assert found.scores == [0, None]
+        assert found.folds == [[-0.5, 0.5], None]
+        assert given.scores == [0.5, None]
+
+    def test_the_advantage_is_how_much_smaller_the_error_is_than_from_scratch(self, of_errors):
+        found = read_result(of_errors)
+        best, advantage = (rows(found, name, "model") for name in ("best", "advantage"))
+        for epoch in ("epoch 1", "epoch 2"):
+            smaller = best["scratch",][epoch].mean - best["original",][epoch].mean
+            assert advantage["original",][epoch].mean == pytest.approx(smaller)
+
+    def test_pages(self, of_errors, numbers, tmp_path, capsys):
+        from holdfast.cli import main
+
+        page = (of_errors / "report.html").read_text()
+        assert "Mean squared error over epochs" in page
+        assert "paper 0.614 ± 0.0046" in page
+        path = tmp_path / "mine.yaml"
+        path.write_text(json.dumps({**BASE, **ERRORS}))
+        with pytest.raises(SystemExit) as ended:
+            main(["run", str(path), "--out", str(tmp_path / "out"), "--device", "cpu", "--data-dir", str(numbers)])
+        assert ended.value.code == 0
+        shown = capsys.readouterr().out
+        assert "Mean squared error over epochs" in shown
+        assert "in %" not in shown
+        start = rows(read_result(of_errors), "error")["frontier", "direct"]["epoch 0"].mean
+        assert f"{start:.4g}" in shown
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (
+                {"one": {**REGRESSION, "benign": {"data": "digits[0-4]"}}},
+                "the benign task 'digits[0-4]' of setting 'one' is for classification, and the restricted task 'b:y' "
+                "of setting 'one' for regression",
+            ),
+            (
+                {"one": BASE["settings"]["digits"], "two": REGRESSION},
+                "the restricted task 'b:y' of setting 'two' is for regression, and the restricted task 'digits[5-9]' "
+                "of setting 'one' for classification",
+            ),
+        ],
+    )
+    def test_kinds_are_not_mixed(self, settings, message, numbers, tmp_path):
+        with pytest.raises(HoldfastError, match=re.escape(message)):
+            run(tmp_path / "new", recipe(settings=settings, defenses={}), data_dir=numbers)
+        assert not (tmp_path / "new").exists()
 
 
 class TestResume:

@@ -213,7 +213,7 @@ class TestErrors:
         assert list(found.tables) == ["error", "best", "advantage", "difference", "immunization"]
         table = found.tables["error"]
         assert table.title == "Mean squared error over epochs"
-        assert "smaller is better" in table.note
+        assert "The smaller, the better the model." in table.note
         assert not any(each.percent for each in found.tables.values())
         row = rows(found, "error", "model")["D"]
         assert [row[f"epoch {e}"].mean for e in (0, 1, 2)] == pytest.approx([0.6, 0.1, 0.06])

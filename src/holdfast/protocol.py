@@ -296,7 +296,7 @@ def check_kinds(settings: Mapping[str, SettingSpec], tasks: Mapping[TaskSpec, Ta
         HoldfastError: naming the task that differs from the first.
     """
     found = [
-        (f"setting {name!r}: the {role} task {tasks[spec].name!r}", tasks[spec].kind)
+        (f"the {role} task {tasks[spec].name!r} of setting {name!r}", tasks[spec].kind)
         for name, setting in settings.items()
         for role, spec in (("restricted", setting.restricted), ("benign", setting.benign))
     ]
@@ -304,8 +304,8 @@ def check_kinds(settings: Mapping[str, SettingSpec], tasks: Mapping[TaskSpec, Ta
     for place, other in found:
         if other != kind:
             raise HoldfastError(
-                f"{place[0].upper()}{place[1:]} is one of {other}, and that of {first} is one of {kind}. The tables of "
-                "a protocol have one unit; give tasks of each kind a protocol of their own."
+                f"A protocol has one kind of task, because its tables have one unit; {place} is for {other}, and "
+                f"{first} for {kind}. Write a protocol for each kind."
             )
 
 

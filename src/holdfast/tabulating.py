@@ -88,9 +88,9 @@ def _scores(scenes: Sequence[Scene], rows: Mapping[str, Sequence[Row]]) -> Table
     steps = sorted({row.steps for each in rows.values() for row in each if row.curves})
     length = f" An epoch has {_listed([str(n) for n in steps])} steps." if steps else ""
     note = (
-        f"{unit} on the restricted task ({restricted}) after so many epochs of each attack, and on the "
-        f"benign task before any; mean ± standard deviation over seeds, "
-        f"{'in percent' if measure.percent else 'smaller is better'}.{length}{_about_paper(scenes)}"
+        f"{unit} on the restricted task ({restricted}) after so many epochs of each attack, and on the benign task "
+        f"before any; mean ± standard deviation over seeds{', in percent' if measure.percent else ''}."
+        f"{'' if measure.percent else ' The smaller, the better the model.'}{length}{_about_paper(scenes)}"
     )
     title = f"{unit} over epochs" if any(rows.values()) else f"Benign {measure.name}; no attacks"
     return Table(title=title, rows=found, percent=measure.percent, note=note if any(rows.values()) else "")
