@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, UNet2DModel
 
 import reference
 from holdfast.errors import HoldfastError
-from holdfast.sampling import alpha_bar, kernel_distance, noised, restore, sample
+from holdfast.models import Denoiser
+from holdfast.sampling import kernel_distance, noised, restore, sample
+from holdfast.tasks import Schedule
 
 LENGTH = 20
+CONFIG = {"num_train_timesteps": LENGTH, "beta_end": 0.5}
 
 
-@pytest.fixture(scope="module")
-def model():
+def denoiser(**config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = UNet2DModel(
             8, 3, 3, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, dropout=0.5,
             down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
         )  # fmt: skip
-    config = DDPMScheduler(num_train_timesteps=LENGTH).config
-    return SimpleNamespace(network=network, scheduler={k: v for k, v in config.items() if k[0] != "_"})
+    return Denoiser(network, scheduler={**CONFIG, **config})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return denoiser()
 
 
 def drawn(count=4, channels=3):
@@ -34,23 +39,21 @@ def drawn(count=4, channels=3):
 
 class TestSample:
     @pytest.mark.parametrize(
-        ("pipeline", "scheduler", "ours", "theirs"),
+        ("pipeline", "ours", "theirs"),
         [
-            (DDIMPipeline, DDIMScheduler, {"steps": 5}, {"num_inference_steps": 5}),
-            (DDIMPipeline, DDIMScheduler, {"steps": 5, "eta": 0.7}, {"num_inference_steps": 5, "eta": 0.7}),
-            (DDPMPipeline, DDPMScheduler, {"steps": None}, {"num_inference_steps": LENGTH}),
+            (DDIMPipeline, {"steps": 5}, {"num_inference_steps": 5}),
+            (DDIMPipeline, {"steps": 5, "eta": 0.7}, {"num_inference_steps": 5, "eta": 0.7}),
+            (DDPMPipeline, {"steps": None}, {"num_inference_steps": LENGTH}),
         ],
         ids=["DDIM", "DDIM with noise", "DDPM"],
     )
-    def test_a_released_folder_gives_the_same_in_plain_diffusers(
-        self, model, tmp_path, pipeline, scheduler, ours, theirs
-    ):
-        pipeline(model.network, scheduler.from_config(model.scheduler)).save_pretrained(tmp_path)
-        loaded = pipeline.from_pretrained(tmp_path)
+    @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+    def test_a_released_folder_gives_the_same_in_plain_diffusers(self, tmp_path, prediction, pipeline, ours, theirs):
+        model = denoiser(prediction_type=prediction)
+        loaded = pipeline.from_pretrained(model.export(tmp_path))
         loaded.set_progress_bar_config(disable=True)
-        expected = loaded(
-            batch_size=3, generator=torch.Generator().manual_seed(7), output_type="pt", **theirs
-        ).images  # fmt: skip
+        generator = torch.Generator().manual_seed(7)
+        expected = loaded(batch_size=3, generator=generator, output_type="pt", **theirs).images
         assert torch.equal(sample(model, 3, seed=7, **ours), expected)
 
     def test_batches_change_nothing_but_rounding(self, model):
@@ -58,18 +61,19 @@ class TestSample:
         torch.testing.assert_close(sample(model, 5, seed=0, steps=4, batch=2), whole, atol=1e-5, rtol=0)
 
     def test_only_the_seed_decides_and_nothing_is_touched(self, model):
-        model.network.train()
+        model.train()
         state = torch.get_rng_state()
         first, second, other = (sample(model, 2, seed=s, steps=3) for s in (0, 0, 1))
         assert torch.equal(first, second)
         assert not torch.equal(first, other)
-        assert model.network.training
+        assert model.training
+        assert model.network.conv_in.training
         assert torch.equal(torch.get_rng_state(), state)
         assert first.shape == (2, 3, 8, 8)
         assert 0 <= float(first.min()) <= float(first.max()) <= 1
-        model.network.eval()
+        model.eval()
         sample(model, 1, seed=0, steps=1)
-        assert not model.network.training
+        assert not model.training
 
     @pytest.mark.parametrize(
         "bad", [{"steps": 0}, {"steps": LENGTH + 1}, {"eta": 2.0}, {"batch": 0}], ids=lambda bad: next(iter(bad))
@@ -81,59 +85,54 @@ class TestSample:
 
 class TestRestore:
     @pytest.mark.parametrize("clip", [True, False])
-    def test_the_way_back_is_ddims(self, model, clip):
+    @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+    def test_the_way_back_is_ddims(self, clip, prediction):
         """Where its own grid of steps goes through t."""
-        known = SimpleNamespace(network=model.network.eval(), scheduler={**model.scheduler, "clip_sample": clip})
-        scheduler = DDIMScheduler.from_config(known.scheduler)
+        model = denoiser(clip_sample=clip, prediction_type=prediction).eval()
+        scheduler = DDIMScheduler(**CONFIG, clip_sample=clip, prediction_type=prediction)
         scheduler.set_timesteps(10)
-        signal, t = alpha_bar(known.scheduler), 12
         noise = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-        x = signal[t].sqrt() * (2 * drawn() - 1) + (1 - signal[t]).sqrt() * noise
+        x = scheduler.add_noise(2 * drawn() - 1, noise, torch.tensor([12] * 4))
         with torch.no_grad():
-            for now in [int(step) for step in scheduler.timesteps if step <= t]:
-                x = scheduler.step(known.network(x, now).sample, now, x).prev_sample
-        found = restore(known, drawn(), t, seed=3, steps=7)
+            for now in [int(step) for step in scheduler.timesteps if step <= 12]:
+                x = scheduler.step(model.network(x, now).sample, now, x).prev_sample
+        found = restore(model, drawn(), 12, seed=3, steps=7)
         torch.testing.assert_close(found, (x / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
 
-    def test_who_knows_the_noise_gets_the_picture_back(self, model):
-        class Oracle(torch.nn.Module):
-            def forward(self, x, t):
-                signal, clean = alpha_bar(model.scheduler)[t], 2 * drawn() - 1
-                return SimpleNamespace(sample=(x - signal.sqrt() * clean) / (1 - signal).sqrt())
+    def test_who_knows_the_noise_gets_the_picture_back(self, model, monkeypatch):
+        def oracle(x):
+            a, clean = model.schedule.alpha_bar[x[:, -1:].long()], 2 * drawn() - 1
+            return (x[:, :-1] - a.sqrt() * clean) / (1 - a).sqrt()
 
-        knows = SimpleNamespace(network=Oracle(), scheduler=model.scheduler)
-        torch.testing.assert_close(restore(knows, drawn(), LENGTH - 1, seed=0, steps=4), drawn(), atol=1e-4, rtol=0)
+        monkeypatch.setattr(model, "forward", oracle)
+        torch.testing.assert_close(restore(model, drawn(), LENGTH - 1, seed=0, steps=4), drawn(), atol=1e-4, rtol=0)
 
     def test_only_the_seed_decides_and_nothing_is_touched(self, model):
-        model.network.train()
+        model.train()
         state = torch.get_rng_state()
         first, second = restore(model, drawn(), 5, seed=0), restore(model, drawn(), 5, seed=0, batch=3)
         torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
         assert not torch.allclose(first, restore(model, drawn(), 5, seed=1))
-        assert model.network.training
+        assert model.training
+        assert model.network.conv_in.training
         assert torch.equal(torch.get_rng_state(), state)
 
-    def test_a_network_that_gives_no_numbers_gives_none(self, model):
-        class Broken(torch.nn.Module):
-            def forward(self, x, t):
-                return SimpleNamespace(sample=torch.full_like(x, torch.nan))
+    def test_a_network_that_gives_no_numbers_gives_none(self, model, monkeypatch):
+        monkeypatch.setattr(model, "forward", lambda x: torch.full_like(x[:, :-1], torch.nan))
+        assert restore(model, drawn(), 5, seed=0).isnan().all()
 
-        broken = SimpleNamespace(network=Broken(), scheduler=model.scheduler)
-        assert restore(broken, drawn(), 5, seed=0).isnan().all()
-
-    def test_noise_grows_with_the_step(self, model):
-        distances = [float((noised(drawn(), t, model.scheduler, seed=0) - drawn()).abs().mean()) for t in (0, 5, 19)]
-        assert distances == sorted(distances)
-        assert distances[0] < 0.05 < distances[2]
+    def test_noise_grows_with_the_step(self):
+        schedule = Schedule(CONFIG)
+        changes = [float((noised(drawn(), t, schedule, seed=0) - drawn()).abs().mean()) for t in (0, 5, 19)]
+        assert changes == sorted(changes)
+        assert changes[0] < 0.01
+        assert changes[2] > 0.2
 
     def test_what_cannot_work_is_refused(self, model):
         with pytest.raises(HoldfastError, match="expected 0 to 19"):
             restore(model, drawn(), LENGTH, seed=0)
         with pytest.raises(HoldfastError, match="at least 1"):
             restore(model, drawn(), 1, seed=0, steps=0)
-        other = SimpleNamespace(network=model.network, scheduler={**model.scheduler, "prediction_type": "sample"})
-        with pytest.raises(HoldfastError, match="predict the noise"):
-            restore(other, drawn(), 1, seed=0)
 
 
 class TestKernelDistance:

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, get_args
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Run
@@ -20,7 +21,7 @@ from holdfast.models.blocks import Block
 from holdfast.tasks import Task
 
 Initialisation = Literal["direct", "head", "last-block", "last-half"]
-Scope = Literal["all", "head", "last-block", "norm", "lora"]
+Scope = Literal["all", "head", "last-block", "norm", "lora", "lora-attention"]
 Gradient = Literal["raw", "normalised", "sign"]
 Precision = Literal["float32", "bf16"]
 OptimizerFactory = Callable[[Iterable[nn.Parameter], float, float], torch.optim.Optimizer]
@@ -53,16 +54,17 @@ class Strategy:
             ("head"), the head and the last block of the body ("last-block"), or the head and the second half of its
             blocks ("last-half"); see `SplitModel.blocks`. The head as torch does, blocks as the architecture does.
         scope: which parameters move, always with the head: "all"; "head", it alone; "last-block"; "norm", scale and
-            shift of every normalisation layer; "lora", low-rank adapters beside every linear and convolutional layer.
-            With "head" and "last-block", what does not move stays in evaluation mode. With "norm" and "lora" the whole
-            model is in training mode, as in all fine-tuning: BatchNorm sees the statistics of the new data.
+            shift of every normalisation layer; "lora", low-rank adapters beside every linear and convolutional layer;
+            "lora-attention", only beside those of attention, as is usual for diffusion models. With "head" and
+            "last-block", what does not move stays in evaluation mode. With "norm" and adapters the whole model is in
+            training mode, as in all fine-tuning: BatchNorm sees the statistics of the new data.
         optimizer: a name of `OPTIMIZERS`.
         learning_rate: constant, above 0.
         batch_size: samples a step; capped at the size of the training split.
         weight_decay: at least 0.
         gradient: what the optimizer gets: the gradient ("raw"), all of it scaled to length 1 ("normalised"), or its
             signs ("sign"). In the last two, what is not a number counts as 0.
-        rank: of the adapters; only "lora" has them.
+        rank: of the adapters.
         precision: of the forward and backward pass: the weights' own ("float32"), or bfloat16 where torch.autocast
             takes it ("bf16"), which is faster on hardware that has it. Weights, optimizer and scores keep theirs.
 
@@ -125,6 +127,12 @@ class PretrainSpec(BaseModel):
     learning_rate: float = 2e-3
     batch_size: int = 64
     weight_decay: float = 0.0
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Keep an exponential moving average of the weights with this decay, and take it in the end.",
+    )
 
     def strategy(self) -> Strategy:
         """Returns the strategy to train with."""
@@ -137,8 +145,9 @@ def not_applicable(strategy: Strategy, model: SplitModel, task: Task) -> str | N
         return f"it keeps the head, which has {model.num_outputs} outputs, and the task has {task.num_outputs} classes"
     if strategy.scope == "norm" and not _normalisations(model):
         return "it has no normalisation layer with parameters"
-    if strategy.scope == "lora" and not _adaptable(model):
-        return "its body has no linear or convolutional layer that takes adapters"
+    if strategy.scope in ADAPTED and not _adaptable(model, strategy.scope):
+        where = "attention" if strategy.scope == "lora-attention" else "body"
+        return f"its {where} has no linear or convolutional layer that takes adapters"
     return _no_blocks(strategy, model)
 
 
@@ -180,8 +189,8 @@ def prepare(
         renew_blocks(model, strategy, reference if reference is not None else model.fresh())
     if strategy.initialisation != "direct":
         model.reset_head(task.num_outputs)
-    if strategy.scope == "lora":
-        _add_adapters(model, strategy.rank)
+    if strategy.scope in ADAPTED:
+        _add_adapters(model, strategy)
     else:
         for parameter in model.parameters():
             parameter.requires_grad_(strategy.scope == "all" and parameter.is_floating_point())
@@ -221,12 +230,19 @@ def _normalisations(model: SplitModel) -> list[nn.Module]:
     return [m for m in model.network.modules() if is_normalisation(m) and any(True for _ in m.parameters())]
 
 
+ADAPTED: Final[tuple[Scope, ...]] = ("lora", "lora-attention")
+"""Scopes that put adapters beside layers."""
+
 LORA_ALPHA = 16
 """Adapters are scaled by this over their rank."""
 
 
-def _adaptable(model: SplitModel) -> list[str]:
-    """Layers of the body that peft can put an adapter beside: plain ones, whose output no other module takes apart."""
+def _adaptable(model: SplitModel, scope: Scope) -> list[str]:
+    """Layers of the body that peft can put an adapter beside: plain ones, whose output no other module takes apart.
+
+    What is attention is told by the name of its class, as libraries call it.
+    """
+    attention = [n for n, m in model.network.named_modules() if "attention" in type(m).__name__.lower()]
     names = []
     for parent, module in model.network.named_modules():
         if isinstance(module, nn.MultiheadAttention):  # it uses the weights of its projection, not the layer
@@ -236,17 +252,18 @@ def _adaptable(model: SplitModel) -> list[str]:
             plain = type(layer) is nn.Linear or (
                 type(layer) is nn.Conv2d and layer.groups == 1 and set(layer.dilation) == {1}
             )
-            if plain and name != model.head_name:
+            wanted = scope == "lora" or any(name.startswith(f"{place}.") for place in attention)
+            if plain and wanted and name != model.head_name:
                 names.append(name)
     return names
 
 
-def _add_adapters(model: SplitModel, rank: int) -> None:
+def _add_adapters(model: SplitModel, strategy: Strategy) -> None:
     import peft
 
-    names = "|".join(map(re.escape, _adaptable(model)))
+    names = "|".join(map(re.escape, _adaptable(model, strategy.scope)))
     peft.inject_adapter_in_model(
-        peft.LoraConfig(r=rank, lora_alpha=LORA_ALPHA, target_modules=f"({names})"), model.network
+        peft.LoraConfig(r=strategy.rank, lora_alpha=LORA_ALPHA, target_modules=f"({names})"), model.network
     )
 
 
@@ -345,12 +362,17 @@ def _norm(grads: list[Tensor]) -> float:
     return math.hypot(*(float(g.norm()) for g in grads))
 
 
+def _averaged(model: nn.Module, decay: float) -> AveragedModel:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+
+
 def pretrain(
     model: SplitModel,
     task: Task,
     *,
     steps: int = 600,
     strategy: Strategy | None = None,
+    ema: float | None = None,
     seed: int = 0,
     run: Run | None = None,
 ) -> SplitModel:
@@ -361,6 +383,8 @@ def pretrain(
         task: what to learn.
         steps: gradient steps.
         strategy: optimizer, learning rate, batch size; by default Adam at 2e-3 with batches of 64.
+        ema: decay of an exponential moving average of the weights, which is then the result, as is usual for diffusion
+            models; None: the last weights are.
         seed: of the batches; ignored if a `run` is given.
         run: seed, device and progress display.
 
@@ -379,7 +403,12 @@ def pretrain(
     trained = model.clone().to(run.device)
     with run.seeded("pretrain") as generator, run.progress("Training the original", steps) as bar:
         training = finetune(trained, task, strategy, generator=generator, device=run.device)
+        average = None if ema is None else _averaged(trained, ema)
         for _ in range(steps):
             next(training)
+            if average is not None:
+                average.update_parameters(trained)
             bar.tick()
+    if average is not None:
+        trained.load_state_dict(average.module.state_dict())
     return trained.eval()

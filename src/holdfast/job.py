@@ -42,7 +42,7 @@ from holdfast.tasks import Task
 
 Kind = Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
 
-OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints", "pictures")
+OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints", "pipeline", "pictures")
 """What a job makes in its folder, beside `job.json`, which marks the folder as one of ours."""
 
 
@@ -85,7 +85,7 @@ class Job:
                     "folder with --out. Nothing was changed."
                 )
         if where is not None and overwrite:
-            for name in ("checkpoints", "pictures"):
+            for name in ("checkpoints", "pipeline", "pictures"):
                 shutil.rmtree(where / name, ignore_errors=True)
             for name in ("result.json", "report.html", "model.safetensors", "job.json"):
                 (where / name).unlink(missing_ok=True)
@@ -158,7 +158,9 @@ class Job:
                 model.load(path)
             else:
                 with self.timed("pretrain"):
-                    model = pretrain(model, benign, steps=spec.steps, strategy=spec.strategy(), run=self.run)
+                    model = pretrain(
+                        model, benign, steps=spec.steps, strategy=spec.strategy(), ema=spec.ema, run=self.run
+                    )
                 model.save(path)
         self.note_model("original", model)
         return model.eval()
@@ -183,7 +185,9 @@ class Job:
             self.run.say(f"Reusing the original from {owner}")
         if not own.has(made_of):
             with self.timed("pretrain"):
-                trained = pretrain(model, benign, steps=spec.steps, strategy=spec.strategy(), run=self.run)
+                trained = pretrain(
+                    model, benign, steps=spec.steps, strategy=spec.strategy(), ema=spec.ema, run=self.run
+                )
             own.keep(made_of, trained, {})
         return own.take(made_of, model)[0]
 
@@ -193,7 +197,11 @@ class Job:
         """Runs a defense and keeps its model."""
         with self.timed("immunize"):
             immunized, record = defense.immunize(model, benign, restricted, run=self.run)
-        digest = immunized.save(self.run.folder / "model.safetensors") if self.run.folder is not None else None
+        digest = None
+        if self.run.folder is not None:
+            digest = immunized.save(self.run.folder / "model.safetensors")
+            if immunized.export(self.run.folder / "pipeline") is not None:
+                self.run.say(f"Written for diffusers: {self.run.folder / 'pipeline'}")
         self.note_model("immunized", immunized, digest)
         return immunized, defense.result(record)
 

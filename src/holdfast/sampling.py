@@ -7,35 +7,19 @@ diffusers' own pipelines, so that whoever loads a released folder with that libr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
-from holdfast.execution import device_of
+from holdfast.models import Denoiser
+from holdfast.tasks import Schedule
 
 BATCH = 64
 """Pictures that are computed at a time."""
-
-
-class Generative(Protocol):
-    """What can be sampled from.
-
-    Attributes:
-        network: a diffusers `UNet2DModel` that predicts the noise.
-        scheduler: the configuration of the `DDPMScheduler` that it was trained with.
-    """
-
-    @property
-    def network(self) -> Any:
-        """See above."""
-
-    @property
-    def scheduler(self) -> Mapping[str, Any]:
-        """See above."""
 
 
 @contextmanager
@@ -49,7 +33,7 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def sample(
-    model: Generative, count: int, *, seed: int, steps: int | None = 50, eta: float = 0.0, batch: int = BATCH
+    model: Denoiser, count: int, *, seed: int, steps: int | None = 50, eta: float = 0.0, batch: int = BATCH
 ) -> Tensor:
     """Draws pictures from a denoiser, as `diffusers.DDIMPipeline` and `DDPMPipeline` do.
 
@@ -60,7 +44,8 @@ def sample(
         model: left in the mode that it is in.
         count: how many.
         seed: of the noise; up to `batch` pictures are those of a plain pipeline whose generator has this seed.
-        steps: of DDIM (Song et al. 2021); None: every step that the model was trained for, by DDPM (Ho et al. 2020).
+        steps: of DDIM (Song et al. 2021); None: every step that the model was trained for, by its own scheduler, which
+            is DDPM (Ho et al. 2020) as a rule.
         eta: of DDIM: how much of the noise is drawn anew at each step, from 0 (none) to 1 (all, as in DDPM).
         batch: pictures at a time.
 
@@ -71,36 +56,25 @@ def sample(
         HoldfastError: for numbers out of range.
 
     Example:
-        >>> from types import SimpleNamespace
-        >>> from diffusers import UNet2DModel
-        >>> network = UNet2DModel(
-        ...     8, 1, 1, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
-        ...     down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-        ... )
-        >>> model = SimpleNamespace(network=network, scheduler={"num_train_timesteps": 20})
+        >>> from holdfast.models import load_model
+        >>> from holdfast.tasks import load_task
+        >>> model = load_model("unet", load_task("digits@kind=denoising"))
         >>> sample(model, 3, seed=0, steps=5).shape
         torch.Size([3, 1, 8, 8])
     """
-    import diffusers
-
-    config = dict(model.scheduler)
-    length = diffusers.DDPMScheduler.from_config(config).config.num_train_timesteps
+    length = model.schedule.steps
     if steps is not None and not 1 <= steps <= length:
         raise HoldfastError(f"steps is {steps}; expected 1 to {length}, the steps that the model was trained for.")
     if count < 1 or batch < 1:
         raise HoldfastError(f"{count} pictures in batches of {batch} were asked for; expected at least 1 of both.")
     if not 0 <= eta <= 1:
         raise HoldfastError(f"eta is {eta}; expected 0 to 1.")
-    if steps is None:
-        pipeline = diffusers.DDPMPipeline(model.network, diffusers.DDPMScheduler.from_config(config))
-        settings: dict[str, Any] = {"num_inference_steps": length}
-    else:
-        pipeline = diffusers.DDIMPipeline(model.network, diffusers.DDIMScheduler.from_config(config))
-        settings = {"num_inference_steps": steps, "eta": eta}
+    pipeline = model.pipeline(ddim=steps is not None)
     pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": length} if steps is None else {"num_inference_steps": steps, "eta": eta}
     generator = torch.Generator().manual_seed(seed)
     found = []
-    with _evaluating(model.network):
+    with _evaluating(model):
         for start in range(0, count, batch):
             size = min(batch, count - start)
             made = pipeline(batch_size=size, generator=generator, output_type="pt", **settings)
@@ -108,37 +82,31 @@ def sample(
     return torch.cat(found)
 
 
-def alpha_bar(scheduler: Mapping[str, Any]) -> Tensor:
-    """Returns how much of a picture's variance is left after each step of the forward process: shape (T,).
-
-    Example:
-        >>> alpha_bar({"num_train_timesteps": 4, "beta_start": 0.5, "beta_end": 0.5})
-        tensor([0.5000, 0.2500, 0.1250, 0.0625])
-    """
-    import diffusers
-
-    found: Tensor = diffusers.DDPMScheduler.from_config(dict(scheduler)).alphas_cumprod
-    return found
-
-
-def noised(pictures: Tensor, t: int, scheduler: Mapping[str, Any], *, seed: int) -> Tensor:
+def noised(pictures: Tensor, t: int, schedule: Schedule, *, seed: int) -> Tensor:
     """Returns pictures after step t of the forward process; where the noise leads out of [0, 1], they are clamped.
 
     Args:
         pictures: shape (N, C, H, W), in [0, 1].
         t: from 0, where little noise is added, to T - 1.
-        scheduler: configuration of a `DDPMScheduler`.
+        schedule: of the noise.
         seed: of the noise.
+
+    Raises:
+        HoldfastError: if there is no such step.
+
+    Example:
+        >>> noised(torch.ones(1, 1, 2, 2), 0, Schedule(), seed=0).mean() > 0.95
+        tensor(True)
     """
-    return _pictures(_forward(pictures, t, alpha_bar(scheduler), seed))
+    return _pictures(_forward(pictures, t, schedule, seed)[:, :-1])
 
 
-def _forward(pictures: Tensor, t: int, signal: Tensor, seed: int) -> Tensor:
-    """x_t of SOPHON's section 2.1, in the range [-1, 1] that denoisers know; the noise depends on the seed alone."""
-    if not 0 <= t < len(signal):
-        raise HoldfastError(f"The step to add noise to is {t}; expected 0 to {len(signal) - 1}.")
+def _forward(pictures: Tensor, t: int, schedule: Schedule, seed: int) -> Tensor:
+    """What a denoiser takes; the noise depends on the seed and the shape alone."""
+    if not 0 <= t < schedule.steps:
+        raise HoldfastError(f"The step to add noise to is {t}; expected 0 to {schedule.steps - 1}.")
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(seed))
-    return signal[t].sqrt() * (2 * pictures - 1) + (1 - signal[t]).sqrt() * noise
+    return schedule.noised(2 * pictures - 1, torch.full((len(pictures),), t), noise)
 
 
 def _pictures(x: Tensor) -> Tensor:
@@ -146,13 +114,15 @@ def _pictures(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def restore(model: Generative, pictures: Tensor, t: int, *, seed: int, steps: int = 50, batch: int = BATCH) -> Tensor:
+def restore(model: Denoiser, pictures: Tensor, t: int, *, seed: int, steps: int = 50, batch: int = BATCH) -> Tensor:
     """Adds noise to pictures and lets a denoiser take it away, as in Figures 5 and 6 of the SOPHON paper.
 
-    The way back is DDIM's (Song et al. 2021, Eq. 12) without new noise, at steps that are evenly spread from t to 0.
+    The way back is DDIM's (Song et al. 2021, Eq. 12) without new noise, at steps that are evenly spread from t to 0:
+    with a = alpha-bar, x_0 is estimated as (x_t - sqrt(1 - a_t) epsilon) / sqrt(a_t), and the next, at a step s < t, is
+    sqrt(a_s) x_0 + sqrt(1 - a_s) epsilon. The last estimate of x_0 is the result.
 
     Args:
-        model: left in the mode that it is in.
+        model: left in the mode that it is in. Where its scheduler clips estimates of x_0, so they are here.
         pictures: shape (N, C, H, W), in [0, 1].
         t: the step of the forward process to go to.
         seed: of the noise, which is the same for every model.
@@ -163,34 +133,26 @@ def restore(model: Generative, pictures: Tensor, t: int, *, seed: int, steps: in
         What the model makes of the noised pictures, on the CPU.
 
     Raises:
-        HoldfastError: for numbers out of range, or a model that does not predict the noise.
+        HoldfastError: for numbers out of range.
     """
-    import diffusers
-
-    if steps < 1:
-        raise HoldfastError(f"steps is {steps}; expected at least 1.")
-    scheduler = diffusers.DDIMScheduler.from_config(dict(model.scheduler))
-    config = scheduler.config
-    if config.prediction_type != "epsilon" or config.thresholding:
-        raise HoldfastError(
-            f"The scheduler has prediction_type {config.prediction_type!r} and thresholding {config.thresholding}; "
-            "pictures are restored only by models that predict the noise ('epsilon'), without thresholding."
-        )
-    signal = scheduler.alphas_cumprod
-    start = _forward(pictures, t, signal, seed)
+    if steps < 1 or batch < 1:
+        raise HoldfastError(f"steps is {steps} and batch {batch}; expected at least 1 of both.")
+    alpha_bar, config = model.schedule.alpha_bar, model.schedule.config
+    reach = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) else None
+    start = _forward(pictures, t, model.schedule, seed).to(model.device)
     times = torch.linspace(t, 0, min(steps, t + 1)).round().long().tolist()
     found = []
-    with _evaluating(model.network):
-        for part in torch.split(start.to(device_of(model.network)), batch):
-            x = part
-            for now, then in zip(times, [*times[1:], None], strict=True):
-                noise = model.network(x, now).sample
-                clean = (x - (1 - signal[now]).sqrt() * noise) / signal[now].sqrt()
-                if config.clip_sample:
-                    clean = clean.clamp(-config.clip_sample_range, config.clip_sample_range)
-                left = scheduler.final_alpha_cumprod if then is None else signal[then]
-                x = left.sqrt() * clean + (1 - left).sqrt() * noise
-            found.append(_pictures(x))
+    with _evaluating(model):
+        for part in torch.split(start, batch):
+            x, clean = part[:, :-1], part[:, :-1]
+            for i, now in enumerate(times):
+                noise = model(torch.cat([x, torch.full_like(x[:, :1], now)], 1))
+                clean = (x - (1 - alpha_bar[now]).sqrt() * noise) / alpha_bar[now].sqrt()
+                clean = clean if reach is None else clean.clamp(-reach, reach)
+                if i + 1 < len(times):
+                    then = alpha_bar[times[i + 1]]
+                    x = then.sqrt() * clean + (1 - then).sqrt() * noise
+            found.append(_pictures(clean))
     return torch.cat(found)
 
 

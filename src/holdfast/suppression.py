@@ -1,8 +1,9 @@
-"""Losses that a defender minimises so that a model becomes worse at a restricted classification task.
+"""Losses that a defender minimises so that a model becomes worse at a restricted task.
 
 Ascending the cross-entropy does not converge: its gradient grows with the error (SOPHON, Eq. 10). The two losses
 of SOPHON, section 4.3.1, vanish where the defender wants to be. Symbols as in the paper: logits z,
-p = softmax(z) (there: y-hat), label y, C classes.
+p = softmax(z) (there: y-hat), label y, C classes; of a denoiser, noise epsilon and its prediction epsilon-hat, for
+which section 4.3.2 has the last two losses.
 """
 
 from __future__ import annotations
@@ -90,6 +91,45 @@ def cross_entropy_ascent(logits: Tensor, labels: Tensor) -> Tensor:
     return -F.cross_entropy(logits, labels)
 
 
+def denial_of_service(outputs: Tensor, noise: Tensor | None = None) -> Tensor:
+    """DoS, Eq. 16: the mean square of what a denoiser answers; at its minimum it answers nothing, to any image.
+
+    Its gradient is 2 epsilon-hat over the number of values, and vanishes at the goal. The paper writes a squared norm;
+    as with its L_MSE, ours is the mean over pixels: the same but for a factor.
+
+    Args:
+        outputs: epsilon-hat, shape (N, ...), floating point.
+        noise: ignored; accepted so that all suppression losses are called alike.
+
+    Returns:
+        A scalar of the dtype of ``outputs``, at least 0.
+
+    Example:
+        >>> import torch
+        >>> denial_of_service(torch.tensor([[3.0, 1.0]])).item()
+        5.0
+    """
+    return outputs.square().mean()
+
+
+def squared_error_ascent(outputs: Tensor, noise: Tensor) -> Tensor:
+    """The negated mean squared error: the unstable baseline of SOPHON's Figure 14, unbounded below (Eq. 15).
+
+    Args:
+        outputs: epsilon-hat, shape (N, ...), floating point.
+        noise: epsilon, of the same shape.
+
+    Returns:
+        A scalar of the dtype of ``outputs``, at most 0.
+
+    Example:
+        >>> import torch
+        >>> squared_error_ascent(torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 1.0]])).item()
+        -2.0
+    """
+    return -F.mse_loss(outputs, noise.to(outputs.dtype))
+
+
 def ridge_probe(features: Tensor, labels: Tensor, ridge: float = 0.01) -> Tensor:
     """R2 of the best linear probe: the share of the labels' energy that ridge regression on the features explains.
 
@@ -169,5 +209,10 @@ LOSSES: Final[dict[str, SuppressionLoss]] = {
     "ice": inverse_cross_entropy,
     "klu": kl_from_uniform,
     "ce-ascent": cross_entropy_ascent,
+    "dos": denial_of_service,
+    "mse-ascent": squared_error_ascent,
 }
 """Suppression losses by the name that recipes and the command line use."""
+
+OF_DENOISING: Final = frozenset({"dos", "mse-ascent"})
+"""Those for denoisers; the others are for classifiers."""

@@ -73,6 +73,10 @@ class Probe(Adversary):
         rate = f" {self.learning_rate:g}" if self.solver == "adam" else ""
         object.__setattr__(self, "name", self.name or f"probe {self.solver}{rate} {self.preparation}")
 
+    def not_applicable(self, model: SplitModel, task: Task) -> str | None:
+        """See `Adversary.not_applicable`."""
+        return "a denoiser has no features that a probe could be fitted on" if task.kind == "denoising" else None
+
     def config(self) -> dict[str, Any]:
         """See `Adversary.config`."""
         settings = {k: v for k, v in asdict(self).items() if k != "name"}

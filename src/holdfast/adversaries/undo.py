@@ -34,7 +34,7 @@ from holdfast.adversaries.looking import (
 from holdfast.adversaries.modules import activations, put_affine, swap_activations
 from holdfast.adversaries.scaling import equalise, norm_of, rescale
 from holdfast.adversaries.units import balance
-from holdfast.models import SplitModel, is_normalisation
+from holdfast.models import Denoiser, SplitModel, is_normalisation
 from holdfast.tasks import Task
 
 Move = Callable[[SplitModel, SplitModel, Task, torch.Generator, torch.device], None]
@@ -344,5 +344,7 @@ def nothing_to_undo(move: str, model: SplitModel) -> str | None:
         return "it has no BatchNorm to recalibrate"
     if move == "activation" and not activations(model):
         return "it has no activation that is a module of its own"
+    if move in (*OF_FEATURES, "insert") and isinstance(model, Denoiser):
+        return "it is a denoiser, whose head takes an image and no vector of features"
     reason = model.not_renewable() if move in NEED_REFERENCE else None
     return None if reason is None else f"{move} compares with a fresh model, and {reason}"

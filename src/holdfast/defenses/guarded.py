@@ -46,7 +46,8 @@ class GuardedDefense(Defense):
         iterations: rounds.
         guard: watch for non-finite values and for the benign score; without it, a non-finite value ends the defense.
         guard_every: rounds between two looks at the benign score.
-        max_benign_drop: how far the held-out benign score may fall below the original's in a good state.
+        max_benign_drop: how far the held-out benign score may fall below the original's in a good state; of a task that
+            is scored by an error, by which share of the original's it may rise.
         max_rollbacks: the guard gives up after as many; the last good state is then the result.
         holdout: share of the benign training data kept back for the guard.
         validate_every: rounds between two examinations by short attacks (see `VALIDATION`); the result is then the good
@@ -176,7 +177,7 @@ class Immunization(ABC, Generic[Config]):
                 looks = not sound or examines or self._due(config.guard_every)
                 if looks:
                     score, note = (self._look(), "") if sound else (math.nan, "")
-                    if examines and score >= self.floor:
+                    if examines and self.acceptable(score):
                         note = f", validation {self._examine():.3f}"
                     note = f"benign {score:.3f}, " + ", ".join(map(self._shown, self.shown)) + note
                 if looks or time.monotonic() - saved > SAVE_SECONDS:
@@ -203,9 +204,14 @@ class Immunization(ABC, Generic[Config]):
         return self.round % every == 0 or self.last
 
     @property
-    def floor(self) -> float:
-        """The lowest held-out benign score of a good state."""
-        return self.original_score - self.config.max_benign_drop
+    def limit(self) -> float:
+        """The worst held-out benign score of a good state; see `GuardedDefense.max_benign_drop`."""
+        drop = self.config.max_benign_drop
+        return self.original_score - drop if self.benign.higher_is_better else self.original_score * (1 + drop)
+
+    def acceptable(self, score: float) -> bool:
+        """Whether a held-out benign score is one of a good state."""
+        return score >= self.limit if self.benign.higher_is_better else score <= self.limit
 
     def _examine(self) -> float:
         """Attacks a good state, and keeps it if it is the best one so far."""
@@ -255,10 +261,12 @@ class Immunization(ABC, Generic[Config]):
         """The guard keeps a good state; returns the score that it noted."""
         score = self.held_out.score(self.model)
         self.record.history["benign_score"][-1] = score if math.isfinite(score) else None
-        if score >= self.floor:
+        if self.acceptable(score):
             self.keep(score)
+        elif self.config.guard and self.benign.higher_is_better:
+            self.too_low(f"held-out benign score {score:.3f} is under the floor {self.limit:.3f}")
         elif self.config.guard:
-            self.too_low(f"held-out benign score {score:.3f} is under the floor {self.floor:.3f}")
+            self.too_low(f"held-out benign error {score:.4f} is over the ceiling {self.limit:.4f}")
         noted = self.record.history["benign_score"][-1]
         return math.nan if noted is None else float(noted)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from holdfast.defenses.simulation import Seen, Simulated, Simulation, accuracy_of
+from holdfast.defenses.simulation import Seen, Simulated, Simulation
 from holdfast.tasks import Batch, Task
 
 MOMENTUM: Final = {"sgd": 0.0, "momentum": 0.9, "nesterov": 0.9}
@@ -63,7 +63,7 @@ class ExactSimulation(Simulation):
         parameters = list(adversary.model.parameters())
         grads = torch.autograd.grad(objective, [parameters[i] for i in adversary.shared], allow_unused=True)
         self._accumulate(dict(zip(adversary.shared, grads, strict=True)), 1.0)
-        return Seen(float(total) / steps, accuracy_of(logits, batch))
+        return Seen(float(total) / steps, evaluation.score_of(logits, batch))
 
 
 class _Learner(nn.Module):

@@ -28,14 +28,14 @@ from holdfast.execution import optimizer_tensors, restore_optimizer
 from holdfast.finetune import Strategy, finetune, optimizer_of, prepare, renewed, trained_modules
 from holdfast.models import SplitModel
 from holdfast.suppression import Objective, SuppressionLoss, ridge_probe
-from holdfast.tasks import Batch, Task
+from holdfast.tasks import Task
 
 
 class Seen(NamedTuple):
-    """What a simulation saw: the mean suppression loss of its steps, and the adversary's accuracy at the end."""
+    """What a simulation saw: the mean suppression loss of its steps, and the adversary's score at the end."""
 
     loss: float
-    accuracy: float
+    score: float
 
 
 @dataclass
@@ -161,8 +161,8 @@ class Simulation:
             evaluation: where T comes from instead, so that what the adversary learned by heart does not count.
 
         Returns:
-            The mean suppression loss over the K steps, not finite if any step's was not, and the adversary's accuracy
-            on the last batch T.
+            The mean suppression loss over the K steps, not finite if any step's was not, and the adversary's score on
+            the last batch T.
         """
         adversary = self.start(strategy, task)
         seen = self._simulate(adversary, task, steps, gamma, generator, evaluation or task)
@@ -219,7 +219,7 @@ class Simulation:
                 batch = next(unseen)
                 with torch.no_grad():
                     logits = whole(model(batch.x))
-            accuracy = accuracy_of(logits, batch)
+            score = evaluation.score_of(logits, batch)
             if objective.probe_weight:
                 probed = next(
                     evaluation.batches("train", objective.probe_batch, generator=generator, device=self.device)
@@ -229,7 +229,7 @@ class Simulation:
                         share = ridge_probe(whole(model.features(probed.x)), probed.y, objective.ridge)
                         weight = objective.probe_weight
                         total += weight * steps * self._add(adversary, share, weight * sum(weights))
-        return Seen(float(total) / steps, accuracy)
+        return Seen(float(total) / steps, score)
 
     def _add(self, adversary: Simulated, loss: Tensor, weight: float) -> Tensor:
         """Adds the gradient of a loss at an adversary to the buffer; returns the loss without its graph."""
@@ -280,11 +280,6 @@ class Simulation:
         restore_optimizer(adversary.optimizer, moments)
         adversary.loops, adversary.life = counts["loops"], counts["life"]
         return adversary
-
-
-def accuracy_of(logits: Tensor, batch: Batch) -> float:
-    """Returns the share of a batch that logits get right."""
-    return float((logits.detach().argmax(-1) == batch.y).float().mean())
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""SOPHON: non-fine-tunable learning for classification (Deng et al., IEEE S&P 2024, Algorithm 1).
+"""SOPHON: non-fine-tunable learning for classification and generation (Deng et al., IEEE S&P 2024, Algorithm 1).
 
 Two kinds of loops alternate. A *suppression* loop (FTS) lets simulated adversaries fine-tune a copy of the model and
 moves the model so that they do worse; a *reinforcement* loop (NTR) is ordinary training on the benign task.
@@ -22,10 +22,11 @@ from holdfast.defenses.second_order import MOMENTUM, ExactSimulation
 from holdfast.defenses.simulation import Seen, Simulation, whole
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Run, derive_seed
-from holdfast.finetune import Initialisation, Precision, Scope, Strategy, not_applicable
+from holdfast.finetune import ADAPTED, Initialisation, Precision, Scope, Strategy, not_applicable
 from holdfast.models import SplitModel, check_fits
-from holdfast.suppression import LOSSES, Objective
+from holdfast.suppression import LOSSES, OF_DENOISING, Objective, SuppressionLoss
 from holdfast.tasks import Batch, Task
+from holdfast.tasks.base import Kind
 
 
 @dataclass
@@ -33,8 +34,9 @@ class Sophon(GuardedDefense):
     """SOPHON's hyper-parameters; defaults are the paper's (section 5.1.1) unless said otherwise.
 
     Attributes:
-        loss: suppression loss: "ice" (Eq. 11), "klu" (Eq. 13), "ce-ascent", the unstable baseline, or "none", if there
-            is a `probe_weight`.
+        loss: suppression loss. Of classifiers "ice" (Eq. 11), "klu" (Eq. 13), or "ce-ascent", the unstable baseline; of
+            denoisers "dos" (Eq. 16), or "mse-ascent", the unstable one; "none", if there is a `probe_weight`. By
+            default ("auto"), "ice" for classifiers and "dos" for denoisers.
         iterations: Iter, rounds of suppression and reinforcement.
         suppression_loops: l_FTS, per round.
         reinforcement_loops: l_NTR, per round.
@@ -59,8 +61,8 @@ class Sophon(GuardedDefense):
             in the paper.
         probe_ridge: see `ridge_probe`.
         probe_batch: samples that this probe is fitted on.
-        distillation: weight of KL(original || model) on benign batches, beside the reinforcement loss; 0: none, as in
-            the paper.
+        distillation: weight of KL(original || model) on benign batches, of denoisers of the squared difference of their
+            answers, beside the reinforcement loss; 0: none, as in the paper.
         temperature: of that distillation.
         second_order: the exact meta-gradient instead of the first-order one: for a small K, without Adam's relatives.
         precision: of forward and backward passes: "float32", or "bf16" where torch's autocast deems it safe.
@@ -70,8 +72,8 @@ class Sophon(GuardedDefense):
         guard: watch for non-finite values and for the benign score; without it, a non-finite value ends the defense.
         guard_every: rounds between two looks at the benign score.
         max_benign_drop: how far the held-out benign score may fall below the original's before the guard goes back to
-            the last good state and halves `suppression_lr`. An original that was trained on what is held out here
-            scores higher there than on test data, and falls further.
+            the last good state and halves `suppression_lr`; of a denoiser, by which share the error may rise. An
+            original that was trained on what is held out here scores higher there than on test data, and falls further.
         recovery_loops: reinforcement loops by which the guard first tries to bring the score back; 0: none.
         max_rollbacks: the guard gives up after as many; the last good state is then the result.
         holdout: share of the benign training data kept back for the guard.
@@ -86,7 +88,7 @@ class Sophon(GuardedDefense):
         "IEEE S&P 2024"
     )
 
-    loss: Literal["ice", "klu", "ce-ascent", "none"] = "ice"
+    loss: Literal["auto", "ice", "klu", "ce-ascent", "dos", "mse-ascent", "none"] = "auto"
     suppression_loops: int = 1
     reinforcement_loops: int = 1
     suppression_lr: float = 3e-4
@@ -117,8 +119,8 @@ class Sophon(GuardedDefense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss not in LOSSES and self.loss != "none":
-            raise unknown("suppression loss", self.loss, [*LOSSES, "none"])
+        if self.loss not in (*LOSSES, "auto", "none"):
+            raise unknown("suppression loss", self.loss, [*LOSSES, "auto", "none"])
         self.refuse_below_one("suppression_loops", "tasks", "steps", "reinforcement_batch", "lifetime", "probe_batch")
         self.refuse_not_above_zero("suppression_lr", "reinforcement_lr", "clip", "probe_ridge", "temperature")
         for name in ("probe_weight", "distillation", "recovery_loops"):
@@ -201,12 +203,40 @@ class Sophon(GuardedDefense):
             ]
         if not phi:
             raise HoldfastError("sophon: strategies is empty; give at least one, or leave it out.")
-        if any(strategy.scope == "lora" for strategy in phi):
+        if any(strategy.scope in ADAPTED for strategy in phi):
             raise HoldfastError(
-                "sophon: 'lora' cannot be simulated: adapters are not in the model that is immunized. Scope 'all' is "
-                "the stronger adversary."
+                "sophon: adapters (lora) cannot be simulated: they are not in the model that is immunized. Scope 'all' "
+                "is the stronger adversary."
             )
         return phi
+
+    def check_kinds(self, benign: Task, restricted: Task) -> None:
+        """Refuses tasks of kinds that do not go together, or not with the losses.
+
+        Raises:
+            HoldfastError: saying which, and what to set.
+        """
+        kinds = {benign.kind, restricted.kind}
+        if len(kinds) > 1 or not kinds <= {"classification", "denoising"}:
+            raise HoldfastError(
+                f"sophon: the benign task is one of {benign.kind}, the restricted one of {restricted.kind}; expected "
+                "classification or denoising, the same for both."
+            )
+        of_denoising = benign.kind == "denoising"
+        if self.loss in LOSSES and (self.loss in OF_DENOISING) != of_denoising:
+            fitting = [name for name in LOSSES if (name in OF_DENOISING) == of_denoising]
+            raise HoldfastError(
+                f"sophon: the loss {self.loss!r} is not for {benign.kind}; set loss to {' or '.join(fitting)}."
+            )
+        if of_denoising and self.probe_weight:
+            raise HoldfastError(
+                "sophon: probe_weight is of probes that classify features, and a denoiser has none; set it to 0."
+            )
+
+    def suppression_loss(self, kind: Kind) -> SuppressionLoss | None:
+        """Returns the loss for tasks of a kind; None where there are probes alone."""
+        name = {"auto": "dos" if kind == "denoising" else "ice"}.get(self.loss, self.loss)
+        return LOSSES.get(name)
 
     def immunize(self, model: SplitModel, benign: Task, restricted: Task, *, run: Run) -> tuple[SplitModel, Record]:
         """Runs Algorithm 1; see `Defense.immunize`.
@@ -217,8 +247,7 @@ class Sophon(GuardedDefense):
         Raises:
             HoldfastError: if model and tasks do not fit, or the folder holds the state of another immunization.
         """
-        if benign.kind != "classification" or restricted.kind != "classification":
-            raise HoldfastError(f"sophon: {self.loss} is for classification; got {benign.kind} and {restricted.kind}.")
+        self.check_kinds(benign, restricted)
         if self.precision == "bf16" and model.dtype == torch.float64:
             raise HoldfastError(
                 f"sophon: precision is bf16 and {model.name} computes in float64, which autocast leaves alone; set "
@@ -248,7 +277,9 @@ class _Immunization(Immunization[Sophon]):
         super().__init__(config, model, benign, restricted, run, rate=config.suppression_lr)
         self.population = Population(
             self.model,
-            Objective(LOSSES.get(config.loss), config.probe_weight, config.probe_ridge, config.probe_batch),
+            Objective(
+                config.suppression_loss(benign.kind), config.probe_weight, config.probe_ridge, config.probe_batch
+            ),
             config.phi(),
             size=config.population or config.tasks,
             lifetime=config.lifetime,
@@ -278,7 +309,7 @@ class _Immunization(Immunization[Sophon]):
         return {
             "suppression_loss": [s.loss for s in seen],
             "reinforcement_loss": self._reinforce(config.reinforcement_loops, generator),
-            "simulated_score": [s.accuracy for s in seen],
+            "simulated_score": [s.score for s in seen],
             "gradient_passes": [self._passes()],
         }
 
@@ -319,10 +350,13 @@ class _Immunization(Immunization[Sophon]):
             return self.benign.loss(self.model, batch)
         with torch.no_grad():
             wanted = whole(self.teacher(batch.x))
-        logits = whole(self.model(batch.x))
-        return F.cross_entropy(logits, batch.y) + self.config.distillation * distillation_loss(
-            logits, wanted, self.config.temperature
+        outputs = whole(self.model(batch.x))
+        distance = (
+            F.mse_loss(outputs, wanted)
+            if self.benign.kind == "denoising"
+            else distillation_loss(outputs, wanted, self.config.temperature)
         )
+        return self.benign.loss_of(outputs, batch) + self.config.distillation * distance
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """See `Immunization.saved`."""
@@ -344,7 +378,7 @@ class _Immunization(Immunization[Sophon]):
                 self._reinforce(config.recovery_loops, generator)
             self.record.history["gradient_passes"][-1] = self._passes() + config.recovery_loops
             score = self.held_out.score(self.model)
-            if score >= self.floor:
+            if self.acceptable(score):
                 self.say(f"{why}: brought back to {score:.3f} by {config.recovery_loops} reinforcement loops")
                 self.keep(score)
                 return

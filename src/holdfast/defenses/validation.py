@@ -34,7 +34,8 @@ def validation_score(model: SplitModel, task: Task, steps: int, *, run: Run) -> 
         run: seed and device.
 
     Returns:
-        A score of the task; nan if no attack can start, or all of them end in numbers that are not finite.
+        A score of the task as audits compare it, larger is better; nan if no attack can start, or all of them end in
+        numbers that are not finite.
     """
     budgets = (steps // 2, steps)
     best = [math.nan, math.nan]
@@ -49,7 +50,7 @@ def validation_score(model: SplitModel, task: Task, steps: int, *, run: Run) -> 
                 next(training)
                 if step in budgets:
                     i = budgets.index(step)
-                    score = task.score(victim)
+                    score = task.audit_score(victim)
                     if math.isfinite(score):  # an attack that diverges does not make another one worse
                         best[i] = max(score, best[i]) if math.isfinite(best[i]) else score
     return sum(best) / len(best)

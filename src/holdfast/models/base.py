@@ -367,7 +367,8 @@ class SplitModel(nn.Module):
         """
         model = self.clone()
         if self.factory is not None:
-            model.network = self.factory().to(device=self.device, dtype=self.dtype)
+            network = self.factory().to(self.device)
+            model.network = network if dtype_of(network) == self.dtype else network.to(self.dtype)
             if self.has_extractor:
                 model.head_name = self.head_name.removesuffix(".1")
             if model.num_outputs != self.num_outputs:
@@ -406,6 +407,10 @@ class SplitModel(nn.Module):
         """Writes the network's state dict as safetensors, with the spec in its header; returns the file's SHA-256."""
         save_tensors(path, self.network.state_dict(), {"model": self.spec} if self.spec else {})
         return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def export(self, folder: Path) -> Path | None:
+        """Writes the model as the library that it is of would, into a folder of its own; None: there is none such."""
+        return None
 
     def load(self, path: Path) -> None:
         """Loads weights from a safetensors file, strictly.

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from holdfast.models.denoiser import unet
+
 
 class MLP(nn.Module):
     """Hidden layers of equal width with ReLU; images are flattened.
@@ -348,5 +350,6 @@ BUILTIN: dict[str, tuple[Builder, str, tuple[tuple[float, ...], tuple[float, ...
     "cifar_vgg": (CifarVGG, "head", IMAGENET),
     "small_caformer": (small_caformer, "head.fc.fc2", IMAGENET),
     "mnist_cnn": (MnistCNN, "fc2", MNIST),
+    "unet": (unet, "conv_out", None),
 }
 """Builder, name of the head, and (mean, std) of the input normalisation by default."""

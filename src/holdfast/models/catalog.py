@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from torch import nn
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import load_tensors
+from holdfast.models import denoiser
 from holdfast.models.base import SplitModel, _channels_last
 from holdfast.models.builtin import BUILTIN
 from holdfast.models.code import Code, is_code, loaded_layers, renew
 from holdfast.models.fitting import check_fits
-from holdfast.tasks import Task
+from holdfast.tasks import Schedule, Task
 from holdfast.tasks.catalog import DATA_VARIABLE
 
 Values = tuple[float, ...]
@@ -32,7 +34,7 @@ class ModelSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(
-        description="`cnn`, `cifar_resnet` or another built-in one, `timm:NAME`, `hf:NAME` or `file.py:function`."
+        description="`cnn`, `unet`, ... (built in), `timm:NAME`, `hf:NAME`, `diffusers:NAME` or `file.py:function`."
     )
     weights: str | None = Field(
         None, description="A .safetensors file; relative paths are also sought in the data folder."
@@ -55,8 +57,8 @@ def load_model(
 
     Args:
         model: a name, a `ModelSpec`, or the path of a `model.safetensors` that Holdfast saved (it carries its spec).
-            `hf:NAME` comes with its weights; `file.py:function` and `module:function` run somebody's code, which you
-            must trust.
+            `hf:NAME` and `diffusers:NAME` (a folder, or a name on the Hub) come with their weights; `file.py:function`
+            and `module:function` run somebody's code, which you must trust.
         task: its input shape and number of classes size the model.
         data_dir: also searched for relative weight files.
         device: where the model is put.
@@ -83,7 +85,12 @@ def load_model(
         "spec": built.plain.model_dump(exclude={"weights"}),
     }
     head = spec.head or built.head
-    if built.foreign:
+    found: SplitModel
+    if built.scheduler is not None:
+        del more["mean"], more["std"]
+        found = denoiser.Denoiser(built.network, scheduler=built.scheduler, **more)
+        found.notes += built.notes
+    elif built.foreign:
         found = SplitModel.of(built.network, task, head=head, **more)
         found.notes += built.notes
         found.code = built.code.sha256 if built.code else None
@@ -130,8 +137,9 @@ def load_released(
     """Loads a model that has weights, as the command line names it.
 
     Args:
-        name: a `model.safetensors` that Holdfast saved; `timm:NAME` or `hf:NAME`, with their own weights if there are
-            no others; `module:function` or `file.py:function`, whose code is run; or an architecture.
+        name: a `model.safetensors` that Holdfast saved; a folder of a diffusers pipeline; `timm:NAME` or `hf:NAME`,
+            with their own weights if there are no others; `module:function` or `file.py:function`, whose code is run;
+            or an architecture.
         weights: the weights, where `name` is an architecture.
         task: see `load_model`.
         head: dotted name of the head, where it is not to be found.
@@ -141,6 +149,8 @@ def load_released(
     Raises:
         HoldfastError: see `load_model`; and if an architecture comes without weights.
     """
+    if denoiser.is_pipeline(name):
+        name = f"diffusers:{name}"
     if name.endswith(_WEIGHT_SUFFIXES):
         return load_model(_spec(name, data_dir, head), task, data_dir=data_dir)
     options: dict[str, Any] = {}
@@ -152,7 +162,7 @@ def load_released(
         options = {"pretrained": True}
     elif weights is None and name.startswith("hf:"):
         options = {} if own_head else {"num_labels": task.num_outputs}
-    elif weights is None and not is_code(name):
+    elif weights is None and not is_code(name) and not name.startswith("diffusers:"):
         _build(ModelSpec(name=name), task.input_shape, task.num_outputs)
         raise HoldfastError(
             f"{name!r} is an architecture without weights; add its weights (.safetensors), or give a "
@@ -215,6 +225,7 @@ class _Built:
         head: dotted name of the head; None: it is still to be found.
         norm: mean and std of the input normalisation, or twice None.
         foreign: whether nothing is known about its code.
+        scheduler: the configuration of its scheduler, if it is a denoiser.
         loaded: whether the weights of the spec are in it.
         code: what made it, if that is somebody's own code.
         notes: see `SplitModel`.
@@ -225,6 +236,7 @@ class _Built:
     head: str | None = None
     norm: tuple[Values | None, Values | None] = (None, None)
     foreign: bool = False
+    scheduler: Mapping[str, Any] | None = None
     loaded: bool = False
     code: Code | None = None
     notes: tuple[str, ...] = ()
@@ -237,10 +249,12 @@ def _build(
         return _build_timm(spec, input_shape, num_outputs)
     if spec.name.startswith("hf:"):
         return _build_huggingface(spec, input_shape, data_dir)
+    if spec.name.startswith("diffusers:"):
+        return _build_diffusers(spec, data_dir)
     if is_code(spec.name):
         return _build_code(spec, input_shape, num_outputs)
     if spec.name not in BUILTIN:
-        raise unknown("model", spec.name, [*BUILTIN, "timm:NAME", "hf:NAME", "file.py:FUNCTION"])
+        raise unknown("model", spec.name, [*BUILTIN, "timm:NAME", "hf:NAME", "diffusers:NAME", "file.py:FUNCTION"])
     builder, head, norm = BUILTIN[spec.name]
     known = [p.name for p in inspect.signature(builder).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option in spec.options:
@@ -256,7 +270,11 @@ def _build(
             f"Model {spec.name!r} cannot be built for inputs of shape {input_shape} with {spec.options}: {error}."
         ) from error
     return _Built(
-        network, spec, head, _for_channels(norm, input_shape) if norm and len(input_shape) == 3 else (None, None)
+        network,
+        spec,
+        head,
+        _for_channels(norm, input_shape) if norm and len(input_shape) == 3 else (None, None),
+        scheduler=Schedule.named(spec.options.get("schedule", "linear")).config if spec.name == "unet" else None,
     )
 
 
@@ -300,6 +318,24 @@ def _build_huggingface(spec: ModelSpec, input_shape: tuple[int, ...], data_dir: 
         loaded=True,
         notes=() if norm is not None or spec.mean else (missing,),
     )
+
+
+def _build_diffusers(spec: ModelSpec, data_dir: Path | str | None) -> _Built:
+    unused = [o for o in spec.options if o not in ("config", "scheduler")]
+    if unused:
+        raise unknown(f"option of model {spec.name!r}:", unused[0], ["config", "scheduler"])
+    if "config" in spec.options:
+        network = denoiser.architecture(spec.options["config"])
+        return _Built(network, spec, scheduler=spec.options.get("scheduler") or {})
+    place = _folder(spec.name.removeprefix("diffusers:"), data_dir)
+    network, scheduler, notes = denoiser.pretrained(place)
+    plain = spec.model_copy(
+        update={
+            "name": f"diffusers:{Path(place).name}" if Path(place).is_dir() else spec.name,
+            "options": {"config": denoiser.plain_config(network), "scheduler": Schedule(scheduler).config},
+        }
+    )
+    return _Built(network, plain, scheduler=scheduler, loaded=spec.weights is None, notes=notes)
 
 
 def _build_code(spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int) -> _Built:

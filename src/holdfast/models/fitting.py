@@ -13,8 +13,9 @@ from torch.nn.utils import parametrize
 
 from holdfast.errors import HoldfastError
 from holdfast.models.base import SplitModel
+from holdfast.models.denoiser import Denoiser
 from holdfast.models.heads import every_tensor, first_line
-from holdfast.tasks import Task
+from holdfast.tasks import DenoisingTask, Task
 
 
 def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = True, trainable: bool = True) -> None:
@@ -36,6 +37,14 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
         raise HoldfastError(
             f"{model.name} has no trainable parameters; un-freeze what may be trained (requires_grad_)."
         )
+    if isinstance(model, Denoiser) != (task.kind == "denoising"):
+        what = "is a denoiser" if isinstance(model, Denoiser) else "is no denoiser"
+        raise HoldfastError(
+            f"{model.name} {what}, and the kind of task {task.name!r} is {task.kind}. A denoiser's tasks are given as "
+            "NAME@kind=denoising (kind: denoising in a recipe); a model for them is `unet` or a diffusers folder."
+        )
+    if isinstance(model, Denoiser) and isinstance(task, DenoisingTask) and own_task:
+        model.check_schedule(task.schedule, task.name)
     # Of a copy: somebody's forward pass may change the model, or draw random numbers.
     probe = model.clone().eval()
     batch = next(iter(task.batches("test", 2, device=model.device)))
@@ -50,10 +59,11 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
             f"{first_line(error)}. For images, set the task's image_size and channels to what the model "
             "expects."
         ) from error
-    if logits.dim() != 2 or logits.shape[1] != model.num_outputs:
+    wanted = (len(batch.x), model.num_outputs, *task.output_shape[1:])
+    if tuple(logits.shape) != wanted:
         raise HoldfastError(
-            f"{model.name} returns {tuple(logits.shape)} for 2 inputs; its head {model.head_name!r} says (2, "
-            f"{model.num_outputs})."
+            f"{model.name} returns {tuple(logits.shape)} for {len(batch.x)} inputs; its head "
+            f"{model.head_name!r} says {wanted}."
         )
     if own_task and model.num_outputs != task.num_outputs:
         raise HoldfastError(
@@ -145,7 +155,7 @@ def _spelled(value: Any, inside: bool = False) -> str:
     return type(value).__qualname__
 
 
-PUBLISHED = ("torch", "torchvision", "timm", "transformers", "holdfast")
+PUBLISHED = ("torch", "torchvision", "timm", "transformers", "diffusers", "holdfast")
 """Packages whose code computes what it says: what a model does is then in its tensors."""
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 from zipfile import BadZipFile
 
 import numpy as np
@@ -47,6 +48,9 @@ class ArrayTask(Task):
 
     kind: Kind = "classification"
     higher_is_better = True
+    min_classes: ClassVar[int] = 2
+    labelled: ClassVar[bool] = True
+    """Whether files without labels are of no use."""
 
     def __init__(
         self,
@@ -80,7 +84,7 @@ class ArrayTask(Task):
                 raise self._bad(
                     f"y_{split} holds label {bad}; expected 0 to {classes - 1} ({classes} classes by {source})"
                 )
-        if len(np.unique(y["train"])) < 2:
+        if len(np.unique(y["train"])) < self.min_classes:
             raise self._bad("y_train has one class only; a classification task needs at least two")
         self.class_names = names if names is not None else [str(c) for c in range(classes)]
         self._set({s: torch.from_numpy(a) for s, a in x.items()}, {s: torch.from_numpy(a) for s, a in y.items()})
@@ -131,7 +135,7 @@ class ArrayTask(Task):
     def _with(
         self, name: str, x: dict[str, Tensor], y: dict[str, Tensor], classes: Sequence[str] | None = None
     ) -> Self:
-        task = object.__new__(type(self))
+        task = copy.copy(self)
         task.name = name
         task.class_names = list(classes if classes is not None else self.class_names)
         task._set(x, y)
@@ -188,8 +192,15 @@ class ArrayTask(Task):
                 "a batch has one sample, and the model's BatchNorm cannot be trained on one; give a batch size of at "
                 "least 2"
             ) from error
-        loss: Tensor = F.cross_entropy(logits, batch.y)
-        return loss
+        return self.loss_of(logits, batch)
+
+    def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """See `Task.loss_of`."""
+        return F.cross_entropy(outputs, batch.y)
+
+    def score_of(self, outputs: Tensor, batch: Batch) -> float:
+        """See `Task.score_of`: the share of the batch whose class is found."""
+        return float((outputs.detach().argmax(-1) == batch.y).float().mean())
 
     @torch.no_grad()
     def outcomes(self, model: nn.Module, split: Split = "test") -> Tensor:
@@ -213,12 +224,12 @@ class ArrayTask(Task):
         Raises:
             HoldfastError: if a class does not exist, comes twice, or fewer than two are left.
         """
-        wrong = [c for c in classes if not 0 <= c < self.num_outputs]
+        wrong = [c for c in classes if not 0 <= c < len(self.class_names)]
         if wrong:
-            raise self._bad(f"there is no class {wrong[0]}; it has classes 0 to {self.num_outputs - 1}")
-        if len(set(classes)) < max(2, len(classes)):
+            raise self._bad(f"there is no class {wrong[0]}; it has classes 0 to {len(self.class_names) - 1}")
+        if len(set(classes)) < max(self.min_classes, len(classes)):
             raise self._bad(f"cannot keep classes {list(classes)}; give at least two, each once")
-        new = torch.full((self.num_outputs,), -1)
+        new = torch.full((len(self.class_names),), -1)
         new[torch.tensor(classes)] = torch.arange(len(classes))
         keep = {s: new[y] >= 0 for s, y in self._y.items()}
         for split, kept in keep.items():
@@ -352,8 +363,12 @@ class ArrayTask(Task):
         )
 
 
-def load_npz(path: Path) -> ArrayTask:
+def load_npz(path: Path, kind: type[ArrayTask] = ArrayTask) -> ArrayTask:
     """Reads `NAME.npz` with `x_train, y_train, x_test, y_test[, class_names]`; nothing in it can be executed.
+
+    Args:
+        path: the file.
+        kind: of the task; if it needs no labels, the file does not either.
 
     Raises:
         HoldfastError: if the file is missing or damaged, holds Python objects, or lacks an array.
@@ -365,19 +380,22 @@ def load_npz(path: Path) -> ArrayTask:
         if not hasattr(opened, "files"):
             raise HoldfastError(f"{str(path)!r} is a single array; expected an .npz archive of four.")
         with opened as archive:
-            missing = [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in archive.files]
+            labels = ("y_train", "y_test")
+            bare = not kind.labelled and not any(k in archive.files for k in labels)
+            missing = [k for k in ("x_train", "x_test", *(() if bare else labels)) if k not in archive.files]
             if missing:
                 raise HoldfastError(
                     f"{str(path)!r} lacks {', '.join(missing)}; it holds {', '.join(archive.files) or 'nothing'}. "
                     "Expected x_train, y_train, x_test, y_test and optionally class_names."
                 )
             names = _class_names(path, archive["class_names"]) if "class_names" in archive.files else None
-            arrays = [archive[k] for k in ("x_train", "y_train", "x_test", "y_test")]
+            inputs = [archive[k] for k in ("x_train", "x_test")]
+            targets = [np.zeros(len(x), int) if bare else archive[k] for k, x in zip(labels, inputs, strict=True)]
     except HoldfastError:
         raise
     except (ValueError, OSError, EOFError, BadZipFile, NotImplementedError, MemoryError, zlib.error) as error:
         raise HoldfastError(f"{str(path)!r} cannot be read as an .npz of plain arrays: {error}.") from error
-    return ArrayTask(path.stem, arrays[0], arrays[1], arrays[2], arrays[3], names)
+    return kind(path.stem, inputs[0], targets[0], inputs[1], targets[1], names)
 
 
 def _class_names(path: Path, names: Array) -> list[str]:

@@ -32,8 +32,8 @@ class Task(ABC):
         kind: what is predicted.
         higher_is_better: whether a larger score is a better one.
         input_shape: shape of one input, without the batch axis.
-        num_outputs: classes, or width of the target.
-        chance: the score of a constant guess on the test split.
+        num_outputs: classes, width of the target, or channels of an image.
+        chance: the score of a constant guess on the test split; see `DenoisingTask` for what that is there.
     """
 
     name: str
@@ -69,6 +69,14 @@ class Task(ABC):
         """Returns the scalar that an honest learner minimises, with its graph."""
 
     @abstractmethod
+    def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Returns the same loss where the model's outputs on the batch are there already."""
+
+    @abstractmethod
+    def score_of(self, outputs: Tensor, batch: Batch) -> float:
+        """Returns the score on one batch, by the outputs of a model in whatever mode it was; see `score`."""
+
+    @abstractmethod
     def outcomes(self, model: nn.Module, split: Split = "test") -> Tensor:
         """Returns what each sample adds to the score: shape (N,), float64, on the CPU; the score is their mean.
 
@@ -78,6 +86,11 @@ class Task(ABC):
     def score(self, model: nn.Module, split: Split = "test") -> float:
         """Returns the score in evaluation mode, NaN if any output is not finite; the model's mode is restored."""
         return float(self.outcomes(model, split).mean())
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of a model's output for one input."""
+        return (self.num_outputs,)
 
     @property
     def audit_unit(self) -> str:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.arrays import ArrayTask, load_npz
+from holdfast.tasks.denoising import DenoisingTask, Schedule
 from holdfast.tasks.downloads import DOWNLOADS, download
 from holdfast.tasks.image import load_folder
 from holdfast.tasks.tabular import Encoding, load_csv, load_csv_regression
@@ -31,8 +32,13 @@ class TaskSpec(BaseModel):
         description="NAME, or a path to an .npz, a .csv or an image folder; [0-4,7] behind it keeps classes."
     )
     target: str | None = Field(None, description="Label column of a CSV, or the column to predict.")
-    kind: Literal["classification", "regression"] = Field(
-        "classification", description="What is predicted of a CSV: a class or a number."
+    kind: Literal["classification", "regression", "denoising"] = Field(
+        "classification",
+        description="What is predicted: a class, of a CSV also a number (regression), of noised images the noise.",
+    )
+    schedule: str | None = Field(
+        None,
+        description="Of denoising: linear (null), scaled_linear, squaredcos_cap_v2, sigmoid, or a diffusers folder.",
     )
     drop: tuple[str, ...] = Field(
         (), description="Columns of a CSV to leave out; A+B on a command line. For regression."
@@ -110,7 +116,11 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ar
     match = _NAME.match(spec.data.strip())
     if match is None:
         raise HoldfastError(f"Task {spec.data!r} is no name; expected NAME or NAME[0-4,7].")
+    if spec.schedule is not None and spec.kind != "denoising":
+        raise HoldfastError(f"Task {spec.data!r}: schedule is for kind=denoising, and its kind is {spec.kind}.")
     loaded = _load(match["source"], spec, _folder(data_dir))
+    if spec.kind == "denoising":
+        loaded = DenoisingTask.of(loaded, None if spec.schedule is None else Schedule.named(spec.schedule))
     if match["classes"] is not None:
         loaded = loaded.subset(_parse_classes(spec.data, match["classes"]))
     if spec.image_size is not None or spec.channels is not None:
@@ -132,6 +142,7 @@ def _folder(data_dir: Path | str | None) -> Path | None:
 def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
     if spec.test_fraction == 0 and spec.kind != "regression":
         raise HoldfastError(f"Task {spec.data!r}: test_fraction is 0; for classification it must be above 0.")
+    kind = DenoisingTask if spec.kind == "denoising" else ArrayTask
     if source in EMBEDDED:
         if spec.kind == "regression":
             raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {source} holds classes.")
@@ -144,9 +155,10 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
                 channels=spec.channels,
                 test_fraction=spec.test_fraction,
                 seed=spec.seed,
+                kind=kind,
             )
         if path.is_file() and path.suffix == ".npz":
-            return load_npz(path)
+            return load_npz(path, kind)
         if path.is_file() and path.suffix == ".csv" and spec.kind == "regression":
             return load_csv_regression(
                 path,

@@ -29,6 +29,7 @@ def load_folder(
     channels: int | None = None,
     test_fraction: float = 0.25,
     seed: int = 0,
+    kind: type[ArrayTask] = ArrayTask,
 ) -> ArrayTask:
     """Reads an image folder into memory.
 
@@ -40,6 +41,7 @@ def load_folder(
         channels: 1 for grey, 3 for colour; None: 3.
         test_fraction: share of the images to test on, in (0, 1).
         seed: of the split.
+        kind: of the task; if it needs no labels, images may also lie in the root (or in `train` and `test`) itself.
 
     Raises:
         HoldfastError: if a folder is empty, an image cannot be opened, or sizes differ and no `image_size` is given.
@@ -47,24 +49,26 @@ def load_folder(
     mode = "L" if channels == 1 else "RGB"
     held = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None)
     if (path / "train").is_dir() and held is not None:
-        names = _classes(path / "train")
-        strange = sorted(set(_classes(held)) - set(names))
+        names = _classes(path / "train", kind.labelled)
+        strange = sorted(set(_classes(held, kind.labelled)) - set(names))
         if strange:
             raise HoldfastError(f"{str(path)!r}: {held.name} has a class {strange[0]!r} that train does not have.")
         x_train, y_train = _read(path / "train", names, image_size, mode)
         x_test, y_test = _read(held, names, image_size, mode)
-        return ArrayTask(path.name, x_train, y_train, x_test, y_test, names)
-    names = _classes(path)
+        return kind(path.name, x_train, y_train, x_test, y_test, names)
+    names = _classes(path, kind.labelled)
     x, y = _read(path, names, image_size, mode)
     try:
         train, test = train_test_split(np.arange(len(y)), test_size=test_fraction, random_state=seed, stratify=y)
     except ValueError as error:
         raise HoldfastError(f"{str(path)!r} cannot be split into train and test: {error}") from error
-    return ArrayTask(path.name, x[train], y[train], x[test], y[test], names)
+    return kind(path.name, x[train], y[train], x[test], y[test], names)
 
 
-def _classes(path: Path) -> list[str]:
+def _classes(path: Path, labelled: bool) -> list[str]:
     names = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names and not labelled and _files(path):
+        return ["."]
     if not names:
         raise HoldfastError(f"{str(path)!r} has no sub-folders; expected one folder of images a class.")
     return names

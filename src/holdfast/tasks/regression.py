@@ -93,8 +93,16 @@ class RegressionTask(ArrayTask):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the mean squared error over the batch."""
-        found = model(_like(model, batch.x)).squeeze(-1)
+        return self.loss_of(model(_like(model, batch.x)), batch)
+
+    def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """See `Task.loss_of`."""
+        found = outputs.squeeze(-1)
         return F.mse_loss(found, batch.y.to(found.dtype))
+
+    def score_of(self, outputs: Tensor, batch: Batch) -> float:
+        """See `Task.score_of`: the mean squared error."""
+        return float(self.loss_of(outputs.detach(), batch))
 
     @torch.no_grad()
     def outcomes(self, model: nn.Module, split: Split = "test") -> Tensor:

@@ -1,0 +1,332 @@
+"""Denoising of images: what a diffusion model is trained for (Ho et al. 2020; SOPHON, section 2.1).
+
+Symbols as in the papers: x_0 is an image in [-1, 1], alpha-bar_t what is left of it after t of T steps, epsilon
+standard normal noise. The forward process is
+
+    x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) epsilon,
+
+and the model is to predict epsilon from x_t and t. The SOPHON paper writes its loss as a squared norm; the numbers that
+it prints (0.990 for a model that answers next to nothing) are means over pixels, as everybody's are, and so are ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Final, Self
+
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast.errors import HoldfastError, unknown
+from holdfast.execution import device_of
+from holdfast.results import TaskFacts
+from holdfast.tasks.arrays import SCORE_BATCH, Array, ArrayTask
+from holdfast.tasks.base import Batch, Kind, Split
+
+BLOCK = 500
+"""Test images whose fixed noise is drawn together."""
+
+SCHEDULES: Final = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+"""Noise schedules by the name that diffusers gives them, each with its default range."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise of the forward process, as the configuration of a scheduler of diffusers.
+
+    Attributes:
+        config: what `DDPMScheduler.from_config` takes; by default 1,000 steps, with beta from 1e-4 to 0.02 in equal
+            steps (Ho et al. 2020, section 4).
+
+    Example:
+        >>> schedule = Schedule()
+        >>> len(schedule.alpha_bar), round(schedule.alpha_bar[0].item(), 4), schedule.alpha_bar[-1].item() < 1e-4
+        (1000, 0.9999, True)
+    """
+
+    config: Mapping[str, Any]
+
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        made = _scheduler(config or {})
+        kept = {k: v for k, v in made.config.items() if not k.startswith("_")}
+        name = (config or {}).get("_class_name", "DDPMScheduler")
+        object.__setattr__(self, "config", json.loads(json.dumps({"_class_name": name, **kept})))
+
+    @classmethod
+    def named(cls, source: str) -> Schedule:
+        """Returns a schedule of `SCHEDULES`, or the one in a diffusers folder or a `scheduler_config.json`.
+
+        Raises:
+            HoldfastError: for a name that is none, or a file that is no scheduler's configuration.
+        """
+        if source in SCHEDULES:
+            return cls({"beta_schedule": source})
+        path = Path(source).expanduser()
+        places = (path, path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json")
+        file = next((place for place in places if place.is_file()), None)
+        if file is None:
+            raise HoldfastError(f"{unknown('noise schedule', source, SCHEDULES)} A diffusers folder would do as well.")
+        try:
+            config = json.loads(file.read_bytes())
+            if not isinstance(config, dict) or not str(config.get("_class_name", "")).endswith("Scheduler"):
+                raise ValueError("it names no scheduler")
+        except (ValueError, OSError, RecursionError) as error:
+            raise HoldfastError(f"{str(file)!r} is no scheduler's configuration: {error}.") from error
+        return cls(config)
+
+    @cached_property
+    def alpha_bar(self) -> Tensor:
+        """alpha-bar_t for t = 0, ..., T - 1: float32, shape (T,), on the CPU."""
+        found: Tensor = _scheduler(self.config).alphas_cumprod
+        return found.float()
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.alpha_bar)
+
+    def noised(self, images: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Returns x_t, with the time step as one more channel.
+
+        Args:
+            images: x_0 in [-1, 1], shape (N, C, H, W).
+            t: time steps from 0 to T - 1, shape (N,), int64.
+            noise: epsilon, like the images.
+
+        Returns:
+            Shape (N, C + 1, H, W); the last channel is t everywhere. So whatever handles a model's inputs handles
+            these.
+        """
+        alpha_bar = self.alpha_bar.to(images.device)[t].view(-1, 1, 1, 1)
+        mixed = alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise
+        return torch.cat([mixed, t.to(mixed).view(-1, 1, 1, 1).expand(-1, 1, *mixed.shape[2:])], 1)
+
+    def describe(self) -> str:
+        """Returns the schedule in a few words."""
+        c = self.config
+        return f"{c['beta_schedule']}, {self.steps} steps, beta {c['beta_start']:g} to {c['beta_end']:g}"
+
+    def same_noise(self, other: Schedule) -> bool:
+        """Whether both make the same x_t."""
+        return self.steps == other.steps and bool(torch.allclose(self.alpha_bar, other.alpha_bar, rtol=1e-4, atol=1e-6))
+
+
+def _scheduler(config: Mapping[str, Any]) -> Any:
+    try:
+        from diffusers import DDPMScheduler
+    except ImportError as error:
+        raise HoldfastError(
+            "Denoising needs the package diffusers, which is not installed: pip install 'holdfast[generation]'."
+        ) from error
+    try:
+        return DDPMScheduler.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise HoldfastError(f"The noise schedule {dict(config)} is of no use to diffusers: {error}.") from error
+
+
+class DenoisingTask(ArrayTask):
+    """Prediction of the noise in noised images.
+
+    A batch's `x` is x_t with its time step as the last channel, shape (N, C + 1, H, W), and its `y` is epsilon, shape
+    (N, C, H, W). In training every batch has new noise and new time steps. For testing each image has one noise and one
+    time step, always the same, and the time steps of a split are spread evenly: so all models are compared on the same
+    inputs.
+
+    The score is MSE-k, the mean squared error per pixel. An audit compares the *skill*, 1 - MSE / `chance`, where
+    `chance` is the error of the best linear denoiser that knows of the images no more than mean m and variance s^2 of
+    their pixels: epsilon = sqrt(1 - a) (x_t - sqrt(a) m) / (a s^2 + 1 - a), with a = alpha-bar_t. A model that answers
+    0 has an MSE of about 1, hence a skill far below 0.
+
+    Args:
+        name: shown in reports and errors.
+        x_train: images as uint8 of shape (N, H, W) or (N, H, W, C).
+        y_train: integer labels of shape (N,); all 0 if there are none. They play no part in the task.
+        x_test: like `x_train`.
+        y_test: like `y_train`.
+        class_names: one name a class.
+        schedule: of the noise.
+
+    Raises:
+        HoldfastError: as `ArrayTask`; and if the arrays are no images.
+
+    Example:
+        >>> from holdfast.tasks import load_task
+        >>> task = load_task("digits@kind=denoising")
+        >>> task.input_shape, task.output_shape, round(task.chance, 2)
+        ((2, 8, 8), (1, 8, 8), 0.26)
+    """
+
+    kind: Kind = "denoising"
+    higher_is_better = False
+    min_classes: ClassVar[int] = 1
+    labelled: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        name: str,
+        x_train: npt.ArrayLike,
+        y_train: npt.ArrayLike,
+        x_test: npt.ArrayLike,
+        y_test: npt.ArrayLike,
+        class_names: Sequence[str] | None = None,
+        *,
+        schedule: Schedule | None = None,
+    ) -> None:
+        self.schedule = schedule if schedule is not None else Schedule()
+        super().__init__(name, x_train, y_train, x_test, y_test, class_names)
+
+    @classmethod
+    def of(cls, task: ArrayTask, schedule: Schedule | None = None) -> Self:
+        """Returns the denoising of a task's images.
+
+        Raises:
+            HoldfastError: if its inputs are no images.
+        """
+        if any(x.dim() != 4 or x.dtype != torch.uint8 for x in task._x.values()):
+            raise HoldfastError(
+                f"Task {task.name!r}: its inputs are no images, {tuple(task._x['train'].shape[1:])} each; denoising "
+                "needs some."
+            )
+        made = object.__new__(cls)
+        made.name, made.class_names = task.name, task.class_names
+        made.schedule = schedule if schedule is not None else Schedule()
+        made._set(task._x, task._y)
+        return made
+
+    def with_schedule(self, schedule: Schedule) -> Self:
+        """Returns the same images with other noise."""
+        return type(self).of(self, schedule)
+
+    def _inputs(self, values: npt.ArrayLike, label: str) -> Array:
+        found = super()._inputs(values, label)
+        if found.ndim != 4:
+            raise self._bad(f"{label} holds vectors {found.shape}; denoising needs images, (N, H, W) or (N, H, W, C)")
+        return found
+
+    def _set(self, x: dict[str, Tensor], y: dict[str, Tensor]) -> None:
+        same = "_x" in self.__dict__ and self._x["test"] is x["test"]  # only training images were taken away
+        chance = self.chance if same else None
+        super()._set(x, y)
+        channels, *sides = x["train"].shape[1:]
+        self.input_shape = (channels + 1, *sides)
+        self.num_outputs = channels
+        self.chance = self._reference_error() if chance is None else chance
+
+    def _reference_error(self) -> float:
+        """The error of the linear denoiser on the test inputs; see the class."""
+        x = self._x["test"].double() / 127.5 - 1
+        mean, variance = float(x.mean()), float(x.var(correction=0))
+        total, count = 0.0, 0
+        for batch in self.sweep("test", SCORE_BATCH, device=torch.device("cpu")):
+            a = self.schedule.alpha_bar.double()[batch.x[:, -1:, :1, :1].long()]
+            guess = (1 - a).sqrt() * (batch.x[:, :-1] - a.sqrt() * mean) / (a * variance + 1 - a)
+            total += float((guess - batch.y).square().sum())
+            count += batch.y.numel()
+        return total / count
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """See `Task.output_shape`: an image."""
+        return (self.num_outputs, *self.input_shape[1:])
+
+    @property
+    def audit_unit(self) -> str:
+        """See `Task.audit_unit`."""
+        return "skill"
+
+    def images(self, split: Split) -> Tensor:
+        """Returns the images x_0 of a split: float32 in [-1, 1], shape (N, C, H, W), on the CPU."""
+        return self._x[split].float().div_(127.5).sub_(1)
+
+    def labels(self, split: Split) -> Tensor:
+        """Returns the labels that the images came with: int64, shape (N,); all 0 if they had none."""
+        return self._y[split]
+
+    def _by_class(self, seed: int, split: Split = "train") -> list[Tensor]:
+        """All images as one class, shuffled: halves, few-shot samples and held-out parts are of images."""
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randperm(len(self._y[split]), generator=generator)]
+
+    def batches(
+        self, split: Split, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device
+    ) -> Iterator[Batch]:
+        """See `Task.batches`; which images, then their time steps, then their noise are drawn, all on the CPU."""
+        if split == "test":
+            yield from self.sweep(split, batch_size, device=device)
+            return
+        for x, _ in super().batches(split, batch_size, generator=generator, device=device):
+            t = torch.randint(self.schedule.steps, (len(x),), generator=generator)
+            noise = torch.randn(x.shape, generator=generator).to(device)
+            yield Batch(self.schedule.noised(2 * x - 1, t.to(device), noise), noise)
+
+    def sweep(self, split: Split, batch_size: int, *, device: torch.device) -> Iterator[Batch]:
+        """See `Task.sweep`; each image with the noise and the time step that are always its own."""
+        x, y = self._x[split], self._y[split]
+        t = self._fixed_steps(len(y))
+        for start in range(0, len(y), batch_size):
+            stop = min(start + batch_size, len(y))
+            noise = torch.cat([self._fixed_noise(b)[max(start - b * BLOCK, 0) : stop - b * BLOCK]
+                               for b in range(start // BLOCK, (stop - 1) // BLOCK + 1)])  # fmt: skip
+            images = x[start:stop].to(device).float().div_(127.5).sub_(1)
+            noise = noise.to(device)
+            yield Batch(self.schedule.noised(images, t[start:stop].to(device), noise), noise)
+
+    def _fixed_steps(self, count: int) -> Tensor:
+        """Time steps spread evenly over 0 to T - 1, in an order that has nothing to do with that of the images."""
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+        return (order * 2 + 1) * self.schedule.steps // (2 * count)
+
+    def _fixed_noise(self, block: int) -> Tensor:
+        """Noise of the images from `block` times BLOCK on; by blocks, so that it does not depend on batch sizes."""
+        generator = torch.Generator().manual_seed(block)
+        return torch.randn((BLOCK, *self.output_shape), generator=generator)
+
+    def targets(self, y: Tensor) -> Tensor:
+        """See `Task.targets`: the noise, shape (N, C H W)."""
+        return y.flatten(1).to(torch.float64)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Returns the mean squared error of the predicted noise over batch and pixels (the paper's L_MSE)."""
+        return self.loss_of(model(batch.x), batch)
+
+    def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """See `Task.loss_of`."""
+        return F.mse_loss(outputs, batch.y.to(outputs.dtype))
+
+    def score_of(self, outputs: Tensor, batch: Batch) -> float:
+        """See `Task.score_of`: the mean squared error."""
+        return float(self.loss_of(outputs.detach(), batch))
+
+    @torch.no_grad()
+    def outcomes(self, model: nn.Module, split: Split = "test") -> Tensor:
+        """See `Task.outcomes`: the mean squared error of each image."""
+        training = model.training
+        model.eval()
+        parts = [
+            (model(batch.x) - batch.y).flatten(1).double().square().mean(1).cpu()
+            for batch in self.sweep(split, SCORE_BATCH, device=device_of(model))
+        ]
+        model.train(training)
+        found = torch.cat(parts)
+        return found if bool(found.isfinite().all()) else torch.full_like(found, torch.nan)
+
+    def with_inputs(self, train: Tensor, test: Tensor) -> Self:
+        """Refused: features of noised images are others for every noise.
+
+        Raises:
+            HoldfastError: always.
+        """
+        raise self._bad("a denoiser is not judged by a probe on features; fine-tune it")
+
+    def facts(self) -> TaskFacts:
+        """See `Task.facts`; the noise schedule is a part of the data."""
+        plain = super().facts()
+        digest = hashlib.sha256(plain.sha256.encode() + self.schedule.alpha_bar.numpy().tobytes()).hexdigest()
+        return plain.model_copy(update={"sha256": digest})
