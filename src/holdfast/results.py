@@ -135,6 +135,10 @@ class Outcome:
     figures: dict[str, Figure]
     findings: list[str]
 
+    def __add__(self, other: Outcome) -> Outcome:
+        """Both together; of the same name, the other's counts."""
+        return Outcome(self.tables | other.tables, self.figures | other.figures, self.findings + other.findings)
+
 
 class Feasibility(_Result):
     """Whether any linear extractor can immunize one task against another, from their spectra alone."""
