@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from holdfast import picturing
-from holdfast.adversaries import Adversary
 from holdfast.drawing import picture
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run, load_tensors
@@ -80,8 +82,6 @@ def test_who_is_shown(result):
 
 def test_pictures_are_files_as_well(result, folder):
     for name in ("restored_restricted", "samples_restricted", "restored_benign", "samples_benign"):
-        from PIL import Image
-
         assert np.array_equal(np.asarray(Image.open(folder / "pictures" / f"{name}.png")),
                               np.asarray(picture(result.figures[name])))  # fmt: skip
 
@@ -119,8 +119,6 @@ def test_only_the_seed_decides_wherever_it_runs(result, tmp_path):
 
 
 def test_what_was_made_is_not_made_again(folder, result, tmp_path, monkeypatch):
-    import shutil
-
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "result.json").unlink()
     gone = sorted((tmp_path / "copy" / "checkpoints" / "pictures").iterdir())
@@ -135,8 +133,6 @@ def test_what_was_made_is_not_made_again(folder, result, tmp_path, monkeypatch):
 
 
 def test_a_damaged_album_is_named(folder, tmp_path):
-    import shutil
-
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "result.json").unlink()
     file = next((tmp_path / "copy" / "checkpoints" / "pictures").iterdir())
@@ -216,7 +212,3 @@ def test_classifiers_have_no_pictures(tmp_path):
 def test_a_quarter_of_the_noise_by_default():
     assert PicturesSpec().levels(1000) == (250,)
     assert PicturesSpec(noise_step=3).levels(1000) == (3,)
-
-
-def test_keeping_is_for_who_asks():
-    assert Adversary.attack.__kwdefaults__["keep"] is None

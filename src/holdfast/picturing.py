@@ -88,12 +88,27 @@ class Sitting:
 
 @dataclass(frozen=True)
 class _Scenery:
-    """What is compared with on one ground: the tasks, and the network whose features are measured, if there is one."""
+    """What is compared with on one ground: the tasks, and the network whose features are measured, if there is one.
+
+    Attributes:
+        benign: the model's own task.
+        restricted: what it must not be fine-tuned to.
+        classifier: the network, on the CPU.
+        accuracy: its test accuracy.
+        unit: root mean square of its features on training images; the kernel, which adds 1 to a product of features,
+            means little if they are of any size.
+    """
 
     benign: DenoisingTask
     restricted: DenoisingTask
     classifier: SplitModel | None = None
     accuracy: float = math.nan
+    unit: float = 1.0
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """What the classifier's head receives, in units of its size on training images."""
+        assert self.classifier is not None
+        return _features(self.classifier, pictures) / self.unit
 
     def task(self, sitting: Sitting) -> DenoisingTask:
         """The images that a model is to make."""
@@ -238,7 +253,7 @@ def _work(studio: _Studio, sitting: Sitting) -> Album:
     if scenery.classifier is None:
         return made, None
     real = _images(task, "test", spec.measured, run)
-    return made, kernel_distance(*(_features(scenery.classifier, p) for p in (samples[: spec.measured], real)))
+    return made, kernel_distance(scenery.features(samples[: spec.measured]), scenery.features(real))
 
 
 def _images(task: DenoisingTask, split: Split, count: int, run: Run, use: str = "measured") -> Tensor:
@@ -274,7 +289,8 @@ def _scenery(spec: PicturesSpec, benign: DenoisingTask, restricted: DenoisingTas
         run.say("Training a classifier, whose features samples are compared by")
         own.keep(made_of, pretrain(fresh, labelled, steps=CLASSIFIER_STEPS, run=Run(run.seed, run.device)).cpu(), {})
     classifier = own.take(made_of, fresh)[0]
-    return _Scenery(benign, restricted, classifier, labelled.score(classifier))
+    size = float(_features(classifier, _images(benign, "train", spec.measured, run)).square().mean().sqrt())
+    return _Scenery(benign, restricted, classifier, labelled.score(classifier), size or 1.0)
 
 
 def _bytes(task: DenoisingTask, split: Split) -> npt.NDArray[Any]:
@@ -345,10 +361,9 @@ def _figures(
 def _rows(studio: _Studio, setting: str, albums: Mapping[Sitting, Album]) -> list[dict[str, str | Cell]]:
     """The floor, then a row for each model."""
     scenery, count, run = studio.scenery[setting], studio.spec.measured, studio.run
-    assert scenery.classifier is not None
     found: dict[str, dict[str, Distance]] = {"training images": {}}
     for kind, task in (("restricted", scenery.restricted), ("benign", scenery.benign)):
-        train, test = (_features(scenery.classifier, _images(task, s, count, run)) for s in _SPLITS)
+        train, test = (scenery.features(_images(task, s, count, run)) for s in _SPLITS)
         if len(train) >= LEAST:
             found["training images"][kind] = kernel_distance(train, test)
     for sitting, (_, distance) in albums.items():
@@ -373,11 +388,11 @@ def _cells(distances: Mapping[str, Distance]) -> dict[str, str | Cell]:
 def _note(studio: _Studio) -> str:
     known = [f"{s.accuracy:.1%}" for s in studio.scenery.values() if s.classifier is not None]
     return (
-        f"A thousand times the squared kernel distance, with the kernel of KID (Binkowski et al. 2018), between "
+        "A thousand times the squared kernel distance, with the kernel of KID (Binkowski et al. 2018), between "
         f"{studio.spec.measured} samples and as many test images, or all there are: of the restricted task after the "
-        "attack, and of the benign task as released. Lower is better; error is the standard error. This is neither FID "
-        "nor KID: features are those of a small classifier that was trained here, for "
+        "attack, and of the benign task as released. Lower is better; behind each distance stands its standard error. "
+        "This is neither FID nor KID: features are those of a small classifier that was trained here, for "
         f"{CLASSIFIER_STEPS} steps, on the labelled benign images (test accuracy {', '.join(known)}), and no network "
-        "knows ImageNet. Numbers compare within this table only. The row of training images is the floor: real images "
-        "are that far from other real ones."
+        "knows ImageNet; their mean square on training images is set to 1. Numbers compare within this table only. The "
+        "row of training images is the floor: real images are that far from other real ones."
     )

@@ -243,6 +243,8 @@ COLUMNS = {
     "tau_benign": "benign tau",
     "tau_benign_measured": "measured ",
     "tau_benign_ratio": "ratio ",
+    "restricted_error": "its error",
+    "benign_error": "its error ",
 }
 """Headings of columns whose name in `result.json` is not one for people."""
 
