@@ -106,6 +106,25 @@ def write_imagenette(root: Path) -> None:
             Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{i}.JPEG", quality=95)
 
 
+def write_celeba(root: Path) -> None:
+    """Image i has two attributes, the label and its opposite, at 31 and 32 of 40; one split after another."""
+    folder = root / "celeba"
+    (folder / "img_align_celeba").mkdir(parents=True)
+    names = [f"{i + 1:06d}.jpg" for i in range(2 * N)]
+    for name, pixels in zip(names, [*images("train", 32, 3), *images("test", 32, 3)], strict=True):
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / "img_align_celeba" / name, quality=95)
+    rows = [["-1"] * 31 + ["1", "-1"] + ["-1"] * 7 if i % 2 else ["-1"] * 32 + ["1"] + ["-1"] * 7 for i in range(2 * N)]
+    attributes = [str(2 * N), " ".join(f"a{k}" for k in range(40))]
+    attributes += [f"{name} {' '.join(row)}" for name, row in zip(names, rows, strict=True)]
+    (folder / "list_attr_celeba.txt").write_text("\n".join(attributes) + "\n")
+    partition = [f"{name} {0 if i < N else 2}" for i, name in enumerate(names)]
+    (folder / "list_eval_partition.txt").write_text("\n".join(partition) + "\n")
+    (folder / "identity_CelebA.txt").write_text("\n".join(f"{name} 1" for name in names) + "\n")
+    for word, width in (("bbox", 4), ("landmarks_align", 10)):
+        table = [str(2 * N), " ".join("abcdefghij"[:width]), *(f"{name}{' 0' * width}" for name in names)]
+        (folder / f"list_{word}_celeba.txt").write_text("\n".join(table) + "\n")
+
+
 WRITERS = {
     "mnist": write_mnist,
     "fashion_mnist": lambda root: write_mnist(root, "FashionMNIST"),
@@ -131,15 +150,15 @@ def no_network(monkeypatch):
 @pytest.fixture
 def unchecked(monkeypatch):
     """Without the checksums of the published files, which ours are not."""
-    from torchvision.datasets import cifar, mnist, stl10, svhn, utils
+    from torchvision.datasets import celeba, cifar, mnist, stl10, svhn, utils
 
-    for module in (cifar, mnist, stl10, svhn, utils):
+    for module in (celeba, cifar, mnist, stl10, svhn, utils):
         monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
 
 
 @pytest.mark.usefixtures("no_network", "unchecked")
 class TestTorchvision:
-    @pytest.mark.parametrize("name", TORCHVISION)
+    @pytest.mark.parametrize("name", WRITERS)
     def test_images_and_labels_are_the_files(self, name, tmp_path):
         WRITERS[name](tmp_path / "torchvision")
         task = load_task(f"{name}@image_size=64,channels=3", data_dir=tmp_path)
@@ -158,6 +177,18 @@ class TestTorchvision:
         WRITERS[name](tmp_path / "torchvision")
         assert load_task(name, data_dir=tmp_path).input_shape == OWN_SHAPES[name]
         assert load_task(f"{name}@channels=1", data_dir=tmp_path).input_shape[0] == 1
+
+    def test_celeba_is_labelled_by_a_smile_and_its_validation_images_are_left_alone(self, tmp_path):
+        write_celeba(tmp_path / "torchvision")
+        task = load_task("celeba@image_size=32", data_dir=tmp_path)
+        assert (task.class_names, task.size("train"), task.size("test")) == (["not smiling", "smiling"], N, N)
+        assert task._y["train"].tolist() == [i % 2 for i in range(N)]
+        expected = torch.tensor([float(shade("test", i % 10)) for i in range(N)])
+        assert (task._x["test"][:, :, 16:, 16:].float().mean((1, 2, 3)) - expected).abs().max() <= 1
+        assert load_task("celeba@image_size=32,kind=denoising", data_dir=tmp_path).input_shape == (4, 32, 32)
+
+    def test_every_name_is_tested(self):
+        assert {*WRITERS, "celeba"} == set(TORCHVISION)
 
     def test_imagenette_is_the_smallest_archive_that_will_do(self, tmp_path, monkeypatch):
         from torchvision.datasets import imagenette
@@ -183,7 +214,8 @@ class TestOffline:
     @pytest.mark.parametrize("name", DOWNLOADS)
     def test_says_what_to_do(self, name, tmp_path, monkeypatch):
         fake_datasets(monkeypatch, ConnectionError("no network"))
-        expected = rf"Task '{name}': .*no network.*put {name}\.npz, or a folder {name}/ .* into '{tmp_path}'"
+        lacks = "'gdown' is required" if name == "celeba" else "no network"
+        expected = rf"Task '{name}': .*{lacks}.*put {name}\.npz, or a folder {name}/ .* into '{tmp_path}'"
         with pytest.raises(HoldfastError, match=expected):
             load_task(f"{name}@image_size=32", data_dir=tmp_path)
 

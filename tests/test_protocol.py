@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,14 +21,12 @@ from holdfast.defenses import NTL, Sophon
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run
 from holdfast.finetune import Strategy
-from holdfast.immunizing import Made
 from holdfast.models import load_model
 from holdfast.pipeline import halves, run_recipe
-from holdfast.protocol import Attack, ProtocolSpec, scratch_plan
+from holdfast.protocol import Attack, ProtocolSpec, rescaled, scratch_plan
 from holdfast.recipe import ProtocolRecipe, load, names
-from holdfast.results import Cell, Curve, ImmunizationResult, Lines, read_result
-from holdfast.tabulating import PaperSpec, Row, Scene, tabulate
-from holdfast.tasks import load_task
+from holdfast.results import Cell, Curve, Lines, read_result
+from holdfast.tasks import TaskSpec, load_task
 from holdfast.trials import few_of
 
 PROTOCOLS = [name for name in names() if isinstance(load(name), ProtocolRecipe)]
@@ -314,131 +314,118 @@ class TestTables:
         assert [f.series.keys() for f in found.figures.values()] == [{"wild", "wild, seed 1"}]
 
 
-def curve(attack, role, seed, scores):
-    return Curve(
-        adversary=attack, role=role, seed=seed, budgets=[0, 5, 10][: len(scores)], scores=scores,
-        losses=[None, 0.1, 0.1], folds=[[s, s, s, s] for s in scores], batch_size=5,
-    )  # fmt: skip
+REGRESSION = {
+    "model": {"name": "mlp"},
+    "pretrain": {"steps": 100},
+    "benign": {"data": "a", "kind": "regression", "target": "y"},
+    "restricted": {"data": "b", "kind": "regression", "target": "y"},
+}
+ERRORS = {
+    "settings": {"tables": REGRESSION},
+    "defenses": {"frontier": {"name": "signal-frontier"}},
+    "attacks": {name: BASE["attacks"][name] for name in ("direct", "new head")},
+    "paper": {"tables": {"frontier": {"benign": 0.05, "attacks": {"direct": {1: [0.614, 0.0046]}}}}},
+}
 
 
-def scene(**changes):
-    defaults = {
-        "name": "x", "restricted": "r", "unit": "accuracy", "chance": 0.1, "original": 0.95, "made": {}, "paper": {},
-        "stands_for": None,
-    }  # fmt: skip
-    return Scene(**{**defaults, **changes})
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    """A folder with two tables of numbers."""
+    made = tmp_path_factory.mktemp("tables")
+    generator = np.random.default_rng(0)
+    for name in "ab":
+        x = generator.normal(size=(120, 4))
+        table = np.column_stack([x, x @ generator.normal(size=4) + 3])
+        np.savetxt(made / f"{name}.csv", table, delimiter=",", header="p,q,r,s,y", comments="")
+    return made
 
 
-def made(losses=(0.5, 2.0, 1.0), benign=0.9, **changes):
-    history = {"iteration": [1, 2, 3], "suppression_loss": list(losses), "benign_score": [None, 0.9, None]}
-    defaults = {"defense": "sophon", "config": {}, "history": history, "events": [], "completed": True}
-    return Made(None, ImmunizationResult(**{**defaults, **changes}), benign, 1.0, None)
+@pytest.fixture(scope="module")
+def of_errors(numbers, tmp_path_factory):
+    """The folder of a whole protocol on them."""
+    made = tmp_path_factory.mktemp("errors") / "whole"
+    run(made, recipe(**ERRORS), data_dir=numbers)
+    return made
 
 
-class TestTabulate:
-    """On numbers that can be checked by hand."""
+class TestErrors:
+    """Regression: scored by an error, and shown as one."""
 
-    def outcome(self, chance=0.1):
-        scores = {
-            ("scratch", "scratch", "A / B"): [[0.1, 0.2, 0.4], [0.1, 0.3, 0.5]],
-            ("original", "original", "A"): [[0.1, 0.6, 0.7], [0.1, 0.6, 0.9]],
-            ("original", "original", "B"): [[0.1, 0.5, 0.5], [0.1, 0.5, 0.5]],
-            ("D", "immunized", "A"): [[0.1, 0.1, 0.2], [0.1, 0.2, 0.2]],
-            ("D", "immunized", "B"): [[0.1, 0.4, 0.3], [0.1, 0.3, 0.3]],
-        }
-        lines = [
-            Row(
-                "x", model, attack, ("A", "B") if model == "scratch" else (attack,), (attack,), (0, 1, 2), 5,
-                curves=tuple(curve("spelled", role, s, v) for s, v in enumerate(seeds)),
-            )
-            for (model, role, attack), seeds in scores.items()
-        ]  # fmt: skip
-        own = {("D", 0): made(), ("D", 1): made(benign=0.8)}
-        return tabulate([scene(made=own, chance=chance)], lines, (0, 1, 2))
+    def test_what_is_shown_is_the_mean_over_seeds_of_the_errors_themselves(self, of_errors, numbers):
+        """Trials by hand. Each seed has other samples, so that the error of a guess is another one."""
+        restricted = load_task(TaskSpec(**REGRESSION["restricted"]), data_dir=numbers)
+        benign = load_task(TaskSpec(**REGRESSION["benign"]), data_dir=numbers)
+        own = Run(0, torch.device("cpu"))
+        (weights,) = (of_errors / "checkpoints" / "immunized").glob("*.safetensors")
+        model = load_model(str(weights), benign)
+        tasks = [few_of(halves(restricted)[1], 4, own, s) for s in (0, 1)]
+        assert abs(tasks[0].chance / tasks[1].chance - 1) > 0.01
+        adversary = recipe(**ERRORS).plan()[0].adversary
+        curves = [adversary.attack(model, task, budgets=(0, 1, 2), run=own, seed=s) for s, task in enumerate(tasks)]
+        errors = [[(1 - v) * t.chance for v in c.scores] for c, t in zip(curves, tasks, strict=True)]
+        found = read_result(of_errors)
+        row = rows(found, "error")["frontier", "direct"]
+        for k in (0, 1, 2):
+            assert row[f"epoch {k}"].mean == pytest.approx((errors[0][k] + errors[1][k]) / 2, rel=1e-5)
+        assert row["epoch 0"].mean == pytest.approx(restricted.score(model), rel=1e-5)
+        assert row["epoch 0"].sd == pytest.approx(0, abs=1e-9)  # one model, and the same test samples
+        assert row["benign"].mean == pytest.approx(benign.score(model), rel=1e-5)
+        assert "accuracy" not in found.tables
 
-    def test_a_score_below_chance_is_explained(self):
-        assert not any("Below chance" in finding for finding in self.outcome().findings)
-        _, defended, _ = self.outcome(chance=0.25).findings
-        assert "Below chance (25.0%) after A: the model avoids the right answers" in defended
+    def test_the_same_errors_by_another_chance(self):
+        """An error of 0.1 is a score of 0.5 where chance is 0.2, and of 0 where it is 0.1."""
+        given = Curve(
+            adversary="A", role="immunized", seed=0, budgets=[0, 1], scores=[0.5, None], losses=[None, 0.1],
+            folds=[[0.25, 0.75], None], batch_size=5,
+        )  # fmt: skip
+        found = rescaled(given, 0.2 / 0.1)
+        assert found.scores == [0, None]
+        assert found.folds == [[-0.5, 0.5], None]
+        assert given.scores == [0.5, None]
 
-    def test_where_the_original_is_as_low_nothing_is_made_of_it(self):
-        lines = [
-            Row("x", m, "A", ("A",), ("A",), (0, 1, 2), 5, curves=(curve("A", role, 0, [0.1, 0.2, 0.2]),))
-            for m, role in (("scratch", "scratch"), ("original", "original"), ("D", "immunized"))
-        ]
-        found = tabulate([scene(made={("D", 0): made()}, chance=0.3)], lines, (0, 1, 2))
-        assert not any("Below chance" in finding for finding in found.findings)
+    def test_the_advantage_is_how_much_smaller_the_error_is_than_from_scratch(self, of_errors):
+        found = read_result(of_errors)
+        best, advantage = (rows(found, name, "model") for name in ("best", "advantage"))
+        for epoch in ("epoch 1", "epoch 2"):
+            smaller = best["scratch",][epoch].mean - best["original",][epoch].mean
+            assert advantage["original",][epoch].mean == pytest.approx(smaller)
 
-    def test_best_attack_at_this_epoch_or_before(self):
-        best = rows(self.outcome(), "best", "model")
-        assert best["original",]["attack"] == "A"
-        assert best["D",]["attack"] == "B"
-        assert [best["D",][f"epoch {e}"].mean for e in (0, 1, 2)] == pytest.approx([0.1, 0.35, 0.35])
-        assert best["D",]["benign drop"].mean == pytest.approx(0.1)
-        assert best["D",]["benign drop"].sd == pytest.approx(0.05 * 2**0.5)
+    def test_pages(self, of_errors, numbers, tmp_path, capsys):
+        from holdfast.cli import main
 
-    def test_advantage_seed_by_seed_with_its_standard_error(self):
-        advantage = rows(self.outcome(), "advantage", "model")
-        assert list(advantage) == [("original",), ("D",)]
-        last = advantage["D",]["epoch 2"]  # stopped at epoch 1: 0.4 - 0.4, and 0.3 - 0.5
-        assert last.mean == pytest.approx(-0.1)
-        assert last.standard_error == pytest.approx(0.1)
-        assert advantage["D",]["area"].mean == pytest.approx((0.2 + 0.0 + 0.0 - 0.2) / 4)
-        assert self.outcome().tables["advantage"].standard_error
+        page = (of_errors / "report.html").read_text()
+        assert "Mean squared error over epochs" in page
+        assert "paper 0.614 ± 0.0046" in page
+        path = tmp_path / "mine.yaml"
+        path.write_text(json.dumps({**BASE, **ERRORS}))
+        with pytest.raises(SystemExit) as ended:
+            main(["run", str(path), "--out", str(tmp_path / "out"), "--device", "cpu", "--data-dir", str(numbers)])
+        assert ended.value.code == 0
+        shown = capsys.readouterr().out
+        assert "Mean squared error over epochs" in shown
+        assert "in %" not in shown
+        start = rows(read_result(of_errors), "error")["frontier", "direct"]["epoch 0"].mean
+        assert f"{start:.4g}" in shown
 
-    def test_difference_seed_by_seed(self):
-        scores = {
-            ("scratch", "scratch"): [[0.1, 0.2, 0.4], [0.1, 0.3, 0.5]],
-            ("D", "immunized"): [[0.1, 0.4, 0.5], [0.1, 0.6, 0.7]],
-            ("E", "immunized"): [[0.1, 0.3, 0.4], [0.1, 0.4, 0.5]],
-        }
-        lines = [
-            Row("x", model, "A", ("A",), ("A",), (0, 1, 2), 5,
-                curves=tuple(curve("spelled", role, s, v) for s, v in enumerate(seeds)))
-            for (model, role), seeds in scores.items()
-        ]  # fmt: skip
-        own = {("D", 0): made(benign=0.9), ("E", 0): made(benign=0.85)}
-        found = tabulate([scene(made=own)], lines, (0, 1, 2), "D")
-        ((key, row),) = rows(found, "difference", "model").items()
-        assert key == ("E",)
-        assert (row["epoch 1"].mean, row["epoch 2"].mean) == (pytest.approx(-0.15), pytest.approx(-0.15))
-        assert row["area"].mean == pytest.approx(-0.15)
-        assert row["area"].standard_error == pytest.approx(0.05)
-        assert row["benign"].mean == pytest.approx(-0.05)
-
-    def test_sentences(self):
-        original, defended, jump = self.outcome().findings
-        assert "best attack on the original is at 80.0%, from scratch at 45.0%; chance is 10.0%" in original
-        assert "D under its best attack, B, is at 35.0%: -10.0 ± 10.0 points over scratch" in defended
-        assert "2 of 2 attacks end no higher than the same from scratch" in defended
-        assert "was 95.0% before, and is 85.0%" in defended
-        assert "largest jump of its suppression loss between two rounds is 1.5" in jump
-
-    def test_what_is_not_finite_is_said_and_is_no_number(self):
-        lost = made(losses=(0.5, None, 1.0), completed=False)
-        own = curve("A", "immunized", 0, [0.1, 0.2, 0.3])
-        lines = [Row("x", "D", "A", ("A",), ("A",), (0, 1, 2), 5, curves=(own,))]
-        found = tabulate([scene(made={("D", 0): lost})], lines, (0, 1, 2))
-        row = rows(found, "immunization", "defense")["D",]
-        assert (row["ended"], row["non-finite from"].mean, row["largest jump"].mean) == ("gave up", 2, None)
-        assert "D: in 1 of 1 seeds a suppression loss was not finite (round 2)." in found.findings
-        assert any("did not complete with seed 0" in f for f in found.findings)
-        assert found.tables["advantage"].rows == []  # nothing was trained from scratch
-
-    def test_an_original_without_advantage_is_said(self):
-        lines = [
-            Row("x", m, "A", ("A",), ("A",), (0, 1, 2), 5, curves=(curve("A", m, 0, [0.1, 0.2, s]),))
-            for m, s in (("scratch", 0.5), ("original", 0.4))
-        ]
-        assert "there is nothing to protect" in tabulate([scene()], lines, (0, 1, 2)).findings[0]
-
-    def test_another_setting_of_the_paper_is_named(self):
-        other = scene(paper={"original": PaperSpec(benign=99.6)}, stands_for="ImageNette to CIFAR-10")
-        own = curve("A", "original", 0, [0.1, 0.1, 0.1])
-        lines = [Row("x", "original", "A", ("A",), ("A",), (0, 1, 2), 5, curves=(own,))]
-        table = tabulate([other], lines, (0, 1, 2)).tables["accuracy"]
-        assert "here stands x for its ImageNette to CIFAR-10" in table.note
-        assert table.rows[0]["benign"].paper == pytest.approx(0.996)
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (
+                {"one": {**REGRESSION, "benign": {"data": "digits[0-4]"}}},
+                "the benign task 'digits[0-4]' of setting 'one' is for classification, and the restricted task 'b:y' "
+                "of setting 'one' for regression",
+            ),
+            (
+                {"one": BASE["settings"]["digits"], "two": REGRESSION},
+                "the restricted task 'b:y' of setting 'two' is for regression, and the restricted task 'digits[5-9]' "
+                "of setting 'one' for classification",
+            ),
+        ],
+    )
+    def test_kinds_are_not_mixed(self, settings, message, numbers, tmp_path):
+        with pytest.raises(HoldfastError, match=re.escape(message)):
+            run(tmp_path / "new", recipe(settings=settings, defenses={}), data_dir=numbers)
+        assert not (tmp_path / "new").exists()
 
 
 class TestResume:

@@ -21,7 +21,7 @@ from holdfast.immunizing import Ground, borrow_all, check_reuse
 from holdfast.job import Job
 from holdfast.models import ModelSpec, SplitModel, check_fits, load_model
 from holdfast.picturing import check_pictures
-from holdfast.protocol import SettingSpec, orders, protocol
+from holdfast.protocol import SettingSpec, check_kinds, orders, protocol
 from holdfast.recipe import AnyRecipe, ProtocolRecipe, StudyRecipe, build_defense, readable
 from holdfast.results import (
     AuditResult,
@@ -299,6 +299,7 @@ def _run_protocol(
     run = Run(recipe.seed, resolve_device(device))
     wanted_tasks = dict.fromkeys(task for spec in recipe.settings.values() for task in (spec.benign, spec.restricted))
     tasks = {spec: load_task(spec, data_dir=data_dir) for spec in wanted_tasks}  # each once, if in several settings
+    check_kinds(recipe.settings, tasks)
     grounds = {
         name: _ground(name, spec, tasks[spec.benign], tasks[spec.restricted], recipe.shots, data_dir, run)
         for name, spec in recipe.settings.items()

@@ -26,7 +26,8 @@ from holdfast.immunizing import Ground, Made, Order, immunize_all
 from holdfast.models import ModelSpec, SplitModel
 from holdfast.picturing import PicturesSpec, Sitting, take_pictures
 from holdfast.results import Curve, Outcome, Role
-from holdfast.tabulating import ORIGINAL, SCRATCH, PaperSpec, Row, Scene, tabulate
+from holdfast.scenes import ORIGINAL, SCRATCH, Measure, PaperSpec, Row, Scene
+from holdfast.tabulating import tabulate
 from holdfast.tasks import Task, TaskSpec
 from holdfast.trials import few_of
 
@@ -104,7 +105,9 @@ class ProtocolSpec(BaseModel):
     )
     pictures: PicturesSpec | None = Field(None, description="What denoisers make of images; null: no pictures.")
     paper: dict[str, dict[str, PaperSpec]] = Field(
-        {}, description="The paper's numbers in percent: by setting, then model (`scratch`, `original`, defenses)."
+        {},
+        description="The paper's numbers, accuracies in percent and errors as they are: by setting, then model "
+        "(`scratch`, `original`, defenses).",
     )
 
     @model_validator(mode="after")
@@ -259,15 +262,55 @@ class _Bench:
 
 def _work(bench: _Bench, trial: _Trial) -> Curve:
     ground = bench.grounds[trial.setting]
-    return trial.attack.adversary.attack(
+    task = few_of(ground.adversarys, bench.shots, bench.run, trial.seed)
+    curve = trial.attack.adversary.attack(
         bench.victim(trial),
-        few_of(ground.adversarys, bench.shots, bench.run, trial.seed),
+        task,
         budgets=trial.budgets,
         run=bench.run,
         role=ROLES.get(trial.model, "immunized"),
         seed=trial.seed,
         benign=ground.benign,
     )
+    return curve if task.higher_is_better else rescaled(curve, task.chance / ground.restricted.chance)
+
+
+def rescaled(curve: Curve, ratio: float) -> Curve:
+    """Returns a curve of 1 - error / chance with a chance that is 1 / `ratio` times as large.
+
+    A guess knows the learner's samples, so that chance is another one for each half and each seed. Errors of several
+    seeds have one mean, and can be shown, only if one chance is behind all of their scores.
+    """
+
+    def moved(score: float | None) -> float | None:
+        return None if score is None else 1 - (1 - score) * ratio
+
+    folds = [None if each is None else [1 - (1 - fold) * ratio for fold in each] for each in curve.folds]
+    return curve.model_copy(update={"scores": list(map(moved, curve.scores)), "folds": folds})
+
+
+def check_kinds(settings: Mapping[str, SettingSpec], tasks: Mapping[TaskSpec, Task]) -> None:
+    """Refuses tasks of several kinds: a table has one unit, and percent and errors have no common one.
+
+    Args:
+        settings: by name.
+        tasks: what the settings' tasks are.
+
+    Raises:
+        HoldfastError: naming the task that differs from the first.
+    """
+    found = [
+        (f"the {role} task {tasks[spec].name!r} of setting {name!r}", tasks[spec].kind)
+        for name, setting in settings.items()
+        for role, spec in (("restricted", setting.restricted), ("benign", setting.benign))
+    ]
+    first, kind = found[0]
+    for place, other in found:
+        if other != kind:
+            raise HoldfastError(
+                f"A protocol has one kind of task, because its tables have one unit; {place} is for {other}, and "
+                f"{first} for {kind}. Write a protocol for each kind."
+            )
 
 
 def orders(spec: ProtocolSpec, defenses: Mapping[str, Defense], grounds: Mapping[str, Ground], run: Run) -> list[Order]:
@@ -437,7 +480,8 @@ def _scene(name: str, ground: Ground, spec: ProtocolSpec, made: Mapping[tuple[st
     return Scene(
         name=name,
         restricted=ground.restricted.name,
-        unit=ground.restricted.audit_unit,
+        measure=Measure.of(ground.restricted),
+        benign_measure=Measure.of(ground.benign),
         chance=ground.restricted.audit_chance,
         original=score if math.isfinite(score) else None,
         made={(label, seed): each for (where, label, seed), each in made.items() if where == name},

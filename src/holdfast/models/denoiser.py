@@ -21,9 +21,6 @@ HEAD: Final = "conv_out"
 PREDICTIONS: Final = ("epsilon", "v_prediction", "sample")
 """What a network may answer with, by the name that diffusers has for it; see `Denoiser.forward`."""
 
-FINEST_ATTENTION = 8
-"""Attention is in stages of at most so many pixels a side; on larger ones it costs more than all else."""
-
 
 class Denoiser(SplitModel):
     """A diffusion model as Holdfast sees it: a U-Net, and the scheduler that it was trained with.
@@ -165,15 +162,19 @@ def unet(
     *,
     widths: Sequence[int] = (16, 32, 32),
     layers: int = 1,
+    attention: int = 8,
     schedule: str = "linear",
 ) -> nn.Module:
-    """A small U-Net: stages of half the size each, with attention where images are small.
+    """A U-Net: stages of half the size each, with attention where images are small. By default one for two cores.
+
+    The one of Ho et al. 2020 for 32 pixels has the widths 128, 256, 256, 256, two layers, and attention at 16.
 
     Args:
         input_shape: of a denoising task: (channels + 1, height, width).
         num_outputs: channels.
         widths: channels of each stage.
         layers: residual blocks a stage on the way down; one more on the way up.
+        attention: pixels a side of the largest images with attention; on large ones it costs more than all else.
         schedule: a noise schedule of diffusers, by name; see `Schedule.named`.
     """
     from diffusers import UNet2DModel
@@ -184,7 +185,7 @@ def unet(
         raise ValueError("a U-Net is for denoising; set the task's kind to denoising")
     if any(side % smallest for side in sides):
         raise ValueError(f"{len(widths)} stages need sides that are multiples of {smallest}; set image_size")
-    seen = [max(sides) // 2**i <= FINEST_ATTENTION for i in range(len(widths))]
+    seen = [max(sides) // 2**i <= attention for i in range(len(widths))]
     return in_order(
         UNet2DModel(
             sample_size=sides[0] if sides[0] == sides[1] else tuple(sides),

@@ -89,8 +89,9 @@ def _show_study(result: RunResult, console: Console) -> None:
 
 
 def _show_protocol(result: RunResult, console: Console) -> None:
-    """The accuracies, a table for each setting; all else is in the report."""
-    each = result.tables["accuracy"]
+    """The scores, a table for each setting; all else is in the report."""
+    each = next(result.tables[name] for name in ("accuracy", "error") if name in result.tables)
+    show = _percent if each.percent else _value
     for setting in dict.fromkeys(str(row.get("setting", "")) for row in each.rows):
         rows = [row for row in each.rows if row.get("setting", "") == setting]
         numbers = [
@@ -98,13 +99,14 @@ def _show_protocol(result: RunResult, console: Console) -> None:
             for c in dict.fromkeys(c for row in rows for c in row)
             if any(isinstance(row.get(c), Cell) for row in rows)
         ]
-        table = Table(title=f"{setting or each.title}, in %", title_justify="left", pad_edge=False)
+        title = f"{setting or each.title}, in %" if each.percent else setting or each.title
+        table = Table(title=title, title_justify="left", pad_edge=False)
         table.add_column("model", no_wrap=True)
         table.add_column("attack")
         for column in numbers:
             table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
-            cells = [_percent(cell) if isinstance(cell := row.get(c), Cell) else "" for c in numbers]
+            cells = [show(cell) if isinstance(cell := row.get(c), Cell) else "" for c in numbers]
             table.add_row(str(row["model"]), str(row.get("attack", "")), *cells)
         Console().print(table)
     for finding in result.findings:
@@ -178,6 +180,12 @@ def _points(value: float | None) -> str:
 
 def _band(interval: Interval | None) -> str:
     return "" if interval is None else f"{100 * interval.low:+.0f} to {100 * interval.high:+.0f}"
+
+
+def _value(cell: Cell) -> str:
+    if cell.mean is None:
+        return "not finite" if cell.n else "-"
+    return f"{cell.mean:.4g}" + (f" ± {cell.sd:.2g}" if cell.sd is not None else "")
 
 
 def _percent(cell: Cell) -> str:

@@ -13,7 +13,7 @@ from holdfast.errors import HoldfastError
 from holdfast.tasks.arrays import Array, ArrayTask
 from holdfast.tasks.image import stack
 
-_Arguments = dict[str, bool | str]
+_Arguments = dict[str, Any]
 _BY_FLAG: tuple[_Arguments, _Arguments] = ({"train": True}, {"train": False})
 _BY_WORD: tuple[_Arguments, _Arguments] = ({"split": "train"}, {"split": "test"})
 TORCHVISION: dict[str, tuple[str, tuple[_Arguments, _Arguments]]] = {
@@ -26,6 +26,7 @@ TORCHVISION: dict[str, tuple[str, tuple[_Arguments, _Arguments]]] = {
     "svhn": ("SVHN", _BY_WORD),
     "stl10": ("STL10", _BY_WORD),
     "imagenette": ("Imagenette", ({"split": "train"}, {"split": "val"})),
+    "celeba": ("CelebA", _BY_WORD),
 }
 """Class in torchvision.datasets, and its arguments for the training and the test split."""
 
@@ -65,7 +66,7 @@ def _torchvision(name: str, root: Path, size: int | None, mode: str, instead: st
     from torchvision import datasets
 
     kind, splits = TORCHVISION[name]
-    more = _imagenette_size(size) if name == "imagenette" else {}
+    more = _imagenette_size(size) if name == "imagenette" else {"target_transform": _smiles} if name == "celeba" else {}
     try:
         parts = [getattr(datasets, kind)(root=str(root), download=True, **split, **more) for split in splits]
     except (OSError, RuntimeError) as error:
@@ -75,9 +76,18 @@ def _torchvision(name: str, root: Path, size: int | None, mode: str, instead: st
     arrays: list[Array] = []
     for part in parts:
         arrays += _arrays(part) if hasattr(part, "data") else stack(_converted(name, part, mode), size)
-    names = [c if isinstance(c, str) else c[0] for c in getattr(parts[0], "classes", ())]
+    known = ("not smiling", "smiling") if name == "celeba" else getattr(parts[0], "classes", ())
+    names = [c if isinstance(c, str) else c[0] for c in known]
     x_train, y_train, x_test, y_test = arrays
     return ArrayTask(name, x_train, y_train, x_test, y_test, names or None)
+
+
+SMILING = 31
+"""Which of the 40 attributes of CelebA is its label here; denoising looks at none."""
+
+
+def _smiles(attributes: Any) -> int:
+    return int(attributes[SMILING])
 
 
 def _arrays(part: Any) -> tuple[Array, Array]:
