@@ -113,15 +113,21 @@ def test_the_attack_shown_is_the_one_in_the_tables():
     assert mine.audit_score(held[0]) == whole.scores[-1]
 
 
-def test_only_the_seed_decides_wherever_it_runs(result, tmp_path):
-    again = run(tmp_path / "again", executor="processes:2")
-    assert again.numbers() == result.numbers()
+def unfinished(folder, copy):
+    """A copy of a whole run, killed before it wrote its result."""
+    shutil.copytree(folder, copy)
+    (copy / "result.json").unlink()
+    return sorted((copy / "checkpoints" / "pictures").iterdir())
+
+
+def test_only_the_seed_decides_wherever_it_runs(folder, result, tmp_path):
+    for file in unfinished(folder, tmp_path / "copy"):
+        file.unlink()
+    assert run(tmp_path / "copy", executor="processes:1").numbers() == result.numbers()
 
 
 def test_what_was_made_is_not_made_again(folder, result, tmp_path, monkeypatch):
-    shutil.copytree(folder, tmp_path / "copy")
-    (tmp_path / "copy" / "result.json").unlink()
-    gone = sorted((tmp_path / "copy" / "checkpoints" / "pictures").iterdir())
+    gone = unfinished(folder, tmp_path / "copy")
     assert len(gone) == 5
     gone[0].unlink()
     made = []
@@ -133,9 +139,7 @@ def test_what_was_made_is_not_made_again(folder, result, tmp_path, monkeypatch):
 
 
 def test_a_damaged_album_is_named(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "copy")
-    (tmp_path / "copy" / "result.json").unlink()
-    file = next((tmp_path / "copy" / "checkpoints" / "pictures").iterdir())
+    file = unfinished(folder, tmp_path / "copy")[0]
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(HoldfastError, match=file.stem):
         run(tmp_path / "copy")
