@@ -400,3 +400,16 @@ def meta_objective(
         phi = [p.detach() - learning_rate * s for p, s in zip(phi, steps, strict=True)]
         total = total + weight * suppression_at(phi, k)
     return total
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Binkowski et al. 2018, section 4: the unbiased estimator of MMD^2, pair by pair, with KID's cubic kernel."""
+
+    def k(x: Tensor, y: Tensor) -> float:
+        return (sum(float(p) * float(q) for p, q in zip(x, y, strict=True)) / len(x) + 1) ** 3
+
+    n, m = len(a), len(b)
+    within_a = sum(k(a[i], a[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    within_b = sum(k(b[i], b[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    across = sum(k(x, y) for x in a for y in b) / (n * m)
+    return within_a + within_b - 2 * across

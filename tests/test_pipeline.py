@@ -81,9 +81,9 @@ class TestRecipe:
         assert not (tmp_path / "new").exists()
 
     @pytest.mark.parametrize("overwrite", [False, True])
-    @pytest.mark.parametrize("name", ["model.safetensors", "checkpoints", "report.html"])
+    @pytest.mark.parametrize("name", ["model.safetensors", "checkpoints", "pictures", "report.html"])
     def test_somebody_elses_folder_is_not_touched(self, tmp_path, name, overwrite):
-        (tmp_path / name).mkdir() if name == "checkpoints" else (tmp_path / name).write_text("mine")
+        (tmp_path / name).mkdir() if "." not in name else (tmp_path / name).write_text("mine")
         with pytest.raises(HoldfastError, match=f"holds {name} and was not made by Holdfast"):
             run_recipe(load("quickstart", **SMOKE), folder=tmp_path, quiet=True, overwrite=overwrite)
         assert [p.name for p in tmp_path.iterdir()] == [name]

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from holdfast.auditing import tables
 from holdfast.comparison import Comparison, costs
+from holdfast.drawing import draw
 from holdfast.report import write_report
 from holdfast.report.html import render
 from holdfast.results import (
@@ -667,3 +669,25 @@ def test_failed_trials_are_told():
     assert f"{sum(c.role == 'immunized' for c in curves)} of {len(curves)} trials ended" in text
     assert "RuntimeError: for inference only" in text
     assert "trials ended" not in page(audit=whole).text
+
+
+def test_pictures_stand_row_by_row_with_their_labels_as_text() -> None:
+    broken = torch.rand(3, 1, 8, 8)
+    broken[1] = torch.nan
+    figure = draw(
+        "Faces & more",
+        {NASTY: torch.rand(3, 1, 8, 8), "SOPHON": broken},
+        note="Noise <taken> away.",
+        columns=["a", "b<", "c"],
+    )
+    shown = page(figures={"faces": figure}, kind="protocol")
+    for words in ("Faces & more", "Noise <taken> away.", "b<", NASTY):
+        assert words in shown.text
+    images = shown.all("img")
+    assert [str(image["src"]).partition(",")[0] for image in images] == ["data:image/png;base64"] * 2
+    assert images[1]["alt"] == "Pictures of Faces & more: SOPHON."
+    assert images[0]["alt"] == f"Pictures of Faces & more: {NASTY}."
+    assert (images[0]["width"], images[0]["height"]) == ("292", "96")
+    assert "image-rendering: pixelated" in shown.styles
+    kept = make_result(figures={"faces": figure}, kind="protocol").model_dump_json()
+    assert RunResult.model_validate_json(kept).figures == {"faces": figure}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import time
@@ -31,6 +32,7 @@ from holdfast.results import (
     ImmunizationResult,
     ModelFacts,
     Outcome,
+    Pictures,
     RunResult,
     TaskFacts,
     provenance,
@@ -40,7 +42,7 @@ from holdfast.tasks import Task
 
 Kind = Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
 
-OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints", "pipeline")
+OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints", "pipeline", "pictures")
 """What a job makes in its folder, beside `job.json`, which marks the folder as one of ours."""
 
 
@@ -83,7 +85,7 @@ class Job:
                     "folder with --out. Nothing was changed."
                 )
         if where is not None and overwrite:
-            for name in ("checkpoints", "pipeline"):
+            for name in ("checkpoints", "pipeline", "pictures"):
                 shutil.rmtree(where / name, ignore_errors=True)
             for name in ("result.json", "report.html", "model.safetensors", "job.json"):
                 (where / name).unlink(missing_ok=True)
@@ -235,7 +237,7 @@ class Job:
         figures: dict[str, Figure] | None = None,
         outcome: Outcome | None = None,
     ) -> RunResult:
-        """Writes the report and the result, and returns the result."""
+        """Writes report, pictures and result, and returns the result."""
         assert self.run.folder is not None
         result = RunResult(
             kind=self.kind,
@@ -258,6 +260,9 @@ class Job:
             timing=self.timing,
         )
         write_report(result, self.run.folder / "report.html")
+        for name, figure in result.figures.items():
+            if isinstance(figure, Pictures):
+                write_atomic(self.run.folder / "pictures" / f"{name}.png", base64.b64decode(figure.png))
         write_atomic(self.run.folder / "result.json", result.model_dump_json(indent=1))
         return result
 

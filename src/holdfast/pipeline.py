@@ -20,6 +20,7 @@ from holdfast.finetune import PretrainSpec
 from holdfast.immunizing import Ground, borrow_all, check_reuse
 from holdfast.job import Job
 from holdfast.models import ModelSpec, SplitModel, check_fits, load_model
+from holdfast.picturing import check_pictures
 from holdfast.protocol import SettingSpec, check_kinds, orders, protocol
 from holdfast.recipe import AnyRecipe, ProtocolRecipe, StudyRecipe, build_defense, readable
 from holdfast.results import (
@@ -303,6 +304,8 @@ def _run_protocol(
         name: _ground(name, spec, tasks[spec.benign], tasks[spec.restricted], recipe.shots, data_dir, run)
         for name, spec in recipe.settings.items()
     }
+    if recipe.pictures is not None:
+        check_pictures(recipe.pictures, grounds)
     job = Job.start("protocol", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
     for name, ground in grounds.items():
         job.tasks |= {f"{name}: benign": ground.benign.facts(), f"{name}: restricted": ground.restricted.facts()}

@@ -24,6 +24,7 @@ from holdfast.executors import Executor
 from holdfast.finetune import Gradient, Initialisation, Precision, PretrainSpec, Scope, Strategy
 from holdfast.immunizing import Ground, Made, Order, immunize_all
 from holdfast.models import ModelSpec, SplitModel
+from holdfast.picturing import PicturesSpec, Sitting, take_pictures
 from holdfast.results import Curve, Outcome, Role
 from holdfast.scenes import ORIGINAL, SCRATCH, Measure, PaperSpec, Row, Scene
 from holdfast.tabulating import tabulate
@@ -102,6 +103,7 @@ class ProtocolSpec(BaseModel):
     compare_with: str | None = Field(
         None, description="A defense that the others are compared with, seed by seed, in a table of its own."
     )
+    pictures: PicturesSpec | None = Field(None, description="What denoisers make of images; null: no pictures.")
     paper: dict[str, dict[str, PaperSpec]] = Field(
         {},
         description="The paper's numbers, accuracies in percent and errors as they are: by setting, then model "
@@ -128,7 +130,9 @@ class ProtocolSpec(BaseModel):
                 f"seeds is {self.seeds} and immunizations {self.immunizations}: some immunized models would not be "
                 "attacked; give at least as many seeds"
             )
-        self.plan()
+        labels = [attack.label for attack in self.plan()]
+        if self.pictures is not None and self.pictures.attack is not None and self.pictures.attack not in labels:
+            raise ValueError(str(unknown("attack of pictures:", self.pictures.attack, labels)))
         return self
 
     def epoch_samples(self, ground: Ground) -> int:
@@ -358,8 +362,12 @@ def protocol(
     scenes = [_scene(name, ground, spec, made, run) for name, ground in grounds.items()]
     named = {f"{o.setting}: {o.label}, seed {o.seed}": made[o.setting, o.label, o.seed] for o in wanted}
     seconds = {f"immunize {name}": each.seconds for name, each in named.items()}
+    outcome = tabulate(scenes, filled, spec.epochs, spec.compare_with)
+    if spec.pictures is not None:
+        subjects = _sittings(spec, rows, trials, bench)
+        outcome += take_pictures(spec.pictures, grounds, subjects, shots=spec.shots, run=run, executor=executor)
     return (
-        tabulate(scenes, filled, spec.epochs, spec.compare_with),
+        outcome,
         {name: each.model for name, each in named.items()},
         seconds,
     )
@@ -445,6 +453,25 @@ def _kept(journal: Journal, trial: _Trial) -> Curve:
             f"{str(journal.path)!r} is damaged (trial {trial.key}: {why}); choose another folder with --out."
         ) from error
     return curve
+
+
+def _sittings(
+    spec: ProtocolSpec, rows: Sequence[Row], trials: Sequence[Sequence[_Trial]], bench: _Bench
+) -> dict[Sitting, SplitModel]:
+    """Who is pictured: every model after one attack with seed 0, as in the tables; and as released, but for scratch."""
+    wanted = spec.pictures.attack if spec.pictures is not None else None
+    attack = next((a for a in spec.plan() if wanted in (None, a.label)), None)
+    found: dict[Sitting, SplitModel] = {}
+    for row, mine in zip(rows, trials, strict=True):
+        if attack is not None and attack.label in row.covers and mine:
+            role, steps = ROLES.get(row.model, "immunized"), attack.epochs[-1] * row.steps
+            found[Sitting(row.setting, row.model, role, mine[0].attack.adversary, steps)] = bench.victim(mine[0])
+    for setting, ground in bench.grounds.items():
+        found[Sitting(setting, ORIGINAL, "original")] = ground.original
+    for (setting, label, seed), model in bench.models.items():
+        if seed == 0:
+            found[Sitting(setting, label, "immunized")] = model
+    return found
 
 
 def _scene(name: str, ground: Ground, spec: ProtocolSpec, made: Mapping[tuple[str, str, int], Made], run: Run) -> Scene:

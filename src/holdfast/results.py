@@ -107,7 +107,24 @@ class Map(_Result):
     panels: dict[str, list[list[float | None]]]
 
 
-Figure = Annotated[Lines | Map, Field(discriminator="kind")]
+class Pictures(_Result):
+    """A figure of small pictures in a grid: one labelled row of them below the other."""
+
+    kind: Literal["pictures"] = "pictures"
+    title: str
+    note: str = Field("", description="What is shown, for people.")
+    rows: list[str] = Field(description="What each row is of.")
+    lines: int = Field(1, ge=1, description="Lines of tiles that a row is broken into.")
+    across: int = Field(ge=1, description="Tiles in a line; the last line of a row may have fewer.")
+    columns: list[str] = Field([], description="What each tile of a line is of; empty where they have no names.")
+    tile: tuple[int, int] = Field(description="Width and height of a tile in pixels of `png`.")
+    gap: int = Field(description="Transparent pixels between two tiles.")
+    png: str = Field(
+        description="The whole grid as PNG, in base64. A tile crossed out has a number that is not finite."
+    )
+
+
+Figure = Annotated[Lines | Map | Pictures, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -117,6 +134,10 @@ class Outcome:
     tables: dict[str, Table]
     figures: dict[str, Figure]
     findings: list[str]
+
+    def __add__(self, other: Outcome) -> Outcome:
+        """Both together; of the same name, the other's counts."""
+        return Outcome(self.tables | other.tables, self.figures | other.figures, self.findings + other.findings)
 
 
 class Feasibility(_Result):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, final
 
@@ -70,6 +70,7 @@ class Adversary(ABC):
         seed: int = 0,
         benign: Task | None = None,
         floors: Sequence[float | None] = (),
+        keep: Callable[[SplitModel], object] | None = None,
     ) -> Curve:
         """Runs the adversary against a copy of a model and scores it at every budget.
 
@@ -86,6 +87,7 @@ class Adversary(ABC):
             benign: the model's own task, whose training data the adversary may use.
             floors: a score for each budget, under which it is not worth going on; None, or none given: always. What is
                 compared is the score on every second fold, as a search sees it.
+            keep: is given the attacked copy in the end, for who wants more of it than scores.
 
         Returns:
             Scores and mean training losses at the budgets, up to the one at which it was given up.
@@ -108,6 +110,8 @@ class Adversary(ABC):
                         break
                 if step >= budgets[-1]:
                     break
+        if keep is not None:
+            keep(victim)
         return trace.curve(self, task, role, seed, budgets)
 
     @final

@@ -21,6 +21,7 @@ HEAD: Final = "conv_out"
 PREDICTIONS: Final = ("epsilon", "v_prediction", "sample")
 """What a network may answer with, by the name that diffusers has for it; see `Denoiser.forward`."""
 
+
 class Denoiser(SplitModel):
     """A diffusion model as Holdfast sees it: a U-Net, and the scheduler that it was trained with.
 

@@ -15,11 +15,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from holdfast.drawing import strips
 from holdfast.execution import write_atomic
 from holdfast.report import wording
 from holdfast.report.curves import advantage_plot, adversary_plots, best_plot, search_plot, side_effect_plots
 from holdfast.report.plots import STYLES, figure_plot, history_plot, series_title
-from holdfast.results import ROLES, AuditResult, Cell, RunResult, Table
+from holdfast.results import ROLES, AuditResult, Cell, Pictures, RunResult, Table
 
 LONG_BATTERY, SHOWN_ROWS, SHOWN_PANELS = 12, 6, 8
 """Of a long battery, so many of the strongest are shown; the others are folded away."""
@@ -53,7 +54,10 @@ def render(result: RunResult, folder: Path) -> str:
         audit=audit,
         **({} if audit is None else _about_audit(result, audit, order, folder)),
         grids=[(name, Grid.of_table(name, t, order)) for name, t in result.tables.items() if shown(name)],
-        figures=[figure_plot(name, figure) for name, figure in result.figures.items()],
+        figures=[
+            (f.title, Gallery.of(f) if isinstance(f, Pictures) else figure_plot(name, f))
+            for name, f in result.figures.items()
+        ],
         history=None if immunization is None else history_plot(immunization),
         last_benign=None if immunization is None else _last(immunization.history.get("benign_score", [])),
         recipe=_recipe(result),
@@ -156,6 +160,40 @@ class Grid:
         return cls("", ["adversary", *columns], [], [("", list(rows))], set(), False, shown=shown)
 
 
+@dataclass(frozen=True)
+class Gallery:
+    """A figure of pictures as the page shows it: row by row, so that labels are text and stay with their row.
+
+    Attributes:
+        note: what is shown.
+        columns: what each tile of a line is of.
+        across: tiles in a line.
+        width: of a row in pixels.
+        height: likewise.
+        strips: label, description for people who do not see it, and PNG in base64, of each row.
+    """
+
+    note: str
+    columns: list[str]
+    across: int
+    width: int
+    height: int
+    strips: list[tuple[str, str, str]]
+
+    @classmethod
+    def of(cls, figure: Pictures) -> Gallery:
+        """Cuts a figure into its rows."""
+        cut = zip(figure.rows, strips(figure), strict=True)
+        return cls(
+            note=figure.note,
+            columns=figure.columns,
+            across=figure.across,
+            width=figure.across * (figure.tile[0] + figure.gap) - figure.gap,
+            height=figure.lines * (figure.tile[1] + figure.gap) - figure.gap,
+            strips=[(label, f"Pictures of {figure.title}: {label}.", png) for label, png in cut],
+        )
+
+
 def _heading(table: Table) -> str:
     """The column whose values head groups of rows: settings, or models if any has several rows; else none."""
     if any("setting" in row for row in table.rows):
@@ -205,6 +243,8 @@ COLUMNS = {
     "tau_benign": "benign tau",
     "tau_benign_measured": "measured ",
     "tau_benign_ratio": "ratio ",
+    "restricted_error": "its error",
+    "benign_error": "its error ",
 }
 """Headings of columns whose name in `result.json` is not one for people."""
 

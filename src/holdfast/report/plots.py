@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from holdfast.results import Event, Figure, ImmunizationResult, Lines, Map, Role
+from holdfast.results import Event, ImmunizationResult, Lines, Map, Role
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "cross", "x", "star", "triangle-down", "pentagon", "hexagram")
 
 
-def figure_plot(name: str, figure: Figure) -> tuple[str, Plot]:
-    """Returns the title of a study's or a feasibility's figure, and the figure.
+def figure_plot(name: str, figure: Lines | Map) -> Plot:
+    """Returns a study's or a feasibility's figure.
 
     Args:
         name: its key in `result.json`.
         figure: curves, or matrices side by side.
     """
-    return figure.title, _lines(name, figure) if isinstance(figure, Lines) else _map(name, figure)
+    return _lines(name, figure) if isinstance(figure, Lines) else _map(name, figure)
 
 
 def _lines(name: str, lines: Lines) -> Plot:
