@@ -31,7 +31,7 @@ from holdfast.tasks import Task
 VALIDATION_SHARE = 0.2
 """Of the defender's restricted training data, kept back to score the examinations."""
 
-FORMAT = 2
+FORMAT = 3
 """Of the saved state; another number is refused."""
 
 SAVE_SECONDS = 60.0
@@ -50,6 +50,9 @@ class GuardedDefense(Defense):
             is scored by an error, by which share of the original's it may rise.
         max_rollbacks: the guard gives up after as many; the last good state is then the result.
         holdout: share of the benign training data kept back for the guard.
+        ema: decay, a round, of an exponential moving average of the weights. The average is what the guard looks at,
+            what is examined, and the result, as is usual for diffusion models; training goes on from the last weights.
+            None: there is no average.
         validate_every: rounds between two examinations by short attacks (see `VALIDATION`); the result is then the good
             state in which they reached least, not the last one. None: there are none. They are scored on a fifth of the
             defender's restricted data, which is kept back for them.
@@ -65,6 +68,7 @@ class GuardedDefense(Defense):
     max_benign_drop: float = 0.05
     max_rollbacks: int = 20
     holdout: float = 0.1
+    ema: float | None = None
     validate_every: int | None = None
     validation_steps: int = 40
 
@@ -78,6 +82,8 @@ class GuardedDefense(Defense):
             )
         if not 0 < self.holdout < 1:
             raise HoldfastError(f"{self.name}: holdout is {self.holdout}; expected a share between 0 and 1.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise HoldfastError(f"{self.name}: ema is {self.ema}; expected a decay between 0 and 1.")
 
     def refuse_below_one(self, *names: str) -> None:
         """Refuses fields under 1; None is let through."""
@@ -145,6 +151,7 @@ class Immunization(ABC, Generic[Config]):
         )
         self.original_score = self.held_out.score(self.model)
         self.good = self._snapshot()
+        self.average = self._snapshot() if config.ema is not None else {}
         self.changed = False
         self.best: dict[str, Tensor] = {}
         self.best_score, self.best_round = math.inf, 0
@@ -171,14 +178,14 @@ class Immunization(ABC, Generic[Config]):
                 with self.run.seeded(config.name, self.round, self.record.rollbacks) as generator:
                     sound = self._note(self.one_round(generator))
                 self.round += 1
-                if not sound:
+                if sound:
+                    self._update_average()
+                else:
                     self._not_finite()
                 examines = config.validate_every is not None and self._due(config.validate_every)
                 looks = not sound or examines or self._due(config.guard_every)
                 if looks:
-                    score, note = (self._look(), "") if sound else (math.nan, "")
-                    if examines and self.acceptable(score):
-                        note = f", validation {self._examine():.3f}"
+                    score, note = (math.nan, "") if not sound else self._looked(examines)
                     note = f"benign {score:.3f}, " + ", ".join(map(self._shown, self.shown)) + note
                 if looks or time.monotonic() - saved > SAVE_SECONDS:
                     self._save()
@@ -188,8 +195,37 @@ class Immunization(ABC, Generic[Config]):
         self.model.eval()
         return self.model, self.record
 
+    def _looked(self, examines: bool) -> tuple[float, str]:
+        """Looks at what would be released now, and perhaps examines it; if all is well, training goes on as it was."""
+        live = self._snapshot() if self.average else {}
+        if self.average:
+            self._restore(self.average)
+        well = self._look()
+        noted, note = self.record.history["benign_score"][-1], ""
+        score = math.nan if noted is None else float(noted)
+        if examines and self.acceptable(score):
+            note = f", validation {self._examine():.3f}"
+        if live and well:
+            self._restore(live)
+        elif live:
+            self.average = self._snapshot()
+        return score, note
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        decay = self.config.ema
+        if decay is None:
+            return
+        for name, value in self.model.network.state_dict().items():
+            if value.is_floating_point():
+                self.average[name].lerp_(value, 1 - decay)
+            else:
+                self.average[name].copy_(value)
+
     def _conclude(self) -> None:
         """Puts the best state into the model; says so where nothing was achieved."""
+        if self.average and self.record.completed:
+            self._restore(self.average)
         if self.best:
             self.say(f"kept the state after round {self.best_round}, of validation score {self.best_score:.3f}")
             self._restore(self.best)
@@ -257,18 +293,19 @@ class Immunization(ABC, Generic[Config]):
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and own and not any(p.requires_grad for p in own):
                 module.eval()
 
-    def _look(self) -> float:
-        """The guard keeps a good state; returns the score that it noted."""
+    def _look(self) -> bool:
+        """The guard keeps a good state; returns False if it had to do something about a bad one."""
         score = self.held_out.score(self.model)
         self.record.history["benign_score"][-1] = score if math.isfinite(score) else None
         if self.acceptable(score):
             self.keep(score)
-        elif self.config.guard and self.benign.higher_is_better:
-            self.too_low(f"held-out benign score {score:.3f} is under the floor {self.limit:.3f}")
         elif self.config.guard:
-            self.too_low(f"held-out benign error {score:.4f} is over the ceiling {self.limit:.4f}")
-        noted = self.record.history["benign_score"][-1]
-        return math.nan if noted is None else float(noted)
+            if self.benign.higher_is_better:
+                self.too_low(f"held-out benign score {score:.3f} is under the floor {self.limit:.3f}")
+            else:
+                self.too_low(f"held-out benign error {score:.4f} is over the ceiling {self.limit:.4f}")
+            return False
+        return True
 
     def keep(self, score: float) -> None:
         """Remembers the present state as the last good one."""
@@ -287,6 +324,7 @@ class Immunization(ABC, Generic[Config]):
         """Returns to the last good state at half the rate, or gives up there."""
         self.record.rollbacks += 1
         self.restore_good()
+        self.average = self._snapshot() if self.average else {}
         self.forget()
         if self.record.rollbacks >= self.config.max_rollbacks:
             self.say(f"{why}: back to the last good state; gave up after {self.record.rollbacks} times")
@@ -324,6 +362,7 @@ class Immunization(ABC, Generic[Config]):
         tensors = {f"model/{n}": v for n, v in self._snapshot().items()}
         tensors |= {f"good/{n}": v for n, v in self.good.items()}
         tensors |= {f"best/{n}": v for n, v in self.best.items()}
+        tensors |= {f"average/{n}": v for n, v in self.average.items()}
         more, own = self.saved()
         tensors |= {f"own/{n}": v for n, v in more.items()}
         for label, optimizer in self.optimizers.items():
@@ -354,6 +393,7 @@ class Immunization(ABC, Generic[Config]):
             )
         self._restore(_under(tensors, "model"))
         self.good = {n: v.to(self.run.device) for n, v in _under(tensors, "good").items()}
+        self.average = {n: v.to(self.run.device) for n, v in _under(tensors, "average").items()}
         self.round, self.rate, self.changed = meta["round"], meta["rate"], meta["changed"]
         self.optimizers = self.make_optimizers()
         for label, optimizer in self.optimizers.items():

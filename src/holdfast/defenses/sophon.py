@@ -77,6 +77,7 @@ class Sophon(GuardedDefense):
         recovery_loops: reinforcement loops by which the guard first tries to bring the score back; 0: none.
         max_rollbacks: the guard gives up after as many; the last good state is then the result.
         holdout: share of the benign training data kept back for the guard.
+        ema: decay, a round, of an average of the weights, which is then the result; see `GuardedDefense`.
 
     Raises:
         HoldfastError: for a value out of range.
