@@ -71,8 +71,8 @@ class TestPhi:
     @pytest.mark.parametrize(
         ("settings", "match"),
         [
-            ({"scopes": ("lora",)}, "adapters are not in the model"),
-            ({"strategies": (Strategy(scope="lora"),)}, "adapters are not in the model"),
+            ({"scopes": ("lora",)}, "they are not in the model"),
+            ({"strategies": (Strategy(scope="lora"),)}, "they are not in the model"),
             ({"strategies": ()}, "strategies is empty"),
             ({"scopes": ()}, "scopes is empty"),
             ({"tasks": 3, "population": 2, "lifetime": 2}, "population is 2 and tasks 3"),
@@ -188,7 +188,7 @@ class TestSimulation:
         def accuracy(bf16):
             simulation = Simulation(model, inverse_cross_entropy, bf16=bf16)
             strategy = Strategy("head", "all", "adam", 1e-2, 60)
-            return simulation.run(restricted, strategy, 30, None, generator=stream()).accuracy
+            return simulation.run(restricted, strategy, 30, None, generator=stream()).score
 
         whole = accuracy(False)
         assert whole > 0.9
@@ -509,7 +509,7 @@ class TestValidation:
 
     def test_it_is_the_best_attack_over_two_budgets_whatever_diverges(self, model, restricted, run, monkeypatch):
         scores = iter([0.3, 0.9, math.nan, 0.2, 0.5, math.nan])
-        monkeypatch.setattr(type(restricted), "score", lambda *_: next(scores))
+        monkeypatch.setattr(type(restricted), "audit_score", lambda *_: next(scores))
         assert validation_score(model, restricted, 4, run=run) == pytest.approx((0.5 + 0.9) / 2)
 
     def test_a_state_under_the_floor_is_not_examined(self, model, benign, restricted, run, monkeypatch):
@@ -565,14 +565,14 @@ class TestValidation:
 
 class TestNothingAchieved:
     def test_a_model_that_is_as_it_was_is_not_called_complete(self, model, benign, restricted, run, monkeypatch):
-        monkeypatch.setattr(guarded.Immunization, "floor", 2.0)
+        monkeypatch.setattr(guarded.Immunization, "limit", 2.0)
         made, record = Sophon(iterations=3, steps=1, guard_every=1).immunize(model, benign, restricted, run=run)
         assert made.facts().sha256 == model.facts().sha256
         assert not record.completed
         assert "the model is as it was" in record.events[-1].message
 
     def test_nor_is_a_state_that_nobody_examined(self, model, benign, restricted, run, monkeypatch):
-        monkeypatch.setattr(guarded.Immunization, "floor", 2.0)
+        monkeypatch.setattr(guarded.Immunization, "limit", 2.0)
         settings = Sophon(iterations=2, steps=1, guard=False, validate_every=1)
         _, record = settings.immunize(model, benign, restricted, run=run)
         assert not record.completed
