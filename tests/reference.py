@@ -74,6 +74,13 @@ def dos_gradient(outputs: Tensor) -> Tensor:
     return 2 * outputs / outputs.numel()
 
 
+def noised(x0: Tensor, t: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Ho et al. 2020, Eq. 4, image by image."""
+    return torch.stack(
+        [math.sqrt(alpha_bar[s]) * x + math.sqrt(1 - alpha_bar[s]) * e for x, s, e in zip(x0, t, noise, strict=True)]
+    )
+
+
 def adam_simulation(
     model: nn.Module,
     loss: Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor],
