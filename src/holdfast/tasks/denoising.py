@@ -36,6 +36,9 @@ BLOCK = 500
 SCHEDULES: Final = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 """Noise schedules by the name that diffusers gives them, each with its default range."""
 
+SCHEDULERS: Final = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
+"""Schedulers of diffusers with the forward process above; others add noise in other ways, or at other steps."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -44,6 +47,9 @@ class Schedule:
     Attributes:
         config: what `DDPMScheduler.from_config` takes; by default 1,000 steps, with beta from 1e-4 to 0.02 in equal
             steps (Ho et al. 2020, section 4).
+
+    Raises:
+        HoldfastError: if it is the configuration of something else.
 
     Example:
         >>> schedule = Schedule()
@@ -54,9 +60,13 @@ class Schedule:
     config: Mapping[str, Any]
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        if not isinstance(config, Mapping | None):
+            raise HoldfastError(f"{config!r} is no configuration of a scheduler.")
+        name = (config or {}).get("_class_name", SCHEDULERS[0])
+        if name not in SCHEDULERS:
+            raise unknown("scheduler", str(name), SCHEDULERS)
         made = _scheduler(config or {})
         kept = {k: v for k, v in made.config.items() if not k.startswith("_")}
-        name = (config or {}).get("_class_name", "DDPMScheduler")
         object.__setattr__(self, "config", json.loads(json.dumps({"_class_name": name, **kept})))
 
     @classmethod
@@ -127,7 +137,7 @@ def _scheduler(config: Mapping[str, Any]) -> Any:
         ) from error
     try:
         return DDPMScheduler.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # the configuration may be anybody's, and so is what it raises
         raise HoldfastError(f"The noise schedule {dict(config)} is of no use to diffusers: {error}.") from error
 
 
