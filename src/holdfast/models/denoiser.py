@@ -123,6 +123,10 @@ class Denoiser(SplitModel):
             )
         )  # fmt: skip
 
+    def reading(self) -> list[Any]:
+        """See `SplitModel.reading`: also by which schedule, and what the network's answers stand for."""
+        return [*super().reading(), self.schedule.config]
+
     def add_extractor(self) -> None:
         """Refused: between a U-Net's body and its last convolution there is an image, and no vector of features.
 

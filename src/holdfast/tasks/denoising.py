@@ -339,7 +339,7 @@ class DenoisingTask(ArrayTask):
         raise self._bad("a denoiser is not judged by a probe on features; fine-tune it")
 
     def facts(self) -> TaskFacts:
-        """See `Task.facts`; the noise schedule is a part of the data."""
+        """See `Task.facts`; the noise schedule is a part of the data, classes are not."""
         plain = super().facts()
         digest = hashlib.sha256(plain.sha256.encode() + self.schedule.alpha_bar.numpy().tobytes()).hexdigest()
-        return plain.model_copy(update={"sha256": digest})
+        return plain.model_copy(update={"sha256": digest, "classes": 1})
