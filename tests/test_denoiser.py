@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run
 from holdfast.finetune import PretrainSpec, Strategy, finetune, prepare, pretrain
-from holdfast.models import Denoiser, ModelSpec, load_model, load_released
+from holdfast.models import Denoiser, ModelSpec, architecture_differences, load_model, load_released
 from holdfast.tasks import Schedule, load_task
 
 diffusers = pytest.importorskip("diffusers")
@@ -252,6 +252,17 @@ class TestPredictions:
         assert task.score(other) == pytest.approx(task.score(denoiser), rel=near)
         fresh = other.fresh()
         assert fresh.dtype == dtype
+
+
+class TestReading:
+    def test_what_the_tensors_do_not_say_is_part_of_what_a_denoiser_is(self, task):
+        one, other = (Denoiser(network(), scheduler={"prediction_type": k}) for k in ("epsilon", "v_prediction"))
+        assert one.facts().sha256 == other.facts().sha256
+        assert one.reading() != other.reading()
+        assert architecture_differences(one, other) == [
+            "Its scheduler's prediction_type is epsilon instead of v_prediction."
+        ]
+        assert architecture_differences(one, one.clone()) == []
 
 
 class TestParts:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+from typing import ClassVar
 
 import pytest
 import torch
@@ -561,6 +562,56 @@ class TestValidation:
         assert not train & test
         assert train | test <= everything
         assert len(test) == pytest.approx(guarded.VALIDATION_SHARE * len(everything), rel=0.1)
+
+
+class TestAscentOfADenoiser:
+    """The unstable baseline may end in numbers that are none; that is a result."""
+
+    SETTINGS: ClassVar = {"loss": "mse-ascent", "iterations": 20, "steps": 1, "suppression_lr": 10.0, "clip": 1e9,
+                          "batch_sizes": (10,), "reinforcement_batch": 10, "guard_every": 5}  # fmt: skip
+
+    def test_without_the_guard_it_stops_there_and_says_so(self, denoiser, digit_images, run):
+        settings = Sophon(guard=False, **self.SETTINGS)
+        made, record = settings.immunize(denoiser, *digit_images, run=run)
+        assert not record.completed
+        assert "not finite; the guard is off" in record.events[-1].message
+        assert record.history["iteration"][-1] < 20
+        assert None in (record.history["reinforcement_loss"][-1], record.history["suppression_loss"][-1])
+        assert math.isnan(digit_images[0].score(made))
+        json.dumps(settings.result(record).model_dump(mode="json"), allow_nan=False)
+
+    def test_with_the_guard_the_error_has_a_ceiling(self, denoiser, digit_images, run):
+        settings = Sophon(max_rollbacks=2, **{**self.SETTINGS, "guard_every": 1})
+        made, record = settings.immunize(denoiser, *digit_images, run=run)
+        assert not record.completed
+        assert record.rollbacks == 2
+        assert "is over the ceiling" in record.events[0].message or "not finite" in record.events[0].message
+        assert digit_images[0].score(made) < 1.2 * digit_images[0].score(denoiser)
+
+
+class TestKinds:
+    def test_auto_is_the_loss_of_the_kind(self, benign, digit_images):
+        assert Sophon().resolved(benign).loss == "ice"
+        assert Sophon().resolved(digit_images[0]).loss == "dos"
+        assert Sophon(loss="klu").resolved(benign).loss == "klu"
+        assert Sophon(loss="none", probe_weight=1.0).resolved(benign).loss == "none"
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            ({"loss": "ice"}, "set loss to dos or mse-ascent"),
+            ({"probe_weight": 0.5}, "a denoiser has none; set it to 0"),
+        ],
+    )
+    def test_what_a_denoiser_cannot_take_is_refused(self, denoiser, digit_images, run, settings, words):
+        with pytest.raises(HoldfastError, match=words):
+            Sophon(**settings).immunize(denoiser, *digit_images, run=run)
+
+    def test_kinds_are_not_mixed(self, model, denoiser, benign, restricted, digit_images, run):
+        with pytest.raises(HoldfastError, match="the same for both"):
+            Sophon().immunize(denoiser, digit_images[0], restricted, run=run)
+        with pytest.raises(HoldfastError, match="set loss to ice or klu or ce-ascent"):
+            Sophon(loss="dos").immunize(model, benign, restricted, run=run)
 
 
 class TestNothingAchieved:
