@@ -62,6 +62,31 @@ DEFENSES: dict[str, Defense] = {
 }
 """Brief settings of every defense."""
 
+DENOISING: dict[str, Defense] = {
+    "sophon-dos": Sophon(max_benign_drop=1.0, **_BRIEF),
+    "sophon-mse-ascent": Sophon(loss="mse-ascent", max_benign_drop=1.0, **_BRIEF),
+    "sophon-exact": Sophon(second_order=True, optimizers=("sgd", "momentum"), max_benign_drop=1.0, **_BRIEF),
+    "sophon-bf16": Sophon(precision="bf16", max_benign_drop=1.0, **_BRIEF),
+    "sophon-lasting": Sophon(
+        population=2,
+        tasks=2,
+        lifetime=4,
+        disjoint=True,
+        distillation=1.0,
+        validate_every=2,
+        validation_steps=2,
+        max_benign_drop=1.0,
+        **_BRIEF,
+    ),
+    "sophon-wide": Sophon(
+        initialisations=("head", "last-block", "last-half"),
+        scopes=("all", "last-block", "norm"),
+        max_benign_drop=1.0,
+        **_BRIEF,
+    ),
+}
+"""Brief settings of every defense for denoisers."""
+
 DETERMINISTIC = {"r-ill", "imma", "opt-kappa", "frontier", "frontier-ridge", "signal-frontier"}
 """Those of them in which nothing is random."""
 

@@ -11,7 +11,7 @@ import torch
 
 from holdfast.execution import Run
 from holdfast.finetune import pretrain
-from holdfast.models import SplitModel, load_model
+from holdfast.models import ModelSpec, SplitModel, load_model
 from holdfast.pipeline import run_recipe
 from holdfast.recipe import load as load_recipe
 from holdfast.results import RunResult, read_result
@@ -56,6 +56,21 @@ def benign() -> ArrayTask:
 @pytest.fixture(scope="session")
 def restricted() -> ArrayTask:
     return load_task("digits[5-9]")
+
+
+@pytest.fixture(scope="session")
+def digit_images() -> tuple[ArrayTask, ArrayTask]:
+    """The same two domains for a denoiser: benign and restricted."""
+    return load_task("digits[0-4]@kind=denoising"), load_task("digits[5-9]@kind=denoising")
+
+
+@pytest.fixture(scope="session")
+def denoiser(digit_images: tuple[ArrayTask, ArrayTask]) -> SplitModel:
+    """A small one that knows its benign task a little; nobody may change it."""
+    run = Run(seed=0, device=torch.device("cpu"))
+    with run.seeded("initialise"):
+        fresh = load_model(ModelSpec(name="unet", options={"widths": [8, 16]}), digit_images[0])
+    return pretrain(fresh, digit_images[0], steps=40, run=run)
 
 
 @pytest.fixture

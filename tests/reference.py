@@ -48,6 +48,39 @@ def klu_gradient(logits: Tensor) -> Tensor:
     return (torch.softmax(logits, -1) - 1 / logits.shape[1]) / len(logits)
 
 
+def squared_error(outputs: Tensor, noise: Tensor) -> Tensor:
+    """L_MSE of SOPHON, section 4.3.2, as a mean over pixels."""
+    total = torch.zeros((), dtype=outputs.dtype)
+    for guess, epsilon in zip(outputs.flatten(), noise.flatten(), strict=True):
+        total = total + (epsilon - guess) ** 2
+    return total / outputs.numel()
+
+
+def squared_error_gradient(outputs: Tensor, noise: Tensor) -> Tensor:
+    """SOPHON, Eq. 15, of the mean over pixels."""
+    return 2 * (outputs - noise) / outputs.numel()
+
+
+def dos(outputs: Tensor) -> Tensor:
+    """SOPHON, Eq. 16, sample by sample, as a mean over pixels."""
+    total = torch.zeros((), dtype=outputs.dtype)
+    for guess in outputs:
+        total = total + sum(value**2 for value in guess.flatten())
+    return total / outputs.numel()
+
+
+def dos_gradient(outputs: Tensor) -> Tensor:
+    """What SOPHON says below Eq. 16, of the mean over pixels."""
+    return 2 * outputs / outputs.numel()
+
+
+def noised(x0: Tensor, t: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Ho et al. 2020, Eq. 4, image by image."""
+    return torch.stack(
+        [math.sqrt(alpha_bar[s]) * x + math.sqrt(1 - alpha_bar[s]) * e for x, s, e in zip(x0, t, noise, strict=True)]
+    )
+
+
 def adam_simulation(
     model: nn.Module,
     loss: Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor],

@@ -173,6 +173,7 @@ class TestBatteries:
         [
             ("quick-v1", "d078379561a91e2eb9728aa528a17de0d20c37ce19110780841de905b6699814"),
             ("probes-v1", "640054c82829dcd9844023cc49b970bf1acdb28d43de0b2b977b6d72abf87599"),
+            ("generation-v1", "7500a918c077bf2c54544332a6e0cfa44024554fa31c4156c3b186c35b917854"),
             ("standard-v1", "f72a3f52a5a82834788f8dd1955b1984b1af78a4decfd3785566de87db024f79"),
         ],
     )
@@ -194,12 +195,32 @@ class TestBatteries:
         assert max(rates) >= 1e-2
         assert Strategy("direct", "all", "momentum", 1e-4, 50, 1e-4) in strategies  # the paper's default attack
 
+    def test_generation_covers_what_it_says_and_all_of_it_can_be_run_on_a_denoiser(self, denoiser, digit_images):
+        members = [a for a in battery("generation-v1") if isinstance(a, FineTuning)]
+        strategies = [a.strategy for a in members]
+        assert len(members) == len(battery("generation-v1")) == 15
+        assert {s.initialisation for s in strategies} == set(get_args(Initialisation))
+        assert {"all", "norm", "lora", "lora-attention"} <= {s.scope for s in strategies}
+        assert Strategy("direct", "all", "momentum", 1e-4, 50, 1e-4) in strategies  # the paper's default attack
+        assert any(a.undo for a in members)
+        assert all(a.not_applicable(denoiser, digit_images[1]) is None for a in members)
+
+    @pytest.mark.parametrize("name", ["standard-v1", "probes-v1", "quick-v1"])
+    def test_of_others_a_denoiser_takes_what_it_has_a_place_for(self, name, denoiser, digit_images, run):
+        task = digit_images[1].few_shot(10, 0).limit_test(10, 0)
+        for attack in battery(name):
+            if attack.not_applicable(denoiser, task) is None:
+                assert not isinstance(attack, Probe)
+                assert attack.attack(denoiser, task, budgets=[0, 1], run=run).scores[0] is not None
+            else:
+                assert isinstance(attack, Probe) or attack.undo
+
     def test_standard_covers_what_it_says(self):
         tuned = [a for a in battery("standard-v1") if isinstance(a, FineTuning)]
         assert 24 <= len(battery("standard-v1")) <= 40
         strategies = [a.strategy for a in tuned]
         assert {s.initialisation for s in strategies} == set(get_args(Initialisation))
-        assert {s.scope for s in strategies} == set(get_args(Scope))
+        assert {s.scope for s in strategies} == set(get_args(Scope)) - {"lora-attention"}  # newer, and of denoisers
         assert {s.optimizer for s in strategies} == set(OPTIMIZERS) - {"sgd"}
         rates = [s.learning_rate for s in strategies]
         assert max(rates) >= 1e4 * min(rates)

@@ -343,6 +343,14 @@ class TestCurves:
 
     def test_nothing_to_compare(self):
         assert flags_of_curves([], {}) == []
+        worse = [curve("a", role, -4.0) for role in ("immunized", "original", "scratch")]
+        assert (
+            flags_of_curves(
+                [*worse, curve("b", "immunized", -0.1), curve("b", "original", -4.0)],
+                {"a": settings(), "b": settings(undo=["rescale"])},
+            )
+            == []
+        )  # all of it is useless
         assert flags_of_curves([curve("p", "immunized", 0.9)], {"p": {"kind": "probe"}}) == []
         stopped = [curve("a", r) for r in ("immunized", "original", "scratch")]  # given up before the first budget
         assert flags_of_curves(stopped, {"a": settings()}) == []

@@ -150,6 +150,43 @@ class TestImmunizeAndAudit:
         assert done.returncode in (0, 3, 4), done.stderr
         assert "5 steps" in done.stdout
 
+    def test_a_diffusers_folder_is_immunized_and_the_folder_that_comes_out_audited(self, denoiser, tmp_path, capsys):
+        folder = denoiser.export(tmp_path / "original")
+        tasks = (
+            "--benign", "digits[0-4]@kind=denoising,test_limit=30", "--device", "cpu",
+            "--restricted", "digits[5-9]@kind=denoising,test_limit=30",
+        )  # fmt: skip
+        brief = ("--set", "iterations=1", "--set", "steps=1", "--set", "batch_sizes=[10]")
+        done = holdfast("immunize", folder, *tasks, "--out", tmp_path / "made", *brief)
+        assert done.returncode == 0, done.stderr
+        assert "Written for diffusers" in done.stdout + done.stderr
+        made = json.loads((tmp_path / "made" / "result.json").read_text())
+        assert made["immunization"]["config"]["loss"] == "dos"
+        done = holdfast(
+            "audit", tmp_path / "made" / "pipeline", "--original", tmp_path / "made" / "model.safetensors", *tasks,
+            "--budgets", "0,1", "--seeds", "1", "--shots", "20", "--out", tmp_path / "audit",
+        )  # fmt: skip
+        assert done.returncode == 4, done.stderr  # one seed: invalid
+        assert "skill in %" in done.stdout
+        result = json.loads((tmp_path / "audit" / "result.json").read_text())
+        assert (
+            result["provenance"]["models"]["original"]["sha256"] == made["provenance"]["models"]["immunized"]["sha256"]
+        )
+        assert result["audit"]["unit"] == "skill"
+        trial = ("--adversary", "direct+all adam 0.001 b50", "--role", "immunized", "--seed", "0")
+        assert "The same scores" in inside(capsys, "replay", tmp_path / "audit", *trial).stdout
+        assert "best linear denoiser" in inside(capsys, "card", tmp_path / "audit").stdout
+
+    def test_denoisers_and_classifiers_are_not_mixed_up(self, denoiser, tmp_path, capsys):
+        folder = denoiser.export(tmp_path / "original")
+        done = inside(capsys, "immunize", folder, *self.COMMON, "--out", tmp_path / "made")
+        refused(done, "is a denoiser, and the kind of task 'digits[0-4]' is classification", "kind=denoising")
+        done = inside(
+            capsys, "feasibility", "--benign", "digits[0-4]@kind=denoising", "--restricted",
+            "digits[5-9]@kind=denoising", "--out", tmp_path / "f",
+        )  # fmt: skip
+        refused(done, "is denoising", "SOPHON is the defense for denoisers")
+
     def test_exit_3_where_the_model_does_not_resist(self, files, tmp_path, capsys):
         """The original, audited as if it were immunized, on samples so few that it has an advantage."""
         done = inside(

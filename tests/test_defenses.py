@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import reference
-from cases import DEFENSES, DETERMINISTIC
+from cases import DEFENSES, DENOISING, DETERMINISTIC
 from conftest import toy_task
 from holdfast.defenses import DEFENSES as REGISTRY
 from holdfast.defenses import Sophon
@@ -103,6 +103,29 @@ class TestSophonResumes:
             DEFENSES[name].immunize(model, benign, restricted, run=Run(1, CPU, tmp_path))
 
 
+@pytest.mark.parametrize("name", DENOISING)
+class TestOfDenoisers:
+    def test_stops_and_continues_to_the_same_model(self, name, denoiser, digit_images, tmp_path):
+        digest = denoiser.facts().sha256
+        whole, record = DENOISING[name].immunize(denoiser, *digit_images, run=Run(0, CPU))
+        assert denoiser.facts().sha256 == digest != whole.facts().sha256
+        assert all(p.isfinite().all() for p in whole.parameters())
+        assert not whole.training
+        with pytest.raises(Killed):
+            DENOISING[name].immunize(denoiser, *digit_images, run=Interrupted(0, CPU, tmp_path))
+        resumed, again = DENOISING[name].immunize(denoiser, *digit_images, run=Run(0, CPU, tmp_path))
+        assert resumed.facts().sha256 == whole.facts().sha256
+        assert again.history == record.history
+        other, _ = DENOISING[name].immunize(denoiser, *digit_images, run=Run(1, CPU))
+        assert other.facts().sha256 != whole.facts().sha256
+
+
+@pytest.mark.parametrize("name", [n for n, d in REGISTRY.items() if d is not Sophon])
+def test_what_is_for_classification_refuses_a_denoiser(name, denoiser, digit_images, run):
+    with pytest.raises(HoldfastError, match=r"is denoising: .* SOPHON is the defense|is for classification"):
+        REGISTRY[name]().immunize(denoiser, *digit_images, run=run)
+
+
 def double(task):
     task._x = {s: v.double() for s, v in task._x.items()}
     return task
@@ -131,6 +154,23 @@ class TestMetaGradient:
         )  # fmt: skip
         for (name, _), mine in zip(model.named_parameters(), simulation.gradient, strict=True):
             assert torch.allclose(mine, expected[name], rtol=1e-8, atol=1e-12), name
+
+    def test_a_denoisers_equals_the_sum_as_well(self, denoiser, digit_images):
+        """With the suppression loss of Eq. 16, through GroupNorm and attention."""
+        task, model = digit_images[1], denoiser.clone().double()
+        gamma, strategy = (0.5, 1.0, 2.0), Strategy("direct", "all", "adam", 1e-3, 10)
+        simulation = Simulation(model, LOSSES["dos"])
+        simulation.run(task, strategy, 3, gamma, generator=torch.Generator().manual_seed(5))
+
+        generator = torch.Generator().manual_seed(5)
+        stream_r, stream_t = (task.batches("train", 10, generator=generator, device=CPU) for _ in range(2))
+        pairs = [(next(stream_r), next(stream_t)) for _ in range(3)]
+        expected = reference.adam_simulation(
+            model, lambda m, b: reference.squared_error(m(b[0]), b[1]), lambda outputs, _: reference.dos(outputs),
+            [tuple(r) for r, _ in pairs], [tuple(t) for _, t in pairs], list(gamma), 1e-3,
+        )  # fmt: skip
+        for (name, _), mine in zip(model.named_parameters(), simulation.gradient, strict=True):
+            assert torch.allclose(mine, expected[name], rtol=1e-6, atol=1e-9), name
 
     def test_simulations_add_up(self, setting):
         task, model = setting

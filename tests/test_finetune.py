@@ -22,7 +22,7 @@ def steps(model, task, strategy, n, seed=0):
     [
         ({"optimizer": "adamm"}, "did you mean 'adam"),
         ({"initialisation": "heads"}, "did you mean 'head'"),
-        ({"scope": "everything"}, "Known: all, head, last-block, lora, norm"),
+        ({"scope": "everything"}, "Known: all, head, last-block, lora, lora-attention, norm"),
         ({"learning_rate": 0.0}, "above 0"),
         ({"learning_rate": float("nan")}, "above 0"),
         ({"batch_size": 0}, "at least 1"),

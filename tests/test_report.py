@@ -691,3 +691,37 @@ def test_pictures_stand_row_by_row_with_their_labels_as_text() -> None:
     assert "image-rendering: pixelated" in shown.styles
     kept = make_result(figures={"faces": figure}, kind="protocol").model_dump_json()
     assert RunResult.model_validate_json(kept).figures == {"faces": figure}
+
+
+class TestOfDenoisers:
+    def page(self, **change: Any) -> str:
+        audit = make_audit().model_copy(update={"unit": "skill", "chance": 0.0, "shots": 5, **change})
+        return render(make_result(audit=audit), FOLDER)
+
+    def test_it_speaks_of_images_and_of_a_linear_denoiser(self):
+        text = _text_of(self.page())
+        assert "337 images" in text
+        assert "Skill is 1 minus the mean squared error" in text
+        assert "points above a linear denoiser" in text
+        assert "That alone makes scores uncertain." in text
+        for word in ("labelled", "guessing", "chance", "a class", "test labels", "ccuracy", "near 50%", "probes"):
+            assert word not in text.replace("first look at", ""), word
+
+    def test_figures_end_at_0_and_say_so_where_a_score_is_below(self):
+        audit = make_audit()
+        low = [c.model_copy(update={"scores": [-4.0, *c.scores[1:]]}) for c in audit.curves]
+        assert "Scores below 0% are cut off" in _text_of(self.page(curves=low))
+        assert "cut off" not in _text_of(self.page())
+        assert "cut off" not in _text_of(render(make_result(audit=audit), FOLDER))
+
+    def test_a_defenses_record_is_of_errors(self):
+        made = make_immunization()
+        made = made.model_copy(update={"config": {**made.config, "loss": "dos"}})
+        text = _text_of(render(make_result(immunization=made), FOLDER))
+        assert "Held-out benign error, last look 0.9700" in text
+        assert "benign score" not in text
+
+
+def _text_of(page: str) -> str:
+    bare = re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]+>", " ", bare).split())

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+from typing import ClassVar
 
 import pytest
 import torch
@@ -71,8 +72,8 @@ class TestPhi:
     @pytest.mark.parametrize(
         ("settings", "match"),
         [
-            ({"scopes": ("lora",)}, "adapters are not in the model"),
-            ({"strategies": (Strategy(scope="lora"),)}, "adapters are not in the model"),
+            ({"scopes": ("lora",)}, "they are not in the model"),
+            ({"strategies": (Strategy(scope="lora"),)}, "they are not in the model"),
             ({"strategies": ()}, "strategies is empty"),
             ({"scopes": ()}, "scopes is empty"),
             ({"tasks": 3, "population": 2, "lifetime": 2}, "population is 2 and tasks 3"),
@@ -188,7 +189,7 @@ class TestSimulation:
         def accuracy(bf16):
             simulation = Simulation(model, inverse_cross_entropy, bf16=bf16)
             strategy = Strategy("head", "all", "adam", 1e-2, 60)
-            return simulation.run(restricted, strategy, 30, None, generator=stream()).accuracy
+            return simulation.run(restricted, strategy, 30, None, generator=stream()).score
 
         whole = accuracy(False)
         assert whole > 0.9
@@ -509,7 +510,7 @@ class TestValidation:
 
     def test_it_is_the_best_attack_over_two_budgets_whatever_diverges(self, model, restricted, run, monkeypatch):
         scores = iter([0.3, 0.9, math.nan, 0.2, 0.5, math.nan])
-        monkeypatch.setattr(type(restricted), "score", lambda *_: next(scores))
+        monkeypatch.setattr(type(restricted), "audit_score", lambda *_: next(scores))
         assert validation_score(model, restricted, 4, run=run) == pytest.approx((0.5 + 0.9) / 2)
 
     def test_a_state_under_the_floor_is_not_examined(self, model, benign, restricted, run, monkeypatch):
@@ -563,16 +564,66 @@ class TestValidation:
         assert len(test) == pytest.approx(guarded.VALIDATION_SHARE * len(everything), rel=0.1)
 
 
+class TestAscentOfADenoiser:
+    """The unstable baseline may end in numbers that are none; that is a result."""
+
+    SETTINGS: ClassVar = {"loss": "mse-ascent", "iterations": 20, "steps": 1, "suppression_lr": 10.0, "clip": 1e9,
+                          "batch_sizes": (10,), "reinforcement_batch": 10, "guard_every": 5}  # fmt: skip
+
+    def test_without_the_guard_it_stops_there_and_says_so(self, denoiser, digit_images, run):
+        settings = Sophon(guard=False, **self.SETTINGS)
+        made, record = settings.immunize(denoiser, *digit_images, run=run)
+        assert not record.completed
+        assert "not finite; the guard is off" in record.events[-1].message
+        assert record.history["iteration"][-1] < 20
+        assert None in (record.history["reinforcement_loss"][-1], record.history["suppression_loss"][-1])
+        assert math.isnan(digit_images[0].score(made))
+        json.dumps(settings.result(record).model_dump(mode="json"), allow_nan=False)
+
+    def test_with_the_guard_the_error_has_a_ceiling(self, denoiser, digit_images, run):
+        settings = Sophon(max_rollbacks=2, **{**self.SETTINGS, "guard_every": 1})
+        made, record = settings.immunize(denoiser, *digit_images, run=run)
+        assert not record.completed
+        assert record.rollbacks == 2
+        assert "is over the ceiling" in record.events[0].message or "not finite" in record.events[0].message
+        assert digit_images[0].score(made) < 1.2 * digit_images[0].score(denoiser)
+
+
+class TestKinds:
+    def test_auto_is_the_loss_of_the_kind(self, benign, digit_images):
+        assert Sophon().resolved(benign).loss == "ice"
+        assert Sophon().resolved(digit_images[0]).loss == "dos"
+        assert Sophon(loss="klu").resolved(benign).loss == "klu"
+        assert Sophon(loss="none", probe_weight=1.0).resolved(benign).loss == "none"
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            ({"loss": "ice"}, "set loss to dos or mse-ascent"),
+            ({"probe_weight": 0.5}, "a denoiser has none; set it to 0"),
+        ],
+    )
+    def test_what_a_denoiser_cannot_take_is_refused(self, denoiser, digit_images, run, settings, words):
+        with pytest.raises(HoldfastError, match=words):
+            Sophon(**settings).immunize(denoiser, *digit_images, run=run)
+
+    def test_kinds_are_not_mixed(self, model, denoiser, benign, restricted, digit_images, run):
+        with pytest.raises(HoldfastError, match="the same for both"):
+            Sophon().immunize(denoiser, digit_images[0], restricted, run=run)
+        with pytest.raises(HoldfastError, match="set loss to ice or klu or ce-ascent"):
+            Sophon(loss="dos").immunize(model, benign, restricted, run=run)
+
+
 class TestNothingAchieved:
     def test_a_model_that_is_as_it_was_is_not_called_complete(self, model, benign, restricted, run, monkeypatch):
-        monkeypatch.setattr(guarded.Immunization, "floor", 2.0)
+        monkeypatch.setattr(guarded.Immunization, "limit", 2.0)
         made, record = Sophon(iterations=3, steps=1, guard_every=1).immunize(model, benign, restricted, run=run)
         assert made.facts().sha256 == model.facts().sha256
         assert not record.completed
         assert "the model is as it was" in record.events[-1].message
 
     def test_nor_is_a_state_that_nobody_examined(self, model, benign, restricted, run, monkeypatch):
-        monkeypatch.setattr(guarded.Immunization, "floor", 2.0)
+        monkeypatch.setattr(guarded.Immunization, "limit", 2.0)
         settings = Sophon(iterations=2, steps=1, guard=False, validate_every=1)
         _, record = settings.immunize(model, benign, restricted, run=run)
         assert not record.completed

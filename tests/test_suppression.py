@@ -7,7 +7,16 @@ from hypothesis import given
 
 import reference
 from holdfast.errors import HoldfastError
-from holdfast.suppression import LOSSES, cross_entropy_ascent, inverse_cross_entropy, kl_from_uniform, ridge_probe
+from holdfast.suppression import (
+    LOSSES,
+    OF_DENOISING,
+    cross_entropy_ascent,
+    denial_of_service,
+    inverse_cross_entropy,
+    kl_from_uniform,
+    ridge_probe,
+    squared_error_ascent,
+)
 
 BOUNDED = ("ice", "klu")
 
@@ -42,7 +51,41 @@ def test_gradcheck(name):
     torch.manual_seed(0)
     logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 4, 2, 2])
-    assert torch.autograd.gradcheck(lambda z: LOSSES[name](z, labels), logits)
+    targets = torch.randn(4, 5, dtype=torch.float64) if name in OF_DENOISING else labels
+    assert torch.autograd.gradcheck(lambda z: LOSSES[name](z, targets), logits)
+
+
+@st.composite
+def guesses(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = tuple(draw(st.integers(1, 3)) for _ in range(4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    scale = draw(st.sampled_from([1e-3, 1.0, 1e3]))
+    outputs, noise = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2))
+    return scale * outputs, noise
+
+
+@given(guesses())
+def test_losses_of_denoisers_equal_equations_15_and_16(case):
+    outputs, noise = case
+    outputs.requires_grad_()
+    dos, ascent = denial_of_service(outputs, noise), squared_error_ascent(outputs, noise)
+    assert torch.allclose(dos, reference.dos(outputs))
+    assert torch.allclose(-ascent, reference.squared_error(outputs, noise))
+    assert torch.allclose(torch.autograd.grad(dos, outputs)[0], reference.dos_gradient(outputs))
+    assert torch.allclose(-torch.autograd.grad(ascent, outputs)[0], reference.squared_error_gradient(outputs, noise))
+
+
+def test_denial_of_service_pulls_less_the_nearer_it_is_and_ascent_more_the_farther():
+    """Why section 4.3.2 has a loss of its own."""
+
+    def size(name, distance):
+        outputs = torch.full((1, 1, 2, 2), distance, requires_grad=True)
+        noise = torch.zeros(1, 1, 2, 2)
+        return torch.autograd.grad(LOSSES[name](outputs, noise), outputs)[0].abs().max().item()
+
+    assert [size("dos", d) for d in (1.0, 0.1, 0.0)] == pytest.approx([0.5, 0.05, 0.0])
+    assert size("mse-ascent", 10.0) > size("mse-ascent", 1.0)
+    assert LOSSES["dos"](torch.zeros(2, 1, 3, 3), None) == 0
 
 
 @pytest.mark.parametrize("name", BOUNDED)

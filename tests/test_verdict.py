@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from holdfast.comparison import Comparison
 from holdfast.results import BudgetRow, Cell, Curve, Flag, Interval, Side, Thresholds
-from holdfast.verdict import judge, reasons_invalid, reasons_unproven
+from holdfast.verdict import judge, reasons_invalid, reasons_unproven, words
 
 BUDGETS = (0, 10, 20)
 CHANCE = 0.1
@@ -60,6 +60,15 @@ def of_rows(*rows, share=0.2, flags=(), **limits):
         [row(0, 0.3, 0.2, 0.4), *rows], curves, benign=GOOD, chance=CHANCE, limits=Thresholds(**limits),
         threat_model="a threat", flags=flags, retained=(share, None),
     )  # fmt: skip
+
+
+def test_a_denoiser_is_compared_with_a_line_and_not_with_guessing():
+    rows = Comparison.of(twice(*(curve(r, (-4.0, -0.5, -0.1)) for r in ("immunized", "original", "scratch")))).rows()
+    side = Side(original=0.1, immunized=0.1, chance=0.0)
+    reasons = reasons_invalid(rows, side, 0.0, Thresholds(), words("skill"))
+    assert "reached -10.0% where a linear denoiser gives 0.0%" in reasons[1]
+    assert "scores 10.0% where a linear denoiser gives 0.0% (20.0% needed)" in reasons[0]
+    assert "where guessing gives" in reasons_invalid(rows, side, 0.0, Thresholds())[0]
 
 
 class TestLabel:

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from holdfast.errors import HoldfastError
     from holdfast.finetune import Strategy, pretrain
     from holdfast.frontier import Frontier
-    from holdfast.models import ModelSpec, SplitModel, load_model
+    from holdfast.models import Denoiser, ModelSpec, SplitModel, load_model
     from holdfast.pipeline import audit, feasibility, halves, immunize
     from holdfast.report import write_report
     from holdfast.results import AuditResult, Feasibility, RunResult, read_result
     from holdfast.spectrum import LeastSquares, condition_number
-    from holdfast.tasks import ArrayTask, RegressionTask, Task, TaskSpec, load_task
+    from holdfast.tasks import ArrayTask, DenoisingTask, RegressionTask, Schedule, Task, TaskSpec, load_task
 
 __all__ = [
     "BATTERIES",
@@ -43,6 +43,8 @@ __all__ = [
     "AuditResult",
     "ConditionNumber",
     "Defense",
+    "Denoiser",
+    "DenoisingTask",
     "Feasibility",
     "FineTuning",
     "Frontier",
@@ -55,6 +57,7 @@ __all__ = [
     "RIllOnly",
     "RegressionTask",
     "RunResult",
+    "Schedule",
     "SignalFrontier",
     "Sophon",
     "SplitModel",
@@ -82,12 +85,12 @@ _HOME = {
     "errors": ("HoldfastError",),
     "finetune": ("Strategy", "pretrain"),
     "frontier": ("Frontier",),
-    "models": ("ModelSpec", "SplitModel", "load_model"),
+    "models": ("Denoiser", "ModelSpec", "SplitModel", "load_model"),
     "pipeline": ("audit", "feasibility", "halves", "immunize"),
     "report": ("write_report",),
     "results": ("AuditResult", "Feasibility", "RunResult", "read_result"),
     "spectrum": ("LeastSquares", "condition_number"),
-    "tasks": ("ArrayTask", "RegressionTask", "Task", "TaskSpec", "load_task"),
+    "tasks": ("ArrayTask", "DenoisingTask", "RegressionTask", "Schedule", "Task", "TaskSpec", "load_task"),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

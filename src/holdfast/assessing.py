@@ -105,12 +105,12 @@ def check(model: SplitModel | None, benign: Task, restricted: Task, *, ridge: fl
     if model is not None:
         check_fits(model, benign, own_task=True)
         check_fits(model, restricted, own_task=False)
-        check_feature_width(model, benign)
     elif benign.input_shape != restricted.input_shape:
         raise HoldfastError(
             f"Inputs of {benign.name!r} have shape {benign.input_shape}, those of {restricted.name!r} "
             f"{restricted.input_shape}; they must agree. For images, set image_size and channels."
         )
+    check_feature_width(model, benign)
 
 
 def _noise(model: SplitModel | None, task: Task) -> float:

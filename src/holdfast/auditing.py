@@ -31,7 +31,7 @@ from holdfast.results import (
 from holdfast.searching import search
 from holdfast.tasks import Task
 from holdfast.trials import SEARCH_SEED, Bench, Crew, On, Trial, few_of, repetitions
-from holdfast.verdict import ROUNDING, count, judge
+from holdfast.verdict import ROUNDING, count, judge, words
 
 SIDE_EFFECTS = "side-effects-v1"
 """The battery that harmless learners are: what people who mean no harm would do."""
@@ -167,8 +167,11 @@ def audit(
             benign=side,
             chance=restricted.audit_chance,
             limits=spec.thresholds,
+            unit=restricted.audit_unit,
             flags=flags,
-            threat_model=_threat_model(spec, len(applicable), len(searched) // len(ROLES), samples),
+            threat_model=_threat_model(
+                spec, len(applicable), len(searched) // len(ROLES), f"{samples} {words(restricted.audit_unit).samples}"
+            ),
             retained=comparison.share(),
             areas=(comparison.area("immunized"), comparison.area("original")),
         ),
@@ -214,9 +217,8 @@ def _journal(bench: Bench, plan: Search | Sequence[Adversary], spec: AuditSpec) 
 
 def _settings(model: SplitModel) -> str:
     """Hash of what the hash of its tensors does not see, and scores depend on."""
-    normalisation = [None if v is None else v.flatten().tolist() for v in (model.mean, model.std)]
     layers = re.sub(r"0x[0-9a-fA-F]+", "", repr(model.network))  # an address is another one each time
-    return fingerprint([model.head_name, layers, normalisation])
+    return fingerprint([model.head_name, layers, model.reading()])
 
 
 def _side(immunized: SplitModel, original: SplitModel, benign: Task, run: Run) -> Side:
@@ -226,14 +228,14 @@ def _side(immunized: SplitModel, original: SplitModel, benign: Task, run: Run) -
     return Side(original=finite["original"], immunized=finite["immunized"], chance=benign.audit_chance)
 
 
-def _threat_model(spec: AuditSpec, strategies: int, searched: int, samples: int) -> str:
+def _threat_model(spec: AuditSpec, strategies: int, searched: int, samples: str) -> str:
     chosen = (
         f"one of the {strategies} strategies that a search ({spec.battery}, {count(searched, 'trial')} a model) found"
         if searched
         else f"one of the {strategies} strategies of {spec.battery}"
     )
     return (
-        f"An adversary with {samples} labelled samples, at most {count(spec.budgets[-1], 'fine-tuning step')} and "
+        f"An adversary with {samples}, at most {count(spec.budgets[-1], 'fine-tuning step')} and "
         f"{chosen}, who sees test scores and keeps the best; "
         f"{count(spec.seeds, 'seed')}. Nothing is claimed about more data, longer training or other methods."
     )

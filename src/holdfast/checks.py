@@ -413,10 +413,13 @@ def flags_of_curves(curves: Sequence[Curve], adversaries: Mapping[str, Mapping[s
 
 
 def _best(curves: Sequence[Curve]) -> dict[tuple[str, str], float]:
-    """Mean over seeds of the best finite score at a budget above 0, by role and adversary."""
+    """Mean over seeds of the best finite score at a budget above 0, by role and adversary.
+
+    Below 0 one score is as useless as another, and far below it would drown the others.
+    """
     found: dict[tuple[str, str], list[float]] = {}
     for c in curves:
-        after = [s for b, s in zip(c.budgets, c.scores, strict=True) if b and s is not None]
+        after = [max(0.0, s) for b, s in zip(c.budgets, c.scores, strict=True) if b and s is not None]
         found.setdefault((c.role, c.adversary), []).append(max(after, default=0.0))
     return {key: sum(values) / len(values) for key, values in found.items()}
 

@@ -84,12 +84,12 @@ def immunize_command(
     Uses the defender's half of the restricted training data; `holdfast audit` gives its adversaries the other half.
 
     Args:
-        model: A model.safetensors that Holdfast saved; timm:NAME or hf:NAME, with its own weights unless others are
-            given; file.py:function or module:function, which runs that code; or an architecture (such as
-            cnn or cifar_resnet) with --weights.
+        model: A model.safetensors that Holdfast saved; a folder of a diffusers pipeline (or diffusers:NAME), timm:NAME
+            or hf:NAME, with its own weights unless others are given; file.py:function or module:function, which runs
+            that code; or an architecture (such as cnn or cifar_resnet) with --weights.
         benign: What it must stay good at: digits[0-4], cifar10, x.npz, images/@image_size=32, t.csv@target=label, ...
         restricted: What it must not be fine-tuned to; named like `benign`.
-        out: Folder for model.safetensors, result.json, report.html and checkpoints/.
+        out: Folder for model.safetensors, result.json, report.html and checkpoints/; of a denoiser also pipeline/.
         weights: Weights (.safetensors), where MODEL is a name.
         head: Dotted name of the layer that makes the logits, where another than the one found is meant.
         defense: Name of the defense.
@@ -149,9 +149,9 @@ def audit_command(
     Exits with 0 if the model resists, 3 if it does not (partial, fails), 4 if the audit is invalid, 2 on bad input.
 
     Args:
-        model: The model in question: a model.safetensors that Holdfast saved; timm:NAME or hf:NAME, with its own
-            weights unless others are given; file.py:function or module:function, which runs that code; or an
-            architecture (such as cnn or cifar_resnet) with --weights.
+        model: The model in question: a model.safetensors that Holdfast saved; a folder of a diffusers pipeline (or
+            diffusers:NAME), timm:NAME or hf:NAME, with its own weights unless others are given; file.py:function or
+            module:function, which runs that code; or an architecture (such as cnn or cifar_resnet) with --weights.
         original: What it was before it was immunized, given like MODEL.
         benign: Its own task: digits[0-4], cifar10, x.npz, images/@image_size=32, t.csv@target=label, ...
         restricted: The task that it must not be fine-tuned to; named like `benign`.
@@ -161,7 +161,7 @@ def audit_command(
         original_weights: The same for ORIGINAL.
         head: Dotted name of the layer of MODEL that makes the logits, where another than the one found is meant.
         original_head: The same for ORIGINAL.
-        battery: Which adversaries: quick-v1, standard-v1, probes-v1, or the search adaptive-v1.
+        battery: Which adversaries: quick-v1, standard-v1, probes-v1, generation-v1, or the search adaptive-v1.
         budgets: Fine-tuning steps at which they are scored; the first is 0.
         seeds: Repetitions.
         shots: Adversary's training samples a class; null: its whole half.

@@ -196,6 +196,7 @@ class Job:
     ) -> tuple[SplitModel, ImmunizationResult]:
         """Runs a defense and keeps its model."""
         with self.timed("immunize"):
+            defense = defense.resolved(benign)
             immunized, record = defense.immunize(model, benign, restricted, run=self.run)
         digest = None
         if self.run.folder is not None:

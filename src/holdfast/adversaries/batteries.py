@@ -75,6 +75,25 @@ BATTERIES: Final[dict[str, tuple[Adversary, ...]]] = {
         FineTuning(Strategy("head", "all", "adam", 1e-3, 50)),
         FineTuning(Strategy("head", "head", "adam", 1e-2, 50)),
     ),
+    # For denoisers. The paper's default attack, and what people fine-tune diffusion models with: Adam at the usual
+    # rates, and LoRA on attention. Reasons for the others are in docs/adversaries.md.
+    "generation-v1": (
+        FineTuning(Strategy("direct", "all", "momentum", 1e-4, 50, 1e-4)),
+        FineTuning(Strategy("direct", "all", "momentum", 1e-2, 50)),
+        FineTuning(Strategy("direct", "all", "adam", 1e-4, 50)),
+        FineTuning(Strategy("direct", "all", "adam", 1e-3, 50)),
+        FineTuning(Strategy("direct", "all", "adam", 3e-3, 50)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50)),
+        FineTuning(Strategy("last-block", "all", "adam", 1e-3, 50)),
+        FineTuning(Strategy("last-half", "all", "adam", 1e-3, 50)),
+        FineTuning(Strategy("direct", "lora-attention", "adamw", 1e-3, 50)),
+        FineTuning(Strategy("direct", "lora-attention", "adamw", 1e-2, 50)),
+        FineTuning(Strategy("direct", "lora", "adamw", 1e-2, 50)),
+        FineTuning(Strategy("direct", "norm", "adam", 1e-2, 50)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("equalise",)),
+        FineTuning(Strategy("direct", "all", "adam", 1e-3, 50), undo=("shrink-perturb",)),
+        FineTuning(Strategy("direct", "all", "momentum", 3e-2, 50, gradient="normalised")),
+    ),
     # Frozen body: every solver on every preparation, so that the audit shows which of them a linear defense stops.
     "probes-v1": (
         *(Probe(solver, preparation) for solver in SOLVERS for preparation in PREPARATIONS),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from holdfast import finetune
 from holdfast.adversaries.base import Adversary
-from holdfast.adversaries.undo import NEED_REFERENCE, OF_FEATURES, UNDO, bake, nothing_to_undo
+from holdfast.adversaries.undo import IMPOSSIBLE, NEED_REFERENCE, OF_FEATURES, UNDO, bake, nothing_to_undo
 from holdfast.errors import HoldfastError, unknown
 from holdfast.finetune import Strategy
 from holdfast.models import SplitModel
@@ -81,7 +81,7 @@ class FineTuning(Adversary):
         if reason is not None or not self.undo:
             return reason
         reasons = {move: nothing_to_undo(move, model) for move in self.undo}
-        impossible = [r for move, r in reasons.items() if move in NEED_REFERENCE and r is not None]
+        impossible = [r for move, r in reasons.items() if move in IMPOSSIBLE and r is not None]
         if impossible:
             return impossible[0]
         # Of several moves, some may have nothing to do: the others are still worth trying.

@@ -337,6 +337,9 @@ NEED_REFERENCE: Final = frozenset({"rescale", "balance", "equalise", "revive", "
 OF_FEATURES: Final = frozenset({"whiten", "standardise"})
 """Moves that depend on what the last layer of the body says."""
 
+IMPOSSIBLE: Final = NEED_REFERENCE | OF_FEATURES | {"insert"}
+"""Moves that, where there is a reason against them, cannot be made; the others would have nothing to do."""
+
 
 def nothing_to_undo(move: str, model: SplitModel) -> str | None:
     """Says why a move cannot be made, or would do nothing, on a model; None if it can."""
@@ -344,7 +347,7 @@ def nothing_to_undo(move: str, model: SplitModel) -> str | None:
         return "it has no BatchNorm to recalibrate"
     if move == "activation" and not activations(model):
         return "it has no activation that is a module of its own"
-    if move in (*OF_FEATURES, "insert") and isinstance(model, Denoiser):
+    if move in {*OF_FEATURES, "insert"} and isinstance(model, Denoiser):
         return "it is a denoiser, whose head takes an image and no vector of features"
     reason = model.not_renewable() if move in NEED_REFERENCE else None
     return None if reason is None else f"{move} compares with a fresh model, and {reason}"

@@ -50,6 +50,10 @@ class Defense(ABC):
         """Returns every hyper-parameter, resolved."""
         return asdict(self)  # type: ignore[call-overload, no-any-return]
 
+    def resolved(self, benign: Task) -> Defense:
+        """Returns itself with what "auto" stands for, for the task of a model, so that results say what was done."""
+        return self
+
     def result(self, record: Record) -> ImmunizationResult:
         """Returns the record as it goes into `result.json`."""
         return ImmunizationResult(

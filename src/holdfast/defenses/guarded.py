@@ -143,7 +143,7 @@ class Immunization(ABC, Generic[Config]):
                 config.config(),
                 run.seed,
                 model.facts().sha256,
-                [None if v is None else v.flatten().tolist() for v in (model.mean, model.std)],
+                model.reading(),
                 [n for n, p in model.named_parameters() if p.requires_grad],
                 benign.facts().sha256,
                 restricted.facts().sha256,

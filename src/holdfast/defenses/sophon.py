@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -24,9 +24,8 @@ from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Run, derive_seed
 from holdfast.finetune import ADAPTED, Initialisation, Precision, Scope, Strategy, not_applicable
 from holdfast.models import SplitModel, check_fits
-from holdfast.suppression import LOSSES, OF_DENOISING, Objective, SuppressionLoss
+from holdfast.suppression import LOSSES, OF_DENOISING, Objective
 from holdfast.tasks import Batch, Task
-from holdfast.tasks.base import Kind
 
 
 @dataclass
@@ -234,10 +233,9 @@ class Sophon(GuardedDefense):
                 "sophon: probe_weight is of probes that classify features, and a denoiser has none; set it to 0."
             )
 
-    def suppression_loss(self, kind: Kind) -> SuppressionLoss | None:
-        """Returns the loss for tasks of a kind; None where there are probes alone."""
-        name = {"auto": "dos" if kind == "denoising" else "ice"}.get(self.loss, self.loss)
-        return LOSSES.get(name)
+    def resolved(self, benign: Task) -> Sophon:
+        """See `Defense.resolved`."""
+        return replace(self, loss="dos" if benign.kind == "denoising" else "ice") if self.loss == "auto" else self
 
     def immunize(self, model: SplitModel, benign: Task, restricted: Task, *, run: Run) -> tuple[SplitModel, Record]:
         """Runs Algorithm 1; see `Defense.immunize`.
@@ -263,7 +261,7 @@ class Sophon(GuardedDefense):
                     f"sophon: {reason}, so a start from '{strategy.initialisation}' that trains '{strategy.scope}' "
                     "cannot be simulated; leave it out of initialisations and scopes (or strategies)."
                 )
-        return _Immunization(self, model, benign, restricted, run).finish()
+        return _Immunization(self.resolved(benign), model, benign, restricted, run).finish()
 
 
 class _Immunization(Immunization[Sophon]):
@@ -278,9 +276,7 @@ class _Immunization(Immunization[Sophon]):
         super().__init__(config, model, benign, restricted, run, rate=config.suppression_lr)
         self.population = Population(
             self.model,
-            Objective(
-                config.suppression_loss(benign.kind), config.probe_weight, config.probe_ridge, config.probe_batch
-            ),
+            Objective(LOSSES.get(config.loss), config.probe_weight, config.probe_ridge, config.probe_batch),
             config.phi(),
             size=config.population or config.tasks,
             lifetime=config.lifetime,

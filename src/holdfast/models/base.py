@@ -408,6 +408,10 @@ class SplitModel(nn.Module):
         save_tensors(path, self.network.state_dict(), {"model": self.spec} if self.spec else {})
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
+    def reading(self) -> list[Any]:
+        """Returns what outputs depend on beside the network, as plain values: how inputs are normalised."""
+        return [None if v is None else v.flatten().tolist() for v in (self.mean, self.std)]
+
     def export(self, folder: Path) -> Path | None:
         """Writes the model as the library that it is of would, into a folder of its own; None: there is none such."""
         return None

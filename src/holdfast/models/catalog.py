@@ -162,7 +162,7 @@ def load_released(
         options = {"pretrained": True}
     elif weights is None and name.startswith("hf:"):
         options = {} if own_head else {"num_labels": task.num_outputs}
-    elif weights is None and not is_code(name) and not name.startswith("diffusers:"):
+    elif weights is None and ":" not in name:
         _build(ModelSpec(name=name), task.input_shape, task.num_outputs)
         raise HoldfastError(
             f"{name!r} is an architecture without weights; add its weights (.safetensors), or give a "

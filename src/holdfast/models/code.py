@@ -24,7 +24,7 @@ from holdfast.errors import HoldfastError, unknown
 from holdfast.models.base import SplitModel
 from holdfast.models.heads import first_line
 
-OTHERS = ("timm:", "hf:")
+OTHERS = ("timm:", "hf:", "diffusers:")
 
 
 def is_code(name: str) -> bool:

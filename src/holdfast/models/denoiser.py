@@ -39,7 +39,7 @@ class Denoiser(SplitModel):
         schedule: of the noise that it was trained on.
 
     Raises:
-        HoldfastError: if the network predicts a variance as well or wants a class, or the scheduler is of another kind.
+        HoldfastError: if the network predicts a variance as well or wants a class, or the scheduler is of no use.
 
     Example:
         >>> from holdfast.tasks import load_task
@@ -119,6 +119,10 @@ class Denoiser(SplitModel):
                 device=old.weight.device, dtype=old.weight.dtype,
             )
         )  # fmt: skip
+
+    def reading(self) -> list[Any]:
+        """See `SplitModel.reading`: also by which schedule, and what the network's answers stand for."""
+        return [*super().reading(), self.schedule.config]
 
     def add_extractor(self) -> None:
         """Refused: between a U-Net's body and its last convolution there is an image, and no vector of features.
@@ -205,7 +209,7 @@ def in_order(network: nn.Module) -> nn.Module:
 
     diffusers registers the middle behind the way up.
     """
-    for name in ("mid_block", "up_blocks", "conv_norm_out", "conv_act", HEAD):
+    for name in ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", HEAD):
         if name in network._modules:
             network._modules[name] = network._modules.pop(name)
     return network
@@ -256,8 +260,13 @@ def pretrained(place: str) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
             )
     try:
         inside = local or _is_nested(place)
-        network = UNet2DModel.from_pretrained(
-            place, subfolder="unet" if inside else None, use_safetensors=True, local_files_only=local
+        network, found = UNet2DModel.from_pretrained(
+            place,
+            subfolder="unet" if inside else None,
+            use_safetensors=True,
+            local_files_only=local,
+            low_cpu_mem_usage=False,  # else what is missing is left without any values
+            output_loading_info=True,
         )
         scheduler = DDPMScheduler.load_config(place, subfolder="scheduler" if inside else None, local_files_only=local)
     except Exception as error:  # what a network, a cache and files of anybody's raise
@@ -265,7 +274,11 @@ def pretrained(place: str) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
             f"diffusers:{place} cannot be loaded as an UNet2DModel in safetensors with a scheduler: "
             f"{first_line(error)}."
         ) from error
-    return in_order(network.eval()), dict(scheduler), notes
+    if not isinstance(scheduler, dict):
+        raise HoldfastError(f"diffusers:{place}: {scheduler!r} is no configuration of a scheduler.")
+    if found["missing_keys"]:
+        raise HoldfastError(f"diffusers:{place} has no weights for {', '.join(sorted(found['missing_keys'])[:3])}.")
+    return in_order(network.eval()), scheduler, notes
 
 
 def _is_nested(name: str) -> bool:

@@ -61,12 +61,23 @@ def feature_precision(model: SplitModel | None, task: Task) -> float:
 
 
 @torch.no_grad()
-def check_feature_width(model: SplitModel, task: Task) -> None:
-    """Refuses a model whose head gets a map rather than a vector: a linear extractor on it would mix places.
+def check_feature_width(model: SplitModel | None, task: Task) -> None:
+    """Refuses a head that gets a map rather than a vector, on which a linear extractor would mix places.
+
+    Args:
+        model: None: inputs are the features.
+        task: the model's own.
 
     Raises:
-        HoldfastError: if a sample's features are more numbers than the head takes.
+        HoldfastError: if a sample's features are more numbers than the head takes, or the task is denoising.
     """
+    if task.kind == "denoising":
+        raise HoldfastError(
+            f"Task {task.name!r} is denoising: linear extractors and spectra are of tasks whose samples have a vector "
+            "of features, and what a denoiser's head takes is an image. SOPHON is the defense for denoisers."
+        )
+    if model is None:
+        return
     device = model.device
     training = model.training
     found = model.eval().features(next(task.sweep("train", 2, device=device)).x).shape[1]

@@ -109,6 +109,8 @@ def architecture_differences(model: SplitModel, original: SplitModel) -> list[st
         values, others = (_rounded(getattr(m, name)) for m in (model, original))
         if values != others:
             found.append(f"Its input {name} is {values} instead of {others}.")
+    if isinstance(model, Denoiser) and isinstance(original, Denoiser) and model.predicts != original.predicts:
+        found.append(f"Its scheduler's prediction_type is {model.predicts} instead of {original.predicts}.")
     return found
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from holdfast.report.plots import NEUTRAL, STYLES, Plot, figure_of, label_text, plot_of
-from holdfast.report.wording import points, span
+from holdfast.report.wording import below, points, span
 from holdfast.results import ROLES, AuditResult, BudgetRow, Cell, Curve, Interval, Role, SideEffect
+from holdfast.verdict import words
 
 BANDS: dict[Role, str] = {"immunized": "rgba(26,133,201,0.22)", "original": "rgba(213,94,0,0.16)"}
 """The colours of `STYLES`, for areas."""
@@ -29,7 +30,7 @@ def best_plot(audit: AuditResult) -> Plot:
     ends = _ends(audit.by_budget)
     label = (
         f"Line chart: {audit.unit} of the best adversary on {audit.restricted_task} against fine-tuning steps. "
-        f"After {audit.budgets[-1]} steps: {ends}. Chance: {_percent(audit.chance)}."
+        f"After {audit.budgets[-1]} steps: {ends}. {words(audit.unit).chance.capitalize()}: {_percent(audit.chance)}."
     )
     return plot_of("best", figure, label)
 
@@ -179,6 +180,8 @@ def search_plot(audit: AuditResult) -> Plot | None:
         ends.append(f"{role} {_percent(best)}")
     figure.update_xaxes(title={"text": "trials"}, nticks=8, rangemode="tozero")
     figure.update_yaxes(title={"text": "best so far"}, tickformat=".0%", zeroline=False, fixedrange=True, nticks=7)
+    if below(audit):
+        figure.update_yaxes(range=[0, 1.03])
     return plot_of("search", figure, f"Line chart: best score so far against trials. In the end: {', '.join(ends)}.")
 
 
@@ -218,13 +221,14 @@ def _role_trace(role: Role, budgets: Sequence[int], cells: Sequence[Cell], notes
 
 
 def _chance(audit: AuditResult) -> Any:
+    name = words(audit.unit).chance
     return go.Scatter(
         x=[audit.budgets[0], audit.budgets[-1]],
         y=[audit.chance, audit.chance],
         mode="lines",
-        name=f"chance ({_percent(audit.chance)})",
+        name=f"{name} ({_percent(audit.chance)})",
         line={"color": NEUTRAL, "width": 1.4, "dash": "longdashdot"},
-        hovertemplate=f"chance: {_percent(audit.chance)}<extra></extra>",
+        hovertemplate=f"{name}: {_percent(audit.chance)}<extra></extra>",
     )
 
 

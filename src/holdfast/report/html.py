@@ -19,8 +19,9 @@ from holdfast.drawing import strips
 from holdfast.execution import write_atomic
 from holdfast.report import wording
 from holdfast.report.curves import advantage_plot, adversary_plots, best_plot, search_plot, side_effect_plots
-from holdfast.report.plots import STYLES, figure_plot, history_plot, series_title
+from holdfast.report.plots import STYLES, figure_plot, history_plot, measures_errors, series_title
 from holdfast.results import ROLES, AuditResult, Cell, Pictures, RunResult, Table
+from holdfast.verdict import words
 
 LONG_BATTERY, SHOWN_ROWS, SHOWN_PANELS = 12, 6, 8
 """Of a long battery, so many of the strongest are shown; the others are folded away."""
@@ -60,6 +61,7 @@ def render(result: RunResult, folder: Path) -> str:
         ],
         history=None if immunization is None else history_plot(immunization),
         last_benign=None if immunization is None else _last(immunization.history.get("benign_score", [])),
+        errors=immunization is not None and measures_errors(immunization),
         recipe=_recipe(result),
         command=shlex.join(result.provenance.command),
         plotly=Markup(get_plotlyjs()),
@@ -81,6 +83,9 @@ def _about_audit(result: RunResult, audit: AuditResult, order: Sequence[str], fo
         "strongest": wording.strongest(audit),
         "stopped": wording.stopped(result.tables),
         "selection": wording.selection(audit),
+        "spoken": words(audit.unit),
+        "samples": wording.samples(audit),
+        "below": wording.below(audit),
         "untried": wording.not_covered(audit),
         "caveats": wording.caveats(audit),
         "strategies": Grid.of_settings({name: audit.adversaries[name] for name in order}),

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from holdfast.results import Event, ImmunizationResult, Lines, Map, Role
+from holdfast.suppression import OF_DENOISING
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def history_plot(immunization: ImmunizationResult) -> Plot | None:
     history = {
         k: v for k, v in immunization.history.items() if k != "gradient_passes" and any(x is not None for x in v)
     }
+    errors = measures_errors(immunization)
     rounds = history.pop("iteration", None) or list(range(1, max(map(len, history.values()), default=0) + 1))
     if not history:
         return None
@@ -77,21 +79,20 @@ def history_plot(immunization: ImmunizationResult) -> Plot | None:
     top = 1 - strip / (170 * panels + strip)
     for i, (name, values) in enumerate(history.items()):
         axis, low = str(i + 1) if i else "", top * (1 - (i + 1) / panels)
-        figure.add_trace(_series(f"y{axis}", name, rounds, values))
+        share = name == "validation_score" or (name.endswith("_score") and not errors)
+        figure.add_trace(_series(f"y{axis}", share, rounds, values))
         domain = (low, low + 0.84 * top / panels)
-        figure.update_layout({f"yaxis{axis}": _series_axis(name, values) | {"domain": domain}})
+        figure.update_layout({f"yaxis{axis}": _series_axis(share, values) | {"domain": domain}})
         figure.add_annotation(
-            text=label_text(series_title(name)), x=0, xref="paper", y=domain[1], yref="paper",
+            text=label_text(series_title(name, errors=errors)), x=0, xref="paper", y=domain[1], yref="paper",
             xanchor="left", yanchor="bottom", showarrow=False, font={"size": 12},
         )  # fmt: skip
     if immunization.events:
         _mark_events(figure, str(panels + 1), immunization.events, (min(top + 0.02, 0.99), 1))
     bottom = str(panels) if panels > 1 else ""
     figure.update_xaxes(title={"text": "round"}, anchor=f"y{bottom}")
-    label = (
-        f"Line charts over the rounds of {immunization.defense}: {', '.join(map(series_title, history))}. "
-        f"Events: {len(immunization.events)}."
-    )
+    titles = ", ".join(series_title(name, errors=errors) for name in history)
+    label = f"Line charts over the rounds of {immunization.defense}: {titles}. Events: {len(immunization.events)}."
     return plot_of("history", figure, label)
 
 
@@ -204,13 +205,24 @@ def _short(value: float | None) -> str:
     return "no value" if value is None else f"{value:.3g}"
 
 
-def series_title(name: str) -> str:
+def measures_errors(immunization: ImmunizationResult) -> bool:
+    """Whether the scores that a defense noted are errors, as of denoisers: smaller is better, and 1 is no limit."""
+    return immunization.config.get("loss") in OF_DENOISING
+
+
+def series_title(name: str, *, errors: bool = False) -> str:
     """Returns a series' name in words.
 
+    Args:
+        name: its key in the history.
+        errors: see `measures_errors`.
+
     Example:
-        >>> series_title("suppression_loss")
-        'Suppression loss'
+        >>> series_title("suppression_loss"), series_title("benign_score", errors=True)
+        ('Suppression loss', 'Held-out benign error')
     """
+    if errors and name in ("benign_score", "simulated_score"):
+        return {"benign_score": "Held-out benign error", "simulated_score": "Simulated adversaries' error"}[name]
     known = {
         "benign_score": "Held-out benign score",
         "simulated_score": "Simulated adversaries' accuracy",
@@ -219,7 +231,7 @@ def series_title(name: str) -> str:
     return known.get(name, name.replace("_", " ").capitalize())
 
 
-def _series(axis: str, name: str, rounds: Sequence[float | None], values: Sequence[float | None]) -> Any:
+def _series(axis: str, share: bool, rounds: Sequence[float | None], values: Sequence[float | None]) -> Any:
     # Some series are looked at only now and then: a line alone would not show where it was measured.
     sparse = any(v is None for v in values)
     return go.Scatter(
@@ -230,13 +242,13 @@ def _series(axis: str, name: str, rounds: Sequence[float | None], values: Sequen
         connectgaps=sparse,
         line={"color": STYLES["immunized"].colour, "width": 1.6},
         marker={"size": 5},
-        hovertemplate=f"round %{{x}}: %{{y:{'.1%' if name.endswith('_score') else '.4g'}}}<extra></extra>",
+        hovertemplate=f"round %{{x}}: %{{y:{'.1%' if share else '.4g'}}}<extra></extra>",
     )
 
 
-def _series_axis(name: str, values: Sequence[float | None]) -> dict[str, Any]:
+def _series_axis(share: bool, values: Sequence[float | None]) -> dict[str, Any]:
     axis = {"fixedrange": True, "zeroline": False, "nticks": 5}
-    if not name.endswith("_score"):
+    if not share:
         return axis | {"tickformat": "~g"}
     # A score that moves by a tenth of a percent must not look like a collapse.
     low = min(v for v in values if v is not None)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from holdfast.report import wording
 from holdfast.results import AuditResult, Cell, Curve, Interval, RunResult
+from holdfast.verdict import words
 
 
 def show(result: RunResult, folder: Path) -> None:
@@ -137,6 +138,8 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
     table.add_row("advantage", *(_points(row.advantage) for row in audited.by_budget))
     table.add_row("95 % band", *(_band(row.interval) for row in audited.by_budget))
     Console().print(table)
+    if note := words(audited.unit).note:
+        console.print(note)
     before, after = (Cell.of([score]) for score in (audited.benign.original, audited.benign.immunized))
     console.print(f"Benign task {audited.benign_task}: {_percent(before)} % before, {_percent(after)} % after.")
     _show_costs(audited, console)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.results import AuditResult, BudgetRow, Cell, Cost, Interval, Role, RunResult, Table
+from holdfast.verdict import words
 
 MINUS = "\N{MINUS SIGN}"
 NEVER = "never within the budget"
@@ -107,17 +108,20 @@ def paper_of_best(result: RunResult) -> dict[tuple[str, int], float]:
 
 def not_covered(audit: AuditResult) -> list[str]:
     """Says in plain words what the audit did not try, as far as its settings show."""
-    each = "" if audit.shots is None else f" ({audit.shots} a class)"
     tried = {key: _values(audit, key) for key in ("optimizer", "learning_rate", "batch_size")}
     found = [
         f"Longer fine-tuning: more than {audit.budgets[-1]} steps.",
-        f"More data: more than {audit.adversary_samples} labelled samples{each}, or data from elsewhere.",
+        f"More data: more than {samples(audit)}, or data from elsewhere.",
     ]
     settings = [f"{key.replace('_', ' ')} {_listed(values)}" for key, values in tried.items() if values]
     if settings:
         found.append(f"Other settings. Tried were only: {'; '.join(settings)}; and not every combination of them.")
-    words = json.dumps([audit.adversaries], default=str).lower()
-    missing = [description for word, description in METHODS.items() if word not in words]
+    used = json.dumps([audit.adversaries], default=str).lower()
+    missing = [
+        description
+        for word, description in METHODS.items()
+        if word not in used and not (word == "probe" and audit.unit == "skill")  # a denoiser has no features for them
+    ]
     if not audit.search:
         missing.append("a search for adversaries against this very model (battery adaptive-v1)")
     found.append(f"Other methods, for example {', '.join(missing)}.")
@@ -127,9 +131,9 @@ def not_covered(audit: AuditResult) -> list[str]:
 
 def caveats(audit: AuditResult) -> list[str]:
     """Says how far the numbers of an audit can be trusted."""
-    seeds, samples = len(audit.seeds), audit.test_samples
-    found = [selection(audit) + " A real adversary has no test labels and would choose worse: the audit errs on the "
-             "adversary's side, on the controls as well."]  # fmt: skip
+    seeds, tested = len(audit.seeds), audit.test_samples
+    found = [selection(audit) + f" A real adversary has no {words(audit.unit).answers} and would choose worse: the "
+             "audit errs on the adversary's side, on the controls as well."]  # fmt: skip
     failed = [c for c in audit.curves if c.failure is not None]
     if failed:
         found.append(
@@ -149,13 +153,26 @@ def caveats(audit: AuditResult) -> list[str]:
         "The seeds repeat the attack, not the immunization: the audit speaks of this one immunized model, "
         "whose SHA-256 is below."
     )
-    if samples:
-        error = 100 * math.sqrt(0.25 / samples)
+    if tested:
+        alone = f" by about ± {100 * math.sqrt(0.25 / tested):.1f} points" if audit.unit == "accuracy" else ""
+        score = "a score near 50%" if alone else "scores"
         found.append(
-            f"The test split has {samples} samples. That alone makes a score near 50% uncertain by about "
-            f"± {error:.1f} points" + (". The band contains that, ± over seeds does not." if seeds > 1 else ".")
+            f"The test split has {tested} samples. That alone makes {score} uncertain{alone}"
+            + (". The band contains that, ± over seeds does not." if seeds > 1 else ".")
         )
     return found
+
+
+def samples(audit: AuditResult) -> str:
+    """What an adversary had to train on."""
+    each = "" if audit.shots is None or audit.unit == "skill" else f" ({audit.shots} a class)"
+    return f"{audit.adversary_samples} {words(audit.unit).samples}{each}"
+
+
+def below(audit: AuditResult) -> str:
+    """Says that a figure of scores ends at 0 although there are worse ones; empty where there are none."""
+    scores = [s for c in audit.curves for s in c.scores if s is not None]
+    return "Scores below 0% are cut off; the tables have them." if min(scores, default=0.0) < 0 else ""
 
 
 def selection(audit: AuditResult) -> str:

@@ -248,6 +248,10 @@ class ArrayTask(Task):
         found = [(self._y[split] == c).nonzero().flatten() for c in range(self.num_outputs)]
         return [index[torch.randperm(len(index), generator=generator)] for index in found]
 
+    def _group(self, index: int) -> str:
+        """What a group of `_by_class` is called in errors."""
+        return f"class {self.class_names[index]!r}"
+
     def _take(self, name: str, train: Tensor, test: Tensor | None = None) -> Self:
         """A task of some of the training samples; `test`, too, indexes the training samples."""
         index = train.sort().values
@@ -277,7 +281,7 @@ class ArrayTask(Task):
             sides = second[index]
             if sides.all() or not sides.any():
                 raise self._bad(
-                    f"all {len(sides)} training samples of class {self.class_names[c]!r} are in the same half; halves "
+                    f"all {len(sides)} training samples of {self._group(c)} are in the same half; halves "
                     "need one each. Give it more samples, or leave the class out"
                 )
         return self._take(self.name, (~second).nonzero().flatten()), self._take(self.name, second.nonzero().flatten())
@@ -292,8 +296,8 @@ class ArrayTask(Task):
         for c, index in enumerate(by_class):
             if len(index) < shots:
                 raise self._bad(
-                    f"{shots} shots a class were asked for and class {self.class_names[c]!r} has {len(index)} "
-                    "training samples; lower `shots`"
+                    f"{shots} shots a class were asked for and {self._group(c)} has {len(index)} training samples; "
+                    "lower `shots`"
                 )
         return self._take(self.name, torch.cat([i[:shots] for i in by_class]))
 
@@ -307,9 +311,7 @@ class ArrayTask(Task):
         held = [max(1, round(fraction * len(i))) for i in by_class]
         for c, (index, count) in enumerate(zip(by_class, held, strict=True)):
             if len(index) <= count:
-                raise self._bad(
-                    f"class {self.class_names[c]!r} has {len(index)} training samples: too few to hold {count} out"
-                )
+                raise self._bad(f"{self._group(c)} has {len(index)} training samples: too few to hold {count} out")
         rest = torch.cat([i[n:] for i, n in zip(by_class, held, strict=True)])
         out = torch.cat([i[:n] for i, n in zip(by_class, held, strict=True)])
         return self._take(self.name, rest), self._take(f"{self.name} (held out)", rest, out)
