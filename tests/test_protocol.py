@@ -708,3 +708,31 @@ class TestPaperScale:
 def test_a_spec_can_be_written_without_a_recipe():
     kept = {k: v for k, v in BASE.items() if k not in ("kind", "title", "threads")}
     assert ProtocolSpec.model_validate(kept).seeds == 2
+
+
+def test_an_ascent_that_ends_in_no_number_is_a_result(tmp_path):
+    """Figure 14 of the paper: the loss runs away, and everything after it still has its line in the report."""
+    sizes = {"iterations": 30, "steps": 2, "batch_sizes": [8], "reinforcement_batch": 8, "learning_rates": [1e-3]}
+    loose = {"guard": False, "clip": None, "suppression_lr": 1e20, "initialisations": ["direct"]}
+    digits = {
+        "model": {"name": "unet", "options": {"widths": [8]}},
+        "benign": {"data": "digits[0-4]", "kind": "denoising", "test_limit": 10},
+        "restricted": {"data": "digits[5-9]", "kind": "denoising", "test_limit": 10},
+        "pretrain": {"steps": 2, "batch_size": 8},
+    }
+    chosen = recipe(
+        seeds=1, epochs=[0, 1], shots=8, settings={"digits": digits}, paper={},
+        defenses={"MSE ascent": {"name": "sophon", "loss": "mse-ascent", **sizes, **loose}},
+        attacks={"direct": {"batch_size": 8}},
+        pictures={"samples": 2, "denoised": 2, "measured": 4, "ddim_steps": 2},
+    )  # fmt: skip
+    found = run(tmp_path, chosen)
+    made = found.tables["immunization"].rows[0]
+    lost = int(made["non-finite from"].mean)
+    assert (made["ended"], made["rounds"].mean) == ("gave up", lost)
+    assert any(f"was not finite (round {lost})" in finding for finding in found.findings)
+    assert rows(found, "error")["MSE ascent", "direct"]["epoch 1"].mean is None
+    assert rows(found, "error")["original", "direct"]["epoch 1"].mean is not None
+    assert found.recipe["defenses"]["MSE ascent"]["loss"] == "mse-ascent"
+    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "pictures" / "samples_restricted.png").is_file()

@@ -126,7 +126,7 @@ class TestTabulate:
         found = tabulate([scene(made={("D", 0): lost})], lines, (0, 1, 2))
         row = rows(found, "immunization", "defense")["D"]
         assert (row["ended"], row["non-finite from"].mean, row["largest jump"].mean) == ("gave up", 2, None)
-        assert "D: in 1 of 1 seeds a suppression loss was not finite (round 2)." in found.findings
+        assert "D: in 1 of 1 seeds a loss was not finite (round 2)." in found.findings
         assert any("did not complete with seed 0" in f for f in found.findings)
         assert found.tables["advantage"].rows == []  # nothing was trained from scratch
 

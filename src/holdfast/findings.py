@@ -138,7 +138,7 @@ def _about_immunization(label: str, every: Mapping[tuple[str, int], Made]) -> li
     lost = {seed: at for seed, made in own.items() if (at := first_lost(made.result)) is not None}
     if lost:
         rounds = ", ".join(map(str, lost.values()))
-        found.append(f"{label}: in {len(lost)} of {len(own)} seeds a suppression loss was not finite (round {rounds}).")
+        found.append(f"{label}: in {len(lost)} of {len(own)} seeds a loss was not finite (round {rounds}).")
     unfinished = [seed for seed, made in own.items() if not made.result.completed]
     if unfinished:
         seeds = ", ".join(map(str, unfinished))

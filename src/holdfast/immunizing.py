@@ -174,6 +174,7 @@ class Order:
     @classmethod
     def of(cls, setting: str, label: str, seed: int, defense: Defense, ground: Ground, run: Run) -> Order:
         """Describes an immunization; seed s of it has the run's seed + s, as `holdfast immunize --seed` would."""
+        defense = defense.resolved(ground.benign)
         settings = {f"defense.{key}": value for key, value in defense.config().items()}
         made_of = {"defense": defense.name, **settings, "seed": run.seed + seed, **ground.made_of}
         return cls(setting, label, seed, defense, run.seed + seed, json.loads(json.dumps(made_of)))

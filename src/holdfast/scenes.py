@@ -224,9 +224,9 @@ def largest_jump(losses: Sequence[float | None]) -> float | None:
 
 
 def first_lost(result: ImmunizationResult) -> int | None:
-    """Returns the first round whose suppression loss is not finite, if there is one."""
-    losses = result.history.get("suppression_loss", [])
-    return next((i + 1 for i, loss in enumerate(losses) if loss is None), None)
+    """Returns the first round in which a loss is not finite, if there is one; suppression may ruin the other one."""
+    both = (result.history.get(f"{which}_loss", []) for which in ("suppression", "reinforcement"))
+    return min((i + 1 for losses in both for i, loss in enumerate(losses) if loss is None), default=None)
 
 
 def plain(values: np.ndarray) -> list[float | None]:

@@ -212,7 +212,7 @@ def _immunization(scenes: Sequence[Scene]) -> Table:
     note = (
         "Of each immunization: rounds done, how often the guard went back, the benign score on data that the defense "
         "kept back, and its suppression loss: the last, the largest change from one round to the next, and the first "
-        "round in which it was not finite (a dash: in none)."
+        "round in which a loss was not finite (a dash: in none)."
     )
     return Table(title="How the models were immunized", rows=found, note=note)
 
