@@ -54,7 +54,7 @@ def _about_original(scene: Scene, compared: Mapping[str, Comparison], epochs: Se
     ahead = ahead_of_scratch(ORIGINAL, compared[ORIGINAL], scene.measure)
     assert ahead is not None
     last, measure = Cell.of(seed[-1] for seed in ahead), scene.measure
-    guess = "chance is" if measure.percent else "the task's own reference is at"
+    guess = "chance is" if measure.percent else f"{measure.guess} is at"
     text = (
         f"After epoch {epochs[-1]}, the best attack on the original is at {_score(scene, compared, ORIGINAL)}, "
         f"from scratch at {_score(scene, compared, SCRATCH)}; {guess} {measure.text(measure.value(scene.chance))}."

@@ -16,6 +16,7 @@ from holdfast.comparison import Comparison
 from holdfast.immunizing import Made
 from holdfast.results import Cell, Curve, ImmunizationResult, Role
 from holdfast.tasks import Task
+from holdfast.verdict import words
 
 SCRATCH: Final = "scratch"
 ORIGINAL: Final = "original"
@@ -43,6 +44,7 @@ class Measure:
     Attributes:
         name: what is shown.
         scale: the error whose score is 0; None: not an error, the score itself is shown.
+        guess: whose error that is.
 
     Example:
         >>> error = Measure("mean squared error", scale=0.08)
@@ -55,11 +57,15 @@ class Measure:
 
     name: str
     scale: float | None = None
+    guess: str = "a constant guess"
 
     @classmethod
     def of(cls, task: Task) -> Measure:
         """Returns how the audit scores of a task are shown."""
-        return cls(task.audit_unit) if task.higher_is_better else cls("mean squared error", task.chance)
+        if task.higher_is_better:
+            return cls(task.audit_unit)
+        guess = words(task.audit_unit).guess if task.kind == "denoising" else cls.guess
+        return cls("mean squared error", task.chance, guess)
 
     @property
     def percent(self) -> bool:
