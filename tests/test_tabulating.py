@@ -256,8 +256,8 @@ class TestErrors:
     def test_sentences(self):
         original, defended, crossing, _, other, caught_up, _ = self.outcome().findings
         assert original == (
-            "After epoch 2, the best attack on the original is at 0.03, from scratch at 0.045; the task's own "
-            "reference is at 0.2."
+            "After epoch 2, the best attack on the original is at 0.03, from scratch at 0.045; a constant "
+            "guess is at 0.2."
         )
         assert defended == (
             "After epoch 2, D under its best attack, A, is at 0.06: an advantage of -0.015 ± 0.005 over scratch, and "
