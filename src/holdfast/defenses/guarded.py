@@ -334,7 +334,7 @@ class Immunization(ABC, Generic[Config]):
         self.optimizers = self.make_optimizers()
         self.say(f"{why}: back to the last good state, {self.rate_name} halved to {self.rate:.3g}")
 
-    rate_name: ClassVar[str] = "learning_rate"
+    rate_name: str = "learning_rate"
 
     def restore_good(self) -> None:
         """Puts the last good state into the model."""

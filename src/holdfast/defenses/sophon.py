@@ -7,7 +7,7 @@ moves the model so that they do worse; a *reinforcement* loop (NTR) is ordinary 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -41,6 +41,10 @@ class Sophon(GuardedDefense):
         reinforcement_loops: l_NTR, per round.
         suppression_lr: alpha, of the suppression loops' Adam.
         reinforcement_lr: beta, of the reinforcement loops' Adam.
+        joint_weight: add the meta-gradient, times this, to that of the reinforcement loss in each of its loops, and
+            take one step with both, instead of one with each of two Adams. These divide by the size of their own
+            gradients, so that suppression moves every weight as far, whatever it costs the benign task. Ours; None: two,
+            as in the paper.
         tasks: N, simulated adversaries a suppression loop (the paper: one per GPU, three).
         steps: K, steps that each of them takes.
         gamma: weights of Eq. 4, one a step; None: all 1 (the paper does not give them).
@@ -93,6 +97,7 @@ class Sophon(GuardedDefense):
     reinforcement_loops: int = 1
     suppression_lr: float = 3e-4
     reinforcement_lr: float = 5e-4
+    joint_weight: float | None = None
     tasks: int = 1
     steps: int = 50
     gamma: tuple[float, ...] | None = None
@@ -122,7 +127,9 @@ class Sophon(GuardedDefense):
         if self.loss not in (*LOSSES, "auto", "none"):
             raise unknown("suppression loss", self.loss, [*LOSSES, "auto", "none"])
         self.refuse_below_one("suppression_loops", "tasks", "steps", "reinforcement_batch", "lifetime", "probe_batch")
-        self.refuse_not_above_zero("suppression_lr", "reinforcement_lr", "clip", "probe_ridge", "temperature")
+        self.refuse_not_above_zero(
+            "suppression_lr", "reinforcement_lr", "joint_weight", "clip", "probe_ridge", "temperature"
+        )
         for name in ("probe_weight", "distillation", "recovery_loops"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise HoldfastError(f"sophon: {name} is {getattr(self, name)}; expected a number of at least 0.")
@@ -145,6 +152,11 @@ class Sophon(GuardedDefense):
             (
                 self.loss == "none" and not self.probe_weight,
                 "loss is 'none' and probe_weight is 0, so nothing is suppressed; give one",
+            ),
+            (
+                self.joint_weight is not None and (self.suppression_loops > 1 or self.reinforcement_loops < 1),
+                "joint_weight is for one suppression loop and at least one reinforcement loop a round; set them, or "
+                "leave it out",
             ),
             (self.probe_batch < 2, f"probe_batch is {self.probe_batch}; a probe needs at least 2 samples"),
             (
@@ -270,10 +282,11 @@ class _Immunization(Immunization[Sophon]):
     title = "SOPHON"
     series = ("suppression_loss", "reinforcement_loss", "simulated_score", "gradient_passes")
     shown = ("suppression_loss", "simulated_score")
-    rate_name = "suppression_lr"
 
     def __init__(self, config: Sophon, model: SplitModel, benign: Task, restricted: Task, run: Run) -> None:
-        super().__init__(config, model, benign, restricted, run, rate=config.suppression_lr)
+        joint = config.joint_weight
+        super().__init__(config, model, benign, restricted, run, rate=config.suppression_lr if joint is None else joint)
+        self.rate_name = "suppression_lr" if joint is None else "joint_weight"
         self.population = Population(
             self.model,
             Objective(LOSSES.get(config.loss), config.probe_weight, config.probe_ridge, config.probe_batch),
@@ -294,23 +307,27 @@ class _Immunization(Immunization[Sophon]):
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """See `Immunization.make_optimizers`; the guard halves the suppressor's rate alone."""
+        rates = {"suppressor": self.rate, "reinforcer": self.config.reinforcement_lr}
+        if self.config.joint_weight is not None:
+            del rates["suppressor"]
         return {
             name: torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=rate, fused=True)
-            for name, rate in (("suppressor", self.rate), ("reinforcer", self.config.reinforcement_lr))
+            for name, rate in rates.items()
         }
 
     def one_round(self, generator: torch.Generator) -> dict[str, list[float]]:
         """Suppression loops, then reinforcement loops."""
         config = self.config
         seen = [s for _ in range(config.suppression_loops) for s in self._suppress(generator)]
+        waiting = [] if config.joint_weight is None else [p.grad for p in self.model.parameters()]
         return {
             "suppression_loss": [s.loss for s in seen],
-            "reinforcement_loss": self._reinforce(config.reinforcement_loops, generator),
+            "reinforcement_loss": self._reinforce(config.reinforcement_loops, generator, waiting),
             "simulated_score": [s.score for s in seen],
             "gradient_passes": [self._passes()],
         }
 
-    def _reinforce(self, loops: int, generator: torch.Generator) -> list[float]:
+    def _reinforce(self, loops: int, generator: torch.Generator, waiting: Sequence[Tensor | None] = ()) -> list[float]:
         config, optimizer, losses = self.config, self.optimizers["reinforcer"], []
         batches = self.benign.batches("train", config.reinforcement_batch, generator=generator, device=self.run.device)
         self.training_mode()
@@ -319,9 +336,18 @@ class _Immunization(Immunization[Sophon]):
                 loss = self._reinforcement_loss(next(batches))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
+            self._join(waiting)
             optimizer.step()
             losses.append(float(loss.detach()))
         return losses
+
+    @torch.no_grad()
+    def _join(self, waiting: Sequence[Tensor | None]) -> None:
+        """Adds the meta-gradient that waits for a step, if there is one; see `Sophon.joint_weight`."""
+        for parameter, gradient in zip(self.model.parameters(), waiting, strict=False):
+            if gradient is not None and parameter.requires_grad:
+                own = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+                parameter.grad = own.add_(gradient, alpha=self.rate)
 
     def _passes(self) -> int:
         """Forward and backward passes of a round; what the guard and validation do is not among them."""
@@ -338,7 +364,8 @@ class _Immunization(Immunization[Sophon]):
             parameter.grad = gradient
         if config.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        self.optimizers["suppressor"].step()
+        if config.joint_weight is None:
+            self.optimizers["suppressor"].step()
         return seen
 
     def _reinforcement_loss(self, batch: Batch) -> Tensor:
