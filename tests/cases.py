@@ -43,6 +43,8 @@ DEFENSES: dict[str, Defense] = {
     "sophon-written-out": Sophon(strategies=(Strategy("head", "all", "nesterov", 1e-2, 20, 1e-4),), **_BRIEF),
     "sophon-exact": Sophon(second_order=True, optimizers=("sgd", "momentum", "nesterov"), **_BRIEF),
     "sophon-bf16": Sophon(precision="bf16", **_BRIEF),
+    "sophon-averaged": Sophon(ema=0.7, max_benign_drop=1.0, **_BRIEF),
+    "sophon-joint": Sophon(joint_weight=0.1, **_BRIEF),
     "sophon-probe-alone": Sophon(loss="none", probe_weight=1.0, probe_batch=60, **_BRIEF),
     "ntl": NTL(iterations=4, batch_size=20, guard_every=1, max_benign_drop=1.0),
     "ntl-momentum": NTL(
@@ -67,6 +69,7 @@ DENOISING: dict[str, Defense] = {
     "sophon-mse-ascent": Sophon(loss="mse-ascent", max_benign_drop=1.0, **_BRIEF),
     "sophon-exact": Sophon(second_order=True, optimizers=("sgd", "momentum"), max_benign_drop=1.0, **_BRIEF),
     "sophon-bf16": Sophon(precision="bf16", max_benign_drop=1.0, **_BRIEF),
+    "sophon-averaged": Sophon(ema=0.7, joint_weight=0.1, max_benign_drop=1.0, **_BRIEF),
     "sophon-lasting": Sophon(
         population=2,
         tasks=2,

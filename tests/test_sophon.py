@@ -457,6 +457,88 @@ class TestRecovery:
         assert all(torch.equal(v, going.good[n]) for n, v in going.model.network.state_dict().items())
 
 
+class TestAverage:
+    SETTINGS: ClassVar = {"steps": 2, "batch_sizes": (20,), "reinforcement_batch": 32, "max_benign_drop": 1.0}
+
+    def test_is_what_is_released_while_training_goes_on_from_the_last_weights(self, benign, restricted, run):
+        original = trained_on(benign)
+
+        def after(rounds, **more):
+            made, _ = Sophon(iterations=rounds, **self.SETTINGS, **more).immunize(original, benign, restricted, run=run)
+            return {n: v.clone() for n, v in made.network.state_dict().items() if v.is_floating_point()}
+
+        expected = {n: v.clone() for n, v in original.network.state_dict().items() if v.is_floating_point()}
+        for rounds in (1, 2, 3):
+            states = after(rounds)
+            expected = {n: 0.6 * v + 0.4 * states[n] for n, v in expected.items()}
+        averaged = after(3, ema=0.6, guard_every=1)
+        assert all(torch.allclose(averaged[n], v, rtol=1e-5, atol=1e-7) for n, v in expected.items())
+
+    def test_the_guard_looks_at_it(self, benign, restricted, run):
+        original = trained_on(benign)
+        slow = Sophon(iterations=1, ema=1 - 1e-9, suppression_lr=0.5, **self.SETTINGS)
+        made, record = slow.immunize(original, benign, restricted, run=run)
+        wild, broken = Sophon(iterations=1, suppression_lr=0.5, **self.SETTINGS).immunize(
+            original, benign, restricted, run=run
+        )
+        assert record.history["benign_score"][-1] > broken.history["benign_score"][-1] + 0.2
+        assert benign.score(made) > benign.score(wild) + 0.2
+
+    def test_after_going_back_it_begins_anew_there(self, benign, restricted, run):
+        settings = {**self.SETTINGS, "max_benign_drop": 0.1}
+        harsh = Sophon(loss="ice", iterations=2, suppression_lr=0.5, ema=0.01, guard_every=1, **settings)
+        going = sophon._Immunization(harsh, trained_on(benign), benign, restricted, run)
+        _, record = going.finish()
+        assert record.rollbacks
+        assert all(torch.equal(v, going.average[n]) for n, v in going.model.network.state_dict().items())
+
+    @pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])
+    def test_a_decay_is_between_0_and_1(self, decay):
+        with pytest.raises(HoldfastError, match="expected a decay between 0 and 1"):
+            Sophon(ema=decay)
+
+
+class TestJointStep:
+    def test_is_one_step_of_adam_with_both_gradients(self, benign, restricted, run):
+        settings = Sophon(
+            loss="ice",
+            steps=2,
+            batch_sizes=(20,),
+            joint_weight=0.3,
+            reinforcement_lr=1e-2,
+            clip=None,
+            initialisations=("direct",),
+        )
+        going = sophon._Immunization(settings, trained_on(benign), benign, restricted, run)
+        plain = going.model.clone().train()
+        going.one_round(stream())
+        # The meta-gradient does not depend on the weight of the step that follows: taken again, with the same draws.
+        again = sophon._Immunization(settings, trained_on(benign), benign, restricted, run)
+        generator = stream()
+        again._suppress(generator)
+        batch = next(again.benign.batches("train", settings.reinforcement_batch, generator=generator, device=CPU))
+        gradients = torch.autograd.grad(again.benign.loss(plain, batch), list(plain.parameters()))
+        optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2)
+        for parameter, own, meta in zip(plain.parameters(), gradients, again.population.gradients(), strict=True):
+            parameter.grad = own if meta is None else own + 0.3 * meta
+        optimizer.step()
+        assert all(
+            torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+            for a, b in zip(plain.parameters(), going.model.parameters(), strict=True)
+        )
+
+    def test_the_guard_halves_its_weight(self, benign, restricted, run):
+        harsh = Sophon(iterations=2, steps=2, batch_sizes=(20,), joint_weight=1e6, reinforcement_lr=0.1, guard_every=1,
+                       clip=None, max_benign_drop=0.05)  # fmt: skip
+        _, record = harsh.immunize(trained_on(benign), benign, restricted, run=run)
+        assert any("joint_weight halved to 5e+05" in event.message for event in record.events)
+
+    @pytest.mark.parametrize("loops", [{"suppression_loops": 2}, {"reinforcement_loops": 0}])
+    def test_needs_a_step_to_join(self, loops):
+        with pytest.raises(HoldfastError, match="one suppression loop and at least one reinforcement loop"):
+            Sophon(joint_weight=0.1, **loops)
+
+
 class TestDistillation:
     def test_is_zero_at_the_teacher_and_has_its_gradient_there(self):
         teacher = torch.randn(4, 5, dtype=torch.float64, generator=stream())

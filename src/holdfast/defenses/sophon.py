@@ -43,7 +43,7 @@ class Sophon(GuardedDefense):
         reinforcement_lr: beta, of the reinforcement loops' Adam.
         joint_weight: add the meta-gradient, times this, to that of the reinforcement loss in each of its loops, and
             take one step with both, instead of one with each of two Adams. These divide by the size of their own
-            gradients, so that suppression moves every weight as far, whatever it costs the benign task. Ours; None: two,
+            gradients, so that suppression moves each weight as far, whatever it costs the benign task. Ours; None: two,
             as in the paper.
         tasks: N, simulated adversaries a suppression loop (the paper: one per GPU, three).
         steps: K, steps that each of them takes.
