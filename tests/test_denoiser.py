@@ -205,6 +205,17 @@ class TestRefusals:
         with pytest.raises(HoldfastError, match="linear extractor goes before a linear head"):
             denoiser.clone().add_extractor()
 
+    @pytest.mark.parametrize("widths", [[], [4], [8, 7]])
+    def test_stages_that_are_too_narrow(self, task, widths):
+        with pytest.raises(HoldfastError, match="of 8 or more channels each"):
+            load_model(ModelSpec(name="unet", options={"widths": widths}), task)
+
+    @pytest.mark.parametrize("setting", [{"head": "conv_in"}, {"mean": (0.5,), "std": (0.5,)}], ids=["head", "mean"])
+    def test_what_it_has_no_use_for_is_not_passed_over(self, task, setting):
+        with pytest.raises(HoldfastError, match="leave head, mean and std out"):
+            load_model(ModelSpec(name="unet", **setting), task)
+        assert load_model(ModelSpec(name="unet", head="conv_out"), task).head_name == "conv_out"
+
     def test_another_number_of_channels(self, denoiser):
         with pytest.raises(HoldfastError, match="images of 1 channels, and 3 are wanted"):
             denoiser.clone().reset_head(3)

@@ -87,6 +87,11 @@ def load_model(
     head = spec.head or built.head
     found: SplitModel
     if built.scheduler is not None:
+        if head not in (None, denoiser.HEAD) or mean is not None or std is not None:
+            raise HoldfastError(
+                f"{spec.name} is a denoiser: its head is {denoiser.HEAD!r}, and images from -1 to 1 are its inputs as "
+                "they are; leave head, mean and std out."
+            )
         del more["mean"], more["std"]
         found = denoiser.Denoiser(built.network, scheduler=built.scheduler, **more)
         found.notes += built.notes

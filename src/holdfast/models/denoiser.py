@@ -145,6 +145,14 @@ class Denoiser(SplitModel):
                 "model's folder."
             )
 
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """Shape of a picture that its pipelines draw; None: the configuration does not say."""
+        config: Any = self.network.config
+        size = config.sample_size
+        sides = (size, size) if isinstance(size, int) else size
+        return None if sides is None else (config.in_channels, *sides)
+
     def pipeline(self, *, ddim: bool = False) -> Any:
         """Returns a plain diffusers pipeline around this very network: `DDPMPipeline`, or `DDIMPipeline`."""
         from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
@@ -176,7 +184,7 @@ def unet(
     Args:
         input_shape: of a denoising task: (channels + 1, height, width).
         num_outputs: channels.
-        widths: channels of each stage.
+        widths: channels of each stage, at least 8.
         layers: residual blocks a stage on the way down; one more on the way up.
         attention: pixels a side of the largest images with attention; on large ones it costs more than all else.
         schedule: a noise schedule of diffusers, by name; see `Schedule.named`.
@@ -187,6 +195,8 @@ def unet(
     smallest = 2 ** (len(widths) - 1)
     if len(sides) != 2 or channels != num_outputs + 1:
         raise ValueError("a U-Net is for denoising; set the task's kind to denoising")
+    if min(widths, default=0) < 8:  # a head of attention has 8 channels
+        raise ValueError(f"widths is {list(widths)}; expected at least one stage, of 8 or more channels each")
     if any(side % smallest for side in sides):
         raise ValueError(f"{len(widths)} stages need sides that are multiples of {smallest}; set image_size")
     seen = [max(sides) // 2**i <= attention for i in range(len(widths))]
