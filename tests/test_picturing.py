@@ -217,6 +217,14 @@ def test_samples_of_another_size_cost_nothing(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_noise_that_is_another_on_the_restricted_task_costs_nothing(tmp_path):
+    other = {**BASE["settings"]["digits"]}
+    other["restricted"] = {**other["restricted"], "schedule": "squaredcos_cap_v2"}
+    with pytest.raises(HoldfastError, match=r"its task 'digits.5-9.' has squaredcos_cap_v2"):
+        run(tmp_path / "new", recipe(settings={"x": other}))
+    assert not (tmp_path / "new").exists()
+
+
 def test_classifiers_have_no_pictures(tmp_path):
     plain = {**BASE["settings"]["digits"], "model": {"name": "cnn"}}
     plain |= {part: {"data": plain[part]["data"]} for part in ("benign", "restricted")}
