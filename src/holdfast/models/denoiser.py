@@ -73,8 +73,6 @@ class Denoiser(SplitModel):
             )
         if config.num_class_embeds is not None or config.class_embed_type is not None:
             raise HoldfastError(f"{name}: the network wants the class of each image; give an unconditional one.")
-        self.register_buffer("alpha_bar", self.schedule.alpha_bar.clone(), persistent=False)
-        self.alpha_bar: Tensor
 
     def _check_head(self) -> None:
         if not isinstance(getattr(self.network, HEAD, None), nn.Conv2d):
@@ -97,10 +95,14 @@ class Denoiser(SplitModel):
         answer: Tensor = self.network(noised, t).sample
         if self.predicts == "epsilon":
             return answer
-        a = self.alpha_bar[t.clamp(0, len(self.alpha_bar) - 1)].view(-1, 1, 1, 1).to(noised)
-        if self.predicts == "v_prediction":
-            return a.sqrt() * answer + (1 - a).sqrt() * noised
-        return (noised - a.sqrt() * answer) / (1 - a).sqrt()
+        # In float32 at least: in bfloat16, 0.9999 is 1, and 1 - alpha-bar would be 0.
+        a = self.schedule.alpha_bar.to(t.device)[t.clamp(0, self.schedule.steps - 1)].view(-1, 1, 1, 1)
+        noise = (
+            a.sqrt() * answer + (1 - a).sqrt() * noised
+            if self.predicts == "v_prediction"
+            else (noised - a.sqrt() * answer) / (1 - a).sqrt()
+        )
+        return noise.to(answer.dtype)
 
     def reset_head(self, num_outputs: int | None = None) -> None:
         """See `SplitModel.reset_head`; the number of channels is that of the images, and stays."""
@@ -175,7 +177,7 @@ def unet(
     widths: Sequence[int] = (16, 32, 32),
     layers: int = 1,
     attention: int = 8,
-    schedule: str = "linear",
+    schedule: str | Mapping[str, Any] = "linear",
 ) -> nn.Module:
     """A U-Net: stages of half the size each, with attention where images are small. By default one for two cores.
 
@@ -187,7 +189,8 @@ def unet(
         widths: channels of each stage, at least 8.
         layers: residual blocks a stage on the way down; one more on the way up.
         attention: pixels a side of the largest images with attention; on large ones it costs more than all else.
-        schedule: a noise schedule of diffusers, by name; see `Schedule.named`.
+        schedule: of the noise: a name or a folder (see `Schedule.named`), or a scheduler's configuration. The network
+            is the same with each.
     """
     from diffusers import UNet2DModel
 
