@@ -346,6 +346,40 @@ class TestShare:
         assert interval is None
 
 
+class TestFloor:
+    """An error has no end: a budget at which nobody has learned anything must not outweigh the others."""
+
+    ROLES = {  # noqa: RUF012
+        "scratch": [-4.0, -3.0, -1.0, 0.3],
+        "original": [0.0, 0.40, 0.45, 0.5],
+        "immunized": [-4.0, -3.0, -1.0, 0.49],
+    }
+
+    def made(self, floor):
+        roles = {role: battery(constant(scores)) for role, scores in self.ROLES.items()}
+        return Comparison(roles, BUDGETS, floor=floor)
+
+    def test_what_sums_over_budgets_counts_lower_scores_as_the_floor(self):
+        assert self.made(-np.inf).share()[0] == pytest.approx(0.19 / (3.4 + 1.45 + 0.2))
+        share, interval = self.made(0.0).share()
+        assert share == pytest.approx(0.19 / (0.4 + 0.45 + 0.2))
+        assert (interval.low, interval.high) == pytest.approx((share, share))
+        assert self.made(0.0).area("original") == pytest.approx((5 * 0.425 + 30 * 0.325) / 35)
+
+    def test_each_budget_is_as_it_is(self):
+        rows = self.made(0.0).rows()
+        assert rows[1].original_advantage == pytest.approx(3.4)
+        assert rows[1].best["scratch"].mean == -3.0
+
+    def test_scores_above_it_are_left_alone(self):
+        scores = {role: np.random.default_rng(i).uniform(0.2, 1, (2, 3, 4, 8)) for i, role in enumerate(self.ROLES)}
+        plain, floored = (
+            Comparison({r: battery(s) for r, s in scores.items()}, BUDGETS, floor=floor) for floor in (-np.inf, -9.0)
+        )
+        assert plain.share() == floored.share()
+        assert plain.area("immunized") == floored.area("immunized")
+
+
 class TestArea:
     def test_by_hand(self):
         one = compared(immunized=constant([0.9, 0.2, 0.4, 0.4]), scratch=constant([0.0, 0.1, 0.1, 0.1]))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,17 @@ class TestRefusals:
         spec = ModelSpec(name="unet", options={"schedule": "squaredcos_cap_v2"})
         assert load_model(spec, cosine).schedule.same_noise(cosine.schedule)
 
+    def test_a_file_carries_the_schedule_and_not_the_folder_that_it_was_in(self, tmp_path):
+        folder = saved(tmp_path / "ddpm", diffusers.DDPMScheduler(50, beta_schedule="squaredcos_cap_v2"))
+        cosine = load_task(f"digits[0-4]@kind=denoising,schedule={folder}")
+        model = load_model(ModelSpec(name="unet", options={"widths": [8], "schedule": str(folder)}), cosine)
+        model.save(tmp_path / "model.safetensors")
+        shutil.rmtree(folder)
+        again = load_released(str(tmp_path / "model.safetensors"), None, cosine)
+        assert again.schedule.same_noise(cosine.schedule)
+        assert str(tmp_path) not in json.dumps(again.spec)
+        assert again.fresh().num_outputs == 1
+
     def test_images_of_another_kind(self, denoiser, tmp_path):
         colour = load_task("digits[0-4]@kind=denoising,channels=3")
         folder = saved(tmp_path / "ddpm")
@@ -204,6 +216,17 @@ class TestRefusals:
     def test_an_extractor(self, denoiser):
         with pytest.raises(HoldfastError, match="linear extractor goes before a linear head"):
             denoiser.clone().add_extractor()
+
+    @pytest.mark.parametrize("widths", [[], [4], [8, 7]])
+    def test_stages_that_are_too_narrow(self, task, widths):
+        with pytest.raises(HoldfastError, match="of 8 or more channels each"):
+            load_model(ModelSpec(name="unet", options={"widths": widths}), task)
+
+    @pytest.mark.parametrize("setting", [{"head": "conv_in"}, {"mean": (0.5,), "std": (0.5,)}], ids=["head", "mean"])
+    def test_what_it_has_no_use_for_is_not_passed_over(self, task, setting):
+        with pytest.raises(HoldfastError, match="leave head, mean and std out"):
+            load_model(ModelSpec(name="unet", **setting), task)
+        assert load_model(ModelSpec(name="unet", head="conv_out"), task).head_name == "conv_out"
 
     def test_another_number_of_channels(self, denoiser):
         with pytest.raises(HoldfastError, match="images of 1 channels, and 3 are wanted"):
@@ -235,6 +258,17 @@ class TestPredictions:
         model.precision = torch.float64
         found = model(schedule.noised(x0, t, noise).double())
         assert torch.allclose(found, noise, atol=1e-4 if kind == "sample" else 1e-6)
+
+    @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+    def test_half_precision_does_not_round_the_noise_away(self, denoiser, task, kind):
+        x = next(task.sweep("test", 8, device=CPU)).x
+        x[:, -1] = torch.arange(8).view(-1, 1, 1)  # the first steps, where alpha-bar is almost 1
+        wide, half = (Denoiser(denoiser.clone().network, scheduler={"prediction_type": kind}).eval() for _ in "ab")
+        half.to(torch.bfloat16)
+        with torch.no_grad():
+            expected, found = wide(x), half(x)
+        assert found.dtype == torch.bfloat16
+        assert (found - expected).norm() < 0.05 * expected.norm()
 
     def test_time_steps_reach_the_network_whole_in_any_precision(self, task):
         """999 is no number of bfloat16."""

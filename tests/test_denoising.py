@@ -99,6 +99,20 @@ class TestSchedule:
         with pytest.raises(HoldfastError, match="of no use to diffusers"):
             Schedule({"beta_schedule": "cubic"})
 
+    @pytest.mark.parametrize(
+        "config",
+        [{"num_train_timesteps": 0}, {"trained_betas": []}, {"beta_start": 0.0}, {"beta_end": float("nan")}],
+        ids=str,
+    )
+    def test_noise_that_is_none_is_refused(self, config):
+        with pytest.raises(HoldfastError, match="from 0 to below 1 at each"):
+            Schedule(config)
+
+    @pytest.mark.parametrize("name", [5, None])
+    def test_a_name_is_a_text(self, name):
+        with pytest.raises(HoldfastError, match="Unknown noise schedule"):
+            Schedule.named(name)
+
     def test_schedules_are_the_same_by_their_noise(self):
         cosine = Schedule.named("squaredcos_cap_v2")
         assert Schedule().same_noise(Schedule({"prediction_type": "v_prediction", "clip_sample": False}))
@@ -281,6 +295,21 @@ class TestSources:
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(count):
             Image.new("RGB", (8, 8), (20 * i, 0, 255)).save(folder / f"{i}.png")
+
+    def test_an_empty_folder(self, tmp_path):
+        with pytest.raises(HoldfastError, match="no sub-folders and no images"):
+            load_task(f"{tmp_path}@kind=denoising")
+
+    @pytest.mark.parametrize("value", [0, 255])
+    def test_test_images_without_anything_on_them(self, value):
+        x = np.random.default_rng(0).integers(0, 256, (8, 4, 4), dtype=np.uint8)
+        with pytest.raises(HoldfastError, match="all pixels of its test images are the same"):
+            DenoisingTask("mine", x, [0] * 8, np.full_like(x, value), [0] * 8)
+
+    def test_numbers_that_are_no_arrays(self, tmp_path):
+        np.savez(tmp_path / "number.npz", x_train=np.float32(3), x_test=np.float32(3))
+        with pytest.raises(HoldfastError, match="x_train"):
+            load_task("number@kind=denoising", data_dir=tmp_path)
 
     def test_a_flat_folder(self, tmp_path):
         self.save(tmp_path / "faces")

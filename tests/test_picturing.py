@@ -13,7 +13,7 @@ from holdfast import picturing
 from holdfast.drawing import picture
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run, load_tensors
-from holdfast.models import load_model
+from holdfast.models import ModelSpec, load_model
 from holdfast.picturing import PicturesSpec
 from holdfast.pipeline import halves, run_recipe
 from holdfast.recipe import ProtocolRecipe
@@ -203,6 +203,25 @@ def test_mistakes_in_a_recipe_are_named(changes, message):
 def test_what_cannot_work_costs_nothing(pictures, message, tmp_path):
     with pytest.raises(HoldfastError, match=message):
         run(tmp_path / "new", recipe(pictures=pictures))
+    assert not (tmp_path / "new").exists()
+
+
+def test_samples_of_another_size_cost_nothing(tmp_path):
+    load_model(ModelSpec(name="unet", options={"widths": [8]}), load_task("digits@kind=denoising")).export(
+        tmp_path / "p"
+    )
+    larger = {**BASE["settings"]["digits"], "model": {"name": f"diffusers:{tmp_path / 'p'}"}}
+    larger |= {part: {**larger[part], "image_size": 16} for part in ("benign", "restricted")}
+    with pytest.raises(HoldfastError, match=r"draws samples of shape \(1, 8, 8\).*have \(1, 16, 16\)"):
+        run(tmp_path / "new", recipe(settings={"x": larger}))
+    assert not (tmp_path / "new").exists()
+
+
+def test_noise_that_is_another_on_the_restricted_task_costs_nothing(tmp_path):
+    other = {**BASE["settings"]["digits"]}
+    other["restricted"] = {**other["restricted"], "schedule": "squaredcos_cap_v2"}
+    with pytest.raises(HoldfastError, match=r"its task 'digits.5-9.' has squaredcos_cap_v2"):
+        run(tmp_path / "new", recipe(settings={"x": other}))
     assert not (tmp_path / "new").exists()
 
 

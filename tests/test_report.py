@@ -714,6 +714,13 @@ class TestOfDenoisers:
         assert "cut off" not in _text_of(self.page())
         assert "cut off" not in _text_of(render(make_result(audit=audit), FOLDER))
 
+    def test_it_says_where_scratch_has_not_learned_anything(self):
+        rows = make_audit().by_budget
+        low = [r.model_copy(update={"best": {**r.best, "scratch": Cell.of([-3.0] * 3)}}) for r in rows[:2]]
+        said = f"After {rows[1].budget} steps training from scratch is still below 0%"
+        assert said in _text_of(self.page(by_budget=[*low, *rows[2:]]))
+        assert "is still below" not in _text_of(self.page())
+
     def test_a_defenses_record_is_of_errors(self):
         made = make_immunization()
         made = made.model_copy(update={"config": {**made.config, "loss": "dos"}})

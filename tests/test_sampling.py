@@ -82,6 +82,12 @@ class TestSample:
         with pytest.raises(HoldfastError, match="expected"):
             sample(model, 1, **{"seed": 0, "steps": 1, **bad})
 
+    def test_a_network_of_no_size_is_refused(self, model):
+        other = model.clone()
+        other.network.register_to_config(sample_size=None)
+        with pytest.raises(HoldfastError, match="set sample_size"):
+            sample(other, 1, seed=0, steps=1)
+
 
 class TestRestore:
     @pytest.mark.parametrize("clip", [True, False])
@@ -127,6 +133,12 @@ class TestRestore:
         assert changes == sorted(changes)
         assert changes[0] < 0.01
         assert changes[2] > 0.2
+
+    def test_where_nothing_is_left_nothing_can_be_restored(self):
+        model = denoiser(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+        with pytest.raises(HoldfastError, match="expected 0 to 18"):
+            restore(model, drawn(), LENGTH - 1, seed=0)
+        assert restore(model, drawn(), LENGTH - 2, seed=0).isfinite().all()
 
     def test_what_cannot_work_is_refused(self, model):
         with pytest.raises(HoldfastError, match="expected 0 to 19"):

@@ -596,8 +596,8 @@ class TestValidation:
         assert validation_score(model, restricted, 4, run=run) == pytest.approx((0.5 + 0.9) / 2)
 
     def test_a_state_under_the_floor_is_not_examined(self, model, benign, restricted, run, monkeypatch):
-        looks, examined = iter([1.0, -1.0, 1.0]), iter([0.5, 0.4])
-        monkeypatch.setattr(guarded.Immunization, "_look", lambda self: next(looks))
+        scores, examined = iter([0.9, 0.9, 0.1, 0.9]), iter([0.5, 0.4])  # the first one is the original's
+        monkeypatch.setattr(type(benign), "score", lambda *_: next(scores))
         monkeypatch.setattr(guarded, "validation_score", lambda *_, **__: next(examined))
         settings = Sophon(iterations=3, steps=1, validate_every=1)
         _, record = settings.immunize(model, benign, restricted, run=run)
@@ -694,6 +694,82 @@ class TestKinds:
             Sophon().immunize(denoiser, digit_images[0], restricted, run=run)
         with pytest.raises(HoldfastError, match="set loss to ice or klu or ce-ascent"):
             Sophon(loss="dos").immunize(model, benign, restricted, run=run)
+
+
+class TestAveraging:
+    """An average of the weights is looked at, examined and released; what is trained is not it."""
+
+    SETTINGS: ClassVar = {"steps": 1, "batch_sizes": (20,), "reinforcement_batch": 20}
+
+    def made(self, model, tasks, run=None, **more):
+        settings = Sophon(**{"iterations": 4, "max_benign_drop": 1.0, **self.SETTINGS, **more})
+        return settings.immunize(model, *tasks, run=run or Run(0, CPU))
+
+    def test_it_is_that_of_all_rounds_and_training_does_not_see_it(self, denoiser, digit_images):
+        states = [denoiser, *(self.made(denoiser, digit_images, iterations=n)[0] for n in (1, 2, 3))]
+        expected = {n: v.clone() for n, v in denoiser.network.state_dict().items()}
+        for state in states[1:]:
+            for name, value in state.network.state_dict().items():
+                expected[name] = 0.7 * expected[name] + 0.3 * value
+        found, _ = self.made(denoiser, digit_images, iterations=3, ema=0.7)
+        for name, value in found.network.state_dict().items():
+            torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)
+
+    @pytest.mark.parametrize("guard", [True, False])
+    def test_looking_changes_nothing_unless_the_guard_acts(self, denoiser, digit_images, guard, monkeypatch):
+        if not guard:
+            monkeypatch.setattr(guarded.Immunization, "limit", 0.0)  # no state is a good one, and nobody minds
+        (seldom, once), (often, record) = (
+            self.made(denoiser, digit_images, ema=0.7, guard=guard, guard_every=every) for every in (4, 1)
+        )
+        assert None not in record.history["benign_score"]
+        assert record.history["suppression_loss"] == once.history["suppression_loss"]
+        assert often.facts().sha256 == seldom.facts().sha256
+
+    def test_what_was_examined_is_what_is_released(self, denoiser, digit_images, monkeypatch):
+        examined = []
+        monkeypatch.setattr(
+            guarded, "validation_score", lambda model, *_, **__: examined.append(model.facts().sha256) or -len(examined)
+        )
+        found, _ = self.made(denoiser, digit_images, ema=0.7, validate_every=2)
+        assert len(set(examined)) == 2
+        assert found.facts().sha256 == examined[-1]
+
+    @pytest.mark.parametrize("recovery", [0, 3])
+    def test_after_a_bad_look_average_and_model_are_one(self, denoiser, digit_images, recovery, monkeypatch):
+        settings = Sophon(iterations=1, ema=0.7, recovery_loops=recovery, **self.SETTINGS)
+        going = sophon._Immunization(settings, denoiser, *digit_images, Run(0, CPU))
+        scores = iter([1e9, 0.0])
+        monkeypatch.setattr(type(digit_images[0]), "score", lambda *_: next(scores))
+        made, record = going.finish()
+        assert ("brought back" if recovery else "halved") in record.events[0].message
+        assert all(torch.equal(v, going.average[n]) for n, v in made.network.state_dict().items())
+        same = made.facts().sha256 == denoiser.facts().sha256
+        assert same is not bool(recovery)
+
+    @pytest.mark.parametrize("more", [{}, {"validate_every": 2, "validation_steps": 2}, {"max_benign_drop": 0.0}])
+    @pytest.mark.parametrize("after", [0, 1, 2])
+    def test_stops_anywhere_and_continues_to_the_same(self, denoiser, digit_images, tmp_path, after, more):
+        settings = {"iterations": 5, "ema": 0.7, "guard_every": 2, "suppression_lr": 1e-2, **more}
+        whole, record = self.made(denoiser, digit_images, **settings)
+
+        class Stops(Run):
+            def seeded(self, *purpose):
+                if purpose[:2] == ("sophon", 2 + after):
+                    raise Killed
+                return super().seeded(*purpose)
+
+        with pytest.raises(Killed):
+            self.made(denoiser, digit_images, Stops(0, CPU, tmp_path), **settings)
+        resumed, again = self.made(denoiser, digit_images, Run(0, CPU, tmp_path), **settings)
+        assert resumed.facts().sha256 == whole.facts().sha256
+        assert again.history == record.history
+        assert again.events == record.events
+
+    @pytest.mark.parametrize("decay", [0.0, 1.0, float("nan")])
+    def test_a_decay_is_between_0_and_1(self, decay):
+        with pytest.raises(HoldfastError, match="expected a decay between 0 and 1"):
+            Sophon(ema=decay)
 
 
 class TestNothingAchieved:

@@ -71,6 +71,16 @@ def test_a_denoiser_is_compared_with_a_line_and_not_with_guessing():
     assert "where guessing gives" in reasons_invalid(rows, side, 0.0, Thresholds())[0]
 
 
+def test_an_original_that_is_of_no_use_has_no_advantage_to_remove():
+    scores = {"scratch": (-9.0, -4.0, 0.1), "original": (-9.0, -2.0, 0.1), "immunized": (-9.0, -4.0, 0.1)}
+    rows = Comparison.of(twice(*(curve(role, values) for role, values in scores.items()))).rows()
+    side = Side(original=0.9, immunized=0.9, chance=0.0)
+    (reason,) = reasons_invalid(rows, side, 0.0, Thresholds(), words("skill"))
+    assert "at most 0.0 points over scratch, at any budget at which it is better than a linear denoiser" in reason
+    better = [*rows[:2], rows[2].model_copy(update={"original_advantage": 0.05})]
+    assert "may be luck" in reasons_invalid(better, side, 0.0, Thresholds(), words("skill"))[0]
+
+
 class TestLabel:
     @pytest.mark.parametrize(
         ("immunized", "label"),

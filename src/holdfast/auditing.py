@@ -126,7 +126,12 @@ def audit(
     trials = repetitions(applicable, seeds, transplanted=inside is not None)
     configs = {t.name: {**t.adversary.config(), **({"transplanted": True} if t.transplanted else {})} for t in trials}
     curves = crew.run(trials, f"Auditing ({spec.battery})")
-    comparison = Comparison.of(curves, derive_seed(run.seed, "bootstrap"), both_ways=not searched)
+    comparison = Comparison.of(
+        curves,
+        derive_seed(run.seed, "bootstrap"),
+        both_ways=not searched,
+        floor=-math.inf if restricted.higher_is_better else restricted.audit_chance,
+    )
     rows = comparison.rows()
     side = _side(immunized, original, benign, run)
     with run.seeded("scratch", 0):

@@ -114,14 +114,19 @@ class Comparison:
         batteries: the curves of each model.
         budgets: the steps at which scores were taken.
         seed: of the bootstrap.
+        floor: score below which one is as useless as another. What sums over budgets counts lower ones as this: an
+            error has no end, and one budget at which nothing has been learned yet would outweigh all others.
     """
 
     batteries: dict[Role, Battery]
     budgets: tuple[int, ...]
     seed: int = 0
+    floor: float = -math.inf
 
     @classmethod
-    def of(cls, curves: Sequence[Curve], seed: int = 0, *, both_ways: bool = True) -> Comparison:
+    def of(
+        cls, curves: Sequence[Curve], seed: int = 0, *, both_ways: bool = True, floor: float = -math.inf
+    ) -> Comparison:
         """Sorts the curves of one task by role; see `Battery` for `both_ways`."""
         width = max((len(f) for c in curves for f in c.folds if f is not None), default=1)
         batteries = {
@@ -129,7 +134,7 @@ class Comparison:
             for role in ROLES
             if (mine := [c for c in curves if c.role == role])
         }
-        return cls(batteries, tuple(curves[0].budgets), seed)
+        return cls(batteries, tuple(curves[0].budgets), seed, floor)
 
     @cached_property
     def scores(self) -> dict[Role, Array]:
@@ -159,6 +164,15 @@ class Comparison:
         difference: Array = self.scores[role].mean(0) - self.scores[over].mean(0)
         return difference
 
+    def _useful(self, role: Role, moved: Mapping[Role, Array] | None = None) -> Array:
+        """Advantage over scratch where scores below the floor count as the floor; of replicates, if some are given."""
+        own, scratch = (
+            np.maximum(self.scores[r].mean(0) + (0.0 if moved is None else moved[r]), self.floor)
+            for r in (role, "scratch")
+        )
+        difference: Array = own - scratch
+        return difference
+
     def band(self, role: Role, over: Role = "scratch") -> list[Interval | None]:
         """The band around the advantage at each budget; None at budget 0 and where it cannot be told.
 
@@ -183,16 +197,13 @@ class Comparison:
         where the band is, and where replicates often leave `of` without any advantage to divide by.
         """
         inside = [k for k, budget in enumerate(self.budgets) if budget]
-        own, had = (np.maximum(self.advantage(r)[inside], 0).sum() for r in (role, of))
+        own, had = (np.maximum(self._useful(r)[inside], 0).sum() for r in (role, of))
         if not (np.isfinite(own) and np.isfinite(had) and had > 0):
             return None, None
         drawn = self._deviations
         if drawn is None:
             return float(own / had), None
-        each = []
-        for r in (role, of):
-            moved = self.advantage(r)[inside] + (drawn[r] - drawn["scratch"])[:, inside]
-            each.append(np.maximum(moved, 0).sum(1))
+        each = [np.maximum(self._useful(r, drawn)[:, inside], 0).sum(1) for r in (role, of)]
         if (each[1] > 0).mean() < CONFIDENCE:
             return float(own / had), None
         ratios = each[0] / np.where(each[1] > 0, each[1], np.nan)
@@ -202,7 +213,7 @@ class Comparison:
     def area(self, role: Role) -> float | None:
         """Mean advantage over the budgets from the first above 0 to the last, by trapezoids; in score units."""
         steps = np.asarray([b for b in self.budgets if b], dtype=np.float64)
-        values = self.advantage(role)[-len(steps) :]
+        values = self._useful(role)[-len(steps) :]
         if len(steps) < 2 or not np.isfinite(values).all():
             return None
         return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))

@@ -153,14 +153,22 @@ def check_pictures(spec: PicturesSpec, grounds: Mapping[str, Ground]) -> None:
         raise HoldfastError("pictures are made of denoisers, and no setting has one; leave the section out.")
     if 0 < spec.measured < LEAST:
         raise HoldfastError(f"pictures: measured is {spec.measured}; expected at least {LEAST}, or 0 for no distance.")
-    for name, (task, _) in found.items():
-        steps = task.schedule.steps
-        wrong = [level for level in spec.levels(steps) if not 0 <= level < steps]
+    for name, (task, restricted) in found.items():
+        steps, last = task.schedule.steps, task.schedule.restorable - 1
+        wrong = [level for level in spec.levels(steps) if not 0 <= level <= last]
         if wrong or not spec.levels(steps):
             raise HoldfastError(
-                f"pictures: noise_step is {spec.noise_step}; expected numbers from 0 to {steps - 1}, as setting "
+                f"pictures: noise_step is {spec.noise_step}; expected numbers from 0 to {last}, as setting "
                 f"{name!r} has {steps} steps."
             )
+        model = grounds[name].original
+        assert isinstance(model, Denoiser)
+        if model.sample_shape != task.output_shape:
+            raise HoldfastError(
+                f"pictures: {model.name} draws samples of shape {model.sample_shape}, and the images of setting "
+                f"{name!r} have {task.output_shape}; set their image_size and channels to the model's."
+            )
+        model.check_schedule(restricted.schedule, restricted.name)  # pictures of both begin with the same noise
         if spec.ddim_steps > steps:
             raise HoldfastError(f"pictures: ddim_steps is {spec.ddim_steps}; setting {name!r} has {steps} steps.")
 

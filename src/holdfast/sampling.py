@@ -53,7 +53,7 @@ def sample(
         Pictures of shape (count, C, H, W), on the CPU.
 
     Raises:
-        HoldfastError: for numbers out of range.
+        HoldfastError: for numbers out of range, or a network without a `sample_size`.
 
     Example:
         >>> from holdfast.models import load_model
@@ -69,6 +69,8 @@ def sample(
         raise HoldfastError(f"{count} pictures in batches of {batch} were asked for; expected at least 1 of both.")
     if not 0 <= eta <= 1:
         raise HoldfastError(f"eta is {eta}; expected 0 to 1.")
+    if model.sample_shape is None:
+        raise HoldfastError(f"{model.name} does not say of which size its pictures are; set sample_size in its config.")
     pipeline = model.pipeline(ddim=steps is not None)
     pipeline.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": length} if steps is None else {"num_inference_steps": steps, "eta": eta}
@@ -92,7 +94,7 @@ def noised(pictures: Tensor, t: int, schedule: Schedule, *, seed: int) -> Tensor
         seed: of the noise.
 
     Raises:
-        HoldfastError: if there is no such step.
+        HoldfastError: if there is no such step, or it leaves nothing of the pictures.
 
     Example:
         >>> noised(torch.ones(1, 1, 2, 2), 0, Schedule(), seed=0).mean() > 0.95
@@ -103,8 +105,8 @@ def noised(pictures: Tensor, t: int, schedule: Schedule, *, seed: int) -> Tensor
 
 def _forward(pictures: Tensor, t: int, schedule: Schedule, seed: int) -> Tensor:
     """What a denoiser takes; the noise depends on the seed and the shape alone."""
-    if not 0 <= t < schedule.steps:
-        raise HoldfastError(f"The step to add noise to is {t}; expected 0 to {schedule.steps - 1}.")
+    if not 0 <= t < schedule.restorable:
+        raise HoldfastError(f"The step to add noise to is {t}; expected 0 to {schedule.restorable - 1}.")
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(seed))
     return schedule.noised(2 * pictures - 1, torch.full((len(pictures),), t), noise)
 

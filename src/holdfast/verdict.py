@@ -219,14 +219,15 @@ def reasons_invalid(
             f"The scratch control does not learn: best of battery reached {reached} where {spoken.guess} gives "
             f"{chance:.1%}. Give it more steps or samples."
         )
-    had = max((r.original_advantage for r in rows if r.budget and r.original_advantage is not None), default=0.0)
+    worth = [r for r in rows if r.budget and (r.best["original"].mean or 0.0) > chance]  # else there is nothing to have
+    had = max((r.original_advantage for r in worth if r.original_advantage is not None), default=0.0)
     if had < thresholds.min_original_advantage:
         reasons.append(
             f"The original model has no advantage to remove: at most {100 * had:.1f} points over scratch, at any "
-            f"budget ({100 * thresholds.min_original_advantage:.0f} needed). Fewer samples or smaller budgets may "
-            "show one."
+            f"budget at which it is better than {spoken.guess} ({100 * thresholds.min_original_advantage:.0f} needed). "
+            "Fewer samples or smaller budgets may show one."
         )
-    elif not any(_certain(r, thresholds) for r in rows if r.budget):
+    elif not any(_certain(r, thresholds) for r in worth):
         reasons.append(
             "The original's advantage over scratch may be luck: at no budget is its confidence band above 0. Give the "
             "audit more seeds" + ("." if rows[-1].best["original"].n > 1 else "; one alone shows no spread.")

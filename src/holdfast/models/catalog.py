@@ -22,6 +22,7 @@ from holdfast.models.code import Code, is_code, loaded_layers, renew
 from holdfast.models.fitting import check_fits
 from holdfast.tasks import Schedule, Task
 from holdfast.tasks.catalog import DATA_VARIABLE
+from holdfast.tasks.denoising import SCHEDULES
 
 Values = tuple[float, ...]
 
@@ -87,6 +88,11 @@ def load_model(
     head = spec.head or built.head
     found: SplitModel
     if built.scheduler is not None:
+        if head not in (None, denoiser.HEAD) or mean is not None or std is not None:
+            raise HoldfastError(
+                f"{spec.name} is a denoiser: its head is {denoiser.HEAD!r}, and images from -1 to 1 are its inputs as "
+                "they are; leave head, mean and std out."
+            )
         del more["mean"], more["std"]
         found = denoiser.Denoiser(built.network, scheduler=built.scheduler, **more)
         found.notes += built.notes
@@ -269,13 +275,20 @@ def _build(
         raise HoldfastError(
             f"Model {spec.name!r} cannot be built for inputs of shape {input_shape} with {spec.options}: {error}."
         ) from error
-    return _Built(
-        network,
-        spec,
-        head,
-        _for_channels(norm, input_shape) if norm and len(input_shape) == 3 else (None, None),
-        scheduler=Schedule.named(spec.options.get("schedule", "linear")).config if spec.name == "unet" else None,
-    )
+    if spec.name == "unet":
+        return _built_unet(network, spec)
+    known_norm = _for_channels(norm, input_shape) if norm and len(input_shape) == 3 else (None, None)
+    return _Built(network, spec, head, known_norm)
+
+
+def _built_unet(network: nn.Module, spec: ModelSpec) -> _Built:
+    """With its noise schedule: weights travel, and a folder stays, so that its configuration takes its place."""
+    wanted = spec.options.get("schedule", "linear")
+    schedule = Schedule(wanted) if isinstance(wanted, Mapping) else Schedule.named(wanted)
+    plain = spec
+    if wanted not in SCHEDULES:
+        plain = spec.model_copy(update={"options": {**spec.options, "schedule": schedule.config}})
+    return _Built(network, plain, denoiser.HEAD, scheduler=schedule.config)
 
 
 def _build_timm(spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int) -> _Built:

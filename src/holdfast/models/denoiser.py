@@ -73,8 +73,6 @@ class Denoiser(SplitModel):
             )
         if config.num_class_embeds is not None or config.class_embed_type is not None:
             raise HoldfastError(f"{name}: the network wants the class of each image; give an unconditional one.")
-        self.register_buffer("alpha_bar", self.schedule.alpha_bar.clone(), persistent=False)
-        self.alpha_bar: Tensor
 
     def _check_head(self) -> None:
         if not isinstance(getattr(self.network, HEAD, None), nn.Conv2d):
@@ -97,10 +95,14 @@ class Denoiser(SplitModel):
         answer: Tensor = self.network(noised, t).sample
         if self.predicts == "epsilon":
             return answer
-        a = self.alpha_bar[t.clamp(0, len(self.alpha_bar) - 1)].view(-1, 1, 1, 1).to(noised)
-        if self.predicts == "v_prediction":
-            return a.sqrt() * answer + (1 - a).sqrt() * noised
-        return (noised - a.sqrt() * answer) / (1 - a).sqrt()
+        # In float32 at least: in bfloat16, 0.9999 is 1, and 1 - alpha-bar would be 0.
+        a = self.schedule.alpha_bar.to(t.device)[t.clamp(0, self.schedule.steps - 1)].view(-1, 1, 1, 1)
+        noise = (
+            a.sqrt() * answer + (1 - a).sqrt() * noised
+            if self.predicts == "v_prediction"
+            else (noised - a.sqrt() * answer) / (1 - a).sqrt()
+        )
+        return noise.to(answer.dtype)
 
     def reset_head(self, num_outputs: int | None = None) -> None:
         """See `SplitModel.reset_head`; the number of channels is that of the images, and stays."""
@@ -145,6 +147,14 @@ class Denoiser(SplitModel):
                 "model's folder."
             )
 
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """Shape of a picture that its pipelines draw; None: the configuration does not say."""
+        config: Any = self.network.config
+        size = config.sample_size
+        sides = (size, size) if isinstance(size, int) else size
+        return None if sides is None else (config.in_channels, *sides)
+
     def pipeline(self, *, ddim: bool = False) -> Any:
         """Returns a plain diffusers pipeline around this very network: `DDPMPipeline`, or `DDIMPipeline`."""
         from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
@@ -167,7 +177,7 @@ def unet(
     widths: Sequence[int] = (16, 32, 32),
     layers: int = 1,
     attention: int = 8,
-    schedule: str = "linear",
+    schedule: str | Mapping[str, Any] = "linear",
 ) -> nn.Module:
     """A U-Net: stages of half the size each, with attention where images are small. By default one for two cores.
 
@@ -176,10 +186,11 @@ def unet(
     Args:
         input_shape: of a denoising task: (channels + 1, height, width).
         num_outputs: channels.
-        widths: channels of each stage.
+        widths: channels of each stage, at least 8.
         layers: residual blocks a stage on the way down; one more on the way up.
         attention: pixels a side of the largest images with attention; on large ones it costs more than all else.
-        schedule: a noise schedule of diffusers, by name; see `Schedule.named`.
+        schedule: of the noise: a name or a folder (see `Schedule.named`), or a scheduler's configuration. The network
+            is the same with each.
     """
     from diffusers import UNet2DModel
 
@@ -187,6 +198,8 @@ def unet(
     smallest = 2 ** (len(widths) - 1)
     if len(sides) != 2 or channels != num_outputs + 1:
         raise ValueError("a U-Net is for denoising; set the task's kind to denoising")
+    if min(widths, default=0) < 8:  # a head of attention has 8 channels
+        raise ValueError(f"widths is {list(widths)}; expected at least one stage, of 8 or more channels each")
     if any(side % smallest for side in sides):
         raise ValueError(f"{len(widths)} stages need sides that are multiples of {smallest}; set image_size")
     seen = [max(sides) // 2**i <= attention for i in range(len(widths))]

@@ -149,6 +149,16 @@ def caveats(audit: AuditResult) -> list[str]:
             f"{few} {seeds} seeds, ± (one standard deviation) is a rough measure of spread. The 95% band is made wider "
             "for few seeds, and holds at all budgets at once."
         )
+    early = [
+        row.budget for row in audit.by_budget
+        if row.budget and (reached := row.best["scratch"].mean) is not None and reached < 0
+    ]  # fmt: skip
+    if early:
+        found.append(
+            f"After {_listed(list(map(str, early)))} steps training from scratch is still below 0%. An advantage over "
+            "it there need not be worth anything, and may be of more than 100 points; the verdict counts it, what is "
+            "retained counts scores below 0% as 0%. Larger budgets say more."
+        )
     found.append(
         "The seeds repeat the attack, not the immunization: the audit speaks of this one immunized model, "
         "whose SHA-256 is below."

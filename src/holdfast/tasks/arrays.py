@@ -228,7 +228,8 @@ class ArrayTask(Task):
         if wrong:
             raise self._bad(f"there is no class {wrong[0]}; it has classes 0 to {len(self.class_names) - 1}")
         if len(set(classes)) < max(self.min_classes, len(classes)):
-            raise self._bad(f"cannot keep classes {list(classes)}; give at least two, each once")
+            least = "one" if self.min_classes == 1 else "two"
+            raise self._bad(f"cannot keep classes {list(classes)}; give at least {least}, each once")
         new = torch.full((len(self.class_names),), -1)
         new[torch.tensor(classes)] = torch.arange(len(classes))
         keep = {s: new[y] >= 0 for s, y in self._y.items()}
@@ -392,7 +393,7 @@ def load_npz(path: Path, kind: type[ArrayTask] = ArrayTask) -> ArrayTask:
                 )
             names = _class_names(path, archive["class_names"]) if "class_names" in archive.files else None
             inputs = [archive[k] for k in ("x_train", "x_test")]
-            targets = [np.zeros(len(x), int) if bare else archive[k] for k, x in zip(labels, inputs, strict=True)]
+            targets = [np.zeros(x.shape[:1], int) if bare else archive[k] for k, x in zip(labels, inputs, strict=True)]
     except HoldfastError:
         raise
     except (ValueError, OSError, EOFError, BadZipFile, NotImplementedError, MemoryError, zlib.error) as error:

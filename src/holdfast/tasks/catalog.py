@@ -141,7 +141,7 @@ def _folder(data_dir: Path | str | None) -> Path | None:
 
 def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
     if spec.test_fraction == 0 and spec.kind != "regression":
-        raise HoldfastError(f"Task {spec.data!r}: test_fraction is 0; for classification it must be above 0.")
+        raise HoldfastError(f"Task {spec.data!r}: test_fraction is 0; for {spec.kind} it must be above 0.")
     kind = DenoisingTask if spec.kind == "denoising" else ArrayTask
     if source in EMBEDDED:
         if spec.kind == "regression":

@@ -66,6 +66,12 @@ class Schedule:
         if name not in SCHEDULERS:
             raise unknown("scheduler", str(name), SCHEDULERS)
         made = _scheduler(config or {})
+        left = made.alphas_cumprod
+        if not len(left) or not bool(((left >= 0) & (left < 1)).all()):  # NaN is neither
+            raise HoldfastError(
+                f"The noise schedule {dict(config or {})} is none: it needs at least one step, and alpha-bar from 0 to "
+                "below 1 at each. Mend num_train_timesteps, beta_start and beta_end."
+            )
         kept = {k: v for k, v in made.config.items() if not k.startswith("_")}
         object.__setattr__(self, "config", json.loads(json.dumps({"_class_name": name, **kept})))
 
@@ -74,8 +80,10 @@ class Schedule:
         """Returns a schedule of `SCHEDULES`, or the one in a diffusers folder or a `scheduler_config.json`.
 
         Raises:
-            HoldfastError: for a name that is none, or a file that is no scheduler's configuration.
+            HoldfastError: for what is no such name, or a file that is no scheduler's configuration.
         """
+        if not isinstance(source, str):
+            raise unknown("noise schedule", str(source), SCHEDULES)
         if source in SCHEDULES:
             return cls({"beta_schedule": source})
         path = Path(source).expanduser()
@@ -101,6 +109,11 @@ class Schedule:
     def steps(self) -> int:
         """T."""
         return len(self.alpha_bar)
+
+    @property
+    def restorable(self) -> int:
+        """Steps that leave something of an image; all T, unless the schedule ends in noise alone."""
+        return int((self.alpha_bar > 0).sum())
 
     def noised(self, images: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Returns x_t, with the time step as one more channel.
@@ -164,7 +177,7 @@ class DenoisingTask(ArrayTask):
         schedule: of the noise.
 
     Raises:
-        HoldfastError: as `ArrayTask`; and if the arrays are no images.
+        HoldfastError: as `ArrayTask`; and if the arrays are no images, or all test pixels are the same.
 
     Example:
         >>> from holdfast.tasks import load_task
@@ -233,6 +246,11 @@ class DenoisingTask(ArrayTask):
         """The error of the linear denoiser on the test inputs; see the class."""
         x = self._x["test"].double() / 127.5 - 1
         mean, variance = float(x.mean()), float(x.var(correction=0))
+        if not variance > 0:
+            raise self._bad(
+                "all pixels of its test images are the same, so that their noise can be told without any model; give "
+                "it other test images"
+            )
         total, count = 0.0, 0
         for batch in self.sweep("test", SCORE_BATCH, device=torch.device("cpu")):
             a = self.schedule.alpha_bar.double()[batch.x[:, -1:, :1, :1].long()]

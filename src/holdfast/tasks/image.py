@@ -70,7 +70,10 @@ def _classes(path: Path, labelled: bool) -> list[str]:
     if not names and not labelled and _files(path):
         return ["."]
     if not names:
-        raise HoldfastError(f"{str(path)!r} has no sub-folders; expected one folder of images a class.")
+        wanted = "one folder of images a class" if labelled else f"images ({', '.join(sorted(SUFFIXES))}), or folders"
+        raise HoldfastError(
+            f"{str(path)!r} has no sub-folders{'' if labelled else ' and no images'}; expected {wanted}."
+        )
     return names
 
 
