@@ -457,47 +457,6 @@ class TestRecovery:
         assert all(torch.equal(v, going.good[n]) for n, v in going.model.network.state_dict().items())
 
 
-class TestAverage:
-    SETTINGS: ClassVar = {"steps": 2, "batch_sizes": (20,), "reinforcement_batch": 32, "max_benign_drop": 1.0}
-
-    def test_is_what_is_released_while_training_goes_on_from_the_last_weights(self, benign, restricted, run):
-        original = trained_on(benign)
-
-        def after(rounds, **more):
-            made, _ = Sophon(iterations=rounds, **self.SETTINGS, **more).immunize(original, benign, restricted, run=run)
-            return {n: v.clone() for n, v in made.network.state_dict().items() if v.is_floating_point()}
-
-        expected = {n: v.clone() for n, v in original.network.state_dict().items() if v.is_floating_point()}
-        for rounds in (1, 2, 3):
-            states = after(rounds)
-            expected = {n: 0.6 * v + 0.4 * states[n] for n, v in expected.items()}
-        averaged = after(3, ema=0.6, guard_every=1)
-        assert all(torch.allclose(averaged[n], v, rtol=1e-5, atol=1e-7) for n, v in expected.items())
-
-    def test_the_guard_looks_at_it(self, benign, restricted, run):
-        original = trained_on(benign)
-        slow = Sophon(iterations=1, ema=1 - 1e-9, suppression_lr=0.5, **self.SETTINGS)
-        made, record = slow.immunize(original, benign, restricted, run=run)
-        wild, broken = Sophon(iterations=1, suppression_lr=0.5, **self.SETTINGS).immunize(
-            original, benign, restricted, run=run
-        )
-        assert record.history["benign_score"][-1] > broken.history["benign_score"][-1] + 0.2
-        assert benign.score(made) > benign.score(wild) + 0.2
-
-    def test_after_going_back_it_begins_anew_there(self, benign, restricted, run):
-        settings = {**self.SETTINGS, "max_benign_drop": 0.1}
-        harsh = Sophon(loss="ice", iterations=2, suppression_lr=0.5, ema=0.01, guard_every=1, **settings)
-        going = sophon._Immunization(harsh, trained_on(benign), benign, restricted, run)
-        _, record = going.finish()
-        assert record.rollbacks
-        assert all(torch.equal(v, going.average[n]) for n, v in going.model.network.state_dict().items())
-
-    @pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])
-    def test_a_decay_is_between_0_and_1(self, decay):
-        with pytest.raises(HoldfastError, match="expected a decay between 0 and 1"):
-            Sophon(ema=decay)
-
-
 class TestJointStep:
     def test_is_one_step_of_adam_with_both_gradients(self, benign, restricted, run):
         settings = Sophon(
