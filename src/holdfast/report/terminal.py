@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.table import Table
 from holdfast.report import wording
 from holdfast.results import AuditResult, Cell, Curve, Interval, RunResult
 from holdfast.verdict import words
+
+LEAST = 14
+"""Characters of a column of names; longer ones go on in the next line."""
 
 
 def show(result: RunResult, folder: Path) -> None:
@@ -101,17 +104,37 @@ def _show_protocol(result: RunResult, console: Console) -> None:
             if any(isinstance(row.get(c), Cell) for row in rows)
         ]
         title = f"{setting or each.title}, in %" if each.percent else setting or each.title
-        table = Table(title=title, title_justify="left", pad_edge=False)
-        table.add_column("model", no_wrap=True)
-        table.add_column("attack")
-        for column in numbers:
-            table.add_column(column, justify="right", no_wrap=True)
-        for row in rows:
-            cells = [show(cell) if isinstance(cell := row.get(c), Cell) else "" for c in numbers]
-            table.add_row(str(row["model"]), str(row.get("attack", "")), *cells)
-        Console().print(table)
+        table, screen = _scores(title, rows, numbers, show), Console()
+        if _least(table) > screen.width:
+            title += " (spreads are in the report)"
+            table = _scores(title, rows, numbers, lambda cell: show(cell).partition(" ± ")[0])
+        # Rich cuts what does not fit, and a number without its last digits is another number.
+        Console(width=max(screen.width, _least(table))).print(table)
     for finding in result.findings:
         console.print(f"- {finding}")
+
+
+def _scores(
+    title: str, rows: Sequence[Mapping[str, str | Cell]], numbers: Sequence[str], show: Callable[[Cell], str]
+) -> Table:
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    table.add_column("model", min_width=LEAST)
+    table.add_column("attack", min_width=LEAST)
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True, min_width=_widest(rows, column, show))
+    for row in rows:
+        cells = [show(cell) if isinstance(cell := row.get(c), Cell) else "" for c in numbers]
+        table.add_row(str(row["model"]), str(row.get("attack", "")), *cells)
+    return table
+
+
+def _widest(rows: Sequence[Mapping[str, str | Cell]], column: str, show: Callable[[Cell], str]) -> int:
+    return max(len(column), *(len(show(cell)) for row in rows if isinstance(cell := row.get(column), Cell)))
+
+
+def _least(table: Table) -> int:
+    """The width in which nothing is cut."""
+    return sum((column.min_width or 0) + 3 for column in table.columns)
 
 
 def _some(names: Sequence[str]) -> str:
