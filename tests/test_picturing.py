@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 
 import numpy as np
@@ -14,10 +15,11 @@ from holdfast.drawing import picture
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run, load_tensors
 from holdfast.models import ModelSpec, load_model
-from holdfast.picturing import PicturesSpec
+from holdfast.picturing import PicturesSpec, Sitting, _about_samples
 from holdfast.pipeline import halves, run_recipe
 from holdfast.recipe import ProtocolRecipe
 from holdfast.results import read_result
+from holdfast.sampling import Distance
 from holdfast.tasks import load_task
 
 DENOISING = {"kind": "denoising", "test_limit": 40}
@@ -235,3 +237,25 @@ def test_classifiers_have_no_pictures(tmp_path):
 def test_a_quarter_of_the_noise_by_default():
     assert PicturesSpec().levels(1000) == (250,)
     assert PicturesSpec(noise_step=3).levels(1000) == (3,)
+
+
+@pytest.mark.parametrize(
+    ("distance", "said"),
+    [
+        (
+            Distance(8.0, 0.1),
+            "Samples of D as released are farther from benign test images than the original's (4 times as",
+        ),
+        (Distance(2.1, 0.1), "are no farther from benign test images than the original's, within two standard errors"),
+        (Distance(1.0, 0.1), "are no farther from benign test images"),
+        (Distance(math.nan, math.nan), "are no pictures: they are not finite"),
+    ],
+)
+def test_findings_say_whether_released_models_still_make_pictures(distance, said):
+    albums = {
+        Sitting("s", "original", "original"): ({}, Distance(2.0, 0.1)),
+        Sitting("s", "D", "immunized"): ({}, distance),
+        Sitting("s", "scratch", "scratch", adversary=recipe().plan()[0].adversary, steps=1): ({}, Distance(9.0, 0.1)),
+    }
+    (found,) = _about_samples(albums)
+    assert said in found

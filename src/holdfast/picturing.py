@@ -324,6 +324,7 @@ def _outcome(studio: _Studio, albums: Mapping[Sitting, Album]) -> Outcome:
             figures[f"{key}_{i}" if several else key] = figure
         if studio.scenery[name].classifier is not None:
             rows += [{"setting": name, **row} if several else row for row in _rows(studio, name, mine)]
+            findings += [where + finding for finding in _about_samples(mine)]
         elif studio.spec.measured:
             findings.append(
                 f"{where}No distance of samples from test images was taken: it needs labels of at least two classes on "
@@ -378,6 +379,31 @@ def _rows(studio: _Studio, setting: str, albums: Mapping[Sitting, Album]) -> lis
         if distance is not None:
             found.setdefault(sitting.model, {})["benign" if sitting.adversary is None else "restricted"] = distance
     return [{"model": model, **_cells(distances)} for model, distances in found.items()]
+
+
+def _about_samples(albums: Mapping[Sitting, Album]) -> list[str]:
+    """Whether released models still make pictures of their own task: a small error alone does not say so."""
+    released = {s.model: (s.role, distance) for s, (_, distance) in albums.items() if s.adversary is None}
+    original = next((distance for role, distance in released.values() if role == "original"), None)
+    found = []
+    for model, (role, distance) in released.items():
+        if role != "immunized" or distance is None or original is None:
+            continue
+        noise = 2 * math.hypot(distance.error, original.error)
+        if not math.isfinite(distance.value):
+            found.append(f"Samples of {model} as released are no pictures: they are not finite.")
+        elif distance.value - original.value > noise:
+            times = f" ({distance.value / original.value:.3g} times as far)" if original.value > 0 else ""
+            found.append(
+                f"Samples of {model} as released are farther from benign test images than the original's{times}. "
+                "Its error on noised images does not show that."
+            )
+        else:
+            found.append(
+                f"Samples of {model} as released are no farther from benign test images than the original's, within "
+                "two standard errors."
+            )
+    return found
 
 
 _SPLITS: Final[Sequence[Split]] = ("train", "test")
