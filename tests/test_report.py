@@ -20,6 +20,7 @@ from holdfast.comparison import Comparison, costs
 from holdfast.drawing import draw
 from holdfast.report import write_report
 from holdfast.report.html import render
+from holdfast.report.terminal import show
 from holdfast.results import (
     ROLES,
     AuditResult,
@@ -732,3 +733,18 @@ class TestOfDenoisers:
 def _text_of(page: str) -> str:
     bare = re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.DOTALL)
     return " ".join(re.sub(r"<[^>]+>", " ", bare).split())
+
+
+@pytest.mark.parametrize(("columns", "whole"), [("400", True), ("60", False)])
+def test_a_terminal_table_never_loses_a_number(columns, whole, monkeypatch, capsys):
+    """Rich would cut columns to nothing; spreads are left out first, and then the lines get longer."""
+    monkeypatch.setenv("COLUMNS", columns)
+    means = [0.476612, 0.0847, 0.0663, 0.0978, 1.0371]
+    cells = {f"epoch {i}": Cell.of([mean - 0.012345, mean + 0.012345]) for i, mean in enumerate(means)}
+    table = Table(title="Errors", rows=[{"model": "scratch", "attack": "direct+all", **cells}], percent=False)
+    show(make_result(kind="protocol", tables={"error": table}), FOLDER)
+    shown = capsys.readouterr().out
+    assert all(f"{mean:.4g}" in shown for mean in means)
+    assert "direct+all" in shown
+    assert ("± 0.017" in shown) is whole
+    assert ("spreads are in the report" in shown) is not whole
