@@ -294,7 +294,7 @@ def command(tmp_path_factory, trained):
         torch.manual_seed(1)
         trained.fresh().save(folder / "fresh.safetensors")
     return ["audit", folder / "fresh.safetensors", "--original", folder / "original.safetensors", "--benign",
-            "digits[0-4]", "--restricted", "digits[5-9]", "--budgets", "0,20,40", "--seeds", "2", "--shots", "8",
+            "digits[0-4]", "--restricted", "digits[5-9]", "--budgets", "0,20,150", "--seeds", "2", "--shots", "8",
             "--device", "cpu", "--threads", "1"]  # fmt: skip
 
 
