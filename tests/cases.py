@@ -8,16 +8,24 @@ from holdfast.defenses import (
     IMMA,
     NTL,
     ConditionNumber,
+    DeepCondition,
+    DeepIMMA,
+    DeepOptKappa,
+    DeepRIll,
     Defense,
     FrontierDefense,
     OptKappa,
+    RidgeProbe,
     RIllOnly,
     SignalFrontier,
+    SlowProbe,
     Sophon,
 )
 from holdfast.finetune import OPTIMIZERS, Strategy
 
 _BRIEF = {"iterations": 3, "steps": 3, "batch_sizes": (20,), "reinforcement_batch": 32, "guard_every": 1}
+
+_DEEP = {"iterations": 3, "batch_size": 20, "guard_every": 1, "max_benign_drop": 1.0}
 
 DEFENSES: dict[str, Defense] = {
     "sophon-ice": Sophon(**_BRIEF),
@@ -50,6 +58,16 @@ DEFENSES: dict[str, Defense] = {
     "ntl-momentum": NTL(
         iterations=3, batch_size=20, optimizer="momentum", guard_every=2, kernels=3, max_benign_drop=1.0
     ),
+    "deep-condition": DeepCondition(**_DEEP),
+    "deep-condition-whole": DeepCondition(cache_gib=0, optimizer="adam", schedule="constant", **_DEEP),
+    "deep-condition-epochs": DeepCondition(epochs=0.5, lambda_well=1e-3, lambda_ill=1e-3, **_DEEP),
+    "deep-r-ill": DeepRIll(**_DEEP),
+    "deep-imma": DeepIMMA(inner_steps=3, **_DEEP),
+    "deep-opt-kappa": DeepOptKappa(**_DEEP),
+    "deep-opt-kappa-log": DeepOptKappa(log=True, precision="bf16", **_DEEP),
+    "ridge-probe": RidgeProbe(restricted_batch=60, **_DEEP),
+    "ridge-probe-mixing": RidgeProbe(mixing=1.0, matching=0.0, distillation=0.0, restricted_batch=60, **_DEEP),
+    "slow-probe": SlowProbe(steps=5, **_DEEP),
     "condition": ConditionNumber(iterations=20, keep="last"),
     "condition-gd": ConditionNumber(iterations=20, keep="last", optimizer="gd", learning_rate=1e-4),
     "condition-batches": ConditionNumber(iterations=20, keep="last", batch_size=32, learning_rate=1e-4),

@@ -21,13 +21,12 @@ from holdfast.defenses import Sophon, guarded, sophon
 from holdfast.defenses.population import Population
 from holdfast.defenses.second_order import MOMENTUM, ExactSimulation
 from holdfast.defenses.simulation import Simulation
-from holdfast.defenses.sophon import distillation_loss
 from holdfast.defenses.validation import VALIDATION, validation_score
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run
 from holdfast.finetune import Strategy
 from holdfast.models import SplitModel, load_model
-from holdfast.suppression import Objective, inverse_cross_entropy, ridge_probe
+from holdfast.suppression import Objective, distillation_loss, inverse_cross_entropy, ridge_probe
 from holdfast.tasks import load_task
 from test_defenses import Interrupted, Killed
 

@@ -166,13 +166,7 @@ def ridge_probe(features: Tensor, labels: Tensor, ridge: float = 0.01) -> Tensor
     """
     if not ridge > 0:
         raise HoldfastError(f"The ridge of a probe is {ridge}; expected a number above 0.")
-    classes, index = torch.unique(labels, return_inverse=True)
-    if len(classes) < 2:
-        raise HoldfastError("A probe needs samples of at least 2 classes; the batch has one. Take a larger batch.")
-    y = F.one_hot(index, len(classes)).to(torch.float64)
-    y = y - y.mean(0)
-    z = features.to(torch.float64)
-    z = z - z.mean(0)
+    z, y = _centred(features, labels)
     energy = z.square().sum()
     side = min(z.shape)
     # Constant features: any lambda will do, as the numerator is 0.
@@ -186,6 +180,84 @@ def ridge_probe(features: Tensor, labels: Tensor, ridge: float = 0.01) -> Tensor
     explained = y.square().sum() - strength * (y * solved).sum() if len(z) <= z.shape[1] else (right * solved).sum()
     share = torch.where(info == 0, explained / y.square().sum(), torch.full_like(energy, math.nan))
     return share.to(features.dtype)
+
+
+def descended_probe(features: Tensor, labels: Tensor, steps: int) -> Tensor:
+    """The share of the labels' energy that gradient descent on a linear probe has explained after t steps.
+
+    With features Z and one-hot labels Y, both centred, w_0 = 0 and the step 1 / lambda_max of K = Z Z', the residual is
+    Y_t = (I - K / lambda_max)^t Y, so that
+
+        share = 1 - ||Y_t||^2 / ||Y||^2 = tr(Y' K S_2t(K) Y) / ||Y||^2,
+        S_n(K) = sum over j < n of (I - K / lambda_max)^j / lambda_max,
+
+    which needs neither inverse nor eigenvectors: S_2m = S_m + (I - K / lambda_max)^m S_m doubles n with two products,
+    and as K S(K) = Z S(Z'Z) Z' the smaller Gram matrix serves. Many steps make it the R2 of the closed form; few steps
+    see only what lies in directions of much energy. lambda_max is part of the adversary, and is not differentiated.
+
+    Args:
+        features: shape (N, D), floating point; the result is computed in float64.
+        labels: shape (N,), int64; at least two different ones.
+        steps: t, at least 1.
+
+    Returns:
+        A scalar of the dtype of ``features`` in [0, 1]: 0 where the features say nothing, or are constant.
+
+    Raises:
+        HoldfastError: if there is no step, or all labels are the same.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> slow = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [3.0, 1.0], [-3.0, 1.0]])  # the label is in the small one
+        >>> [round(descended_probe(slow, labels, t).item(), 2) for t in (1, 10, 100)]
+        [0.05, 0.43, 1.0]
+    """
+    if steps < 1:
+        raise HoldfastError(f"A probe is asked for after {steps} steps; expected at least 1.")
+    z, y = _centred(features, labels)
+    gram = z @ z.T if len(z) <= z.shape[1] else z.T @ z
+    right = y if len(z) <= z.shape[1] else z.T @ y
+    if not bool(gram.detach().isfinite().all()):
+        return features.sum() * math.nan
+    largest = torch.linalg.eigvalsh(gram.detach())[-1]
+    if not largest > 0:
+        return features.sum() * 0.0
+    one = torch.eye(len(gram), dtype=z.dtype, device=z.device)
+    power, total = one - gram / largest, one / largest  # of the binary digits of 2t, from the first on: n = 1
+    step = power
+    for digit in bin(2 * steps)[3:]:
+        total, power = total + power @ total, power @ power
+        if digit == "1":
+            total, power = total + power / largest, power @ step
+    whole = gram @ total if len(z) <= z.shape[1] else total
+    share: Tensor = (right * (whole @ right)).sum() / y.square().sum()
+    return share.to(features.dtype)
+
+
+def _centred(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and one-hot labels of a batch, centred, float64."""
+    classes, index = torch.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise HoldfastError("A probe needs samples of at least 2 classes; the batch has one. Take a larger batch.")
+    y = F.one_hot(index, len(classes)).to(torch.float64)
+    z = features.to(torch.float64)
+    return z - z.mean(0), y - y.mean(0)
+
+
+def distillation_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student) at temperature T: its gradient does not shrink with T.
+
+    Args:
+        logits: the student's, shape (N, C).
+        wanted: the teacher's, of the same shape.
+        temperature: T, above 0.
+
+    Example:
+        >>> distillation_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 3.0]]), 2.0).item()
+        0.0
+    """
+    student, teacher = (F.log_softmax(z / temperature, -1) for z in (logits, wanted))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,15 @@ from typing import Final
 
 from holdfast.defenses.base import Defense, Record
 from holdfast.defenses.condition import ConditionNumber, RIllOnly
+from holdfast.defenses.deep import DeepDefense
+from holdfast.defenses.deep_condition import DeepCondition, DeepOptKappa, DeepRIll
+from holdfast.defenses.deep_imma import DeepIMMA
 from holdfast.defenses.frontier import FrontierDefense, SignalFrontier
 from holdfast.defenses.imma import IMMA
 from holdfast.defenses.linear import LinearDefense, LinearProblem
 from holdfast.defenses.ntl import NTL
 from holdfast.defenses.opt_kappa import OptKappa
+from holdfast.defenses.probe_suppression import RidgeProbe, SlowProbe
 from holdfast.defenses.sophon import Sophon
 
 DEFENSES: Final[dict[str, type[Defense]]] = {
@@ -20,6 +24,12 @@ DEFENSES: Final[dict[str, type[Defense]]] = {
     RIllOnly.name: RIllOnly,
     IMMA.name: IMMA,
     OptKappa.name: OptKappa,
+    DeepCondition.name: DeepCondition,
+    DeepRIll.name: DeepRIll,
+    DeepIMMA.name: DeepIMMA,
+    DeepOptKappa.name: DeepOptKappa,
+    RidgeProbe.name: RidgeProbe,
+    SlowProbe.name: SlowProbe,
 }
 
 __all__ = [
@@ -27,6 +37,11 @@ __all__ = [
     "IMMA",
     "NTL",
     "ConditionNumber",
+    "DeepCondition",
+    "DeepDefense",
+    "DeepIMMA",
+    "DeepOptKappa",
+    "DeepRIll",
     "Defense",
     "FrontierDefense",
     "LinearDefense",
@@ -34,6 +49,8 @@ __all__ = [
     "OptKappa",
     "RIllOnly",
     "Record",
+    "RidgeProbe",
     "SignalFrontier",
+    "SlowProbe",
     "Sophon",
 ]

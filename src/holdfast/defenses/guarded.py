@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -117,10 +117,10 @@ class Immunization(ABC, Generic[Config]):
         rate: learning rate that the guard halves; `self.rate`.
     """
 
-    title: ClassVar[str]
-    series: ClassVar[tuple[str, ...]]
+    title: str
+    series: tuple[str, ...]
     """The history's, beside `iteration` and `benign_score`."""
-    shown: ClassVar[tuple[str, ...]]
+    shown: tuple[str, ...]
     """Those that the progress bar shows, beside the benign score."""
 
     def __init__(
@@ -149,7 +149,7 @@ class Immunization(ABC, Generic[Config]):
                 restricted.facts().sha256,
             ]
         )
-        self.original_score = self.held_out.score(self.model)
+        self.original_score = self.benign_score()
         self.good = self._snapshot()
         self.average = self._snapshot() if config.ema is not None else {}
         self.changed = False
@@ -258,6 +258,10 @@ class Immunization(ABC, Generic[Config]):
             self.best, self.best_score, self.best_round = self._snapshot(), score, self.round
         return score
 
+    def benign_score(self) -> float:
+        """Returns the score of `self.model` on the held-out benign data."""
+        return self.held_out.score(self.model)
+
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns what else a checkpoint holds: tensors, and plain values."""
         return {}, {}
@@ -295,7 +299,7 @@ class Immunization(ABC, Generic[Config]):
 
     def _look(self) -> bool:
         """The guard keeps a good state; returns False if it had to do something about a bad one."""
-        score = self.held_out.score(self.model)
+        score = self.benign_score()
         self.record.history["benign_score"][-1] = score if math.isfinite(score) else None
         if self.acceptable(score):
             self.keep(score)

@@ -24,7 +24,7 @@ from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Run, derive_seed
 from holdfast.finetune import ADAPTED, Initialisation, Precision, Scope, Strategy, not_applicable
 from holdfast.models import SplitModel, check_fits
-from holdfast.suppression import LOSSES, OF_DENOISING, Objective
+from holdfast.suppression import LOSSES, OF_DENOISING, Objective, distillation_loss
 from holdfast.tasks import Batch, Task
 
 
@@ -407,22 +407,6 @@ class _Immunization(Immunization[Sophon]):
                 self.keep(score)
                 return
         self.go_back(why)
-
-
-def distillation_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) at temperature T: its gradient does not shrink with T.
-
-    Args:
-        logits: the student's, shape (N, C).
-        wanted: the teacher's, of the same shape.
-        temperature: T, above 0.
-
-    Example:
-        >>> distillation_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 3.0]]), 2.0).item()
-        0.0
-    """
-    student, teacher = (F.log_softmax(z / temperature, -1) for z in (logits, wanted))
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
 def _devices(chosen: torch.device) -> list[torch.device]:

@@ -8,10 +8,13 @@ from holdfast.models.denoiser import Denoiser
 from holdfast.models.features import check_feature_width, feature_batches, feature_precision, features
 from holdfast.models.fitting import architecture_differences, check_fits, foreign_code, transplant
 from holdfast.models.heads import every_tensor
+from holdfast.models.prefix import Prefix, Rest
 
 __all__ = [
     "Denoiser",
     "ModelSpec",
+    "Prefix",
+    "Rest",
     "SplitModel",
     "architecture_differences",
     "check_feature_width",

@@ -1,0 +1,147 @@
+"""The frozen part of a network before the first block that is trained: its activations are computed once.
+
+Which layers come before which others, a module does not tell. So nothing is cut: the network runs as it is, but every
+frozen module answers at once. The last of them answers with the kept activations; those before it with what they
+answered to one sample, repeated for the batch, which nobody reads. A skip connection around the last of them would read
+it, and then the outputs differ: that is tried once, on two samples, and such a network is not taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.models.base import SplitModel
+from holdfast.models.heads import duplicate
+from holdfast.tasks import Task
+from holdfast.tasks.base import Split
+
+AGREEMENT = 1e-4
+"""Largest difference, relative to the largest value, of a network's outputs with and without kept activations."""
+_BATCH = 250
+
+
+class Prefix:
+    """Activations that a network's frozen blocks make, and a way to run the rest from them.
+
+    Args:
+        model: on its device; left as it is.
+        frozen: the first blocks of `SplitModel.blocks`, which stay as they are.
+        samples: a few inputs, as a task yields them, at least two.
+
+    Attributes:
+        shape: of one sample's activations.
+
+    Raises:
+        ValueError: saying why activations cannot be kept for this network.
+    """
+
+    def __init__(self, model: SplitModel, frozen: Sequence[Sequence[tuple[str, nn.Module]]], samples: Tensor) -> None:
+        names = [name for block in frozen for name, _ in block]
+        if not names:
+            raise ValueError("no block of its body is frozen")
+        self._model, self._names, self._last = duplicate(model).eval(), names, ""
+        self._sample = samples[:1]
+        self._templates = self._ran(samples[:1])
+        self.shape = tuple(self._templates[self._last].shape[1:])
+        kept = self.activations(samples)
+        with torch.no_grad():
+            wanted = torch.cat([t.flatten() for t in self._model.with_features(samples)])
+            found = torch.cat([t.flatten() for t in self.outputs(self._model, kept)])
+        if not bool(((found - wanted).abs().max() <= AGREEMENT * wanted.abs().max()).item()):
+            raise ValueError("later blocks read more than what the last frozen one answers")
+
+    @torch.no_grad()
+    def _ran(self, x: Tensor) -> dict[str, Tensor]:
+        """What each frozen module answers to an input; notes which of them ran last."""
+        caught: dict[str, Tensor] = {}
+
+        def catcher(name: str) -> Any:
+            def catch(_: nn.Module, __: Any, answer: Any) -> None:
+                if not isinstance(answer, Tensor) or answer.shape[:1] != x.shape[:1]:
+                    raise ValueError(f"{name!r} answers no tensor with one row a sample")
+                if name in caught:
+                    raise ValueError(f"{name!r} runs more than once")
+                caught[name], self._last = answer, name
+
+            return catch
+
+        hooks = [self._model.network.get_submodule(n).register_forward_hook(catcher(n)) for n in self._names]
+        try:
+            self._model.features(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not caught:
+            raise ValueError("none of its frozen blocks runs")
+        return caught
+
+    def activations(self, x: Tensor) -> Tensor:
+        """Returns what the last frozen module answers to inputs, shape (N, ...), in the network's precision."""
+        return self._ran(x)[self._last]
+
+    def outputs(self, model: SplitModel, activations: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logits and features of a model with the same frozen blocks, from activations; with their graph.
+
+        Args:
+            model: in the mode that is wanted.
+            activations: shape (N, ...).
+        """
+        with self._answering(model.network, activations):
+            return model.with_features(self._sample.expand(len(activations), *self._sample.shape[1:]))
+
+    @contextlib.contextmanager
+    def _answering(self, network: nn.Module, activations: Tensor) -> Iterator[None]:
+        layers = {name: network.get_submodule(name) for name in self._templates}
+        for name, layer in layers.items():
+            template = self._templates[name]
+            answer = activations if name == self._last else template.expand(len(activations), *template.shape[1:])
+            layer.forward = _answer(answer)
+        try:
+            yield
+        finally:
+            for layer in layers.values():
+                del layer.forward
+
+    def size(self, task: Task) -> int:
+        """Returns the bytes that the activations of a task's samples take."""
+        samples = task.size("train") + task.size("test")
+        return samples * self._templates[self._last].element_size() * int(torch.tensor(self.shape).prod())
+
+    def task(self, task: Task) -> Task:
+        """Returns a task on activations instead of inputs."""
+
+        def kept(split: Split) -> Tensor:
+            parts = [self.activations(b.x) for b in task.sweep(split, _BATCH, device=self._model.device)]
+            return torch.cat([part.cpu() for part in parts])
+
+        return task.with_inputs(kept("train"), kept("test"))
+
+
+class Rest(nn.Module):
+    """A model as a function of activations, so that a task on activations can score it.
+
+    Args:
+        prefix: whose activations.
+        model: what is run from them; shared, not copied.
+    """
+
+    def __init__(self, prefix: Prefix, model: SplitModel) -> None:
+        super().__init__()
+        self.prefix, self.model = prefix, model
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Returns logits, shape (N, classes)."""
+        return self.prefix.outputs(self.model, activations)[0]
+
+    def with_features(self, activations: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logits and features; see `SplitModel.with_features`."""
+        return self.prefix.outputs(self.model, activations)
+
+
+def _answer(value: Tensor) -> Any:
+    return lambda *_, **__: value
