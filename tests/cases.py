@@ -66,7 +66,7 @@ DEFENSES: dict[str, Defense] = {
     "deep-opt-kappa": DeepOptKappa(**_DEEP),
     "deep-opt-kappa-log": DeepOptKappa(log=True, precision="bf16", **_DEEP),
     "ridge-probe": RidgeProbe(restricted_batch=60, **_DEEP),
-    "ridge-probe-mixing": RidgeProbe(mixing=1.0, matching=0.0, distillation=0.0, restricted_batch=60, **_DEEP),
+    "ridge-probe-bare": RidgeProbe(mixing=0.0, matching=0.0, distillation=0.0, restricted_batch=60, **_DEEP),
     "slow-probe": SlowProbe(steps=5, **_DEEP),
     "condition": ConditionNumber(iterations=20, keep="last"),
     "condition-gd": ConditionNumber(iterations=20, keep="last", optimizer="gd", learning_rate=1e-4),

@@ -446,3 +446,33 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     within_b = sum(k(b[i], b[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
     across = sum(k(x, y) for x in a for y in b) / (n * m)
     return within_a + within_b - 2 * across
+
+
+def descended_share(features: Tensor, labels: Tensor, steps: int) -> Tensor:
+    """What gradient descent on a centred linear probe has explained, step by step, its step size held fixed."""
+    z = features - features.mean(0)
+    y = torch.stack([(labels == c).to(z) for c in torch.unique(labels)], 1)
+    y = y - y.mean(0)
+    eta = 1 / torch.linalg.eigvalsh(z.detach().T @ z.detach())[-1]
+    w = torch.zeros(z.shape[1], y.shape[1], dtype=z.dtype)
+    for _ in range(steps):
+        w = w - eta * z.T @ (z @ w - y)
+    return 1 - ((z @ w - y) ** 2).sum() / (y**2).sum()
+
+
+def probe_loss(features: Tensor, labels: Tensor, steps: int) -> Tensor:
+    """IMMA's lower level by autograd: a linear probe trained by cross-entropy, differentiated through."""
+    z = features
+    eta = 2 * len(z) / torch.linalg.eigvalsh(z.detach().T @ z.detach())[-1]
+    w = torch.zeros(z.shape[1], int(labels.max()) + 1, dtype=z.dtype, requires_grad=True)
+    for _ in range(steps):
+        loss = -torch.log_softmax(z @ w, -1)[torch.arange(len(z)), labels].mean()
+        (gradient,) = torch.autograd.grad(loss, w, create_graph=True)
+        w = w - eta * gradient
+    return -torch.log_softmax(z @ w, -1)[torch.arange(len(z)), labels].mean()
+
+
+def kappa_of_features(z: Tensor) -> float:
+    """kappa(Z'Z) by the eigenvalues of the D x D matrix, for features of full rank."""
+    values = torch.linalg.eigvalsh(z.T @ z)[-min(z.shape) :]
+    return float(values[-1] / values[0])

@@ -131,5 +131,5 @@ def log_kappa(features: Tensor) -> Tensor:
     sigma = torch.linalg.svdvals(features.double())
     floor = max(features.shape) * torch.finfo(features.dtype).eps * sigma.detach()[0]
     kept = sigma[sigma.detach() > floor]
-    found: Tensor = 2 * (kept[0].log() - kept[-1].log()) if len(kept) else sigma.sum()
+    found: Tensor = 2 * (kept[0].log() - kept[-1].log()) if len(kept) else 0 * sigma.sum()
     return found

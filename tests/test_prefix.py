@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from holdfast.models import ModelSpec, Prefix, Rest, SplitModel, load_model
+from holdfast.tasks import load_task
+
+SAMPLES = {"cnn": "digits[0-4]", "mlp": "digits[0-4]", "cifar_resnet": "digits[0-4]@image_size=16,channels=3"}
+SAMPLES |= {"cifar_vit": "digits[0-4]@image_size=32,channels=3", "timm:mobilenetv2_035": SAMPLES["cifar_resnet"]}
+
+
+def built(name: str) -> tuple[SplitModel, object, torch.Tensor]:
+    torch.manual_seed(0)
+    task = load_task(SAMPLES[name])
+    model = load_model(ModelSpec(name=name), task).eval()
+    return model, task, next(task.sweep("train", 6, device=torch.device("cpu"))).x
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("trained", [1, 2])
+def test_the_rest_of_a_network_computes_what_the_whole_does(name, trained):
+    model, _, x = built(name)
+    trained = min(trained, len(model.blocks()) - 1)
+    prefix = Prefix(model, model.blocks()[:-trained], x[:2])
+    logits, features = prefix.outputs(model, prefix.activations(x))
+    wanted, expected = model.with_features(x)
+    assert torch.allclose(logits, wanted, atol=1e-5)
+    assert torch.allclose(features, expected, atol=1e-5)
+    assert tuple(prefix.activations(x).shape) == (6, *prefix.shape)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet", "cifar_vit"])
+def test_gradients_are_those_of_the_whole(name):
+    model, _, x = built(name)
+    moved = [p for _, m in model.blocks()[-1] for p in m.parameters()]
+    prefix = Prefix(model, model.blocks()[:-1], x[:2])
+    found = torch.autograd.grad(prefix.outputs(model, prefix.activations(x))[0].square().sum(), moved)
+    wanted = torch.autograd.grad(model(x).square().sum(), moved)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_changed_rest_is_what_runs_and_the_whole_is_left_as_it_was():
+    model, _, x = built("cnn")
+    prefix = Prefix(model, model.blocks()[:-1], x[:2])
+    before = model(x)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    logits, _ = prefix.outputs(model, prefix.activations(x))
+    assert torch.allclose(logits, model(x), atol=1e-5)
+    assert not torch.allclose(logits, before)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_frozen_modules_do_not_run():
+    model, _, x = built("cifar_resnet")
+    prefix = Prefix(model, model.blocks()[:-1], x[:2])
+    kept = prefix.activations(x)
+    ran: list[str] = []
+    for name, module in model.network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    prefix.outputs(model, kept)
+    inside = set(ran) - {"conv1"}  # the answer of a frozen layer is handed over, by whatever its hooks are
+    assert inside == {"layer3.2.conv1", "layer3.2.conv2"}
+
+
+def test_a_task_on_activations_scores_as_the_task_does():
+    model, task, x = built("cnn")
+    prefix = Prefix(model, model.blocks()[:-1], x[:2])
+    kept = prefix.task(task)
+    assert kept.score(Rest(prefix, model)) == task.score(model)
+    assert (kept.size("train"), kept.size("test")) == (task.size("train"), task.size("test"))
+    per_sample = torch.tensor(prefix.shape).prod().item() * 4
+    assert prefix.size(task) == per_sample * (task.size("train") + task.size("test"))
+
+
+class Skipping(nn.Module):
+    """A skip connection from before the last frozen block to after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three, self.head = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        first = self.one(x)
+        return self.head(self.three(self.two(first)) + first)
+
+
+class Twice(Skipping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.three(self.two(self.one(self.one(x.flatten(1))))))
+
+
+@pytest.mark.parametrize(("network", "why"), [(Skipping, "read more"), (Twice, "more than once")])
+def test_a_network_whose_answers_cannot_be_kept_is_refused(network, why):
+    torch.manual_seed(0)
+    model = SplitModel(network(), "head").eval()
+    with pytest.raises(ValueError, match=why):
+        Prefix(model, model.blocks()[:2], torch.rand(3, 1, 8, 8))
+
+
+def test_nothing_frozen_is_refused():
+    model, _, x = built("cnn")
+    with pytest.raises(ValueError, match="no block"):
+        Prefix(model, [], x[:2])
