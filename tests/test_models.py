@@ -342,3 +342,34 @@ class TestFit:
 
         with pytest.raises(HoldfastError, match=r"returns \(2, 10\)"):
             check_fits(SplitModel(Doubled(), "out"), benign, own_task=True)
+
+
+def test_kept_outputs_of_a_head_for_more_classes(tmp_path):
+    """An ImageNet classifier serves ten of its classes without a new head."""
+    wide, narrow = load_task("digits"), load_task("digits[3,5,8]")
+    torch.manual_seed(0)
+    whole = load_model("cnn", wide).eval()
+    whole.save(tmp_path / "w.safetensors")
+    spec = ModelSpec(name="cnn", weights=str(tmp_path / "w.safetensors"), keep_outputs=(3, 5, 8))
+    part = load_model(spec, narrow).eval()
+    x = next(narrow.sweep("test", 20, device=torch.device("cpu"))).x
+    assert torch.allclose(part(x), whole(x)[:, [3, 5, 8]], atol=1e-6)
+    part.save(tmp_path / "part.safetensors")
+    again = load_model(str(tmp_path / "part.safetensors"), narrow).eval()
+    assert torch.equal(again(x), part(x))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [((3, 5), "names 2 different ones"), ((3, 3, 5), "names 2 different"), ((3, 5, 10), "no output 10")],
+)
+def test_kept_outputs_that_cannot_be(tmp_path, outputs, message):
+    load_model("cnn", load_task("digits")).save(tmp_path / "w.safetensors")
+    spec = ModelSpec(name="cnn", weights=str(tmp_path / "w.safetensors"), keep_outputs=outputs)
+    with pytest.raises(HoldfastError, match=message):
+        load_model(spec, load_task("digits[3,5,8]"))
+
+
+def test_kept_outputs_without_weights_to_choose_from():
+    with pytest.raises(HoldfastError, match="keep_outputs chooses among"):
+        load_model(ModelSpec(name="cnn", keep_outputs=(0, 1, 2)), load_task("digits[3,5,8]"))

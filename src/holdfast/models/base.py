@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -416,13 +416,20 @@ class SplitModel(nn.Module):
         """Writes the model as the library that it is of would, into a folder of its own; None: there is none such."""
         return None
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path, keep_outputs: Sequence[int] | None = None) -> None:
         """Loads weights from a safetensors file, strictly.
 
+        Args:
+            path: the file.
+            keep_outputs: those of its head that this model's stand for, in order; None: all.
+
         Raises:
-            HoldfastError: if the file is missing, is a pickle, or its tensors are not this architecture's.
+            HoldfastError: if the file is missing, is a pickle, its tensors are not this architecture's, or its head
+                has no such output.
         """
         tensors, _ = load_tensors(path)
+        if keep_outputs is not None:
+            tensors |= self._kept_outputs(tensors, keep_outputs)
         own, target = self.network.state_dict(), self.network
         if isinstance(target, Appended) and tensors.keys() == target.body.state_dict().keys():
             own, target = target.body.state_dict(), target.body  # weights from before the head was appended
@@ -443,13 +450,25 @@ class SplitModel(nn.Module):
             more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
             head = tensors.get(f"{self.head_name}.weight")
             hint = (
-                f" Its head is for {head.shape[0]} classes, and the task has {self.num_outputs}: "
-                "keep the right ones with NAME[...]."
+                f" Its head is for {head.shape[0]} classes, and the task has {self.num_outputs}: keep the right "
+                "classes of the task with NAME[...], or the right outputs of the head with keep_outputs (in a recipe)."
                 if head is not None and head.shape[0] != self.num_outputs
                 else ""
             )
             raise HoldfastError(f"{str(path)!r} does not fit {self.name}: {'; '.join(problems[:4])}{more}.{hint}")
         target.load_state_dict(tensors, strict=True)
+
+    def _kept_outputs(self, tensors: Mapping[str, Tensor], wanted: Sequence[int]) -> dict[str, Tensor]:
+        names = [n for n in (f"{self.head_name}.weight", f"{self.head_name}.bias") if n in tensors]
+        there = len(tensors[names[0]]) if names else 0
+        wrong = [i for i in wanted if not 0 <= i < there]
+        if wrong or len(wanted) != self.num_outputs or len(set(wanted)) != len(wanted):
+            what = f"there is no output {wrong[0]}" if wrong else f"it names {len(set(wanted))} different ones"
+            raise HoldfastError(
+                f"{self.name}: keep_outputs is {list(wanted)[:12]}; {what}. The weights' head has {there} outputs, and "
+                f"the task {self.num_outputs} classes: give the number of one output for each class, from 0 on."
+            )
+        return {n: tensors[n][list(wanted)] for n in names}
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ class ModelSpec(BaseModel):
     head: str | None = Field(None, description="Dotted name of the head, where another than the one found is meant.")
     mean: tuple[float, ...] | None = Field(None, description="Input normalisation; by default the architecture's.")
     std: tuple[float, ...] | None = None
+    keep_outputs: tuple[int, ...] | None = Field(
+        None,
+        description="Which outputs of the weights' head the task's classes are, in their order; null: all of them.",
+    )
     extractor: bool = Field(False, description="Whether the weights have a linear extractor inserted before the head.")
 
 
@@ -83,7 +87,7 @@ def load_model(
         "mean": mean,
         "std": std,
         "factory": _Factory(built.plain, task.input_shape, task.num_outputs, built.code),
-        "spec": built.plain.model_dump(exclude={"weights"}),
+        "spec": built.plain.model_dump(exclude={"weights", "keep_outputs"}),
     }
     head = spec.head or built.head
     found: SplitModel
@@ -104,8 +108,13 @@ def load_model(
         found = SplitModel(built.network, str(head), **more)
     if spec.extractor:
         found.add_extractor()
+    if spec.keep_outputs is not None and (spec.weights is None or built.loaded):
+        raise HoldfastError(
+            f"{spec.name}: keep_outputs chooses among the outputs of a head in a file of weights, and there is none such "
+            "for this model; leave it out."
+        )
     if spec.weights is not None and not built.loaded:
-        found.load(_find(spec.weights, data_dir))
+        found.load(_find(spec.weights, data_dir), spec.keep_outputs)
     found = _channels_last(found.to(device))
     check_fits(found, task, own_task=True, trainable=False)
     return found
