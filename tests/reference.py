@@ -220,6 +220,28 @@ def immunization_ratio(theta: Tensor, benign: Tensor, restricted: Tensor) -> tup
     return one, two
 
 
+def rir_theta0(original, immunized, benign: list, restricted: list) -> list[tuple[float, float, float]]:
+    """Eq. 17 and 18, group by group: Hessians X~'X~ of features, written out, and ratios of their condition numbers.
+
+    Args:
+        original: maps inputs (N, ...) to features (N, D), in float64.
+        immunized: likewise.
+        benign: inputs of each group.
+        restricted: likewise.
+    """
+
+    def hessian_kappa(extract, x: Tensor) -> float:
+        z = extract(x)
+        return kappa(z) ** 2  # the eigenvalues of X~'X~ are the squares of X~'s singular values
+
+    found = []
+    for p, h in zip(benign, restricted, strict=True):
+        first = hessian_kappa(immunized, h) / hessian_kappa(original, h)
+        second = hessian_kappa(immunized, p) / hessian_kappa(original, p)
+        found.append((first, second, first / second))
+    return found
+
+
 def proposition_3_2(theta: Tensor, k: Tensor) -> Tensor:
     """Eq. 10 as printed, one number for each singular vector of theta; see the tests for what these numbers are."""
     u, singular, _ = torch.linalg.svd(theta)

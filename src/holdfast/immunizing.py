@@ -131,6 +131,7 @@ class Ground:
         restricted: what it must not be fine-tuned to.
         defenders: the defender's half.
         adversarys: the adversary's half.
+        transfer: a third, harmless task that should stay easy to learn; no defense sees it.
     """
 
     original: SplitModel
@@ -138,6 +139,7 @@ class Ground:
     restricted: Task
     defenders: Task
     adversarys: Task
+    transfer: Task | None = None
 
     @cached_property
     def made_of(self) -> MadeOf:

@@ -22,6 +22,7 @@ from holdfast.job import Job
 from holdfast.models import ModelSpec, SplitModel, check_fits, load_model
 from holdfast.picturing import check_pictures
 from holdfast.protocol import SettingSpec, check_kinds, orders, protocol
+from holdfast.ratios import check_conditioning
 from holdfast.recipe import AnyRecipe, ProtocolRecipe, StudyRecipe, build_defense, readable
 from holdfast.results import (
     AuditResult,
@@ -29,7 +30,7 @@ from holdfast.results import (
     RunResult,
 )
 from holdfast.study import sources, study
-from holdfast.tasks import Task, load_task
+from holdfast.tasks import Task, TaskSpec, load_task
 
 HALVES_SEED = 0
 """Seed of the split into defender's and adversary's half. It is the same for everybody, whatever their run's seed, so
@@ -297,18 +298,21 @@ def _run_protocol(
     defenses = recipe.build_defenses()
     check_reuse(reuse)
     run = Run(recipe.seed, resolve_device(device))
-    wanted_tasks = dict.fromkeys(task for spec in recipe.settings.values() for task in (spec.benign, spec.restricted))
+    wanted_tasks = dict.fromkeys(
+        task for spec in recipe.settings.values() for task in (spec.benign, spec.restricted, spec.transfer) if task
+    )
     tasks = {spec: load_task(spec, data_dir=data_dir) for spec in wanted_tasks}  # each once, if in several settings
     check_kinds(recipe.settings, tasks)
-    grounds = {
-        name: _ground(name, spec, tasks[spec.benign], tasks[spec.restricted], recipe.shots, data_dir, run)
-        for name, spec in recipe.settings.items()
-    }
+    grounds = {name: _ground(name, spec, tasks, recipe.shots, data_dir, run) for name, spec in recipe.settings.items()}
     if recipe.pictures is not None:
         check_pictures(recipe.pictures, grounds)
+    if recipe.conditioning is not None:
+        check_conditioning(recipe.conditioning, grounds)
     job = Job.start("protocol", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
     for name, ground in grounds.items():
         job.tasks |= {f"{name}: benign": ground.benign.facts(), f"{name}: restricted": ground.restricted.facts()}
+        if ground.transfer is not None:
+            job.tasks[f"{name}: transfer"] = ground.transfer.facts()
     job.claim({"recipe": job.recipe, "models": {name: g.original.facts().sha256 for name, g in grounds.items()}})
     finished = job.finished()
     if finished is not None:
@@ -331,18 +335,22 @@ def _run_protocol(
 def _ground(
     name: str,
     spec: SettingSpec,
-    benign: Task,
-    restricted: Task,
+    tasks: Mapping[TaskSpec, Task],
     shots: int | None,
     data_dir: Path | str | None,
     run: Run,
 ) -> Ground:
     """Loads a setting's model, which may still be untrained; refuses what does not fit together."""
+    benign, restricted = tasks[spec.benign], tasks[spec.restricted]
+    transfer = None if spec.transfer is None else tasks[spec.transfer]
     with run.seeded("initialise"):
         model = load_model(spec.model, benign, data_dir=data_dir)
     _refuse_without_weights(f"Setting {name!r}", spec.model, spec.pretrain)
-    check_fits(model, restricted, own_task=False)
     defenders, adversarys = halves(restricted)
-    if shots is not None:
-        adversarys.few_shot(shots, 0)
-    return Ground(model, benign, restricted, defenders, adversarys)
+    for other, learned in ((restricted, adversarys), (transfer, transfer)):
+        if other is None or learned is None:
+            continue
+        check_fits(model, other, own_task=False)
+        if shots is not None:
+            learned.few_shot(shots, 0)
+    return Ground(model, benign, restricted, defenders, adversarys, transfer)

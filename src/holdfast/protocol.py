@@ -16,17 +16,21 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from holdfast.adversaries import Adversary, FineTuning, listed
+from holdfast.adversaries import listed
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Journal, Run
 from holdfast.executors import Executor
-from holdfast.finetune import Gradient, Initialisation, Precision, PretrainSpec, Scope, Strategy
+from holdfast.finetune import Precision, PretrainSpec
 from holdfast.immunizing import Ground, Made, Order, immunize_all
 from holdfast.models import ModelSpec, SplitModel
 from holdfast.picturing import PicturesSpec, Sitting, take_pictures
+from holdfast.plans import Attack, AttackSpec, in_precision, rescaled, scratch_plan, steps_per_epoch
+from holdfast.probing import probe_outcome
+from holdfast.ratios import ConditioningSpec, lay_out, measure_all
 from holdfast.results import Curve, Outcome, Role
 from holdfast.scenes import ORIGINAL, SCRATCH, Measure, PaperSpec, Row, Scene
+from holdfast.side_effects import learners, side_effects
 from holdfast.tabulating import tabulate
 from holdfast.tasks import Task, TaskSpec
 from holdfast.trials import few_of
@@ -44,38 +48,10 @@ class SettingSpec(BaseModel):
     pretrain: PretrainSpec | None = None
     benign: TaskSpec
     restricted: TaskSpec
+    transfer: TaskSpec | None = Field(None, description="A harmless task that every model should still learn.")
     stands_for: str | None = Field(
         None, description="The setting of `paper` that this one takes the place of; null: the one of the same name."
     )
-
-
-class AttackSpec(BaseModel):
-    """One attack: a fine-tuning strategy; by default the SOPHON paper's (section 5.1.1)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    initialisation: Initialisation = "direct"
-    scope: Scope = "all"
-    optimizer: str = "momentum"
-    learning_rate: float = 1e-4
-    batch_size: int = 200
-    weight_decay: float = 1e-4
-    gradient: Gradient = "raw"
-    rank: int = 8
-    more_epochs: tuple[int, ...] = Field((), description="Epochs after the protocol's last, for this attack alone.")
-    stands_for: str | None = Field(
-        None, description="The attack of `paper` that this one takes the place of; null: the one of the same name."
-    )
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        self.adversary("float32")
-        return self
-
-    def adversary(self, precision: Precision) -> FineTuning:
-        """Returns the attack; its random choices derive from its settings, not from the recipe's name for it."""
-        settings = self.model_dump(exclude={"more_epochs", "stands_for"})
-        return FineTuning(Strategy(**settings, precision=precision))
 
 
 class ProtocolSpec(BaseModel):
@@ -102,6 +78,14 @@ class ProtocolSpec(BaseModel):
     battery: str | None = Field(None, description="A battery instead of `attacks`; every adversary is a row.")
     compare_with: str | None = Field(
         None, description="A defense that the others are compared with, seed by seed, in a table of its own."
+    )
+    conditioning: ConditioningSpec | None = Field(
+        None, description="Take RIR_theta0 of every immunized model, on how many samples; null: no."
+    )
+    transfer_attacks: tuple[str, ...] = Field(
+        (),
+        description="Which attacks learn the settings' transfer tasks; none: those that train a head alone "
+        "(closed-form probes, scope `head`), or a closed-form probe if there is none.",
     )
     pictures: PicturesSpec | None = Field(None, description="What denoisers make of images; null: no pictures.")
     paper: dict[str, dict[str, PaperSpec]] = Field(
@@ -130,7 +114,13 @@ class ProtocolSpec(BaseModel):
                 f"seeds is {self.seeds} and immunizations {self.immunizations}: some immunized models would not be "
                 "attacked; give at least as many seeds"
             )
-        labels = [attack.label for attack in self.plan()]
+        plan = self.plan()
+        if self.transfer_attacks and not any(setting.transfer for setting in self.settings.values()):
+            raise ValueError("there are transfer_attacks, and no setting has a transfer task; give it one")
+        learners(plan, self.transfer_attacks)
+        if not self.defenses and self.conditioning is not None:
+            raise ValueError("conditioning compares immunized models with the original, and there are no defenses")
+        labels = [attack.label for attack in plan]
         if self.pictures is not None and self.pictures.attack is not None and self.pictures.attack not in labels:
             raise ValueError(str(unknown("attack of pictures:", self.pictures.attack, labels)))
         return self
@@ -149,7 +139,7 @@ class ProtocolSpec(BaseModel):
             HoldfastError: for an unknown battery, epochs out of order, or two attacks that are the same.
         """
         if self.battery is not None:
-            adversaries = [_in_precision(a, self.precision) for a in listed(self.battery)]
+            adversaries = [in_precision(a, self.precision) for a in listed(self.battery)]
             return [Attack(a.name, a, self.epochs, a.name) for a in adversaries]
         found: dict[str, Attack] = {}
         for name, spec in self.attacks.items():
@@ -166,60 +156,6 @@ class ProtocolSpec(BaseModel):
                 )
             found[attack.adversary.name] = attack
         return list(found.values())
-
-
-@dataclass(frozen=True)
-class Attack:
-    """One attack of a protocol.
-
-    Attributes:
-        label: the recipe's name for it.
-        adversary: what runs.
-        epochs: at which it is scored.
-        stands_for: under which name the paper's numbers are found.
-    """
-
-    label: str
-    adversary: Adversary
-    epochs: tuple[int, ...]
-    stands_for: str
-
-
-def _in_precision(adversary: Adversary, precision: Precision) -> Adversary:
-    """A battery's adversary, its training in another precision, and its name spelled accordingly."""
-    if not isinstance(adversary, FineTuning) or adversary.strategy.precision == precision:
-        return adversary
-    return dataclasses.replace(
-        adversary, strategy=dataclasses.replace(adversary.strategy, precision=precision), name=""
-    )
-
-
-def scratch_plan(plan: Sequence[Attack], model: SplitModel, task: Task) -> list[tuple[Attack, tuple[Attack, ...]]]:
-    """Returns training from scratch once for all attacks that do the same to fresh weights, and those attacks.
-
-    Whether a model was released plays no part from scratch, so attacks that differ only in where they start are one.
-    Training the head alone on random features is no way to train a model, nor is a probe: for them there is none.
-
-    Args:
-        plan: the attacks.
-        model: whose architecture is trained; its head stays as the architecture initialises it, unless it is for
-            another number of classes.
-        task: what is learned.
-    """
-    start: Initialisation = "direct" if model.num_outputs == task.num_outputs else "head"
-    groups: dict[FineTuning, list[Attack]] = {}
-    for attack in plan:
-        adversary = attack.adversary
-        if isinstance(adversary, FineTuning) and adversary.strategy.scope != "head":
-            strategy = dataclasses.replace(adversary.strategy, initialisation=start)
-            groups.setdefault(FineTuning(strategy, burn_in=adversary.burn_in), []).append(attack)
-    found = []
-    for adversary, covered in groups.items():
-        labels = [a.label for a in covered]
-        label = " / ".join(labels) if len(labels) <= 3 else f"{labels[0]} and {len(labels) - 1} more"
-        epochs = tuple(sorted({e for a in covered for e in a.epochs}))
-        found.append((Attack(label, adversary, epochs, covered[0].stands_for), tuple(covered)))
-    return found
 
 
 @dataclass(frozen=True)
@@ -275,20 +211,6 @@ def _work(bench: _Bench, trial: _Trial) -> Curve:
     return curve if task.higher_is_better else rescaled(curve, task.chance / ground.restricted.chance)
 
 
-def rescaled(curve: Curve, ratio: float) -> Curve:
-    """Returns a curve of 1 - error / chance with a chance that is 1 / `ratio` times as large.
-
-    A guess knows the learner's samples, so that chance is another one for each half and each seed. Errors of several
-    seeds have one mean, and can be shown, only if one chance is behind all of their scores.
-    """
-
-    def moved(score: float | None) -> float | None:
-        return None if score is None else 1 - (1 - score) * ratio
-
-    folds = [None if each is None else [1 - (1 - fold) * ratio for fold in each] for each in curve.folds]
-    return curve.model_copy(update={"scores": list(map(moved, curve.scores)), "folds": folds})
-
-
 def check_kinds(settings: Mapping[str, SettingSpec], tasks: Mapping[TaskSpec, Task]) -> None:
     """Refuses tasks of several kinds: a table has one unit, and percent and errors have no common one.
 
@@ -302,8 +224,11 @@ def check_kinds(settings: Mapping[str, SettingSpec], tasks: Mapping[TaskSpec, Ta
     found = [
         (f"the {role} task {tasks[spec].name!r} of setting {name!r}", tasks[spec].kind)
         for name, setting in settings.items()
-        for role, spec in (("restricted", setting.restricted), ("benign", setting.benign))
-    ]
+        for role, spec in (
+            ("restricted", setting.restricted), ("benign", setting.benign), ("transfer", setting.transfer),
+        )
+        if spec is not None
+    ]  # fmt: skip
     first, kind = found[0]
     for place, other in found:
         if other != kind:
@@ -362,7 +287,8 @@ def protocol(
     scenes = [_scene(name, ground, spec, made, run) for name, ground in grounds.items()]
     named = {f"{o.setting}: {o.label}, seed {o.seed}": made[o.setting, o.label, o.seed] for o in wanted}
     seconds = {f"immunize {name}": each.seconds for name, each in named.items()}
-    outcome = tabulate(scenes, filled, spec.epochs, spec.compare_with)
+    outcome = _beyond_scores(spec, scenes, filled, grounds, models, run=run, executor=executor)
+    outcome += tabulate(scenes, filled, spec.epochs, spec.compare_with)
     if spec.pictures is not None:
         subjects = _sittings(spec, rows, trials, bench)
         outcome += take_pictures(spec.pictures, grounds, subjects, shots=spec.shots, run=run, executor=executor)
@@ -371,6 +297,37 @@ def protocol(
         {name: each.model for name, each in named.items()},
         seconds,
     )
+
+
+def _beyond_scores(
+    spec: ProtocolSpec,
+    scenes: Sequence[Scene],
+    rows: Sequence[Row],
+    grounds: Mapping[str, Ground],
+    models: Mapping[tuple[str, str, int], SplitModel],
+    *,
+    run: Run,
+    executor: Executor,
+) -> Outcome:
+    """Condition numbers, linear probes step by step, side effects: each where there is something of the kind."""
+    outcome, plan = Outcome({}, {}, []), spec.plan()
+    if spec.conditioning is not None:
+        spectra = measure_all(spec.conditioning, grounds, models, run=run, executor=executor)
+        outcome += lay_out(spec.conditioning, scenes, spectra)
+    outcome += probe_outcome(plan, scenes, {s.name: [r for r in rows if r.setting == s.name] for s in scenes})
+    if any(ground.transfer is not None for ground in grounds.values()):
+        outcome += side_effects(
+            learners(plan, spec.transfer_attacks),
+            grounds,
+            models,
+            seeds=spec.seeds,
+            immunizations=spec.immunizations,
+            shots=spec.shots,
+            max_steps_per_epoch=spec.max_steps_per_epoch,
+            run=run,
+            executor=executor,
+        )
+    return outcome
 
 
 def _plan(
@@ -393,17 +350,6 @@ def _plan(
             covers, names = tuple(a.label for a in covered), tuple(a.stands_for for a in covered)
             rows.append(Row(setting, model, attack.label, covers, names, attack.epochs, steps, remark))
     return rows, trials
-
-
-def steps_per_epoch(samples: int, batch_size: int, cap: int | None = None) -> int:
-    """Returns the steps of an epoch: each sample once, the last batch filled up from the next; at most `cap`.
-
-    Example:
-        >>> steps_per_epoch(25_000, 200), steps_per_epoch(25_000, 150), steps_per_epoch(25_000, 200, cap=2)
-        (125, 167, 2)
-    """
-    steps = math.ceil(samples / min(batch_size, samples))
-    return steps if cap is None else min(steps, cap)
 
 
 def _attack(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from holdfast.comparison import Comparison
 from holdfast.immunizing import Made
@@ -30,7 +30,10 @@ class PaperSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    benign: float | None = None
+    benign: Printed | None = None
+    ratio_restricted: Printed | None = Field(None, description="(i) of RIR_theta0.")
+    ratio_benign: Printed | None = Field(None, description="(ii) of RIR_theta0.")
+    rir: Printed | None = None
     attacks: dict[str, dict[int, Printed]] = {}
 
 
@@ -172,9 +175,19 @@ class Scene:
 
     def benign(self, model: str) -> Cell:
         """Benign score of a model over seeds of its defense, as shown; none for scratch, which has no benign task."""
-        printed = self.benign_measure.printed(self.paper[model].benign) if model in self.paper else None
+        found = self.paper[model].benign if model in self.paper else None
+        printed = found if isinstance(found, tuple) else (found, None)
         scores = [self.original] if model == ORIGINAL else self._scores(model)
-        return Cell.of(map(self.benign_measure.value, scores), printed)
+        return Cell.of(map(self.benign_measure.value, scores), *map(self.benign_measure.printed, printed))
+
+    @property
+    def labels(self) -> list[str]:
+        """The defenses, in order."""
+        return list(dict.fromkeys(label for label, _ in self.made))
+
+    def defense(self, label: str) -> str | None:
+        """Returns the name of the defense behind a row; None for the controls."""
+        return next((made.result.defense for (own, _), made in self.made.items() if own == label), None)
 
     def lost(self, model: str) -> Cell:
         """What a model lost of the original's benign score, over seeds of its defense; empty for the controls.
@@ -244,3 +257,13 @@ def mean_of(values: Sequence[float | None]) -> float | None:
     """Returns the mean; None where there is no value, or one of them is not finite."""
     finite = [v for v in values if v is not None]
     return statistics.fmean(finite) if finite and len(finite) == len(values) else None
+
+
+def about_paper(scenes: Sequence[Scene]) -> str:
+    """Returns what a note says of the paper's numbers beside ours; nothing where there are none."""
+    if not any(scene.paper for scene in scenes):
+        return ""
+    instead = [f"{scene.name} for its {scene.stands_for}" for scene in scenes if scene.stands_for and scene.paper]
+    return " Small: what the paper prints." + (
+        f" The paper's setting is another, and larger: here stands {'; '.join(instead)}." if instead else ""
+    )

@@ -12,6 +12,7 @@ from holdfast.scenes import (
     SCRATCH,
     Row,
     Scene,
+    about_paper,
     ahead_of_scratch,
     compare,
     first_lost,
@@ -49,6 +50,7 @@ def tabulate(
             tables["difference"] = _difference(scenes, compared, epochs, compare_with)
     if any(scene.made for scene in scenes):
         tables["immunization"] = _immunization(scenes)
+    tables = {name: table for name, table in tables.items() if table.rows}  # without scratch there is no advantage
     if len(scenes) == 1:
         for table in tables.values():
             for row in table.rows:
@@ -86,23 +88,14 @@ def _scores(scenes: Sequence[Scene], rows: Mapping[str, Sequence[Row]]) -> Table
     unit = measure.name.capitalize()
     restricted = ", ".join(dict.fromkeys(scene.restricted for scene in scenes))
     steps = sorted({row.steps for each in rows.values() for row in each if row.curves})
-    length = f" An epoch has {_listed([str(n) for n in steps])} steps." if steps else ""
+    length = f" An epoch has {_listed([str(n) for n in steps])} step{'s' if steps != [1] else ''}." if steps else ""
     note = (
         f"{unit} on the restricted task ({restricted}) after so many epochs of each attack, and on the benign task "
         f"before any; mean ± standard deviation over seeds{', in percent' if measure.percent else ''}."
-        f"{'' if measure.percent else ' The smaller, the better the model.'}{length}{_about_paper(scenes)}"
+        f"{'' if measure.percent else ' The smaller, the better the model.'}{length}{about_paper(scenes)}"
     )
     title = f"{unit} over epochs" if any(rows.values()) else f"Benign {measure.name}; no attacks"
     return Table(title=title, rows=found, percent=measure.percent, note=note if any(rows.values()) else "")
-
-
-def _about_paper(scenes: Sequence[Scene]) -> str:
-    if not any(scene.paper for scene in scenes):
-        return ""
-    instead = [f"{scene.name} for its {scene.stands_for}" for scene in scenes if scene.stands_for and scene.paper]
-    return " Small: what the paper prints." + (
-        f" The paper's setting is another, and larger: here stands {'; '.join(instead)}." if instead else ""
-    )
 
 
 def _best(scenes: Sequence[Scene], compared: Mapping[str, Mapping[str, Comparison]], epochs: Sequence[int]) -> Table:

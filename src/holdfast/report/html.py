@@ -237,6 +237,7 @@ COLUMNS = {
     "ratio_benign": "(ii) benign",
     "rir": "RIR",
     "rir_bound": "RIR*",
+    "benign_percent": "benign, %",
     "held_out_ratio_restricted": "(i) held out",
     "held_out_ratio_benign": "(ii) held out",
     "published_ratio_restricted": "(i) restricted",
