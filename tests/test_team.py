@@ -17,7 +17,6 @@ from holdfast.results import RunResult, read_result
 from holdfast.tasks import load_task
 from holdfast.team import Team, _launched, alone, outcome, team
 
-
 HERE = Path(__file__).parent
 
 FAILS = """

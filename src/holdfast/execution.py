@@ -100,6 +100,37 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
 
 
+def place_of_float64(device: torch.device) -> torch.device:
+    """Returns where to compute in float64 what is on a device: there, or on the CPU if the device has none (mps).
+
+    Example:
+        >>> place_of_float64(torch.device("cuda", 1)), place_of_float64(torch.device("mps"))
+        (device(type='cuda', index=1), device(type='cpu'))
+    """
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Returns the most precise floating-point type that a device has."""
+    return torch.float64 if place_of_float64(device) == device else torch.float32
+
+
+def autocast(device: torch.device, bf16: bool, *, cache: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which networks compute in bfloat16 where torch deems it safe, or one that changes nothing.
+
+    Args:
+        device: where the network is.
+        bf16: False changes nothing: weights compute in their own precision, and a caller's autocast stays in force.
+        cache: keep weights in bfloat16 from one use to the next; not where they are changed in place in between.
+
+    Example:
+        >>> with autocast(torch.device("cpu"), bf16=True):
+        ...     nn.Linear(2, 2)(torch.zeros(1, 2)).dtype
+        torch.bfloat16
+    """
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=cache) if bf16 else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
     """Lets torch use so many CPU threads inside the block; None changes nothing.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Final, Literal, get_args
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.execution import Run
+from holdfast.execution import Run, autocast
 from holdfast.models import SplitModel, is_normalisation
 from holdfast.models.blocks import Block
 from holdfast.tasks import Task
@@ -319,8 +318,7 @@ def finetune(
         model.train(strategy.scope not in ("head", "last-block"))
         for module in alone:
             module.train()
-        # With the weights' own precision nothing is entered: a caller's autocast then stays in force.
-        with torch.autocast(device.type, torch.bfloat16) if strategy.precision == "bf16" else nullcontext():
+        with autocast(device, strategy.precision == "bf16"):
             loss = task.loss(model, batch)
             total = loss if penalty is None else loss + penalty()
         optimizer.zero_grad(set_to_none=True)

@@ -233,8 +233,8 @@ def _refuse_a_launcher_that_started_one() -> None:
     if alone_on_cpu and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         raise HoldfastError(
             "`accelerate launch --cpu --num_processes N` starts one process, whatever N is, unless it is given MPI. "
-            "For several on CPUs: accelerate launch --multi_gpu --num_processes N -m holdfast ... (it needs no GPU), or "
-            "torchrun --nproc-per-node N -m holdfast ..."
+            "For several on CPUs: accelerate launch --multi_gpu --num_processes N -m holdfast ... (no GPU is needed), "
+            "or torchrun --nproc-per-node N -m holdfast ..."
         )
 
 

@@ -21,7 +21,7 @@ from holdfast.defenses.population import Population
 from holdfast.defenses.second_order import MOMENTUM, ExactSimulation
 from holdfast.defenses.simulation import Seen, Simulation, whole
 from holdfast.errors import HoldfastError, unknown
-from holdfast.execution import Run, derive_seed
+from holdfast.execution import Run, autocast, derive_seed
 from holdfast.finetune import ADAPTED, Initialisation, Precision, Scope, Strategy, not_applicable
 from holdfast.models import SplitModel, check_fits
 from holdfast.suppression import LOSSES, OF_DENOISING, Objective
@@ -333,7 +333,7 @@ class _Immunization(Immunization[Sophon]):
         batches = self.benign.batches("train", config.reinforcement_batch, generator=generator, device=self.run.device)
         self.training_mode()
         for _ in range(loops):
-            with torch.autocast(self.run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            with autocast(self.run.device, config.precision == "bf16"):
                 loss = self._reinforcement_loss(next(batches))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
