@@ -23,7 +23,9 @@ GRID = 60
 def assess(
     model: SplitModel | None, benign: Task, restricted: Task, *, ridge: float = 0.01, q: float = 0.9
 ) -> tuple[Feasibility, dict[str, Figure]]:
-    """Decides by spectra alone whether linear immunization can work; memory is O(D^2), whatever the number of samples.
+    """Decides by spectra alone whether linear immunization can work.
+
+    Memory is O(D^2), whatever the number of samples, beside the features that are kept (see `FeatureCache`).
 
     Args:
         model: whose features are meant; None: the inputs themselves, flattened.

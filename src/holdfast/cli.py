@@ -103,6 +103,7 @@ def immunize_command(
     from holdfast.models import load_released
     from holdfast.recipe import build_defense, read_yaml
     from holdfast.tasks import load_task
+    from holdfast.team import speaks
 
     settings = dict(_split(item) for item in set)
     if "name" in settings:
@@ -115,7 +116,8 @@ def immunize_command(
         original, benign=task, restricted=against, defense=chosen, seed=seed, device=device, threads=threads,
         folder=out, quiet=False,
     )  # fmt: skip
-    print(f"Immunized model: {out / 'model.safetensors'}")
+    if speaks():
+        print(f"Immunized model: {out / 'model.safetensors'}")
     return 0
 
 
@@ -409,7 +411,8 @@ def _exit_code(label: str | None) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"holdfast: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # of several processes, each says what stopped it
+    print(f"holdfast{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr)
     return code
 
 

@@ -1,6 +1,6 @@
 """Where and how things run: device, seeds, progress, and the folder that makes a long job resumable.
 
-The only file that knows Accelerate. Every random choice is drawn from a generator whose seed is derived from the
+Every random choice is drawn from a generator whose seed is derived from the
 run's seed and the *purpose* of the choice, so that no random state needs saving: a resumed job asks for the same
 purposes and gets the same numbers.
 """
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
+from holdfast.team import own_device, speaks, team
 
 MAX_THREADS = 1024
 """More than any network here gains from; a mistyped number should not start so many threads."""
@@ -54,15 +54,26 @@ def resolve_device(name: str = "auto") -> torch.device:
     Args:
         name: `auto` (the accelerator that Accelerate finds, else the CPU) or a torch device such as `cpu`, `cuda:1`.
 
+    Of several processes, each gets the device that its launcher chose for it.
+
     Raises:
-        HoldfastError: if torch does not know the device or this machine does not have it.
+        HoldfastError: if torch does not know the device or this machine does not have it; or, of several processes, if
+            it is another than the launcher's.
 
     Example:
         >>> resolve_device("cpu")
         device(type='cpu')
     """
     if name == "auto":
-        return torch.device(PartialState().device)
+        return own_device()
+    if team().count > 1:
+        given = own_device()
+        if name not in (given.type, str(given)):
+            raise HoldfastError(
+                f"Device {name!r} was asked for, and the launcher gave this process {str(given)!r}. Leave --device "
+                "out; to compute on the CPU, set ACCELERATE_USE_CPU=true."
+            )
+        return given
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -87,6 +98,37 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     """
     tensors = itertools.chain(module.parameters(), module.buffers())
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
+
+
+def place_of_float64(device: torch.device) -> torch.device:
+    """Returns where to compute in float64 what is on a device: there, or on the CPU if the device has none (mps).
+
+    Example:
+        >>> place_of_float64(torch.device("cuda", 1)), place_of_float64(torch.device("mps"))
+        (device(type='cuda', index=1), device(type='cpu'))
+    """
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Returns the most precise floating-point type that a device has."""
+    return torch.float64 if place_of_float64(device) == device else torch.float32
+
+
+def autocast(device: torch.device, bf16: bool, *, cache: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which networks compute in bfloat16 where torch deems it safe, or one that changes nothing.
+
+    Args:
+        device: where the network is.
+        bf16: False changes nothing: weights compute in their own precision, and a caller's autocast stays in force.
+        cache: keep weights in bfloat16 from one use to the next; not where they are changed in place in between.
+
+    Example:
+        >>> with autocast(torch.device("cpu"), bf16=True):
+        ...     nn.Linear(2, 2)(torch.zeros(1, 2)).dtype
+        torch.bfloat16
+    """
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=cache) if bf16 else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -156,7 +198,7 @@ class Run:
     @contextlib.contextmanager
     def progress(self, description: str, total: int, done: int = 0) -> Iterator[Ticker]:
         """Shows a bar with the time left on a terminal, and one line per stage elsewhere."""
-        if self.quiet:
+        if self.quiet or not speaks():
             yield Ticker()
         elif not self.console.is_terminal:
             self.console.print(f"{description}: {total - done} to do" + (f", {done} done before" if done else ""))
@@ -171,7 +213,7 @@ class Run:
 
     def say(self, message: str) -> None:
         """Prints one line to the person at the terminal, unless quiet."""
-        if not self.quiet:
+        if not self.quiet and speaks():
             self.console.print(message, highlight=False, markup=False)
 
 
@@ -317,7 +359,8 @@ class Journal:
     """A durable list of finished pieces of work: one JSON line each, written through to the disk.
 
     The first line names what the work belongs to. A journal of other work is refused, not mixed; a last line torn
-    by a kill is dropped, and its piece of work done again.
+    by a kill is dropped, and its piece of work done again. Of several processes all hold the entries, and the main one
+    writes them.
 
     Args:
         path: the file; None keeps the entries in memory.
@@ -329,14 +372,14 @@ class Journal:
 
     def __init__(self, path: Path | None, belongs_to: Mapping[str, Any]) -> None:
         self.path = path
-        self.entries: dict[str, Any] = {}
         head = json.loads(json.dumps(belongs_to, default=str))
-        if path is None:
-            return
+        self.entries: dict[str, Any] = {} if path is None else team().by_main(lambda: self._open(path, head))
+
+    def _open(self, path: Path, head: dict[str, Any]) -> dict[str, Any]:
         lines = self._whole_lines(path)
         if not lines:
             write_atomic(path, json.dumps({"belongs_to": head}) + "\n")
-            return
+            return {}
         found = lines[0]["belongs_to"]
         if found != head:
             differ = sorted(k for k in {*found, *head} if found.get(k) != head.get(k))
@@ -344,7 +387,7 @@ class Journal:
                 f"{str(path.parent.parent)!r} holds an unfinished audit with another {', '.join(differ)}: results "
                 "are never mixed. Continue it with the command that began it, or choose another folder with --out."
             )
-        self.entries = {line["key"]: line["value"] for line in lines[1:]}
+        return {line["key"]: line["value"] for line in lines[1:]}
 
     @staticmethod
     def _whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -367,7 +410,7 @@ class Journal:
     def add(self, key: str, value: Any) -> None:
         """Stores one finished piece of work; when this returns, it survives a kill."""
         self.entries[key] = value
-        if self.path is not None:
+        if self.path is not None and team().main:
             with self.path.open("a") as handle:
                 handle.write(json.dumps({"key": key, "value": value}) + "\n")
                 handle.flush()

@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 import torch
 
 from holdfast.errors import HoldfastError, unknown
+from holdfast.team import team
 
 Context = TypeVar("Context")
 Job = TypeVar("Job")
@@ -88,7 +89,8 @@ def executor(name: str | Executor, *, threads: int | None = None) -> Executor:
         threads: see `Executor`.
 
     Raises:
-        HoldfastError: for an unknown name, a number of workers that is none, or if Ray is not installed.
+        HoldfastError: for an unknown name, a number of workers that is none, if Ray is not installed, or for anything
+            but `serial` in one of several processes.
 
     Example:
         >>> sorted(executor("serial").run(pow, 2, [1, 2, 3]))
@@ -98,6 +100,11 @@ def executor(name: str | Executor, *, threads: int | None = None) -> Executor:
         return name
     if name == "serial":
         return Serial(name, 1, threads)
+    if team().count > 1:
+        raise HoldfastError(
+            f"Executor {name!r}: {team().count} processes were launched, and share the trials already. Leave "
+            "--executor out, or start a single process."
+        )
     if name.startswith("ray://"):
         return RayCluster(name, None, threads)
     kind, colon, count = name.partition(":")
@@ -111,14 +118,13 @@ def executor(name: str | Executor, *, threads: int | None = None) -> Executor:
 
 @dataclass(frozen=True)
 class Serial(Executor):
-    """One job after another, here."""
+    """One job after another, here; if several processes were launched for the work, each does its share."""
 
     def run(
         self, work: Callable[[Context, Job], Result], context: Context, jobs: Sequence[Job]
     ) -> Iterator[tuple[int, Result]]:
         """See `Executor.run`."""
-        for index, job in enumerate(jobs):
-            yield index, work(context, job)
+        yield from team().share(lambda index: work(context, jobs[index]), len(jobs))
 
 
 @dataclass(frozen=True)

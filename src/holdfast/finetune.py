@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Final, Literal, get_args
 
@@ -15,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.execution import Run
+from holdfast.execution import Run, autocast
 from holdfast.models import SplitModel, is_normalisation
 from holdfast.models.blocks import Block
 from holdfast.tasks import Task
+from holdfast.team import Team, team
 
 Initialisation = Literal["direct", "head", "last-block", "last-half"]
 Scope = Literal["all", "head", "last-block", "norm", "lora", "lora-attention"]
@@ -287,6 +287,7 @@ def finetune(
     burn_in: int = 0,
     penalty: Callable[[], Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    together: Team | None = None,
 ) -> Iterator[Tensor]:
     """Fine-tunes a model in place, endlessly: take as many steps as you want.
 
@@ -302,6 +303,7 @@ def finetune(
         burn_in: first steps, which are taken at `BURN_IN` times the learning rate.
         penalty: called once a step, in training mode; what it returns is added to the loss.
         optimizer: goes on with this one, made by `optimizer_of` for this model and strategy; None: a new one.
+        together: the processes that train one model, each on batches of its own; None: this one trains its own.
 
     Yields:
         The training loss of each step, a detached scalar, after the step.
@@ -316,12 +318,14 @@ def finetune(
         model.train(strategy.scope not in ("head", "last-block"))
         for module in alone:
             module.train()
-        # With the weights' own precision nothing is entered: a caller's autocast then stays in force.
-        with torch.autocast(device.type, torch.bfloat16) if strategy.precision == "bf16" else nullcontext():
+        with autocast(device, strategy.precision == "bf16"):
             loss = task.loss(model, batch)
             total = loss if penalty is None else loss + penalty()
         optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
+        if together is not None:
+            together.average(moved)
+            together.level(model)
         if strategy.gradient != "raw":
             reshape_gradient(moved, strategy.gradient)
         optimizer.step()
@@ -376,7 +380,7 @@ def pretrain(
     seed: int = 0,
     run: Run | None = None,
 ) -> SplitModel:
-    """Trains a copy of a model honestly on a task.
+    """Trains a copy of a model honestly on a task; if several processes were launched, together.
 
     Args:
         model: left as it is.
@@ -401,8 +405,9 @@ def pretrain(
     run = run or Run(seed)
     strategy = strategy or PretrainSpec().strategy()
     trained = model.clone().to(run.device)
-    with run.seeded("pretrain") as generator, run.progress("Training the original", steps) as bar:
-        training = finetune(trained, task, strategy, generator=generator, device=run.device)
+    crew = team()
+    with run.seeded(*crew.own("pretrain")) as generator, run.progress("Training the original", steps) as bar:
+        training = finetune(trained, task, strategy, generator=generator, device=run.device, together=crew)
         average = None if ema is None else _averaged(trained, ema)
         for _ in range(steps):
             next(training)
@@ -411,4 +416,5 @@ def pretrain(
             bar.tick()
     if average is not None:
         trained.load_state_dict(average.module.state_dict())
+    crew.follow(trained)
     return trained.eval()

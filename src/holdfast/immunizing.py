@@ -28,6 +28,7 @@ from holdfast.executors import Executor
 from holdfast.models import SplitModel
 from holdfast.results import ImmunizationResult
 from holdfast.tasks import Task
+from holdfast.team import team
 
 MadeOf = dict[str, Any]
 
@@ -44,10 +45,13 @@ class Shelf:
 
     def has(self, made_of: MadeOf) -> bool:
         """Whether a model made of this is here; the notes are written last, so that it is whole."""
-        return self._paths(made_of)[1].is_file()
+        return team().by_main(self._paths(made_of)[1].is_file)
 
     def keep(self, made_of: MadeOf, model: SplitModel, notes: Mapping[str, Any]) -> None:
         """Puts a model here, with notes that JSON can hold."""
+        team().by_main(lambda: self._keep(made_of, model, notes))
+
+    def _keep(self, made_of: MadeOf, model: SplitModel, notes: Mapping[str, Any]) -> None:
         weights, beside = self._paths(made_of)
         file_sha256 = model.save(weights)
         written = {"made_of": made_of, "file_sha256": file_sha256, "holdfast": version("holdfast"), **notes}
@@ -98,6 +102,9 @@ class Shelf:
             other: where it is.
             owner: the folder of the other run.
         """
+        team().by_main(lambda: self._borrow(made_of, other, owner))
+
+    def _borrow(self, made_of: MadeOf, other: Shelf, owner: Path) -> None:
         notes = other.notes(made_of)
         source, (weights, beside) = other._paths(made_of)[0], self._paths(made_of)
         write_atomic(weights, source.read_bytes())

@@ -39,6 +39,7 @@ from holdfast.results import (
     read_result,
 )
 from holdfast.tasks import Task
+from holdfast.team import team
 
 Kind = Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
 
@@ -76,20 +77,11 @@ class Job:
         Raises:
             HoldfastError: if the folder holds what is not ours, or the device is not to be had.
         """
-        where = None if folder is None else writable_folder(Path(folder))
-        if where is not None and not (where / "job.json").exists():
-            strange = [name for name in OWN_FILES if (where / name).exists()]
-            if strange:
-                raise HoldfastError(
-                    f"{str(where)!r} holds {', '.join(strange)} and was not made by Holdfast; choose another "
-                    "folder with --out. Nothing was changed."
-                )
-        if where is not None and overwrite:
-            for name in ("checkpoints", "pipeline", "pictures"):
-                shutil.rmtree(where / name, ignore_errors=True)
-            for name in ("result.json", "report.html", "model.safetensors", "job.json"):
-                (where / name).unlink(missing_ok=True)
-        run = Run(seed, resolve_device(device), where, quiet)
+        chosen = resolve_device(device)
+        where = None if folder is None else Path(folder)
+        if where is not None:
+            team().by_main(lambda: _opened(where, overwrite))
+        run = Run(seed, chosen, where, quiet)
         return cls(kind, title, run, recipe or {}, datetime.now(UTC).isoformat(timespec="seconds"))
 
     def claim(self, settings: dict[str, Any]) -> None:
@@ -98,9 +90,20 @@ class Job:
             self.recipe = settings
         if self.run.folder is None:
             return
-        path = self.run.folder / "job.json"
+        folder = self.run.folder
         data = {part: facts.sha256 for part, facts in self.tasks.items()}
-        mine = json.loads(json.dumps({"kind": self.kind, "seed": self.run.seed, "data": data, **settings}))
+        # Training depends on how many processes do it; trials, and what is computed in closed form, do not.
+        several = {"processes": team().count} if team().count > 1 and self.kind in ("run", "immunize") else {}
+        mine = json.loads(json.dumps({"kind": self.kind, "seed": self.run.seed, "data": data, **several, **settings}))
+        team().by_main(lambda: self._mark(folder, mine))
+        if not all(team().gather((folder / "job.json").exists())):
+            raise HoldfastError(
+                f"Not every process sees {str(folder)!r}, which the main one has written to. On several machines, give "
+                "a folder that all of them share with --out."
+            )
+
+    def _mark(self, folder: Path, mine: dict[str, Any]) -> None:
+        path = folder / "job.json"
         if not path.exists():
             write_atomic(path, json.dumps(mine, indent=1))
             return
@@ -114,7 +117,7 @@ class Job:
             ) from error
         if fingerprint(found) != fingerprint(mine):
             raise HoldfastError(
-                f"{str(self.run.folder)!r} holds another job; it differs in: "
+                f"{str(folder)!r} holds another job; it differs in: "
                 f"{', '.join(dict.fromkeys(_differences(found, mine)[:5]))}. "
                 f"Results are never mixed: {self._elsewhere()}."
             )
@@ -126,7 +129,10 @@ class Job:
     def finished(self) -> RunResult | None:
         """Returns the folder's result, if the job was completed before, and says so; its report is written anew."""
         folder = self.run.folder
-        if folder is None or not (folder / "result.json").exists():
+        return None if folder is None else team().by_main(lambda: self._read_finished(folder))
+
+    def _read_finished(self, folder: Path) -> RunResult | None:
+        if not (folder / "result.json").exists():
             return None
         result = read_result(folder)
         self.run.say(f"{folder}: already complete. Nothing to do; --overwrite runs it again.")
@@ -154,14 +160,14 @@ class Job:
         """Returns the original model: as loaded, or trained now, or trained before the job was interrupted."""
         if spec is not None and self.run.folder is not None:
             path = self.run.folder / "checkpoints" / "original.safetensors"
-            if path.exists():
+            if team().agree(path.exists()):
                 model.load(path)
             else:
                 with self.timed("pretrain"):
                     model = pretrain(
                         model, benign, steps=spec.steps, strategy=spec.strategy(), ema=spec.ema, run=self.run
                     )
-                model.save(path)
+                team().by_main(lambda: model.save(path))
         self.note_model("original", model)
         return model.eval()
 
@@ -178,6 +184,7 @@ class Job:
             "benign": benign.facts().sha256,
             "seed": self.run.seed,
             **{f"pretrain.{key}": value for key, value in spec.model_dump(mode="json").items()},
+            **({"processes": team().count} if team().count > 1 else {}),
         }
         owner = next((other for other in reuse if shelf(other, "originals").has(made_of)), None)
         if not own.has(made_of) and owner is not None:
@@ -198,11 +205,13 @@ class Job:
         with self.timed("immunize"):
             defense = defense.resolved(benign)
             immunized, record = defense.immunize(model, benign, restricted, run=self.run)
+            team().follow(immunized.network)
         digest = None
         if self.run.folder is not None:
-            digest = immunized.save(self.run.folder / "model.safetensors")
-            if immunized.export(self.run.folder / "pipeline") is not None:
-                self.run.say(f"Written for diffusers: {self.run.folder / 'pipeline'}")
+            folder = self.run.folder
+            digest = team().by_main(lambda: immunized.save(folder / "model.safetensors"))
+            if team().by_main(lambda: immunized.export(folder / "pipeline")) is not None:
+                self.run.say(f"Written for diffusers: {folder / 'pipeline'}")
         self.note_model("immunized", immunized, digest)
         return immunized, defense.result(record)
 
@@ -239,7 +248,8 @@ class Job:
         outcome: Outcome | None = None,
     ) -> RunResult:
         """Writes report, pictures and result, and returns the result."""
-        assert self.run.folder is not None
+        folder = self.run.folder
+        assert folder is not None
         result = RunResult(
             kind=self.kind,
             title=self.title,
@@ -255,17 +265,39 @@ class Job:
                 started=self.started,
                 device=str(self.run.device),
                 threads=torch.get_num_threads(),
+                processes=team().count,
                 tasks=self.tasks,
                 models=self.models,
             ),
             timing=self.timing,
         )
-        write_report(result, self.run.folder / "report.html")
-        for name, figure in result.figures.items():
-            if isinstance(figure, Pictures):
-                write_atomic(self.run.folder / "pictures" / f"{name}.png", base64.b64decode(figure.png))
-        write_atomic(self.run.folder / "result.json", result.model_dump_json(indent=1))
-        return result
+        return team().by_main(lambda: _written(result, folder))
+
+
+def _opened(where: Path, overwrite: bool) -> None:
+    """Makes a job's folder, or empties it; see `Job.start`."""
+    writable_folder(where)
+    if not (where / "job.json").exists():
+        strange = [name for name in OWN_FILES if (where / name).exists()]
+        if strange:
+            raise HoldfastError(
+                f"{str(where)!r} holds {', '.join(strange)} and was not made by Holdfast; choose another "
+                "folder with --out. Nothing was changed."
+            )
+    if overwrite:
+        for name in ("checkpoints", "pipeline", "pictures"):
+            shutil.rmtree(where / name, ignore_errors=True)
+        for name in ("result.json", "report.html", "model.safetensors", "job.json"):
+            (where / name).unlink(missing_ok=True)
+
+
+def _written(result: RunResult, folder: Path) -> RunResult:
+    write_report(result, folder / "report.html")
+    for name, figure in result.figures.items():
+        if isinstance(figure, Pictures):
+            write_atomic(folder / "pictures" / f"{name}.png", base64.b64decode(figure.png))
+    write_atomic(folder / "result.json", result.model_dump_json(indent=1))
+    return result
 
 
 def _differences(found: Any, mine: Any, prefix: str = "") -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ from holdfast.results import Cell, Figure, Outcome, Role, Table
 from holdfast.sampling import Distance, kernel_distance, noised, restore, sample
 from holdfast.tasks import ArrayTask, DenoisingTask
 from holdfast.tasks.base import Split
+from holdfast.team import alone, team
 from holdfast.trials import few_of
 
 ACROSS: Final = 8
@@ -211,10 +213,11 @@ def take_pictures(
     studio = _Studio(spec, grounds, scenery, by_name, shots, run)
     files = {s: run.folder / "checkpoints" / "pictures" / f"{fingerprint(studio.made_of(s))}.safetensors"
              for s in sittings}  # fmt: skip
-    missing = [s for s in sittings if not files[s].is_file()]
+    missing = team().by_main(lambda: [s for s in sittings if not files[s].is_file()])
     with run.progress("Making pictures", len(sittings), len(sittings) - len(missing)) as bar:
         for index, (made, distance) in executor.run(_work, studio, missing):
-            save_tensors(files[missing[index]], made, {"distance": distance and [*map(str, distance)]})
+            meta = {"distance": distance and [*map(str, distance)]}
+            team().by_main(partial(save_tensors, files[missing[index]], made, meta))
             bar.tick(str(missing[index]))
     albums = {sitting: _kept(files[sitting]) for sitting in sittings}
     return _outcome(studio, albums)
@@ -295,7 +298,9 @@ def _scenery(spec: PicturesSpec, benign: DenoisingTask, restricted: DenoisingTas
     }
     if not own.has(made_of):
         run.say("Training a classifier, whose features samples are compared by")
-        own.keep(made_of, pretrain(fresh, labelled, steps=CLASSIFIER_STEPS, run=Run(run.seed, run.device)).cpu(), {})
+        with alone():  # it measures, and must not depend on how many processes there are
+            trained = pretrain(fresh, labelled, steps=CLASSIFIER_STEPS, run=Run(run.seed, run.device))
+        own.keep(made_of, trained.cpu(), {})
     classifier = own.take(made_of, fresh)[0]
     size = float(_features(classifier, _images(benign, "train", spec.measured, run)).square().mean().sqrt())
     return _Scenery(benign, restricted, classifier, labelled.score(classifier), size or 1.0)

@@ -437,6 +437,7 @@ class Provenance(_Result):
     git_commit: str | None
     device: str
     threads: int
+    processes: int = Field(1, description="How many were launched; batches are drawn and gradients averaged by each.")
     tasks: dict[str, TaskFacts]
     models: dict[str, ModelFacts]
 
@@ -495,6 +496,7 @@ def provenance(
     started: str,
     device: str,
     threads: int,
+    processes: int = 1,
     tasks: Mapping[str, TaskFacts],
     models: Mapping[str, ModelFacts],
     command: Sequence[str] | None = None,
@@ -505,6 +507,7 @@ def provenance(
         started: ISO 8601 time.
         device: the torch device that was computed on.
         threads: CPU threads that torch used; sums depend on it in the last digit.
+        processes: how many did the job together.
         tasks: facts of every dataset, by its part in the run.
         models: facts of every model, by its part in the run.
         command: the command line; the process's own by default.
@@ -534,6 +537,7 @@ def provenance(
         git_commit=_git_commit(),
         device=device,
         threads=threads,
+        processes=processes,
         tasks=dict(tasks),
         models=dict(models),
     )

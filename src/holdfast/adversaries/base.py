@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from holdfast.execution import Run, fingerprint
+from holdfast.execution import Run
 from holdfast.models import SplitModel, features
 from holdfast.results import Curve, Role
 from holdfast.tasks import Task
@@ -190,29 +190,13 @@ def _seen(folds: list[float] | None) -> float:
 
 def _head_on_features(model: SplitModel, task: Task) -> tuple[SplitModel, Task]:
     """A fresh head, all zero, and the task it sees."""
-    train, test = _features(model, task)
+    train, test = features(model, task, "train")[0], features(model, task, "test")[0]
     head = nn.utils.skip_init(  # type: ignore[no-untyped-call]
         nn.Linear, train.shape[1], task.num_outputs, dtype=train.dtype, device=train.device
     )
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return SplitModel(nn.Sequential(head), "0", name=model.name), task.with_inputs(train, test)
-
-
-def _features(model: SplitModel, task: Task) -> tuple[Tensor, Tensor]:
-    """Features of both splits; every probe of a battery asks for the same, so the last few are kept."""
-    device = model.device
-    with torch.no_grad():  # weights alone do not say what a network computes
-        sample = model.eval().features(next(task.sweep("train", 8, device=device)).x).flatten().tolist()
-    key = model.facts().sha256, task.facts().sha256, f"{device} {fingerprint(sample)}"
-    if key not in _KEPT:
-        while len(_KEPT) >= 4:
-            _KEPT.pop(next(iter(_KEPT)))
-        _KEPT[key] = features(model, task, "train")[0], features(model, task, "test")[0]
-    return _KEPT[key]
-
-
-_KEPT: dict[tuple[str, str, str], tuple[Tensor, Tensor]] = {}
 
 
 def _finite(value: float) -> float | None:

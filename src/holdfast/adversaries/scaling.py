@@ -20,6 +20,7 @@ from holdfast.adversaries.looking import (
     own_weights,
     some_samples,
 )
+from holdfast.execution import widest
 from holdfast.models import SplitModel, is_normalisation
 from holdfast.tasks import Task
 
@@ -61,7 +62,7 @@ def _scale_to_norm(layer: nn.Module, like: nn.Module | None) -> float:
     if factor <= 0:
         return 1.0
     for weight in weights.values():
-        weight.copy_(weight.double() * factor if weight.device.type != "mps" else weight * factor)
+        weight.copy_(weight.to(widest(weight.device)) * factor)
     return factor
 
 
@@ -79,7 +80,7 @@ def keep_slope(layer: nn.Module, factor: Factor) -> None:
     """
     weight = getattr(layer, "weight", None)
     if isinstance(layer, _NormBase) and layer.running_var is not None and isinstance(weight, Tensor):
-        variance = layer.running_var.double() if weight.device.type != "mps" else layer.running_var
+        variance = layer.running_var.to(widest(weight.device))
         ratio = ((variance * factor**2 + layer.eps) / (variance + layer.eps)).sqrt() / factor
         weight.mul_(torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0))
 

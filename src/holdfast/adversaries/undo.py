@@ -34,6 +34,7 @@ from holdfast.adversaries.looking import (
 from holdfast.adversaries.modules import activations, put_affine, swap_activations
 from holdfast.adversaries.scaling import equalise, norm_of, rescale
 from holdfast.adversaries.units import balance
+from holdfast.execution import place_of_float64
 from holdfast.models import Denoiser, SplitModel, is_normalisation
 from holdfast.tasks import Task
 
@@ -244,7 +245,7 @@ def _head_inputs(model: SplitModel, task: Task, generator: torch.Generator, devi
     """What the head gets, one row a vector of as many features as it takes; rows that are not finite are left out."""
     caught: list[Tensor] = []
     axis = 1 if isinstance(model.head, nn.Conv2d) else -1
-    place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    place = place_of_float64(device)
     hook = model.head.register_forward_pre_hook(
         lambda _, args: caught.append(args[0].movedim(axis, -1).flatten(0, -2).to(place, torch.float64))
     )

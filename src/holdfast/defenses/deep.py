@@ -14,7 +14,6 @@ import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -26,11 +25,12 @@ from torch import Tensor, nn
 from holdfast.defenses.base import Record
 from holdfast.defenses.guarded import GuardedDefense, Immunization
 from holdfast.errors import HoldfastError, unknown
-from holdfast.execution import Run
+from holdfast.execution import Run, autocast
 from holdfast.finetune import OPTIMIZERS, Precision
 from holdfast.models import Prefix, Rest, SplitModel, check_feature_width, check_fits
 from holdfast.suppression import distillation_loss
 from holdfast.tasks import Batch, Task
+from holdfast.team import team
 
 BALANCED_ON = 8
 """Batches whose gradients' norms are averaged to balance the terms."""
@@ -234,8 +234,8 @@ class _Immunization(Immunization[DeepDefense]):
         """Returns what computes a model's outputs from the inputs of `tasks`."""
         return model if self.prefix is None else Rest(self.prefix, model)
 
-    def benign_score(self) -> float:
-        """See `Immunization.benign_score`."""
+    def score_held_out(self) -> float:
+        """See `Immunization.score_held_out`."""
         return self.tasks[1].score(self.runner(self.model))
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -265,7 +265,7 @@ class _Immunization(Immunization[DeepDefense]):
     def one_round(self, generator: torch.Generator) -> dict[str, list[float]]:
         """A step on the next batch of each task."""
         if not self.lambdas:
-            self.lambdas = self._balance()
+            self.lambdas = team().agree(self._balance())
         optimizer = self.optimizers["optimizer"]
         for group in optimizer.param_groups:
             group["lr"] = self.rate * self._share()
@@ -276,6 +276,7 @@ class _Immunization(Immunization[DeepDefense]):
         total = total + self._held(benign, generator)
         optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
+        self.pool_gradients()
         optimizer.step()
         return {name: [float(value.detach())] for name, value in losses.items()}
 
@@ -295,7 +296,10 @@ class _Immunization(Immunization[DeepDefense]):
         sizes = {"benign": config.batch_size, "restricted": config.restricted_batch or config.batch_size}
         streams = [
             task.batches(
-                "train", size, generator=self.run.generator(config.name, purpose, role), device=self.run.device
+                "train",
+                size,
+                generator=self.run.generator(*team().own(config.name, purpose, role)),
+                device=self.run.device,
             )
             for (role, size), task in zip(sizes.items(), (benign, restricted), strict=True)
         ]
@@ -304,17 +308,13 @@ class _Immunization(Immunization[DeepDefense]):
     def _losses(self, benign: Batch, restricted: Batch) -> dict[str, Tensor]:
         """The benign loss and each term, with their graphs."""
         run, config = self.runner(self.model), self.config
-        with self._precision():
+        with autocast(self.run.device, config.precision == "bf16"):
             logits, features = run.with_features(benign.x)
             _, theirs = run.with_features(restricted.x)
             if not config.benign_loss:
                 logits = self._head_alone(features)
         loss = self._benign_loss(logits.to(self.model.dtype), benign)
         return {"benign_loss": loss, **config.regularizers(Seen(features, theirs, restricted.y))}
-
-    def _precision(self) -> Any:
-        bf16 = self.config.precision == "bf16"
-        return torch.autocast(self.run.device.type, torch.bfloat16) if bf16 else nullcontext()
 
     def _head_alone(self, features: Tensor) -> Tensor:
         head = self.model.head
@@ -337,7 +337,7 @@ class _Immunization(Immunization[DeepDefense]):
         total: Tensor | float = 0.0
         ours, theirs = self.runner(self.model), self.runner(self.original)
         if config.distillation or config.matching:
-            with self._precision():
+            with autocast(self.run.device, config.precision == "bf16"):
                 logits, features = ours.with_features(benign.x)
                 with torch.no_grad():
                     wanted, kept = theirs.with_features(benign.x)
@@ -348,7 +348,7 @@ class _Immunization(Immunization[DeepDefense]):
             share = torch.rand(len(benign.x), *[1] * (benign.x.dim() - 1), generator=generator).to(benign.x)
             other = benign.x[torch.randperm(len(benign.x), generator=generator).to(benign.x.device)]
             mixed = share * benign.x + (1 - share) * other
-            with self._precision():
+            with autocast(self.run.device, config.precision == "bf16"):
                 features = ours.with_features(mixed)[1]
                 with torch.no_grad():
                     kept = theirs.with_features(mixed)[1]

@@ -23,10 +23,12 @@ from holdfast.execution import (
     optimizer_tensors,
     restore_optimizer,
     save_tensors,
+    tensors_sha256,
 )
 from holdfast.models import SplitModel
 from holdfast.results import Event
 from holdfast.tasks import Task
+from holdfast.team import team
 
 VALIDATION_SHARE = 0.2
 """Of the defender's restricted training data, kept back to score the examinations."""
@@ -106,7 +108,8 @@ Config = TypeVar("Config", bound=GuardedDefense)
 class Immunization(ABC, Generic[Config]):
     """One run of a guarded defense: what a checkpoint holds, and the guard's memory.
 
-    A subclass says what a round is, which optimizers it has, and what happens where the benign score is too low.
+    A subclass says what a round is, which optimizers it has, and what happens where the benign score is too low. Where
+    several processes were launched, each does every round on draws of its own, and `pool_gradients` unites them.
 
     Args:
         config: the defense.
@@ -138,8 +141,10 @@ class Immunization(ABC, Generic[Config]):
         validated = ("validation_score",) if config.validate_every is not None else ()
         self.record = Record(history={k: [] for k in ("iteration", *self.series, "benign_score", *validated)})
         self.round = 0
+        processes = [] if team().count == 1 else [{"processes": team().count}]
         self.belongs_to = fingerprint(
             [
+                *processes,
                 config.config(),
                 run.seed,
                 model.facts().sha256,
@@ -173,10 +178,13 @@ class Immunization(ABC, Generic[Config]):
         with self.run.seeded(self.config.name, "resume"):  # adversaries are made anew before they get their state
             self._resume()
         config, saved = self.config, time.monotonic()
+        crew = team()
         with self.run.progress(f"Immunizing ({self.title})", config.iterations, self.round) as bar:
             while self.round < config.iterations and self.record.completed:
-                with self.run.seeded(config.name, self.round, self.record.rollbacks) as generator:
-                    sound = self._note(self.one_round(generator))
+                with self.run.seeded(*crew.own(config.name, self.round, self.record.rollbacks)) as generator:
+                    own = crew.gather(self.one_round(generator))
+                crew.level(self.model)
+                sound = self._note({name: [v for values in own for v in values[name]] for name in self.series})
                 self.round += 1
                 if sound:
                     self._update_average()
@@ -187,13 +195,29 @@ class Immunization(ABC, Generic[Config]):
                 if looks:
                     score, note = (math.nan, "") if not sound else self._looked(examines)
                     note = f"benign {score:.3f}, " + ", ".join(map(self._shown, self.shown)) + note
-                if looks or time.monotonic() - saved > SAVE_SECONDS:
+                if crew.agree(looks or time.monotonic() - saved > SAVE_SECONDS):
                     self._save()
                     saved = time.monotonic()
                 bar.tick(note if looks else "")
         self._conclude()
         self.model.eval()
+        crew.follow(self.model.network)
         return self.model, self.record
+
+    def pool_gradients(self) -> None:
+        """Replaces the gradients by their mean over all processes; call it between `backward` and the step.
+
+        With one process it does nothing. `_look` finds out where it was forgotten.
+        """
+        team().average(self.model.parameters())
+
+    def benign_score(self) -> float:
+        """Returns the score on the held-out benign data: the main process's, by which all decide."""
+        return team().agree(self.score_held_out())
+
+    def score_held_out(self) -> float:
+        """Returns this process's score of `self.model` on the held-out benign data."""
+        return self.held_out.score(self.model)
 
     def _looked(self, examines: bool) -> tuple[float, str]:
         """Looks at what would be released now, and perhaps examines it; if all is well, training goes on as it was."""
@@ -252,15 +276,11 @@ class Immunization(ABC, Generic[Config]):
     def _examine(self) -> float:
         """Attacks a good state, and keeps it if it is the best one so far."""
         assert self.examined is not None
-        score = validation_score(self.model, self.examined, self.config.validation_steps, run=self.run)
+        score = team().agree(validation_score(self.model, self.examined, self.config.validation_steps, run=self.run))
         self.record.history["validation_score"][-1] = score if math.isfinite(score) else None
         if score < self.best_score:
             self.best, self.best_score, self.best_round = self._snapshot(), score, self.round
         return score
-
-    def benign_score(self) -> float:
-        """Returns the score of `self.model` on the held-out benign data."""
-        return self.held_out.score(self.model)
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns what else a checkpoint holds: tensors, and plain values."""
@@ -287,7 +307,7 @@ class Immunization(ABC, Generic[Config]):
         for name in self.series:
             history[name].append(_mean(values[name]))
         finite = all(math.isfinite(v) for name in self.series for v in values[name])
-        return finite and all(bool(p.isfinite().all()) for p in self.model.parameters())
+        return team().agree(finite and all(bool(p.isfinite().all()) for p in self.model.parameters()))
 
     def training_mode(self) -> None:
         """Training mode, but for normalisations whose parameters are frozen: their statistics are frozen with them."""
@@ -299,6 +319,7 @@ class Immunization(ABC, Generic[Config]):
 
     def _look(self) -> bool:
         """The guard keeps a good state; returns False if it had to do something about a bad one."""
+        self._check_together()
         score = self.benign_score()
         self.record.history["benign_score"][-1] = score if math.isfinite(score) else None
         if self.acceptable(score):
@@ -310,6 +331,13 @@ class Immunization(ABC, Generic[Config]):
                 self.too_low(f"held-out benign error {score:.4f} is over the ceiling {self.limit:.4f}")
             return False
         return True
+
+    def _check_together(self) -> None:
+        if team().count > 1 and len(set(team().gather(tensors_sha256(self._snapshot())))) > 1:
+            raise HoldfastError(
+                f"{self.config.name}: the processes' weights differ after round {self.round}. In several processes "
+                "a defense calls `Immunization.pool_gradients` between backward and each step; or use one process."
+            )
 
     def keep(self, score: float) -> None:
         """Remembers the present state as the last good one."""
@@ -363,26 +391,33 @@ class Immunization(ABC, Generic[Config]):
         path = self.run.path("immunization.safetensors")
         if path is None:
             return
+        parts = team().gather(self._part())
         tensors = {f"model/{n}": v for n, v in self._snapshot().items()}
         tensors |= {f"good/{n}": v for n, v in self.good.items()}
         tensors |= {f"best/{n}": v for n, v in self.best.items()}
         tensors |= {f"average/{n}": v for n, v in self.average.items()}
-        more, own = self.saved()
-        tensors |= {f"own/{n}": v for n, v in more.items()}
+        for label, (more, _) in zip(_parts(len(parts)), parts, strict=True):
+            tensors |= {f"{label}/{n}": v for n, v in more.items()}
         for label, optimizer in self.optimizers.items():
             tensors |= {f"{label}/{n}": v for n, v in optimizer_tensors(optimizer).items()}
         meta = {
             "format": FORMAT, "belongs_to": self.belongs_to,
             "round": self.round, "rollbacks": self.record.rollbacks, "rate": self.rate,
             "history": self.record.history, "events": [e.model_dump() for e in self.record.events],
-            "completed": self.record.completed, "changed": self.changed, "own": own,
+            "completed": self.record.completed, "changed": self.changed,
+            **{label: own for label, (_, own) in zip(_parts(len(parts)), parts, strict=True)},
             "best": [self.best_score, self.best_round] if self.best else None,
         }  # fmt: skip
-        save_tensors(path, tensors, meta)
+        team().by_main(lambda: save_tensors(path, tensors, meta))
+
+    def _part(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What of a checkpoint is this process's own, where it can be sent from."""
+        tensors, values = self.saved()
+        return {n: v.detach().cpu() for n, v in tensors.items()}, values
 
     def _resume(self) -> None:
         path = self.run.path("immunization.safetensors")
-        if path is None or not path.exists():
+        if path is None or not team().agree(path.exists()):
             return
         tensors, meta = load_tensors(path)
         if meta.get("format") != FORMAT:
@@ -392,8 +427,8 @@ class Immunization(ABC, Generic[Config]):
             )
         if meta.get("belongs_to") != self.belongs_to:
             raise HoldfastError(
-                f"{str(path)!r} is the state of another immunization (model, data, seed or settings differ): states "
-                "are never mixed. Choose another folder with --out."
+                f"{str(path)!r} is the state of another immunization (model, data, seed, settings or number of "
+                "processes differ): states are never mixed. Choose another folder with --out."
             )
         self._restore(_under(tensors, "model"))
         self.good = {n: v.to(self.run.device) for n, v in _under(tensors, "good").items()}
@@ -408,8 +443,14 @@ class Immunization(ABC, Generic[Config]):
         if meta["best"] is not None:
             self.best = {n: v.to(self.run.device) for n, v in _under(tensors, "best").items()}
             self.best_score, self.best_round = meta["best"]
-        self.restore_own(_under(tensors, "own"), meta["own"])
+        label = _parts(team().count)[team().rank]
+        self.restore_own(_under(tensors, label), meta[label])
         self.run.say(f"Immunization: continuing after {self.round} of {self.config.iterations} rounds")
+
+
+def _parts(processes: int) -> list[str]:
+    """What the processes' own parts of a checkpoint are called in it."""
+    return ["own", *(f"own of {rank}" for rank in range(1, processes))]
 
 
 def _under(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:

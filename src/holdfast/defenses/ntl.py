@@ -223,6 +223,7 @@ class _Immunization(Immunization[NTL]):
         optimizer = self.optimizers["optimizer"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        self.pool_gradients()
         optimizer.step()
         values = {"restricted_loss": restricted_loss, "benign_loss": benign_loss, "mmd": distance}
         return {name: [float(value.detach())] for name, value in values.items()}

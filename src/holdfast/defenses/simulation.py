@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
-from holdfast.execution import optimizer_tensors, restore_optimizer
+from holdfast.execution import autocast, optimizer_tensors, restore_optimizer
 from holdfast.finetune import Strategy, finetune, optimizer_of, prepare, renewed, trained_modules
 from holdfast.models import SplitModel
 from holdfast.suppression import Objective, SuppressionLoss, ridge_probe
@@ -207,7 +207,7 @@ class Simulation:
         weights = gamma if gamma is not None else (1.0,) * steps
         total = torch.zeros((), device=self.device)
         # Without autocast's cache: it holds weights as they were before the step.
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+        with autocast(self.device, self.bf16, cache=False):
             for k in range(steps):
                 next(training)
                 if objective.loss is not None:

@@ -21,11 +21,12 @@ from holdfast.defenses.population import Population
 from holdfast.defenses.second_order import MOMENTUM, ExactSimulation
 from holdfast.defenses.simulation import Seen, Simulation, whole
 from holdfast.errors import HoldfastError, unknown
-from holdfast.execution import Run, derive_seed
+from holdfast.execution import Run, autocast, derive_seed
 from holdfast.finetune import ADAPTED, Initialisation, Precision, Scope, Strategy, not_applicable
 from holdfast.models import SplitModel, check_fits
 from holdfast.suppression import LOSSES, OF_DENOISING, Objective, distillation_loss
 from holdfast.tasks import Batch, Task
+from holdfast.team import team
 
 
 @dataclass
@@ -332,10 +333,11 @@ class _Immunization(Immunization[Sophon]):
         batches = self.benign.batches("train", config.reinforcement_batch, generator=generator, device=self.run.device)
         self.training_mode()
         for _ in range(loops):
-            with torch.autocast(self.run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            with autocast(self.run.device, config.precision == "bf16"):
                 loss = self._reinforcement_loss(next(batches))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
+            self.pool_gradients()
             self._join(waiting)
             optimizer.step()
             losses.append(float(loss.detach()))
@@ -362,6 +364,7 @@ class _Immunization(Immunization[Sophon]):
         )
         for parameter, gradient in zip(self.model.parameters(), self.population.gradients(), strict=True):
             parameter.grad = gradient
+        self.pool_gradients()
         if config.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         if config.joint_weight is None:
@@ -398,10 +401,11 @@ class _Immunization(Immunization[Sophon]):
         """See `Immunization.too_low`: suppression went too far; perhaps reinforcement alone makes up for it."""
         config = self.config
         if config.recovery_loops:
-            with self.run.seeded("sophon", "recovery", self.round, self.record.rollbacks) as generator:
+            with self.run.seeded(*team().own("sophon", "recovery", self.round, self.record.rollbacks)) as generator:
                 self._reinforce(config.recovery_loops, generator)
+            team().level(self.model)
             self.record.history["gradient_passes"][-1] = self._passes() + config.recovery_loops
-            score = self.held_out.score(self.model)
+            score = self.benign_score()
             if self.acceptable(score):
                 self.say(f"{why}: brought back to {score:.3f} by {config.recovery_loops} reinforcement loops")
                 self.keep(score)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
-from holdfast.execution import device_of, dtype_of, load_tensors, save_tensors, tensors_sha256
+from holdfast.execution import device_of, dtype_of, load_tensors, save_tensors, tensors_sha256, widest
 from holdfast.models.blocks import Block, copy_layers, split_blocks
 from holdfast.models.heads import Appended, Head, duplicate, every_tensor, is_head, logits_of, outline
 from holdfast.results import ModelFacts
@@ -285,7 +285,7 @@ class SplitModel(nn.Module):
         head = self.head
         width = head.weight.shape[1]
         device = head.weight.device
-        dtype = head.weight.dtype if device.type == "mps" else torch.float64  # which has no float64
+        dtype = widest(device)
         like: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         # skip_init: nothing is drawn, so that the global generator is left alone.
         layer: Head = (

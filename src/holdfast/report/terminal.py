@@ -10,6 +10,7 @@ from rich.table import Table
 
 from holdfast.report import wording
 from holdfast.results import AuditResult, Cell, Curve, Interval, RunResult
+from holdfast.team import speaks
 from holdfast.verdict import words
 
 LEAST = 14
@@ -17,12 +18,14 @@ LEAST = 14
 
 
 def show(result: RunResult, folder: Path) -> None:
-    """Prints the verdict of a run and where its report is.
+    """Prints the verdict of a run and where its report is; of several processes, only the main one does.
 
     Args:
         result: any `RunResult`; without an audit only the place of the report is printed.
         folder: the run's folder.
     """
+    if not speaks():
+        return
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if result.immunization is not None:
         for event in result.immunization.events:
