@@ -160,7 +160,8 @@ def audit_command(
         original_weights: The same for ORIGINAL.
         head: Dotted name of the layer of MODEL that makes the logits, where another than the one found is meant.
         original_head: The same for ORIGINAL.
-        battery: Which adversaries: quick-v1, standard-v1, probes-v1, generation-v1, or the search adaptive-v1.
+        battery: Which adversaries: quick-v1, standard-v1, probes-v1, generation-v1, language-v1, or the search
+            adaptive-v1.
         budgets: Fine-tuning steps at which they are scored; the first is 0.
         seeds: Repetitions.
         shots: Adversary's training samples a class; null: its whole half.
