@@ -174,6 +174,7 @@ class TestBatteries:
             ("quick-v1", "d078379561a91e2eb9728aa528a17de0d20c37ce19110780841de905b6699814"),
             ("probes-v1", "640054c82829dcd9844023cc49b970bf1acdb28d43de0b2b977b6d72abf87599"),
             ("generation-v1", "7500a918c077bf2c54544332a6e0cfa44024554fa31c4156c3b186c35b917854"),
+            ("language-v1", "93d471fe4325ad3fc6cfffaebac239cbb2594a8a88c17e8ad6dedd776ba57e0b"),
             ("standard-v1", "f72a3f52a5a82834788f8dd1955b1984b1af78a4decfd3785566de87db024f79"),
         ],
     )

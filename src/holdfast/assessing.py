@@ -12,7 +12,7 @@ from holdfast.frontier import Frontier, angles
 from holdfast.models import SplitModel, check_feature_width, check_fits, feature_batches, feature_precision
 from holdfast.results import Feasibility, Figure, Lines, Map
 from holdfast.spectrum import LeastSquares
-from holdfast.tasks import Task
+from holdfast.tasks import Task, TextTask
 
 POSSIBLE, MARGINAL = 10.0, 2.0
 NOISE_FACTOR = 3.0
@@ -107,6 +107,8 @@ def check(model: SplitModel | None, benign: Task, restricted: Task, *, ridge: fl
     if model is not None:
         check_fits(model, benign, own_task=True)
         check_fits(model, restricted, own_task=False)
+    elif any(isinstance(task, TextTask) for task in (benign, restricted)):
+        raise HoldfastError("The inputs themselves are token ids, which are no features; name a model that reads them.")
     elif benign.input_shape != restricted.input_shape:
         raise HoldfastError(
             f"Inputs of {benign.name!r} have shape {benign.input_shape}, those of {restricted.name!r} "

@@ -100,9 +100,8 @@ def immunize_command(
         set: Set a hyper-parameter of the defense, such as iterations=50; may be repeated.
     """
     from holdfast import pipeline
-    from holdfast.models import load_released
+    from holdfast.models import load_released, load_task_for
     from holdfast.recipe import build_defense, read_yaml
-    from holdfast.tasks import load_task
     from holdfast.team import speaks
 
     settings = dict(_split(item) for item in set)
@@ -110,7 +109,7 @@ def immunize_command(
         raise HoldfastError(f"--set name={settings['name']}: the defense is chosen with --defense.")
     values = {k: read_yaml(v, f"--set {k}={v}: the value") for k, v in settings.items()}
     chosen = build_defense({"name": defense, **values})
-    task, against = load_task(benign, data_dir=data_dir), load_task(restricted, data_dir=data_dir)
+    task, against = (load_task_for(named, model, data_dir=data_dir) for named in (benign, restricted))
     original = load_released(model, weights, task, head=head, data_dir=data_dir)
     pipeline.immunize(
         original, benign=task, restricted=against, defense=chosen, seed=seed, device=device, threads=threads,
@@ -163,7 +162,8 @@ def audit_command(
         original_weights: The same for ORIGINAL.
         head: Dotted name of the layer of MODEL that makes the logits, where another than the one found is meant.
         original_head: The same for ORIGINAL.
-        battery: Which adversaries: quick-v1, standard-v1, probes-v1, generation-v1, or the search adaptive-v1.
+        battery: Which adversaries: quick-v1, standard-v1, probes-v1, generation-v1, language-v1, or the search
+            adaptive-v1.
         budgets: Fine-tuning steps at which they are scored; the first is 0.
         seeds: Repetitions.
         shots: Adversary's training samples a class; null: its whole half.
@@ -178,17 +178,16 @@ def audit_command(
         set: Set a threshold of the verdict, such as max_advantage=0.03; may be repeated.
     """
     from holdfast import pipeline
-    from holdfast.models import load_released
+    from holdfast.models import load_released, load_task_for
     from holdfast.recipe import read_yaml
     from holdfast.report.terminal import show
     from holdfast.results import read_result
-    from holdfast.tasks import load_task
 
     limits = {k: read_yaml(v, f"--set {k}={v}: the value") for k, v in map(_split, set)}
-    task, against = load_task(benign, data_dir=data_dir), load_task(restricted, data_dir=data_dir)
+    task, against = (load_task_for(named, original, data_dir=data_dir) for named in (benign, restricted))
     released = load_released(model, weights, task, head=head, data_dir=data_dir)
     before = load_released(original, original_weights, task, head=original_head, data_dir=data_dir)
-    harmless = None if transfer is None else load_task(transfer, data_dir=data_dir)
+    harmless = None if transfer is None else load_task_for(transfer, original, data_dir=data_dir)
     source = {
         "model": model, "weights": _text(weights), "head": head, "original": original,
         "original_weights": _text(original_weights), "original_head": original_head, "benign": benign,
@@ -237,12 +236,11 @@ def feasibility_command(
         threads: CPU threads (default: torch's own choice).
     """
     from holdfast import pipeline
-    from holdfast.models import load_released
+    from holdfast.models import load_released, load_task_for
     from holdfast.report.terminal import show
     from holdfast.results import read_result
-    from holdfast.tasks import load_task
 
-    task, against = load_task(benign, data_dir=data_dir), load_task(restricted, data_dir=data_dir)
+    task, against = (load_task_for(named, model, data_dir=data_dir) for named in (benign, restricted))
     if model is None and weights is not None:
         raise HoldfastError("--weights is of an architecture, and no MODEL is named; name it, such as cifar_resnet.")
     named = None if model is None else load_released(model, weights, task, head=head, own_head=False, data_dir=data_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Final, Literal, get_args
@@ -249,8 +250,10 @@ def _adaptable(model: SplitModel, scope: Scope) -> list[str]:
             continue
         for child, layer in module.named_children():
             name = f"{parent}.{child}" if parent else child
-            plain = type(layer) is nn.Linear or (
-                type(layer) is nn.Conv2d and layer.groups == 1 and set(layer.dilation) == {1}
+            plain = (
+                type(layer) is nn.Linear
+                or _is_transposed(layer)
+                or (type(layer) is nn.Conv2d and layer.groups == 1 and set(layer.dilation) == {1})
             )
             wanted = scope == "lora" or any(name.startswith(f"{place}.") for place in attention)
             if plain and wanted and name != model.head_name:
@@ -258,13 +261,26 @@ def _adaptable(model: SplitModel, scope: Scope) -> list[str]:
     return names
 
 
+def _is_transposed(layer: nn.Module) -> bool:
+    """Whether it is the linear layer of GPT-2's code in transformers, which keeps its weight the other way round."""
+    return (type(layer).__module__, type(layer).__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
 def _add_adapters(model: SplitModel, strategy: Strategy) -> None:
     import peft
 
-    names = "|".join(map(re.escape, _adaptable(model, strategy.scope)))
-    peft.inject_adapter_in_model(
-        peft.LoraConfig(r=strategy.rank, lora_alpha=LORA_ALPHA, target_modules=f"({names})"), model.network
-    )
+    names = _adaptable(model, strategy.scope)
+    pattern = "|".join(map(re.escape, names))
+    # peft takes the setting for all layers together, and corrects it for those that it does not fit, with a warning.
+    transposed = any(_is_transposed(model.network.get_submodule(name)) for name in names)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        peft.inject_adapter_in_model(
+            peft.LoraConfig(
+                r=strategy.rank, lora_alpha=LORA_ALPHA, target_modules=f"({pattern})", fan_in_fan_out=transposed
+            ),
+            model.network,
+        )
 
 
 BURN_IN = 10.0

@@ -19,7 +19,7 @@ from holdfast.executors import Executor
 from holdfast.finetune import PretrainSpec
 from holdfast.immunizing import Ground, borrow_all, check_reuse
 from holdfast.job import Job
-from holdfast.models import ModelSpec, SplitModel, check_fits, load_model
+from holdfast.models import ModelSpec, SplitModel, check_fits, load_model, load_task_for, read_by
 from holdfast.picturing import check_pictures
 from holdfast.protocol import SettingSpec, check_kinds, orders, protocol
 from holdfast.ratios import check_conditioning
@@ -224,13 +224,13 @@ def run_recipe(
         return _run_study(recipe, folder, data_dir, device, overwrite, quiet)
     defense = recipe.build_defense()
     chosen = resolve_device(device)
-    benign = load_task(recipe.benign, data_dir=data_dir)
-    restricted = load_task(recipe.restricted, data_dir=data_dir)
-    transfer = None if recipe.transfer is None else load_task(recipe.transfer, data_dir=data_dir)
+    benign = load_task_for(recipe.benign, recipe.model, data_dir=data_dir)
+    restricted = load_task_for(recipe.restricted, recipe.model, data_dir=data_dir)
+    transfer = None if recipe.transfer is None else load_task_for(recipe.transfer, recipe.model, data_dir=data_dir)
     run = Run(recipe.seed, chosen)
     with run.seeded("initialise"):
         model = load_model(recipe.model, benign, data_dir=data_dir, device=chosen)
-    _refuse_without_weights(f"Recipe {recipe.title!r}", recipe.model, recipe.pretrain)
+    _refuse_without_weights(f"Recipe {recipe.title!r}", recipe.model, model, recipe.pretrain)
     check_fits(model, restricted, own_task=False)
     if transfer is not None:
         check_fits(model, transfer, own_task=False)
@@ -256,7 +256,10 @@ def _run_study(
 ) -> RunResult:
     methods = recipe.build_methods()
     chosen = resolve_device(device)
-    tasks = {name: [load_task(spec, data_dir=data_dir) for spec in specs] for name, specs in sources(recipe)}
+    tasks = {
+        name: [load_task_for(spec, recipe.model, data_dir=data_dir) for spec in specs]
+        for name, specs in sources(recipe)
+    }
     run = Run(recipe.seed, chosen)
     model = None
     if recipe.model is not None:
@@ -279,9 +282,11 @@ def _run_study(
         return job.save(outcome=outcome)
 
 
-def _refuse_without_weights(what: str, model: ModelSpec, pretrain: PretrainSpec | None) -> None:
-    own = model.options.get("pretrained") or model.name.startswith("hf:")
-    if pretrain is None and model.weights is None and not own:
+def _refuse_without_weights(what: str, spec: ModelSpec, model: SplitModel, pretrain: PretrainSpec | None) -> None:
+    own = spec.options.get("pretrained") or spec.name.startswith("hf:")
+    if pretrain is None and model.fresh_head and spec.weights is None:
+        raise HoldfastError(f"{what}: {model.name} comes without a head for classes. Give `pretrain` to train one.")
+    if pretrain is None and spec.weights is None and not own:
         raise HoldfastError(f"{what}: the model has no weights. Give `model.weights`, or `pretrain` to train one.")
 
 
@@ -298,8 +303,10 @@ def _run_protocol(
     defenses = recipe.build_defenses()
     check_reuse(reuse)
     run = Run(recipe.seed, resolve_device(device))
+    settings = {name: _with_tokenizers(spec, data_dir) for name, spec in recipe.settings.items()}
+    recipe = recipe.model_copy(update={"settings": settings})
     wanted_tasks = dict.fromkeys(
-        task for spec in recipe.settings.values() for task in (spec.benign, spec.restricted, spec.transfer) if task
+        task for spec in settings.values() for task in (spec.benign, spec.restricted, spec.transfer) if task
     )
     tasks = {spec: load_task(spec, data_dir=data_dir) for spec in wanted_tasks}  # each once, if in several settings
     check_kinds(recipe.settings, tasks)
@@ -332,6 +339,13 @@ def _run_protocol(
         return job.save(outcome=outcome)
 
 
+def _with_tokenizers(spec: SettingSpec, data_dir: Path | str | None) -> SettingSpec:
+    """Settings with several models may read the same sentences by other tokenizers; each is then a task of its own."""
+    sources = {on: getattr(spec, on) for on in ("benign", "restricted", "transfer")}
+    read = {on: read_by(source, spec.model, data_dir=data_dir) for on, source in sources.items() if source is not None}
+    return spec.model_copy(update=read)
+
+
 def _ground(
     name: str,
     spec: SettingSpec,
@@ -345,7 +359,7 @@ def _ground(
     transfer = None if spec.transfer is None else tasks[spec.transfer]
     with run.seeded("initialise"):
         model = load_model(spec.model, benign, data_dir=data_dir)
-    _refuse_without_weights(f"Setting {name!r}", spec.model, spec.pretrain)
+    _refuse_without_weights(f"Setting {name!r}", spec.model, model, spec.pretrain)
     defenders, adversarys = halves(restricted)
     for other, learned in ((restricted, adversarys), (transfer, transfer)):
         if other is None or learned is None:

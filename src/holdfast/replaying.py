@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from holdfast.adversaries import build
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Run, cpu_threads, resolve_device
-from holdfast.models import SplitModel, check_fits, load_model, load_released, transplant
+from holdfast.models import SplitModel, check_fits, load_model, load_released, load_task_for, transplant
 from holdfast.pipeline import halves
 from holdfast.recipe import Recipe, readable
 from holdfast.results import AuditResult, Curve, Role, RunResult, read_result
-from holdfast.tasks import ArrayTask, load_task
+from holdfast.tasks import ArrayTask
 from holdfast.trials import TRANSPLANTED, Bench, Trial, few_of, repetitions
 
 
@@ -135,15 +135,17 @@ def _load_run(folder: Path, result: RunResult, run: Run, data_dir: Path | str | 
         recipe = Recipe.model_validate(result.recipe)
     except ValidationError as error:
         raise readable(error, f"The recipe in {str(folder / 'result.json')!r}", Recipe) from error
-    benign = load_task(recipe.benign, data_dir=data_dir)
+    tasks = {
+        on: load_task_for(spec, recipe.model, data_dir=data_dir)
+        for on, spec in (("benign", recipe.benign), ("restricted", recipe.restricted))
+    }
+    benign = tasks["benign"]
     with run.seeded("initialise"):
         original = load_model(recipe.model, benign, data_dir=data_dir, device=run.device)
     if recipe.pretrain is not None:
         original.load(folder / "checkpoints" / "original.safetensors")
     immunized = load_model(str(folder / "model.safetensors"), benign, device=run.device)
-    return _Source(
-        immunized, original.eval(), {"benign": benign, "restricted": load_task(recipe.restricted, data_dir=data_dir)}
-    )
+    return _Source(immunized, original.eval(), tasks)
 
 
 def _load_audit(folder: Path, result: RunResult, run: Run, data_dir: Path | str | None) -> _Source:
@@ -154,7 +156,10 @@ def _load_audit(folder: Path, result: RunResult, run: Run, data_dir: Path | str 
             "from Python, with objects. Repeat it there with Adversary.attack; only audits of `holdfast audit` and "
             "`holdfast run` can be replayed from their folder."
         )
-    tasks = {on: load_task(_text(source, on), data_dir=data_dir) for on in ("benign", "restricted")}
+    tasks = {
+        on: load_task_for(_text(source, on), _text(source, "original"), data_dir=data_dir)
+        for on in ("benign", "restricted")
+    }
 
     def released(name: str, prefix: str) -> SplitModel:
         weights = source.get(f"{prefix}weights")

@@ -414,6 +414,7 @@ class TaskFacts(_Result):
     train: int
     test: int
     classes: int
+    tokenizer: str | None = Field(None, description="Of text: what made the token ids.")
 
 
 class ModelFacts(_Result):

@@ -94,6 +94,31 @@ BATTERIES: Final[dict[str, tuple[Adversary, ...]]] = {
         FineTuning(Strategy("direct", "all", "adam", 1e-3, 50), undo=("shrink-perturb",)),
         FineTuning(Strategy("direct", "all", "momentum", 3e-2, 50, gradient="normalised")),
     ),
+    # For language models: AdamW at the rates that people use, from cautious to reckless, in small batches; LoRA on
+    # every linear layer; the head alone. The reasons, and those for the rest, are in docs/adversaries.md.
+    "language-v1": (
+        FineTuning(Strategy("direct", "all", "adamw", 2e-5, 16)),
+        FineTuning(Strategy("direct", "all", "adamw", 1e-4, 16)),
+        FineTuning(Strategy("direct", "all", "adamw", 1e-3, 16)),
+        FineTuning(Strategy("head", "all", "adamw", 5e-5, 16)),
+        FineTuning(Strategy("head", "all", "adamw", 2e-4, 16)),
+        FineTuning(Strategy("head", "all", "adamw", 1e-3, 16)),
+        FineTuning(Strategy("direct", "lora", "adamw", 1e-3, 16)),
+        FineTuning(Strategy("head", "lora", "adamw", 1e-4, 16)),
+        FineTuning(Strategy("head", "lora", "adamw", 1e-3, 16)),
+        FineTuning(Strategy("head", "lora", "adamw", 1e-2, 16)),
+        FineTuning(Strategy("head", "head", "adam", 1e-2, 16)),
+        FineTuning(Strategy("last-block", "all", "adamw", 2e-4, 16)),
+        FineTuning(Strategy("last-block", "lora", "adamw", 1e-3, 16)),
+        FineTuning(Strategy("head", "all", "adamw", 2e-4, 16), undo=("equalise",)),
+        FineTuning(Strategy("head", "all", "adamw", 2e-4, 16), undo=(*SCALES, "standardise")),
+        FineTuning(Strategy("head", "all", "momentum", 3e-2, 16, gradient="normalised")),
+        Probe("line-search", "raw"),
+        Probe("line-search", "whitened"),
+        Probe("adam", "standardised", 1e-1),
+        Probe("ridge", "raw"),
+        Probe("ridge", "whitened"),
+    ),
     # Frozen body: every solver on every preparation, so that the audit shows which of them a linear defense stops.
     "probes-v1": (
         *(Probe(solver, preparation) for solver in SOLVERS for preparation in PREPARATIONS),

@@ -2,7 +2,7 @@
 
 from holdfast.models.base import SplitModel
 from holdfast.models.blocks import is_normalisation
-from holdfast.models.catalog import ModelSpec, load_model, load_released
+from holdfast.models.catalog import ModelSpec, load_model, load_released, load_task_for, read_by
 from holdfast.models.code import is_code
 from holdfast.models.denoiser import Denoiser
 from holdfast.models.features import check_feature_width, feature_batches, feature_precision, features
@@ -28,5 +28,7 @@ __all__ = [
     "is_normalisation",
     "load_model",
     "load_released",
+    "load_task_for",
+    "read_by",
     "transplant",
 ]

@@ -16,7 +16,7 @@ from holdfast.execution import device_of, dtype_of, load_tensors, save_tensors, 
 from holdfast.models.blocks import Block, copy_layers, split_blocks
 from holdfast.models.heads import Appended, Head, duplicate, every_tensor, is_head, logits_of, outline
 from holdfast.results import ModelFacts
-from holdfast.tasks import Task
+from holdfast.tasks import Task, TextTask, Vocabulary
 
 
 class ExtractedHead(nn.Sequential):
@@ -56,6 +56,8 @@ class SplitModel(nn.Module):
     Attributes:
         notes: what a reader of an audit should know of how the model was taken apart; in sentences.
         code: SHA-256 of the source file that made the network, where somebody's own code did.
+        vocabulary: of a language model, what the ids mean that it reads; None: it is none, or not known.
+        fresh_head: whether pretrained weights came without a head, so that it is still to be trained.
 
     Raises:
         HoldfastError: if the head is missing or is of another kind, or mean and std do not fit together.
@@ -87,6 +89,8 @@ class SplitModel(nn.Module):
         self.channels_last = channels_last
         self.notes: tuple[str, ...] = ()
         self.code: str | None = None
+        self.vocabulary: Vocabulary | None = None
+        self.fresh_head = False
         self.precision: torch.dtype | None = None
         """What inputs are cast to; None: the first parameter's."""
         self._check_head()
@@ -126,7 +130,8 @@ class SplitModel(nn.Module):
             >>> SplitModel.of(network, load_task("digits[0-4]")).head_name
             '3'
         """
-        seen = outline(network, task.input_shape, name)
+        ids = task.vocabulary.size if isinstance(task, TextTask) and task.vocabulary is not None else None
+        seen = outline(network, task.input_shape, name, ids=ids)
         layout = {"channels_last": seen.channels_last, **more}
         if head is None and seen.head is None:
             model = cls(Appended(network, seen.num_outputs), "head", name=name, **layout)
@@ -181,7 +186,12 @@ class SplitModel(nn.Module):
         return dtype_of(self.network)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns logits of shape (N, classes) for inputs as a task yields them, cast to the network's precision."""
+        """Returns logits of shape (N, classes) for inputs as a task yields them, cast to the network's precision.
+
+        Token ids (int64) are handed over as they are.
+        """
+        if x.dtype == torch.int64:
+            return logits_of(self.network(x))
         x = x.to(self.precision or self.dtype)
         if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std

@@ -5,7 +5,8 @@ a module if
 
 - it holds the head (the network itself always does),
 - it is a plain container (`nn.Sequential`, `nn.ModuleList`, `nn.ModuleDict`), or
-- it has layers inside and holds more than half of the body's parameters (a wrapper is not a block).
+- it has layers inside and holds more than half of the body's parameters (a wrapper is not a block); tables of
+  embeddings, which in a language model may outweigh all layers, do not count.
 
 Every other module that holds a weight (a parameter of two axes or more) begins a block. One without weights, such as a
 normalisation, an activation or pooling, belongs to the block before it; what comes before the first weight, to the
@@ -106,4 +107,5 @@ def _is_weighted(module: nn.Module) -> bool:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    return sum(p.numel() for p in module.parameters() if id(p) not in tables)

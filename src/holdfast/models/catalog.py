@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,20 @@ from holdfast.models.base import SplitModel, _channels_last
 from holdfast.models.builtin import BUILTIN
 from holdfast.models.code import Code, is_code, loaded_layers, renew
 from holdfast.models.fitting import check_fits
-from holdfast.tasks import Schedule, Task
-from holdfast.tasks.catalog import DATA_VARIABLE
+from holdfast.tasks import (
+    ArrayTask,
+    Schedule,
+    Task,
+    TaskSpec,
+    TextTask,
+    Vocabulary,
+    is_text,
+    load_task,
+    located,
+)
+from holdfast.tasks.catalog import parse_spec
 from holdfast.tasks.denoising import SCHEDULES
+from holdfast.tasks.tokenizing import DATA_VARIABLE
 
 Values = tuple[float, ...]
 
@@ -79,7 +90,7 @@ def load_model(
         >>> load_model("cnn", load_task("digits[0-4]")).num_outputs
         5
     """
-    spec = _spec(model, data_dir)
+    spec = _for_text(_spec(model, data_dir), task)
     built = _build(spec, task.input_shape, task.num_outputs, data_dir)
     mean, std = (values or default for values, default in zip((spec.mean, spec.std), built.norm, strict=True))
     more: dict[str, Any] = {
@@ -106,18 +117,63 @@ def load_model(
         found.code = built.code.sha256 if built.code else None
     else:
         found = SplitModel(built.network, str(head), **more)
+    found.vocabulary, found.fresh_head = built.vocabulary, built.fresh_head
     if spec.extractor:
         found.add_extractor()
     if spec.keep_outputs is not None and (spec.weights is None or built.loaded):
         raise HoldfastError(
-            f"{spec.name}: keep_outputs chooses among the outputs of a head in a file of weights, and there is none such "
-            "for this model; leave it out."
+            f"{spec.name}: keep_outputs chooses among the outputs of a head in a file of weights, and there is none "
+            "such for this model; leave it out."
         )
     if spec.weights is not None and not built.loaded:
         found.load(_find(spec.weights, data_dir), spec.keep_outputs)
     found = _channels_last(found.to(device))
     check_fits(found, task, own_task=True, trainable=False)
     return found
+
+
+def _for_text(spec: ModelSpec, task: Task) -> ModelSpec:
+    """A transformers model whose task is text reads the task's ids, unless its weights already say which it reads."""
+    read = task.vocabulary if isinstance(task, TextTask) and spec.name.startswith("hf:") else None
+    if read is None or "vocabulary" in spec.options:
+        return spec
+    return spec.model_copy(update={"options": {**spec.options, "vocabulary": asdict(read)}})
+
+
+def read_by(
+    task: str | TaskSpec, model: str | ModelSpec | None, *, data_dir: Path | str | None = None
+) -> str | TaskSpec:
+    """Returns a task with its model's own tokenizer, where it is text that names none.
+
+    Args:
+        task: as `load_task` takes it.
+        model: as `load_model` takes it; one that has no tokenizer leaves the task as it is.
+        data_dir: see `load_model`.
+
+    Example:
+        >>> read_by("phrases-mood", "hf:package:my_encoder/model").tokenizer
+        'package:my_encoder/model'
+        >>> read_by("digits", "hf:some/vision-model")
+        'digits'
+    """
+    spec = parse_spec(task) if isinstance(task, str) else task
+    if model is None or spec.tokenizer is not None or not is_text(spec, data_dir=data_dir):
+        return task
+    described = model if isinstance(model, ModelSpec) else _named(model, data_dir)
+    own = described.options.get("vocabulary", {}).get("name") if "config" in described.options else None
+    tokenizer = own or (described.name.removeprefix("hf:") if described.name.startswith("hf:") else None)
+    return task if tokenizer is None else spec.model_copy(update={"tokenizer": tokenizer})
+
+
+def load_task_for(
+    task: str | TaskSpec, model: str | ModelSpec | None, *, data_dir: Path | str | None = None
+) -> ArrayTask:
+    """Loads a task as a model reads it: see `read_by` and `load_task`."""
+    return load_task(read_by(task, model, data_dir=data_dir), data_dir=data_dir)
+
+
+def _named(model: str, data_dir: Path | str | None) -> ModelSpec:
+    return _spec(model, data_dir) if model.endswith(".safetensors") else ModelSpec(name=model)
 
 
 @dataclass(frozen=True)
@@ -184,7 +240,13 @@ def load_released(
             "model.safetensors that Holdfast saved."
         )
     described = ModelSpec(name=name, options=options, head=head, weights=None if weights is None else str(weights))
-    return load_model(described, task, data_dir=data_dir)
+    found = load_model(described, task, data_dir=data_dir)
+    if own_head and found.fresh_head:
+        raise HoldfastError(
+            f"{name} comes without a head for classes, and what is released has one. Train it on {task.name!r} first, "
+            "by a recipe with `pretrain` or by holdfast.pretrain, and name the file that was saved."
+        )
+    return found
 
 
 def _spec(model: str | ModelSpec, data_dir: Path | str | None, head: str | None = None) -> ModelSpec:
@@ -244,6 +306,8 @@ class _Built:
         loaded: whether the weights of the spec are in it.
         code: what made it, if that is somebody's own code.
         notes: see `SplitModel`.
+        vocabulary: see `SplitModel`.
+        fresh_head: see `SplitModel`.
     """
 
     network: nn.Module
@@ -255,6 +319,8 @@ class _Built:
     loaded: bool = False
     code: Code | None = None
     notes: tuple[str, ...] = ()
+    vocabulary: Vocabulary | None = None
+    fresh_head: bool = False
 
 
 def _build(
@@ -263,7 +329,8 @@ def _build(
     if spec.name.startswith("timm:"):
         return _build_timm(spec, input_shape, num_outputs)
     if spec.name.startswith("hf:"):
-        return _build_huggingface(spec, input_shape, data_dir)
+        text = "vocabulary" in spec.options
+        return _build_language(spec, num_outputs, data_dir) if text else _build_huggingface(spec, input_shape, data_dir)
     if spec.name.startswith("diffusers:"):
         return _build_diffusers(spec, data_dir)
     if is_code(spec.name):
@@ -319,7 +386,7 @@ def _build_huggingface(spec: ModelSpec, input_shape: tuple[int, ...], data_dir: 
     config = spec.options.get("config")
     if config is not None:
         return _Built(huggingface.architecture(spec.name.removeprefix("hf:"), config), spec, foreign=True)
-    place = _folder(spec.name.removeprefix("hf:"), data_dir)
+    place = located(spec.name.removeprefix("hf:"), data_dir)
     network, config = (
         huggingface.with_weights(place, _find(spec.weights, data_dir))
         if spec.weights
@@ -342,6 +409,28 @@ def _build_huggingface(spec: ModelSpec, input_shape: tuple[int, ...], data_dir: 
     )
 
 
+def _build_language(spec: ModelSpec, num_outputs: int, data_dir: Path | str | None) -> _Built:
+    from holdfast.models import language
+
+    name = spec.name.removeprefix("hf:")
+    configured = spec.options.get("config") is not None
+    place = name if configured else located(name, data_dir)
+    built = language.build(name, place, spec.options, num_outputs)
+    folder = not configured and Path(place).is_dir() and not name.startswith("package:")
+    plain = spec.model_copy(
+        update={"name": f"hf:{Path(place).name}" if folder else spec.name, "options": built.options}
+    )
+    return _Built(
+        built.network,
+        plain,
+        head="head" if isinstance(built.network, language.Pooled) else None,
+        foreign=True,
+        vocabulary=built.vocabulary,
+        fresh_head=built.fresh_head and spec.weights is None,
+        notes=built.notes,
+    )
+
+
 def _build_diffusers(spec: ModelSpec, data_dir: Path | str | None) -> _Built:
     unused = [o for o in spec.options if o not in ("config", "scheduler")]
     if unused:
@@ -349,7 +438,7 @@ def _build_diffusers(spec: ModelSpec, data_dir: Path | str | None) -> _Built:
     if "config" in spec.options:
         network = denoiser.architecture(spec.options["config"])
         return _Built(network, spec, scheduler=spec.options.get("scheduler") or {})
-    place = _folder(spec.name.removeprefix("diffusers:"), data_dir)
+    place = located(spec.name.removeprefix("diffusers:"), data_dir)
     network, scheduler, notes = denoiser.pretrained(place)
     plain = spec.model_copy(
         update={
@@ -380,11 +469,3 @@ def _for_channels(norm: tuple[Values, Values], input_shape: tuple[int, ...]) -> 
     if len(mean) in (1, input_shape[0]):
         return mean, std
     return (sum(mean) / len(mean),), (sum(std) / len(std),)
-
-
-def _folder(name: str, data_dir: Path | str | None) -> str:
-    """A folder of that name, here or in the data folder; else the name itself, which is then one of the Hub."""
-    data_dir = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
-    path = Path(name).expanduser()
-    places = [path] if data_dir is None else [path, Path(data_dir).expanduser() / path]
-    return next((str(place) for place in places if place.is_dir()), name)

@@ -15,7 +15,7 @@ from holdfast.errors import HoldfastError
 from holdfast.models.base import SplitModel
 from holdfast.models.denoiser import Denoiser
 from holdfast.models.heads import every_tensor, first_line
-from holdfast.tasks import DenoisingTask, Task
+from holdfast.tasks import DenoisingTask, Task, TextTask
 
 
 def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = True, trainable: bool = True) -> None:
@@ -45,6 +45,7 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
         )
     if isinstance(model, Denoiser) and isinstance(task, DenoisingTask) and own_task:
         model.check_schedule(task.schedule, task.name)
+    _check_vocabulary(model, task)
     # Of a copy: somebody's forward pass may change the model, or draw random numbers.
     probe = model.clone().eval()
     batch = next(iter(task.batches("test", 2, device=model.device)))
@@ -57,7 +58,7 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
         raise HoldfastError(
             f"{model.name} cannot take the inputs of task {task.name!r}, shape {task.input_shape}: "
             f"{first_line(error)}. For images, set the task's image_size and channels to what the model "
-            "expects."
+            "expects; for text, take a language model (hf:NAME), and set the task's length."
         ) from error
     wanted = (len(batch.x), model.num_outputs, *task.output_shape[1:])
     if tuple(logits.shape) != wanted:
@@ -74,6 +75,20 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
         raise HoldfastError(
             f"{model.name} returns values that are not finite on task {task.name!r}; its weights are unusable."
         )
+
+
+def _check_vocabulary(model: SplitModel, task: Task) -> None:
+    """Refuses token ids that mean something else to the model, or nothing."""
+    own = model.vocabulary
+    given = task.vocabulary if isinstance(task, TextTask) else None
+    if own is None or (given is not None and own.agrees(given)):
+        return
+    if given is None:
+        raise HoldfastError(f"{model.name} reads text, and task {task.name!r} is none; give it a task of sentences.")
+    raise HoldfastError(
+        f"{model.name} reads ids of the tokenizer {own.name!r} ({own.size} tokens), and those of task {task.name!r} "
+        f"are of {given.name!r} ({given.size} tokens); load the task with the model's own tokenizer."
+    )
 
 
 def architecture_differences(model: SplitModel, original: SplitModel) -> list[str]:

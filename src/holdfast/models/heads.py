@@ -89,13 +89,14 @@ def logits_of(output: Any) -> Tensor:
     return found.flatten(1) if found.dim() > 1 else found[:, None]
 
 
-def outline(network: nn.Module, input_shape: tuple[int, ...], name: str) -> Outline:
+def outline(network: nn.Module, input_shape: tuple[int, ...], name: str, *, ids: int | None = None) -> Outline:
     """Passes two made-up inputs through a copy of a network, in evaluation mode, and looks at which layers run.
 
     Args:
         network: left as it is.
         input_shape: of one input.
         name: for messages.
+        ids: inputs are integers below this; None: they are numbers from 0 to 1.
 
     Raises:
         HoldfastError: if the network cannot be copied, cannot take such inputs, or returns no logits.
@@ -105,7 +106,11 @@ def outline(network: nn.Module, input_shape: tuple[int, ...], name: str) -> Outl
         >>> outline(network, (4,), "mine")
         Outline(num_outputs=3, head='2', channels_last=True)
     """
-    x = torch.linspace(0, 1, 2 * torch.Size(input_shape).numel()).view(2, *input_shape)
+    count = 2 * torch.Size(input_shape).numel()
+    if ids is not None:
+        x = torch.arange(count, device=device_of(network)).remainder(ids).view(2, *input_shape)
+        return _explained(name, input_shape, lambda: _outline(network, x, False))
+    x = torch.linspace(0, 1, count).view(2, *input_shape)
     x = x.to(device_of(network), dtype_of(network))
     if x.dim() == 4:
         try:
@@ -121,7 +126,7 @@ def _explained(name: str, input_shape: tuple[int, ...], look: Callable[[], Outli
     except Exception as error:  # the code is anybody's, and so is what it raises
         raise HoldfastError(
             f"{name} cannot take inputs of shape {input_shape}: {first_line(error)}. For images, set the task's "
-            "image_size and channels to what the model expects."
+            "image_size and channels to what the model expects; for text, its length."
         ) from error
 
 

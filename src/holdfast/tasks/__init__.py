@@ -2,8 +2,25 @@
 
 from holdfast.tasks.arrays import ArrayTask
 from holdfast.tasks.base import Batch, Task
-from holdfast.tasks.catalog import TaskSpec, load_task
+from holdfast.tasks.catalog import TaskSpec, is_text, load_task
 from holdfast.tasks.denoising import DenoisingTask, Schedule
 from holdfast.tasks.regression import RegressionTask
+from holdfast.tasks.text import TextTask
+from holdfast.tasks.tokenizing import Tokenizer, Vocabulary, load_tokenizer, located
 
-__all__ = ["ArrayTask", "Batch", "DenoisingTask", "RegressionTask", "Schedule", "Task", "TaskSpec", "load_task"]
+__all__ = [
+    "ArrayTask",
+    "Batch",
+    "DenoisingTask",
+    "RegressionTask",
+    "Schedule",
+    "Task",
+    "TaskSpec",
+    "TextTask",
+    "Tokenizer",
+    "Vocabulary",
+    "is_text",
+    "load_task",
+    "load_tokenizer",
+    "located",
+]

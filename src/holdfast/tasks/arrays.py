@@ -317,6 +317,13 @@ class ArrayTask(Task):
         out = torch.cat([i[:n] for i, n in zip(by_class, held, strict=True)])
         return self._take(self.name, rest), self._take(f"{self.name} (held out)", rest, out)
 
+    def limit_train(self, samples: int, seed: int) -> Self:
+        """Keeps about `samples` training samples, the same share of every class."""
+        if samples >= self.size("train"):
+            return self
+        share = samples / self.size("train")
+        return self._take(self.name, torch.cat([i[: max(1, round(share * len(i)))] for i in self._by_class(seed)]))
+
     def limit_test(self, samples: int, seed: int) -> Self:
         """Keeps about `samples` test samples, the same share of every class: a cheaper, coarser score."""
         if samples >= self.size("test"):

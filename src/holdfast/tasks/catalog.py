@@ -14,11 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.arrays import ArrayTask, load_npz
 from holdfast.tasks.denoising import DenoisingTask, Schedule
-from holdfast.tasks.downloads import DOWNLOADS, download
+from holdfast.tasks.downloads import DOWNLOADS, TEXTS, download, download_text
 from holdfast.tasks.image import load_folder
+from holdfast.tasks.phrases import PHRASES, load_phrases
 from holdfast.tasks.tabular import Encoding, load_csv, load_csv_regression
+from holdfast.tasks.text import LENGTH, TextTask, load_text
+from holdfast.tasks.tokenizing import DATA_VARIABLE, Tokenizer, load_tokenizer
 
-DATA_VARIABLE = "HOLDFAST_DATA"
 MAX_CLASSES = 100_000
 _NAME = re.compile(r"^(?P<source>[^\[\]]+)(\[(?P<classes>[^\[\]]*)\])?$")
 
@@ -29,9 +31,18 @@ class TaskSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str = Field(
-        description="NAME, or a path to an .npz, a .csv or an image folder; [0-4,7] behind it keeps classes."
+        description="NAME, or a path to an .npz, .csv, .parquet or an image folder; [0-4,7] behind it keeps classes."
     )
-    target: str | None = Field(None, description="Label column of a CSV, or the column to predict.")
+    target: str | None = Field(None, description="Label column of a table, or the column to predict.")
+    text: tuple[str, ...] = Field(
+        (), description="Columns of a table that hold sentences; A+B on a command line. Makes a CSV a text task."
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="Of text: a folder, package:NAME/FOLDER, a name on the Hub, or `words`. By default that of an "
+        "hf: model.",
+    )
+    length: int | None = Field(None, ge=1, description=f"Of text: tokens a sentence; null: {LENGTH}.")
     kind: Literal["classification", "regression", "denoising"] = Field(
         "classification",
         description="What is predicted: a class, of a CSV also a number (regression), of noised images the noise.",
@@ -51,6 +62,7 @@ class TaskSpec(BaseModel):
     )
     image_size: int | None = Field(None, ge=1, description="Resize images to this many pixels a side.")
     channels: int | None = Field(None, description="Make images grey (1) or colour (3).")
+    train_limit: int | None = Field(None, ge=1, description="Train on about this many samples only.")
     test_limit: int | None = Field(None, ge=1, description="Score on about this many test samples only.")
     test_fraction: float = Field(
         0.25,
@@ -60,7 +72,7 @@ class TaskSpec(BaseModel):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of that split.")
 
-    @field_validator("drop", mode="before")
+    @field_validator("drop", "text", mode="before")
     @classmethod
     def _columns(cls, value: object) -> object:
         return tuple(filter(None, value.split("+"))) if isinstance(value, str) else value
@@ -96,8 +108,9 @@ def parse_spec(text: str) -> TaskSpec:
 def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> ArrayTask:
     """Loads a task by name or path.
 
-    A name is looked up among the embedded data (`digits`), then as `NAME.npz`, `NAME.csv` or a folder `NAME` in the
-    data folder, then downloaded by torchvision or Hugging Face's datasets if one of them knows it.
+    A name is looked up among the embedded data (`digits`, `phrases-topic`), then as `NAME.npz`, `NAME.parquet`,
+    `NAME.csv` or a folder `NAME` in the data folder, then downloaded by torchvision or Hugging Face's datasets if one
+    of them knows it.
 
     Args:
         task: `digits`, `digits[0-4]`, `cifar10`, `path/to/data.npz`, `table.csv@target=label`, ... or a `TaskSpec`.
@@ -118,14 +131,38 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ar
         raise HoldfastError(f"Task {spec.data!r} is no name; expected NAME or NAME[0-4,7].")
     if spec.schedule is not None and spec.kind != "denoising":
         raise HoldfastError(f"Task {spec.data!r}: schedule is for kind=denoising, and its kind is {spec.kind}.")
-    loaded = _load(match["source"], spec, _folder(data_dir))
+    folder = _folder(data_dir)
+    if is_text(spec, data_dir=data_dir):
+        loaded: ArrayTask = _load_text(match["source"], spec, folder)
+    else:
+        _refuse_text_settings(spec)
+        loaded = _load(match["source"], spec, folder)
     if spec.kind == "denoising":
         loaded = DenoisingTask.of(loaded, None if spec.schedule is None else Schedule.named(spec.schedule))
     if match["classes"] is not None:
         loaded = loaded.subset(_parse_classes(spec.data, match["classes"]))
     if spec.image_size is not None or spec.channels is not None:
         loaded = loaded.as_images(spec.image_size, spec.channels)
+    if spec.train_limit is not None:
+        loaded = loaded.limit_train(spec.train_limit, spec.seed)
     return loaded if spec.test_limit is None else loaded.limit_test(spec.test_limit, spec.seed)
+
+
+def is_text(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> bool:
+    """Says whether a task's data are sentences, which need a tokenizer; see `load_task`."""
+    spec = parse_spec(task) if isinstance(task, str) else task
+    match = _NAME.match(spec.data.strip())
+    if match is None:
+        return False
+    source = match["source"]
+    if source in PHRASES or source in EMBEDDED:
+        return source in PHRASES
+    path = next((p for p in _candidates(source, _folder(data_dir)) if p.exists()), None)
+    return source in TEXTS if path is None else _holds_text(path, spec)
+
+
+def _holds_text(path: Path, spec: TaskSpec) -> bool:
+    return path.is_file() and (path.suffix == ".parquet" or (path.suffix == ".csv" and bool(spec.text)))
 
 
 def _folder(data_dir: Path | str | None) -> Path | None:
@@ -137,6 +174,44 @@ def _folder(data_dir: Path | str | None) -> Path | None:
         source = "--data-dir" if data_dir is not None else f"${DATA_VARIABLE}"
         raise HoldfastError(f"The data folder {str(folder)!r} (from {source}) does not exist.")
     return folder
+
+
+def _refuse_text_settings(spec: TaskSpec) -> None:
+    for key in ("text", "tokenizer", "length"):
+        if getattr(spec, key):
+            raise HoldfastError(
+                f"Task {spec.data!r}: {key} is for text, and its data is none; expected a .parquet file, a .csv file "
+                f"with `text`, or one of {', '.join((*PHRASES, *TEXTS))}."
+            )
+
+
+def _load_text(source: str, spec: TaskSpec, folder: Path | None) -> TextTask:
+    if spec.kind != "classification" or spec.image_size is not None or spec.channels is not None:
+        raise HoldfastError(f"Task {spec.data!r}: text is for classification; leave kind, image_size and channels out.")
+    tokenizer, length = _tokenizer(spec, folder), spec.length or LENGTH
+    if source in PHRASES:
+        return load_phrases(source, tokenizer, length)
+    path = next((p for p in _candidates(source, folder) if p.exists()), None)
+    if path is None:
+        return download_text(source, folder, tokenizer=tokenizer, length=length)
+    return load_text(
+        path,
+        tokenizer=tokenizer,
+        length=length,
+        text=spec.text,
+        target=spec.target,
+        test_fraction=spec.test_fraction,
+        seed=spec.seed,
+    )
+
+
+def _tokenizer(spec: TaskSpec, folder: Path | None) -> Tokenizer:
+    if spec.tokenizer is None:
+        raise HoldfastError(
+            f"Task {spec.data!r} is text and needs a tokenizer: {spec.data}@tokenizer=FOLDER, or the recipe's key. The "
+            "model's own is taken where the model is named hf:FOLDER; `words` needs no file."
+        )
+    return load_tokenizer(spec.tokenizer.removeprefix("hf:"), folder)
 
 
 def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
@@ -174,27 +249,26 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
         if path.is_file() and path.suffix == ".csv":
             return load_csv(path, spec.target, test_fraction=spec.test_fraction, seed=spec.seed)
         if path.is_file():
-            raise HoldfastError(f"{str(path)!r}: data is read from .npz, .csv or a folder of images.")
+            raise HoldfastError(f"{str(path)!r}: data is read from .npz, .csv, .parquet or a folder of images.")
     if source in DOWNLOADS:
         return download(source, folder, image_size=spec.image_size, channels=spec.channels)
-    if "/" in source or source.endswith((".npz", ".csv")):
+    if "/" in source or source.endswith((".npz", ".csv", ".parquet")):
         raise HoldfastError(f"No data at {source!r}: the file does not exist.")
     ways = f"put {source}.npz into " + (
         f"{str(folder)!r}" if folder else f"a folder named by --data-dir or ${DATA_VARIABLE}"
     )
-    here = [p.stem for p in folder.glob("*.npz")] if folder else []
-    raise HoldfastError(
-        f"{unknown('task', source, [*EMBEDDED, *DOWNLOADS, *here])} For data of your own, {ways}, or give a path."
-    )
+    here = [p.stem for kind in ("npz", "parquet") for p in folder.glob(f"*.{kind}")] if folder else []
+    known = unknown("task", source, [*EMBEDDED, *PHRASES, *DOWNLOADS, *TEXTS, *here])
+    raise HoldfastError(f"{known} For data of your own, {ways}, or give a path.")
 
 
 def _candidates(source: str, folder: Path | None) -> list[Path]:
     own = Path(source).expanduser()
-    named = [folder / f"{source}.npz", folder / f"{source}.csv", folder / source] if folder else []
+    named = [*(folder / f"{source}.{kind}" for kind in ("npz", "parquet", "csv")), folder / source] if folder else []
     return [
         p
         for p in (*named, own)
-        if p != own or "/" in source or own.suffix or (own.is_dir() and source not in DOWNLOADS)
+        if p != own or "/" in source or own.suffix or (own.is_dir() and source not in (*DOWNLOADS, *TEXTS))
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -12,6 +12,8 @@ from PIL import Image
 from holdfast.errors import HoldfastError
 from holdfast.tasks.arrays import Array, ArrayTask
 from holdfast.tasks.image import stack
+from holdfast.tasks.text import TextTask, text_task
+from holdfast.tasks.tokenizing import Tokenizer
 
 _Arguments = dict[str, Any]
 _BY_FLAG: tuple[_Arguments, _Arguments] = ({"train": True}, {"train": False})
@@ -39,6 +41,29 @@ DOWNLOADS = (*TORCHVISION, *HUGGING_FACE)
 """Names that `download` knows."""
 
 
+class TextSource(NamedTuple):
+    """A data set of sentences on the Hugging Face Hub."""
+
+    repository: str
+    revision: str
+    text: str = "text"
+    label: str = "label"
+    test: str = "test"
+
+
+TEXTS: dict[str, TextSource] = {
+    "ag_news": TextSource("fancyzhx/ag_news", "eb185aade064a813bc0b7f42de02595523103ca4"),
+    # The labels of its test split were never published.
+    "sst2": TextSource(
+        "stanfordnlp/sst2", "8d51e7e4887a4caaa95b3fbebbf53c0490b58bbb", text="sentence", test="validation"
+    ),
+    # A copy of CogComp/trec, which is a script; no script is run here.
+    "trec": TextSource("SetFit/TREC-QC", "0a34640b3cac3affef6f0abdfb81e3d0ecffcf92", label="label_coarse_original"),
+    "imdb": TextSource("stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31"),
+}
+"""Names that `download_text` knows."""
+
+
 def download(
     name: str, folder: Path | None, *, image_size: int | None = None, channels: int | None = None
 ) -> ArrayTask:
@@ -60,6 +85,32 @@ def download(
     if name in HUGGING_FACE:
         return _hugging_face(name, root / "huggingface", image_size, mode, instead)
     return _torchvision(name, root / "torchvision", image_size, mode, instead)
+
+
+def download_text(name: str, folder: Path | None, *, tokenizer: Tokenizer, length: int) -> TextTask:
+    """Loads a data set of sentences, downloading what is not there yet.
+
+    Args:
+        name: one of `TEXTS`.
+        folder: the data folder, in which downloads are kept; None: `~/.cache/holdfast`.
+        tokenizer: makes the ids.
+        length: tokens a sentence.
+
+    Raises:
+        HoldfastError: if it cannot be had; the message says what to do instead.
+    """
+    source = TEXTS[name]
+    root = (folder or Path("~/.cache/holdfast").expanduser()) / "huggingface"
+    where = f"{str(folder)!r}" if folder else "a folder named by --data-dir or $HOLDFAST_DATA"
+    instead = f"put {name}.parquet or {name}.csv, with the columns split, label and text, into {where}"
+    train, test = _hugging_face_parts(name, source.repository, source.revision, ["train", source.test], root, instead)
+    known = getattr(train.features[source.label], "names", None)
+    names = known or sorted({str(label) for label in train[source.label]})
+    learned, held = (
+        (list(part[source.text]), [int(v) if known else names.index(str(v)) for v in part[source.label]])
+        for part in (train, test)
+    )
+    return text_task(name, learned, held, names, tokenizer=tokenizer, length=length)
 
 
 def _torchvision(name: str, root: Path, size: int | None, mode: str, instead: str) -> ArrayTask:
@@ -104,8 +155,9 @@ def _imagenette_size(image_size: int | None) -> _Arguments:
     return {"size": "160px" if image_size <= 160 else "320px" if image_size <= 320 else "full"}
 
 
-def _hugging_face(name: str, root: Path, size: int | None, mode: str, instead: str) -> ArrayTask:
-    repository, revision = HUGGING_FACE[name]
+def _hugging_face_parts(
+    name: str, repository: str, revision: str, splits: list[str], root: Path, instead: str
+) -> list[Any]:
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -114,12 +166,16 @@ def _hugging_face(name: str, root: Path, size: int | None, mode: str, instead: s
             f'pip install "holdfast[data]", or {instead}.'
         ) from error
     try:
-        parts = load_dataset(repository, revision=revision, split=["train", "test"], cache_dir=str(root))
+        return list(load_dataset(repository, revision=revision, split=splits, cache_dir=str(root)))
     except Exception as error:  # whatever a network, the Hub, a cache and a file format raise
         raise HoldfastError(
             f"Task {name!r}: datasets could not download {repository} ({_said(error)}). Check the network, "
             f"or {instead}."
         ) from error
+
+
+def _hugging_face(name: str, root: Path, size: int | None, mode: str, instead: str) -> ArrayTask:
+    parts = _hugging_face_parts(name, *HUGGING_FACE[name], ["train", "test"], root, instead)
     arrays: list[Array] = []
     for part in parts:
         arrays += stack(_converted(name, ((row["image"], row["label"]) for row in part), mode), size)

@@ -182,6 +182,15 @@ def _test_rows(path: Path, split: pd.Series | None, y: np.ndarray, fraction: flo
         if wrong:
             raise HoldfastError(f"{str(path)!r}: column 'split' holds {wrong[0]!r}; expected train or test.")
         return (split == "test").to_numpy()
+    return stratified(path, y, fraction, seed)
+
+
+def stratified(path: Path, y: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Returns which rows are for testing: a share of each class, drawn by a seed.
+
+    Raises:
+        HoldfastError: if a class has too few rows.
+    """
     test = np.zeros(len(y), dtype=bool)
     try:
         _, rows = train_test_split(np.arange(len(y)), test_size=fraction, random_state=seed, stratify=y)

@@ -1,0 +1,191 @@
+"""Text classification: sentences become rows of token ids once, when they are loaded, and are then arrays as others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from torch import Tensor
+
+from holdfast.errors import HoldfastError, unknown
+from holdfast.results import TaskFacts
+from holdfast.tasks.arrays import Array, ArrayTask
+from holdfast.tasks.tabular import MAX_CLASSES, stratified
+from holdfast.tasks.tokenizing import Tokenizer, Vocabulary
+
+LENGTH = 64
+"""Tokens a sentence, where a task says nothing else: enough for news with their titles, and for most sentences."""
+
+_SPLITS = {"test": ("test",), "held": ("dev", "val", "valid", "validation")}
+
+
+class TextTask(ArrayTask):
+    """Classification of sentences, as token ids of one length.
+
+    A batch's x has shape (N, L) and is int64. Behind a sentence's end stands the vocabulary's padding id; models tell
+    from it what to look at.
+
+    Args:
+        name: shown in reports and errors.
+        x_train: token ids of shape (N, L), integers from 0 on, below the vocabulary's size.
+        y_train: integer labels of shape (N,), in [0, classes).
+        x_test: like `x_train`.
+        y_test: like `y_train`.
+        class_names: one name a class; fixes the number of classes (default: largest training label + 1).
+        vocabulary: what the ids mean.
+
+    Raises:
+        HoldfastError: see `ArrayTask`; and for ids that are no integers or outside of the vocabulary.
+
+    Example:
+        >>> from holdfast.tasks.tokenizing import load_tokenizer
+        >>> words = load_tokenizer("words")
+        >>> x = words.encode(["so good", "so bad"], 3)
+        >>> task = TextTask("toy", x, [0, 1], x, [0, 1], ["good", "bad"], vocabulary=words.vocabulary)
+        >>> task.input_shape, task.num_outputs, task.vocabulary.size
+        ((3,), 2, 1024)
+    """
+
+    def __init__(
+        self,
+        name: str,
+        x_train: npt.ArrayLike,
+        y_train: npt.ArrayLike,
+        x_test: npt.ArrayLike,
+        y_test: npt.ArrayLike,
+        class_names: Sequence[str] | None = None,
+        *,
+        vocabulary: Vocabulary,
+    ) -> None:
+        self.vocabulary: Vocabulary | None = vocabulary
+        super().__init__(name, x_train, y_train, x_test, y_test, class_names)
+
+    def _inputs(self, values: npt.ArrayLike, label: str) -> Array:
+        a = np.asarray(values)
+        assert self.vocabulary is not None
+        if a.ndim != 2 or a.dtype.kind not in "ui":
+            raise self._bad(f"{label} is {a.dtype} of shape {a.shape}; expected integers of shape (N, L), token ids")
+        if a.size and not 0 <= int(a.min()) <= int(a.max()) < self.vocabulary.size:
+            bad = int(a.min()) if a.min() < 0 else int(a.max())
+            raise self._bad(
+                f"{label} holds the id {bad}; the vocabulary {self.vocabulary.name!r} has ids from 0 to "
+                f"{self.vocabulary.size - 1}"
+            )
+        return a.astype(np.int64)
+
+    def with_inputs(self, train: Tensor, test: Tensor) -> Self:
+        """See `Task.with_inputs`; what takes the place of ids has no vocabulary."""
+        task = super().with_inputs(train, test)
+        task.vocabulary = None
+        return task
+
+    def facts(self) -> TaskFacts:
+        """See `Task.facts`; the hash is also over the vocabulary, and the facts name the tokenizer."""
+        facts = super().facts()
+        if self.vocabulary is None:
+            return facts
+        both = hashlib.sha256(f"{facts.sha256} {self.vocabulary.sha256}".encode()).hexdigest()
+        return facts.model_copy(update={"sha256": both, "tokenizer": self.vocabulary.name})
+
+
+def text_task(
+    name: str,
+    train: tuple[Sequence[str], npt.ArrayLike],
+    test: tuple[Sequence[str], npt.ArrayLike],
+    class_names: Sequence[str],
+    *,
+    tokenizer: Tokenizer,
+    length: int = LENGTH,
+) -> TextTask:
+    """Returns a task over sentences that are in memory.
+
+    Args:
+        name: shown in reports and errors.
+        train: sentences and integer labels.
+        test: likewise.
+        class_names: one name a class.
+        tokenizer: makes the ids.
+        length: tokens a sentence; longer ones are cut off.
+    """
+    x_train, x_test = (tokenizer.encode(part[0], length) for part in (train, test))
+    return TextTask(name, x_train, train[1], x_test, test[1], class_names, vocabulary=tokenizer.vocabulary)
+
+
+def load_text(
+    path: Path,
+    *,
+    tokenizer: Tokenizer,
+    length: int = LENGTH,
+    text: Sequence[str] = (),
+    target: str | None = None,
+    test_fraction: float = 0.25,
+    seed: int = 0,
+) -> TextTask:
+    """Reads a table of sentences: a `.parquet` or `.csv` file.
+
+    A column `split` fixes the split: `train` and `test`, or where there is no `test`, what is for validation (`dev`,
+    `val`, ...). Without it, `test_fraction` of every class is drawn by `seed`.
+
+    Args:
+        path: the file.
+        tokenizer: makes the ids.
+        length: tokens a sentence; longer ones are cut off.
+        text: columns with text, which are joined; by default `title`, if there is one, and `text`.
+        target: column with the label; its distinct values, sorted, are the classes. By default `label`.
+        test_fraction: share of the rows to test on, in (0, 1).
+        seed: of the split.
+
+    Raises:
+        HoldfastError: if the file cannot be read, a column does not exist, a label is empty, or there are too many.
+    """
+    table = _read(path)
+    columns = list(text) or [c for c in ("title", "text") if c in table.columns] or ["text"]
+    target = target or "label"
+    for column in (*columns, target):
+        if column not in table.columns:
+            raise unknown(f"column of {path.name}", column, map(str, table.columns))
+    if "split" in table.columns and target != "split":
+        table = table[table["split"].isin(["train", *_tested(path, table["split"])])]
+    labels = table[target]
+    if labels.isna().any():
+        raise HoldfastError(f"{str(path)!r}: column {target!r} has {int(labels.isna().sum())} empty labels; drop them.")
+    names = sorted(labels.unique().tolist(), key=lambda v: (isinstance(v, str), v))
+    if len(names) > MAX_CLASSES:
+        raise HoldfastError(
+            f"{str(path)!r}: the label {target!r} has {len(names)} distinct values; expected at most {MAX_CLASSES}."
+        )
+    y = labels.map({v: i for i, v in enumerate(names)}).to_numpy(dtype=np.int64)
+    joined = table[columns].fillna("").astype(str).agg(" ".join, axis=1).str.strip().to_numpy()
+    split = "split" in table.columns and target != "split"
+    test = (table["split"] != "train").to_numpy() if split else stratified(path, y, test_fraction, seed)
+    train, held = ((joined[rows].tolist(), y[rows]) for rows in (~test, test))
+    return text_task(path.stem, train, held, [str(n) for n in names], tokenizer=tokenizer, length=length)
+
+
+def _tested(path: Path, split: pd.Series) -> tuple[str, ...]:
+    """The words of a column `split` that stand for testing."""
+    found = set(split.astype(str))
+    wrong = sorted(found - {"train", *_SPLITS["test"], *_SPLITS["held"]})
+    if wrong or "train" not in found:
+        held = f"holds {wrong[0]!r}" if wrong else "has no 'train'"
+        raise HoldfastError(f"{str(path)!r}: column 'split' {held}; expected train, test and perhaps dev.")
+    return _SPLITS["test"] if "test" in found else _SPLITS["held"]
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise HoldfastError(f"No data at {str(path)!r}: the file does not exist.")
+    try:
+        return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except ImportError as error:
+        raise HoldfastError(
+            f"{str(path)!r} is read by pyarrow, which is not installed: pip install 'holdfast[language]', or give a "
+            ".csv file."
+        ) from error
+    except (ValueError, OSError) as error:
+        raise HoldfastError(f"{str(path)!r} cannot be read as {path.suffix.removeprefix('.')}: {error}.") from error
