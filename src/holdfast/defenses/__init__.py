@@ -6,6 +6,7 @@ from holdfast.defenses.base import Defense, Record
 from holdfast.defenses.condition import ConditionNumber, RIllOnly
 from holdfast.defenses.frontier import FrontierDefense, SignalFrontier
 from holdfast.defenses.imma import IMMA
+from holdfast.defenses.leace import LEACE
 from holdfast.defenses.linear import LinearDefense, LinearProblem
 from holdfast.defenses.ntl import NTL
 from holdfast.defenses.opt_kappa import OptKappa
@@ -20,11 +21,13 @@ DEFENSES: Final[dict[str, type[Defense]]] = {
     RIllOnly.name: RIllOnly,
     IMMA.name: IMMA,
     OptKappa.name: OptKappa,
+    LEACE.name: LEACE,
 }
 
 __all__ = [
     "DEFENSES",
     "IMMA",
+    "LEACE",
     "NTL",
     "ConditionNumber",
     "Defense",

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -44,7 +44,11 @@ class ModelSpec(BaseModel):
     head: str | None = Field(None, description="Dotted name of the head, where another than the one found is meant.")
     mean: tuple[float, ...] | None = Field(None, description="Input normalisation; by default the architecture's.")
     std: tuple[float, ...] | None = None
-    extractor: bool = Field(False, description="Whether the weights have a linear extractor inserted before the head.")
+    extractor: bool | Literal["affine"] = Field(
+        False,
+        description="Whether the weights have a linear extractor inserted before the head; `affine`: with a shift, as "
+        "an eraser has.",
+    )
 
 
 def load_model(
@@ -102,8 +106,7 @@ def load_model(
         found.code = built.code.sha256 if built.code else None
     else:
         found = SplitModel(built.network, str(head), **more)
-    if spec.extractor:
-        found.add_extractor()
+    found.expect_extractor(spec.extractor)
     if spec.weights is not None and not built.loaded:
         found.load(_find(spec.weights, data_dir))
     found = _channels_last(found.to(device))
@@ -207,8 +210,8 @@ def _with_extractor(spec: ModelSpec, data_dir: Path | str | None) -> ModelSpec:
     if spec.weights is None or spec.extractor:
         return spec
     described = load_tensors(_find(spec.weights, data_dir))[1].get("model")
-    inserted = isinstance(described, dict) and described.get("extractor") is True
-    return spec.model_copy(update={"extractor": True}) if inserted else spec
+    inserted = described.get("extractor") if isinstance(described, dict) else None
+    return spec.model_copy(update={"extractor": inserted}) if inserted in (True, "affine") else spec
 
 
 def _find(weights: str, data_dir: Path | str | None) -> Path:
