@@ -6,6 +6,7 @@ from holdfast.adversaries import UNDO, Adversary, FineTuning, Probe
 from holdfast.adversaries.probes import PREPARATIONS, SOLVERS
 from holdfast.defenses import (
     IMMA,
+    LEACE,
     NTL,
     ConditionNumber,
     DeepCondition,
@@ -79,6 +80,8 @@ DEFENSES: dict[str, Defense] = {
     "frontier": FrontierDefense(),
     "frontier-ridge": FrontierDefense(space="ridge", stretch=0.5, rotate=False),
     "signal-frontier": SignalFrontier(),
+    "leace": LEACE(),
+    "leace-same-head": LEACE(keep_benign=False),
 }
 """Brief settings of every defense."""
 
@@ -108,7 +111,16 @@ DENOISING: dict[str, Defense] = {
 }
 """Brief settings of every defense for denoisers."""
 
-DETERMINISTIC = {"r-ill", "imma", "opt-kappa", "frontier", "frontier-ridge", "signal-frontier"}
+DETERMINISTIC = {
+    "r-ill",
+    "imma",
+    "opt-kappa",
+    "frontier",
+    "frontier-ridge",
+    "signal-frontier",
+    "leace",
+    "leace-same-head",
+}
 """Those of them in which nothing is random."""
 
 ADVERSARIES: dict[str, Adversary] = {

@@ -242,6 +242,31 @@ def rir_theta0(original, immunized, benign: list, restricted: list) -> list[tupl
     return found
 
 
+def least_squares_erasure(x: Tensor, z: Tensor, norm: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The definition that LEACE solves: least change, under the constraint that no covariance with z is left.
+
+    Minimises E (P x + b - x)' M (P x + b - x) subject to Cov(P x + b, z) = 0 by the linear equations of its Lagrangian,
+    without any closed form. b is what keeps the mean.
+
+    Returns:
+        P, shape (D, D), for columns x, and b.
+    """
+    width, mean = x.shape[1], x.mean(0)
+    centred, labels = x - mean, z - z.mean(0)
+    sigma, cross = centred.T @ centred / len(x), centred.T @ labels / len(x)
+    m = torch.eye(width, dtype=x.dtype) if norm is None else norm
+    # M (P - I) Sigma + L cross' = 0 and P cross = 0, for the entries of P and of the multipliers L, row by row.
+    size, count = width * width, width * cross.shape[1]
+    identity = torch.eye(width, dtype=x.dtype)
+    system = torch.zeros(size + count, size + count, dtype=x.dtype)
+    system[:size, :size] = torch.kron(m, sigma)  # of vec by rows: M P Sigma -> (M kron Sigma') vec P
+    system[:size, size:] = torch.kron(identity, cross)
+    system[size:, :size] = torch.kron(identity, cross.T.contiguous())
+    right = torch.cat([(m @ sigma).flatten(), torch.zeros(count, dtype=x.dtype)])
+    p = torch.linalg.lstsq(system, right[:, None], driver="gelsd").solution[:size, 0].view(width, width)
+    return p, mean - p @ mean
+
+
 def proposition_3_2(theta: Tensor, k: Tensor) -> Tensor:
     """Eq. 10 as printed, one number for each singular vector of theta; see the tests for what these numbers are."""
     u, singular, _ = torch.linalg.svd(theta)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from holdfast.defenses import (
         DEFENSES,
         IMMA,
+        LEACE,
         NTL,
         ConditionNumber,
         Defense,
@@ -37,6 +38,7 @@ __all__ = [
     "BATTERIES",
     "DEFENSES",
     "IMMA",
+    "LEACE",
     "NTL",
     "Adversary",
     "ArrayTask",
@@ -79,7 +81,7 @@ __all__ = [
 _HOME = {
     "adversaries": ("BATTERIES", "Adversary", "FineTuning", "Probe"),
     "defenses": (
-        "DEFENSES", "IMMA", "NTL", "ConditionNumber", "Defense", "FrontierDefense", "OptKappa", "RIllOnly",
+        "DEFENSES", "IMMA", "LEACE", "NTL", "ConditionNumber", "Defense", "FrontierDefense", "OptKappa", "RIllOnly",
         "SignalFrontier", "Sophon",
     ),
     "errors": ("HoldfastError",),

@@ -70,8 +70,8 @@ class Shelf:
         weights, notes = self._paths(made_of)[0], self.notes(made_of)
         model = like.clone()
         described = load_tensors(weights)[1].get("model")
-        if isinstance(described, dict) and described.get("extractor") and not model.has_extractor:
-            model.add_extractor()
+        if isinstance(described, dict):
+            model.expect_extractor(described.get("extractor", False))
         model.load(weights)
         return model.eval(), notes
 

@@ -112,7 +112,7 @@ def effect(own: Row, original: Row) -> Effect | None:
 
 
 def _findings(scene: Scene, probes: Mapping[str, Probe], found: Mapping[str, Mapping[str, Row]]) -> list[str]:
-    texts = [_about(label, scene, found) for label in scene.labels if any(label in m for m in found.values())]
+    texts = [_about(label, scene, probes, found) for label in scene.labels if any(label in m for m in found.values())]
     descents = {probes[p].solver: p for p in found if probes[p].preparation == "raw"}
     descent = next((descents[solver] for solver in DESCENTS if solver in descents), None)
     if descent is not None and scene.labels:
@@ -120,29 +120,44 @@ def _findings(scene: Scene, probes: Mapping[str, Probe], found: Mapping[str, Map
     return texts
 
 
-def _about(label: str, scene: Scene, found: Mapping[str, Mapping[str, Row]]) -> str:
+def _about(label: str, scene: Scene, probes: Mapping[str, Probe], found: Mapping[str, Mapping[str, Row]]) -> str:
     groups: dict[Effect | None, list[str]] = {}
-    steps = 0
+    gaps: dict[str, float] = {}
     for probe, models in found.items():
         if label not in models:
             continue
         own, original = models[label], models[ORIGINAL]
         kind = effect(own, original)
-        steps = max(steps, own.epochs[-1] * own.steps)
-        ends = [scene.measure.text(row.cell(row.epochs[-1], scene.measure).mean) for row in (own, original)]
-        numbers = f" ({ends[0]} against {ends[1]})" if kind == "held back" else ""
-        groups.setdefault(kind, []).append(probe.removeprefix("probe ") + numbers)
+        groups.setdefault(kind, []).append(probe)
+        if kind == "held back":
+            gaps[probe] = (original.score(original.epochs[-1]) or 0.0) - (own.score(own.epochs[-1]) or 0.0)
     parts = [
-        f"{text} {', '.join(groups[kind])}"
+        f"{text} {_named(groups[kind], probes)}"
         for kind, text in (
-            ("held back", f"still lower after {steps} steps than on the original:"),
+            ("held back", "still lower at the end than on the original:"),
             ("slowed", "slower at first, and as good in the end:"),
             ("not slowed", "not slowed, so that they walk through:"),
-            (None, "no finite score:"),
+            (None, "without a finite score:"),
         )
         if kind in groups
     ]
-    return f"Linear probes on {label}: {'; '.join(parts)}."
+    text = f"Linear probes on {label}: {'; '.join(parts)}."
+    if not gaps:
+        return text
+    most = max(gaps, key=lambda probe: gaps[probe])
+    own, original = found[most][label], found[most][ORIGINAL]
+    ends = [scene.measure.text(row.cell(row.epochs[-1], scene.measure).mean) for row in (own, original)]
+    return f"{text} The most: {most}, {ends[0]} against {ends[1]} after step {own.epochs[-1] * own.steps}."
+
+
+def _named(labels: Sequence[str], probes: Mapping[str, Probe]) -> str:
+    """Probes by their solver, with what each does to the features first: `gd (raw, whitened), ridge (raw)`."""
+    by_solver: dict[str, list[str]] = {}
+    for label in labels:
+        probe = probes[label]
+        solver = f"{probe.solver} {probe.learning_rate:g}" if probe.solver == "adam" else probe.solver
+        by_solver.setdefault(solver, []).append(probe.preparation)
+    return ", ".join(f"{solver} ({', '.join(prepared)})" for solver, prepared in by_solver.items())
 
 
 def _order(probe: str, scene: Scene, models: Mapping[str, Row]) -> str:

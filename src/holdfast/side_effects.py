@@ -221,8 +221,10 @@ def _about(
         return f"Side effects of {model}: some learner of {task.name} has no finite score on it."
     attack = max(finite, key=lambda name: finite[name])
     _, own, first = lost[attack]
-    amount = f"{100 * finite[attack]:+.1f} points" if measure.percent else f"{measure.difference(finite[attack]):+.3g}"
+    gap = measure.difference(finite[attack]) or 0.0
+    amount = f"{100 * abs(gap):.1f} points" if measure.percent else f"{abs(gap):.3g}"
+    worst = f"of {len(lost)} learners, who loses most" if len(lost) > 1 else "the only learner"
     return (
         f"Side effects of {model}: on {task.name}, harmless, {attack} is at {measure.text(measure.value(own))} and on "
-        f"the original at {measure.text(measure.value(first))} ({amount} lost; the most of {len(lost)} learners)."
+        f"the original at {measure.text(measure.value(first))} ({amount} {'lost' if gap >= 0 else 'gained'}; {worst})."
     )

@@ -50,7 +50,6 @@ def tabulate(
             tables["difference"] = _difference(scenes, compared, epochs, compare_with)
     if any(scene.made for scene in scenes):
         tables["immunization"] = _immunization(scenes)
-    tables = {name: table for name, table in tables.items() if table.rows}  # without scratch there is no advantage
     if len(scenes) == 1:
         for table in tables.values():
             for row in table.rows:

@@ -9,6 +9,7 @@ from holdfast.defenses.deep_condition import DeepCondition, DeepOptKappa, DeepRI
 from holdfast.defenses.deep_imma import DeepIMMA
 from holdfast.defenses.frontier import FrontierDefense, SignalFrontier
 from holdfast.defenses.imma import IMMA
+from holdfast.defenses.leace import LEACE
 from holdfast.defenses.linear import LinearDefense, LinearProblem
 from holdfast.defenses.ntl import NTL
 from holdfast.defenses.opt_kappa import OptKappa
@@ -30,11 +31,13 @@ DEFENSES: Final[dict[str, type[Defense]]] = {
     DeepOptKappa.name: DeepOptKappa,
     RidgeProbe.name: RidgeProbe,
     SlowProbe.name: SlowProbe,
+    LEACE.name: LEACE,
 }
 
 __all__ = [
     "DEFENSES",
     "IMMA",
+    "LEACE",
     "NTL",
     "ConditionNumber",
     "DeepCondition",

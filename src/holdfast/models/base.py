@@ -20,7 +20,7 @@ from holdfast.tasks import Task, TextTask, Vocabulary
 
 
 class ExtractedHead(nn.Sequential):
-    """A head with a linear extractor before it: layers `0` and `1`; see `SplitModel.insert_extractor`.
+    """A head with a linear extractor, or an eraser, before it: layers `0` and `1`; see `SplitModel.insert_extractor`.
 
     Both compute in float64, whatever the network does: an extractor may be so badly conditioned, and is so on purpose,
     that float32 would change the benign outputs.
@@ -278,17 +278,72 @@ class SplitModel(nn.Module):
             raise HoldfastError(f"{self.name}: the extractor cannot be inverted; the head could not make up for it.")
         with torch.no_grad():
             plain = head.weight.flatten(1).to(theta).T
-            if self.has_extractor:
-                first = self._extractor_layer().weight.view(width, width).to(theta).T
-                plain, theta = first @ plain, first @ theta
-            else:
+            if not self.has_extractor:
                 self.add_extractor()
-            stored = self._extractor_layer().weight
-            stored.copy_(theta.T.reshape_as(stored))
-            # The inverse of what was stored, not of what was meant: rounding must not change the outputs.
-            rounded = stored.view(width, width).to(theta).T
-            self.head.weight.copy_(torch.linalg.solve(rounded, plain).T.reshape_as(head.weight))
+            layer = self._extractor_layer()
+            first = layer.weight.view(width, width).to(theta, copy=True).T
+            layer.weight.copy_((first @ theta).T.reshape_as(layer.weight))
+            if layer.bias is not None:  # an eraser: what is before the new one cannot be inverted
+                layer.bias.copy_(layer.bias @ theta.to(layer.bias))
+                solved = torch.linalg.solve(theta, plain)
+            else:
+                # The inverse of what was stored, not of what was meant: rounding must not change the outputs.
+                rounded = layer.weight.view(width, width).to(theta).T
+                solved = torch.linalg.solve(rounded, first @ plain)
+            self.head.weight.copy_(solved.T.reshape_as(head.weight))
         return float(sigma[0] / sigma[-1])
+
+    def insert_eraser(self, projection: Tensor, shift: Tensor) -> None:
+        """Puts the affine map z -> z P + c before the head, which stays as it is: what P maps to zero is gone.
+
+        Unlike `insert_extractor`, P need not be invertible, and the outputs change by what is erased. The layers are
+        named in the same way; behind an extractor, the two are merged into one layer.
+
+        Args:
+            projection: P, shape (D, D), float64.
+            shift: c, shape (D,), float64.
+
+        Raises:
+            HoldfastError: if a shape is another one, or a value is not finite.
+
+        Example:
+            >>> model = SplitModel(nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 3)), head="2")
+            >>> first = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+            >>> model.insert_eraser(first, torch.tensor([0.0, 7.0], dtype=torch.float64))
+            >>> model.features(torch.ones(1, 4))[:, 1].item(), model.spec, model.head_name
+            (7.0, None, '2.1')
+        """
+        width = self.head.weight.shape[1]
+        if projection.shape != (width, width) or shift.shape != (width,):
+            raise HoldfastError(
+                f"{self.name}: the eraser has shapes {tuple(projection.shape)} and {tuple(shift.shape)}; the head "
+                f"takes {width} features, so ({width}, {width}) and ({width},) are expected."
+            )
+        if not bool(projection.isfinite().all() and shift.isfinite().all()):
+            raise HoldfastError(f"{self.name}: the eraser has values that are not finite.")
+        self.expect_extractor("affine")
+        layer = self._extractor_layer()
+        with torch.no_grad():
+            first = layer.weight.view(width, width).to(projection).T
+            layer.weight.copy_((first @ projection).T.reshape_as(layer.weight))
+            assert layer.bias is not None
+            layer.bias.copy_(layer.bias.to(projection) @ projection + shift)
+
+    def expect_extractor(self, kind: bool | str) -> None:
+        """Makes room for the extractor that saved weights have; one that is there already stays.
+
+        Args:
+            kind: as `spec` has it: True for a linear one, "affine" for an eraser, False for none.
+        """
+        if not kind:
+            return
+        if not self.has_extractor:
+            self.add_extractor()
+        layer = self._extractor_layer()
+        if kind == "affine" and layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
+            if self.spec is not None:
+                self.spec = {**self.spec, "extractor": "affine"}
 
     def add_extractor(self) -> None:
         """Puts an identity layer before the head, for `insert_extractor` or for weights that have one."""
@@ -318,7 +373,7 @@ class SplitModel(nn.Module):
 
     @property
     def has_extractor(self) -> bool:
-        """Whether the layer before the head was inserted by `insert_extractor`."""
+        """Whether the layer before the head was inserted by `insert_extractor` or `insert_eraser`."""
         return isinstance(self.network.get_submodule(self.head_name.rpartition(".")[0]), ExtractedHead)
 
     def blocks(self) -> list[Block]:
@@ -357,9 +412,11 @@ class SplitModel(nn.Module):
                 continue
             if not self.has_extractor:
                 continue
-            weight = self._extractor_layer().weight
+            layer = self._extractor_layer()
             with torch.no_grad():
-                weight.copy_(torch.eye(len(weight)).view_as(weight))
+                layer.weight.copy_(torch.eye(len(layer.weight)).view_as(layer.weight))
+                if layer.bias is not None:
+                    layer.bias.zero_()
 
     def clone(self) -> SplitModel:
         """Returns a deep copy whose training leaves this model alone."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -59,7 +59,11 @@ class ModelSpec(BaseModel):
         None,
         description="Which outputs of the weights' head the task's classes are, in their order; null: all of them.",
     )
-    extractor: bool = Field(False, description="Whether the weights have a linear extractor inserted before the head.")
+    extractor: bool | Literal["affine"] = Field(
+        False,
+        description="Whether the weights have a linear extractor inserted before the head; `affine`: with a shift, as "
+        "an eraser has.",
+    )
 
 
 def load_model(
@@ -118,13 +122,12 @@ def load_model(
     else:
         found = SplitModel(built.network, str(head), **more)
     found.vocabulary, found.fresh_head = built.vocabulary, built.fresh_head
-    if spec.extractor:
-        found.add_extractor()
     if spec.keep_outputs is not None and (spec.weights is None or built.loaded):
         raise HoldfastError(
             f"{spec.name}: keep_outputs chooses among the outputs of a head in a file of weights, and there is none "
             "such for this model; leave it out."
         )
+    found.expect_extractor(spec.extractor)
     if spec.weights is not None and not built.loaded:
         found.load(_find(spec.weights, data_dir), spec.keep_outputs)
     found = _channels_last(found.to(device))
@@ -278,8 +281,8 @@ def _with_extractor(spec: ModelSpec, data_dir: Path | str | None) -> ModelSpec:
     if spec.weights is None or spec.extractor:
         return spec
     described = load_tensors(_find(spec.weights, data_dir))[1].get("model")
-    inserted = isinstance(described, dict) and described.get("extractor") is True
-    return spec.model_copy(update={"extractor": True}) if inserted else spec
+    inserted = described.get("extractor") if isinstance(described, dict) else None
+    return spec.model_copy(update={"extractor": inserted}) if inserted in (True, "affine") else spec
 
 
 def _find(weights: str, data_dir: Path | str | None) -> Path:

@@ -253,6 +253,9 @@ def _plain_tensors(model: SplitModel) -> dict[str, Tensor]:
         head = model.head.weight
         merged = nn.Parameter((head.flatten(1) @ inserted.weight.flatten(1)).detach().reshape(head.shape))
         tensors[f"{model.head_name}.weight"] = merged
+        if isinstance(inserted.bias, Tensor) and model.head.bias is not None:  # of an eraser
+            shifted = (model.head.bias + head.flatten(1) @ inserted.bias).detach()
+            tensors[f"{model.head_name}.bias"] = nn.Parameter(shifted)
     named = ((_plain_name(model, name), tensor) for name, tensor in tensors.items())
     return {name: tensor for name, tensor in named if name is not None}
 

@@ -48,6 +48,8 @@ def render(result: RunResult, folder: Path) -> str:
     order = [] if audit is None else wording.by_strength(audit)
 
     def shown(name: str) -> bool:
+        if not result.tables[name].rows:  # such as advantages over scratch, where nothing was trained from scratch
+            return False
         return audit is None or name != "best"  # an audit's is drawn in its own section
 
     return environment().get_template("report.html.j2").render(

@@ -10,11 +10,17 @@ from rich.table import Table
 
 from holdfast.report import wording
 from holdfast.results import AuditResult, Cell, Curve, Interval, RunResult
+from holdfast.results import Table as Tabular
 from holdfast.team import speaks
 from holdfast.verdict import words
 
 LEAST = 14
 """Characters of a column of names; longer ones go on in the next line."""
+
+RATIOS = {
+    "ratio_restricted": "(i)", "ratio_benign": "(ii)", "rir": "RIR", "rir_bound": "RIR*", "benign_percent": "benign, %",
+}  # fmt: skip
+"""Headings of columns whose name in `result.json` is not one for people."""
 
 
 def show(result: RunResult, folder: Path) -> None:
@@ -78,7 +84,7 @@ def _digits(score: float | None) -> str:
 def _show_study(result: RunResult, console: Console) -> None:
     """The tables that hold the ratios; the others are in the report."""
     for each in result.tables.values():
-        columns = {"ratio_restricted": "(i)", "ratio_benign": "(ii)", "rir": "RIR", "rir_bound": "RIR*"}
+        columns = {key: RATIOS[key] for key in ("ratio_restricted", "ratio_benign", "rir", "rir_bound")}
         if not all(c in row for row in each.rows for c in columns):
             continue
         table = Table(title=each.title, title_justify="left")
@@ -96,38 +102,46 @@ def _show_study(result: RunResult, console: Console) -> None:
 
 
 def _show_protocol(result: RunResult, console: Console) -> None:
-    """The scores, a table for each setting; all else is in the report."""
-    each = next(result.tables[name] for name in ("accuracy", "error") if name in result.tables)
-    show = _percent if each.percent else _value
-    for setting in dict.fromkeys(str(row.get("setting", "")) for row in each.rows):
-        rows = [row for row in each.rows if row.get("setting", "") == setting]
-        numbers = [
-            c
-            for c in dict.fromkeys(c for row in rows for c in row)
-            if any(isinstance(row.get(c), Cell) for row in rows)
-        ]
-        title = f"{setting or each.title}, in %" if each.percent else setting or each.title
-        table, screen = _scores(title, rows, numbers, show), Console()
-        if _least(table) > screen.width:
-            title += " (spreads are in the report)"
-            table = _scores(title, rows, numbers, lambda cell: show(cell).partition(" ± ")[0])
-        # Rich cuts what does not fit, and a number without its last digits is another number.
-        Console(width=max(screen.width, _least(table))).print(table)
+    """Condition numbers, and the scores, a table for each setting; all else is in the report."""
+    scores = "accuracy" if "accuracy" in result.tables else "error"
+    probes = {row["probe"] for row in result.tables["probes"].rows} if "probes" in result.tables else set()
+    if all(row.get("attack") in probes for row in result.tables[scores].rows):
+        scores = "probes"  # a line for each, with all models in it
+    for name in ("conditioning", scores):
+        if name in result.tables:
+            _show_by_setting(result.tables[name])
     for finding in result.findings:
         console.print(f"- {finding}")
 
 
-def _scores(
-    title: str, rows: Sequence[Mapping[str, str | Cell]], numbers: Sequence[str], show: Callable[[Cell], str]
-) -> Table:
+def _show_by_setting(each: Tabular) -> None:
+    show = _percent if each.percent else _value
+    for setting in dict.fromkeys(str(row.get("setting", "")) for row in each.rows):
+        rows = [row for row in each.rows if row.get("setting", "") == setting]
+        title = setting if setting and not RATIOS.keys() & rows[0].keys() else f"{setting}: {each.title}".lstrip(": ")
+        title = f"{title}, in %" if each.percent else title
+        table, screen = _scores(title, rows, show), Console()
+        if _least(table) > screen.width:
+            title += " (spreads are in the report)"
+            table = _scores(title, rows, lambda cell: show(cell).partition(" ± ")[0])
+        # Rich cuts what does not fit, and a number without its last digits is another number.
+        Console(width=max(screen.width, _least(table))).print(table)
+
+
+def _scores(title: str, rows: Sequence[Mapping[str, str | Cell]], show: Callable[[Cell], str]) -> Table:
+    columns = list(dict.fromkeys(c for row in rows for c in row))
+    numbers = [c for c in columns if any(isinstance(row.get(c), Cell) for row in rows)]
+    texts = [c for c in columns if c not in (*numbers, "setting", "remark")]
     table = Table(title=title, title_justify="left", pad_edge=False)
-    table.add_column("model", min_width=LEAST)
-    table.add_column("attack", min_width=LEAST)
+    for column in texts:
+        table.add_column(column, min_width=LEAST)
     for column in numbers:
-        table.add_column(column, justify="right", no_wrap=True, min_width=_widest(rows, column, show))
+        table.add_column(
+            RATIOS.get(column, column), justify="right", no_wrap=True, min_width=_widest(rows, column, show)
+        )
     for row in rows:
         cells = [show(cell) if isinstance(cell := row.get(c), Cell) else "" for c in numbers]
-        table.add_row(str(row["model"]), str(row.get("attack", "")), *cells)
+        table.add_row(*(str(row.get(c, "")) for c in texts), *cells)
     return table
 
 
