@@ -271,9 +271,10 @@ class _Immunization(Immunization[DeepDefense]):
             group["lr"] = self.rate * self._share()
         benign, restricted = next(self.pairs)
         self.model.eval()
-        losses = self._losses(benign, restricted)
+        outputs = self._outputs(benign)
+        losses = self._losses(benign, restricted, *outputs)
         total = sum((self.lambdas[n] * v for n, v in losses.items() if n in self.lambdas), losses["benign_loss"])
-        total = total + self._held(benign, generator)
+        total = total + self._held(benign, *outputs, generator)
         optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         self.pool_gradients()
@@ -305,12 +306,16 @@ class _Immunization(Immunization[DeepDefense]):
         ]
         return zip(*streams, strict=False)
 
-    def _losses(self, benign: Batch, restricted: Batch) -> dict[str, Tensor]:
+    def _outputs(self, benign: Batch) -> tuple[Tensor, Tensor]:
+        """Logits and features of a benign batch."""
+        with autocast(self.run.device, self.config.precision == "bf16"):
+            return self.runner(self.model).with_features(benign.x)
+
+    def _losses(self, benign: Batch, restricted: Batch, logits: Tensor, features: Tensor) -> dict[str, Tensor]:
         """The benign loss and each term, with their graphs."""
-        run, config = self.runner(self.model), self.config
+        config = self.config
         with autocast(self.run.device, config.precision == "bf16"):
-            logits, features = run.with_features(benign.x)
-            _, theirs = run.with_features(restricted.x)
+            _, theirs = self.runner(self.model).with_features(restricted.x)
             if not config.benign_loss:
                 logits = self._head_alone(features)
         loss = self._benign_loss(logits.to(self.model.dtype), benign)
@@ -329,18 +334,14 @@ class _Immunization(Immunization[DeepDefense]):
 
     # Holding what the model does.
 
-    def _held(self, benign: Batch, generator: torch.Generator) -> Tensor | float:
+    def _held(self, benign: Batch, logits: Tensor, features: Tensor, generator: torch.Generator) -> Tensor | float:
         """How far benign outputs and features are from the original's."""
         config = self.config
-        if not (config.distillation or config.matching or config.mixing):
-            return 0.0
         total: Tensor | float = 0.0
         ours, theirs = self.runner(self.model), self.runner(self.original)
         if config.distillation or config.matching:
-            with autocast(self.run.device, config.precision == "bf16"):
-                logits, features = ours.with_features(benign.x)
-                with torch.no_grad():
-                    wanted, kept = theirs.with_features(benign.x)
+            with autocast(self.run.device, config.precision == "bf16"), torch.no_grad():
+                wanted, kept = theirs.with_features(benign.x)
             if config.distillation:
                 total = total + config.distillation * self._distance(logits.float(), wanted.float())
             total = total + config.matching * self._apart(features, kept)
@@ -387,9 +388,9 @@ class _Immunization(Immunization[DeepDefense]):
         self.model.eval()
         norms: dict[str, list[float]] = {}
         for benign, restricted in itertools.islice(self._pairs("balance"), BALANCED_ON):
-            run = self.runner(self.model)
-            losses = self._losses(benign, restricted)
-            losses["benign_loss"] = self._benign_loss(run.with_features(benign.x)[0], benign)
+            logits, features = self._outputs(benign)
+            losses = self._losses(benign, restricted, logits, features)
+            losses["benign_loss"] = self._benign_loss(logits.to(self.model.dtype), benign)
             for name, value in losses.items():
                 norms.setdefault(name, []).append(_norm(value, self.body()))
         sizes = {name: sum(values) / len(values) for name, values in norms.items()}
