@@ -125,6 +125,29 @@ def write_celeba(root: Path) -> None:
         (folder / f"list_{word}_celeba.txt").write_text("\n".join(table) + "\n")
 
 
+def write_cars(root: Path) -> None:
+    """Pictures of different sizes are cropped to boxes by nobody: the annotation names class and file."""
+    folder = root / "stanford_cars"
+    (folder / "devkit").mkdir(parents=True)
+    savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array([f"car {c}" for c in range(10)], object)})
+    kind = [("class", "i4"), ("fname", object)]
+    for split, path in (("train", folder / "devkit" / "cars_train_annos.mat"),
+                        ("test", folder / "cars_test_annos_withlabels.mat")):  # fmt: skip
+        (folder / f"cars_{split}").mkdir()
+        rows = [(int(label) + 1, f"{i}.jpg") for i, label in enumerate(LABELS)]
+        savemat(path, {"annotations": np.array(rows, dtype=kind)})
+        for i, pixels in enumerate(images(split, 64, 3)):
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"cars_{split}" / f"{i}.jpg", quality=95)
+
+
+def write_country211(root: Path) -> None:
+    for split in ("train", "valid", "test"):
+        for i, pixels in enumerate(images(split, 64, 3)):
+            folder = root / "country211" / split / f"C{LABELS[i]}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{i}.jpg", quality=95)
+
+
 WRITERS = {
     "mnist": write_mnist,
     "fashion_mnist": lambda root: write_mnist(root, "FashionMNIST"),
@@ -135,6 +158,8 @@ WRITERS = {
     "svhn": write_svhn,
     "stl10": write_stl10,
     "imagenette": write_imagenette,
+    "stanford_cars": write_cars,
+    "country211": write_country211,
 }
 OWN_SHAPES = {"mnist": (1, 28, 28), "usps": (1, 16, 16), "svhn": (3, 32, 32), "stl10": (3, 96, 96)}
 
@@ -214,7 +239,7 @@ class TestOffline:
     @pytest.mark.parametrize("name", DOWNLOADS)
     def test_says_what_to_do(self, name, tmp_path, monkeypatch):
         fake_datasets(monkeypatch, ConnectionError("no network"))
-        lacks = "'gdown' is required" if name == "celeba" else "no network"
+        lacks = {"celeba": "'gdown' is required", "stanford_cars": "no longer where"}.get(name, "no network")
         expected = rf"Task '{name}': .*{lacks}.*put {name}\.npz, or a folder {name}/ .* into '{tmp_path}'"
         with pytest.raises(HoldfastError, match=expected):
             load_task(f"{name}@image_size=32", data_dir=tmp_path)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -470,3 +472,35 @@ class TestRegressionTables:
         torch.nn.init.zeros_(constant.bias)
         assert task.score(constant) == pytest.approx(task.chance)
         assert task.audit_score(constant) == pytest.approx(0, abs=1e-9)
+
+
+class TestLimitedFolders:
+    """Of ImageNet, nobody reads everything to keep a part."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        for split, count in (("train", 8), ("val", 4)):
+            for c in range(3):
+                place = tmp_path / "pictures" / split / f"class{c}"
+                place.mkdir(parents=True)
+                for i in range(count):
+                    Image.fromarray(np.full((4, 4, 3), 80 * c + i, np.uint8)).save(place / f"{i}.png")
+        return tmp_path
+
+    def test_only_what_is_kept_is_read(self, folder, monkeypatch):
+        from holdfast.tasks import image
+
+        opened: list[Path] = []
+        real = image._open
+        monkeypatch.setattr(image, "_open", lambda file, mode: (opened.append(file), real(file, mode))[1])
+        task = load_task("pictures@train_limit=12,test_limit=3", data_dir=folder)
+        assert (task.size("train"), task.size("test"), len(opened)) == (12, 3, 15)
+        assert torch.bincount(task._y["train"]).tolist() == [4, 4, 4]
+        same = load_task("pictures@train_limit=12,test_limit=3", data_dir=folder)
+        assert same.facts().sha256 == task.facts().sha256
+        other = load_task("pictures@train_limit=12,test_limit=3,seed=1", data_dir=folder)
+        assert other.facts().sha256 != task.facts().sha256
+
+    def test_without_limits_all_is_read(self, folder):
+        task = load_task("pictures", data_dir=folder)
+        assert (task.size("train"), task.size("test")) == (24, 12)

@@ -230,6 +230,7 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
                 channels=spec.channels,
                 test_fraction=spec.test_fraction,
                 seed=spec.seed,
+                limits=(spec.train_limit, spec.test_limit),
                 kind=kind,
             )
         if path.is_file() and path.suffix == ".npz":

@@ -29,6 +29,8 @@ TORCHVISION: dict[str, tuple[str, tuple[_Arguments, _Arguments]]] = {
     "stl10": ("STL10", _BY_WORD),
     "imagenette": ("Imagenette", ({"split": "train"}, {"split": "val"})),
     "celeba": ("CelebA", _BY_WORD),
+    "stanford_cars": ("StanfordCars", _BY_WORD),
+    "country211": ("Country211", _BY_WORD),
 }
 """Class in torchvision.datasets, and its arguments for the training and the test split."""
 
@@ -118,12 +120,17 @@ def _torchvision(name: str, root: Path, size: int | None, mode: str, instead: st
 
     kind, splits = TORCHVISION[name]
     more = _imagenette_size(size) if name == "imagenette" else {"target_transform": _smiles} if name == "celeba" else {}
+    fetched = name not in NOT_FETCHED
     try:
-        parts = [getattr(datasets, kind)(root=str(root), download=True, **split, **more) for split in splits]
+        parts = [getattr(datasets, kind)(root=str(root), download=fetched, **split, **more) for split in splits]
     except (OSError, RuntimeError) as error:
-        raise HoldfastError(
-            f"Task {name!r}: torchvision could not download it ({_said(error)}). Check the network, or {instead}."
-        ) from error
+        why = (
+            f"torchvision could not download it ({_said(error)}). Check the network, or {instead}"
+            if fetched
+            else f"its archive is no longer where torchvision would fetch it from; unpack yours into {str(root)!r} as "
+            f"torchvision.datasets.{kind} says, or {instead}"
+        )
+        raise HoldfastError(f"Task {name!r}: {why}.") from error
     arrays: list[Array] = []
     for part in parts:
         arrays += _arrays(part) if hasattr(part, "data") else stack(_converted(name, part, mode), size)
@@ -132,6 +139,9 @@ def _torchvision(name: str, root: Path, size: int | None, mode: str, instead: st
     x_train, y_train, x_test, y_test = arrays
     return ArrayTask(name, x_train, y_train, x_test, y_test, names or None)
 
+
+NOT_FETCHED = frozenset({"stanford_cars"})
+"""Those that torchvision reads from the disk, and cannot download any more."""
 
 SMILING = 31
 """Which of the 40 attributes of CelebA is its label here; denoising looks at none."""

@@ -29,6 +29,7 @@ def load_folder(
     channels: int | None = None,
     test_fraction: float = 0.25,
     seed: int = 0,
+    limits: tuple[int | None, int | None] = (None, None),
     kind: type[ArrayTask] = ArrayTask,
 ) -> ArrayTask:
     """Reads an image folder into memory.
@@ -40,7 +41,9 @@ def load_folder(
         image_size: pixels a side that every image is resized to (bicubic); None: they must already be equal.
         channels: 1 for grey, 3 for colour; None: 3.
         test_fraction: share of the images to test on, in (0, 1).
-        seed: of the split.
+        seed: of the split, and of what `limits` keep.
+        limits: about how many images to read for training and for testing, the same share of every class; where the
+            folder has no splits, all are read. None: all.
         kind: of the task; if it needs no labels, images may also lie in the root (or in `train` and `test`) itself.
 
     Raises:
@@ -53,8 +56,8 @@ def load_folder(
         strange = sorted(set(_classes(held, kind.labelled)) - set(names))
         if strange:
             raise HoldfastError(f"{str(path)!r}: {held.name} has a class {strange[0]!r} that train does not have.")
-        x_train, y_train = _read(path / "train", names, image_size, mode)
-        x_test, y_test = _read(held, names, image_size, mode)
+        x_train, y_train = _read(path / "train", names, image_size, mode, limits[0], seed)
+        x_test, y_test = _read(held, names, image_size, mode, limits[1], seed)
         return kind(path.name, x_train, y_train, x_test, y_test, names)
     names = _classes(path, kind.labelled)
     x, y = _read(path, names, image_size, mode)
@@ -88,12 +91,21 @@ def _eight_bits(image: Image.Image, file: Path) -> Image.Image:
     return image
 
 
-def _read(path: Path, names: list[str], size: int | None, mode: str) -> tuple[Array, Array]:
-    if not any(_files(path / name) for name in names):
+def _read(
+    path: Path, names: list[str], size: int | None, mode: str, limit: int | None = None, seed: int = 0
+) -> tuple[Array, Array]:
+    files = [_files(path / name) for name in names]
+    total = sum(map(len, files))
+    if not total:
         raise HoldfastError(f"{str(path)!r}: no images in its class folders ({', '.join(sorted(SUFFIXES))}).")
-    return stack(
-        ((repr(str(f)), _open(f, mode), label) for label, name in enumerate(names) for f in _files(path / name)), size
-    )
+    if limit is not None and limit < total:  # of ImageNet, nobody reads everything to keep a part
+        files = [_some(each, limit / total, seed) for each in files]
+    return stack(((repr(str(f)), _open(f, mode), label) for label, each in enumerate(files) for f in each), size)
+
+
+def _some(files: list[Path], share: float, seed: int) -> list[Path]:
+    count = max(1, round(share * len(files)))
+    return [files[i] for i in sorted(np.random.default_rng(seed).permutation(len(files))[:count])]
 
 
 def _files(path: Path) -> list[Path]:
