@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import math
 import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,8 @@ def history_plot(immunization: ImmunizationResult) -> Plot | None:
 PALETTE = ("#1a85c9", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#7a6fd0", "#808590", "#c0392b", "#2aa198", "#6c8e3a")
 """After Okabe and Ito, for series of no role; with dashes, so that no two look alike."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+FEW = 8
+"""Up to so many places on a logarithmic axis, each has a tick."""
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "cross", "x", "star", "triangle-down", "pentagon", "hexagram")
 
 
@@ -129,6 +132,12 @@ def _lines(name: str, lines: Lines) -> Plot:
         )
     look = {"exponentformat": "power", "minorloglabels": "none"}
     figure.update_xaxes(title={"text": lines.x_title}, type="log" if lines.log_x else "linear", **look)
+    if lines.log_x and 1 < len(lines.x) <= FEW and lines.x[0] > 0:  # plotly leaves out a tick at the very end
+        ends = math.log10(lines.x[0]), math.log10(lines.x[-1])
+        room = 0.02 * (ends[1] - ends[0])
+        figure.update_xaxes(
+            range=[ends[0] - room, ends[1] + room], tickvals=lines.x, ticktext=[f"{x:,g}" for x in lines.x]
+        )
     figure.update_yaxes(
         title={"text": lines.y_title, "standoff": 12},
         type="log" if lines.log_y else "linear",
@@ -138,8 +147,8 @@ def _lines(name: str, lines: Lines) -> Plot:
         **look,
     )
     figure.update_layout(margin={"l": 64, "r": 12, "t": 12, "b": 48})
-    ends = [f"{s}: {_short(_last(v))}" for s, v in lines.series.items()]
-    return plot_of(name, figure, f"Line chart: {lines.title}. At the right end: {', '.join(ends)}.")
+    last = [f"{s}: {_short(_last(v))}" for s, v in lines.series.items()]
+    return plot_of(name, figure, f"Line chart: {lines.title}. At the right end: {', '.join(last)}.")
 
 
 CONTROLS = {"original": 1, "scratch": 2}
