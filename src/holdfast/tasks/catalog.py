@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.arrays import ArrayTask, load_npz
+from holdfast.tasks.audio import is_sounds, load_sounds
 from holdfast.tasks.denoising import DenoisingTask, Schedule
 from holdfast.tasks.downloads import DOWNLOADS, download
 from holdfast.tasks.image import load_folder
@@ -31,7 +32,9 @@ class TaskSpec(BaseModel):
     data: str = Field(
         description="NAME, or a path to an .npz, a .csv or an image folder; [0-4,7] behind it keeps classes."
     )
-    target: str | None = Field(None, description="Label column of a CSV, or the column to predict.")
+    target: str | None = Field(
+        None, description="Label column of a CSV, or the column to predict; of an .npz of sounds, the labels (y)."
+    )
     kind: Literal["classification", "regression", "denoising"] = Field(
         "classification",
         description="What is predicted: a class, of a CSV also a number (regression), of noised images the noise.",
@@ -40,15 +43,15 @@ class TaskSpec(BaseModel):
         None,
         description="Of denoising: linear (null), scaled_linear, squaredcos_cap_v2, sigmoid, or a diffusers folder.",
     )
-    drop: tuple[str, ...] = Field(
-        (), description="Columns of a CSV to leave out; A+B on a command line. For regression."
+    drop: tuple[str, ...] = Field((), description="Columns of a CSV to leave out; A+B on a command line.")
+    encoding: Encoding = Field("onehot", description="How text columns of a CSV become numbers: onehot or ordinal.")
+    bins: int | None = Field(
+        None, ge=2, le=100, description="Classes of a CSV are so many ranges of a numeric target, equally full."
     )
-    encoding: Encoding = Field(
-        "onehot", description="How text columns become numbers: onehot or ordinal. For regression."
+    fill: bool = Field(
+        False, description="Empty cells of a CSV become 0, or a text of their own; regression always does that."
     )
-    rows: int | None = Field(
-        None, ge=2, description="Train on the first so many rows, test on the rest. For regression."
-    )
+    rows: int | None = Field(None, ge=2, description="Train on the first so many rows of a CSV, test on the rest.")
     image_size: int | None = Field(None, ge=1, description="Resize images to this many pixels a side.")
     channels: int | None = Field(None, description="Make images grey (1) or colour (3).")
     test_limit: int | None = Field(None, ge=1, description="Score on about this many test samples only.")
@@ -158,7 +161,7 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
                 kind=kind,
             )
         if path.is_file() and path.suffix == ".npz":
-            return load_npz(path, kind)
+            return _load_npz(path, spec, kind)
         if path.is_file() and path.suffix == ".csv" and spec.kind == "regression":
             return load_csv_regression(
                 path,
@@ -172,7 +175,17 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
         if spec.kind == "regression" and path.exists():
             raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {path.name!r} holds classes.")
         if path.is_file() and path.suffix == ".csv":
-            return load_csv(path, spec.target, test_fraction=spec.test_fraction, seed=spec.seed)
+            return load_csv(
+                path,
+                spec.target,
+                drop=spec.drop,
+                encoding=spec.encoding,
+                bins=spec.bins,
+                fill=spec.fill,
+                rows=spec.rows,
+                test_fraction=spec.test_fraction,
+                seed=spec.seed,
+            )
         if path.is_file():
             raise HoldfastError(f"{str(path)!r}: data is read from .npz, .csv or a folder of images.")
     if source in DOWNLOADS:
@@ -186,6 +199,12 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
     raise HoldfastError(
         f"{unknown('task', source, [*EMBEDDED, *DOWNLOADS, *here])} For data of your own, {ways}, or give a path."
     )
+
+
+def _load_npz(path: Path, spec: TaskSpec, kind: type[ArrayTask]) -> ArrayTask:
+    if is_sounds(path):
+        return load_sounds(path, spec.target, test_fraction=spec.test_fraction, seed=spec.seed, kind=kind)
+    return load_npz(path, kind)
 
 
 def _candidates(source: str, folder: Path | None) -> list[Path]:
