@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = parser.parse_args(list(argv) if argv is not None else None)
         command = options.command
         arguments = options[command].as_dict()
-        code = COMMANDS[command](**arguments)
+        code = _agreed(COMMANDS[command](**arguments))
     except HoldfastError as error:
         code = _complain(str(error), BAD_INPUT)
     except KeyboardInterrupt:
@@ -321,6 +321,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             BAD_INPUT,
         )
     sys.exit(code)
+
+
+def _agreed(code: int) -> int:
+    """Lets several processes end together: a launcher ends all as soon as one of them ends with another code than 0."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # do not wait for torch where a command did not
+        return code
+    from holdfast.team import team
+
+    return team().agree(code)
 
 
 class _HelpFormatter(DefaultHelpFormatter):

@@ -10,6 +10,7 @@ A process that fails ends: the launcher then ends the others. What `by_main` and
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import pickle
@@ -217,6 +218,7 @@ def _launched() -> Team:
         _refuse_a_launcher_that_started_one()
         return Team()
     state = _state()
+    atexit.register(state.destroy_process_group)  # else its threads may still run when Python ends, and abort it
     return Team(state.process_index, state.num_processes)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
@@ -23,6 +24,8 @@ from holdfast.tasks.base import Batch, Kind, Split, Task
 
 Array = npt.NDArray[Any]
 SCORE_BATCH = 500
+UNREADABLE = (ValueError, OSError, EOFError, BadZipFile, NotImplementedError, MemoryError, zlib.error)
+"""What numpy raises where a file is no archive of plain arrays."""
 
 
 class ArrayTask(Task):
@@ -403,9 +406,33 @@ def load_npz(path: Path, kind: type[ArrayTask] = ArrayTask) -> ArrayTask:
             targets = [np.zeros(x.shape[:1], int) if bare else archive[k] for k, x in zip(labels, inputs, strict=True)]
     except HoldfastError:
         raise
-    except (ValueError, OSError, EOFError, BadZipFile, NotImplementedError, MemoryError, zlib.error) as error:
+    except UNREADABLE as error:
         raise HoldfastError(f"{str(path)!r} cannot be read as an .npz of plain arrays: {error}.") from error
     return kind(path.stem, inputs[0], targets[0], inputs[1], targets[1], names)
+
+
+def draw_test_rows(path: Path, y: Array, fraction: float, seed: int) -> Array:
+    """Draws a share of every class for testing, where a file has no split of its own.
+
+    Args:
+        path: for the message.
+        y: labels, shape (N,).
+        fraction: in (0, 1).
+        seed: of the draw.
+
+    Returns:
+        Shape (N,), bool.
+
+    Raises:
+        HoldfastError: if a class has too few samples.
+    """
+    test = np.zeros(len(y), dtype=bool)
+    try:
+        _, rows = train_test_split(np.arange(len(y)), test_size=fraction, random_state=seed, stratify=y)
+    except ValueError as error:
+        raise HoldfastError(f"{str(path)!r} cannot be split into train and test: {error}") from error
+    test[rows] = True
+    return test
 
 
 def _class_names(path: Path, names: Array) -> list[str]:

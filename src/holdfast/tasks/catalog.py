@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.arrays import ArrayTask, load_npz
+from holdfast.tasks.audio import is_sounds, load_sounds
 from holdfast.tasks.denoising import DenoisingTask, Schedule
 from holdfast.tasks.downloads import DOWNLOADS, TEXTS, download, download_text
 from holdfast.tasks.image import load_folder
@@ -33,7 +34,9 @@ class TaskSpec(BaseModel):
     data: str = Field(
         description="NAME, or a path to an .npz, .csv, .parquet or an image folder; [0-4,7] behind it keeps classes."
     )
-    target: str | None = Field(None, description="Label column of a table, or the column to predict.")
+    target: str | None = Field(
+        None, description="Label column of a table, or the column to predict; of an .npz of sounds, the labels (y)."
+    )
     text: tuple[str, ...] = Field(
         (), description="Columns of a table that hold sentences; A+B on a command line. Makes a CSV a text task."
     )
@@ -51,15 +54,15 @@ class TaskSpec(BaseModel):
         None,
         description="Of denoising: linear (null), scaled_linear, squaredcos_cap_v2, sigmoid, or a diffusers folder.",
     )
-    drop: tuple[str, ...] = Field(
-        (), description="Columns of a CSV to leave out; A+B on a command line. For regression."
+    drop: tuple[str, ...] = Field((), description="Columns of a CSV to leave out; A+B on a command line.")
+    encoding: Encoding = Field("onehot", description="How text columns of a CSV become numbers: onehot or ordinal.")
+    bins: int | None = Field(
+        None, ge=2, le=100, description="Classes of a CSV are so many ranges of a numeric target, equally full."
     )
-    encoding: Encoding = Field(
-        "onehot", description="How text columns become numbers: onehot or ordinal. For regression."
+    fill: bool = Field(
+        False, description="Empty cells of a CSV become 0, or a text of their own; regression always does that."
     )
-    rows: int | None = Field(
-        None, ge=2, description="Train on the first so many rows, test on the rest. For regression."
-    )
+    rows: int | None = Field(None, ge=2, description="Train on the first so many rows of a CSV, test on the rest.")
     image_size: int | None = Field(None, ge=1, description="Resize images to this many pixels a side.")
     channels: int | None = Field(None, description="Make images grey (1) or colour (3).")
     train_limit: int | None = Field(None, ge=1, description="Train on about this many samples only.")
@@ -234,7 +237,7 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
                 kind=kind,
             )
         if path.is_file() and path.suffix == ".npz":
-            return load_npz(path, kind)
+            return _load_npz(path, spec, kind)
         if path.is_file() and path.suffix == ".csv" and spec.kind == "regression":
             return load_csv_regression(
                 path,
@@ -248,7 +251,17 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
         if spec.kind == "regression" and path.exists():
             raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {path.name!r} holds classes.")
         if path.is_file() and path.suffix == ".csv":
-            return load_csv(path, spec.target, test_fraction=spec.test_fraction, seed=spec.seed)
+            return load_csv(
+                path,
+                spec.target,
+                drop=spec.drop,
+                encoding=spec.encoding,
+                bins=spec.bins,
+                fill=spec.fill,
+                rows=spec.rows,
+                test_fraction=spec.test_fraction,
+                seed=spec.seed,
+            )
         if path.is_file():
             raise HoldfastError(f"{str(path)!r}: data is read from .npz, .csv, .parquet or a folder of images.")
     if source in DOWNLOADS:
@@ -261,6 +274,12 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
     here = [p.stem for kind in ("npz", "parquet") for p in folder.glob(f"*.{kind}")] if folder else []
     known = unknown("task", source, [*EMBEDDED, *PHRASES, *DOWNLOADS, *TEXTS, *here])
     raise HoldfastError(f"{known} For data of your own, {ways}, or give a path.")
+
+
+def _load_npz(path: Path, spec: TaskSpec, kind: type[ArrayTask]) -> ArrayTask:
+    if is_sounds(path):
+        return load_sounds(path, spec.target, test_fraction=spec.test_fraction, seed=spec.seed, kind=kind)
+    return load_npz(path, kind)
 
 
 def _candidates(source: str, folder: Path | None) -> list[Path]:

@@ -15,8 +15,10 @@ from sklearn.model_selection import train_test_split
 
 from holdfast.errors import HoldfastError
 from holdfast.tasks.arrays import Array, ArrayTask
+from holdfast.tasks.audio import read_wav
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".wav"}
+"""Of images, and of sounds, which become images: see `holdfast.tasks.audio`."""
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 """Where images for testing are, beside a folder `train`; the first that is there."""
@@ -39,7 +41,7 @@ def load_folder(
             it, `val`, `valid` or `validation`) these are the splits, else `test_fraction` of every class is drawn by
             `seed`.
         image_size: pixels a side that every image is resized to (bicubic); None: they must already be equal.
-        channels: 1 for grey, 3 for colour; None: 3.
+        channels: 1 for grey, 3 for colour; None: 3, or 1 for a folder of sounds.
         test_fraction: share of the images to test on, in (0, 1).
         seed: of the split, and of what `limits` keep.
         limits: about how many images to read for training and for testing, the same share of every class; where the
@@ -49,7 +51,8 @@ def load_folder(
     Raises:
         HoldfastError: if a folder is empty, an image cannot be opened, or sizes differ and no `image_size` is given.
     """
-    mode = "L" if channels == 1 else "RGB"
+    sounds = channels is None and next(path.rglob("*.wav"), None) is not None
+    mode = "L" if channels == 1 or sounds else "RGB"
     held = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None)
     if (path / "train").is_dir() and held is not None:
         names = _classes(path / "train", kind.labelled)
@@ -113,6 +116,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def _open(file: Path, mode: str) -> Image.Image:
+    if file.suffix.lower() == ".wav":
+        return Image.fromarray(read_wav(file)).convert(mode)
     try:
         with Image.open(file) as image:
             return _eight_bits(image, file).convert(mode)

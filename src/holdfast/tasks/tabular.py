@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ import pandas as pd
 from sklearn.model_selection import train_test_split
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.tasks.arrays import ArrayTask
+from holdfast.tasks.arrays import ArrayTask, draw_test_rows
 from holdfast.tasks.regression import RegressionTask
 
 Encoding = Literal["onehot", "ordinal"]
@@ -19,43 +20,110 @@ Encoding = Literal["onehot", "ordinal"]
 MAX_CLASSES = 100
 
 
-def load_csv(path: Path, target: str | None, *, test_fraction: float = 0.25, seed: int = 0) -> ArrayTask:
+def load_csv(
+    path: Path,
+    target: str | None,
+    *,
+    drop: Sequence[str] = (),
+    encoding: Encoding = "onehot",
+    bins: int | None = None,
+    fill: bool = False,
+    rows: int | None = None,
+    test_fraction: float = 0.25,
+    seed: int = 0,
+) -> ArrayTask:
     """Reads a table for classification.
 
-    Numeric columns are standardised by the training rows; other columns become one 0/1 column a value; a column
-    `split` with the words train and test fixes the split, else `test_fraction` of every class is drawn by `seed`.
+    Numeric columns are standardised by the training rows; other columns become one 0/1 column a value. A column `split`
+    with the words train and test fixes the split, else `test_fraction` of every class is drawn by `seed`.
+
+    Two tasks for one network leave each other's target out, with `drop`, and have the same training rows, with `split`
+    or `rows`: then their inputs are the same numbers.
 
     Args:
         path: the file, with a header line.
         target: the column that holds the label; its distinct values, sorted, are the classes.
+        drop: columns to leave out.
+        encoding: see `load_csv_regression`.
+        bins: the target is a number, and its classes are so many ranges, each with about as many rows.
+        fill: empty numeric cells become 0 and empty text cells a value of their own; False: they are refused.
+        rows: the first so many rows are for training and all others for testing.
         test_fraction: share of the rows to test on, in (0, 1).
         seed: of the split.
 
     Raises:
-        HoldfastError: if the file cannot be read, the column does not exist, a cell is empty, or the label looks
-            continuous.
+        HoldfastError: if the file cannot be read, a column does not exist, a cell is empty, the label looks continuous,
+            or it cannot be binned.
     """
     table, target = _read(path, target)
-    split = table.pop("split") if "split" in table.columns and target != "split" else None
+    table = _without(path, table, drop, target)
+    split = table.pop("split") if "split" in table.columns and target != "split" and rows is None else None
+    if fill:
+        texts = [c for c in table.columns if not pd.api.types.is_numeric_dtype(table[c]) and c != target]
+        table = table.fillna({c: "(empty)" if c in texts else 0 for c in table.columns if c != target})
     empty = table.columns[table.isna().any()]
     if len(empty):
         row = int(np.flatnonzero(table[empty[0]].isna())[0]) + 2
-        raise HoldfastError(f"{str(path)!r}: column {empty[0]!r} has an empty cell (line {row}); fill or drop it.")
-    names = sorted(table[target].unique().tolist(), key=lambda v: (isinstance(v, str), v))
-    if len(names) > MAX_CLASSES:
-        raise HoldfastError(
-            f"{str(path)!r}: target {target!r} has {len(names)} distinct values and looks continuous; "
-            f"classification takes at most {MAX_CLASSES}. Bin it first, or set kind=regression."
-        )
-    y = table.pop(target).map({v: i for i, v in enumerate(names)}).to_numpy()
-    test = _test_rows(path, split, y, test_fraction, seed)
+        remedy = "fill or drop it" if empty[0] == target else "fill or drop it, or set fill"
+        raise HoldfastError(f"{str(path)!r}: column {empty[0]!r} has an empty cell (line {row}); {remedy}.")
+    y, names = _classes(path, table.pop(target), bins)
+    if rows is None:
+        test = _test_rows(path, split, y, test_fraction, seed)
+    else:
+        test = np.arange(len(y)) >= _check_rows(path, rows, len(y))
+    if encoding == "ordinal":
+        texts = [c for c in table.columns if not pd.api.types.is_numeric_dtype(table[c])]
+        table = table.assign(**{c: table[c].astype(str).rank(method="dense") for c in texts})
     numeric = table.select_dtypes("number").columns
     train = table.loc[~test, numeric]
     parts = [(table[numeric] - train.mean()) / train.std(ddof=0).replace(0, 1)]
     parts += [pd.get_dummies(table[[c]]) for c in table.columns if c not in numeric]
     x = pd.concat(parts, axis=1).astype(float)
     values = x.to_numpy(dtype=np.float32)
-    return ArrayTask(path.stem, values[~test], y[~test], values[test], y[test], [str(n) for n in names])
+    name = path.stem if bins is None else f"{path.stem}:{target}"
+    return ArrayTask(name, values[~test], y[~test], values[test], y[test], names)
+
+
+def _classes(path: Path, labels: pd.Series, bins: int | None) -> tuple[np.ndarray, list[str]]:
+    """Numbers of the classes, one a row, and their names."""
+    if bins is not None:
+        return _ranges_of(path, labels, bins)
+    names = sorted(labels.unique().tolist(), key=lambda v: (isinstance(v, str), v))
+    if len(names) > MAX_CLASSES:
+        raise HoldfastError(
+            f"{str(path)!r}: target {labels.name!r} has {len(names)} distinct values and looks continuous; "
+            f"classification takes at most {MAX_CLASSES}. Set bins, or kind=regression."
+        )
+    return labels.map({v: i for i, v in enumerate(names)}).to_numpy(), [str(n) for n in names]
+
+
+def _ranges_of(path: Path, labels: pd.Series, bins: int) -> tuple[np.ndarray, list[str]]:
+    if not pd.api.types.is_numeric_dtype(labels):
+        raise HoldfastError(f"{str(path)!r}: target {labels.name!r} is text, and bins are of numbers; leave bins out.")
+    values = labels.to_numpy(dtype=np.float64)
+    edges = np.quantile(values, np.arange(1, bins) / bins)
+    y = np.searchsorted(edges, values)  # a value on an edge belongs to the range below
+    if len(np.unique(y)) < bins:
+        raise HoldfastError(
+            f"{str(path)!r}: target {labels.name!r} has too many equal values for {bins} bins; expected fewer bins."
+        )
+    between = [f"{a:g} to {b:g}" for a, b in pairwise(edges)]
+    return y, [f"up to {edges[0]:g}", *between, f"above {edges[-1]:g}"]
+
+
+def _without(path: Path, table: pd.DataFrame, drop: Sequence[str], target: str) -> pd.DataFrame:
+    for column in drop:
+        if column not in table.columns:
+            raise unknown(f"column of {path.name} to drop:", column, map(str, table.columns))
+    if target in drop:
+        raise HoldfastError(f"{str(path)!r}: {target!r} is the target and cannot be dropped.")
+    return table.drop(columns=list(drop))
+
+
+def _check_rows(path: Path, rows: int, count: int) -> int:
+    if not 2 <= rows < count:
+        raise HoldfastError(f"{str(path)!r}: rows is {rows}; expected 2 to {count - 1}, as it has {count} rows.")
+    return rows
 
 
 def load_csv_regression(
@@ -89,12 +157,7 @@ def load_csv_regression(
             there are too few rows.
     """
     table, target = _read(path, target)
-    for column in drop:
-        if column not in table.columns:
-            raise unknown(f"column of {path.name} to drop:", column, map(str, table.columns))
-    if target in drop:
-        raise HoldfastError(f"{str(path)!r}: {target!r} is the target and cannot be dropped.")
-    table = table.drop(columns=list(drop))
+    table = _without(path, table, drop, target)
     y = table.pop(target)
     split = table.pop("split") if "split" in table.columns and rows is None else None
     _check_regression(path, table, y)
@@ -109,8 +172,8 @@ def load_csv_regression(
             parts.append(pd.get_dummies(cells.fillna("(empty)").astype(str), prefix=name).astype(float))
     x = pd.concat(parts, axis=1).to_numpy(dtype=np.float64)
     values = y.to_numpy(dtype=np.float64)
-    if rows is not None and not 2 <= rows < len(x):
-        raise HoldfastError(f"{str(path)!r}: rows is {rows}; expected 2 to {len(x) - 1}, as it has {len(x)} rows.")
+    if rows is not None:
+        _check_rows(path, rows, len(x))
     if split is None:
         train, test = _regression_rows(len(x), rows, test_fraction, seed)
     else:
@@ -182,19 +245,4 @@ def _test_rows(path: Path, split: pd.Series | None, y: np.ndarray, fraction: flo
         if wrong:
             raise HoldfastError(f"{str(path)!r}: column 'split' holds {wrong[0]!r}; expected train or test.")
         return (split == "test").to_numpy()
-    return stratified(path, y, fraction, seed)
-
-
-def stratified(path: Path, y: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Returns which rows are for testing: a share of each class, drawn by a seed.
-
-    Raises:
-        HoldfastError: if a class has too few rows.
-    """
-    test = np.zeros(len(y), dtype=bool)
-    try:
-        _, rows = train_test_split(np.arange(len(y)), test_size=fraction, random_state=seed, stratify=y)
-    except ValueError as error:
-        raise HoldfastError(f"{str(path)!r} cannot be split into train and test: {error}") from error
-    test[rows] = True
-    return test
+    return draw_test_rows(path, y, fraction, seed)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.results import TaskFacts
-from holdfast.tasks.arrays import Array, ArrayTask
-from holdfast.tasks.tabular import MAX_CLASSES, stratified
+from holdfast.tasks.arrays import Array, ArrayTask, draw_test_rows
+from holdfast.tasks.tabular import MAX_CLASSES
 from holdfast.tasks.tokenizing import Tokenizer, Vocabulary
 
 LENGTH = 64
@@ -162,7 +162,7 @@ def load_text(
     y = labels.map({v: i for i, v in enumerate(names)}).to_numpy(dtype=np.int64)
     joined = table[columns].fillna("").astype(str).agg(" ".join, axis=1).str.strip().to_numpy()
     split = "split" in table.columns and target != "split"
-    test = (table["split"] != "train").to_numpy() if split else stratified(path, y, test_fraction, seed)
+    test = (table["split"] != "train").to_numpy() if split else draw_test_rows(path, y, test_fraction, seed)
     train, held = ((joined[rows].tolist(), y[rows]) for rows in (~test, test))
     return text_task(path.stem, train, held, [str(n) for n in names], tokenizer=tokenizer, length=length)
 
