@@ -313,7 +313,7 @@ class TestAttacking:
 
     @pytest.mark.parametrize(("scope", "label"), [("all", "form"), ("lora", "topic"), ("head", "topic")])
     def test_fine_tuning_learns(self, scope, label, original, run):
-        """All weights learn something new; adapters, or a head alone, what the body knows and the head has forgotten."""
+        """All weights learn something new; adapters, or a head alone, what the body still knows."""
         adversary = FineTuning(Strategy("head", scope, "adamw", 1e-2, 16))
         curve = adversary.attack(original, phrases(label), budgets=(0, 40), run=run)
         assert curve.scores[0] < 0.6
