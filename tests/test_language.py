@@ -6,6 +6,7 @@ import importlib.util
 import json
 import pickle
 import warnings
+from dataclasses import replace
 from itertools import islice
 from unittest.mock import patch
 
@@ -20,7 +21,8 @@ from holdfast.errors import HoldfastError
 from holdfast.finetune import Strategy, finetune, prepare, pretrain
 from holdfast.models import ModelSpec, SplitModel, check_fits, features, load_model, load_released, load_task_for
 from holdfast.models.language import Masked, Pooled
-from holdfast.pipeline import audit, feasibility, immunize
+from holdfast.pipeline import audit, feasibility, immunize, run_recipe
+from holdfast.recipe import load
 from holdfast.tasks import load_task, load_tokenizer
 from texts import BERT, GPT2, save_model, save_tokenizer, write_reviews
 
@@ -366,6 +368,22 @@ class TestAudits:
         assert [f.found for f in result.flags if f.severity == "critical"] == []
 
 
+def test_the_recipe_runs_at_smoke_scale_without_data(tmp_path):
+    """From an architecture to a verdict; the protocols' smoke scale is tested with the other protocols'."""
+    recipe = load("language/audit", scale="smoke", overrides=["audit.side_effects=false", "audit.battery=probes-v1"])
+    result = run_recipe(recipe, folder=tmp_path, device="cpu", quiet=True)
+    assert result.provenance.tasks["restricted"].tokenizer == "words"
+    assert result.audit.benign.original > 0.5
+    again = load_model(str(tmp_path / "model.safetensors"), phrases("topic"))
+    assert again.facts().sha256 == result.provenance.models["immunized"].sha256
+
+
+def test_a_recipe_without_pretraining_has_no_head(tmp_path):
+    recipe = load("language/audit", scale="smoke", overrides=["pretrain=null"])
+    with pytest.raises(HoldfastError, match=r"hf:tiny comes without a head for classes\. Give `pretrain` to train one"):
+        run_recipe(recipe, folder=tmp_path, device="cpu", quiet=True)
+
+
 class TestRealEncoder:
     @pytest.fixture(autouse=True)
     def _installed(self):
@@ -382,6 +400,22 @@ class TestRealEncoder:
         (x, _), (x_test, _) = features(model, task, "train"), features(model, task, "test")
         probe = LogisticRegression(max_iter=1000).fit(x, task._y["train"])
         assert probe.score(x_test, task._y["test"]) > 0.95
+
+    def test_real_weights_and_sentences_can_be_defended_and_attacked(self, data_dir, run):
+        pytest.importorskip("pyarrow")
+        recipe = load("language/audit", overrides=["defense.iterations=1", "defense.steps=1"])
+        brief = {"length": 8, "train_limit": 100, "test_limit": 10}
+        benign, restricted = (
+            load_task_for(spec.model_copy(update=brief), recipe.model, data_dir=data_dir)
+            for spec in (recipe.transfer, recipe.restricted)
+        )
+        original = pretrain(load_model(recipe.model, benign), benign, steps=1, strategy=recipe.pretrain.strategy())
+        small = replace(recipe.build_defense(), reinforcement_loops=1, max_benign_drop=1.0)
+        defended = immunize(original, benign=benign, restricted=restricted, defense=small)
+        assert defended.vocabulary.name == MINILM.removeprefix("hf:")
+        lora = FineTuning(Strategy("head", "lora", "adamw", 1e-3, 8))
+        for model in (defended, original.fresh()):
+            assert lora.attack(model, restricted, budgets=(0, 1), run=run).finite
 
     def test_features_are_those_of_its_authors(self):
         """all-MiniLM-L6-v2: two sentences of one meaning are closer than two of different ones."""
