@@ -17,12 +17,14 @@ from torch import nn
 
 from cases import DEFENSES
 from holdfast.adversaries import BATTERIES, FineTuning, Probe
+from holdfast.cli import main
 from holdfast.errors import HoldfastError
 from holdfast.finetune import Strategy, finetune, prepare, pretrain
 from holdfast.models import ModelSpec, SplitModel, check_fits, features, load_model, load_released, load_task_for
 from holdfast.models.language import Masked, Pooled
 from holdfast.pipeline import audit, feasibility, immunize, run_recipe
 from holdfast.recipe import load
+from holdfast.results import read_result
 from holdfast.tasks import load_task, load_tokenizer
 from texts import BERT, GPT2, save_model, save_tokenizer, write_reviews
 
@@ -376,6 +378,30 @@ def test_the_recipe_runs_at_smoke_scale_without_data(tmp_path):
     assert result.audit.benign.original > 0.5
     again = load_model(str(tmp_path / "model.safetensors"), phrases("topic"))
     assert again.facts().sha256 == result.provenance.models["immunized"].sha256
+
+
+def test_the_command_line_takes_the_models_own_tokenizer(places, tmp_path, capsys, monkeypatch):
+    """Audited, saved, and one trial repeated to the last digit, without a word about a tokenizer."""
+    monkeypatch.chdir(places)
+    task = "reviews.csv@text=review,target=label,length=8"
+    settings = ["--benign", task, "--restricted", task, "--battery", "one", "--budgets", "0,1", "--seeds", "1"]
+    model = ["hf:bert-classifier", "--original", "hf:bert-classifier", "--shots", "2"]
+    folder = str(tmp_path / "a")
+    one = (FineTuning(Strategy("head", "lora", "adamw", 1e-3, 8)),)
+    with patch.dict(BATTERIES, {"one": one}):
+        for command in (["audit", *model, *settings, "--out", folder], ["replay", folder]):
+            with pytest.raises(SystemExit) as done:
+                main(command)
+            assert done.value.code in (0, 3, 4), capsys.readouterr().err
+    result = read_result(tmp_path / "a")
+    assert result.provenance.tasks["restricted"].tokenizer == "bert-classifier"
+
+
+def test_weights_beside_an_encoders_name(places, tmp_path):
+    model = loaded(places, "bert")
+    model.save(tmp_path / "w.safetensors")
+    again = load_released(f"hf:{places / 'bert'}", tmp_path / "w.safetensors", reviews(places))
+    assert again.facts().sha256 == model.facts().sha256
 
 
 def test_a_recipe_without_pretraining_has_no_head(tmp_path):
