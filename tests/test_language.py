@@ -6,6 +6,7 @@ import importlib.util
 import json
 import pickle
 import warnings
+from dataclasses import replace
 from itertools import islice
 from unittest.mock import patch
 
@@ -16,11 +17,14 @@ from torch import nn
 
 from cases import DEFENSES
 from holdfast.adversaries import BATTERIES, FineTuning, Probe
+from holdfast.cli import main
 from holdfast.errors import HoldfastError
 from holdfast.finetune import Strategy, finetune, prepare, pretrain
 from holdfast.models import ModelSpec, SplitModel, check_fits, features, load_model, load_released, load_task_for
 from holdfast.models.language import Masked, Pooled
-from holdfast.pipeline import audit, feasibility, immunize
+from holdfast.pipeline import audit, feasibility, immunize, run_recipe
+from holdfast.recipe import load
+from holdfast.results import read_result
 from holdfast.tasks import load_task, load_tokenizer
 from texts import BERT, GPT2, save_model, save_tokenizer, write_reviews
 
@@ -313,7 +317,7 @@ class TestAttacking:
 
     @pytest.mark.parametrize(("scope", "label"), [("all", "form"), ("lora", "topic"), ("head", "topic")])
     def test_fine_tuning_learns(self, scope, label, original, run):
-        """All weights learn something new; adapters, or a head alone, what the body knows and the head has forgotten."""
+        """All weights learn something new; adapters, or a head alone, what the body still knows."""
         adversary = FineTuning(Strategy("head", scope, "adamw", 1e-2, 16))
         curve = adversary.attack(original, phrases(label), budgets=(0, 40), run=run)
         assert curve.scores[0] < 0.6
@@ -366,6 +370,46 @@ class TestAudits:
         assert [f.found for f in result.flags if f.severity == "critical"] == []
 
 
+def test_the_recipe_runs_at_smoke_scale_without_data(tmp_path):
+    """From an architecture to a verdict; the protocols' smoke scale is tested with the other protocols'."""
+    recipe = load("language/audit", scale="smoke", overrides=["audit.side_effects=false", "audit.battery=probes-v1"])
+    result = run_recipe(recipe, folder=tmp_path, device="cpu", quiet=True)
+    assert result.provenance.tasks["restricted"].tokenizer == "words"
+    assert result.audit.benign.original > 0.5
+    again = load_model(str(tmp_path / "model.safetensors"), phrases("topic"))
+    assert again.facts().sha256 == result.provenance.models["immunized"].sha256
+
+
+def test_the_command_line_takes_the_models_own_tokenizer(places, tmp_path, capsys, monkeypatch):
+    """Audited, saved, and one trial repeated to the last digit, without a word about a tokenizer."""
+    monkeypatch.chdir(places)
+    task = "reviews.csv@text=review,target=label,length=8"
+    settings = ["--benign", task, "--restricted", task, "--battery", "one", "--budgets", "0,1", "--seeds", "1"]
+    model = ["hf:bert-classifier", "--original", "hf:bert-classifier", "--shots", "2"]
+    folder = str(tmp_path / "a")
+    one = (FineTuning(Strategy("head", "lora", "adamw", 1e-3, 8)),)
+    with patch.dict(BATTERIES, {"one": one}):
+        for command in (["audit", *model, *settings, "--out", folder], ["replay", folder]):
+            with pytest.raises(SystemExit) as done:
+                main(command)
+            assert done.value.code in (0, 3, 4), capsys.readouterr().err
+    result = read_result(tmp_path / "a")
+    assert result.provenance.tasks["restricted"].tokenizer == "bert-classifier"
+
+
+def test_weights_beside_an_encoders_name(places, tmp_path):
+    model = loaded(places, "bert")
+    model.save(tmp_path / "w.safetensors")
+    again = load_released(f"hf:{places / 'bert'}", tmp_path / "w.safetensors", reviews(places))
+    assert again.facts().sha256 == model.facts().sha256
+
+
+def test_a_recipe_without_pretraining_has_no_head(tmp_path):
+    recipe = load("language/audit", scale="smoke", overrides=["pretrain=null"])
+    with pytest.raises(HoldfastError, match=r"hf:tiny comes without a head for classes\. Give `pretrain` to train one"):
+        run_recipe(recipe, folder=tmp_path, device="cpu", quiet=True)
+
+
 class TestRealEncoder:
     @pytest.fixture(autouse=True)
     def _installed(self):
@@ -382,6 +426,22 @@ class TestRealEncoder:
         (x, _), (x_test, _) = features(model, task, "train"), features(model, task, "test")
         probe = LogisticRegression(max_iter=1000).fit(x, task._y["train"])
         assert probe.score(x_test, task._y["test"]) > 0.95
+
+    def test_real_weights_and_sentences_can_be_defended_and_attacked(self, data_dir, run):
+        pytest.importorskip("pyarrow")
+        recipe = load("language/audit", overrides=["defense.iterations=1", "defense.steps=1"])
+        brief = {"length": 8, "train_limit": 100, "test_limit": 10}
+        benign, restricted = (
+            load_task_for(spec.model_copy(update=brief), recipe.model, data_dir=data_dir)
+            for spec in (recipe.transfer, recipe.restricted)
+        )
+        original = pretrain(load_model(recipe.model, benign), benign, steps=1, strategy=recipe.pretrain.strategy())
+        small = replace(recipe.build_defense(), reinforcement_loops=1, max_benign_drop=1.0)
+        defended = immunize(original, benign=benign, restricted=restricted, defense=small)
+        assert defended.vocabulary.name == MINILM.removeprefix("hf:")
+        lora = FineTuning(Strategy("head", "lora", "adamw", 1e-3, 8))
+        for model in (defended, original.fresh()):
+            assert lora.attack(model, restricted, budgets=(0, 1), run=run).finite
 
     def test_features_are_those_of_its_authors(self):
         """all-MiniLM-L6-v2: two sentences of one meaning are closer than two of different ones."""

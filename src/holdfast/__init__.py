@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from holdfast.report import write_report
     from holdfast.results import AuditResult, Feasibility, RunResult, read_result
     from holdfast.spectrum import LeastSquares, condition_number
-    from holdfast.tasks import ArrayTask, DenoisingTask, RegressionTask, Schedule, Task, TaskSpec, load_task
+    from holdfast.tasks import ArrayTask, DenoisingTask, RegressionTask, Schedule, Task, TaskSpec, TextTask, load_task
 
 __all__ = [
     "BATTERIES",
@@ -66,6 +66,7 @@ __all__ = [
     "Strategy",
     "Task",
     "TaskSpec",
+    "TextTask",
     "audit",
     "condition_number",
     "feasibility",
@@ -92,7 +93,7 @@ _HOME = {
     "report": ("write_report",),
     "results": ("AuditResult", "Feasibility", "RunResult", "read_result"),
     "spectrum": ("LeastSquares", "condition_number"),
-    "tasks": ("ArrayTask", "DenoisingTask", "RegressionTask", "Schedule", "Task", "TaskSpec", "load_task"),
+    "tasks": ("ArrayTask", "DenoisingTask", "RegressionTask", "Schedule", "Task", "TaskSpec", "TextTask", "load_task"),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

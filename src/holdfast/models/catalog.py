@@ -77,7 +77,8 @@ def load_model(
 
     Args:
         model: a name, a `ModelSpec`, or the path of a `model.safetensors` that Holdfast saved (it carries its spec).
-            `hf:NAME` and `diffusers:NAME` (a folder, or a name on the Hub) come with their weights; `file.py:function`
+            `hf:NAME` (a folder, a name on the Hub, or `package:NAME/FOLDER`) and `diffusers:NAME` come with their
+            weights, and read text if the task is text; `file.py:function`
             and `module:function` run somebody's code, which you must trust.
         task: its input shape and number of classes size the model.
         data_dir: also searched for relative weight files.

@@ -41,8 +41,9 @@ class Pooled(nn.Module):
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> small = BertConfig(64, 8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-        >>> network = Pooled(BertModel(small, add_pooling_layer=False).eval(), 8, 3, pooling="mean", pad=0)
+        >>> sizes = dict(vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        >>> body = BertModel(BertConfig(**sizes), add_pooling_layer=False).eval()
+        >>> network = Pooled(body, 8, 3, pooling="mean", pad=0)
         >>> short, long = network(torch.tensor([[5, 6, 0, 0], [5, 6, 7, 8]]))
         >>> torch.allclose(short, network(torch.tensor([[5, 6]]))[0], atol=1e-5)  # what is behind the end is not seen
         True

@@ -72,7 +72,7 @@ class Tokenizer:
 
         Example:
             >>> load_tokenizer("words").encode(["Hold fast!", ""], 4)
-            array([[490, 907, 974,   0],
+            array([[219,  13, 500,   0],
                    [  0,   0,   0,   0]])
         """
         rows = self._cut(list(texts), length)
