@@ -28,7 +28,9 @@ from holdfast.protocol import Attack, ProtocolSpec, rescaled, scratch_plan
 from holdfast.recipe import ProtocolRecipe, load, names
 from holdfast.results import Cell, Curve, Lines, read_result
 from holdfast.tasks import TaskSpec, load_task
+from holdfast.tasks.downloads import TEXTS
 from holdfast.trials import few_of
+from texts import BERT
 
 PROTOCOLS = [name for name in names() if isinstance(load(name), ProtocolRecipe)]
 DEFENSES = {
@@ -634,6 +636,10 @@ SMALL = {"ntl": {"batch_size": 4}, "sophon": {"steps": 1, "batch_sizes": [4], "r
 BRIEF = {"iterations": 2, "holdout": 0.005, "guard_every": 10, "max_benign_drop": 1.0}
 
 
+WORDS = {"tokenizer": "words", "length": 8, "train_limit": 400}
+READER = {"name": "hf:tiny", "options": {"config": {**BERT, "vocab_size": 1024}}}
+
+
 def brief(name, network=None):
     """A recipe's paper scale, on the data at hand and for two loops of everything; `network` instead of its own."""
     chosen = load(name, scale="paper")
@@ -643,8 +649,10 @@ def brief(name, network=None):
         for role in ("benign", "restricted"):
             data = AT_HAND.get(setting[role]["data"], setting[role]["data"])
             setting[role] |= {"data": data, "test_limit": 10, **({"channels": 3} if data in ("usps", "faces") else {})}
-            setting[role] |= {"image_size": 32} if network is not None else {}
+            if network is not None:
+                setting[role] |= WORDS if data in TEXTS else {"image_size": 32}
         if network is not None:
+            network = READER if setting["benign"]["data"] in TEXTS else network
             denoiser = {"name": "unet", "options": {"widths": [8, 16]}}
             setting["model"] = denoiser if setting["benign"]["kind"] == "denoising" else network
     for defense in changed["defenses"].values():
@@ -665,6 +673,8 @@ class TestPaperScale:
 
     @pytest.mark.parametrize("name", PROTOCOLS)
     def test_starts_and_takes_two_loops_of_everything(self, name, data_dir, tmp_path):
+        if name.startswith("language/"):
+            pytest.importorskip("pyarrow")
         found = run(tmp_path, brief(name, {"name": "cifar_resnet", "options": {"depth": 8}}), data_dir=data_dir)
         assert all(row["rounds"].mean == 2 for row in found.tables["immunization"].rows)
         assert scores(found).rows[0].get("epoch 2", Cell.of([0.0])).mean is not None
