@@ -17,7 +17,7 @@ from holdfast.defenses.deep_condition import log_kappa
 from holdfast.defenses.deep_imma import probe_loss
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run
-from holdfast.models import SplitModel, features, load_model
+from holdfast.models import ModelSpec, SplitModel, features, load_model
 from holdfast.regularizers import r_ill_of_features, r_well_of_features
 from holdfast.suppression import descended_probe, ridge_probe
 from holdfast.tasks import ArrayTask, load_task
@@ -322,3 +322,28 @@ def test_models_of_other_libraries(images):
     immunized, record = RidgeProbe(restricted_batch=60, **BRIEF).immunize(model, task, other, run=Run(0, CPU))
     assert record.history["explained"][0] > 0
     assert immunized.facts().sha256 != model.facts().sha256
+
+
+@pytest.fixture(scope="module")
+def read() -> tuple[SplitModel, ArrayTask, ArrayTask]:
+    sizes = {"vocab_size": 1024, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {"model_type": "bert", "intermediate_size": 32, "max_position_embeddings": 16, **sizes}
+    topic, mood = (load_task(f"phrases-{name}@tokenizer=words,length=10") for name in ("topic", "mood"))
+    torch.manual_seed(0)
+    return load_model(ModelSpec(name="hf:tiny", options={"config": config}), topic), topic, mood
+
+
+class TestSentences:
+    @pytest.mark.parametrize("kind", [DeepCondition, RidgeProbe])
+    def test_encoders_are_immunized_like_images(self, read, kind):
+        immunized, record = kind(**BRIEF).immunize(*read, run=Run(0, CPU))
+        assert immunized.facts().sha256 != read[0].facts().sha256
+        assert not any("run in every step" in event.message for event in record.events)
+
+    def test_token_ids_have_no_mixtures(self, read):
+        with pytest.raises(HoldfastError, match="token ids, of which there are no mixtures"):
+            RidgeProbe(mixing=1.0, **BRIEF).immunize(*read, run=Run(0, CPU))
+
+    def test_what_none_stands_for(self, read, images):
+        assert RidgeProbe().resolved(read[1]).mixing == 0.0
+        assert RidgeProbe().resolved(images[0]).mixing == 1.0

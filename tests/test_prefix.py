@@ -107,3 +107,49 @@ def test_nothing_frozen_is_refused():
     model, _, x = built("cnn")
     with pytest.raises(ValueError, match="no block"):
         Prefix(model, [], x[:2])
+
+
+class TestSentences:
+    """Later blocks read which words are padding, and batches are read up to their longest sentence."""
+
+    @pytest.fixture
+    def read(self):
+        sizes = {"vocab_size": 1024, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+        config = {"model_type": "bert", "intermediate_size": 32, "max_position_embeddings": 16, **sizes}
+        task = load_task("phrases-topic@tokenizer=words,length=10")
+        torch.manual_seed(0)
+        return load_model(ModelSpec(name="hf:tiny", options={"config": config}), task).eval(), task
+
+    def test_the_rest_computes_what_the_whole_does(self, read):
+        model, task = read
+        x = next(task.sweep("train", 40, device=torch.device("cpu"))).x
+        assert len({int((row != 0).sum()) for row in x}) > 1
+        prefix = Prefix(model, model.blocks()[:-1], x[:2])
+        logits, found = prefix.outputs(model, prefix.activations(x))
+        assert torch.allclose(logits, model(x), atol=1e-5)
+        assert torch.allclose(found, model.features(x), atol=1e-5)
+        assert all(getattr(m, "cuts", True) for m in model.network.modules())
+
+    def test_a_task_on_activations_scores_as_the_task_does(self, read):
+        model, task = read
+        prefix = Prefix(model, model.blocks()[:-1], next(task.sweep("train", 2, device=torch.device("cpu"))).x)
+        assert prefix.task(task).score(Rest(prefix, model)) == task.score(model)
+
+
+class Residual(nn.Module):
+    """Its last block adds the inputs themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.two(self.one(x.flatten(1))) + x.flatten(1))
+
+
+def test_inputs_are_kept_where_later_blocks_read_them():
+    torch.manual_seed(0)
+    model, x = SplitModel(Residual(), "head").eval(), torch.rand(5, 1, 8, 8)
+    prefix = Prefix(model, model.blocks()[:1], x[:2])
+    assert prefix.activations(x).shape == (5, 128)
+    assert torch.allclose(prefix.outputs(model, prefix.activations(x))[0], model(x), atol=1e-5)

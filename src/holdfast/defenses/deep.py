@@ -77,7 +77,7 @@ class DeepDefense(GuardedDefense):
         matching: weight of the squared distance of the benign features from the original's, each feature in units of
             its standard deviation, averaged over features; 0: none.
         mixing: weight of the same distance on mixtures of pairs of benign samples, which holds the features in more
-            places than the samples themselves do; 0: none.
+            places than the samples themselves do; 0: none. Token ids have no mixtures. None: 1, or 0 for token ids.
         benign_loss: whether the body is trained by the benign loss; without it, only the head is.
         precision: of forward and backward passes; see `Strategy.precision`. Terms are always computed in float64.
         cache_gib: keep what the frozen blocks answer if it takes at most so much memory; 0: never.
@@ -99,7 +99,7 @@ class DeepDefense(GuardedDefense):
     distillation: float = 0.0
     temperature: float = 2.0
     matching: float = 0.0
-    mixing: float = 0.0
+    mixing: float | None = 0.0
     benign_loss: bool = True
     precision: Precision = "float32"
     cache_gib: float = 4.0
@@ -159,6 +159,11 @@ class DeepDefense(GuardedDefense):
         """
         check_fits(model, benign, own_task=True)
         check_fits(model, restricted, own_task=False)
+        if self.mixing and _of_token_ids(benign):
+            raise HoldfastError(
+                f"{self.name}: mixing is {self.mixing}, and the inputs of {benign.name!r} are token ids, of which "
+                "there are no mixtures; set mixing to 0."
+            )
         for task in (benign, restricted):
             check_feature_width(model, task)
         if self.classes and restricted.kind != "classification":
@@ -171,7 +176,12 @@ class DeepDefense(GuardedDefense):
             raise HoldfastError(
                 f"{self.name}: blocks is {self.blocks} and the body of {model.name} has {count}; expected at most that."
             )
-        return _Immunization(self.counted(benign, restricted), model, benign, restricted, run).finish()
+        settled = self.resolved(benign).counted(benign, restricted)
+        return _Immunization(settled, model, benign, restricted, run).finish()
+
+    def resolved(self, benign: Task) -> DeepDefense:
+        """See `Defense.resolved`."""
+        return replace(self, mixing=0.0 if _of_token_ids(benign) else 1.0) if self.mixing is None else self
 
     def counted(self, benign: Task, restricted: Task) -> DeepDefense:
         """Returns itself with `iterations` instead of `epochs`."""
@@ -425,6 +435,10 @@ class _Immunization(Immunization[DeepDefense]):
         for name, parameter in model.network.named_parameters():
             parameter.requires_grad_(self.free[name])
         return model, record
+
+
+def _of_token_ids(task: Task) -> bool:
+    return not next(task.sweep("train", 1, device=torch.device("cpu"))).x.is_floating_point()
 
 
 def _norm(value: Tensor, parameters: Sequence[nn.Parameter]) -> float:

@@ -41,7 +41,7 @@ class RidgeProbe(DeepDefense):
     label_smoothing: float = 0.0
     distillation: float = 1.0
     matching: float = 1.0
-    mixing: float = 1.0
+    mixing: float | None = None
     weight: float = 3.0
     ridge: float = 0.01
 

@@ -39,6 +39,10 @@ class Pooled(nn.Module):
         pooling: `mean`, `cls` (the first position) or `last`.
         pad: the id behind the end of a sentence.
 
+    Attributes:
+        cuts: whether a batch is read up to the end of its longest sentence; without, hidden states of all batches have
+            one shape.
+
     Example:
         >>> from transformers import BertConfig, BertModel
         >>> sizes = dict(vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
@@ -55,10 +59,11 @@ class Pooled(nn.Module):
         self.head = nn.Linear(width, num_outputs)
         self.pooling = pooling
         self.pad = pad
+        self.cuts = True
 
     def forward(self, ids: Tensor) -> Tensor:
         """Returns logits of shape (N, num_outputs) for token ids of shape (N, L), int64."""
-        ids, mask = _read(ids, self.pad)
+        ids, mask = _read(ids, self.pad, self.cuts)
         hidden = self.body(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         logits: Tensor = self.head(self._pooled(hidden, mask))
         return logits
@@ -79,23 +84,27 @@ class Masked(nn.Module):
     Args:
         model: maps `input_ids` and `attention_mask` to something with `logits`.
         pad: the id behind the end of a sentence.
+
+    Attributes:
+        cuts: see `Pooled`.
     """
 
     def __init__(self, model: nn.Module, pad: int) -> None:
         super().__init__()
         self.model = model
         self.pad = pad
+        self.cuts = True
 
     def forward(self, ids: Tensor) -> Tensor:
         """Returns logits of shape (N, classes) for token ids of shape (N, L), int64."""
-        ids, mask = _read(ids, self.pad)
+        ids, mask = _read(ids, self.pad, self.cuts)
         return logits_of(self.model(input_ids=ids, attention_mask=mask.long()))
 
 
-def _read(ids: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+def _read(ids: Tensor, pad: int, cuts: bool) -> tuple[Tensor, Tensor]:
     """A batch up to the end of its longest sentence, which saves time and changes nothing else, and what is seen."""
     mask = seen(ids, pad)
-    longest = int(mask.sum(1).max())
+    longest = int(mask.sum(1).max()) if cuts else ids.shape[1]
     return ids[:, :longest], mask[:, :longest]
 
 

@@ -4,11 +4,14 @@ Which layers come before which others, a module does not tell. So nothing is cut
 frozen module answers at once. The last of them answers with the kept activations; those before it with what they
 answered to one sample, repeated for the batch, which nobody reads. A skip connection around the last of them would read
 it, and then the outputs differ: that is tried once, on two samples, and such a network is not taken.
+
+Later blocks may read the inputs themselves: which words are padding, for one. Where they do, the inputs are kept too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -45,15 +48,24 @@ class Prefix:
         if not names:
             raise ValueError("no block of its body is frozen")
         self._model, self._names, self._last = duplicate(model).eval(), names, ""
-        self._sample = samples[:1]
-        self._templates = self._ran(samples[:1])
+        self._inputs, self._reads = samples[:1], not samples.is_floating_point()
+        with _uncut(self._model.network):
+            self._templates = self._ran(samples[:1])
         self.shape = tuple(self._templates[self._last].shape[1:])
-        kept = self.activations(samples)
-        with torch.no_grad():
-            wanted = torch.cat([t.flatten() for t in self._model.with_features(samples)])
-            found = torch.cat([t.flatten() for t in self.outputs(self._model, kept)])
-        if not bool(((found - wanted).abs().max() <= AGREEMENT * wanted.abs().max()).item()):
-            raise ValueError("later blocks read more than what the last frozen one answers")
+        if not self._agrees(samples):
+            self._reads = True
+            if not self._agrees(samples):
+                raise ValueError("later blocks read more than what the last frozen one answers")
+
+    @torch.no_grad()
+    def _agrees(self, samples: Tensor) -> bool:
+        """Whether samples have the same logits and features by kept activations."""
+        wanted = torch.cat([t.flatten() for t in self._model.with_features(samples)])
+        try:
+            found = torch.cat([t.flatten() for t in self.outputs(self._model, self.activations(samples))])
+        except (RuntimeError, IndexError, TypeError):  # answers of a shape that the rest cannot take
+            return False
+        return bool(((found - wanted).abs().max() <= AGREEMENT * wanted.abs().max()).item())
 
     @torch.no_grad()
     def _ran(self, x: Tensor) -> dict[str, Tensor]:
@@ -81,18 +93,28 @@ class Prefix:
         return caught
 
     def activations(self, x: Tensor) -> Tensor:
-        """Returns what the last frozen module answers to inputs, shape (N, ...), in the network's precision."""
-        return self._ran(x)[self._last]
+        """Returns what the last frozen module answers to inputs, shape (N, ...), in the network's precision.
+
+        Where the inputs are kept, each row is both, flattened: shape (N, A).
+        """
+        with _uncut(self._model.network):
+            kept = self._ran(x)[self._last]
+        return torch.cat([kept.flatten(1), x.flatten(1).to(kept)], 1) if self._reads else kept
 
     def outputs(self, model: SplitModel, activations: Tensor) -> tuple[Tensor, Tensor]:
         """Returns logits and features of a model with the same frozen blocks, from activations; with their graph.
 
         Args:
             model: in the mode that is wanted.
-            activations: shape (N, ...).
+            activations: as `activations` returns them.
         """
-        with self._answering(model.network, activations):
-            return model.with_features(self._sample.expand(len(activations), *self._sample.shape[1:]))
+        count, inside = len(activations), math.prod(self.shape)
+        x = self._inputs.expand(count, *self._inputs.shape[1:])
+        if self._reads:
+            x = activations[:, inside:].to(self._inputs).reshape(x.shape)
+            activations = activations[:, :inside].reshape(count, *self.shape)
+        with _uncut(model.network), self._answering(model.network, activations):
+            return model.with_features(x)
 
     @contextlib.contextmanager
     def _answering(self, network: nn.Module, activations: Tensor) -> Iterator[None]:
@@ -110,7 +132,8 @@ class Prefix:
     def size(self, task: Task) -> int:
         """Returns the bytes that the activations of a task's samples take."""
         samples = task.size("train") + task.size("test")
-        return samples * self._templates[self._last].element_size() * int(torch.tensor(self.shape).prod())
+        width = math.prod(self.shape) + self._reads * self._inputs.numel()
+        return samples * self._templates[self._last].element_size() * width
 
     def task(self, task: Task) -> Task:
         """Returns a task on activations instead of inputs."""
@@ -145,3 +168,16 @@ class Rest(nn.Module):
 
 def _answer(value: Tensor) -> Any:
     return lambda *_, **__: value
+
+
+@contextlib.contextmanager
+def _uncut(network: nn.Module) -> Iterator[None]:
+    """Sentences keep their padding, so that activations of all batches have one shape."""
+    cutting = [m for m in network.modules() if getattr(m, "cuts", False)]
+    for module in cutting:
+        setattr(module, "cuts", False)  # noqa: B010
+    try:
+        yield
+    finally:
+        for module in cutting:
+            setattr(module, "cuts", True)  # noqa: B010
