@@ -199,39 +199,44 @@ def made(defense="sophon"):
 
 
 class TestFigure3:
-    def outcome(self, ours, defense="condition"):
+    def outcome(self, ours, defense="condition", whitened=None, other=None):
         probes = (Probe("gd"), Probe("adam", "whitened", 0.1), Probe("ridge"), Probe("line-search", "whitened"))
         plan = [Attack(p.name, p, (0, 1, 10, 100), p.name) for p in probes]
         plan.append(Attack("fine-tuning", FineTuning(Strategy("head")), (0, 1, 10, 100), "fine-tuning"))
-        scores = {"original": (0.1, 0.3, 0.5, 0.6), "ours": ours}
+        scores = {"original": (0.1, 0.3, 0.5, 0.6), "ours": ours} | ({"other": other} if other else {})
         rows = [
-            Row("x", model, a.label, (a.label,), (a.label,), a.epochs, 1, curves=(curve(a.label, values),))
+            Row("x", model, a.label, (a.label,), (a.label,), a.epochs, 1, curves=(
+                curve(a.label, whitened if whitened and model == "ours" and "whitened" in a.label else values),))
             for a, (model, values) in itertools.product(plan, scores.items())
-        ]
-        return probe_outcome(plan, [scene(made={("ours", 0): made(defense)})], {"x": rows})
+        ]  # fmt: skip
+        everyone = {("ours", 0): made(defense)} | ({("other", 0): made("leace")} if other else {})
+        return probe_outcome(plan, [scene(made=everyone)], {"x": rows})
 
     @pytest.mark.parametrize(
         ("ours", "text"),
         [
-            ((0.1, 0.3, 0.5, 0.5), "still lower at the end than on the original: gd (raw), adam 0.1 (whitened), ridge"),
-            ((0.1, 0.2, 0.5, 0.6), "slower at first, and as good in the end: gd (raw), adam 0.1 (whitened)"),
-            ((0.0, 0.29, 0.48, 0.58), "not slowed, so that they walk through: gd (raw), adam 0.1 (whitened)"),
-            ((0.1, 0.3, None, 0.6), "without a finite score: gd (raw)"),
+            ((0.1, 0.3, 0.5, 0.5), "still lower at the end than on the original:"),
+            ((0.1, 0.2, 0.5, 0.6), "slower at first, and as good in the end:"),
+            ((0.0, 0.29, 0.48, 0.58), "not slowed, so that they walk through:"),
+            ((0.1, 0.3, None, 0.6), "without a finite score:"),
         ],
     )
     def test_which_probes_are_slowed(self, ours, text):
-        assert text in self.outcome(ours).findings[0]
+        assert f"Linear probes on ours: {text} every one." in self.outcome(ours).findings[0]
+        other = (0.1, 0.3, 0.5, 0.5) if "at the end" not in text else (0.1, 0.3, 0.5, 0.6)
+        assert f"{text} gd (raw), ridge (raw)" in self.outcome(ours, whitened=other).findings[0]
 
     def test_whose_curve_is_lowest(self):
-        lower, higher = (0.1, 0.3, 0.5, 0.5), (0.1, 0.3, 0.5, 0.7)
+        lower, higher, lowest = (0.1, 0.3, 0.5, 0.5), (0.1, 0.3, 0.5, 0.7), (0.1, 0.1, 0.1, 0.1)
         assert self.outcome(lower).findings[1] == (
-            "After the last epoch of probe gd raw, slowest first: ours 50.0%, original 60.0%. As in the paper's "
-            "Figure 3, Algorithm 1 is the slowest."
+            "After the last epoch of probe gd raw, slowest first: ours 50.0%, original 60.0%. Of the paper's methods "
+            "Algorithm 1 is the slowest, as in its Figure 3."
         )
         assert "The most: probe gd raw, 50.0% against 60.0% after step 100." in self.outcome(lower).findings[0]
-        assert "here original is, and ours is not" in self.outcome(higher).findings[1]
-        assert "As in the paper's" in self.outcome(lower, "deep-condition").findings[1]
+        assert "the slowest of its methods; here original is." in self.outcome(higher).findings[1]
+        assert "as in its Figure 3" in self.outcome(lower, "deep-condition").findings[1]
         assert "Figure 3" not in self.outcome(lower, "sophon").findings[1]
+        assert "as in its Figure 3" in self.outcome(lower, other=lowest).findings[2], "LEACE is none of the paper's"
 
     def test_figures_are_over_steps_and_of_iterative_probes(self):
         outcome = self.outcome((0.1, 0.2, 0.3, 0.4))

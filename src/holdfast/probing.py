@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
 from holdfast.adversaries import Probe
-from holdfast.defenses import ConditionNumber
+from holdfast.defenses import IMMA, ConditionNumber, OptKappa, RIllOnly
 from holdfast.plans import Attack
 from holdfast.results import Cell, Figure, Lines, Outcome, Table
 from holdfast.scenes import ORIGINAL, Row, Scene
@@ -25,6 +25,11 @@ DESCENTS: Final = ("gd", "line-search")
 
 ALGORITHM_1: Final = (ConditionNumber.name, f"deep-{ConditionNumber.name}")
 """Defenses that are the paper's method, for linear and for deep extractors."""
+
+PAPERS: Final = frozenset(
+    f"{deep}{kind.name}" for kind in (ConditionNumber, RIllOnly, IMMA, OptKappa) for deep in ("", "deep-")
+)
+"""Defenses that the paper compares."""
 
 Effect = Literal["held back", "slowed", "not slowed"]
 
@@ -132,7 +137,7 @@ def _about(label: str, scene: Scene, probes: Mapping[str, Probe], found: Mapping
         if kind == "held back":
             gaps[probe] = (original.score(original.epochs[-1]) or 0.0) - (own.score(own.epochs[-1]) or 0.0)
     parts = [
-        f"{text} {_named(groups[kind], probes)}"
+        f"{text} {_named(groups[kind], probes) if len(groups) > 1 else 'every one'}"
         for kind, text in (
             ("held back", "still lower at the end than on the original:"),
             ("slowed", "slower at first, and as good in the end:"),
@@ -170,6 +175,7 @@ def _order(probe: str, scene: Scene, models: Mapping[str, Row]) -> str:
     ours = [model for model in order if scene.defense(model) in ALGORITHM_1]
     if not ours:
         return text
-    if order[0] in ours:
-        return f"{text} As in the paper's Figure 3, Algorithm 1 is the slowest."
-    return f"{text} In the paper's Figure 3 Algorithm 1 is the slowest; here {order[0]} is, and {ours[0]} is not."
+    theirs = [model for model in order if model == ORIGINAL or scene.defense(model) in PAPERS]
+    if theirs[0] in ours:
+        return f"{text} Of the paper's methods Algorithm 1 is the slowest, as in its Figure 3."
+    return f"{text} In the paper's Figure 3 Algorithm 1 is the slowest of its methods; here {theirs[0]} is."
