@@ -70,11 +70,13 @@ def test_frozen_modules_do_not_run():
 def test_a_task_on_activations_scores_as_the_task_does():
     model, task, x = built("cnn")
     prefix = Prefix(model, model.blocks()[:-1], x[:2])
-    kept = prefix.task(task)
+    kept = prefix.task(task, "test")
     assert kept.score(Rest(prefix, model)) == task.score(model)
+    assert next(kept.sweep("train", 5, device=torch.device("cpu"))).x.isnan().all()
+    assert prefix.task(task, "train").score(Rest(prefix, model), "train") == task.score(model, "train")
     assert (kept.size("train"), kept.size("test")) == (task.size("train"), task.size("test"))
     per_sample = torch.tensor(prefix.shape).prod().item() * 4
-    assert prefix.size(task) == per_sample * (task.size("train") + task.size("test"))
+    assert prefix.size(task, "test") == per_sample * task.size("test")
 
 
 class Skipping(nn.Module):
@@ -133,7 +135,7 @@ class TestSentences:
     def test_a_task_on_activations_scores_as_the_task_does(self, read):
         model, task = read
         prefix = Prefix(model, model.blocks()[:-1], next(task.sweep("train", 2, device=torch.device("cpu"))).x)
-        assert prefix.task(task).score(Rest(prefix, model)) == task.score(model)
+        assert prefix.task(task, "test").score(Rest(prefix, model)) == task.score(model)
 
 
 class Residual(nn.Module):

@@ -30,6 +30,7 @@ from holdfast.finetune import OPTIMIZERS, Precision
 from holdfast.models import Prefix, Rest, SplitModel, check_feature_width, check_fits
 from holdfast.suppression import distillation_loss
 from holdfast.tasks import Batch, Task
+from holdfast.tasks.base import Split
 from holdfast.team import team
 
 BALANCED_ON = 8
@@ -223,7 +224,7 @@ class _Immunization(Immunization[DeepDefense]):
         except ValueError as error:
             self._uncached(str(error))
             return None
-        needed = sum(found.size(task) for task in (self.benign, self.held_out, self.restricted)) / 2**30
+        needed = sum(found.size(task, split) for task, split in self._needed()) / 2**30
         if needed > self.config.cache_gib:
             self._uncached(f"it would take {needed:.1f} GiB, more than cache_gib")
             return None
@@ -235,10 +236,15 @@ class _Immunization(Immunization[DeepDefense]):
 
     @cached_property
     def tasks(self) -> tuple[Task, Task, Task]:
-        """Benign, held-out and restricted task, on activations if they are kept."""
-        plain = (self.benign, self.held_out, self.restricted)
-        benign, held_out, restricted = plain if self.prefix is None else map(self.prefix.task, plain)
+        """Benign, held-out and restricted task; if activations are kept, the split that is needed is of them."""
+        kept = self.prefix
+        benign, held_out, restricted = (
+            task if kept is None else kept.task(task, split) for task, split in self._needed()
+        )
         return benign, held_out, restricted
+
+    def _needed(self) -> tuple[tuple[Task, Split], ...]:
+        return (self.benign, "train"), (self.held_out, "test"), (self.restricted, "train")
 
     def runner(self, model: SplitModel) -> SplitModel | Rest:
         """Returns what computes a model's outputs from the inputs of `tasks`."""

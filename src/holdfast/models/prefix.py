@@ -129,20 +129,18 @@ class Prefix:
             for layer in layers.values():
                 del layer.forward
 
-    def size(self, task: Task) -> int:
-        """Returns the bytes that the activations of a task's samples take."""
-        samples = task.size("train") + task.size("test")
+    def size(self, task: Task, split: Split) -> int:
+        """Returns the bytes that the activations of a split take."""
         width = math.prod(self.shape) + self._reads * self._inputs.numel()
-        return samples * self._templates[self._last].element_size() * width
+        return task.size(split) * self._templates[self._last].element_size() * width
 
-    def task(self, task: Task) -> Task:
-        """Returns a task on activations instead of inputs."""
-
-        def kept(split: Split) -> Tensor:
-            parts = [self.activations(b.x) for b in task.sweep(split, _BATCH, device=self._model.device)]
-            return torch.cat([part.cpu() for part in parts])
-
-        return task.with_inputs(kept("train"), kept("test"))
+    def task(self, task: Task, split: Split) -> Task:
+        """Returns a task on activations in one split; in the other, which takes no memory, inputs are no numbers."""
+        parts = [self.activations(b.x).cpu() for b in task.sweep(split, _BATCH, device=self._model.device)]
+        kept = torch.cat(parts)
+        other = task.size("test" if split == "train" else "train")
+        missing = torch.full((1, *kept.shape[1:]), math.nan, dtype=kept.dtype).expand(other, *kept.shape[1:])
+        return task.with_inputs(kept, missing) if split == "train" else task.with_inputs(missing, kept)
 
 
 class Rest(nn.Module):
