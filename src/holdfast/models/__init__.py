@@ -2,13 +2,14 @@
 
 from holdfast.models.base import SplitModel
 from holdfast.models.blocks import is_normalisation
-from holdfast.models.catalog import ModelSpec, load_model, load_released, load_task_for, read_by
+from holdfast.models.catalog import ModelSpec, load_model, load_released
 from holdfast.models.code import is_code
 from holdfast.models.denoiser import Denoiser
 from holdfast.models.features import check_feature_width, feature_batches, feature_precision, features
 from holdfast.models.fitting import architecture_differences, check_fits, foreign_code, transplant
 from holdfast.models.heads import every_tensor
 from holdfast.models.prefix import Prefix, Rest
+from holdfast.models.reading import load_task_for, read_by
 
 __all__ = [
     "Denoiser",

@@ -20,18 +20,7 @@ from holdfast.models.base import SplitModel, _channels_last
 from holdfast.models.builtin import BUILTIN
 from holdfast.models.code import Code, is_code, loaded_layers, renew
 from holdfast.models.fitting import check_fits
-from holdfast.tasks import (
-    ArrayTask,
-    Schedule,
-    Task,
-    TaskSpec,
-    TextTask,
-    Vocabulary,
-    is_text,
-    load_task,
-    located,
-)
-from holdfast.tasks.catalog import parse_spec
+from holdfast.tasks import Schedule, Task, TextTask, Vocabulary, located
 from holdfast.tasks.denoising import SCHEDULES
 from holdfast.tasks.tokenizing import DATA_VARIABLE
 
@@ -95,7 +84,7 @@ def load_model(
         >>> load_model("cnn", load_task("digits[0-4]")).num_outputs
         5
     """
-    spec = _for_text(_spec(model, data_dir), task)
+    spec = _for_text(spec_of(model, data_dir), task)
     built = _build(spec, task.input_shape, task.num_outputs, data_dir)
     mean, std = (values or default for values, default in zip((spec.mean, spec.std), built.norm, strict=True))
     more: dict[str, Any] = {
@@ -142,42 +131,6 @@ def _for_text(spec: ModelSpec, task: Task) -> ModelSpec:
     if read is None or "vocabulary" in spec.options:
         return spec
     return spec.model_copy(update={"options": {**spec.options, "vocabulary": asdict(read)}})
-
-
-def read_by(
-    task: str | TaskSpec, model: str | ModelSpec | None, *, data_dir: Path | str | None = None
-) -> str | TaskSpec:
-    """Returns a task with its model's own tokenizer, where it is text that names none.
-
-    Args:
-        task: as `load_task` takes it.
-        model: as `load_model` takes it; one that has no tokenizer leaves the task as it is.
-        data_dir: see `load_model`.
-
-    Example:
-        >>> read_by("phrases-mood", "hf:package:my_encoder/model").tokenizer
-        'package:my_encoder/model'
-        >>> read_by("digits", "hf:some/vision-model")
-        'digits'
-    """
-    spec = parse_spec(task) if isinstance(task, str) else task
-    if model is None or spec.tokenizer is not None or not is_text(spec, data_dir=data_dir):
-        return task
-    described = model if isinstance(model, ModelSpec) else _named(model, data_dir)
-    own = described.options.get("vocabulary", {}).get("name") if "config" in described.options else None
-    tokenizer = own or (described.name.removeprefix("hf:") if described.name.startswith("hf:") else None)
-    return task if tokenizer is None else spec.model_copy(update={"tokenizer": tokenizer})
-
-
-def load_task_for(
-    task: str | TaskSpec, model: str | ModelSpec | None, *, data_dir: Path | str | None = None
-) -> ArrayTask:
-    """Loads a task as a model reads it: see `read_by` and `load_task`."""
-    return load_task(read_by(task, model, data_dir=data_dir), data_dir=data_dir)
-
-
-def _named(model: str, data_dir: Path | str | None) -> ModelSpec:
-    return _spec(model, data_dir) if model.endswith(".safetensors") else ModelSpec(name=model)
 
 
 @dataclass(frozen=True)
@@ -227,7 +180,7 @@ def load_released(
     if denoiser.is_pipeline(name):
         name = f"diffusers:{name}"
     if name.endswith(_WEIGHT_SUFFIXES):
-        return load_model(_spec(name, data_dir, head), task, data_dir=data_dir)
+        return load_model(spec_of(name, data_dir, head), task, data_dir=data_dir)
     options: dict[str, Any] = {}
     if weights is None and name.startswith("timm:"):
         from holdfast.models.timm import check_own_head
@@ -253,7 +206,12 @@ def load_released(
     return found
 
 
-def _spec(model: str | ModelSpec, data_dir: Path | str | None, head: str | None = None) -> ModelSpec:
+def spec_of(model: str | ModelSpec, data_dir: Path | str | None, head: str | None = None) -> ModelSpec:
+    """Returns the spec of a model as `load_model` takes it; a file of weights carries its own.
+
+    Raises:
+        HoldfastError: if a file carries none that can be used.
+    """
     if isinstance(model, ModelSpec):
         return _with_extractor(model, data_dir)
     if not model.endswith(_WEIGHT_SUFFIXES):

@@ -117,7 +117,7 @@ def seen(ids: Tensor, pad: int) -> Tensor:
         >>> seen(torch.tensor([[3, 0, 4, 0], [0, 0, 0, 0]]), 0).int().tolist()
         [[1, 1, 1, 0], [1, 0, 0, 0]]
     """
-    later = (ids != pad).flip(1).cummax(1).values.flip(1)
+    later = (ids != pad).long().flip(1).cummax(1).values.flip(1).bool()
     later[:, 0] = True  # attention over nothing would not be a number
     return later
 

@@ -126,7 +126,8 @@ def load_tokenizer(name: str, data_dir: Path | None = None) -> Tokenizer:
         hint = (
             "Expected a folder with tokenizer.json, as save_pretrained writes it."
             if folder
-            else f"There is no folder {name!r} here, and fetching it from the Hub needs a network (or its cache)."
+            else f"There is no folder {name!r} here, and fetching it from the Hub needs a network (or its cache). Name "
+            "where it is with the task's `tokenizer`."
         )
         raise HoldfastError(f"The tokenizer {name!r} cannot be loaded: {said}. {hint}") from error
     if not getattr(fast, "is_fast", False):
@@ -182,6 +183,7 @@ def _split(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
+@lru_cache(maxsize=100_000)  # a few words make most of any text
 def _bucket(word: str) -> int:
     """An id from 1 on: 0 is for what is behind the end."""
     return 1 + int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest()) % (_BUCKETS - 1)
