@@ -180,6 +180,58 @@ def test_too_large_answers_are_not_kept_and_that_is_said(model, images):
     assert any("more than cache_gib" in event.message for event in record.events)
 
 
+def test_memory_does_not_decide_what_is_mixed(model, images):
+    """Mixtures are of what enters the first trained block, kept or not."""
+    defense = RidgeProbe(iterations=3, batch_size=20, restricted_batch=60, guard_every=3, max_benign_drop=1.0)
+    kept, _ = defense.immunize(model, *images, run=Run(0, CPU))
+    anew, _ = dataclasses.replace(defense, cache_gib=0).immunize(model, *images, run=Run(0, CPU))
+    for one, other in zip(kept.parameters(), anew.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_a_term_without_a_gradient_is_no_reason_to_train_without_it(model, images):
+    silent = model.clone()
+    with torch.no_grad():
+        for p in silent.blocks()[-1][0][1].parameters():
+            p.zero_()
+    with pytest.raises(HoldfastError, match="cannot be balanced; give its lambda"):
+        DeepCondition(**BRIEF).immunize(silent, *images, run=Run(0, CPU))
+
+
+def test_a_low_score_on_the_way_leaves_the_weights_with_an_average_as_well(trained, images, monkeypatch):
+    """The guard looks at the average, and puts it into the model; training goes on from the weights that were there."""
+    config = DeepCondition(ema=0.9, **{**BRIEF, "guard_every": 1})
+    plain, _ = DeepCondition(**{**BRIEF, "guard_every": 1}).immunize(trained, *images, run=Run(0, CPU))
+    live = {}
+
+    class Watched(_Immunization):
+        def acceptable(self, score):
+            return self.last
+
+        def one_round(self, generator):
+            values = super().one_round(generator)
+            live.update(self._snapshot())
+            return values
+
+    Watched(config, trained, *images, Run(0, CPU)).finish()
+    state = plain.network.state_dict()
+    assert all(torch.allclose(live[n], state[n], atol=1e-6) for n in live)
+
+
+def test_how_many_steps_epochs_were_is_in_the_record(model, images):
+    _, record = DeepCondition(epochs=0.2, **BRIEF).immunize(model, *images, run=Run(0, CPU))
+    assert record.events[0].message == f"0.2 epochs of the shorter set are {len(record.history['iteration'])} steps"
+
+
+def test_a_head_whose_outputs_are_not_the_logits_is_not_trained_alone(images):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5),
+                            nn.Softplus())  # fmt: skip
+    model = SplitModel(network, "5")
+    with pytest.raises(HoldfastError, match="cannot be trained alone"):
+        DeepRIll(**BRIEF).immunize(model, *images, run=Run(0, CPU))
+
+
 def test_what_the_owner_froze_stays_frozen(model, images):
     owned = model.clone()
     last = owned.blocks()[-1][0][1]
@@ -247,7 +299,7 @@ def test_a_step_is_eq_11(trained, images):
 def test_an_epoch_is_of_the_shorter_set(images):
     benign, restricted = images
     assert benign.size("train") != restricted.size("train")
-    shorter = min(benign.size("train"), restricted.size("train"))
+    shorter = min(round(0.9 * benign.size("train")), restricted.size("train"))
     assert DeepCondition(epochs=3, batch_size=20).counted(*images).iterations == 3 * (shorter // 20)
     assert DeepCondition(iterations=7).counted(*images).iterations == 7
 
@@ -289,6 +341,7 @@ def test_suppression_takes_from_the_probe_what_it_is_told_to(trained, images, ki
         (DeepRIll, {"ill_multiple": float("nan")}, "ill_multiple is nan"),
         (DeepIMMA, {"inner_steps": 0}, "inner_steps is 0"),
         (DeepOptKappa, {"lambda_kappa": -2.0}, "lambda_kappa is -2.0"),
+        (DeepCondition, {"precision": "bf16"}, "its rounding"),
         (RidgeProbe, {"weight": 0.0}, "weight is 0.0"),
         (RidgeProbe, {"restricted_batch": 1}, "restricted_batch is 1"),
         (SlowProbe, {"steps": 0}, "steps is 0"),

@@ -15,12 +15,14 @@ from holdfast.defenses import LEACE, FrontierDefense
 from holdfast.defenses.leace import Eraser
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run
+from holdfast.finetune import pretrain
 from holdfast.frontier import explained
 from holdfast.immunizing import Shelf
 from holdfast.models import SplitModel, features, load_model, transplant
 from holdfast.pipeline import halves
 from holdfast.recipe import StudyRecipe
 from holdfast.spectrum import LeastSquares
+from holdfast.tasks import load_task
 
 CPU = torch.device("cpu")
 
@@ -199,3 +201,17 @@ class TestWhereItFits:
     def test_denoisers_are_refused(self, denoiser, digit_images):
         with pytest.raises(HoldfastError, match="denois"):
             LEACE().immunize(denoiser, *digit_images, run=Run(0, CPU))
+
+
+def test_a_refitted_head_is_not_fitted_to_rounding(run):
+    """Features behind a LayerNorm sum to nothing: a direction of rounding alone, by which weights would be divided."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.GELU(), nn.LayerNorm(32))
+    benign, restricted = load_task("digits[0-4]"), load_task("digits[5-9]")
+    model = pretrain(SplitModel(nn.Sequential(*body, nn.Linear(32, 5)), "4"), benign, steps=60)
+    erased, _ = LEACE().immunize(model, benign, restricted, run=run)
+    assert erased.head.weight.norm() < 10 * model.head.weight.norm()
+    x = next(benign.sweep("test", 50, device=CPU)).x
+    with torch.no_grad():
+        alone = torch.cat([erased(each[None]) for each in x])
+        assert torch.allclose(erased(x), alone, atol=1e-4)

@@ -23,7 +23,7 @@ def built(name: str) -> tuple[SplitModel, object, torch.Tensor]:
 def test_the_rest_of_a_network_computes_what_the_whole_does(name, trained):
     model, _, x = built(name)
     trained = min(trained, len(model.blocks()) - 1)
-    prefix = Prefix(model, model.blocks()[:-trained], x[:2])
+    prefix = Prefix(model, model.blocks()[:-trained], x)
     logits, features = prefix.outputs(model, prefix.activations(x))
     wanted, expected = model.with_features(x)
     assert torch.allclose(logits, wanted, atol=1e-5)
@@ -35,7 +35,7 @@ def test_the_rest_of_a_network_computes_what_the_whole_does(name, trained):
 def test_gradients_are_those_of_the_whole(name):
     model, _, x = built(name)
     moved = [p for _, m in model.blocks()[-1] for p in m.parameters()]
-    prefix = Prefix(model, model.blocks()[:-1], x[:2])
+    prefix = Prefix(model, model.blocks()[:-1], x)
     found = torch.autograd.grad(prefix.outputs(model, prefix.activations(x))[0].square().sum(), moved)
     wanted = torch.autograd.grad(model(x).square().sum(), moved)
     for one, other in zip(found, wanted, strict=True):
@@ -44,7 +44,7 @@ def test_gradients_are_those_of_the_whole(name):
 
 def test_a_changed_rest_is_what_runs_and_the_whole_is_left_as_it_was():
     model, _, x = built("cnn")
-    prefix = Prefix(model, model.blocks()[:-1], x[:2])
+    prefix = Prefix(model, model.blocks()[:-1], x)
     before = model(x)
     with torch.no_grad():
         model.head.weight.mul_(2)
@@ -56,7 +56,7 @@ def test_a_changed_rest_is_what_runs_and_the_whole_is_left_as_it_was():
 
 def test_frozen_modules_do_not_run():
     model, _, x = built("cifar_resnet")
-    prefix = Prefix(model, model.blocks()[:-1], x[:2])
+    prefix = Prefix(model, model.blocks()[:-1], x)
     kept = prefix.activations(x)
     ran: list[str] = []
     for name, module in model.network.named_modules():
@@ -69,7 +69,7 @@ def test_frozen_modules_do_not_run():
 
 def test_a_task_on_activations_scores_as_the_task_does():
     model, task, x = built("cnn")
-    prefix = Prefix(model, model.blocks()[:-1], x[:2])
+    prefix = Prefix(model, model.blocks()[:-1], x)
     kept = prefix.task(task, "test")
     assert kept.score(Rest(prefix, model)) == task.score(model)
     assert next(kept.sweep("train", 5, device=torch.device("cpu"))).x.isnan().all()
@@ -108,7 +108,7 @@ def test_a_network_whose_answers_cannot_be_kept_is_refused(network, why):
 def test_nothing_frozen_is_refused():
     model, _, x = built("cnn")
     with pytest.raises(ValueError, match="no block"):
-        Prefix(model, [], x[:2])
+        Prefix(model, [], x)
 
 
 class TestSentences:
@@ -126,7 +126,7 @@ class TestSentences:
         model, task = read
         x = next(task.sweep("train", 40, device=torch.device("cpu"))).x
         assert len({int((row != 0).sum()) for row in x}) > 1
-        prefix = Prefix(model, model.blocks()[:-1], x[:2])
+        prefix = Prefix(model, model.blocks()[:-1], x)
         logits, found = prefix.outputs(model, prefix.activations(x))
         assert torch.allclose(logits, model(x), atol=1e-5)
         assert torch.allclose(found, model.features(x), atol=1e-5)
@@ -152,6 +152,27 @@ class Residual(nn.Module):
 def test_inputs_are_kept_where_later_blocks_read_them():
     torch.manual_seed(0)
     model, x = SplitModel(Residual(), "head").eval(), torch.rand(5, 1, 8, 8)
-    prefix = Prefix(model, model.blocks()[:1], x[:2])
+    prefix = Prefix(model, model.blocks()[:1], x)
     assert prefix.activations(x).shape == (5, 128)
     assert torch.allclose(prefix.outputs(model, prefix.activations(x))[0], model(x), atol=1e-5)
+
+
+def test_samples_that_are_all_the_same_try_nothing():
+    torch.manual_seed(0)
+    model = SplitModel(Skipping(), "head").eval()
+    with pytest.raises(ValueError, match="all the same"):
+        Prefix(model, model.blocks()[:2], torch.rand(1, 1, 8, 8).expand(4, 1, 8, 8))
+
+
+def test_somebodys_patch_of_a_frozen_layer_stays():
+    model, _, x = built("cnn")
+    layer = model.blocks()[0][0][1]
+    plain = layer.forward
+
+    def patched(*args):
+        return plain(*args)
+
+    layer.forward = patched
+    prefix = Prefix(model, model.blocks()[:-1], x)
+    prefix.outputs(model, prefix.activations(x))
+    assert vars(layer)["forward"] is patched

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from holdfast.errors import HoldfastError
 from holdfast.finished import card_command, leaderboard_command, replay_command, report_command
+from holdfast.launched import processes
 
 RESISTS, BAD_INPUT, DOES_NOT_RESIST, INVALID, INTERRUPTED = 0, 2, 3, 4, 130
 
@@ -325,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _agreed(code: int) -> int:
     """Lets several processes end together: a launcher ends all as soon as one of them ends with another code than 0."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # do not wait for torch where a command did not
+    if processes() == 1:  # do not wait for torch where a command did not
         return code
     from holdfast.team import team
 

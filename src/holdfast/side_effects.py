@@ -113,13 +113,15 @@ def side_effects(
         executor: where it is computed; it does not change the result.
     """
     bench = _Bench({n: g for n, g in grounds.items() if g.transfer is not None}, models, immunizations, shots, run)
-    trials = []
+    trials, left_out = [], []
     for setting, ground in bench.grounds.items():
         task = _task(ground)
         labels = dict.fromkeys(label for where, label, _ in models if where == setting)
         samples = few_of(task, shots, run, 0).size("train")
         for attack in attacks:
-            if attack.adversary.not_applicable(ground.original, task):
+            reason = attack.adversary.not_applicable(ground.original, task)
+            if reason:
+                left_out.append(f"Side effects: {attack.label} does not learn {task.name}: {reason}.")
                 continue
             steps = steps_per_epoch(samples, attack.adversary.batch_size, max_steps_per_epoch)
             budgets = tuple(epoch * steps for epoch in attack.epochs)
@@ -127,7 +129,7 @@ def side_effects(
                 _Trial(setting, model, attack, seed, budgets) for model in (ORIGINAL, *labels) for seed in range(seeds)
             ]
     curves = _learn(bench, trials, executor)
-    return _lay_out(bench.grounds, trials, curves)
+    return _lay_out(bench.grounds, trials, curves) + Outcome({}, {}, left_out)
 
 
 def _task(ground: Ground) -> Task:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
+from holdfast.launched import processes
 
 T = TypeVar("T")
 
@@ -214,20 +215,12 @@ _alone = 0
 
 @cache
 def _launched() -> Team:
-    if _asked_for() == 1:
+    if processes() == 1:
         _refuse_a_launcher_that_started_one()
         return Team()
     state = _state()
     atexit.register(state.destroy_process_group)  # else its threads may still run when Python ends, and abort it
     return Team(state.process_index, state.num_processes)
-
-
-_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
-
-
-def _asked_for() -> int:
-    """How many processes torchrun, Accelerate or MPI say that they started."""
-    return next((int(os.environ[name]) for name in _SIZES if os.environ.get(name, "").isdigit()), 1)
 
 
 def _refuse_a_launcher_that_started_one() -> None:
@@ -250,7 +243,7 @@ def _state() -> Any:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    if _asked_for() == 1:
+    if processes() == 1:
         return PartialState()
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu, timeout=PATIENCE)

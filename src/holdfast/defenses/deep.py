@@ -28,6 +28,7 @@ from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Run, autocast
 from holdfast.finetune import OPTIMIZERS, Precision
 from holdfast.models import Prefix, Rest, SplitModel, check_feature_width, check_fits
+from holdfast.results import Event
 from holdfast.suppression import distillation_loss
 from holdfast.tasks import Batch, Task
 from holdfast.tasks.base import Split
@@ -35,6 +36,8 @@ from holdfast.team import team
 
 BALANCED_ON = 8
 """Batches whose gradients' norms are averaged to balance the terms."""
+_TRIED = 8
+"""Samples of each task on which it is tried whether frozen blocks can be spared."""
 _STATISTICS = 2000
 """Benign samples by which the scale of each feature is measured."""
 
@@ -63,7 +66,7 @@ class DeepDefense(GuardedDefense):
     Attributes:
         iterations: steps.
         epochs: replaces `iterations`: passes over the shorter of both sets, as the paper counts them (ResNet-18: 3,
-            ViT: 2).
+            ViT: 2). The record says how many steps that was.
         blocks: how many of the last blocks of the body are trained (see `SplitModel.blocks`; the paper: the last two
             of a ResNet-18, the last one of a ViT). The head is trained as well.
         batch_size: benign samples a step.
@@ -78,7 +81,8 @@ class DeepDefense(GuardedDefense):
         matching: weight of the squared distance of the benign features from the original's, each feature in units of
             its standard deviation, averaged over features; 0: none.
         mixing: weight of the same distance on mixtures of pairs of benign samples, which holds the features in more
-            places than the samples themselves do; 0: none. Token ids have no mixtures. None: 1, or 0 for token ids.
+            places than the samples themselves do; 0: none. What is mixed is what enters the first block that is
+            trained, or inputs where that cannot be had. Token ids have no mixtures. None: 1, or 0 for token ids.
         benign_loss: whether the body is trained by the benign loss; without it, only the head is.
         precision: of forward and backward passes; see `Strategy.precision`. Terms are always computed in float64.
         cache_gib: keep what the frozen blocks answer if it takes at most so much memory; 0: never.
@@ -111,6 +115,8 @@ class DeepDefense(GuardedDefense):
     """Names of the regularizers."""
     classes: ClassVar[bool] = False
     """Whether the restricted task must be a classification."""
+    spectral: ClassVar[bool] = False
+    """Whether it looks at the smallest singular values of features, which bfloat16 has only as rounding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,6 +126,11 @@ class DeepDefense(GuardedDefense):
             raise unknown("schedule", self.schedule, ("cosine", "constant"))
         if self.precision not in get_args(Precision):
             raise unknown("precision", self.precision, get_args(Precision))
+        if self.spectral and self.precision != "float32":
+            raise HoldfastError(
+                f"{self.name}: precision is {self.precision}; the smallest singular values of features in it are its "
+                "rounding. Set precision to float32."
+            )
         self.refuse_below_one("blocks", "batch_size")
         if self.restricted_batch is not None and self.restricted_batch < 2:
             raise HoldfastError(f"{self.name}: restricted_batch is {self.restricted_batch}; expected at least 2.")
@@ -178,7 +189,11 @@ class DeepDefense(GuardedDefense):
                 f"{self.name}: blocks is {self.blocks} and the body of {model.name} has {count}; expected at most that."
             )
         settled = self.resolved(benign).counted(benign, restricted)
-        return _Immunization(settled, model, benign, restricted, run).finish()
+        immunized, record = _Immunization(settled, model, benign, restricted, run).finish()
+        if self.epochs is not None:
+            message = f"{self.epochs:g} epochs of the shorter set are {settled.iterations} steps"
+            record.events.insert(0, Event(iteration=0, message=message))
+        return immunized, record
 
     def resolved(self, benign: Task) -> DeepDefense:
         """See `Defense.resolved`."""
@@ -189,7 +204,7 @@ class DeepDefense(GuardedDefense):
         if self.epochs is None:
             return self
         sizes = {
-            benign.size("train"): self.batch_size,
+            round((1 - self.holdout) * benign.size("train")): self.batch_size,
             restricted.size("train"): self.restricted_batch or self.batch_size,
         }
         shorter = min(sizes)
@@ -212,47 +227,66 @@ class _Immunization(Immunization[DeepDefense]):
         super().__init__(config, model, benign, restricted, run, rate=config.learning_rate)
         self.model.eval()
 
+    def finish(self) -> tuple[SplitModel, Record]:
+        """See `Immunization.finish`; parameters are as free as they were."""
+        self._check_head_alone()
+        model, record = super().finish()
+        for name, parameter in model.network.named_parameters():
+            parameter.requires_grad_(self.free[name])
+        return model, record
+
     # What is trained, and what is kept of the rest.
 
     @cached_property
     def prefix(self) -> Prefix | None:
-        """What the frozen blocks answer, if that can be kept."""
+        """What the frozen blocks answer, if they can be spared."""
         frozen = self.original.blocks()[: -self.config.blocks]
-        some = next(iter(self.restricted.sweep("train", 2, device=self.run.device))).x
+        batches = (next(iter(task.sweep("train", _TRIED, device=self.run.device))) for task in self._plain[::2])
         try:
-            found = Prefix(self.original, frozen, some)
+            return Prefix(self.original, frozen, torch.cat([batch.x for batch in batches]))
         except ValueError as error:
-            self._uncached(str(error))
+            if frozen:
+                self.say(f"the frozen blocks run in every step: {error}")
             return None
-        needed = sum(found.size(task, split) for task, split in self._needed()) / 2**30
-        if needed > self.config.cache_gib:
-            self._uncached(f"it would take {needed:.1f} GiB, more than cache_gib")
-            return None
-        return found
 
-    def _uncached(self, why: str) -> None:
-        if self.config.cache_gib and self.config.blocks < len(self.original.blocks()):
-            self.say(f"the frozen blocks run in every step, as what they answer is not kept: {why}")
+    @cached_property
+    def kept(self) -> bool:
+        """Whether what they answer is computed once and kept, or anew for each batch."""
+        if self.prefix is None or not self.config.cache_gib:
+            return False
+        needed = sum(self.prefix.size(task, split) for task, split in self._needed()) / 2**30
+        if needed > self.config.cache_gib:
+            self.say(f"the frozen blocks run in every step: to keep what they answer takes {needed:.1f} GiB, more than "
+                     "cache_gib")  # fmt: skip
+        return needed <= self.config.cache_gib
 
     @cached_property
     def tasks(self) -> tuple[Task, Task, Task]:
         """Benign, held-out and restricted task; if activations are kept, the split that is needed is of them."""
-        kept = self.prefix
-        benign, held_out, restricted = (
-            task if kept is None else kept.task(task, split) for task, split in self._needed()
-        )
+        prefix = self.prefix
+        if prefix is None or not self.kept:
+            return self._plain
+        benign, held_out, restricted = (prefix.task(task, split) for task, split in self._needed())
         return benign, held_out, restricted
+
+    @property
+    def _plain(self) -> tuple[Task, Task, Task]:
+        return self.benign, self.held_out, self.restricted
 
     def _needed(self) -> tuple[tuple[Task, Split], ...]:
         return (self.benign, "train"), (self.held_out, "test"), (self.restricted, "train")
 
+    def entering(self, batch: Batch) -> Batch:
+        """Returns a batch as `runner` takes it: what enters the first block that is trained, if that can be had."""
+        return batch if self.prefix is None or self.kept else Batch(self.prefix.activations(batch.x), batch.y)
+
     def runner(self, model: SplitModel) -> SplitModel | Rest:
-        """Returns what computes a model's outputs from the inputs of `tasks`."""
+        """Returns what computes a model's outputs from batches that are `entering`."""
         return model if self.prefix is None else Rest(self.prefix, model)
 
     def score_held_out(self) -> float:
         """See `Immunization.score_held_out`."""
-        return self.tasks[1].score(self.runner(self.model))
+        return self.tasks[1].score(self.runner(self.model) if self.kept else self.model)
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """See `Immunization.make_optimizers`; the head alone has weight decay."""
@@ -285,7 +319,7 @@ class _Immunization(Immunization[DeepDefense]):
         optimizer = self.optimizers["optimizer"]
         for group in optimizer.param_groups:
             group["lr"] = self.rate * self._share()
-        benign, restricted = next(self.pairs)
+        benign, restricted = map(self.entering, next(self.pairs))
         self.model.eval()
         outputs = self._outputs(benign)
         losses = self._losses(benign, restricted, *outputs)
@@ -343,6 +377,19 @@ class _Immunization(Immunization[DeepDefense]):
         outputs: Tensor = head(inputs.to(head.weight.dtype))
         return outputs.flatten(1)
 
+    def _check_head_alone(self) -> None:
+        """Refuses to train the head by its own outputs where they are not the logits."""
+        if self.config.benign_loss:
+            return
+        batch = self.entering(next(iter(self.tasks[0].sweep("train", 4, device=self.run.device))))
+        with torch.no_grad():
+            logits, features = self.runner(self.model).with_features(batch.x)
+            if not torch.allclose(self._head_alone(features).to(logits), logits, rtol=1e-3, atol=1e-5):
+                raise HoldfastError(
+                    f"{self.config.name}: what {self.model.name} makes of its head's outputs is not the outputs "
+                    "themselves, so that the head cannot be trained alone; set benign_loss to true."
+                )
+
     def _benign_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         if self.benign.kind != "classification":
             return self.benign.loss_of(logits, batch)
@@ -386,7 +433,7 @@ class _Immunization(Immunization[DeepDefense]):
         run, found, seen = self.runner(self.original), [], 0
         with torch.no_grad():
             for batch in self.tasks[0].sweep("train", 250, device=self.run.device):
-                found.append(run.with_features(batch.x)[1].float())
+                found.append(run.with_features(self.entering(batch).x)[1].float())
                 seen += len(batch.x)
                 if seen >= _STATISTICS:
                     break
@@ -403,17 +450,23 @@ class _Immunization(Immunization[DeepDefense]):
             return {name: float(given or 0.0) for name, (given, _) in weights.items()}
         self.model.eval()
         norms: dict[str, list[float]] = {}
-        for benign, restricted in itertools.islice(self._pairs("balance"), BALANCED_ON):
+        for pair in itertools.islice(self._pairs("balance"), BALANCED_ON):
+            benign, restricted = map(self.entering, pair)
             logits, features = self._outputs(benign)
             losses = self._losses(benign, restricted, logits, features)
             losses["benign_loss"] = self._benign_loss(logits.to(self.model.dtype), benign)
             for name, value in losses.items():
                 norms.setdefault(name, []).append(_norm(value, self.body()))
-        sizes = {name: sum(values) / len(values) for name, values in norms.items()}
+        sizes = {name: _mean_of_finite(values) for name, values in norms.items()}
         found = {}
         for name, (given, multiple) in weights.items():
-            balanced = sizes["benign_loss"] / sizes[name] if sizes[name] > 0 else 0.0
-            found[name] = multiple * balanced if given is None else given
+            for other in (name, "benign_loss") if given is None else ():
+                if not sizes[other] > 0:
+                    raise HoldfastError(
+                        f"{self.config.name}: the gradient of {other} by the last {self.config.blocks} blocks has norm "
+                        f"{sizes[other]:g} at the start, so that {name} cannot be balanced; give its lambda."
+                    )
+            found[name] = multiple * sizes["benign_loss"] / sizes[name] if given is None else given
         told = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
         self.say(f"weights by gradient norms: {told}")
         return found
@@ -428,19 +481,13 @@ class _Immunization(Immunization[DeepDefense]):
         """See `Immunization.restore_own`."""
         self.lambdas = dict(values["lambdas"])
 
-    def too_low(self, why: str) -> None:
+    def too_low(self, why: str) -> bool:
         """See `Immunization.too_low`: only what is released must be good."""
         if self.last:
             self.restore_good()
             self.say(f"{why}: the last good state is the result")
             self.record.completed = self.changed
-
-    def finish(self) -> tuple[SplitModel, Record]:
-        """See `Immunization.finish`; parameters are as free as they were."""
-        model, record = super().finish()
-        for name, parameter in model.network.named_parameters():
-            parameter.requires_grad_(self.free[name])
-        return model, record
+        return self.last
 
 
 def _of_token_ids(task: Task) -> bool:
@@ -450,5 +497,9 @@ def _of_token_ids(task: Task) -> bool:
 def _norm(value: Tensor, parameters: Sequence[nn.Parameter]) -> float:
     """Norm of a gradient; parameters that the value does not depend on add nothing."""
     found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    size = math.hypot(*(float(g.norm()) for g in found if g is not None))
-    return size if math.isfinite(size) else 0.0
+    return math.hypot(*(float(g.norm()) for g in found if g is not None))
+
+
+def _mean_of_finite(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan

@@ -33,6 +33,7 @@ class DeepCondition(DeepDefense):
     name: ClassVar[str] = "deep-condition"
     citation: ClassVar[str] = _PAPER
     terms: ClassVar[tuple[str, ...]] = ("r_well", "r_ill")
+    spectral: ClassVar[bool] = True
 
     lambda_well: float | None = None
     lambda_ill: float | None = None
@@ -67,6 +68,7 @@ class DeepRIll(DeepDefense):
     name: ClassVar[str] = "deep-r-ill"
     citation: ClassVar[str] = _PAPER
     terms: ClassVar[tuple[str, ...]] = ("r_ill",)
+    spectral: ClassVar[bool] = True
 
     benign_loss: bool = False
     lambda_ill: float | None = None
@@ -98,6 +100,7 @@ class DeepOptKappa(DeepDefense):
     name: ClassVar[str] = "deep-opt-kappa"
     citation: ClassVar[str] = _PAPER
     terms: ClassVar[tuple[str, ...]] = ("kappa_difference",)
+    spectral: ClassVar[bool] = True
 
     log: bool = False
     lambda_kappa: float | None = None

@@ -170,8 +170,12 @@ class Immunization(ABC, Generic[Config]):
         """Trains the model, and returns the values of each of the `series` in this round."""
 
     @abstractmethod
-    def too_low(self, why: str) -> None:
-        """What the guard does where the held-out benign score is under the floor."""
+    def too_low(self, why: str) -> bool:
+        """What the guard does where the held-out benign score is under the floor.
+
+        Returns:
+            Whether it put other weights into the model.
+        """
 
     def finish(self) -> tuple[SplitModel, Record]:
         """Does the rounds that are missing, and returns the result."""
@@ -318,18 +322,19 @@ class Immunization(ABC, Generic[Config]):
                 module.eval()
 
     def _look(self) -> bool:
-        """The guard keeps a good state; returns False if it had to do something about a bad one."""
+        """The guard keeps a good state; returns False if it moved the model, because of a bad one."""
         self._check_together()
         score = self.benign_score()
         self.record.history["benign_score"][-1] = score if math.isfinite(score) else None
         if self.acceptable(score):
             self.keep(score)
         elif self.config.guard:
-            if self.benign.higher_is_better:
-                self.too_low(f"held-out benign score {score:.3f} is under the floor {self.limit:.3f}")
-            else:
-                self.too_low(f"held-out benign error {score:.4f} is over the ceiling {self.limit:.4f}")
-            return False
+            what = (
+                f"score {score:.3f} is under the floor {self.limit:.3f}"
+                if self.benign.higher_is_better
+                else f"error {score:.4f} is over the ceiling {self.limit:.4f}"
+            )
+            return not self.too_low(f"held-out benign {what}")
         return True
 
     def _check_together(self) -> None:

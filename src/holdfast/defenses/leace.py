@@ -107,7 +107,7 @@ class LEACE(Defense):
         immunized.insert_eraser(eraser.projection, eraser.shift)
         erased = x @ eraser.projection + eraser.shift
         if self.keep_benign:
-            _refit(immunized, erased, before)
+            _refit(immunized, erased, before, feature_precision(model, benign))
         change = float((_outputs(immunized, erased) - before).norm() / before.norm())
         message = (
             f"{eraser.rank} of {x.shape[1]} directions of the features were erased; benign outputs changed by "
@@ -124,12 +124,13 @@ def _outputs(model: SplitModel, x: Tensor) -> Tensor:
         return found if head.bias is None else found + head.bias.to(x)
 
 
-def _refit(model: SplitModel, x: Tensor, outputs: Tensor) -> None:
+def _refit(model: SplitModel, x: Tensor, outputs: Tensor, precision: float) -> None:
     """Gives the head the least-squares fit of outputs by erased features, of least norm where it is not unique."""
     head = model.head
     centre = torch.zeros_like(x[0]) if head.bias is None else x.mean(0)
     level = torch.zeros_like(outputs[0]) if head.bias is None else outputs.mean(0)
-    problem = LeastSquares.of(x - centre, outputs - level)
+    # A direction that is there as rounding alone would get weights as large as it is small.
+    problem = LeastSquares.of(x - centre, outputs - level, precision=precision)
     u, s, v = problem.svd
     weight = v @ ((u.T @ problem.target) / s[:, None])
     with torch.no_grad():

@@ -228,9 +228,10 @@ class _Immunization(Immunization[NTL]):
         values = {"restricted_loss": restricted_loss, "benign_loss": benign_loss, "mmd": distance}
         return {name: [float(value.detach())] for name, value in values.items()}
 
-    def too_low(self, why: str) -> None:
+    def too_low(self, why: str) -> bool:
         """See `Immunization.too_low`: only what is released must be good."""
         if self.last:
             self.restore_good()
             self.say(f"{why}: the last good state is the result")
             self.record.completed = False
+        return self.last

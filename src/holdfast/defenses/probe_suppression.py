@@ -12,25 +12,19 @@ from typing import ClassVar
 from torch import Tensor
 
 from holdfast.defenses.deep import DeepDefense, Seen
-from holdfast.errors import HoldfastError
 from holdfast.suppression import descended_probe, ridge_probe
 
 _OURS = "Holdfast, docs/probe-suppression.md"
 
 
 @dataclass
-class RidgeProbe(DeepDefense):
-    """Minimises R2, the share of the restricted labels' energy that the best linear probe explains.
-
-    What is hidden from the closed form is hidden from every other linear probe, whitened or not. The features of benign
-    samples, and of mixtures of them, are held where the original has them, so that other tasks stay learnable.
+class ProbeSuppression(DeepDefense):
+    """What both have in common: how the model is held, and the weight of what is suppressed.
 
     Attributes:
-        weight: mu, of R2.
-        ridge: relative strength of the probe's regularization; see `holdfast.suppression.ridge_probe`.
+        weight: mu, of what a probe explains.
     """
 
-    name: ClassVar[str] = "ridge-probe"
     citation: ClassVar[str] = _OURS
     terms: ClassVar[tuple[str, ...]] = ("explained",)
     classes: ClassVar[bool] = True
@@ -43,15 +37,10 @@ class RidgeProbe(DeepDefense):
     matching: float = 1.0
     mixing: float | None = None
     weight: float = 3.0
-    ridge: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse_not_above_zero("weight", "ridge")
-
-    def regularizers(self, seen: Seen) -> dict[str, Tensor]:
-        """See `DeepDefense.regularizers`."""
-        return {"explained": ridge_probe(seen.restricted, seen.labels, self.ridge)}
+        self.refuse_not_above_zero("weight")
 
     def weights(self) -> dict[str, tuple[float | None, float]]:
         """See `DeepDefense.weights`."""
@@ -59,14 +48,37 @@ class RidgeProbe(DeepDefense):
 
 
 @dataclass
-class SlowProbe(RidgeProbe):
+class RidgeProbe(ProbeSuppression):
+    """Minimises R2, the share of the restricted labels' energy that the best linear probe explains.
+
+    What is hidden from the closed form is hidden from every other linear probe, whitened or not. The features of benign
+    samples, and of mixtures of them, are held where the original has them, so that other tasks stay learnable.
+
+    Attributes:
+        ridge: relative strength of the probe's regularization; see `holdfast.suppression.ridge_probe`.
+    """
+
+    name: ClassVar[str] = "ridge-probe"
+
+    ridge: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.refuse_not_above_zero("ridge")
+
+    def regularizers(self, seen: Seen) -> dict[str, Tensor]:
+        """See `DeepDefense.regularizers`."""
+        return {"explained": ridge_probe(seen.restricted, seen.labels, self.ridge)}
+
+
+@dataclass
+class SlowProbe(ProbeSuppression):
     """Minimises the share that gradient descent on a linear probe has explained after some steps.
 
     What lies in directions of little energy is then hidden well enough, so that less has to be removed; whitening
     brings it back. The head is not simulated, and the features are centred, as a bias would.
 
     Attributes:
-        ridge: has no meaning here.
         steps: t, of the simulated descent.
     """
 
@@ -76,8 +88,7 @@ class SlowProbe(RidgeProbe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1:
-            raise HoldfastError(f"slow-probe: steps is {self.steps}; expected at least 1.")
+        self.refuse_below_one("steps")
 
     def regularizers(self, seen: Seen) -> dict[str, Tensor]:
         """See `DeepDefense.regularizers`."""

@@ -397,7 +397,7 @@ class _Immunization(Immunization[Sophon]):
         """See `Immunization.forget`."""
         self.population.clear()
 
-    def too_low(self, why: str) -> None:
+    def too_low(self, why: str) -> bool:
         """See `Immunization.too_low`: suppression went too far; perhaps reinforcement alone makes up for it."""
         config = self.config
         if config.recovery_loops:
@@ -409,8 +409,9 @@ class _Immunization(Immunization[Sophon]):
             if self.acceptable(score):
                 self.say(f"{why}: brought back to {score:.3f} by {config.recovery_loops} reinforcement loops")
                 self.keep(score)
-                return
+                return True
         self.go_back(why)
+        return True
 
 
 def _devices(chosen: torch.device) -> list[torch.device]:

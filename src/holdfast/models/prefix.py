@@ -3,7 +3,7 @@
 Which layers come before which others, a module does not tell. So nothing is cut: the network runs as it is, but every
 frozen module answers at once. The last of them answers with the kept activations; those before it with what they
 answered to one sample, repeated for the batch, which nobody reads. A skip connection around the last of them would read
-it, and then the outputs differ: that is tried once, on two samples, and such a network is not taken.
+it, and then the outputs differ: that is tried once, on some samples, and such a network is not taken.
 
 Later blocks may read the inputs themselves: which words are padding, for one. Where they do, the inputs are kept too.
 """
@@ -34,7 +34,8 @@ class Prefix:
     Args:
         model: on its device; left as it is.
         frozen: the first blocks of `SplitModel.blocks`, which stay as they are.
-        samples: a few inputs, as a task yields them, at least two.
+        samples: inputs on which it is tried, as a task yields them; at least two different ones. What the frozen
+            modules are made to answer is of the first of them, and is tried on the others.
 
     Attributes:
         shape: of one sample's activations.
@@ -48,13 +49,16 @@ class Prefix:
         if not names:
             raise ValueError("no block of its body is frozen")
         self._model, self._names, self._last = duplicate(model).eval(), names, ""
+        others = samples[(samples != samples[:1]).flatten(1).any(1)]
+        if not len(others):
+            raise ValueError("the samples that it would be tried on are all the same")
         self._inputs, self._reads = samples[:1], not samples.is_floating_point()
         with _uncut(self._model.network):
             self._templates = self._ran(samples[:1])
         self.shape = tuple(self._templates[self._last].shape[1:])
-        if not self._agrees(samples):
+        if not self._agrees(others):
             self._reads = True
-            if not self._agrees(samples):
+            if not self._agrees(others):
                 raise ValueError("later blocks read more than what the last frozen one answers")
 
     @torch.no_grad()
@@ -119,6 +123,7 @@ class Prefix:
     @contextlib.contextmanager
     def _answering(self, network: nn.Module, activations: Tensor) -> Iterator[None]:
         layers = {name: network.get_submodule(name) for name in self._templates}
+        own = {name: vars(layer)["forward"] for name, layer in layers.items() if "forward" in vars(layer)}
         for name, layer in layers.items():
             template = self._templates[name]
             answer = activations if name == self._last else template.expand(len(activations), *template.shape[1:])
@@ -126,8 +131,10 @@ class Prefix:
         try:
             yield
         finally:
-            for layer in layers.values():
+            for name, layer in layers.items():
                 del layer.forward
+                if name in own:  # somebody patched it before
+                    layer.forward = own[name]
 
     def size(self, task: Task, split: Split) -> int:
         """Returns the bytes that the activations of a split take."""

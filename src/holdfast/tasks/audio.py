@@ -107,7 +107,16 @@ def load_sounds(
         raise HoldfastError(f"{str(path)!r} cannot be read as an .npz of plain arrays: {error}.") from error
     if "rate" not in arrays:
         raise HoldfastError(f"{str(path)!r} holds sounds (pcm, offsets) and no `rate`, their samples a second.")
-    pcm, offsets, rate = arrays["pcm"], arrays["offsets"], int(arrays["rate"])
+    pcm, offsets, rates = arrays["pcm"], arrays["offsets"], arrays["rate"]
+    if rates.size != 1 or rates.dtype.kind not in "uif" or not 1 <= float(rates.reshape(())) < 1e9:
+        raise HoldfastError(f"{str(path)!r}: rate is {rates.tolist()}; expected one number, samples a second.")
+    rate = int(rates.reshape(()))
+    if pcm.ndim != 1 or pcm.dtype.kind not in "uif" or offsets.dtype.kind not in "ui":
+        raise HoldfastError(
+            f"{str(path)!r}: pcm is {pcm.dtype} of shape {pcm.shape}, offsets {offsets.dtype}; expected all sounds in "
+            "one row of numbers, and whole numbers for where they begin."
+        )
+    offsets = offsets.astype(np.int64)  # differences of unsigned numbers are never below 0
     if (
         offsets.ndim != 1
         or len(offsets) < 3

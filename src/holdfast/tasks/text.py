@@ -181,7 +181,9 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise HoldfastError(f"No data at {str(path)!r}: the file does not exist.")
     try:
-        return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path)
+        return pd.read_csv(path, keep_default_na=False, na_values=[""])  # "None" is a word, and may be a class
     except ImportError as error:
         raise HoldfastError(
             f"{str(path)!r} is read by pyarrow, which is not installed: pip install 'holdfast[language]', or give a "
