@@ -23,21 +23,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.defenses.base import Record
+from holdfast.defenses.entrance import Entrance, Trained
 from holdfast.defenses.guarded import GuardedDefense, Immunization
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Run, autocast
 from holdfast.finetune import OPTIMIZERS, Precision
-from holdfast.models import Prefix, Rest, SplitModel, check_feature_width, check_fits
+from holdfast.models import SplitModel, check_feature_width, check_fits
 from holdfast.results import Event
 from holdfast.suppression import distillation_loss
 from holdfast.tasks import Batch, Task
-from holdfast.tasks.base import Split
 from holdfast.team import team
 
 BALANCED_ON = 8
 """Batches whose gradients' norms are averaged to balance the terms."""
-_TRIED = 8
-"""Samples of each task on which it is tried whether frozen blocks can be spared."""
 _STATISTICS = 2000
 """Benign samples by which the scale of each feature is measured."""
 
@@ -238,55 +236,14 @@ class _Immunization(Immunization[DeepDefense]):
     # What is trained, and what is kept of the rest.
 
     @cached_property
-    def prefix(self) -> Prefix | None:
-        """What the frozen blocks answer, if they can be spared."""
-        frozen = self.original.blocks()[: -self.config.blocks]
-        batches = (next(iter(task.sweep("train", _TRIED, device=self.run.device))) for task in self._plain[::2])
-        try:
-            return Prefix(self.original, frozen, torch.cat([batch.x for batch in batches]))
-        except ValueError as error:
-            if frozen:
-                self.say(f"the frozen blocks run in every step: {error}")
-            return None
-
-    @cached_property
-    def kept(self) -> bool:
-        """Whether what they answer is computed once and kept, or anew for each batch."""
-        if self.prefix is None or not self.config.cache_gib:
-            return False
-        needed = sum(self.prefix.size(task, split) for task, split in self._needed()) / 2**30
-        if needed > self.config.cache_gib:
-            self.say(f"the frozen blocks run in every step: to keep what they answer takes {needed:.1f} GiB, more than "
-                     "cache_gib")  # fmt: skip
-        return needed <= self.config.cache_gib
-
-    @cached_property
-    def tasks(self) -> tuple[Task, Task, Task]:
-        """Benign, held-out and restricted task; if activations are kept, the split that is needed is of them."""
-        prefix = self.prefix
-        if prefix is None or not self.kept:
-            return self._plain
-        benign, held_out, restricted = (prefix.task(task, split) for task, split in self._needed())
-        return benign, held_out, restricted
-
-    @property
-    def _plain(self) -> tuple[Task, Task, Task]:
-        return self.benign, self.held_out, self.restricted
-
-    def _needed(self) -> tuple[tuple[Task, Split], ...]:
-        return (self.benign, "train"), (self.held_out, "test"), (self.restricted, "train")
-
-    def entering(self, batch: Batch) -> Batch:
-        """Returns a batch as `runner` takes it: what enters the first block that is trained, if that can be had."""
-        return batch if self.prefix is None or self.kept else Batch(self.prefix.activations(batch.x), batch.y)
-
-    def runner(self, model: SplitModel) -> SplitModel | Rest:
-        """Returns what computes a model's outputs from batches that are `entering`."""
-        return model if self.prefix is None else Rest(self.prefix, model)
+    def entrance(self) -> Entrance:
+        """Where training begins."""
+        tasks = Trained(self.benign, self.held_out, self.restricted)
+        return Entrance(self.original, self.config.blocks, tasks, self.config.cache_gib, self.say)
 
     def score_held_out(self) -> float:
         """See `Immunization.score_held_out`."""
-        return self.tasks[1].score(self.runner(self.model) if self.kept else self.model)
+        return self.entrance.score_held_out(self.model)
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """See `Immunization.make_optimizers`; the head alone has weight decay."""
@@ -319,7 +276,7 @@ class _Immunization(Immunization[DeepDefense]):
         optimizer = self.optimizers["optimizer"]
         for group in optimizer.param_groups:
             group["lr"] = self.rate * self._share()
-        benign, restricted = map(self.entering, next(self.pairs))
+        benign, restricted = map(self.entrance.enter, next(self.pairs))
         self.model.eval()
         outputs = self._outputs(benign)
         losses = self._losses(benign, restricted, *outputs)
@@ -343,7 +300,7 @@ class _Immunization(Immunization[DeepDefense]):
         return itertools.islice(self._pairs("batches"), self.round, None)
 
     def _pairs(self, purpose: str) -> Iterator[tuple[Batch, Batch]]:
-        config, (benign, _, restricted) = self.config, self.tasks
+        config, (benign, _, restricted) = self.config, self.entrance.tasks
         sizes = {"benign": config.batch_size, "restricted": config.restricted_batch or config.batch_size}
         streams = [
             task.batches(
@@ -359,13 +316,13 @@ class _Immunization(Immunization[DeepDefense]):
     def _outputs(self, benign: Batch) -> tuple[Tensor, Tensor]:
         """Logits and features of a benign batch."""
         with autocast(self.run.device, self.config.precision == "bf16"):
-            return self.runner(self.model).with_features(benign.x)
+            return self.entrance.runner(self.model).with_features(benign.x)
 
     def _losses(self, benign: Batch, restricted: Batch, logits: Tensor, features: Tensor) -> dict[str, Tensor]:
         """The benign loss and each term, with their graphs."""
         config = self.config
         with autocast(self.run.device, config.precision == "bf16"):
-            _, theirs = self.runner(self.model).with_features(restricted.x)
+            _, theirs = self.entrance.runner(self.model).with_features(restricted.x)
             if not config.benign_loss:
                 logits = self._head_alone(features)
         loss = self._benign_loss(logits.to(self.model.dtype), benign)
@@ -381,9 +338,9 @@ class _Immunization(Immunization[DeepDefense]):
         """Refuses to train the head by its own outputs where they are not the logits."""
         if self.config.benign_loss:
             return
-        batch = self.entering(next(iter(self.tasks[0].sweep("train", 4, device=self.run.device))))
+        batch = self.entrance.enter(next(iter(self.entrance.tasks.benign.sweep("train", 4, device=self.run.device))))
         with torch.no_grad():
-            logits, features = self.runner(self.model).with_features(batch.x)
+            logits, features = self.entrance.runner(self.model).with_features(batch.x)
             if not torch.allclose(self._head_alone(features).to(logits), logits, rtol=1e-3, atol=1e-5):
                 raise HoldfastError(
                     f"{self.config.name}: what {self.model.name} makes of its head's outputs is not the outputs "
@@ -401,7 +358,7 @@ class _Immunization(Immunization[DeepDefense]):
         """How far benign outputs and features are from the original's."""
         config = self.config
         total: Tensor | float = 0.0
-        ours, theirs = self.runner(self.model), self.runner(self.original)
+        ours, theirs = self.entrance.runner(self.model), self.entrance.runner(self.original)
         if config.distillation or config.matching:
             with autocast(self.run.device, config.precision == "bf16"), torch.no_grad():
                 wanted, kept = theirs.with_features(benign.x)
@@ -430,10 +387,10 @@ class _Immunization(Immunization[DeepDefense]):
     @cached_property
     def spread(self) -> Tensor:
         """Standard deviation of each of the original's features on benign samples; of dead ones, the mean of all."""
-        run, found, seen = self.runner(self.original), [], 0
+        run, found, seen = self.entrance.runner(self.original), [], 0
         with torch.no_grad():
-            for batch in self.tasks[0].sweep("train", 250, device=self.run.device):
-                found.append(run.with_features(self.entering(batch).x)[1].float())
+            for batch in self.entrance.tasks.benign.sweep("train", 250, device=self.run.device):
+                found.append(run.with_features(self.entrance.enter(batch).x)[1].float())
                 seen += len(batch.x)
                 if seen >= _STATISTICS:
                     break
@@ -451,7 +408,7 @@ class _Immunization(Immunization[DeepDefense]):
         self.model.eval()
         norms: dict[str, list[float]] = {}
         for pair in itertools.islice(self._pairs("balance"), BALANCED_ON):
-            benign, restricted = map(self.entering, pair)
+            benign, restricted = map(self.entrance.enter, pair)
             logits, features = self._outputs(benign)
             losses = self._losses(benign, restricted, logits, features)
             losses["benign_loss"] = self._benign_loss(logits.to(self.model.dtype), benign)

@@ -1,0 +1,93 @@
+"""Where the training of a network's last blocks begins: at what the frozen ones answer, if they can be spared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from holdfast.models import Prefix, Rest, SplitModel
+from holdfast.tasks import Batch, Task
+from holdfast.tasks.base import Split
+
+_TRIED = 8
+"""Samples of each task on which it is tried whether frozen blocks can be spared."""
+
+
+class Trained(NamedTuple):
+    """The tasks of an immunization.
+
+    Attributes:
+        benign: trained on.
+        held_out: its test split is what the guard looks at.
+        restricted: trained on.
+    """
+
+    benign: Task
+    held_out: Task
+    restricted: Task
+
+
+class Entrance:
+    """The frozen blocks of a network, and tasks and models as they are behind them.
+
+    Args:
+        original: the network before any training, on its device and in evaluation mode.
+        blocks: how many of the last ones are trained.
+        plain: the tasks, on inputs.
+        cache_gib: keep what the frozen blocks answer if it takes at most so much memory.
+        say: is told where they have to run in every step, and why.
+    """
+
+    def __init__(
+        self, original: SplitModel, blocks: int, plain: Trained, cache_gib: float, say: Callable[[str], None]
+    ) -> None:
+        self.original, self.blocks, self.plain, self.cache_gib, self.say = original, blocks, plain, cache_gib, say
+
+    @cached_property
+    def prefix(self) -> Prefix | None:
+        """What the frozen blocks answer, if they can be spared."""
+        frozen = self.original.blocks()[: -self.blocks]
+        batches = [next(task.sweep("train", _TRIED, device=self.original.device)) for task in self.plain[::2]]
+        try:
+            return Prefix(self.original, frozen, torch.cat([batch.x for batch in batches]))
+        except ValueError as error:
+            if frozen:
+                self.say(f"the frozen blocks run in every step: {error}")
+            return None
+
+    @cached_property
+    def kept(self) -> bool:
+        """Whether what they answer is computed once and kept, or anew for each batch."""
+        if self.prefix is None or not self.cache_gib:
+            return False
+        needed = sum(self.prefix.size(task, split) for task, split in self._needed()) / 2**30
+        if needed > self.cache_gib:
+            why = f"to keep what they answer takes {needed:.1f} GiB, more than cache_gib"
+            self.say(f"the frozen blocks run in every step: {why}")
+        return needed <= self.cache_gib
+
+    @cached_property
+    def tasks(self) -> Trained:
+        """The tasks; if activations are kept, the split that is needed is of them."""
+        prefix = self.prefix
+        if prefix is None or not self.kept:
+            return self.plain
+        return Trained(*(prefix.task(task, split) for task, split in self._needed()))
+
+    def _needed(self) -> tuple[tuple[Task, Split], ...]:
+        return (self.plain.benign, "train"), (self.plain.held_out, "test"), (self.plain.restricted, "train")
+
+    def enter(self, batch: Batch) -> Batch:
+        """Returns a batch of `tasks` as `runner` takes it: what enters the first trained block, if that can be had."""
+        return batch if self.prefix is None or self.kept else Batch(self.prefix.activations(batch.x), batch.y)
+
+    def runner(self, model: SplitModel) -> SplitModel | Rest:
+        """Returns what computes a model's outputs from batches that have entered."""
+        return model if self.prefix is None else Rest(self.prefix, model)
+
+    def score_held_out(self, model: SplitModel) -> float:
+        """Returns a model's score on the held-out benign data."""
+        return self.tasks.held_out.score(self.runner(model) if self.kept else model)
