@@ -367,6 +367,18 @@ def test_a_low_benign_score_gives_the_last_good_state(trained, images):
     assert benign.score(immunized) == pytest.approx(benign.score(trained), abs=0.05)
 
 
+@pytest.mark.parametrize("name", ["deep-condition", "deep-opt-kappa", "deep-imma", "ridge-probe", "slow-probe"])
+def test_features_that_are_no_numbers_are_the_guards_affair(name, trained, images):
+    """No decomposition of them is tried: the defense goes back, and says so."""
+    defense = dataclasses.replace(
+        DEFENSES[name], iterations=6, learning_rate=1e30, optimizer="sgd", precision="float32"
+    )
+    immunized, record = defense.immunize(trained, *images, run=Run(0, CPU))
+    assert record.rollbacks > 0
+    assert any("not finite" in event.message for event in record.events)
+    assert all(bool(p.isfinite().all()) for p in immunized.parameters())
+
+
 def test_models_of_other_libraries(images):
     torch.manual_seed(0)
     task = load_task("digits[0-4]@image_size=32,channels=3")

@@ -326,6 +326,10 @@ class _Immunization(Immunization[DeepDefense]):
             if not config.benign_loss:
                 logits = self._head_alone(features)
         loss = self._benign_loss(logits.to(self.model.dtype), benign)
+        if not bool(
+            (features.isfinite().all() & theirs.isfinite().all()).item()
+        ):  # for the guard, and no decomposition
+            return {"benign_loss": loss, **dict.fromkeys(config.terms, theirs.sum() * math.nan)}
         return {"benign_loss": loss, **config.regularizers(Seen(features, theirs, restricted.y))}
 
     def _head_alone(self, features: Tensor) -> Tensor:
