@@ -370,9 +370,8 @@ def test_a_low_benign_score_gives_the_last_good_state(trained, images):
 @pytest.mark.parametrize("name", ["deep-condition", "deep-opt-kappa", "deep-imma", "ridge-probe", "slow-probe"])
 def test_features_that_are_no_numbers_are_the_guards_affair(name, trained, images):
     """No decomposition of them is tried: the defense goes back, and says so."""
-    defense = dataclasses.replace(
-        DEFENSES[name], iterations=6, learning_rate=1e30, optimizer="sgd", precision="float32"
-    )
+    far = {"iterations": 6, "learning_rate": 1e30, "optimizer": "sgd", "precision": "float32"}
+    defense = dataclasses.replace(DEFENSES[name], **far)
     immunized, record = defense.immunize(trained, *images, run=Run(0, CPU))
     assert record.rollbacks > 0
     assert any("not finite" in event.message for event in record.events)

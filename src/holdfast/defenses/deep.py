@@ -326,9 +326,8 @@ class _Immunization(Immunization[DeepDefense]):
             if not config.benign_loss:
                 logits = self._head_alone(features)
         loss = self._benign_loss(logits.to(self.model.dtype), benign)
-        if not bool(
-            (features.isfinite().all() & theirs.isfinite().all()).item()
-        ):  # for the guard, and no decomposition
+        finite = bool(features.isfinite().all()) and bool(theirs.isfinite().all())
+        if not finite:  # for the guard to see, and not for a decomposition to stumble over
             return {"benign_loss": loss, **dict.fromkeys(config.terms, theirs.sum() * math.nan)}
         return {"benign_loss": loss, **config.regularizers(Seen(features, theirs, restricted.y))}
 
