@@ -54,6 +54,8 @@ class ArrayTask(Task):
     min_classes: ClassVar[int] = 2
     labelled: ClassVar[bool] = True
     """Whether files without labels are of no use."""
+    notes: tuple[str, ...] = ()
+    """What was skipped or converted when the data was read, and why; in sentences."""
 
     def __init__(
         self,
@@ -142,6 +144,12 @@ class ArrayTask(Task):
         task.name = name
         task.class_names = list(classes if classes is not None else self.class_names)
         task._set(x, y)
+        return task
+
+    def noted(self, *notes: str) -> Self:
+        """Returns the same task with more notes on how it was read; see `notes`."""
+        task = copy.copy(self)
+        task.notes = (*self.notes, *(note for note in notes if note not in self.notes))
         return task
 
     def size(self, split: Split) -> int:
