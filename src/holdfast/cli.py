@@ -260,10 +260,10 @@ def recipes_command(name: str | None = None) -> int:
     """
     from importlib.resources import files
 
-    import yaml
     from rich.console import Console
     from rich.table import Table
 
+    from holdfast.documents import read_yaml
     from holdfast.recipe import load, names
 
     if name is not None:
@@ -272,7 +272,7 @@ def recipes_command(name: str | None = None) -> int:
         return 0
     table = Table("recipe", "scales", "about")
     for each in names():
-        content = yaml.safe_load((files("holdfast") / "recipes" / f"{each}.yaml").read_text())
+        content = read_yaml((files("holdfast") / "recipes" / f"{each}.yaml").read_text(), f"Recipe {each!r}")
         table.add_row(
             each,
             ", ".join(sorted({"cpu", *content.get("scales", {})})),
