@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, unknown
 from holdfast.finished import card_command, leaderboard_command, replay_command, report_command
 from holdfast.launched import processes
 
 RESISTS, BAD_INPUT, DOES_NOT_RESIST, INVALID, INTERRUPTED = 0, 2, 3, 4, 130
+NOT_IMMUNIZED = DOES_NOT_RESIST
 
 
 def run_command(
@@ -52,10 +54,12 @@ def run_command(
         reuse: Folder of another protocol's run: take from it the immunized models that are wanted; may be repeated.
     """
     from holdfast.pipeline import run_recipe
-    from holdfast.recipe import load
+    from holdfast.recipe import Recipe, load
     from holdfast.report.terminal import show
 
     loaded = load(recipe, scale=scale, overrides=set, seed=seed)
+    if gate and not isinstance(loaded, Recipe):
+        raise HoldfastError(f"--gate: a {loaded.kind} has no verdict to exit with; leave it out.")
     folder = out or Path("runs") / (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe)
     result = run_recipe(
         loaded, folder=folder, data_dir=data_dir, device=device, overwrite=overwrite, executor=executor,
@@ -82,6 +86,8 @@ def immunize_command(
 ) -> int:
     """Immunize a model, and write it to OUT/model.safetensors.
 
+    Exits with 3 if nothing was immunized: the defense gave up, and the weights are the original's, or not finite.
+
     Uses the defender's half of the restricted training data; `holdfast audit` gives its adversaries the other half.
 
     Args:
@@ -101,14 +107,19 @@ def immunize_command(
         set: Set a hyper-parameter of the defense, such as iterations=50; may be repeated.
     """
     from holdfast import pipeline
+    from holdfast.defenses import DEFENSES
     from holdfast.models import load_released, load_task_for
-    from holdfast.recipe import build_defense, read_yaml
+    from holdfast.recipe import build_defense, read_overrides
+    from holdfast.report.terminal import show
+    from holdfast.results import read_result
     from holdfast.team import speaks
 
-    settings = dict(_split(item) for item in set)
-    if "name" in settings:
-        raise HoldfastError(f"--set name={settings['name']}: the defense is chosen with --defense.")
-    values = {k: read_yaml(v, f"--set {k}={v}: the value") for k, v in settings.items()}
+    values = read_overrides(set)
+    if "name" in values:
+        raise HoldfastError(f"--set name={values['name']}: the defense is chosen with --defense.")
+    kind = DEFENSES.get(defense)
+    known = () if kind is None else [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    _refuse_options(immunize_command, values, known)
     chosen = build_defense({"name": defense, **values})
     task, against = (load_task_for(named, model, data_dir=data_dir) for named in (benign, restricted))
     original = load_released(model, weights, task, head=head, data_dir=data_dir)
@@ -116,9 +127,12 @@ def immunize_command(
         original, benign=task, restricted=against, defense=chosen, seed=seed, device=device, threads=threads,
         folder=out, quiet=False,
     )  # fmt: skip
+    record = read_result(out).immunization
+    assert record is not None
     if speaks():
-        print(f"Immunized model: {out / 'model.safetensors'}")
-    return 0
+        show(read_result(out), out)
+        print(f"{'Model' if record.nothing else 'Immunized model'}: {out / 'model.safetensors'}")
+    return NOT_IMMUNIZED if record.nothing else 0
 
 
 def audit_command(
@@ -136,7 +150,7 @@ def audit_command(
     budgets: str = "0,5,10,20,50,100",
     seeds: int = 5,
     shots: int | None = None,
-    trials: int = 48,
+    trials: int | None = None,
     reported: float | None = None,
     seed: int = 0,
     data_dir: Path | None = None,
@@ -168,7 +182,7 @@ def audit_command(
         budgets: Fine-tuning steps at which they are scored; the first is 0.
         seeds: Repetitions.
         shots: Adversary's training samples a class; null: its whole half.
-        trials: Of the search adaptive-v1, for each model.
+        trials: Of the search adaptive-v1, for each model (default: 48); other batteries have none.
         reported: Restricted score after the last budget that the publisher claims, such as 0.23; for comparison.
         seed: Of everything random.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
@@ -176,15 +190,17 @@ def audit_command(
         threads: CPU threads; 1 is best for small networks (default: torch's own choice).
         executor: Where trials run: serial, processes[:N], ray[:N] or ray://HOST:PORT; same results. N is cores /
             threads.
-        set: Set a threshold of the verdict, such as max_advantage=0.03; may be repeated.
+        set: Set a threshold of the verdict, such as max_advantage=0.03, or side_effects or stacked; may be repeated.
     """
     from holdfast import pipeline
     from holdfast.models import load_released, load_task_for
-    from holdfast.recipe import read_yaml
+    from holdfast.recipe import read_overrides
     from holdfast.report.terminal import show
     from holdfast.results import read_result
 
-    limits = {k: read_yaml(v, f"--set {k}={v}: the value") for k, v in map(_split, set)}
+    limits, more = _audit_settings(read_overrides(set))
+    if trials is not None:
+        more["trials"] = trials
     task, against = (load_task_for(named, original, data_dir=data_dir) for named in (benign, restricted))
     released = load_released(model, weights, task, head=head, data_dir=data_dir)
     before = load_released(original, original_weights, task, head=original_head, data_dir=data_dir)
@@ -197,7 +213,7 @@ def audit_command(
     pipeline.audit(
         released, original=before, benign=task, restricted=against, transfer=harmless, seed=seed, device=device,
         threads=threads, folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds, shots=shots,
-        trials=trials, reported=reported, thresholds=limits, executor=executor, source=source,
+        reported=reported, thresholds=limits, executor=executor, source=source, **more,
     )  # fmt: skip
     result = read_result(out)
     show(result, out)
@@ -244,6 +260,10 @@ def feasibility_command(
     task, against = (load_task_for(named, model, data_dir=data_dir) for named in (benign, restricted))
     if model is None and weights is not None:
         raise HoldfastError("--weights is of an architecture, and no MODEL is named; name it, such as cifar_resnet.")
+    if model is None and head is not None:
+        raise HoldfastError(
+            f"--head {head!r} is a layer of a model, and no MODEL is named; name it, or leave --head out."
+        )
     named = None if model is None else load_released(model, weights, task, head=head, own_head=False, data_dir=data_dir)
     pipeline.feasibility(
         task, against, model=named, ridge=ridge, q=q, device=device, threads=threads, folder=out, quiet=False
@@ -298,7 +318,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: parses, runs one command, and exits with its code; bad input gives a message, never a traceback."""
-    parser = _parser()
+    parser, arguments = _parser(), dict[str, Any]()
     try:
         options = parser.parse_args(list(argv) if argv is not None else None)
         command = options.command
@@ -307,7 +327,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except HoldfastError as error:
         code = _complain(str(error), BAD_INPUT)
     except KeyboardInterrupt:
-        code = _complain("Interrupted. What is finished is kept; the same command continues from there.", INTERRUPTED)
+        again = "the same command without --overwrite" if arguments.get("overwrite") else "the same command"
+        code = _complain(f"Interrupted. What is finished is kept; {again} continues from there.", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -396,11 +417,31 @@ def _version() -> str:
     return version("holdfast")
 
 
-def _split(item: str) -> tuple[str, str]:
-    key, equals, value = item.partition("=")
-    if not equals:
-        raise HoldfastError(f"--set {item!r} has no '='; write it as key=value.")
-    return key.strip(), value
+def _audit_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sorts what `audit --set` was given: thresholds, and settings of an audit that have no option of their own."""
+    from holdfast.auditing import AuditSpec
+    from holdfast.results import Thresholds
+
+    options = inspect.signature(audit_command).parameters
+    settable = [key for key in AuditSpec.model_fields if key not in options and key != "thresholds"]
+    bare = {key.removeprefix("thresholds."): value for key, value in values.items()}
+    if len(bare) < len(values):
+        raise HoldfastError("--set names a threshold twice, with and without `thresholds.`; keep one.")
+    _refuse_options(audit_command, bare, [*Thresholds.model_fields, *settable])
+    for key in bare:
+        if key not in Thresholds.model_fields and key not in settable:
+            raise unknown("setting for --set:", key, [*Thresholds.model_fields, *settable])
+    limits = {key: value for key, value in bare.items() if key in Thresholds.model_fields}
+    return limits, {key: value for key, value in bare.items() if key in settable}
+
+
+def _refuse_options(command: Callable[..., int], values: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Says which option sets what `--set` does not."""
+    options = [name for name in inspect.signature(command).parameters if name != "set"]
+    for key in values:
+        name = key.replace("-", "_")
+        if key not in known and name in options:
+            raise HoldfastError(f"--set {key}: it has an option of its own, --{name.replace('_', '-')}.")
 
 
 def _text(path: Path | None) -> str | None:

@@ -298,6 +298,7 @@ def _taken(own: Shelf, order: Order, original: SplitModel) -> Made:
     model, notes = own.take(order.made_of, original)
     try:
         result = ImmunizationResult.model_validate(notes["result"])
+        model.immunization = result
         return Made(model, result, notes["benign"], float(notes["seconds"]), notes.get("reused_from"))
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         raise HoldfastError(
@@ -331,7 +332,7 @@ def _work(workshop: _Workshop, order: Order) -> tuple[SplitModel, dict[str, Any]
     seconds = time.perf_counter() - begin
     score = ground.benign.audit_score(model)
     notes = {
-        "result": order.defense.result(record).model_dump(mode="json"),
+        "result": order.defense.told(record, ground.original, model).model_dump(mode="json"),
         "benign": score if math.isfinite(score) else None,
         "seconds": round(seconds, 3),
     }

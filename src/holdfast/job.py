@@ -86,7 +86,7 @@ class Job:
 
     def claim(self, settings: dict[str, Any]) -> None:
         """Marks the folder as this job's, or refuses it if it is another's."""
-        if self.kind not in ("run", "protocol"):
+        if self.kind not in ("run", "study", "protocol"):
             self.recipe = settings
         if self.run.folder is None:
             return
@@ -155,6 +155,8 @@ class Job:
     def note_model(self, role: str, model: SplitModel, file_sha256: str | None = None) -> None:
         """Notes the facts of a model."""
         self.models[role] = model.facts(file_sha256)
+        for note in model.notes:
+            self.run.say(f"{role.capitalize()} model: {note}")
 
     def original(self, model: SplitModel, benign: Task, spec: PretrainSpec | None) -> SplitModel:
         """Returns the original model: as loaded, or trained now, or trained before the job was interrupted."""
@@ -213,7 +215,7 @@ class Job:
             if team().by_main(lambda: immunized.export(folder / "pipeline")) is not None:
                 self.run.say(f"Written for diffusers: {folder / 'pipeline'}")
         self.note_model("immunized", immunized, digest)
-        return immunized, defense.result(record)
+        return immunized, defense.told(record, model, immunized)
 
     def audit(
         self,

@@ -55,7 +55,11 @@ def immunize(
     quiet: bool = True,
     **options: Any,
 ) -> SplitModel:
-    """Returns an immunized copy of a model.
+    """Returns an immunized copy of a model, with the defense's record on it.
+
+    The record is the copy's `immunization`, an `ImmunizationResult`: whether the defense gave up (`completed`), what it
+    did of its own accord (`events`), its `history`, and whether there is an immunized model at all (`nothing` says why
+    not). Look at it before you release anything.
 
     Args:
         model: left as it is.

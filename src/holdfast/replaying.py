@@ -77,8 +77,8 @@ def replay(
             f"{str(folder)!r} holds no audit (its kind is {result.kind!r}); there is nothing to replay."
         )
     recorded = _recorded(result.audit, adversary, role, seed)
-    run = Run(result.seed, resolve_device(device or result.provenance.device))
-    with cpu_threads(threads or result.provenance.threads):
+    run = Run(result.seed, resolve_device(result.provenance.device if device is None else device))
+    with cpu_threads(result.provenance.threads if threads is None else threads):
         source = _load(Path(folder), result, run, data_dir)
         _check_hashes(result, source)
         bench, trials = _bench(result, result.audit, source, run)
@@ -117,7 +117,7 @@ def _bench(result: RunResult, audit: AuditResult, source: _Source, run: Run) -> 
 
 
 def _recorded(audit: AuditResult, adversary: str | None, role: Role, seed: int) -> Curve:
-    name = adversary or audit.by_budget[-1].best_adversary["immunized"]
+    name = audit.by_budget[-1].best_adversary["immunized"] if adversary is None else adversary
     if name not in audit.adversaries:
         raise unknown("adversary", name, audit.adversaries)
     for curve in audit.curves:

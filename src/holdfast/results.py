@@ -404,6 +404,25 @@ class ImmunizationResult(_Result):
     events: list[Event]
     completed: bool = Field(description="False if the defense gave up early; the events say why.")
     rollbacks: int = Field(0, description="How often the guard went back to the last good state.")
+    changed: bool | None = Field(
+        None, description="Whether any weight or buffer differs from the original's. None: not recorded."
+    )
+    finite: bool | None = Field(None, description="Whether all weights and buffers are finite. None: not recorded.")
+
+    @property
+    def nothing(self) -> str | None:
+        """Says why there is no immunized model, in a sentence; None if there is one.
+
+        Example:
+            >>> gave_up = {"history": {}, "events": [], "completed": False, "changed": False}
+            >>> ImmunizationResult(defense="sophon", config={}, **gave_up).nothing
+            "Nothing was immunized: the weights are the original's, unchanged."
+        """
+        if self.changed is False:
+            return "Nothing was immunized: the weights are the original's, unchanged."
+        if self.finite is False:
+            return "Nothing was immunized: the weights are not finite, and the model is destroyed."
+        return None
 
 
 class TaskFacts(_Result):
@@ -424,6 +443,7 @@ class ModelFacts(_Result):
     parameters: int
     sha256: str
     file_sha256: str | None = None
+    notes: list[str] = Field([], description="What a reader should know of how the model was loaded, in sentences.")
 
 
 class Provenance(_Result):

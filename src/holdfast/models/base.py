@@ -15,7 +15,7 @@ from holdfast.errors import HoldfastError
 from holdfast.execution import device_of, dtype_of, load_tensors, save_tensors, tensors_sha256, widest
 from holdfast.models.blocks import Block, copy_layers, split_blocks
 from holdfast.models.heads import Appended, Head, duplicate, every_tensor, is_head, logits_of, outline
-from holdfast.results import ModelFacts
+from holdfast.results import ImmunizationResult, ModelFacts
 from holdfast.tasks import Task, TextTask, Vocabulary
 
 
@@ -58,6 +58,8 @@ class SplitModel(nn.Module):
         code: SHA-256 of the source file that made the network, where somebody's own code did.
         vocabulary: of a language model, what the ids mean that it reads; None: it is none, or not known.
         fresh_head: whether pretrained weights came without a head, so that it is still to be trained.
+        immunization: how `holdfast.immunize` made the weights, and whether it gave up; None: it did not make them. It
+            stays on copies, and is not written with the weights: a released file should not tell how it was made.
 
     Raises:
         HoldfastError: if the head is missing or is of another kind, or mean and std do not fit together.
@@ -91,6 +93,7 @@ class SplitModel(nn.Module):
         self.code: str | None = None
         self.vocabulary: Vocabulary | None = None
         self.fresh_head = False
+        self.immunization: ImmunizationResult | None = None
         self.precision: torch.dtype | None = None
         """What inputs are cast to; None: the first parameter's."""
         self._check_head()
@@ -433,6 +436,7 @@ class SplitModel(nn.Module):
             HoldfastError: naming the layer, if there is no factory and a layer cannot initialise itself.
         """
         model = self.clone()
+        model.immunization = None
         if self.factory is not None:
             network = self.factory().to(self.device)
             model.network = network if dtype_of(network) == self.dtype else network.to(self.dtype)
@@ -468,7 +472,8 @@ class SplitModel(nn.Module):
         state = {**dict(every_tensor(self.network)), **self.network.state_dict()}
         digest = tensors_sha256(state, self.code or "")
         count = sum(p.numel() for p in self.parameters())
-        return ModelFacts(name=self.name, parameters=count, sha256=digest, file_sha256=file_sha256)
+        notes = list(self.notes)
+        return ModelFacts(name=self.name, parameters=count, sha256=digest, file_sha256=file_sha256, notes=notes)
 
     def save(self, path: Path) -> str:
         """Writes the network's state dict as safetensors, with the spec in its header; returns the file's SHA-256."""
@@ -524,6 +529,7 @@ class SplitModel(nn.Module):
             )
             raise HoldfastError(f"{str(path)!r} does not fit {self.name}: {'; '.join(problems[:4])}{more}.{hint}")
         target.load_state_dict(tensors, strict=True)
+        self.immunization = None
 
     def _kept_outputs(self, tensors: Mapping[str, Tensor], wanted: Sequence[int]) -> dict[str, Tensor]:
         names = [n for n in (f"{self.head_name}.weight", f"{self.head_name}.bias") if n in tensors]

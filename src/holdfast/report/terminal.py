@@ -36,6 +36,13 @@ def show(result: RunResult, folder: Path) -> None:
     if result.immunization is not None:
         for event in result.immunization.events:
             console.print(f"Note: round {event.iteration}: {event.message}.")
+        if result.immunization.nothing is not None:
+            console.print(result.immunization.nothing)
+        elif not result.immunization.completed:
+            console.print("The defense gave up early: the immunized model is the last good state that it had.")
+    for role, model in result.provenance.models.items():
+        for note in model.notes:
+            console.print(f"Note on the {role} model: {note}")
     if result.audit is not None:
         _show_audit(result.audit, console)
         for word, names in wording.stopped(result.tables).items():
