@@ -116,7 +116,7 @@ class TestRun:
             (["quickstart", "--sed", "1"], ["--sed"]),
             (["quickstart", "--set", "benign.data=./mine.npz"], ["'./mine.npz'", "does not exist"]),
             (["quickstart", "--set", "defense={name: [x]}"], ["Unknown defense"]),
-            (["quickstart", "--set", "title=2020-13-45"], ["'title=2020-13-45'", "not valid YAML"]),
+            (["quickstart", "--set", "audit.seeds=2020-13-45"], ["audit.seeds is '2020-13-45'"]),
             (["quickstart", "--set", "threads=1000000"], ["threads is 1000000"]),
             (["quickstart", "--out", "a\0b"], ["Cannot write to", "null"]),
             (["quickstart", "--data-dir", "nowhere"], ["'nowhere' (from --data-dir) does not exist"]),

@@ -217,6 +217,7 @@ def _journal(bench: Bench, plan: Search | Sequence[Adversary], spec: AuditSpec) 
             "original model": bench.original.facts().sha256,
             "layers or input normalisation": [_settings(m) for m in (bench.immunized, bench.original)],
         },
+        "audit",
     )
 
 

@@ -261,9 +261,7 @@ def feasibility_command(
     if model is None and weights is not None:
         raise HoldfastError("--weights is of an architecture, and no MODEL is named; name it, such as cifar_resnet.")
     if model is None and head is not None:
-        raise HoldfastError(
-            f"--head {head!r} is a layer of a model, and no MODEL is named; name it, or leave --head out."
-        )
+        raise HoldfastError(f"--head {head!r} belongs to a model, and no MODEL is named; leave it out.")
     named = None if model is None else load_released(model, weights, task, head=head, own_head=False, data_dir=data_dir)
     pipeline.feasibility(
         task, against, model=named, ridge=ridge, q=q, device=device, threads=threads, folder=out, quiet=False

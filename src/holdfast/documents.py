@@ -23,7 +23,7 @@ class _Loader(yaml.SafeLoader):
 
     def get_single_node(self) -> yaml.Node | None:
         """Composes the document and checks it, before merging `<<` mixes keys of several mappings."""
-        node: yaml.Node | None = super().get_single_node()  # type: ignore[no-untyped-call]
+        node: yaml.Node | None = super().get_single_node()
         if node is not None:
             self._check(node, {})
         return node
@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
         for each in inside:
             key, *parts = each if isinstance(each, tuple) else (None, each)
             if isinstance(key, yaml.ScalarNode):
-                value = "<<" if key.tag == "tag:yaml.org,2002:merge" else self.construct_object(key)  # type: ignore[no-untyped-call]
+                value = "<<" if key.tag == "tag:yaml.org,2002:merge" else self.construct_object(key)
                 line = key.start_mark.line + 1
                 if value in seen:
                     raise HoldfastError(

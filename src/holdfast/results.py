@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from holdfast.documents import read_json
 from holdfast.errors import HoldfastError
 
 SCHEMA_VERSION = "1"
@@ -480,6 +481,16 @@ class RunResult(_Result):
     provenance: Provenance
     timing: dict[str, float] = Field({}, description="Seconds by stage, on this machine.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe_of_a_study(cls, raw: Any) -> Any:
+        """Early versions recorded a study's recipe one level too deep, beside the model's hash."""
+        if isinstance(raw, Mapping) and raw.get("kind") == "study":
+            recipe = raw.get("recipe")
+            if isinstance(recipe, Mapping) and recipe.keys() == {"recipe", "model"}:
+                return {**raw, "recipe": recipe["recipe"]}
+        return raw
+
     def numbers(self) -> dict[str, Any]:
         """Everything that the same seed must reproduce: all but provenance and timing."""
         return self.model_dump(mode="json", exclude={"provenance", "timing"})
@@ -507,9 +518,10 @@ def read_result(folder: Path | str) -> RunResult:
             f"{str(folder)!r} holds no result.json; is the run complete? The same command continues it."
         )
     try:
-        return RunResult.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise HoldfastError(f"{str(path)!r} is damaged or of another version: {error.errors()[0]['msg']}.") from error
+        return RunResult.model_validate(read_json(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise HoldfastError(f"{str(path)!r} is damaged or of another version: {why}.") from error
 
 
 def provenance(
@@ -533,10 +545,7 @@ def provenance(
         models: facts of every model, by its part in the run.
         command: the command line; the process's own by default.
     """
-    program = Path(sys.argv[0]).name
-    argv = (
-        list(command) if command is not None else ["holdfast" if program == "__main__.py" else program, *sys.argv[1:]]
-    )
+    argv = list(command) if command is not None else command_line()
     names = [
         "torch",
         "torchvision",
@@ -562,6 +571,12 @@ def provenance(
         tasks=dict(tasks),
         models=dict(models),
     )
+
+
+def command_line() -> list[str]:
+    """Returns the command that this process is, as a person would repeat it."""
+    program = Path(sys.argv[0]).name
+    return ["holdfast" if program == "__main__.py" else program, *sys.argv[1:]]
 
 
 def _git_commit() -> str | None:

@@ -33,16 +33,7 @@ def show(result: RunResult, folder: Path) -> None:
     if not speaks():
         return
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    if result.immunization is not None:
-        for event in result.immunization.events:
-            console.print(f"Note: round {event.iteration}: {event.message}.")
-        if result.immunization.nothing is not None:
-            console.print(result.immunization.nothing)
-        elif not result.immunization.completed:
-            console.print("The defense gave up early: the immunized model is the last good state that it had.")
-    for role, model in result.provenance.models.items():
-        for note in model.notes:
-            console.print(f"Note on the {role} model: {note}")
+    _show_making(result, console)
     if result.audit is not None:
         _show_audit(result.audit, console)
         for word, names in wording.stopped(result.tables).items():
@@ -59,6 +50,22 @@ def show(result: RunResult, folder: Path) -> None:
     if replay is not None:
         console.print(f"The best adversary again: {replay}")
     console.print(f"Report: {folder / 'report.html'}")
+
+
+def _show_making(result: RunResult, console: Console) -> None:
+    """What happened to the models before anything was measured."""
+    for role, model in result.provenance.models.items():
+        for note in model.notes:
+            console.print(f"Note on the {role} model: {note}")
+    made = result.immunization
+    if made is None:
+        return
+    for event in made.events:
+        console.print(f"Note: round {event.iteration}: {event.message}.")
+    if made.nothing is not None:
+        console.print(made.nothing)
+    elif not made.completed:
+        console.print("The defense gave up early: the immunized model is the last good state that it had.")
 
 
 def show_replay(recorded: Curve, repeated: Curve) -> None:
