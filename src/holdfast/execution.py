@@ -12,6 +12,7 @@ import errno
 import hashlib
 import itertools
 import json
+import operator
 import os
 import shlex
 import tempfile
@@ -55,7 +56,45 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def resolve_device(name: str = "auto") -> torch.device:
+def whole_number(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
+    """Returns a whole number as Python's own type.
+
+    Args:
+        name: of the setting, for the message.
+        value: NumPy's integers and floats such as 5.0 are whole numbers; True is not.
+        least: the smallest that is allowed.
+        most: the largest; None: there is none.
+
+    Raises:
+        HoldfastError: if it is no whole number, or out of range.
+
+    Example:
+        >>> whole_number("seeds", 5.0)
+        5
+        >>> whole_number("threads", 0, 1, 8)
+        Traceback (most recent call last):
+            ...
+        holdfast.errors.HoldfastError: threads is 0; expected a whole number from 1 to 8.
+    """
+    whole = isinstance(value, float) and value.is_integer()
+    if not isinstance(value, bool) and (whole or hasattr(type(value), "__index__")):
+        number = int(value) if whole else operator.index(value)
+        if least <= number and (most is None or number <= most):
+            return number
+    upper = f" to {most}" if most is not None else " on"
+    raise HoldfastError(f"{name} is {value!r}; expected a whole number from {least}{upper}.")
+
+
+def checked_threads(count: Any) -> int | None:
+    """Returns a number of CPU threads, or None for torch's own choice.
+
+    Raises:
+        HoldfastError: for anything but a whole number from 1 to `MAX_THREADS`.
+    """
+    return None if count is None else whole_number("threads", count, 1, MAX_THREADS)
+
+
+def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """Returns the device to compute on.
 
     Args:
@@ -71,6 +110,10 @@ def resolve_device(name: str = "auto") -> torch.device:
         >>> resolve_device("cpu")
         device(type='cpu')
     """
+    if isinstance(name, torch.device):
+        name = str(name)
+    if not isinstance(name, str):
+        raise HoldfastError(f"Device {name!r} is not a name. Try 'auto' or 'cpu'.")
     if name == "auto":
         return own_device()
     if team().count > 1:
@@ -145,8 +188,7 @@ def cpu_threads(count: int | None) -> Iterator[None]:
     Raises:
         HoldfastError: for a number that is not from 1 to `MAX_THREADS`.
     """
-    if count is not None and not 1 <= count <= MAX_THREADS:
-        raise HoldfastError(f"threads is {count}; expected 1 to {MAX_THREADS}, or none for torch's own choice.")
+    count = checked_threads(count)
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -171,6 +213,9 @@ class Run:
     folder: Path | None = None
     quiet: bool = True
     console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    def __post_init__(self) -> None:
+        self.seed = whole_number("seed", self.seed)
 
     def __reduce__(self) -> tuple[type[Run], tuple[int, torch.device, Path | None, bool]]:
         """In another process it is quiet: a terminal has room for one display."""
@@ -251,6 +296,8 @@ def writable_folder(folder: Path) -> Path:
             pass
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         reason = error.strerror if isinstance(error, OSError) else error
+        if folder.exists() and not folder.is_dir():
+            reason = "it is a file, not a folder"
         raise HoldfastError(f"Cannot write to {str(folder)!r}: {reason}. Choose another folder with --out.") from error
     return folder
 

@@ -98,6 +98,8 @@ def executor(name: str | Executor, *, threads: int | None = None) -> Executor:
     """
     if isinstance(name, Executor):
         return name
+    if not isinstance(name, str):
+        raise HoldfastError(f"executor is {name!r}; expected a name such as 'serial' or 'processes:2'.")
     if name == "serial":
         return Serial(name, 1, threads)
     if team().count > 1:

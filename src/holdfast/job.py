@@ -18,8 +18,9 @@ import torch
 from holdfast.auditing import AuditSpec, tables
 from holdfast.auditing import audit as run_audit
 from holdfast.defenses import Defense
+from holdfast.documents import read_json
 from holdfast.errors import HoldfastError
-from holdfast.execution import Run, fingerprint, resolve_device, writable_folder, write_atomic
+from holdfast.execution import Run, begun_with, fingerprint, resolve_device, writable_folder, write_atomic
 from holdfast.executors import Executor
 from holdfast.finetune import PretrainSpec, pretrain
 from holdfast.immunizing import shelf
@@ -35,6 +36,7 @@ from holdfast.results import (
     Pictures,
     RunResult,
     TaskFacts,
+    command_line,
     provenance,
     read_result,
 )
@@ -45,6 +47,9 @@ Kind = Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
 
 OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints", "pipeline", "pictures")
 """What a job makes in its folder, beside `job.json`, which marks the folder as one of ours."""
+
+REPLACED = ".holdfast-replaced"
+"""Where `--overwrite` keeps what it replaces until the new job is done: bad input must not cost anybody their work."""
 
 
 @dataclass
@@ -77,11 +82,12 @@ class Job:
         Raises:
             HoldfastError: if the folder holds what is not ours, or the device is not to be had.
         """
-        chosen = resolve_device(device)
+        if folder is not None and (not isinstance(folder, str | Path) or not str(folder)):
+            raise HoldfastError(f"folder is {folder!r}; expected a path.")
         where = None if folder is None else Path(folder)
+        run = Run(seed, resolve_device(device), where, quiet)
         if where is not None:
             team().by_main(lambda: _opened(where, overwrite))
-        run = Run(seed, chosen, where, quiet)
         return cls(kind, title, run, recipe or {}, datetime.now(UTC).isoformat(timespec="seconds"))
 
     def claim(self, settings: dict[str, Any]) -> None:
@@ -105,12 +111,13 @@ class Job:
     def _mark(self, folder: Path, mine: dict[str, Any]) -> None:
         path = folder / "job.json"
         if not path.exists():
-            write_atomic(path, json.dumps(mine, indent=1))
+            write_atomic(path, json.dumps({"command": command_line(), **mine}, indent=1))
             return
         try:
-            found = json.loads(path.read_bytes())
+            found = read_json(path.read_bytes())
             if not isinstance(found, dict):
                 raise ValueError("it is no mapping")
+            command = {"command": found.pop("command", None)}
         except (ValueError, RecursionError) as error:
             raise HoldfastError(
                 f"{str(path)!r} is damaged ({error}); choose another folder, or --overwrite this one."
@@ -119,7 +126,8 @@ class Job:
             raise HoldfastError(
                 f"{str(folder)!r} holds another job; it differs in: "
                 f"{', '.join(dict.fromkeys(_differences(found, mine)[:5]))}. "
-                f"Results are never mixed: {self._elsewhere()}."
+                f"Results are never mixed: continue the {found.get('kind', 'job')} that is there with "
+                f"{begun_with(command)}, or {self._elsewhere()}."
             )
 
     def _elsewhere(self) -> str:
@@ -138,6 +146,30 @@ class Job:
         self.run.say(f"{folder}: already complete. Nothing to do; --overwrite runs it again.")
         write_report(result, folder / "report.html")
         return result
+
+    @contextmanager
+    def replacing(self) -> Iterator[None]:
+        """Puts back what `--overwrite` set aside, if the block refuses its input before anything new is finished."""
+        try:
+            yield
+        except HoldfastError:
+            folder = self.run.folder
+            if folder is not None:
+                team().by_main(lambda: self._put_back(folder))
+            raise
+
+    def _put_back(self, folder: Path) -> None:
+        aside = folder / REPLACED
+        if not aside.is_dir():
+            return
+        if (folder / "checkpoints").exists():
+            self.run.say(f"What was there before is in {aside}, until a job is finished in {folder}.")
+            return
+        _remove_own(folder)
+        for path in list(aside.iterdir()):
+            path.rename(folder / path.name)
+        aside.rmdir()
+        self.run.say(f"{folder}: left as it was.")
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -286,11 +318,22 @@ def _opened(where: Path, overwrite: bool) -> None:
                 f"{str(where)!r} holds {', '.join(strange)} and was not made by Holdfast; choose another "
                 "folder with --out. Nothing was changed."
             )
-    if overwrite:
-        for name in ("checkpoints", "pipeline", "pictures"):
-            shutil.rmtree(where / name, ignore_errors=True)
-        for name in ("result.json", "report.html", "model.safetensors", "job.json"):
-            (where / name).unlink(missing_ok=True)
+    if overwrite and (where / REPLACED).is_dir():  # the job before did not end; what it set aside is the last that did
+        _remove_own(where)
+    elif overwrite and (where / "job.json").exists():
+        (where / REPLACED).mkdir()
+        for name in (*OWN_FILES, "job.json"):
+            if (where / name).exists():
+                (where / name).rename(where / REPLACED / name)
+
+
+def _remove_own(folder: Path) -> None:
+    for name in (*OWN_FILES, "job.json"):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _written(result: RunResult, folder: Path) -> RunResult:
@@ -299,6 +342,7 @@ def _written(result: RunResult, folder: Path) -> RunResult:
         if isinstance(figure, Pictures):
             write_atomic(folder / "pictures" / f"{name}.png", base64.b64decode(figure.png))
     write_atomic(folder / "result.json", result.model_dump_json(indent=1))
+    shutil.rmtree(folder / REPLACED, ignore_errors=True)
     return result
 
 

@@ -62,8 +62,9 @@ class Defense(ABC):
             original: what it was given.
             immunized: what it made.
         """
-        found = self.result(record).model_copy(
-            update={
+        found = ImmunizationResult.model_validate(
+            {
+                **self.result(record).model_dump(mode="json"),  # as `result.json` will have it
                 "changed": immunized.facts().sha256 != original.facts().sha256,
                 "finite": all(bool(value.isfinite().all()) for value in immunized.network.state_dict().values()),
             }
