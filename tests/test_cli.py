@@ -294,7 +294,7 @@ class TestImmunizeAndAudit:
             (("--set", "stpes=3"), ["did you mean 'steps'"]),
             (("--set", "steps=true"), ["steps is true; expected a number"]),
             (("--set", "steps=1", "--set", "steps=2"), ["--set steps is given twice"]),
-            (("--set", "iterations=[1"), ["--set iterations=[1", "not valid YAML"]),
+            (("--set", "iterations=[1"), ["--set 'iterations=[1'", "not valid YAML"]),
             (("--set", "name="), ["chosen with --defense"]),
             (("--threads", "1000000"), ["threads is 1000000"]),
             (("--threads", "0"), ["threads is 0"]),
@@ -389,8 +389,13 @@ class TestOthers:
         refused(inside(capsys, "replay", brief_folder, "--threads", "0"), "threads is 0")
         refused(inside(capsys, "replay", brief_folder, "--adversary", ""), "Unknown adversary ''")
 
-    @pytest.mark.parametrize(("more", "words"), [((), "the same command continues"),
-                                                 (("--overwrite",), "the same command without --overwrite continues")])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("more", "words"),
+        [
+            ((), "the same command continues"),
+            (("--overwrite",), "the same command without --overwrite continues"),
+        ],
+    )
     def test_interrupted(self, tmp_path, capsys, monkeypatch, more, words):
         def stopped(*_, **__):
             raise KeyboardInterrupt
