@@ -259,7 +259,7 @@ def _side_effects(tasks: dict[On, Task], crew: Crew, spec: AuditSpec) -> list[Si
     for on in ("benign", "transfer"):
         if on not in tasks:
             continue
-        learners, _ = _applicable(SIDE_EFFECTS, BATTERIES[SIDE_EFFECTS], crew.bench.immunized, tasks[on])
+        learners, refused = _applicable(SIDE_EFFECTS, BATTERIES[SIDE_EFFECTS], crew.bench.immunized, tasks[on])
         trials = [Trial(role, a, s, on) for s in range(spec.seeds) for role in ROLES for a in learners]
         curves = crew.run(trials, f"Side effects ({tasks[on].name})")
         comparison = Comparison.of(curves, derive_seed(crew.bench.run.seed, "bootstrap", on))
@@ -271,6 +271,8 @@ def _side_effects(tasks: dict[On, Task], crew: Crew, spec: AuditSpec) -> list[Si
                 by_budget=comparison.rows(),
                 lost=float(lost) if math.isfinite(lost) else None,
                 interval=interval,
+                not_applicable=refused,
+                failures={f"{c.adversary}, seed {c.seed}": c.failure for c in curves if c.failure is not None},
             )
         )
     return found

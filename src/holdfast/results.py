@@ -257,6 +257,8 @@ class SideEffect(_Result):
     by_budget: list[BudgetRow]
     lost: float | None = Field(description="Original minus immunized, best of battery at the last budget.")
     interval: Interval | None
+    not_applicable: dict[str, str] = Field({}, description="Learners that could not be run, and why.")
+    failures: dict[str, str] = Field({}, description="What the immunized model's code raised, by learner and seed.")
 
 
 class SearchTrial(_Result):
@@ -269,6 +271,7 @@ class SearchTrial(_Result):
     score: float | None = Field(description="Best score on the folds that a search may see; None: not finite.")
     steps: int = Field(description="Steps that were taken before it was given up, or all.")
     confirmed: bool = Field(description="Whether it was among the best, and was repeated with every seed.")
+    failure: str | None = Field(None, description="Why it has no score: it could not start, or the code failed.")
 
 
 class Thresholds(_Result):

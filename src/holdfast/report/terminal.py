@@ -201,6 +201,8 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
         kind = "Benign task learned anew" if effect.kind == "benign" else "Transfer task"
         lost = "not finite" if effect.lost is None else f"{_points(effect.lost)} points{_within(effect.interval)}"
         console.print(f"{kind} ({effect.task}): lost against the original: {lost}.")
+        for name, reason in {**effect.not_applicable, **effect.failures}.items():
+            console.print(f"  - without a score: {name}: {reason}.")
     for flag in audited.flags:
         console.print(f"Red flag ({flag.severity}): {flag.name}. {flag.found} {flag.remedy}")
     verdict = audited.verdict

@@ -140,6 +140,15 @@ def caveats(audit: AuditResult) -> list[str]:
             f"{len(failed)} of {len(audit.curves)} trials ended because the immunized model's code failed, and count "
             f"as attacks without a score; first {failed[0].adversary!r}: {failed[0].failure}."
         )
+    lost = [trial for trial in audit.search if trial.failure is not None]
+    if lost:
+        found.append(
+            f"{len(lost)} of {len(audit.search)} trials of the search have no score; first {lost[0].adversary!r} on "
+            f"{lost[0].role}: {lost[0].failure}."
+        )
+    for effect in audit.side_effects:
+        for name, reason in {**effect.not_applicable, **effect.failures}.items():
+            found.append(f"Side effects on {effect.task}: {name} has no score: {reason}.")
     if seeds == 1:
         found.append("There is one seed only: nothing is known about the spread, there is no confidence band, and no "
                      "verdict but invalid.")  # fmt: skip
