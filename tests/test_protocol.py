@@ -522,6 +522,14 @@ class TestReuse:
             run(tmp_path / "new", reuse=[tmp_path])
         assert not (tmp_path / "new").exists()
 
+    def test_damaged_notes_are_not_passed_over(self, folder, tmp_path):
+        other = shutil.copytree(folder, tmp_path / "other")
+        notes = next((other / "checkpoints" / "immunized").glob("*.json"))
+        notes.write_text('{"made_of": {}, "made_of": {}}')
+        with pytest.raises(HoldfastError, match=r"json' is damaged \(the key 'made_of' is given twice\); delete it"):
+            run(tmp_path / "new", reuse=[other])
+        assert not (tmp_path / "new").exists()
+
     def test_folders_with_none_that_fits_are_refused(self, folder, tmp_path):
         other = {"SOPHON": {**DEFENSES["SOPHON"], "steps": 3}}
         with pytest.raises(HoldfastError, match=r"none of its 2 immunized models is wanted.*differs in defense\.steps"):
