@@ -124,6 +124,9 @@ class TestRun:
             (["quickstart", "--set", "audit.seeds=2020-13-45"], ["audit.seeds is '2020-13-45'"]),
             (["quickstart", "--set", "threads=1000000"], ["threads is 1000000"]),
             (["quickstart", "--out", "a\0b"], ["Cannot write to", "null"]),
+            (["quickstart", "--out", ""], ["--out is empty; give it a value, or leave it out"]),
+            (["quickstart", "--data-dir="], ["--data-dir is empty"]),
+            (["quickstart", "--set", "kind=studdy"], ["Unknown kind 'studdy': did you mean 'study'"]),
             (["quickstart", "--set", "scales.smoke={}"], ["--set of scales does nothing"]),
             (["quickstart", "--seed", "1", "--set", "seed=2"], ["--seed 1 and --set seed=2 are both given"]),
             (["condition/house-prices", "--gate"], ["--gate: a study has no verdict"]),
@@ -378,6 +381,7 @@ class TestOthers:
 
     def test_bad_folders(self, tmp_path, capsys):
         refused(inside(capsys, "report", tmp_path), "holds no result.json")
+        refused(inside(capsys, "report", tmp_path / "nowhere"), "No folder at", "it does not exist")
         refused(inside(capsys, "recipes", "nothing"), "Unknown recipe 'nothing'")
 
     def test_options_that_would_do_nothing(self, brief_folder, tmp_path, capsys):
@@ -387,7 +391,7 @@ class TestOthers:
         tasks = ("--benign", "digits[0-4]", "--restricted", "digits[5-9]", "--out", tmp_path)
         refused(inside(capsys, "feasibility", *tasks, "--head", "fc"), "no MODEL is named")
         refused(inside(capsys, "replay", brief_folder, "--threads", "0"), "threads is 0")
-        refused(inside(capsys, "replay", brief_folder, "--adversary", ""), "Unknown adversary ''")
+        refused(inside(capsys, "replay", brief_folder, "--adversary", ""), "--adversary is empty")
 
     @pytest.mark.parametrize(
         ("more", "words"),

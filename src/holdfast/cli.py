@@ -318,7 +318,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: parses, runs one command, and exits with its code; bad input gives a message, never a traceback."""
     parser, arguments = _parser(), dict[str, Any]()
     try:
-        options = parser.parse_args(list(argv) if argv is not None else None)
+        words = list(sys.argv[1:] if argv is None else argv)
+        _refuse_empty(words)
+        options = parser.parse_args(words)
         command = options.command
         arguments = options[command].as_dict()
         code = _agreed(COMMANDS[command](**arguments))
@@ -341,6 +343,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             BAD_INPUT,
         )
     sys.exit(code)
+
+
+def _refuse_empty(words: Sequence[str]) -> None:
+    """Refuses `--out ""`: most often a shell variable that is not set, and as a path it would be the present folder."""
+    for option, value in zip(words, [*words[1:], None], strict=True):
+        if (option.startswith("--") and value == "") or (option.startswith("--") and option.endswith("=")):
+            raise HoldfastError(f"{option.rstrip('=')} is empty; give it a value, or leave it out.")
 
 
 def _agreed(code: int) -> int:

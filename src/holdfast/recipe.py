@@ -201,11 +201,14 @@ def load(name: str, *, scale: Scale = "cpu", overrides: Sequence[str] = (), seed
     _assign_all(settings, chosen, source, "--set")
     if seed is not None:
         settings["seed"] = seed
-    if settings.get("kind") == "study":
+    kind = settings.get("kind", "run")
+    if kind not in ("run", "study", "protocol"):
+        raise HoldfastError(f"Recipe {source}: {unknown('kind', str(kind), ['run', 'study', 'protocol'])}")
+    if kind == "study":
         study = _validate(settings, source, StudyRecipe)
         study.build_methods()
         return study
-    if settings.get("kind") == "protocol":
+    if kind == "protocol":
         protocol = _validate(settings, source, ProtocolRecipe)
         protocol.build_defenses()
         for setting in protocol.settings.values():

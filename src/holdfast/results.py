@@ -516,6 +516,8 @@ def read_result(folder: Path | str) -> RunResult:
         HoldfastError: if there is none, or it is damaged or of another version.
     """
     path = Path(folder) / "result.json"
+    if not Path(folder).exists():
+        raise HoldfastError(f"No folder at {str(folder)!r}: it does not exist.")
     if not path.is_file():
         raise HoldfastError(
             f"{str(folder)!r} holds no result.json; is the run complete? The same command continues it."
