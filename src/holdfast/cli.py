@@ -72,6 +72,8 @@ def immunize_command(
     out: Path,
     weights: Path | None = None,
     head: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
     defense: str = "sophon",
     seed: int = 0,
     data_dir: Path | None = None,
@@ -93,6 +95,8 @@ def immunize_command(
         out: Folder for model.safetensors, result.json, report.html and checkpoints/; of a denoiser also pipeline/.
         weights: Weights (.safetensors), where MODEL is a name.
         head: Dotted name of the layer that makes the logits, where another than the one found is meant.
+        mean: Subtracted from images in [0, 1], such as 0.485,0.456,0.406, where another is meant than MODEL's own.
+        std: Divides them afterwards, such as 0.229,0.224,0.225.
         defense: Name of the defense.
         seed: Of everything random.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
@@ -111,7 +115,9 @@ def immunize_command(
     values = {k: read_yaml(v, f"--set {k}={v}: the value") for k, v in settings.items()}
     chosen = build_defense({"name": defense, **values})
     task, against = (load_task_for(named, model, data_dir=data_dir) for named in (benign, restricted))
-    original = load_released(model, weights, task, head=head, data_dir=data_dir)
+    original = load_released(
+        model, weights, task, head=head, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"), data_dir=data_dir
+    )
     pipeline.immunize(
         original, benign=task, restricted=against, defense=chosen, seed=seed, device=device, threads=threads,
         folder=out, quiet=False,
@@ -132,11 +138,15 @@ def audit_command(
     original_weights: Path | None = None,
     head: str | None = None,
     original_head: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    original_mean: str | None = None,
+    original_std: str | None = None,
     battery: str = "quick-v1",
     budgets: str = "0,5,10,20,50,100",
     seeds: int = 5,
     shots: int | None = None,
-    trials: int = 48,
+    trials: int | None = None,
     reported: float | None = None,
     seed: int = 0,
     data_dir: Path | None = None,
@@ -163,12 +173,16 @@ def audit_command(
         original_weights: The same for ORIGINAL.
         head: Dotted name of the layer of MODEL that makes the logits, where another than the one found is meant.
         original_head: The same for ORIGINAL.
+        mean: Subtracted from images in [0, 1], such as 0.485,0.456,0.406, where another is meant than MODEL's own.
+        std: Divides them afterwards, such as 0.229,0.224,0.225.
+        original_mean: The same for ORIGINAL.
+        original_std: The same for ORIGINAL.
         battery: Which adversaries: quick-v1, standard-v1, probes-v1, generation-v1, language-v1, or the search
             adaptive-v1.
         budgets: Fine-tuning steps at which they are scored; the first is 0.
         seeds: Repetitions.
         shots: Adversary's training samples a class; null: its whole half.
-        trials: Of the search adaptive-v1, for each model.
+        trials: Of the search adaptive-v1, for each model (default: 48); other batteries have none.
         reported: Restricted score after the last budget that the publisher claims, such as 0.23; for comparison.
         seed: Of everything random.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
@@ -186,18 +200,25 @@ def audit_command(
 
     limits = {k: read_yaml(v, f"--set {k}={v}: the value") for k, v in map(_split, set)}
     task, against = (load_task_for(named, original, data_dir=data_dir) for named in (benign, restricted))
-    released = load_released(model, weights, task, head=head, data_dir=data_dir)
-    before = load_released(original, original_weights, task, head=original_head, data_dir=data_dir)
+    released = load_released(
+        model, weights, task, head=head, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"), data_dir=data_dir
+    )
+    before = load_released(
+        original, original_weights, task, head=original_head, mean=_numbers(original_mean, "--original-mean"),
+        std=_numbers(original_std, "--original-std"), data_dir=data_dir,
+    )  # fmt: skip
     harmless = None if transfer is None else load_task_for(transfer, original, data_dir=data_dir)
     source = {
         "model": model, "weights": _text(weights), "head": head, "original": original,
-        "original_weights": _text(original_weights), "original_head": original_head, "benign": benign,
-        "restricted": restricted, "transfer": transfer,
+        "original_weights": _text(original_weights), "original_head": original_head, "mean": mean, "std": std,
+        "original_mean": original_mean, "original_std": original_std, "benign": benign, "restricted": restricted,
+        "transfer": transfer,
     }  # fmt: skip
     pipeline.audit(
         released, original=before, benign=task, restricted=against, transfer=harmless, seed=seed, device=device,
         threads=threads, folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds, shots=shots,
-        trials=trials, reported=reported, thresholds=limits, executor=executor, source=source,
+        reported=reported, thresholds=limits, executor=executor, source=source,
+        **({} if trials is None else {"trials": trials}),
     )  # fmt: skip
     result = read_result(out)
     show(result, out)
@@ -212,6 +233,8 @@ def feasibility_command(
     out: Path,
     weights: Path | None = None,
     head: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
     ridge: float = 0.01,
     q: float = 0.9,
     data_dir: Path | None = None,
@@ -230,6 +253,8 @@ def feasibility_command(
         out: Folder for result.json and report.html.
         weights: Weights (.safetensors), where MODEL is a name.
         head: Dotted name of the layer that makes the logits, where another than the one found is meant.
+        mean: Subtracted from images in [0, 1], such as 0.485,0.456,0.406, where another is meant than MODEL's own.
+        std: Divides them afterwards, such as 0.229,0.224,0.225.
         ridge: Per sample, for the bound on features that one of the tasks does not use.
         q: Share of the removable loss in the predicted number of steps.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
@@ -242,9 +267,13 @@ def feasibility_command(
     from holdfast.results import read_result
 
     task, against = (load_task_for(named, model, data_dir=data_dir) for named in (benign, restricted))
-    if model is None and weights is not None:
-        raise HoldfastError("--weights is of an architecture, and no MODEL is named; name it, such as cifar_resnet.")
-    named = None if model is None else load_released(model, weights, task, head=head, own_head=False, data_dir=data_dir)
+    alone = [o for o, v in (("weights", weights), ("head", head), ("mean", mean), ("std", std)) if v is not None]
+    if model is None and alone:
+        raise HoldfastError(f"--{alone[0]} is of a model, and no MODEL is named; name it, such as cifar_resnet.")
+    named = None if model is None else load_released(
+        model, weights, task, head=head, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"), own_head=False,
+        data_dir=data_dir,
+    )  # fmt: skip
     pipeline.feasibility(
         task, against, model=named, ridge=ridge, q=q, device=device, threads=threads, folder=out, quiet=False
     )
@@ -412,6 +441,15 @@ def _integers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.strip("[]() ").split(","))
     except ValueError as error:
         raise HoldfastError(f"--budgets {text!r}: expected whole numbers with commas, such as 0,10,20.") from error
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.strip("[]() ").split(","))
+    except ValueError as error:
+        raise HoldfastError(f"{option} {text!r}: expected numbers with commas, such as 0.485,0.456,0.406.") from error
 
 
 def _exit_code(label: str | None) -> int:

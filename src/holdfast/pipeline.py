@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from holdfast import executors
+from holdfast.adversaries import SEARCHES, Search, battery
 from holdfast.assessing import assess, check
 from holdfast.auditing import AuditSpec
 from holdfast.defenses import Defense
@@ -73,6 +74,7 @@ def immunize(
         HoldfastError: for input that cannot work, before any work is done.
     """
     chosen = build_defense({"name": defense, **options}) if isinstance(defense, str) else defense
+    model = model.made_plain()
     job = Job.start("immunize", f"{chosen.name} on {model.name}", seed, device, folder, quiet)
     job.note_tasks(benign, restricted)
     job.claim({"defense": {"name": chosen.name, **chosen.config()}, "model": model.facts().sha256})
@@ -124,6 +126,12 @@ def audit(
         spec = AuditSpec.model_validate(options)
     except ValidationError as error:
         raise readable(error, "audit", AuditSpec) from error
+    if "trials" in options and not isinstance(battery(spec.battery), Search):
+        raise HoldfastError(
+            f"trials is {options['trials']}, and the battery {spec.battery!r} does not search: each of its adversaries "
+            f"is tried. Leave trials out, or take a battery that searches: {', '.join(SEARCHES)}."
+        )
+    model, original = model.made_plain(), original.made_plain()
     chosen = executors.executor(executor)
     job = Job.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
     facts = {"model": model.facts().sha256, "original": original.facts().sha256}
@@ -169,6 +177,7 @@ def feasibility(
     Raises:
         HoldfastError: for input that cannot work.
     """
+    model = None if model is None else model.made_plain()
     check(model, benign, restricted, ridge=ridge, q=q)
     on = "inputs" if model is None else model.name
     job = Job.start("feasibility", f"{benign.name} against {restricted.name} on {on}", 0, device, folder, quiet)

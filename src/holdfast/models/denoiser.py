@@ -11,6 +11,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
+from holdfast.execution import writable_folder
 from holdfast.models.base import SplitModel
 from holdfast.models.heads import first_line
 from holdfast.tasks import Schedule
@@ -164,8 +165,9 @@ class Denoiser(SplitModel):
             return DDIMPipeline(self.network, DDIMScheduler.from_config(config))
         return DDPMPipeline(self.network, DDPMScheduler.from_config(config))
 
-    def export(self, folder: Path) -> Path:
+    def export(self, folder: Path | str) -> Path:
         """Writes a folder that `DDPMPipeline.from_pretrained` opens (or DDIM's, if that is the scheduler)."""
+        folder = writable_folder(Path(folder))
         self.pipeline().save_pretrained(folder)
         return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from holdfast.errors import HoldfastError
-from holdfast.execution import load_tensors
 from holdfast.models.heads import first_line
+from holdfast.models.weights import read_weights, without_wrappers
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -67,7 +68,7 @@ def with_weights(name: str, path: Path) -> tuple[nn.Module, dict[str, Any]]:
         HoldfastError: if they are unusable, or do not fit.
     """
     config = _configuration(name)
-    tensors, _ = load_tensors(path)
+    tensors, _ = without_wrappers(read_weights(path).tensors)
     # Quantised weights are integers that mean something only with their scales, which are stored elsewhere.
     integers = {n for n, t in tensors.items() if t.dim() and not t.is_floating_point()}
     if integers:
@@ -152,6 +153,7 @@ def normalisation(name: str) -> Normalisation | None:
 def _configuration(name: str) -> Any:
     from transformers import AutoConfig
 
+    _refuse_adapter(name)
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=_is_folder(name))
@@ -159,6 +161,28 @@ def _configuration(name: str) -> Any:
         raise _unusable(name, error) from error
     _refuse_timm(name, {"model_type": config.model_type})
     return config
+
+
+def _refuse_adapter(name: str) -> None:
+    """Refuses a folder with an adapter alone, and an adapter that is a pickle."""
+    folder = Path(name).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        return
+    if not (folder / "config.json").is_file():
+        try:
+            base = json.loads((folder / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+        except (ValueError, AttributeError, RecursionError):
+            base = None
+        raise HoldfastError(
+            f"hf:{name} holds a PEFT adapter without the model that it belongs to ({base or 'it does not say which'}). "
+            "Merge the two once: peft.PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload().save_pretrained(OUT), "
+            "and name hf:OUT."
+        )
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise HoldfastError(
+            f"hf:{name} has adapter_config.json and no adapter_model.safetensors; only safetensors are read. Save the "
+            "adapter anew, or remove its configuration if the model is meant without it."
+        )
 
 
 def _refuse_timm(name: str, config: dict[str, Any]) -> None:
