@@ -292,12 +292,6 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise HoldfastError(f"No weights at {str(path)!r}: the file does not exist.")
     with path.open("rb") as handle:
         beginning = handle.read(64)
-    start = beginning[:2]
-    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise HoldfastError(
-            f"{str(path)!r} is a pickle (a torch.save file), which can run code when it is opened; refused. "
-            "Convert it once, on a machine you can lose, with safetensors.torch.save_file(model.state_dict(), ...)."
-        )
     try:
         with safe_open(path, framework="pt", device="cpu") as handle:
             meta = json.loads((handle.metadata() or {}).get("holdfast", "{}"))
@@ -306,6 +300,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: handle.get_tensor(name) for name in handle.keys()}, meta  # noqa: SIM118
     except (SafetensorError, ValueError, RecursionError) as error:
         # Only now: the first bytes of a good file are a number, and may look like anything.
+        if beginning[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise HoldfastError(
+                f"{str(path)!r} is a pickle (a torch.save file), which can run code when it is opened; refused. "
+                "Convert it once, on a machine you can lose, with safetensors.torch.save_file(model.state_dict(), ...)."
+            ) from error
         cut = " (the file ends too early: copy or fetch it again)" if "incomplete" in str(error).lower() else ""
         why = _other_format(beginning) or f"{error}{cut}"
         raise HoldfastError(f"{str(path)!r} is not a readable safetensors file: {why}.") from error

@@ -180,8 +180,8 @@ def _on_normalisation(spec: ModelSpec, built: _Built, task: Task) -> tuple[str, 
         shown = ", ".join(f"{name} {[round(v, 4) for v in values]}" for name, values in (("mean", mean), ("std", std)))
         return (f"Inputs of {built.plain.name} are normalised as the network says: {shown}.",)
     return (
-        f"{built.plain.name} gets images in [0, 1] as they are. If its weights want them normalised, say so with --mean "
-        "and --std (`mean`, `std` in a recipe).",
+        f"{built.plain.name} gets images in [0, 1] as they are. If its weights want them normalised, say so with "
+        "--mean and --std (`mean`, `std` in a recipe).",
     )
 
 
@@ -276,8 +276,8 @@ def load_released(
         if weights is not None:
             raise HoldfastError(
                 f"{name!r} is a file of weights that names its architecture ({described.name}), and the weights "
-                f"{str(weights)!r} are given beside it; leave one of them out, or name the architecture in the place of "
-                "the file."
+                f"{str(weights)!r} are given beside it; leave one of them out, or name the architecture in place "
+                "of the file."
             )
         return load_model(described.model_copy(update=said), task, data_dir=data_dir)
     _refuse_place(name)
@@ -357,7 +357,7 @@ def _refuse_place(name: str) -> None:
     path = Path(name).expanduser()
     if name.endswith(".py"):
         raise HoldfastError(
-            f"{name!r} is a file of code; name the function in it that returns the network: {name}:FUNCTION."
+            f"{name!r} is a file of code; name the function in it that returns a network: {name}:FUNCTION."
         )
     if name.endswith(".json"):
         raise HoldfastError(

@@ -108,7 +108,9 @@ class Code:
             missing = error.name or ""
             if _is_file(self.source) or not f"{self.source}.".startswith(f"{missing}."):
                 raise self._failed("cannot be imported", error) from error
-            near = difflib.get_close_matches(self.source, [o.removesuffix(":") for o in OTHERS], n=1, cutoff=0.5)
+            near = difflib.get_close_matches(
+                self.source.lower(), [o.removesuffix(":") for o in OTHERS], n=1, cutoff=0.5
+            )
             raise HoldfastError(
                 f"{self.label!r}: there is no module {missing!r} here; "
                 + (f"did you mean {near[0]}:{self.function}? Else " if near else "")

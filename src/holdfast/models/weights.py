@@ -118,9 +118,9 @@ def fitted(found: Weights, own: Mapping[str, Tensor]) -> Weights:
         >>> fitted(Weights({"module.fc.weight": torch.ones(1)}, {}), own).notes
         ("The names in the weights begin with 'module.', which was left out.",)
     """
-    found = _completed(found, own)
-    if found.tensors.keys() == own.keys():
-        return found
+    whole = _completed(found, own)
+    if whole.tensors.keys() == own.keys():
+        return whole
     for rename, note in _renamings(found.tensors, own):
         renamed = {rename(name): tensor for name, tensor in found.tensors.items()}
         if len(renamed) != len(found.tensors):

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from holdfast.errors import HoldfastError
-from holdfast.models.heads import duplicate, every_tensor, first_line
+from holdfast.models.heads import duplicate, every_tensor, first_line, is_head
 
 HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 """Precisions in which fine-tuning by itself fails: steps of an optimiser are rounded away or overflow."""
@@ -297,14 +297,25 @@ def _is_parametrised(network: nn.Module, head: str | None) -> bool:
     if head is None:
         return False
     layer = dict(network.named_modules()).get(head)
-    return layer is not None and parametrize.is_parametrized(layer)
+    return layer is not None and is_head(layer) and parametrize.is_parametrized(layer)
 
 
 def _fold_head(network: nn.Module, name: str, notes: list[str], head: str | None) -> nn.Module:
     assert head is not None
-    layer = network.get_submodule(head)
-    for tensor in list(layer.parametrizations):  # type: ignore[arg-type]
-        parametrize.remove_parametrizations(layer, str(tensor), leave_parametrized=True)
+    parent, _, leaf = head.rpartition(".")
+    layer: Any = network.get_submodule(head)
+    # A new layer: to remove the parametrization would change the class, which the layer shares with its original.
+    like = {"bias": layer.bias is not None, "device": layer.weight.device, "dtype": layer.weight.dtype}
+    made: Any = (
+        nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, **like)  # type: ignore[no-untyped-call]
+        if isinstance(layer, nn.Linear)
+        else nn.utils.skip_init(nn.Conv2d, layer.in_channels, layer.out_channels, 1, **like)  # type: ignore[no-untyped-call]
+    )
+    with torch.no_grad():
+        made.weight.copy_(layer.weight)
+        if made.bias is not None:
+            made.bias.copy_(layer.bias)
+    setattr(network.get_submodule(parent), leaf, made)
     notes.append(f"The head of {name} computes its weights from others (a parametrization); they are plain ones now.")
     return network
 
