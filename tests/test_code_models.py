@@ -116,7 +116,8 @@ def test_a_helper_that_changed_makes_another_job(write, benign, tmp_path, capsys
 class TestNormalisation:
     MADE = HEADER + (
         "def bare(): return net()\n"
-        "def timmlike():\n    made = net(pixels=192)\n    made.default_cfg = {'mean': (0.1, 0.2, 0.3), 'std': (0.5, 0.5, 0.5)}\n"
+        "def timmlike():\n    made = net(pixels=192)\n"
+        "    made.default_cfg = {'mean': (0.1, 0.2, 0.3), 'std': (0.5, 0.5, 0.5)}\n"
         "    return made\n"
         "def split():\n    from holdfast import SplitModel\n    return SplitModel(net(), '1', mean=[0.25], std=[0.5])\n"
     )

@@ -121,11 +121,11 @@ class TestSeveralFiles:
         said = json.loads(path.read_text())
         said["weight_map"]["extra.weight"] = "model-00001-of-00003.safetensors"
         path.write_text(json.dumps(said))
-        with pytest.raises(HoldfastError, match="has no 'extra.weight', which the index says"):
+        with pytest.raises(HoldfastError, match=r"has no 'extra\.weight', which the index says"):
             read_weights(path)
         said["weight_map"]["extra.weight"] = "../secret.safetensors"
         path.write_text(json.dumps(said))
-        with pytest.raises(HoldfastError, match="names '../secret.safetensors'; expected .safetensors files beside it"):
+        with pytest.raises(HoldfastError, match=r"names '\.\./secret\.safetensors'; expected"):
             read_weights(path)
         for text in ("[]", "{}", '{"weight_map": 3}', "{", '{"weight_map": {}}'):
             path.write_text(text)

@@ -44,10 +44,8 @@ class TestWrappers:
     def test_the_network_inside_is_taken(self, benign, wrap, by):
         wrapped = wrap(network())
         prefix = "_orig_mod" if wrap is compiled else "module"
-        if by == "of":
-            model = SplitModel.of(wrapped, benign)
-        else:
-            model = SplitModel(wrapped, f"{prefix}.3").made_plain()
+        named = SplitModel(wrapped, f"{prefix}.3")
+        model = SplitModel.of(wrapped, benign) if by == "of" else named.made_plain()
         assert list(model.network.state_dict()) == ["1.weight", "1.bias", "3.weight", "3.bias"]
         assert model.head_name == "3"
         assert torch.equal(model(X), network()(X))
@@ -55,7 +53,7 @@ class TestWrappers:
 
     def test_two_wrappers_and_parts_inside(self, benign):
         twice = SplitModel.of(nn.DataParallel(compiled(network())), benign)
-        assert list(twice.network.state_dict())[0] == "1.weight"
+        assert next(iter(twice.network.state_dict())) == "1.weight"
         inside = Middle(lambda part: nn.DataParallel(nn.DataParallel(part)))
         before = list(inside.state_dict())
         model = SplitModel.of(inside, benign)

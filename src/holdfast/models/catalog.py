@@ -478,11 +478,11 @@ def _build_huggingface(spec: ModelSpec, input_shape: tuple[int, ...], data_dir: 
     if config is not None:
         return _Built(huggingface.architecture(spec.name.removeprefix("hf:"), config), spec, foreign=True)
     place = located(spec.name.removeprefix("hf:"), data_dir)
-    network, config = (
-        huggingface.with_weights(place, _find(spec.weights, data_dir))
-        if spec.weights
-        else huggingface.pretrained(place, **spec.options)
-    )
+    notes: tuple[str, ...] = ()
+    if spec.weights:
+        network, config, notes = huggingface.with_weights(place, _find(spec.weights, data_dir))
+    else:
+        network, config = huggingface.pretrained(place, **spec.options)
     network, merged = _merged(network, spec.name)
     norm = huggingface.normalisation(place)
     mean, std = _for_channels(norm, input_shape) if norm is not None else (None, None)
@@ -497,7 +497,7 @@ def _build_huggingface(spec: ModelSpec, input_shape: tuple[int, ...], data_dir: 
         norm=(mean, std),
         foreign=True,
         loaded=True,
-        notes=merged if norm is not None or spec.mean else (*merged, missing),
+        notes=(*notes, *merged) if norm is not None or spec.mean else (*notes, *merged, missing),
     )
 
 

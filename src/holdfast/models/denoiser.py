@@ -309,6 +309,8 @@ def _is_nested(name: str) -> bool:
 
 def _check_index(root: Path) -> None:
     index = root / "model_index.json"
+    if not index.is_file() and (root / "config.json").is_file():
+        raise HoldfastError(f"diffusers:{root} is a folder as transformers write it; name it hf:{root}.")
     try:
         parts = json.loads(index.read_bytes())
         found = parts.get("unet")

@@ -55,7 +55,7 @@ def pretrained(name: str, num_labels: int | None = None) -> tuple[nn.Module, dic
     return network, _plain(network.config)
 
 
-def with_weights(name: str, path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def with_weights(name: str, path: Path) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
     """Loads other weights into a classifier, strictly.
 
     Files on the Hub may call tensors otherwise than the classes of today do; transformers itself knows how.
@@ -64,11 +64,15 @@ def with_weights(name: str, path: Path) -> tuple[nn.Module, dict[str, Any]]:
         name: where the configuration is read from.
         path: the weights; of what transformers saved, or of its state dict.
 
+    Returns:
+        The network, its configuration (see `pretrained`), and how the weights were understood.
+
     Raises:
         HoldfastError: if they are unusable, or do not fit.
     """
     config = _configuration(name)
-    tensors, _ = without_wrappers(read_weights(path).tensors)
+    read = read_weights(path)
+    tensors, renamed = without_wrappers(read.tensors)
     # Quantised weights are integers that mean something only with their scales, which are stored elsewhere.
     integers = {n for n, t in tensors.items() if t.dim() and not t.is_floating_point()}
     if integers:
@@ -83,7 +87,7 @@ def with_weights(name: str, path: Path) -> tuple[nn.Module, dict[str, Any]]:
     for what in ("missing", "unexpected"):
         if found[f"{what}_keys"]:
             raise HoldfastError(f"{str(path)!r} does not fit hf:{name}: {what} {_some(found[f'{what}_keys'])}.")
-    return network, _plain(config)
+    return network, _plain(config), (*read.notes, *renamed)
 
 
 def _from_pretrained(name: str, **more: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -153,6 +157,7 @@ def normalisation(name: str) -> Normalisation | None:
 def _configuration(name: str) -> Any:
     from transformers import AutoConfig
 
+    _refuse_others(name)
     _refuse_adapter(name)
     try:
         with _quiet():
@@ -161,6 +166,22 @@ def _configuration(name: str) -> Any:
         raise _unusable(name, error) from error
     _refuse_timm(name, {"model_type": config.model_type})
     return config
+
+
+def _refuse_others(name: str) -> None:
+    """Refuses a folder that another library wrote, and says what to name it."""
+    folder = Path(name).expanduser()
+    if (folder / "model_index.json").is_file():
+        raise HoldfastError(f"hf:{name} holds a diffusers pipeline; name it diffusers:{name}.")
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(config, dict) and "model_type" not in config and isinstance(config.get("architecture"), str):
+        raise HoldfastError(
+            f"hf:{name} is a model of timm; name it timm:{config['architecture']}, and the file of weights in it as its "
+            "--weights."
+        )
 
 
 def _refuse_adapter(name: str) -> None:
@@ -175,8 +196,8 @@ def _refuse_adapter(name: str) -> None:
             base = None
         raise HoldfastError(
             f"hf:{name} holds a PEFT adapter without the model that it belongs to ({base or 'it does not say which'}). "
-            "Merge the two once, peft.PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload().save_pretrained(OUT); "
-            "then name hf:OUT."
+            "Merge the two once, peft.PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload().save_pretrained(O); "
+            "then name hf:O."
         )
     if not (folder / "adapter_model.safetensors").is_file():
         raise HoldfastError(
