@@ -193,8 +193,9 @@ class TestWhatIsReturned:
             load_model(f"{folder}/nets.py:make", benign)
 
     def test_settings_that_code_leaves_behind(self, write, benign):
-        folder = write(nets=f"torch = __import__('torch')\ntorch.set_grad_enabled(False)\n{HEADER}def make():\n"
-                       "    torch.set_default_dtype(torch.float64)\n    return net().eval().requires_grad_(False)\n")  # fmt: skip
+        settings = "import torch\ntorch.set_grad_enabled(False)\n"
+        function = "def make():\n    torch.set_default_dtype(torch.float64)\n    return net().requires_grad_(False)\n"
+        folder = write(nets=settings + HEADER + function)
         model = load_model(f"{folder}/nets.py:make", benign)
         assert torch.is_grad_enabled()
         assert torch.get_default_dtype() == torch.float32

@@ -196,8 +196,8 @@ def _refuse_adapter(name: str) -> None:
             base = None
         raise HoldfastError(
             f"hf:{name} holds a PEFT adapter without the model that it belongs to ({base or 'it does not say which'}). "
-            "Merge the two once, peft.PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload().save_pretrained(O); "
-            "then name hf:O."
+            "Merge the two once, peft.PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload().save_pretrained(X)"
+            "; then name hf:X."
         )
     if not (folder / "adapter_model.safetensors").is_file():
         raise HoldfastError(
