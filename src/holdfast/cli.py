@@ -76,6 +76,8 @@ def immunize_command(
     out: Path,
     weights: Path | None = None,
     head: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
     defense: str = "sophon",
     seed: int = 0,
     data_dir: Path | None = None,
@@ -99,6 +101,8 @@ def immunize_command(
         out: Folder for model.safetensors, result.json, report.html and checkpoints/; of a denoiser also pipeline/.
         weights: Weights (.safetensors), where MODEL is a name.
         head: Dotted name of the layer that makes the logits, where another than the one found is meant.
+        mean: Subtracted from images in [0, 1], such as 0.485,0.456,0.406, where another is meant than MODEL's own.
+        std: Divides them afterwards, such as 0.229,0.224,0.225.
         defense: Name of the defense.
         seed: Of everything random.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
@@ -122,7 +126,9 @@ def immunize_command(
     _refuse_options(immunize_command, values, known)
     chosen = build_defense({"name": defense, **values})
     task, against = (load_task_for(named, model, data_dir=data_dir) for named in (benign, restricted))
-    original = load_released(model, weights, task, head=head, data_dir=data_dir)
+    original = load_released(
+        model, weights, task, head=head, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"), data_dir=data_dir
+    )
     pipeline.immunize(
         original, benign=task, restricted=against, defense=chosen, seed=seed, device=device, threads=threads,
         folder=out, quiet=False,
@@ -146,6 +152,10 @@ def audit_command(
     original_weights: Path | None = None,
     head: str | None = None,
     original_head: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    original_mean: str | None = None,
+    original_std: str | None = None,
     battery: str = "quick-v1",
     budgets: str = "0,5,10,20,50,100",
     seeds: int = 5,
@@ -177,6 +187,10 @@ def audit_command(
         original_weights: The same for ORIGINAL.
         head: Dotted name of the layer of MODEL that makes the logits, where another than the one found is meant.
         original_head: The same for ORIGINAL.
+        mean: Subtracted from images in [0, 1], such as 0.485,0.456,0.406, where another is meant than MODEL's own.
+        std: Divides them afterwards, such as 0.229,0.224,0.225.
+        original_mean: The same for ORIGINAL.
+        original_std: The same for ORIGINAL.
         battery: Which adversaries: quick-v1, standard-v1, probes-v1, generation-v1, language-v1, or the search
             adaptive-v1.
         budgets: Fine-tuning steps at which they are scored; the first is 0.
@@ -202,13 +216,19 @@ def audit_command(
     if trials is not None:
         more["trials"] = trials
     task, against = (load_task_for(named, original, data_dir=data_dir) for named in (benign, restricted))
-    released = load_released(model, weights, task, head=head, data_dir=data_dir)
-    before = load_released(original, original_weights, task, head=original_head, data_dir=data_dir)
+    released = load_released(
+        model, weights, task, head=head, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"), data_dir=data_dir
+    )
+    before = load_released(
+        original, original_weights, task, head=original_head, mean=_numbers(original_mean, "--original-mean"),
+        std=_numbers(original_std, "--original-std"), data_dir=data_dir,
+    )  # fmt: skip
     harmless = None if transfer is None else load_task_for(transfer, original, data_dir=data_dir)
     source = {
         "model": model, "weights": _text(weights), "head": head, "original": original,
-        "original_weights": _text(original_weights), "original_head": original_head, "benign": benign,
-        "restricted": restricted, "transfer": transfer,
+        "original_weights": _text(original_weights), "original_head": original_head, "mean": mean, "std": std,
+        "original_mean": original_mean, "original_std": original_std, "benign": benign, "restricted": restricted,
+        "transfer": transfer,
     }  # fmt: skip
     pipeline.audit(
         released, original=before, benign=task, restricted=against, transfer=harmless, seed=seed, device=device,
@@ -228,6 +248,8 @@ def feasibility_command(
     out: Path,
     weights: Path | None = None,
     head: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
     ridge: float = 0.01,
     q: float = 0.9,
     data_dir: Path | None = None,
@@ -246,6 +268,8 @@ def feasibility_command(
         out: Folder for result.json and report.html.
         weights: Weights (.safetensors), where MODEL is a name.
         head: Dotted name of the layer that makes the logits, where another than the one found is meant.
+        mean: Subtracted from images in [0, 1], such as 0.485,0.456,0.406, where another is meant than MODEL's own.
+        std: Divides them afterwards, such as 0.229,0.224,0.225.
         ridge: Per sample, for the bound on features that one of the tasks does not use.
         q: Share of the removable loss in the predicted number of steps.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
@@ -258,11 +282,13 @@ def feasibility_command(
     from holdfast.results import read_result
 
     task, against = (load_task_for(named, model, data_dir=data_dir) for named in (benign, restricted))
-    if model is None and weights is not None:
-        raise HoldfastError("--weights is of an architecture, and no MODEL is named; name it, such as cifar_resnet.")
-    if model is None and head is not None:
-        raise HoldfastError(f"--head {head!r} belongs to a model, and no MODEL is named; leave it out.")
-    named = None if model is None else load_released(model, weights, task, head=head, own_head=False, data_dir=data_dir)
+    alone = [o for o, v in (("weights", weights), ("head", head), ("mean", mean), ("std", std)) if v is not None]
+    if model is None and alone:
+        raise HoldfastError(f"--{alone[0]} is of a model, and no MODEL is named; name it, such as cifar_resnet.")
+    named = None if model is None else load_released(
+        model, weights, task, head=head, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"), own_head=False,
+        data_dir=data_dir,
+    )  # fmt: skip
     pipeline.feasibility(
         task, against, model=named, ridge=ridge, q=q, device=device, threads=threads, folder=out, quiet=False
     )
@@ -460,6 +486,15 @@ def _integers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.strip("[]() ").split(","))
     except ValueError as error:
         raise HoldfastError(f"--budgets {text!r}: expected whole numbers with commas, such as 0,10,20.") from error
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.strip("[]() ").split(","))
+    except ValueError as error:
+        raise HoldfastError(f"{option} {text!r}: expected numbers with commas, such as 0.485,0.456,0.406.") from error
 
 
 def _exit_code(label: str | None) -> int:

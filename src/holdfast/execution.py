@@ -349,12 +349,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise HoldfastError(f"No weights at {str(path)!r}: the file does not exist.")
     with path.open("rb") as handle:
-        start = handle.read(2)
-    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise HoldfastError(
-            f"{str(path)!r} is a pickle (a torch.save file), which can run code when it is opened; refused. "
-            "Convert it once, on a machine you can lose, with safetensors.torch.save_file(model.state_dict(), ...)."
-        )
+        beginning = handle.read(64)
     try:
         with safe_open(path, framework="pt", device="cpu") as handle:
             meta = json.loads((handle.metadata() or {}).get("holdfast", "{}"))
@@ -362,7 +357,32 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise ValueError("its header is no mapping")
             return {name: handle.get_tensor(name) for name in handle.keys()}, meta  # noqa: SIM118
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise HoldfastError(f"{str(path)!r} is not a readable safetensors file: {error}.") from error
+        # Only now: the first bytes of a good file are a number, and may look like anything.
+        if beginning[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise HoldfastError(
+                f"{str(path)!r} is a pickle (a torch.save file), which can run code when it is opened; refused. "
+                "Convert it once, on a machine you can lose, with safetensors.torch.save_file(model.state_dict(), ...)."
+            ) from error
+        cut = " (the file ends too early: copy or fetch it again)" if "incomplete" in str(error).lower() else ""
+        why = _other_format(beginning) or f"{error}{cut}"
+        raise HoldfastError(f"{str(path)!r} is not a readable safetensors file: {why}.") from error
+
+
+def _other_format(beginning: bytes) -> str | None:
+    """What a file that is no safetensors is, by its first bytes; None if nothing is known against it."""
+    text = beginning.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    known = {
+        b"version https://git-lfs": "it is a Git LFS pointer, a few lines in the place of the weights; fetch them with "
+        "`git lfs pull`",
+        b"<": "it is a web page (HTML or XML), such as a download leaves that failed",
+        b"{": "it is JSON; of weights in several files, the index is called NAME.safetensors.index.json",
+        b"gguf": "it is GGUF, weights that were quantised for inference; give the model as it was before",
+        b"\x89hdf": "it is HDF5 (Keras), and weights of PyTorch are expected",
+        b"\x1f\x8b": "it is compressed (gzip); unpack it first",
+    }
+    if not beginning:
+        return "it is empty (0 bytes)"
+    return next((said for magic, said in known.items() if text.startswith(magic)), None)
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor], also: str = "") -> str:

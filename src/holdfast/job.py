@@ -185,10 +185,12 @@ class Job:
             self.tasks["transfer"] = transfer.facts()
 
     def note_model(self, role: str, model: SplitModel, file_sha256: str | None = None) -> None:
-        """Notes the facts of a model."""
+        """Notes the facts of a model, and says what a reader should know of how it was read."""
+        known = {note for facts in self.models.values() for note in facts.notes}
         self.models[role] = model.facts(file_sha256)
         for note in model.notes:
-            self.run.say(f"{role.capitalize()} model: {note}")
+            if note not in known:
+                self.run.say(f"{role.capitalize()} model: {note}")
 
     def original(self, model: SplitModel, benign: Task, spec: PretrainSpec | None) -> SplitModel:
         """Returns the original model: as loaded, or trained now, or trained before the job was interrupted."""

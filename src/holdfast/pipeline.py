@@ -88,6 +88,7 @@ def immunize(
     chosen = _chosen(defense, options)
     _check_objects({"model": model}, {"benign": benign, "restricted": restricted})
     threads = checked_threads(threads)
+    model = model.made_plain()
     job = Job.start("immunize", f"{chosen.name} on {model.name}", seed, device, folder, quiet)
     job.note_tasks(benign, restricted)
     job.claim({"defense": {"name": chosen.name, **chosen.config()}, "model": model.facts().sha256})
@@ -129,7 +130,7 @@ def _check_objects(models: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
 
 def _refuse_idle(spec: AuditSpec, transfer: bool) -> None:
     """Refuses settings that would be taken and do nothing."""
-    if spec.trials != AuditSpec().trials and not isinstance(battery(spec.battery), Search):
+    if "trials" in spec.model_fields_set and not isinstance(battery(spec.battery), Search):
         raise HoldfastError(f"trials is {spec.trials}, and {spec.battery} is not a search; leave it out.")
     if transfer and not spec.side_effects:
         raise HoldfastError(
@@ -184,6 +185,7 @@ def audit(
     refuse_truth_as_number(options, spec, "audit")
     _refuse_idle(spec, transfer is not None)
     threads, chosen = checked_threads(threads), executors.executor(executor)
+    model, original = model.made_plain(), original.made_plain()
     job = Job.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
     facts = {"model": model.facts().sha256, "original": original.facts().sha256}
     job.note_tasks(benign, restricted, transfer)
@@ -230,6 +232,7 @@ def feasibility(
     """
     _check_objects({} if model is None else {"model": model}, {"benign": benign, "restricted": restricted})
     threads = checked_threads(threads)
+    model = None if model is None else model.made_plain()
     check(model, benign, restricted, ridge=ridge, q=q)
     on = "inputs" if model is None else model.name
     job = Job.start("feasibility", f"{benign.name} against {restricted.name} on {on}", 0, device, folder, quiet)

@@ -162,11 +162,21 @@ def _load_audit(folder: Path, result: RunResult, run: Run, data_dir: Path | str 
     }
 
     def released(name: str, prefix: str) -> SplitModel:
-        weights = source.get(f"{prefix}weights")
-        head = source.get(f"{prefix}head")
-        return load_released(_text(source, name), weights, tasks["benign"], head=head, data_dir=data_dir)
+        said = {key: source.get(f"{prefix}{key}") for key in ("mean", "std")}
+        mean, std = (None if v is None else _numbers(v, f"{prefix}{key}") for key, v in said.items())
+        return load_released(
+            _text(source, name), source.get(f"{prefix}weights"), tasks["benign"], head=source.get(f"{prefix}head"),
+            mean=mean, std=std, data_dir=data_dir,
+        )  # fmt: skip
 
     return _Source(released("model", ""), released("original", "original_"), tasks)
+
+
+def _numbers(text: Any, key: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in str(text).strip("[]() ").split(","))
+    except ValueError as error:
+        raise HoldfastError(f"result.json: recipe.source.{key} is {text!r}; expected numbers with commas.") from error
 
 
 def _text(source: Mapping[str, Any], key: str) -> str:

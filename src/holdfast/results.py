@@ -447,7 +447,7 @@ class ModelFacts(_Result):
     parameters: int
     sha256: str
     file_sha256: str | None = None
-    notes: list[str] = Field([], description="What a reader should know of how the model was loaded, in sentences.")
+    notes: list[str] = Field([], description="How it was read, and what was changed to make it a plain network.")
 
 
 class Provenance(_Result):
