@@ -58,13 +58,13 @@ def validate(tasks: Mapping[str, Task]) -> Validated:
         What was read of each, and warnings.
 
     Raises:
-        HoldfastError: if the restricted task is the benign or the transfer task.
+        HoldfastError: if the restricted task is the benign or the transfer task, or a class has no samples.
 
     Example:
         >>> from holdfast.tasks import load_task
         >>> found = validate({"benign": load_task("digits[0-4]"), "restricted": load_task("digits[5-9]")})
         >>> print(found.lines()[0])
-        Read benign: digits[0-4] from embedded data of scikit-learn: 678 training and 223 test samples, 5 classes (0, ...
+        Read benign: digits[0-4] from embedded data of scikit-learn: 678 training and 223 test samples...
         >>> found.flags
         []
     """
@@ -75,6 +75,7 @@ def validate(tasks: Mapping[str, Task]) -> Validated:
     warnings: dict[str, list[str]] = {part: [] for part in tasks}
     flags: list[Flag] = []
     for part, task in tasks.items():
+        _check_classes(task)
         _leaks(part, seen[id(task)], warnings[part], flags)
     for part, task in tasks.items():
         before, _, role = part.rpartition(" ") if " " in part else ("", "", part)
@@ -153,6 +154,17 @@ class _Seen:
         elif isinstance(self.task, ArrayTask) and self.task._x["train"].dim() == 4 and high <= 15 and high > 0:
             found.append(f"the images are almost black: no value is above {high:g} of 255")
         return found
+
+
+def _check_classes(task: Task) -> None:
+    if not isinstance(task, ArrayTask) or task.kind != "classification":
+        return
+    missing = sorted(set(range(task.num_outputs)) - {int(y) for y in task.answers("train")})
+    if missing:
+        raise HoldfastError(
+            f"Task {task.name!r}: class {task.class_names[missing[0]]!r} (label {missing[0]}) has no training samples; "
+            "add some, or keep the other classes with [...]."
+        )
 
 
 def _leaks(part: str, seen: _Seen, warnings: list[str], flags: list[Flag]) -> None:

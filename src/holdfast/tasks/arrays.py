@@ -105,14 +105,17 @@ class ArrayTask(Task):
         self._set({s: torch.from_numpy(a) for s, a in x.items()}, {s: torch.from_numpy(a) for s, a in y.items()})
 
     def _check_classes(self, y: dict[str, Array], *, named: bool) -> None:
-        """Refuses names that come twice, and classes that cannot be learned."""
+        """Refuses names that come twice, and classes that cannot be learned.
+
+        A class that is named and has no samples at all may still be left out by `subset`; see `validate`.
+        """
         twice = [n for n in self.class_names if self.class_names.count(n) > 1] if named else []
         if twice:
             raise self._bad(f"two classes are called {twice[0]!r}; give each a name of its own")
         if not self.labelled:
             return
         learned, tested = (np.bincount(y[s], minlength=len(self.class_names)) for s in ("train", "test"))
-        for c in np.flatnonzero(learned == 0):
+        for c in np.flatnonzero((learned == 0) & (tested > 0 if named else True)):
             if not named and c == 0:
                 raise self._bad(
                     f"no training sample has label 0, and labels go up to {len(self.class_names) - 1}; number the "

@@ -265,6 +265,8 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
         return EMBEDDED[source]()
     path = _place(source, folder)
     if path is not None:
+        if spec.kind == "regression" and path.suffix != ".csv":
+            raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {path.name!r} holds classes.")
         if path.is_dir():
             _refuse_idle(spec, "a folder", *_OF_TABLES)
             return load_folder(
@@ -276,36 +278,11 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
                 limits=(spec.train_limit, spec.test_limit),
                 kind=kind,
             )
-        if path.is_file() and path.suffix == ".npz":
+        if path.suffix == ".npz":
             return _load_npz(path, spec, kind)
-        if path.is_file() and path.suffix == ".csv":
-            _refuse_idle(spec, "a table", "image_size", "channels", *(("bins",) if spec.kind == "regression" else ()))
-        if path.is_file() and path.suffix == ".csv" and spec.kind == "regression":
-            return load_csv_regression(
-                path,
-                spec.target,
-                drop=spec.drop,
-                encoding=spec.encoding,
-                rows=spec.rows,
-                test_fraction=spec.test_fraction,
-                seed=spec.seed,
-            )
-        if spec.kind == "regression" and path.exists():
-            raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {path.name!r} holds classes.")
-        if path.is_file() and path.suffix == ".csv":
-            return load_csv(
-                path,
-                spec.target,
-                drop=spec.drop,
-                encoding=spec.encoding,
-                bins=spec.bins,
-                fill=spec.fill,
-                rows=spec.rows,
-                test_fraction=spec.test_fraction,
-                seed=spec.seed,
-            )
-        if path.is_file():
-            raise HoldfastError(f"{str(path)!r}: data is read from .npz, .csv, .parquet or a folder of images.")
+        if path.suffix == ".csv":
+            return _load_table(path, spec)
+        raise HoldfastError(f"{str(path)!r}: data is read from .npz, .csv, .parquet or a folder of images.")
     if source in DOWNLOADS:
         if spec.kind == "regression":
             raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {source} holds classes.")
@@ -319,6 +296,32 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
     here = [p.stem for kind in ("npz", "parquet") for p in folder.glob(f"*.{kind}")] if folder else []
     known = unknown("task", source, [*EMBEDDED, *PHRASES, *DOWNLOADS, *TEXTS, *here])
     raise HoldfastError(f"{known} For data of your own, {ways}, or give a path.")
+
+
+def _load_table(path: Path, spec: TaskSpec) -> ArrayTask:
+    idle = ("image_size", "channels", *(("bins",) if spec.kind == "regression" else ()))
+    _refuse_idle(spec, "a table", *idle)
+    if spec.kind == "regression":
+        return load_csv_regression(
+            path,
+            spec.target,
+            drop=spec.drop,
+            encoding=spec.encoding,
+            rows=spec.rows,
+            test_fraction=spec.test_fraction,
+            seed=spec.seed,
+        )
+    return load_csv(
+        path,
+        spec.target,
+        drop=spec.drop,
+        encoding=spec.encoding,
+        bins=spec.bins,
+        fill=spec.fill,
+        rows=spec.rows,
+        test_fraction=spec.test_fraction,
+        seed=spec.seed,
+    )
 
 
 def _load_npz(path: Path, spec: TaskSpec, kind: type[ArrayTask]) -> ArrayTask:
