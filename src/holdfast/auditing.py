@@ -21,6 +21,7 @@ from holdfast.results import (
     ROLES,
     AuditResult,
     Cell,
+    Flag,
     Role,
     SearchTrial,
     Side,
@@ -81,6 +82,7 @@ def audit(
     spec: AuditSpec,
     run: Run,
     executor: Executor | str = "serial",
+    flags: Sequence[Flag] = (),
 ) -> AuditResult:
     """Attacks a model and its controls with the same battery, budgets and samples, and says what that shows.
 
@@ -97,6 +99,7 @@ def audit(
         spec: battery, budgets, seeds, thresholds.
         run: seed, device, folder.
         executor: where trials run; it does not change their results.
+        flags: of the data; see `holdfast.validation`.
 
     Returns:
         Curves, a summary by budget and the verdict.
@@ -136,7 +139,7 @@ def audit(
     side = _side(immunized, original, benign, run)
     with run.seeded("scratch", 0):
         fresh = original.fresh()
-    flags = red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)
+    flags = [*flags, *red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)]
     flags += flags_of_curves(curves, configs)
     samples = bench.samples["restricted", 0].size("train")
     target = _target(comparison, restricted.audit_chance)

@@ -6,7 +6,7 @@ import base64
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,6 +30,7 @@ from holdfast.results import (
     AuditResult,
     Feasibility,
     Figure,
+    Flag,
     ImmunizationResult,
     ModelFacts,
     Outcome,
@@ -42,6 +43,7 @@ from holdfast.results import (
 )
 from holdfast.tasks import Task
 from holdfast.team import team
+from holdfast.validation import validate
 
 Kind = Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
 
@@ -64,6 +66,7 @@ class Job:
     tasks: dict[str, TaskFacts] = field(default_factory=dict)
     models: dict[str, ModelFacts] = field(default_factory=dict)
     timing: dict[str, float] = field(default_factory=dict)
+    flags: list[Flag] = field(default_factory=list)
 
     @classmethod
     def start(
@@ -178,11 +181,16 @@ class Job:
         yield
         self.timing[stage] = round(time.perf_counter() - begin, 3)
 
-    def note_tasks(self, benign: Task, restricted: Task, transfer: Task | None = None) -> None:
-        """Notes the facts of the tasks."""
-        self.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
-        if transfer is not None:
-            self.tasks["transfer"] = transfer.facts()
+    def note_tasks(self, tasks: Mapping[str, Task | None]) -> None:
+        """Looks at the tasks, says what was read, and notes it; see `validate`.
+
+        Raises:
+            HoldfastError: if tasks are the same that must not be.
+        """
+        found = validate({part: task for part, task in tasks.items() if task is not None})
+        self.tasks, self.flags = found.facts, found.flags
+        for line in found.lines():
+            self.run.say(line)
 
     def note_model(self, role: str, model: SplitModel, file_sha256: str | None = None) -> None:
         """Notes the facts of a model, and says what a reader should know of how it was read."""
@@ -272,6 +280,7 @@ class Job:
                 spec=spec,
                 run=self.run,
                 executor=executor,
+                flags=self.flags,
             )
 
     def save(

@@ -90,7 +90,7 @@ def immunize(
     threads = checked_threads(threads)
     model = model.made_plain()
     job = Job.start("immunize", f"{chosen.name} on {model.name}", seed, device, folder, quiet)
-    job.note_tasks(benign, restricted)
+    job.note_tasks({"benign": benign, "restricted": restricted})
     job.claim({"defense": {"name": chosen.name, **chosen.config()}, "model": model.facts().sha256})
     job.note_model("original", model)
     with cpu_threads(threads):
@@ -188,7 +188,7 @@ def audit(
     model, original = model.made_plain(), original.made_plain()
     job = Job.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
     facts = {"model": model.facts().sha256, "original": original.facts().sha256}
-    job.note_tasks(benign, restricted, transfer)
+    job.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
     job.claim({"audit": spec.model_dump(mode="json"), **facts})
     if source is not None:
         # Beside the job's settings, not among them: a model that was moved is the same model.
@@ -236,7 +236,7 @@ def feasibility(
     check(model, benign, restricted, ridge=ridge, q=q)
     on = "inputs" if model is None else model.name
     job = Job.start("feasibility", f"{benign.name} against {restricted.name} on {on}", 0, device, folder, quiet)
-    job.note_tasks(benign, restricted)
+    job.note_tasks({"benign": benign, "restricted": restricted})
     if model is not None:
         job.note_model("original", model)
     job.claim({"ridge": ridge, "q": q, "model": None if model is None else model.facts().sha256})
@@ -308,7 +308,7 @@ def run_recipe(
         adversarys.few_shot(recipe.audit.shots, 0)
 
     job = Job.start("run", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
-    job.note_tasks(benign, restricted, transfer)
+    job.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
     job.claim({"recipe": job.recipe, "model": model.facts().sha256})
     finished = job.finished()
     if finished is not None:
@@ -336,9 +336,13 @@ def _run_study(
         with run.seeded("initialise"):
             model = load_model(recipe.model, first, data_dir=data_dir, device=chosen)
     job = Job.start("study", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
-    for name, each in tasks.items():
-        for role, task in zip(("benign", "restricted") if len(each) > 1 else ("data",), each, strict=True):
-            job.tasks[f"{name} {role}"] = task.facts()
+    job.note_tasks(
+        {
+            f"{name} {role}": task
+            for name, each in tasks.items()
+            for role, task in zip(("benign", "restricted") if len(each) > 1 else ("data",), each, strict=True)
+        }
+    )
     if model is not None:
         job.note_model("original", model)
     job.claim({"recipe": job.recipe, "model": None if model is None else model.facts().sha256})
@@ -385,10 +389,17 @@ def _run_protocol(
     if recipe.conditioning is not None:
         check_conditioning(recipe.conditioning, grounds)
     job = Job.start("protocol", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
-    for name, ground in grounds.items():
-        job.tasks |= {f"{name}: benign": ground.benign.facts(), f"{name}: restricted": ground.restricted.facts()}
-        if ground.transfer is not None:
-            job.tasks[f"{name}: transfer"] = ground.transfer.facts()
+    job.note_tasks(
+        {
+            f"{name}: {role}": task
+            for name, ground in grounds.items()
+            for role, task in (
+                ("benign", ground.benign),
+                ("restricted", ground.restricted),
+                ("transfer", ground.transfer),
+            )
+        }
+    )
     job.claim({"recipe": job.recipe, "models": {name: g.original.facts().sha256 for name, g in grounds.items()}})
     finished = job.finished()
     if finished is not None:

@@ -24,7 +24,7 @@ from holdfast.models.labels import match_outputs, names_in, names_of, real_names
 from holdfast.models.weights import read_weights
 from holdfast.tasks import Schedule, Task, TextTask, Vocabulary, located
 from holdfast.tasks.denoising import SCHEDULES
-from holdfast.tasks.tokenizing import DATA_VARIABLE
+from holdfast.tasks.places import DATA_VARIABLE, place
 
 Values = tuple[float, ...]
 
@@ -374,13 +374,14 @@ def _refuse_place(name: str) -> None:
 
 
 def _find(weights: str, data_dir: Path | str | None) -> Path:
-    data_dir = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
-    path = Path(weights).expanduser()
-    places = [path] if path.is_absolute() or data_dir is None else [path, Path(data_dir).expanduser() / path]
-    for place in places:
-        if place.is_file():
-            return place
-    raise HoldfastError(f"No weights at {' or '.join(repr(str(p)) for p in places)}: the file does not exist.")
+    found = place(weights, data_dir, is_there=Path.is_file)
+    if found is None:
+        where = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
+        places = [Path(weights).expanduser()]
+        if where is not None and not places[0].is_absolute():
+            places.append(Path(where).expanduser() / weights)
+        raise HoldfastError(f"No weights at {' or '.join(repr(str(p)) for p in places)}: the file does not exist.")
+    return found
 
 
 @dataclass(frozen=True)
