@@ -179,7 +179,7 @@ def _refuse_others(name: str) -> None:
         return
     if isinstance(config, dict) and "model_type" not in config and isinstance(config.get("architecture"), str):
         raise HoldfastError(
-            f"hf:{name} is a model of timm; name it timm:{config['architecture']}, and the file of weights in it as its "
+            f"hf:{name} is a model of timm; take timm:{config['architecture']}, and the file of weights in it as its "
             "--weights."
         )
 
