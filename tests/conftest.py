@@ -19,9 +19,10 @@ from holdfast.tasks import ArrayTask, load_task
 from shams import zoo_original
 
 # One thread, here and in the processes that tests start: as fast as two for networks this small, and indifferent to
-# what else the machine does.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
+# what else the machine does. `make test-portable` asks for two as well.
+THREADS = int(os.environ.get("HOLDFAST_TEST_THREADS", "1"))
+torch.set_num_threads(THREADS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -16,8 +16,10 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from holdfast.errors import HoldfastError
 from holdfast.finished import card_command, leaderboard_command, replay_command, report_command
 from holdfast.launched import processes
+from holdfast.stopping import Terminated, sigterm_raises
 
-RESISTS, BAD_INPUT, DOES_NOT_RESIST, INVALID, INTERRUPTED = 0, 2, 3, 4, 130
+RESISTS, BAD_INPUT, DOES_NOT_RESIST, INVALID, INTERRUPTED, TERMINATED = 0, 2, 3, 4, 130, 143
+KEPT = "What is finished is kept; the same command continues from there."
 
 
 def run_command(
@@ -303,11 +305,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = parser.parse_args(list(argv) if argv is not None else None)
         command = options.command
         arguments = options[command].as_dict()
-        code = _agreed(COMMANDS[command](**arguments))
+        with sigterm_raises():
+            code = _agreed(COMMANDS[command](**arguments))
     except HoldfastError as error:
         code = _complain(str(error), BAD_INPUT)
+    except Terminated:
+        code = _complain(f"Terminated. {KEPT}", TERMINATED)
     except KeyboardInterrupt:
-        code = _complain("Interrupted. What is finished is kept; the same command continues from there.", INTERRUPTED)
+        code = _complain(f"Interrupted. {KEPT}", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
