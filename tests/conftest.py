@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import training
 from holdfast.execution import Run
 from holdfast.finetune import pretrain
 from holdfast.models import ModelSpec, SplitModel, load_model
@@ -23,7 +24,17 @@ from shams import zoo_original
 THREADS = int(os.environ.get("HOLDFAST_TEST_THREADS", "1"))
 torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
+# Nor is it their business how a terminal is, what started them, or what a person has set.
+for name in (
+    "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE",
+    "HOLDFAST_TRACEBACK", "HOLDFAST_DATA", "RANK", "LOCAL_RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE",
+):  # fmt: skip
+    os.environ.pop(name, None)
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(training)
 
 
 @pytest.fixture(autouse=True)
