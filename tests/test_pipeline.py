@@ -8,14 +8,14 @@ import pickle
 import shutil
 import signal
 import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
+import children
 import holdfast
+from children import wait_for
 from holdfast.defenses import Sophon
 from holdfast.errors import HoldfastError
 from holdfast.job import REPLACED
@@ -160,37 +160,14 @@ class TestRecipe:
         assert result.provenance.models["original"].parameters == 269_722
 
 
-def start(folder, *more):
-    command = [
-        sys.executable,
-        "-m",
-        "holdfast",
-        "run",
-        "quickstart",
-        "--scale",
-        "smoke",
-        "--device",
-        "cpu",
-        "--out",
-        str(folder),
-    ]
-    settings = ["--set", "defense.iterations=30", "--set", "defense.guard_every=1", "--set", "audit.seeds=2"]
-    # A process inherits that a signal is ignored, as after `pytest &` in a script; its Ctrl-C would then do nothing.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(
-            [*command, *settings, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
+SETTINGS = [
+    "run", "quickstart", "--scale", "smoke", "--device", "cpu", "--set", "defense.iterations=30",
+    "--set", "defense.guard_every=1", "--set", "audit.seeds=2",
+]  # fmt: skip
 
 
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, f"it ended before it could be killed:\n{process.stdout.read()}"
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.005)
+def start(folder):
+    return children.start(*SETTINGS, "--out", folder)
 
 
 def test_killed_twice_and_resumed_to_the_same_numbers(tmp_path):
@@ -220,6 +197,28 @@ def test_killed_twice_and_resumed_to_the_same_numbers(tmp_path):
     assert f"{kept - 1} done before" in output
     assert start(whole).wait() == 0
     assert numbers(folder) == numbers(whole)
+
+
+def test_sigterm_leaves_a_resumable_folder_and_a_ctrl_c_that_is_ignored_stays_ignored(tmp_path):
+    """As under `nohup`, or in the background of a script."""
+    state = tmp_path / "x" / "checkpoints" / "immunization.safetensors"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = subprocess.Popen(
+            children.command(*SETTINGS, "--out", tmp_path / "x"),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_for(state.exists, process)
+    process.send_signal(signal.SIGINT)
+    seen = state.stat().st_mtime_ns
+    wait_for(lambda: state.stat().st_mtime_ns != seen, process)  # the round after the signal was finished, too
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 143
+    assert "Terminated. What is finished is kept; the same command continues from there." in output
+    assert "Traceback" not in output
 
 
 def test_ctrl_c_leaves_a_resumable_folder(tmp_path):

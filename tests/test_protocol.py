@@ -9,14 +9,12 @@ import math
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
+from children import start, wait_for
 from holdfast.adversaries import Adversary, FineTuning, Probe
 from holdfast.defenses import NTL, Sophon
 from holdfast.errors import HoldfastError
@@ -471,13 +469,9 @@ class TestResume:
         settings = {**BASE, "defenses": slow, "attacks": attacks, "seeds": 1}
         path, out = tmp_path / "mine.yaml", tmp_path / "out"
         path.write_text(json.dumps(settings))
-        command = [sys.executable, "-m", "holdfast", "run", str(path), "--device", "cpu", "--out", str(out)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        end = time.monotonic() + 60
-        while not list(out.glob("checkpoints/immunizing/*/checkpoints/immunization.safetensors")):
-            assert process.poll() is None, process.stdout.read()
-            assert time.monotonic() < end
-            time.sleep(0.005)
+        process = start("run", path, "--device", "cpu", "--out", out)
+        begun = "checkpoints/immunizing/*/checkpoints/immunization.safetensors"
+        wait_for(lambda: bool(list(out.glob(begun))), process)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not list(out.glob("checkpoints/immunized/*"))

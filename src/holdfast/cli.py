@@ -17,8 +17,9 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from holdfast.errors import HoldfastError, unknown
 from holdfast.finished import card_command, leaderboard_command, replay_command, report_command
 from holdfast.launched import processes
+from holdfast.stopping import Terminated, sigterm_raises
 
-RESISTS, BAD_INPUT, DOES_NOT_RESIST, INVALID, INTERRUPTED = 0, 2, 3, 4, 130
+RESISTS, BAD_INPUT, DOES_NOT_RESIST, INVALID, INTERRUPTED, TERMINATED = 0, 2, 3, 4, 130, 143
 NOT_IMMUNIZED = DOES_NOT_RESIST
 
 
@@ -349,12 +350,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = parser.parse_args(words)
         command = options.command
         arguments = options[command].as_dict()
-        code = _agreed(COMMANDS[command](**arguments))
+        with sigterm_raises():
+            code = _agreed(COMMANDS[command](**arguments))
     except HoldfastError as error:
         code = _complain(str(error), BAD_INPUT)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         again = "the same command without --overwrite" if arguments.get("overwrite") else "the same command"
-        code = _complain(f"Interrupted. What is finished is kept; {again} continues from there.", INTERRUPTED)
+        what, code = ("Terminated", TERMINATED) if isinstance(error, Terminated) else ("Interrupted", INTERRUPTED)
+        _complain(f"{what}. What is finished is kept; {again} continues from there.", code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
