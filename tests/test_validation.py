@@ -99,7 +99,7 @@ class TestLeaks:
         held = images(1)
         same = {
             "benign": DenoisingTask("a", x, y, *held),
-            "restricted": DenoisingTask("b", x, blank, held[0], blank),
+            "restricted": DenoisingTask("b", x, 0 * y, held[0], 0 * y),
         }
         with pytest.raises(HoldfastError, match="the same data"):
             validate(same)
