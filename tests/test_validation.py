@@ -97,7 +97,10 @@ class TestLeaks:
     def test_other_kinds(self):
         x, y = images(0)
         held = images(1)
-        same = {"benign": DenoisingTask("a", x, y, *held), "restricted": DenoisingTask("b", x, 0 * y, *held)}
+        same = {
+            "benign": DenoisingTask("a", x, y, *held),
+            "restricted": DenoisingTask("b", x, 0 * y, held[0], 0 * y),
+        }
         with pytest.raises(HoldfastError, match="the same data"):
             validate(same)
         rng = np.random.default_rng(0)
@@ -131,12 +134,12 @@ class TestLeaks:
 class TestClasses:
     def test_labels_from_one(self):
         x, y = images(0)
-        with pytest.raises(HoldfastError, match="no training sample has label 0.*number the classes from 0"):
+        with pytest.raises(HoldfastError, match=r"no training sample has label 0.*number the classes from 0"):
             ArrayTask("a", x, y + 1, x, y + 1)
 
     def test_a_label_of_the_test_split_alone(self):
         x, y = images(0)
-        with pytest.raises(HoldfastError, match="class 'c' .label 2. has no training samples, and 20 test samples"):
+        with pytest.raises(HoldfastError, match=r"class 'c' .label 2. has no training samples, and 20 test samples"):
             ArrayTask("a", x, y, x, 2 * y, ["a", "b", "c"])
         with pytest.raises(HoldfastError, match="label -1, which often marks samples without a label"):
             ArrayTask("a", x, y, x, np.full(40, -1))
@@ -316,7 +319,7 @@ class TestPlaces:
     def test_embedded_data_and_a_folder_of_that_name(self, tmp_path, monkeypatch):
         (tmp_path / "digits").mkdir()
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(HoldfastError, match="both embedded data and a folder here; write ./digits"):
+        with pytest.raises(HoldfastError, match=r"both embedded data and a folder here; write ./digits"):
             load_task("digits")
 
     @pytest.mark.parametrize("folder", ["a@b", "a[1]", "a@b[0-1]"])

@@ -94,8 +94,7 @@ class _Seen:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        known = isinstance(task, ArrayTask)
-        self.hashes: dict[str, list[bytes]] = {s: task.hashes(s) if known else [] for s in SPLITS}
+        self.hashes: dict[str, list[bytes]] = {s: task.hashes(s) if isinstance(task, ArrayTask) else [] for s in SPLITS}
         self.plain = task.facts()
 
     def every(self) -> set[bytes]:

@@ -64,7 +64,7 @@ def load_folder(
         found = {"all": _Classes(path, kind.labelled, notes)}
     else:
         found = {name: _Classes(place, kind.labelled, notes) for name, place in splits.items()}
-        _check_same(path, *splits.values(), *found.values())
+        _check_same(path, splits["train"], splits["test"], found["train"], found["test"])
     first = next(iter(found.values()))
     names = list(first.files)
     if splits is not None and (unseen := [n for n in names if n not in found["test"].files]):

@@ -93,7 +93,7 @@ class Opener:
 
     def _on_white(self, image: Image.Image) -> Image.Image:
         seen = image.convert("RGBA")
-        if seen.getextrema()[3] == (255, 255):
+        if seen.getchannel("A").getextrema() == (255, 255):
             return seen.convert("RGB")
         self.counted["images with transparent pixels, put on white"] += 1
         return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
@@ -112,12 +112,13 @@ class Opener:
 
 def _is_deep_colour(image: Image.Image) -> bool:
     """Whether a PNG has 16 bits a channel where Pillow gives 8."""
-    if image.format != "PNG" or image.mode.startswith("I") or not getattr(image, "fp", None):
+    file = getattr(image, "fp", None)
+    if image.format != "PNG" or image.mode.startswith("I") or file is None:
         return False
-    place = image.fp.tell()
-    image.fp.seek(24)  # of the header: 8 bytes of signature, 8 of its name and length, 8 of width and height
-    depth = image.fp.read(1)
-    image.fp.seek(place)
+    place = file.tell()
+    file.seek(24)  # of the header: 8 bytes of signature, 8 of its name and length, 8 of width and height
+    depth = file.read(1)
+    file.seek(place)
     return bool(depth == b"\x10")
 
 
