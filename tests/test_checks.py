@@ -138,6 +138,7 @@ class TestHonestModels:
             ("timm:test_vit", {"img_size": 32, "patch_size": 8}, 32),
         ],
     )
+    @pytest.mark.trains
     def test_architectures(self, name, options, size, run):
         spec = {"image_size": size, "channels": 3} if size else {}
         benign, restricted = (load_task(TaskSpec(data=f"digits[{c}]", **spec)) for c in ("0-6", "7-9"))

@@ -372,6 +372,7 @@ class TestImmunizeAndAudit:
 
 
 class TestOthers:
+    @pytest.mark.trains
     def test_recipes(self, tmp_path, monkeypatch, capsys):
         assert "quickstart" in inside(capsys, "recipes").stdout
         (tmp_path / "own.yaml").write_text(inside(capsys, "recipes", "quickstart").stdout)

@@ -209,6 +209,7 @@ class TestJournal:
 
 
 @pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.trains
 def test_a_restored_optimizer_takes_the_same_step(fused, tmp_path):
     """Channels-last parameters and a file in between, which stores tensors contiguously."""
 

@@ -7,4 +7,16 @@ from holdfast.adversaries.probes import Probe
 from holdfast.adversaries.search import Search
 from holdfast.adversaries.undo import UNDO
 
-__all__ = ["BATTERIES", "KINDS", "SEARCHES", "UNDO", "Adversary", "FineTuning", "Probe", "Search", "battery", "build", "listed"]
+__all__ = [
+    "BATTERIES",
+    "KINDS",
+    "SEARCHES",
+    "UNDO",
+    "Adversary",
+    "FineTuning",
+    "Probe",
+    "Search",
+    "battery",
+    "build",
+    "listed",
+]
