@@ -69,12 +69,13 @@ class _Hunt:
         self.searcher.tell(scores)
         self.curves += curves
         for a, score in zip(self.proposed, scores, strict=True):
-            steps = done[a.name].budgets[-1] if a.name in done else 0
+            curve = done.get(a.name)
             self.trials.append(
                 SearchTrial(
                     role=self.role, number=len(self.trials), adversary=a.name, config=a.config(), score=score,
-                    steps=steps, confirmed=False,
-                    failure=done[a.name].failure if a.name in done else self.reasons[a.name],
+                    steps=0 if curve is None else curve.budgets[-1],
+                    benign_after=None if curve is None else curve.benign_after, confirmed=False,
+                    failure=self.reasons[a.name] if curve is None else curve.failure,
                 )
             )  # fmt: skip
 

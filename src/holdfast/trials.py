@@ -134,7 +134,10 @@ class Bench:
         if len(job) == 1:
             return [self.curve(job[0])]
         members = [Member(t.adversary, self._victim(t), self.samples[t.on, t.seed], t.role, t.seed) for t in job]
-        together = attack_together(members, budgets=self.budgets, run=self.run)
+        attacked = {t.on for t in job} == {"restricted"}
+        together = attack_together(
+            members, budgets=self.budgets, run=self.run, score_benign=self.benign if attacked else None
+        )
         return [_named(curve, trial) for curve, trial in zip(together, job, strict=True)]
 
     def _victim(self, trial: Trial) -> SplitModel:
@@ -159,6 +162,7 @@ class Bench:
                 seed=trial.seed,
                 benign=self.benign,
                 floors=trial.floors,
+                score_benign=trial.on == "restricted" and trial.role != "scratch",
             )
         except Exception as error:  # it may be anybody's code, and so is what it raises
             if trial.role != "immunized" and trial.seed != SEARCH_SEED:
