@@ -191,6 +191,7 @@ def audit(
             unit=restricted.audit_unit,
             flags=raised,
             reported_benign=spec.reported_benign,
+            warnings=flags,
             threat_model=_threat_model(
                 spec,
                 [a.name for a in applicable],

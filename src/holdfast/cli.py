@@ -163,6 +163,7 @@ def audit_command(
     shots: int | None = None,
     trials: int | None = None,
     reported: float | None = None,
+    reported_benign: float | None = None,
     seed: int = 0,
     data_dir: Path | None = None,
     device: str = "auto",
@@ -199,6 +200,8 @@ def audit_command(
         shots: Adversary's training samples a class; null: its whole half.
         trials: Of the search adaptive-v1, for each model (default: 48); other batteries have none.
         reported: Restricted score after the last budget that the publisher claims, such as 0.23; for comparison.
+        reported_benign: Benign score of ORIGINAL that its publisher claims, such as 0.92; if it is far below, the audit
+            says so first, and is invalid.
         seed: Of everything random.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
         device: auto, cpu, cuda, cuda:1, mps, ...
@@ -234,7 +237,7 @@ def audit_command(
     pipeline.audit(
         released, original=before, benign=task, restricted=against, transfer=harmless, seed=seed, device=device,
         threads=threads, folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds, shots=shots,
-        reported=reported, thresholds=limits, executor=executor, source=source, **more,
+        reported=reported, reported_benign=reported_benign, thresholds=limits, executor=executor, source=source, **more,
     )  # fmt: skip
     result = read_result(out)
     show(result, out)

@@ -88,6 +88,7 @@ def judge(
     retained: tuple[float | None, Interval | None] = (None, None),
     areas: tuple[float | None, float | None] = (None, None),
     reported_benign: float | None = None,
+    warnings: Sequence[Flag] = (),
 ) -> Verdict:
     """Turns what was measured into a verdict.
 
@@ -109,6 +110,7 @@ def judge(
         retained: what is left of the original's advantage, and its interval.
         areas: mean advantage over steps, of the immunized model and of the original.
         reported_benign: the original's benign score that its publisher claims.
+        warnings: what is suspicious about the data; it decides nothing and is said with every verdict.
     """
     share, share_interval = retained
     after = [r for r in rows if r.budget]
@@ -116,8 +118,9 @@ def judge(
     reasons += reasons_lost(curves)
 
     def verdict(label: VerdictLabel, sentence: str, why: list[str]) -> Verdict:
+        said = [f"Warning, {f.name.lower()}: {f.found} {f.remedy}" for f in warnings]
         return Verdict(
-            label=label, sentence=sentence, reasons=why, threat_model=threat_model, thresholds=limits,
+            label=label, sentence=sentence, reasons=[*why, *said], threat_model=threat_model, thresholds=limits,
             retained=share, retained_interval=share_interval, area=areas[0], original_area=areas[1],
         )  # fmt: skip
 

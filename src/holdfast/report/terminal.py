@@ -181,6 +181,9 @@ def _number(cell: Cell) -> str:
 
 
 def _show_audit(audited: AuditResult, console: Console) -> None:
+    doubts = wording.doubts(audited)
+    for line in [*doubts, wording.CAUSES] if doubts else []:
+        console.print(line)
     console.print(f"Best of {audited.battery} on {audited.restricted_task}, {audited.unit} in %")
     table = Table(pad_edge=False)
     table.add_column("model", no_wrap=True)
@@ -195,7 +198,13 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
     if note := words(audited.unit).note:
         console.print(note)
     before, after = (Cell.of([score]) for score in (audited.benign.original, audited.benign.immunized))
-    console.print(f"Benign task {audited.benign_task}: {_percent(before)} % before, {_percent(after)} % after.")
+    kept = wording.kept(audited)
+    console.print(
+        f"Benign task {audited.benign_task}: {_percent(before)} % before, {_percent(after)} % after."
+        + (f" {kept}" if kept else "")
+    )
+    if audited.keeping is not None:
+        console.print(wording.keepers(audited))
     _show_costs(audited, console)
     for effect in audited.side_effects:
         kind = "Benign task learned anew" if effect.kind == "benign" else "Transfer task"
