@@ -65,8 +65,8 @@ def strongest(audit: AuditResult) -> str:
 
 
 CAUSES = (
-    "Likely causes: another input normalisation than the weights were trained with (--mean, --std), another image size, "
-    "other channels, labels in another order, or weights that were not loaded."
+    "Likely causes: another input normalisation than the weights were trained with (--mean, --std), another image "
+    "size, other channels, labels in another order, or weights that were not loaded."
 )
 """Why an original may score far below what it should."""
 
@@ -101,9 +101,9 @@ def keepers(audit: AuditResult) -> str:
     reached = "no finite score" if mean is None else f"{mean:.1%}"
     more = "" if last.advantage is None else f", {100 * last.advantage:+.1f} points against training from scratch"
     return (
-        f"{count(len(names), 'adversary')} of {len(audit.adversaries)} cost{'s' if len(names) == 1 else ''} the immunized "
-        f"model {limit}. The best of them is {last.best_adversary['immunized']}: {reached} after "
-        f"{count(last.budget, 'step')}{more}. The verdict counts all adversaries."
+        f"{len(names)} of {count(len(audit.adversaries), 'adversary')} cost the immunized model {limit}. The best of "
+        f"them is {last.best_adversary['immunized']}: {reached} after {count(last.budget, 'step')}{more}. The verdict "
+        "counts all adversaries."
     )
 
 
