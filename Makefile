@@ -36,7 +36,7 @@ demo: $(VENV)/.installed
 	$(BIN)/holdfast run quickstart
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-portable: $(VENV)/.installed-dev
 	$(BIN)/python tests/portable.py
