@@ -155,6 +155,17 @@ class TestCollapse:
         found = flags_of_collapse(self.curves(after, best), self.SETTINGS, SIDE, 0.2)
         assert [(f.name, f.severity) for f in found] == [("Collapses when fine-tuned", "critical")] * flagged
 
+    def test_training_the_head_alone_does_not_count(self):
+        """It leaves the body as it was; however many of them a battery has, they do not outvote the others."""
+        curves = self.curves(0.2, 0.2)
+        heads = {f"head {i}": {"kind": "finetuning", "scope": "head"} for i in range(9)}
+        harmless = [
+            c.model_copy(update={"adversary": name, "benign_after": None if c.role == "scratch" else 0.9})
+            for name in heads for c in curves if c.adversary == "strong"
+        ]  # fmt: skip
+        (flag,) = flags_of_collapse([*curves, *harmless], {**self.SETTINGS, **heads}, SIDE, 0.2)
+        assert flag.found.startswith("Of 2 kinds of fine-tuning")
+
     def test_not_where_the_original_loses_it_as_well(self):
         curves = [
             c.model_copy(update={"benign_after": 0.2}) if c.role != "scratch" else c for c in self.curves(0.2, 0.2)

@@ -100,8 +100,11 @@ def flags_of_collapse(
             return 0.0
         return (cell.mean - benign.chance) / (own - benign.chance)
 
+    # Who trains the head alone leaves the body as it was: that says nothing about a model whose weights move.
     gentle = [
-        name for name, c in adversaries.items() if c.get("kind") == "finetuning" and kept("original", name) >= MIN_KEPT
+        name
+        for name, c in adversaries.items()
+        if c.get("kind") == "finetuning" and c.get("scope") != "head" and kept("original", name) >= MIN_KEPT
     ]
     gone = [
         name
