@@ -84,7 +84,7 @@ class TestHelp:
 
 
 class TestRun:
-    def test_smoke_leaves_a_folder_and_prints_the_verdict(self, tmp_path):
+    def test_smoke_leaves_a_folder_and_prints_the_verdict(self, tmp_path, capsys, monkeypatch):
         done = holdfast("run", "quickstart", "--scale", "smoke", "--set", "audit.shots=1", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         folder = tmp_path / "runs" / "quickstart"
@@ -93,19 +93,20 @@ class TestRun:
         assert "Threat model: An adversary with 3 labelled samples" in done.stdout
         assert "runs/quickstart/report.html" in done.stdout
 
-        again = holdfast("run", "quickstart", "--scale", "smoke", "--set", "audit.shots=1", cwd=tmp_path)
+        monkeypatch.chdir(tmp_path)
+        again = inside(capsys, "run", "quickstart", "--scale", "smoke", "--set", "audit.shots=1")
         assert again.returncode == 0
         assert "already complete" in again.stderr
         assert again.stdout == done.stdout
 
-        gated = holdfast("run", "quickstart", "--scale", "smoke", "--set", "audit.shots=1", "--gate", cwd=tmp_path)
+        gated = inside(capsys, "run", "quickstart", "--scale", "smoke", "--set", "audit.shots=1", "--gate")
         assert gated.returncode in (0, 3, 4)
         label = gated.stdout.split("Verdict: ")[1].split(".")[0]
         assert gated.returncode == {"RESISTS": 0, "PARTIAL": 3, "FAILS": 3, "INVALID": 4}[label]
 
         report = folder / "report.html"
         report.unlink()
-        assert holdfast("report", folder).returncode == 0
+        assert inside(capsys, "report", folder).returncode == 0
         assert report.exists()
 
     @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ class TestImmunizeAndAudit:
         assert done.returncode == 0, done.stderr
         made = tmp_path / "made" / "model.safetensors"
         audit = ("--original", files / "original.safetensors", "--budgets", "0,2,5", "--seeds", "1", "--shots", "2")
-        done = holdfast("audit", made, *audit, *self.COMMON, "--out", tmp_path / "audit")
+        done = inside(capsys, "audit", made, *audit, *self.COMMON, "--out", tmp_path / "audit")
         assert done.returncode in (0, 3, 4), done.stderr
         assert "5 steps" in done.stdout
 
@@ -171,13 +172,14 @@ class TestImmunizeAndAudit:
             "--restricted", "digits[5-9]@kind=denoising,test_limit=30",
         )  # fmt: skip
         brief = ("--set", "iterations=1", "--set", "steps=1", "--set", "batch_sizes=[10]")
-        done = holdfast("immunize", folder, *tasks, "--out", tmp_path / "made", *brief)
+        done = inside(capsys, "immunize", folder, *tasks, "--out", tmp_path / "made", *brief)
         assert done.returncode == 0, done.stderr
         assert "Written for diffusers" in done.stdout + done.stderr
         made = json.loads((tmp_path / "made" / "result.json").read_text())
         assert made["immunization"]["config"]["loss"] == "dos"
-        done = holdfast(
-            "audit", tmp_path / "made" / "pipeline", "--original", tmp_path / "made" / "model.safetensors", *tasks,
+        done = inside(
+            capsys, "audit", tmp_path / "made" / "pipeline", *tasks,
+            "--original", tmp_path / "made" / "model.safetensors",
             "--budgets", "0,1", "--seeds", "1", "--shots", "20", "--out", tmp_path / "audit",
         )  # fmt: skip
         assert done.returncode == 4, done.stderr  # one seed: invalid
