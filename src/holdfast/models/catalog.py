@@ -374,6 +374,8 @@ def _refuse_place(name: str) -> None:
 
 
 def _find(weights: str, data_dir: Path | str | None) -> Path:
+    if Path(weights).expanduser().is_dir():
+        raise HoldfastError(f"{weights!r} is a folder; name the file of weights in it (.safetensors, or its index).")
     found = place(weights, data_dir, is_there=Path.is_file)
     if found is None:
         where = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
@@ -146,7 +145,10 @@ class ArrayTask(Task):
             raise self._bad(f"{label} has dtype {a.dtype}; expected numbers")
         if a.ndim in (3, 4):
             if a.dtype != np.uint8:
-                raise self._bad(f"{label} looks like images {a.shape} but is {a.dtype}; expected uint8, 0 to 255")
+                raise self._bad(
+                    f"{label} looks like images {a.shape} but is {a.dtype}, {_span(a)}; expected uint8, 0 to 255"
+                    f"{_as_bytes(a)}"
+                )
             a = a[:, None] if a.ndim == 3 else np.moveaxis(a, -1, 1)
             if a.shape[1] not in (1, 3):
                 hint = "; move the channels to the end" if a.shape[2] in (1, 3, 4) else ""
@@ -168,7 +170,16 @@ class ArrayTask(Task):
     def _labels(self, values: npt.ArrayLike, label: str) -> Array:
         a = np.asarray(values)
         if a.ndim != 1:
-            raise self._bad(f"{label} has shape {a.shape}; expected (N,), one integer a sample")
+            one_hot = a.ndim == 2 and a.shape[1] > 1
+            how = (
+                f" (one-hot: store {label}.argmax(1))" if one_hot else f" (store {label}[:, 0])" if a.ndim == 2 else ""
+            )
+            raise self._bad(f"{label} has shape {a.shape}; expected (N,), one integer a sample{how}")
+        if a.dtype.kind in "USO":
+            raise self._bad(
+                f"{label} holds words, such as {str(a[0]) if len(a) else ''!r}; expected integers from 0 on, and the "
+                f"words as class_names: class_names, {label} = np.unique(labels, return_inverse=True)"
+            )
         if a.dtype.kind not in "uib" and not (a.dtype.kind == "f" and np.isfinite(a).all() and (a == a.round()).all()):
             raise self._bad(f"{label} has dtype {a.dtype} with values that are no integers; expected class labels")
         return a.astype(np.int64)
@@ -484,28 +495,20 @@ def load_npz(path: Path, kind: type[ArrayTask] = ArrayTask) -> ArrayTask:
     return kind(path.stem, inputs[0], targets[0], inputs[1], targets[1], names).noted(f"file {path}", *notes)
 
 
-def draw_test_rows(path: Path, y: Array, fraction: float, seed: int) -> Array:
-    """Draws a share of every class for testing, where a file has no split of its own.
+def _span(a: Array) -> str:
+    return f"{a.min():g} to {a.max():g}" if a.size and a.dtype.kind in "iufb" else "without values"
 
-    Args:
-        path: for the message.
-        y: labels, shape (N,).
-        fraction: in (0, 1).
-        seed: of the draw.
 
-    Returns:
-        Shape (N,), bool.
-
-    Raises:
-        HoldfastError: if a class has too few samples.
-    """
-    test = np.zeros(len(y), dtype=bool)
-    try:
-        _, rows = train_test_split(np.arange(len(y)), test_size=fraction, random_state=seed, stratify=y)
-    except ValueError as error:
-        raise HoldfastError(f"{str(path)!r} cannot be split into train and test: {error}") from error
-    test[rows] = True
-    return test
+def _as_bytes(a: Array) -> str:
+    """How to make images of bytes from an array whose range says what it holds."""
+    if not a.size or a.dtype.kind not in "iuf" or not np.isfinite(a).all():
+        return ""
+    low, high = a.min(), a.max()
+    if a.dtype.kind == "f" and low >= 0 and high <= 1:
+        return ": store (255 * x).round().astype('uint8')"
+    if low >= 0 and 1 < high <= 255:
+        return ": store x.round().astype('uint8')"
+    return "; undo the normalisation first, which models do by themselves"
 
 
 def _class_names(path: Path, names: Array) -> list[str]:

@@ -19,7 +19,8 @@ from scipy.io import wavfile
 from scipy.signal import get_window
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.tasks.arrays import UNREADABLE, Array, ArrayTask, draw_test_rows
+from holdfast.tasks.arrays import UNREADABLE, Array, ArrayTask
+from holdfast.tasks.splits import draw_test_rows
 
 WINDOW, HOP = 0.032, 0.016
 WINDOWS, BANDS = 61, 40

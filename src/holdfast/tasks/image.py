@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 from holdfast.errors import HoldfastError
-from holdfast.tasks.arrays import Array, ArrayTask
+from holdfast.tasks.arrays import ArrayTask
 from holdfast.tasks.pictures import SOUND, Opener, stack, suffixes
+from holdfast.tasks.splits import draw_rows
 
 TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("test", "testing", "val", "valid", "validation", "dev")
@@ -86,7 +86,7 @@ def load_folder(
         (x_train, y_train), (x_test, y_test) = arrays
         return kind(path.name, x_train, y_train, x_test, y_test, names).noted(f"folder {path}", *notes)
     x, y = arrays[0]
-    train, test = _drawn(path, y, test_fraction, seed)
+    train, test = draw_rows(path, y, test_fraction, seed, names)
     made = kind(path.name, x[train], y[train], x[test], y[test], names)
     return made.noted(f"folder {path}", *notes, drawn=True)
 
@@ -122,14 +122,6 @@ def split_folders(path: Path, labelled: bool, notes: list[str] | None = None) ->
     if len(held) > 1 or others:
         said.append(f"folders beside the two splits were left out: {_some_of([*held[1:], *others])}")
     return {"train": folders[train[0]], "test": folders[held[0]]}
-
-
-def _drawn(path: Path, y: Array, fraction: float, seed: int) -> tuple[Array, Array]:
-    try:
-        train, test = train_test_split(np.arange(len(y)), test_size=fraction, random_state=seed, stratify=y)
-    except ValueError as error:
-        raise HoldfastError(f"{str(path)!r} cannot be split into train and test: {error}") from error
-    return train, test
 
 
 class _Classes:

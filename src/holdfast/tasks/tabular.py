@@ -12,8 +12,9 @@ import pandas as pd
 from sklearn.model_selection import train_test_split
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.tasks.arrays import ArrayTask, draw_test_rows
+from holdfast.tasks.arrays import ArrayTask
 from holdfast.tasks.regression import RegressionTask
+from holdfast.tasks.splits import draw_test_rows
 from holdfast.tasks.tables import check_columns, labels_of, read_csv, split_rows
 
 Encoding = Literal["onehot", "ordinal"]
@@ -76,7 +77,7 @@ def load_csv(
         raise HoldfastError(f"{str(path)!r}: there is no column beside the target {target!r} to predict it from.")
     check_columns(path, table, notes)
     if rows is None:
-        test = _test_rows(path, split, y, test_fraction, seed)
+        test = _test_rows(path, split, y, test_fraction, seed, names)
     else:
         test = np.arange(len(y)) >= _check_rows(path, rows, len(y))
     if encoding == "ordinal":
@@ -260,5 +261,7 @@ def _read(path: Path, target: str | None, notes: list[str]) -> tuple[pd.DataFram
     return table, target
 
 
-def _test_rows(path: Path, split: pd.Series | None, y: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    return draw_test_rows(path, y, fraction, seed) if split is None else split.to_numpy()
+def _test_rows(
+    path: Path, split: pd.Series | None, y: np.ndarray, fraction: float, seed: int, names: Sequence[str] | None = None
+) -> np.ndarray:
+    return draw_test_rows(path, y, fraction, seed, names) if split is None else split.to_numpy()

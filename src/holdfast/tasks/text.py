@@ -14,7 +14,8 @@ from torch import Tensor
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.results import TaskFacts
-from holdfast.tasks.arrays import Array, ArrayTask, draw_test_rows
+from holdfast.tasks.arrays import Array, ArrayTask
+from holdfast.tasks.splits import draw_test_rows
 from holdfast.tasks.tables import labels_of, read_csv, split_rows, stripped, texts_of
 from holdfast.tasks.tabular import MAX_CLASSES
 from holdfast.tasks.tokenizing import Tokenizer, Vocabulary
@@ -159,7 +160,7 @@ def load_text(
     y, names = labels_of(path, labels, MAX_CLASSES, f"; expected at most {MAX_CLASSES}.")
     joined = texts_of(path, table, columns, notes)
     drawn = test is None
-    rows = draw_test_rows(path, y, test_fraction, seed) if test is None else test
+    rows = draw_test_rows(path, y, test_fraction, seed, names) if test is None else test
     train, tested = ((joined[part].tolist(), y[part]) for part in (~rows, rows))
     made = text_task(path.stem, train, tested, names, tokenizer=tokenizer, length=length)
     return made.noted(f"file {path}", *notes, drawn=drawn)
