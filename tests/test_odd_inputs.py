@@ -297,7 +297,7 @@ REFUSED = {
     "a setting for another source": (images("plain/@bins=3"), ["bins"]),
     "drop of a folder": (images("plain/@drop=a"), ["drop"]),
     "two files of one name": (npz("both.npz") + " --data-dir data", ["both.npz"]),
-    "floats as images": (npz("./floats.npz"), ["0 to 1", "(255 * x).round()"]),
+    "floats as images": (npz("./floats.npz"), ["float64", "(255 * x).round()"]),
     "integers as images": (npz("./wide.npz"), ["int64", "x.round().astype('uint8')"]),
     "channels first": (npz("./first.npz"), ["channels"]),
     "four channels": (npz("./four.npz"), ["4 channels"]),
