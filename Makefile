@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint format docs bench clean
+.PHONY: help demo test test-portable lint format docs bench clean
 
 help:
 	@echo "make demo    run the quickstart: immunize a small model, audit it, write the report"
 	@echo "make test    run the tests"
+	@echo "make test-portable  run those that train, on other instruction sets and with one and two threads (half an hour)"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make format  let ruff format the code"
 	@echo "make docs    build the documentation into site/"
@@ -35,7 +36,10 @@ demo: $(VENV)/.installed
 	$(BIN)/holdfast run quickstart
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-portable: $(VENV)/.installed-dev
+	$(BIN)/python tests/portable.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

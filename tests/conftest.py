@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import training
 from holdfast.execution import Run
 from holdfast.finetune import pretrain
 from holdfast.models import ModelSpec, SplitModel, load_model
@@ -19,10 +20,21 @@ from holdfast.tasks import ArrayTask, load_task
 from shams import zoo_original
 
 # One thread, here and in the processes that tests start: as fast as two for networks this small, and indifferent to
-# what else the machine does.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
+# what else the machine does. `make test-portable` asks for two as well.
+THREADS = int(os.environ.get("HOLDFAST_TEST_THREADS", "1"))
+torch.set_num_threads(THREADS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
+# Nor is it their business how a terminal is, what started them, or what a person has set.
+for name in (
+    "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE",
+    "HOLDFAST_TRACEBACK", "HOLDFAST_DATA", "RANK", "LOCAL_RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE",
+):  # fmt: skip
+    os.environ.pop(name, None)
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(training)
 
 
 @pytest.fixture(autouse=True)

@@ -146,6 +146,7 @@ def test_saved_and_loaded_again_it_says_the_same(built, tmp_path):
         assert torch.equal(again.eval()(batch(task)), model.eval()(batch(task)))
 
 
+@pytest.mark.trains
 def test_a_suppression_loop_leaves_the_model_alone(built):
     _, model, task = built
     model.train()
@@ -167,6 +168,7 @@ def test_a_suppression_loop_leaves_the_model_alone(built):
         assert any(g is not None and g.any() for g in simulation.gradients())
 
 
+@pytest.mark.trains
 def test_adapters_in_the_transformer_are_scored_as_they_were_trained():
     """PyTorch's own encoder layer reads the weights past its layers in evaluation, and so past the adapters."""
     task = images(16)

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import holdfast as holdfast_package
 from holdfast.cli import COMMANDS, _parser, main
+from holdfast.results import ImmunizationResult
+from holdfast.suppression import LOSSES, inverse_cross_entropy
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("HOLDFAST_DATA", "COLUMNS")}
 
@@ -79,7 +84,7 @@ class TestHelp:
 
 
 class TestRun:
-    def test_smoke_leaves_a_folder_and_prints_the_verdict(self, tmp_path):
+    def test_smoke_leaves_a_folder_and_prints_the_verdict(self, tmp_path, capsys, monkeypatch):
         done = holdfast("run", "quickstart", "--scale", "smoke", "--set", "audit.shots=1", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         folder = tmp_path / "runs" / "quickstart"
@@ -88,19 +93,20 @@ class TestRun:
         assert "Threat model: An adversary with 3 labelled samples" in done.stdout
         assert "runs/quickstart/report.html" in done.stdout
 
-        again = holdfast("run", "quickstart", "--scale", "smoke", "--set", "audit.shots=1", cwd=tmp_path)
+        monkeypatch.chdir(tmp_path)
+        again = inside(capsys, "run", "quickstart", "--scale", "smoke", "--set", "audit.shots=1")
         assert again.returncode == 0
         assert "already complete" in again.stderr
         assert again.stdout == done.stdout
 
-        gated = holdfast("run", "quickstart", "--scale", "smoke", "--set", "audit.shots=1", "--gate", cwd=tmp_path)
+        gated = inside(capsys, "run", "quickstart", "--scale", "smoke", "--set", "audit.shots=1", "--gate")
         assert gated.returncode in (0, 3, 4)
         label = gated.stdout.split("Verdict: ")[1].split(".")[0]
         assert gated.returncode == {"RESISTS": 0, "PARTIAL": 3, "FAILS": 3, "INVALID": 4}[label]
 
         report = folder / "report.html"
         report.unlink()
-        assert holdfast("report", folder).returncode == 0
+        assert inside(capsys, "report", folder).returncode == 0
         assert report.exists()
 
     @pytest.mark.parametrize(
@@ -116,9 +122,17 @@ class TestRun:
             (["quickstart", "--sed", "1"], ["--sed"]),
             (["quickstart", "--set", "benign.data=./mine.npz"], ["'./mine.npz'", "does not exist"]),
             (["quickstart", "--set", "defense={name: [x]}"], ["Unknown defense"]),
-            (["quickstart", "--set", "title=2020-13-45"], ["'title=2020-13-45'", "not valid YAML"]),
+            (["quickstart", "--set", "audit.seeds=2020-13-45"], ["audit.seeds is '2020-13-45'"]),
             (["quickstart", "--set", "threads=1000000"], ["threads is 1000000"]),
             (["quickstart", "--out", "a\0b"], ["Cannot write to", "null"]),
+            (["quickstart", "--out", ""], ["--out is empty; give it a value, or leave it out"]),
+            (["quickstart", "--data-dir="], ["--data-dir is empty"]),
+            (["quickstart", "--set", "kind=studdy"], ["Unknown kind 'studdy': did you mean 'study'"]),
+            (["quickstart", "--set", "scales.smoke={}"], ["--set of scales does nothing"]),
+            (["quickstart", "--seed", "1", "--set", "seed=2"], ["--seed 1 and --set seed=2 are both given"]),
+            (["condition/house-prices", "--gate"], ["--gate: a study has no verdict"]),
+            (["sophon/stability", "--gate"], ["--gate: a protocol has no verdict"]),
+            (["sophon/stability", "--reuse", "runs/sophon/stability"], ["is the run's own folder"]),
             (["quickstart", "--data-dir", "nowhere"], ["'nowhere' (from --data-dir) does not exist"]),
         ],
     )
@@ -133,6 +147,7 @@ class TestRun:
     def test_unwritable_output(self, tmp_path, capsys):
         (tmp_path / "file").write_text("")
         refused(inside(capsys, "run", "quickstart", "--out", tmp_path / "file" / "x"), "Cannot write to")
+        refused(inside(capsys, "run", "quickstart", "--out", tmp_path / "file"), "it is a file, not a folder")
 
 
 class TestImmunizeAndAudit:
@@ -146,7 +161,7 @@ class TestImmunizeAndAudit:
         assert done.returncode == 0, done.stderr
         made = tmp_path / "made" / "model.safetensors"
         audit = ("--original", files / "original.safetensors", "--budgets", "0,2,5", "--seeds", "1", "--shots", "2")
-        done = holdfast("audit", made, *audit, *self.COMMON, "--out", tmp_path / "audit")
+        done = inside(capsys, "audit", made, *audit, *self.COMMON, "--out", tmp_path / "audit")
         assert done.returncode in (0, 3, 4), done.stderr
         assert "5 steps" in done.stdout
 
@@ -157,13 +172,14 @@ class TestImmunizeAndAudit:
             "--restricted", "digits[5-9]@kind=denoising,test_limit=30",
         )  # fmt: skip
         brief = ("--set", "iterations=1", "--set", "steps=1", "--set", "batch_sizes=[10]")
-        done = holdfast("immunize", folder, *tasks, "--out", tmp_path / "made", *brief)
+        done = inside(capsys, "immunize", folder, *tasks, "--out", tmp_path / "made", *brief)
         assert done.returncode == 0, done.stderr
         assert "Written for diffusers" in done.stdout + done.stderr
         made = json.loads((tmp_path / "made" / "result.json").read_text())
         assert made["immunization"]["config"]["loss"] == "dos"
-        done = holdfast(
-            "audit", tmp_path / "made" / "pipeline", "--original", tmp_path / "made" / "model.safetensors", *tasks,
+        done = inside(
+            capsys, "audit", tmp_path / "made" / "pipeline", *tasks,
+            "--original", tmp_path / "made" / "model.safetensors",
             "--budgets", "0,1", "--seeds", "1", "--shots", "20", "--out", tmp_path / "audit",
         )  # fmt: skip
         assert done.returncode == 4, done.stderr  # one seed: invalid
@@ -230,10 +246,60 @@ class TestImmunizeAndAudit:
         assert "Verdict: INVALID" in done.stdout
         assert "broken model is not a safe one" in done.stdout
 
+    def test_exit_3_where_nothing_was_immunized(self, files, tmp_path, capsys, monkeypatch):
+        monkeypatch.setitem(LOSSES, "ice", lambda z, y: inverse_cross_entropy(z, y) * math.nan)
+        brief = ("--set", "steps=1", "--set", "batch_sizes=[20]", "--set", "max_rollbacks=1")
+        done = inside(capsys, "immunize", files / "original.safetensors", *self.COMMON, "--out", tmp_path, *brief)
+        assert done.returncode == 3, done.stderr
+        assert "Nothing was immunized: the weights are the original's, unchanged." in done.stdout
+        assert "gave up after 1 times" in done.stdout
+        assert "Immunized model:" not in done.stdout
+        made = json.loads((tmp_path / "result.json").read_text())["immunization"]
+        assert (made["changed"], made["completed"], made["finite"]) == (False, False, True)
+        del made["changed"], made["finite"]  # as an earlier version wrote it
+        assert ImmunizationResult.model_validate(made).nothing is None
+
     @pytest.mark.parametrize(
         ("more", "words"),
         [
-            (("--set", "iterations=[1"), ["--set iterations=[1", "not valid YAML"]),
+            (("--set", "side_effects=maybe"), ["side_effects is 'maybe'"]),
+            (("--set", "side_efects=false"), ["setting for --set: 'side_efects'", "did you mean 'side_effects'"]),
+            (("--set", "seeds=3"), ["--set seeds: it has an option of its own, --seeds"]),
+            (("--set", "original_weights=x"), ["an option of its own, --original-weights"]),
+            (("--set", "max_advantag=0.03"), ["did you mean 'max_advantage'"]),
+            (("--set", "thresholds.tolerance=0.01", "--set", "tolerance=0.01"), ["names a threshold twice"]),
+            (("--set", "tolerance=0.01", "--set", "tolerance=0.02"), ["--set tolerance is given twice"]),
+            (("--trials", "9"), ["trials is 9, and quick-v1 is not a search"]),
+            (("--transfer", "digits", "--set", "side_effects=off"), ["a transfer task, and side_effects is off"]),
+        ],
+    )
+    def test_bad_settings_of_audit(self, files, tmp_path, capsys, more, words):
+        original = files / "original.safetensors"
+        done = inside(capsys, "audit", original, "--original", original, *self.COMMON, "--out", tmp_path / "o", *more)
+        refused(done, *words)
+        assert not (tmp_path / "o").exists()
+
+    def test_settings_of_an_audit_without_an_option_of_their_own(self, files, tmp_path, capsys):
+        original = files / "original.safetensors"
+        done = inside(
+            capsys, "audit", original, "--original", original, *self.COMMON, "--out", tmp_path, "--budgets", "0,1",
+            "--seeds", "1", "--shots", "2", "--set", "side_effects=false", "--set", "stacked=no",
+            "--set", "thresholds.tolerance=0.01",
+        )  # fmt: skip
+        assert done.returncode in (3, 4), done.stderr
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert result["audit"]["side_effects"] == []
+        assert result["recipe"]["audit"]["stacked"] is False
+        assert result["audit"]["verdict"]["thresholds"]["tolerance"] == 0.01
+
+    @pytest.mark.parametrize(
+        ("more", "words"),
+        [
+            (("--set", "defense=ntl"), ["--set defense: it has an option of its own, --defense"]),
+            (("--set", "stpes=3"), ["did you mean 'steps'"]),
+            (("--set", "steps=true"), ["steps is true; expected a number"]),
+            (("--set", "steps=1", "--set", "steps=2"), ["--set steps is given twice"]),
+            (("--set", "iterations=[1"), ["--set 'iterations=[1'", "not valid YAML"]),
             (("--set", "name="), ["chosen with --defense"]),
             (("--threads", "1000000"), ["threads is 1000000"]),
             (("--threads", "0"), ["threads is 0"]),
@@ -308,6 +374,7 @@ class TestImmunizeAndAudit:
 
 
 class TestOthers:
+    @pytest.mark.trains
     def test_recipes(self, tmp_path, monkeypatch, capsys):
         assert "quickstart" in inside(capsys, "recipes").stdout
         (tmp_path / "own.yaml").write_text(inside(capsys, "recipes", "quickstart").stdout)
@@ -317,7 +384,39 @@ class TestOthers:
 
     def test_bad_folders(self, tmp_path, capsys):
         refused(inside(capsys, "report", tmp_path), "holds no result.json")
+        refused(inside(capsys, "report", tmp_path / "nowhere"), "No folder at", "it does not exist")
         refused(inside(capsys, "recipes", "nothing"), "Unknown recipe 'nothing'")
+
+    def test_options_that_would_do_nothing(self, brief_folder, tmp_path, capsys):
+        check = ("card", tmp_path, "--check", brief_folder / "model.safetensors")
+        refused(inside(capsys, *check, "--out", tmp_path / "README.md"), "--out does nothing beside --check")
+        refused(inside(capsys, *check, "--weights", "x"), "--weights does nothing beside --check")
+        tasks = ("--benign", "digits[0-4]", "--restricted", "digits[5-9]", "--out", tmp_path)
+        refused(inside(capsys, "feasibility", *tasks, "--head", "fc"), "no MODEL is named")
+        refused(inside(capsys, "replay", brief_folder, "--threads", "0"), "threads is 0")
+        refused(inside(capsys, "replay", brief_folder, "--adversary", ""), "--adversary is empty")
+
+    @pytest.mark.parametrize(
+        ("more", "words"),
+        [
+            ((), "the same command continues"),
+            (("--overwrite",), "the same command without --overwrite continues"),
+        ],
+    )
+    def test_interrupted(self, tmp_path, capsys, monkeypatch, more, words):
+        def stopped(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("holdfast.pipeline.run_recipe", stopped)
+        done = inside(capsys, "run", "quickstart", "--out", tmp_path, *more)
+        assert done.returncode == 130
+        assert words in done.stderr
+
+    def test_a_recipe_with_a_key_twice(self, tmp_path, capsys):
+        text = (Path(holdfast_package.__file__).parent / "recipes" / "quickstart.yaml").read_text()
+        (tmp_path / "own.yaml").write_text(f"{text}\nseed: 1\n")
+        line = text.splitlines().index(next(x for x in text.splitlines() if x.startswith("seed:"))) + 1
+        refused(inside(capsys, "run", tmp_path / "own.yaml"), "'seed' is given twice", f"in line {line}")
 
     def test_what_nobody_foresaw_is_one_message(self, capsys, monkeypatch):
         def fail():

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import stat
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -89,6 +93,28 @@ class TestFiles:
         assert path.read_text() == "old"
         assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
+    @pytest.mark.parametrize("write", [write_atomic, lambda path, _: save_tensors(path, {"a": torch.zeros(2)}, {})])
+    def test_what_cannot_be_written_is_named(self, tmp_path, write, monkeypatch):
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(HoldfastError, match=r"Cannot write '.*folder': it is there, and is not a regular file"):
+            write(tmp_path / "folder", "text")
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(HoldfastError, match=r"Cannot write '.*pipe': it is there, and is not a regular file"):
+            write(tmp_path / "pipe", "text")
+        with pytest.raises(HoldfastError, match="File name too long"):
+            write(tmp_path / ("n" * 300), "text")
+        (tmp_path / "file").write_text("")
+        with pytest.raises(HoldfastError, match=r"Cannot write '.*/file/x': .*(exists|directory)"):
+            write(tmp_path / "file" / "x", "text")
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("pathlib.Path.replace", full)
+        with pytest.raises(HoldfastError, match=r"Cannot write '.*new': No space left on device.*What was finished"):
+            write(tmp_path / "new", "text")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "pipe"]
+
 
 class TestJournal:
     def test_survives_and_is_refused_for_other_work(self, tmp_path):
@@ -123,6 +149,59 @@ class TestJournal:
         with pytest.raises(HoldfastError, match="is damaged"):
             Journal(path, {"seed": 1})
 
+    def test_the_same_piece_twice_with_other_values_is_damage(self, tmp_path):
+        path = tmp_path / "checkpoints" / "j.jsonl"
+        journal = Journal(path, {"seed": 1}, "study")
+        journal.add("a", 1)
+        journal.add("a", 1)
+        assert Journal(path, {"seed": 1}, "study").entries == {"a": 1}
+        journal.add("a", 2)
+        with pytest.raises(HoldfastError, match=r"line 4: a is there twice.*pieces of the study"):
+            Journal(path, {"seed": 1}, "study")
+
+    def test_a_refusal_names_the_work_and_its_command(self, tmp_path, monkeypatch):
+        path = tmp_path / "checkpoints" / "j.jsonl"
+        monkeypatch.setattr("sys.argv", ["/bin/holdfast", "run", "my study.yaml"])
+        Journal(path, {"seed": 1}, "study")
+        with pytest.raises(
+            HoldfastError, match=r"unfinished study with another seed.*\(holdfast run 'my study.yaml'\)"
+        ):
+            Journal(path, {"seed": 2}, "audit")
+
+    def test_a_journal_of_an_earlier_version_continues(self, tmp_path):
+        path = tmp_path / "j.jsonl"
+        path.write_text('{"belongs_to": {"seed": 1}}\n{"key": "a", "value": 1}\n')
+        assert Journal(path, {"seed": 1}, "audit").entries == {"a": 1}
+        with pytest.raises(
+            HoldfastError, match=r"an unfinished audit with another seed.*the command that began it, or"
+        ):
+            Journal(path, {"seed": 2}, "audit")
+
+    def test_reading_finds_damage_before_what_is_missing_is_done(self, tmp_path):
+        journal = Journal(tmp_path / "j.jsonl", {}, "audit")
+        journal.add("a", "1")
+        journal.add("b", "one")
+        assert journal.missing({"a": int, "c": int}) == ["c"]
+        assert journal.read("a", int) == 1
+        with pytest.raises(HoldfastError, match=r"j\.jsonl' is damaged \(b: invalid literal"):
+            journal.missing({"b": int, "c": int})
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+    def test_a_full_disk_is_named_and_nothing_is_lost(self, tmp_path):
+        journal = Journal(tmp_path / "j.jsonl", {})
+        journal.add("a", 1)
+        journal.path = Path("/dev/full")
+        with pytest.raises(HoldfastError, match=r"Cannot write '/dev/full': No space left on device.*is kept"):
+            journal.add("b", 2)
+        assert journal.entries == {"a": 1}
+
+    def test_a_folder_that_is_gone_is_named(self, tmp_path):
+        journal = Journal(tmp_path / "checkpoints" / "j.jsonl", {})
+        shutil.rmtree(tmp_path / "checkpoints")
+        with pytest.raises(HoldfastError, match=r"Cannot write '.*j\.jsonl': No such file"):
+            journal.add("a", 1)
+        assert not (tmp_path / "checkpoints").exists()
+
     def test_in_memory(self):
         journal = Journal(None, {})
         journal.add("a", 1)
@@ -130,6 +209,7 @@ class TestJournal:
 
 
 @pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.trains
 def test_a_restored_optimizer_takes_the_same_step(fused, tmp_path):
     """Channels-last parameters and a file in between, which stores tensors contiguously."""
 

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 
+from children import start, wait_for
 from holdfast.auditing import AuditSpec, audit
 from holdfast.cli import main
 from holdfast.errors import HoldfastError
@@ -278,14 +279,6 @@ def alive(pids: set[int]) -> set[int]:
     return {int(pid) for pid, state in rows if int(pid) in pids and not state.startswith("Z")}
 
 
-def wait_for(condition, process=None, seconds=300):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process is None or process.poll() is None, f"it ended too early:\n{process.communicate()}"
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def command(tmp_path_factory, trained):
     folder = tmp_path_factory.mktemp("models")
@@ -303,17 +296,14 @@ def test_interrupted_then_killed_then_continued_to_the_same_numbers(command, tmp
     trials = tmp_path / "killed" / "checkpoints" / "trials.jsonl"
     arguments = [str(a) for a in [*command, "--out", tmp_path / "killed"]]
 
-    def start(finished):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "holdfast", *arguments, "--executor", "processes:2"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )  # fmt: skip
+    def begin_after(finished):
+        process = start(*arguments, "--executor", "processes:2", start_new_session=True)
         wait_for(lambda: trials.exists() and trials.read_text().count("\n") > finished, process)
         helpers = children(process.pid)
         assert len(helpers) >= 2
         return process, helpers
 
-    process, helpers = start(2)
+    process, helpers = begin_after(2)
     begin = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=120)
@@ -322,7 +312,7 @@ def test_interrupted_then_killed_then_continued_to_the_same_numbers(command, tmp
     assert time.monotonic() - begin < 30
     wait_for(lambda: not alive(helpers), seconds=60)
 
-    process, helpers = start(trials.read_text().count("\n") + 2)
+    process, helpers = begin_after(trials.read_text().count("\n") + 2)
     process.kill()
     process.wait()
     wait_for(lambda: not alive(helpers), seconds=60)

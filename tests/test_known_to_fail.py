@@ -22,14 +22,16 @@ def test_fine_tuning_brings_the_digits_back_that_ntl_unlearned(tmp_path):
 
 
 def test_ntl_starts_on_real_weights(data_dir, tmp_path):
-    recipe = load("ntl-cifar", scale="smoke")
+    few = ["benign.train_limit=40", "restricted.train_limit=80", "audit.shots=2", "audit.side_effects=false"]
+    recipe = load("ntl-cifar", scale="smoke", overrides=few)
     result = run_recipe(recipe, folder=tmp_path, data_dir=data_dir, device="cpu", quiet=True)
     assert result.audit.benign.original > 0.7
     assert len(result.immunization.history["mmd"]) == 2
 
 
 def test_whitening_and_the_closed_form_walk_through_a_linear_extractor(data_dir, tmp_path):
-    recipe = load("condition/probes", overrides=["audit.seeds=1", "audit.side_effects=false"])
+    few = ["benign.train_limit=2000", "benign.test_limit=300", "restricted.train_limit=2000"]
+    recipe = load("condition/probes", overrides=[*few, "audit.seeds=1", "audit.side_effects=false"])
     result = run_recipe(recipe, folder=tmp_path, data_dir=data_dir, device="cpu", quiet=True)
     says = stopped(result)
     assert says["probe line-search raw"] == says["probe gd raw"] == "slowed"

@@ -13,7 +13,7 @@ from PIL import Image
 from holdfast import picturing
 from holdfast.drawing import picture
 from holdfast.errors import HoldfastError
-from holdfast.execution import Run, load_tensors
+from holdfast.execution import Run, load_tensors, save_tensors
 from holdfast.models import ModelSpec, load_model
 from holdfast.picturing import PicturesSpec, Sitting, _about_samples
 from holdfast.pipeline import halves, run_recipe
@@ -144,6 +144,14 @@ def test_a_damaged_album_is_named(folder, tmp_path):
     file = unfinished(folder, tmp_path / "copy")[0]
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(HoldfastError, match=file.stem):
+        run(tmp_path / "copy")
+
+
+def test_an_album_of_other_pictures_is_named(folder, tmp_path):
+    file = unfinished(folder, tmp_path / "copy")[0]
+    tensors, meta = load_tensors(file)
+    save_tensors(file, {"samples": tensors["samples"]}, meta)
+    with pytest.raises(HoldfastError, match=f"{file.stem}.*damaged .it holds pictures .*delete it"):
         run(tmp_path / "copy")
 
 

@@ -9,14 +9,12 @@ import math
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
+from children import start, wait_for
 from holdfast.adversaries import Adversary, FineTuning, Probe
 from holdfast.defenses import NTL, Sophon
 from holdfast.errors import HoldfastError
@@ -471,13 +469,9 @@ class TestResume:
         settings = {**BASE, "defenses": slow, "attacks": attacks, "seeds": 1}
         path, out = tmp_path / "mine.yaml", tmp_path / "out"
         path.write_text(json.dumps(settings))
-        command = [sys.executable, "-m", "holdfast", "run", str(path), "--device", "cpu", "--out", str(out)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        end = time.monotonic() + 60
-        while not list(out.glob("checkpoints/immunizing/*/checkpoints/immunization.safetensors")):
-            assert process.poll() is None, process.stdout.read()
-            assert time.monotonic() < end
-            time.sleep(0.005)
+        process = start("run", path, "--device", "cpu", "--out", out)
+        begun = "checkpoints/immunizing/*/checkpoints/immunization.safetensors"
+        wait_for(lambda: bool(list(out.glob(begun))), process)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not list(out.glob("checkpoints/immunized/*"))
@@ -520,6 +514,14 @@ class TestReuse:
     def test_folders_without_models_are_refused_before_any_work(self, tmp_path):
         with pytest.raises(HoldfastError, match="holds no immunized model"):
             run(tmp_path / "new", reuse=[tmp_path])
+        assert not (tmp_path / "new").exists()
+
+    def test_damaged_notes_are_not_passed_over(self, folder, tmp_path):
+        other = shutil.copytree(folder, tmp_path / "other")
+        notes = next((other / "checkpoints" / "immunized").glob("*.json"))
+        notes.write_text('{"made_of": {}, "made_of": {}}')
+        with pytest.raises(HoldfastError, match=r"json' is damaged \(the key 'made_of' is given twice\); delete it"):
+            run(tmp_path / "new", reuse=[other])
         assert not (tmp_path / "new").exists()
 
     def test_folders_with_none_that_fits_are_refused(self, folder, tmp_path):
@@ -636,22 +638,23 @@ AT_HAND = {
 SMALL = {"ntl": {"batch_size": 4}, "sophon": {"steps": 1, "batch_sizes": [4], "reinforcement_batch": 4}}
 DEEP = {"batch_size": 8, "restricted_batch": 40, "epochs": None, "blocks": 1}
 IN_CLOSED_FORM = ("frontier", "signal-frontier", "leace")
-BRIEF = {"iterations": 2, "holdout": 0.005, "guard_every": 10, "max_benign_drop": 1.0}
+FEW = {"train_limit": 800, "test_limit": 10}
+BRIEF = {"iterations": 2, "holdout": 0.04, "guard_every": 10, "max_benign_drop": 1.0}
 
 
 WORDS = {"tokenizer": "words", "length": 8, "train_limit": 400}
 READER = {"name": "hf:tiny", "options": {"config": {**BERT, "vocab_size": 1024}}}
 
 
-def brief(name, network=None):
-    """A recipe's paper scale, on the data at hand and for two loops of everything; `network` instead of its own."""
+def brief(name, network=None, iterations=2):
+    """A recipe's paper scale, on the data at hand and for a few rounds of everything; `network` instead of its own."""
     chosen = load(name, scale="paper")
     changed = chosen.model_dump(mode="json", exclude={"scales"})
     for setting in changed["settings"].values():
         setting["pretrain"] = (setting["pretrain"] or {}) | {"steps": 2, "batch_size": 4}
         for role in (role for role in ("benign", "restricted", "transfer") if setting[role]):
             data = AT_HAND.get(setting[role]["data"], setting[role]["data"])
-            setting[role] |= {"data": data, "test_limit": 10, **({"channels": 3} if data in ("usps", "faces") else {})}
+            setting[role] |= {"data": data, **FEW, **({"channels": 3} if data in ("usps", "faces") else {})}
             if network is not None:
                 setting[role] |= WORDS if data in TEXTS else {"image_size": 32}
         if network is not None:
@@ -660,7 +663,7 @@ def brief(name, network=None):
             setting["model"] = denoiser if setting["benign"]["kind"] == "denoising" else network
     for defense in changed["defenses"].values():
         if defense["name"] not in IN_CLOSED_FORM:
-            defense.update(BRIEF | SMALL.get(defense["name"], DEEP))
+            defense.update(BRIEF | SMALL.get(defense["name"], DEEP) | {"iterations": iterations})
         for strategy in defense.get("strategies") or []:
             strategy["batch_size"] = 4
     changed |= {"shots": 1, "seeds": 1, "immunizations": 1, "epochs": [0, 1, 2], "epoch_of": "samples"}
@@ -678,7 +681,8 @@ class TestPaperScale:
     """Everything of the paper's scale but its length."""
 
     @pytest.mark.parametrize("name", PROTOCOLS)
-    def test_starts_and_takes_two_loops_of_everything(self, name, data_dir, tmp_path):
+    def test_starts_and_takes_two_loops_of_everything(self, name, data_dir, tmp_path, monkeypatch):
+        monkeypatch.setattr("holdfast.picturing.CLASSIFIER_STEPS", 20)  # what a distance is worth is tested elsewhere
         if name.startswith("language/"):
             pytest.importorskip("pyarrow")
         chosen = brief(name, {"name": "cifar_resnet", "options": {"depth": 8}})
@@ -690,7 +694,7 @@ class TestPaperScale:
         assert scores(found).rows[0].get("epoch 2", Cell.of([0.0])).mean is not None
 
     def test_the_papers_network_is_immunized_and_attacked(self, data_dir, tmp_path):
-        chosen = brief("sophon/overall")
+        chosen = brief("sophon/overall", iterations=1)
         one = {"attacks": {"direct+all": chosen.attacks["direct+all"]}, "epochs": (0, 1)}
         chosen = chosen.model_copy(update={**one, "defenses": {"SOPHON": chosen.defenses["SOPHON"]}})
         found = run(tmp_path, chosen, data_dir=data_dir)

@@ -177,7 +177,18 @@ class TestSearch:
         assert "pull 0.7" not in {a.name for a in found}
         refused = [t for t in trials if t.adversary == "pull 0.7"]
         assert [(t.score, t.steps, t.confirmed) for t in refused] == [(None, 0, False)] * 6
+        assert {t.failure for t in refused} == {"it is refused"}
+        assert {t.failure for t in trials if t.adversary != "pull 0.7"} == {None}
         assert all(searcher.told[0][0] is None for searcher in plan.begun)
+
+    def test_what_the_code_raised_is_told(self, models, toy, monkeypatch):
+        def broken(self, *_, **__):
+            raise RuntimeError("no such kernel")
+
+        monkeypatch.setattr(Pull, "attack", broken)
+        trials, found = search(Plan(), 3, crew(models, toy))
+        assert found == []
+        assert {t.failure for t in trials} == {"RuntimeError: no such kernel"}
 
     def test_nothing_that_can_start(self, models, toy):
         refused = (Pull(0.7, refused=True), Pull(0.8, refused=True), Pull(0.9, refused=True))

@@ -163,8 +163,51 @@ class TestResume:
 
     def test_another_study_is_refused(self, tmp_path):
         run_study({}, run=Run(0, CPU, tmp_path))
-        with pytest.raises(HoldfastError, match="another methods"):
+        with pytest.raises(HoldfastError, match="holds an unfinished study with another methods"):
             run_study({"methods": {"best": {"name": "frontier", "stretch": 0.5}}}, run=Run(0, CPU, tmp_path))
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda entry: {**entry, "rir": "many"}, "rir is 'many', and not a number"),
+            (lambda entry: {**entry, "rir": True}, "rir is True, and not a number"),
+            (lambda entry: {k: v for k, v in entry.items() if k != "rir"}, "lacks or adds ..rir"),
+            (lambda entry: {**entry, "more": 1}, "lacks or adds ..more"),
+            (lambda entry: {**entry, "norm_ratios_benign": [1]}, "norm_ratios_benign is not a list of 3 numbers"),
+            (lambda entry: 3, "not iterable"),
+        ],
+    )
+    def test_a_damaged_or_foreign_entry_is_one_message_before_any_work(self, tmp_path, monkeypatch, damage, message):
+        run_study({"norm_ratio_steps": 2}, run=Run(0, CPU, tmp_path))
+        path = tmp_path / "checkpoints" / "study.jsonl"
+        head, *lines = path.read_text().splitlines()
+        entry = json.loads(lines[0])
+        entry["value"] = damage(entry["value"])
+        path.write_text("\n".join([head, json.dumps(entry)]) + "\n")
+        monkeypatch.setattr("holdfast.study.measure", lambda *_, **__: pytest.fail("work was done before"))
+        with pytest.raises(HoldfastError, match=f"study.jsonl' is damaged .*{message}.*take out the line"):
+            run_study({"norm_ratio_steps": 2}, run=Run(0, CPU, tmp_path))
+
+    def test_a_damaged_probe(self, tmp_path):
+        tables = {"digits": {**BASE["tables"]["digits"], "held_out": True}}
+        settings = {"tables": tables, "probes": {"budgets": [1]}, "methods": {"best": {"name": "frontier"}}}
+        run_study(settings, run=Run(0, CPU, tmp_path))
+        path = tmp_path / "checkpoints" / "study.jsonl"
+        path.write_text(path.read_text().replace('"value": [0', '"value": ["a", 0', 1))
+        with pytest.raises(HoldfastError, match=r"probe.*not a list of 1 scores"):
+            run_study(settings, run=Run(0, CPU, tmp_path))
+
+    def test_progress_counts_pieces_whatever_their_names_are(self, tmp_path, monkeypatch):
+        methods = {"a/b": {"name": "frontier"}, "c": {"name": "frontier", "stretch": 0}}
+        tables = {"x/y": BASE["tables"]["digits"]}
+        run_study({"tables": tables, "methods": methods}, run=Run(0, CPU, tmp_path))
+        path = tmp_path / "checkpoints" / "study.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))  # the identity and a/b
+        seen = []
+        progress = Run.progress
+        monkeypatch.setattr(Run, "progress", lambda self, *args: seen.append(args) or progress(self, *args))
+        run_study({"tables": tables, "methods": methods}, run=Run(0, CPU, tmp_path))
+        assert seen == [("Measuring", 3, 2)]
 
 
 class TestRecipe:
@@ -174,6 +217,7 @@ class TestRecipe:
             ({"methods": {"x": {"name": "sophon"}}}, "compares linear extractors, and sophon is none"),
             ({"methods": {"x": {"name": "frontier", "strech": 1}}}, "did you mean 'stretch'"),
             ({"tables": {"a": {"title": "t"}}}, "give either `pair` or `class_pairs`"),
+            ({"tables": {"a": {**PAIRS["digits"], "held_out": True}}}, "held_out needs a `pair`"),
             ({"seeds": 0}, "seeds is 0"),
             ({"tauq": 0.5}, "did you mean 'tau_q'"),
         ],
@@ -186,14 +230,26 @@ class TestRecipe:
 
     def test_runs_from_the_file_to_the_report_and_knows_when_it_is_done(self, tmp_path):
         path = tmp_path / "mine.yaml"
-        path.write_text(json.dumps({"kind": "study", "title": "Mine", **BASE}))
+        path.write_text(json.dumps({"kind": "study", "title": "Mine", "about": "What it is about.", **BASE}))
         folder = tmp_path / "out"
         first = run_recipe(load(str(path)), folder=folder, device="cpu", quiet=True)
         assert read_result(folder).numbers() == first.numbers()
         assert first.kind == "study"
         again = run_recipe(load(str(path)), folder=folder, device="cpu", quiet=True)
         assert again.provenance == first.provenance
-        assert "RIR*" in (folder / "report.html").read_text()
+        page = (folder / "report.html").read_text()
+        assert "RIR*" in page
+        assert '<p class="quiet">What it is about.</p>' in page
+        assert first.recipe["tau_steps"] == 5
+
+    def test_a_recipe_that_was_recorded_one_level_too_deep_is_read(self, tmp_path):
+        path = tmp_path / "mine.yaml"
+        path.write_text(json.dumps({"kind": "study", "title": "Mine", "about": "Old.", **BASE}))
+        result = run_recipe(load(str(path)), folder=tmp_path / "out", device="cpu", quiet=True)
+        stored = json.loads((tmp_path / "out" / "result.json").read_text())
+        stored["recipe"] = {"recipe": stored["recipe"], "model": None}
+        (tmp_path / "out" / "result.json").write_text(json.dumps(stored))
+        assert read_result(tmp_path / "out").numbers() == result.numbers()
 
     @pytest.mark.parametrize("name", STUDIES)
     def test_every_recipe_runs_at_smoke_scale(self, name, data_dir, tmp_path):

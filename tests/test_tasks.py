@@ -322,7 +322,7 @@ class TestSources:
             ({}, "labell", "did you mean 'label'"),
             ({"n": [None, *range(39)]}, "label", r"column 'n' has an empty cell \(line 2\)"),
             ({"label": np.linspace(0, 1, 200)}, "label", "looks continuous"),
-            ({"split": ["valid"] * 40}, "label", "expected train or test"),
+            ({"split": ["valid"] * 40}, "label", "expected train, test"),
             ({"label": ["a"] * 39 + ["b"]}, "label", "cannot be split"),
         ],
     )
@@ -488,11 +488,11 @@ class TestLimitedFolders:
         return tmp_path
 
     def test_only_what_is_kept_is_read(self, folder, monkeypatch):
-        from holdfast.tasks import image
+        from holdfast.tasks.pictures import Opener
 
         opened: list[Path] = []
-        real = image._open
-        monkeypatch.setattr(image, "_open", lambda file, mode: (opened.append(file), real(file, mode))[1])
+        real = Opener.open
+        monkeypatch.setattr(Opener, "open", lambda self, file: (opened.append(file), real(self, file))[1])
         task = load_task("pictures@train_limit=12,test_limit=3", data_dir=folder)
         assert (task.size("train"), task.size("test"), len(opened)) == (12, 3, 15)
         assert torch.bincount(task._y["train"]).tolist() == [4, 4, 4]

@@ -16,11 +16,14 @@ from holdfast.comparison import Comparison, costs
 from holdfast.errors import HoldfastError
 from holdfast.execution import Journal, Run, derive_seed, fingerprint
 from holdfast.executors import Executor
+from holdfast.keeping import BENIGN_AFTER, benign_after, flags_of_collapse, keeping
 from holdfast.models import SplitModel, architecture_differences, check_fits, transplant
 from holdfast.results import (
     ROLES,
     AuditResult,
     Cell,
+    Curve,
+    Flag,
     Role,
     SearchTrial,
     Side,
@@ -31,10 +34,13 @@ from holdfast.results import (
 from holdfast.searching import search
 from holdfast.tasks import Task
 from holdfast.trials import SEARCH_SEED, Bench, Crew, On, Trial, few_of, repetitions
-from holdfast.verdict import ROUNDING, count, judge, words
+from holdfast.verdict import ROUNDING, count, judge, ran_nowhere, words
 
 SIDE_EFFECTS = "side-effects-v1"
 """The battery that harmless learners are: what people who mean no harm would do."""
+
+FORMAT = 2
+"""Of what the journal holds of a trial; 2: with the benign score after the attack."""
 
 TARGET = 0.9
 """Costs are compared at this share of what scratch gains over guessing with its whole budget."""
@@ -52,6 +58,11 @@ class AuditSpec(BaseModel):
     shots: int | None = Field(None, ge=1, description="Adversary's training samples a class; null: its whole half.")
     reported: float | None = Field(
         None, ge=0, le=1, description="The restricted score after the last budget that the model's publisher claims."
+    )
+    reported_benign: float | None = Field(
+        None,
+        le=1,
+        description="The benign score of the original that its publisher claims; far below it, the audit is invalid.",
     )
     side_effects: bool = Field(True, description="Whether to measure how well harmless tasks are still learned.")
     stacked: bool = Field(True, description="Train adversaries of small models together; curves agree up to rounding.")
@@ -81,6 +92,7 @@ def audit(
     spec: AuditSpec,
     run: Run,
     executor: Executor | str = "serial",
+    flags: Sequence[Flag] = (),
 ) -> AuditResult:
     """Attacks a model and its controls with the same battery, budgets and samples, and says what that shows.
 
@@ -97,6 +109,7 @@ def audit(
         spec: battery, budgets, seeds, thresholds.
         run: seed, device, folder.
         executor: where trials run; it does not change their results.
+        flags: what is suspicious about the data, see `holdfast.validation`; they come before those of the model.
 
     Returns:
         Curves, a summary by budget and the verdict.
@@ -136,8 +149,9 @@ def audit(
     side = _side(immunized, original, benign, run)
     with run.seeded("scratch", 0):
         fresh = original.fresh()
-    flags = red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)
-    flags += flags_of_curves(curves, configs)
+    raised = [*flags, *red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)]
+    raised += flags_of_curves(curves, configs)
+    raised += flags_of_collapse(curves, configs, side, restricted.audit_chance)
     samples = bench.samples["restricted", 0].size("train")
     target = _target(comparison, restricted.audit_chance)
     sizes = {c.adversary: c.batch_size for c in curves}
@@ -158,10 +172,12 @@ def audit(
         chance=restricted.audit_chance,
         unit=restricted.audit_unit,
         reported=spec.reported,
+        reported_benign=spec.reported_benign,
         benign=side,
-        flags=flags,
+        flags=raised,
         curves=curves,
         by_budget=rows,
+        keeping=keeping(curves, side, spec.thresholds.max_benign_drop_after_attack, comparison),
         cost_target=target,
         costs=[] if target is None else costs(comparison, target, sizes, flops),
         search=searched,
@@ -173,9 +189,15 @@ def audit(
             chance=restricted.audit_chance,
             limits=spec.thresholds,
             unit=restricted.audit_unit,
-            flags=flags,
+            flags=raised,
+            reported_benign=spec.reported_benign,
+            warnings=flags,
             threat_model=_threat_model(
-                spec, len(applicable), len(searched) // len(ROLES), f"{samples} {words(restricted.audit_unit).samples}"
+                spec,
+                [a.name for a in applicable],
+                curves,
+                len(searched) // len(ROLES),
+                f"{samples} {words(restricted.audit_unit).samples}",
             ),
             retained=comparison.share(),
             areas=(comparison.area("immunized"), comparison.area("original")),
@@ -210,6 +232,7 @@ def _journal(bench: Bench, plan: Search | Sequence[Adversary], spec: AuditSpec) 
         {
             "seed": bench.run.seed,
             "battery": plan.config() if isinstance(plan, Search) else {a.name: a.config() for a in plan},
+            "format of trials": FORMAT,
             "budgets": spec.budgets,
             "stacked": spec.stacked,
             "data": {f"{on} {seed}": task.facts().sha256 for (on, seed), task in bench.samples.items()},
@@ -217,6 +240,7 @@ def _journal(bench: Bench, plan: Search | Sequence[Adversary], spec: AuditSpec) 
             "original model": bench.original.facts().sha256,
             "layers or input normalisation": [_settings(m) for m in (bench.immunized, bench.original)],
         },
+        "audit",
     )
 
 
@@ -233,12 +257,20 @@ def _side(immunized: SplitModel, original: SplitModel, benign: Task, run: Run) -
     return Side(original=finite["original"], immunized=finite["immunized"], chance=benign.audit_chance)
 
 
-def _threat_model(spec: AuditSpec, strategies: int, searched: int, samples: str) -> str:
+def _threat_model(
+    spec: AuditSpec, strategies: Sequence[str], curves: Sequence[Curve], searched: int, samples: str
+) -> str:
+    """Says what was tried; a strategy that has no score anywhere was not."""
+    gone = ran_nowhere(curves)
+    ran = [name for name in strategies if name not in gone]
+    which = "the one strategy" if len(ran) == 1 else f"one of the {len(ran)} strategies"
     chosen = (
-        f"one of the {strategies} strategies that a search ({spec.battery}, {count(searched, 'trial')} a model) found"
+        f"{which} that a search ({spec.battery}, {count(searched, 'trial')} a model) found"
         if searched
-        else f"one of the {strategies} strategies of {spec.battery}"
+        else f"{which} of {spec.battery}"
     )
+    if len(ran) < len(strategies):
+        chosen += f" that gave scores ({len(strategies) - len(ran)} of {len(strategies)} gave none)"
     return (
         f"An adversary with {samples}, at most {count(spec.budgets[-1], 'fine-tuning step')} and "
         f"{chosen}, who sees test scores and keeps the best; "
@@ -258,7 +290,7 @@ def _side_effects(tasks: dict[On, Task], crew: Crew, spec: AuditSpec) -> list[Si
     for on in ("benign", "transfer"):
         if on not in tasks:
             continue
-        learners, _ = _applicable(SIDE_EFFECTS, BATTERIES[SIDE_EFFECTS], crew.bench.immunized, tasks[on])
+        learners, refused = _applicable(SIDE_EFFECTS, BATTERIES[SIDE_EFFECTS], crew.bench.immunized, tasks[on])
         trials = [Trial(role, a, s, on) for s in range(spec.seeds) for role in ROLES for a in learners]
         curves = crew.run(trials, f"Side effects ({tasks[on].name})")
         comparison = Comparison.of(curves, derive_seed(crew.bench.run.seed, "bootstrap", on))
@@ -270,6 +302,8 @@ def _side_effects(tasks: dict[On, Task], crew: Crew, spec: AuditSpec) -> list[Si
                 by_budget=comparison.rows(),
                 lost=float(lost) if math.isfinite(lost) else None,
                 interval=interval,
+                not_applicable=refused,
+                failures={f"{c.adversary}, seed {c.seed}": c.failure for c in curves if c.failure is not None},
             )
         )
     return found
@@ -278,11 +312,13 @@ def _side_effects(tasks: dict[On, Task], crew: Crew, spec: AuditSpec) -> list[Si
 def tables(result: AuditResult) -> dict[str, Table]:
     """Returns the audit as tables: `battery` (a row an adversary and role), `best` (a row a role) and `stops`."""
     rows: list[dict[str, str | Cell]] = []
+    after = benign_after(result.curves)
     for role in ROLES:
         for name in result.adversaries:
             mine = [c for c in result.curves if c.role == role and c.adversary == name]
             cells = {f"step {k}": Cell.of(c.scores[i] for c in mine) for i, k in enumerate(result.budgets)}
-            rows.append({"model": role, "method": name, **cells})
+            kept = {BENIGN_AFTER: cell} if (cell := after.get((role, name))) is not None else {}
+            rows.append({"model": role, "method": name, **cells, **kept})
     best: list[dict[str, str | Cell]] = [
         {
             "model": role,

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, unknown
 from holdfast.finished import card_command, leaderboard_command, replay_command, report_command
 from holdfast.launched import processes
+from holdfast.stopping import Terminated, sigterm_raises
 
-RESISTS, BAD_INPUT, DOES_NOT_RESIST, INVALID, INTERRUPTED = 0, 2, 3, 4, 130
+RESISTS, BAD_INPUT, DOES_NOT_RESIST, INVALID, INTERRUPTED, TERMINATED = 0, 2, 3, 4, 130, 143
+NOT_IMMUNIZED = DOES_NOT_RESIST
 
 
 def run_command(
@@ -52,10 +55,12 @@ def run_command(
         reuse: Folder of another protocol's run: take from it the immunized models that are wanted; may be repeated.
     """
     from holdfast.pipeline import run_recipe
-    from holdfast.recipe import load
+    from holdfast.recipe import Recipe, load
     from holdfast.report.terminal import show
 
     loaded = load(recipe, scale=scale, overrides=set, seed=seed)
+    if gate and not isinstance(loaded, Recipe):
+        raise HoldfastError(f"--gate: a {loaded.kind} has no verdict to exit with; leave it out.")
     folder = out or Path("runs") / (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe)
     result = run_recipe(
         loaded, folder=folder, data_dir=data_dir, device=device, overwrite=overwrite, executor=executor,
@@ -72,6 +77,8 @@ def immunize_command(
     out: Path,
     weights: Path | None = None,
     head: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
     defense: str = "sophon",
     seed: int = 0,
     data_dir: Path | None = None,
@@ -81,6 +88,8 @@ def immunize_command(
     set: Sequence[str] = (),
 ) -> int:
     """Immunize a model, and write it to OUT/model.safetensors.
+
+    Exits with 3 if nothing was immunized: the defense gave up, and the weights are the original's, or not finite.
 
     Uses the defender's half of the restricted training data; `holdfast audit` gives its adversaries the other half.
 
@@ -93,6 +102,8 @@ def immunize_command(
         out: Folder for model.safetensors, result.json, report.html and checkpoints/; of a denoiser also pipeline/.
         weights: Weights (.safetensors), where MODEL is a name.
         head: Dotted name of the layer that makes the logits, where another than the one found is meant.
+        mean: Subtracted from images in [0, 1], such as 0.485,0.456,0.406, where another is meant than MODEL's own.
+        std: Divides them afterwards, such as 0.229,0.224,0.225.
         defense: Name of the defense.
         seed: Of everything random.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
@@ -101,24 +112,34 @@ def immunize_command(
         set: Set a hyper-parameter of the defense, such as iterations=50; may be repeated.
     """
     from holdfast import pipeline
+    from holdfast.defenses import DEFENSES
     from holdfast.models import load_released, load_task_for
-    from holdfast.recipe import build_defense, read_yaml
+    from holdfast.recipe import build_defense, read_overrides
+    from holdfast.report.terminal import show
+    from holdfast.results import read_result
     from holdfast.team import speaks
 
-    settings = dict(_split(item) for item in set)
-    if "name" in settings:
-        raise HoldfastError(f"--set name={settings['name']}: the defense is chosen with --defense.")
-    values = {k: read_yaml(v, f"--set {k}={v}: the value") for k, v in settings.items()}
+    values = read_overrides(set)
+    if "name" in values:
+        raise HoldfastError(f"--set name={values['name']}: the defense is chosen with --defense.")
+    kind = DEFENSES.get(defense)
+    known = () if kind is None else [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    _refuse_options(immunize_command, values, known)
     chosen = build_defense({"name": defense, **values})
     task, against = (load_task_for(named, model, data_dir=data_dir) for named in (benign, restricted))
-    original = load_released(model, weights, task, head=head, data_dir=data_dir)
+    original = load_released(
+        model, weights, task, head=head, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"), data_dir=data_dir
+    )
     pipeline.immunize(
         original, benign=task, restricted=against, defense=chosen, seed=seed, device=device, threads=threads,
         folder=out, quiet=False,
     )  # fmt: skip
+    record = read_result(out).immunization
+    assert record is not None
     if speaks():
-        print(f"Immunized model: {out / 'model.safetensors'}")
-    return 0
+        show(read_result(out), out)
+        print(f"{'Model' if record.nothing else 'Immunized model'}: {out / 'model.safetensors'}")
+    return NOT_IMMUNIZED if record.nothing else 0
 
 
 def audit_command(
@@ -132,12 +153,17 @@ def audit_command(
     original_weights: Path | None = None,
     head: str | None = None,
     original_head: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    original_mean: str | None = None,
+    original_std: str | None = None,
     battery: str = "quick-v1",
     budgets: str = "0,5,10,20,50,100",
     seeds: int = 5,
     shots: int | None = None,
-    trials: int = 48,
+    trials: int | None = None,
     reported: float | None = None,
+    reported_benign: float | None = None,
     seed: int = 0,
     data_dir: Path | None = None,
     device: str = "auto",
@@ -163,41 +189,55 @@ def audit_command(
         original_weights: The same for ORIGINAL.
         head: Dotted name of the layer of MODEL that makes the logits, where another than the one found is meant.
         original_head: The same for ORIGINAL.
+        mean: Subtracted from images in [0, 1], such as 0.485,0.456,0.406, where another is meant than MODEL's own.
+        std: Divides them afterwards, such as 0.229,0.224,0.225.
+        original_mean: The same for ORIGINAL.
+        original_std: The same for ORIGINAL.
         battery: Which adversaries: quick-v1, standard-v1, probes-v1, generation-v1, language-v1, or the search
             adaptive-v1.
         budgets: Fine-tuning steps at which they are scored; the first is 0.
         seeds: Repetitions.
         shots: Adversary's training samples a class; null: its whole half.
-        trials: Of the search adaptive-v1, for each model.
+        trials: Of the search adaptive-v1, for each model (default: 48); other batteries have none.
         reported: Restricted score after the last budget that the publisher claims, such as 0.23; for comparison.
+        reported_benign: Benign score of ORIGINAL that its publisher claims, such as 0.92; if it is far below, the audit
+            says so first, and is invalid.
         seed: Of everything random.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
         device: auto, cpu, cuda, cuda:1, mps, ...
         threads: CPU threads; 1 is best for small networks (default: torch's own choice).
         executor: Where trials run: serial, processes[:N], ray[:N] or ray://HOST:PORT; same results. N is cores /
             threads.
-        set: Set a threshold of the verdict, such as max_advantage=0.03; may be repeated.
+        set: Set a threshold of the verdict, such as max_advantage=0.03, or side_effects or stacked; may be repeated.
     """
     from holdfast import pipeline
     from holdfast.models import load_released, load_task_for
-    from holdfast.recipe import read_yaml
+    from holdfast.recipe import read_overrides
     from holdfast.report.terminal import show
     from holdfast.results import read_result
 
-    limits = {k: read_yaml(v, f"--set {k}={v}: the value") for k, v in map(_split, set)}
+    limits, more = _audit_settings(read_overrides(set))
+    if trials is not None:
+        more["trials"] = trials
     task, against = (load_task_for(named, original, data_dir=data_dir) for named in (benign, restricted))
-    released = load_released(model, weights, task, head=head, data_dir=data_dir)
-    before = load_released(original, original_weights, task, head=original_head, data_dir=data_dir)
+    released = load_released(
+        model, weights, task, head=head, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"), data_dir=data_dir
+    )
+    before = load_released(
+        original, original_weights, task, head=original_head, mean=_numbers(original_mean, "--original-mean"),
+        std=_numbers(original_std, "--original-std"), data_dir=data_dir,
+    )  # fmt: skip
     harmless = None if transfer is None else load_task_for(transfer, original, data_dir=data_dir)
     source = {
         "model": model, "weights": _text(weights), "head": head, "original": original,
-        "original_weights": _text(original_weights), "original_head": original_head, "benign": benign,
-        "restricted": restricted, "transfer": transfer,
+        "original_weights": _text(original_weights), "original_head": original_head, "mean": mean, "std": std,
+        "original_mean": original_mean, "original_std": original_std, "benign": benign, "restricted": restricted,
+        "transfer": transfer,
     }  # fmt: skip
     pipeline.audit(
         released, original=before, benign=task, restricted=against, transfer=harmless, seed=seed, device=device,
         threads=threads, folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds, shots=shots,
-        trials=trials, reported=reported, thresholds=limits, executor=executor, source=source,
+        reported=reported, reported_benign=reported_benign, thresholds=limits, executor=executor, source=source, **more,
     )  # fmt: skip
     result = read_result(out)
     show(result, out)
@@ -212,6 +252,8 @@ def feasibility_command(
     out: Path,
     weights: Path | None = None,
     head: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
     ridge: float = 0.01,
     q: float = 0.9,
     data_dir: Path | None = None,
@@ -230,6 +272,8 @@ def feasibility_command(
         out: Folder for result.json and report.html.
         weights: Weights (.safetensors), where MODEL is a name.
         head: Dotted name of the layer that makes the logits, where another than the one found is meant.
+        mean: Subtracted from images in [0, 1], such as 0.485,0.456,0.406, where another is meant than MODEL's own.
+        std: Divides them afterwards, such as 0.229,0.224,0.225.
         ridge: Per sample, for the bound on features that one of the tasks does not use.
         q: Share of the removable loss in the predicted number of steps.
         data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
@@ -242,9 +286,13 @@ def feasibility_command(
     from holdfast.results import read_result
 
     task, against = (load_task_for(named, model, data_dir=data_dir) for named in (benign, restricted))
-    if model is None and weights is not None:
-        raise HoldfastError("--weights is of an architecture, and no MODEL is named; name it, such as cifar_resnet.")
-    named = None if model is None else load_released(model, weights, task, head=head, own_head=False, data_dir=data_dir)
+    alone = [o for o, v in (("weights", weights), ("head", head), ("mean", mean), ("std", std)) if v is not None]
+    if model is None and alone:
+        raise HoldfastError(f"--{alone[0]} is of a model, and no MODEL is named; name it, such as cifar_resnet.")
+    named = None if model is None else load_released(
+        model, weights, task, head=head, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"), own_head=False,
+        data_dir=data_dir,
+    )  # fmt: skip
     pipeline.feasibility(
         task, against, model=named, ridge=ridge, q=q, device=device, threads=threads, folder=out, quiet=False
     )
@@ -260,10 +308,10 @@ def recipes_command(name: str | None = None) -> int:
     """
     from importlib.resources import files
 
-    import yaml
     from rich.console import Console
     from rich.table import Table
 
+    from holdfast.documents import read_yaml
     from holdfast.recipe import load, names
 
     if name is not None:
@@ -272,7 +320,7 @@ def recipes_command(name: str | None = None) -> int:
         return 0
     table = Table("recipe", "scales", "about")
     for each in names():
-        content = yaml.safe_load((files("holdfast") / "recipes" / f"{each}.yaml").read_text())
+        content = read_yaml((files("holdfast") / "recipes" / f"{each}.yaml").read_text(), f"Recipe {each!r}")
         table.add_row(
             each,
             ", ".join(sorted({"cpu", *content.get("scales", {})})),
@@ -298,16 +346,21 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: parses, runs one command, and exits with its code; bad input gives a message, never a traceback."""
-    parser = _parser()
+    parser, arguments = _parser(), dict[str, Any]()
     try:
-        options = parser.parse_args(list(argv) if argv is not None else None)
+        words = list(sys.argv[1:] if argv is None else argv)
+        _refuse_empty(words)
+        options = parser.parse_args(words)
         command = options.command
         arguments = options[command].as_dict()
-        code = _agreed(COMMANDS[command](**arguments))
+        with sigterm_raises():
+            code = _agreed(COMMANDS[command](**arguments))
     except HoldfastError as error:
         code = _complain(str(error), BAD_INPUT)
-    except KeyboardInterrupt:
-        code = _complain("Interrupted. What is finished is kept; the same command continues from there.", INTERRUPTED)
+    except KeyboardInterrupt as error:
+        again = "the same command without --overwrite" if arguments.get("overwrite") else "the same command"
+        what, code = ("Terminated", TERMINATED) if isinstance(error, Terminated) else ("Interrupted", INTERRUPTED)
+        _complain(f"{what}. What is finished is kept; {again} continues from there.", code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -322,6 +375,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             BAD_INPUT,
         )
     sys.exit(code)
+
+
+def _refuse_empty(words: Sequence[str]) -> None:
+    """Refuses `--out ""`: most often a shell variable that is not set, and as a path it would be the present folder."""
+    for option, value in zip(words, [*words[1:], None], strict=True):
+        if (option.startswith("--") and value == "") or (option.startswith("--") and option.endswith("=")):
+            raise HoldfastError(f"{option.rstrip('=')} is empty; give it a value, or leave it out.")
 
 
 def _agreed(code: int) -> int:
@@ -396,11 +456,31 @@ def _version() -> str:
     return version("holdfast")
 
 
-def _split(item: str) -> tuple[str, str]:
-    key, equals, value = item.partition("=")
-    if not equals:
-        raise HoldfastError(f"--set {item!r} has no '='; write it as key=value.")
-    return key.strip(), value
+def _audit_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sorts what `audit --set` was given: thresholds, and settings of an audit that have no option of their own."""
+    from holdfast.auditing import AuditSpec
+    from holdfast.results import Thresholds
+
+    options = inspect.signature(audit_command).parameters
+    settable = [key for key in AuditSpec.model_fields if key not in options and key != "thresholds"]
+    bare = {key.removeprefix("thresholds."): value for key, value in values.items()}
+    if len(bare) < len(values):
+        raise HoldfastError("--set names a threshold twice, with and without `thresholds.`; keep one.")
+    _refuse_options(audit_command, bare, [*Thresholds.model_fields, *settable])
+    for key in bare:
+        if key not in Thresholds.model_fields and key not in settable:
+            raise unknown("setting for --set:", key, [*Thresholds.model_fields, *settable])
+    limits = {key: value for key, value in bare.items() if key in Thresholds.model_fields}
+    return limits, {key: value for key, value in bare.items() if key in settable}
+
+
+def _refuse_options(command: Callable[..., int], values: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Says which option sets what `--set` does not."""
+    options = [name for name in inspect.signature(command).parameters if name != "set"]
+    for key in values:
+        name = key.replace("-", "_")
+        if key not in known and name in options:
+            raise HoldfastError(f"--set {key}: it has an option of its own, --{name.replace('_', '-')}.")
 
 
 def _text(path: Path | None) -> str | None:
@@ -412,6 +492,15 @@ def _integers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.strip("[]() ").split(","))
     except ValueError as error:
         raise HoldfastError(f"--budgets {text!r}: expected whole numbers with commas, such as 0,10,20.") from error
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.strip("[]() ").split(","))
+    except ValueError as error:
+        raise HoldfastError(f"{option} {text!r}: expected numbers with commas, such as 0.485,0.456,0.406.") from error
 
 
 def _exit_code(label: str | None) -> int:

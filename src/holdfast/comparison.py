@@ -66,6 +66,10 @@ class Battery:
         """Number of seeds."""
         return int(self.scores.shape[1])
 
+    def only(self, names: Sequence[str]) -> Battery:
+        """Returns the curves of some adversaries."""
+        return Battery(tuple(names), self.scores[[self.names.index(name) for name in names]], self.both_ways)
+
     def best_name(self, budget: int) -> str:
         """The adversary that is best on the whole test split, at this index of the budgets or before."""
         means = self.scores.mean((1, 3))[:, : budget + 1]
@@ -226,8 +230,11 @@ class Comparison:
         ]
 
     def rows(self) -> list[BudgetRow]:
-        """The comparison as one row a budget."""
-        bands = {role: self.band(role) for role in ("immunized", "original")}
+        """The comparison as one row a budget; an original that is not among the models has no advantage in it."""
+        compared: list[Role] = [r for r in ("immunized", "original") if r in self.batteries]
+        bands = {role: self.band(role) for role in compared}
+        gained = {role: self.advantage(role) for role in compared}
+        had, no_bands = "original" in gained, [None] * len(self.budgets)
         found = []
         for k, (budget, cells) in enumerate(zip(self.budgets, self.cells(), strict=True)):
             found.append(
@@ -235,10 +242,10 @@ class Comparison:
                     budget=budget,
                     best=cells,
                     best_adversary={role: b.best_name(k) for role, b in self.batteries.items()},
-                    advantage=_plain(self.advantage("immunized")[k]),
-                    original_advantage=_plain(self.advantage("original")[k]),
+                    advantage=_plain(gained["immunized"][k]),
+                    original_advantage=_plain(gained["original"][k]) if had else None,
                     interval=bands["immunized"][k],
-                    original_interval=bands["original"][k],
+                    original_interval=bands.get("original", no_bands)[k],
                 )
             )
         return found

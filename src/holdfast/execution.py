@@ -8,25 +8,33 @@ purposes and gets the same numbers.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
+import operator
 import os
+import shlex
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from holdfast.documents import read_json
 from holdfast.errors import HoldfastError
+from holdfast.results import command_line
 from holdfast.team import own_device, speaks, team
+
+T = TypeVar("T")
 
 MAX_THREADS = 1024
 """More than any network here gains from; a mistyped number should not start so many threads."""
@@ -48,7 +56,45 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def resolve_device(name: str = "auto") -> torch.device:
+def whole_number(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
+    """Returns a whole number as Python's own type.
+
+    Args:
+        name: of the setting, for the message.
+        value: NumPy's integers and floats such as 5.0 are whole numbers; True is not.
+        least: the smallest that is allowed.
+        most: the largest; None: there is none.
+
+    Raises:
+        HoldfastError: if it is no whole number, or out of range.
+
+    Example:
+        >>> whole_number("seeds", 5.0)
+        5
+        >>> whole_number("threads", 0, 1, 8)
+        Traceback (most recent call last):
+            ...
+        holdfast.errors.HoldfastError: threads is 0; expected a whole number from 1 to 8.
+    """
+    whole = isinstance(value, float) and value.is_integer()
+    if not isinstance(value, bool) and (whole or hasattr(type(value), "__index__")):
+        number = int(value) if whole else operator.index(value)
+        if least <= number and (most is None or number <= most):
+            return number
+    upper = f" to {most}" if most is not None else " on"
+    raise HoldfastError(f"{name} is {value!r}; expected a whole number from {least}{upper}.")
+
+
+def checked_threads(count: Any) -> int | None:
+    """Returns a number of CPU threads, or None for torch's own choice.
+
+    Raises:
+        HoldfastError: for anything but a whole number from 1 to `MAX_THREADS`.
+    """
+    return None if count is None else whole_number("threads", count, 1, MAX_THREADS)
+
+
+def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """Returns the device to compute on.
 
     Args:
@@ -64,6 +110,10 @@ def resolve_device(name: str = "auto") -> torch.device:
         >>> resolve_device("cpu")
         device(type='cpu')
     """
+    if isinstance(name, torch.device):
+        name = str(name)
+    if not isinstance(name, str):
+        raise HoldfastError(f"Device {name!r} is not a name. Try 'auto' or 'cpu'.")
     if name == "auto":
         return own_device()
     if team().count > 1:
@@ -138,8 +188,7 @@ def cpu_threads(count: int | None) -> Iterator[None]:
     Raises:
         HoldfastError: for a number that is not from 1 to `MAX_THREADS`.
     """
-    if count is not None and not 1 <= count <= MAX_THREADS:
-        raise HoldfastError(f"threads is {count}; expected 1 to {MAX_THREADS}, or none for torch's own choice.")
+    count = checked_threads(count)
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -164,6 +213,9 @@ class Run:
     folder: Path | None = None
     quiet: bool = True
     console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    def __post_init__(self) -> None:
+        self.seed = whole_number("seed", self.seed)
 
     def __reduce__(self) -> tuple[type[Run], tuple[int, torch.device, Path | None, bool]]:
         """In another process it is quiet: a terminal has room for one display."""
@@ -244,6 +296,8 @@ def writable_folder(folder: Path) -> Path:
             pass
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         reason = error.strerror if isinstance(error, OSError) else error
+        if folder.exists() and not folder.is_dir():
+            reason = "it is a file, not a folder"
         raise HoldfastError(f"Cannot write to {str(folder)!r}: {reason}. Choose another folder with --out.") from error
     return folder
 
@@ -270,13 +324,17 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yields a path beside `path`; what the block leaves there replaces it, unless the block fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _explained(path):
+        if path.exists() and not path.is_file():  # a folder, or a device: replacing /dev/null would break the machine
+            raise OSError(errno.EINVAL, "it is there, and is not a regular file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -291,12 +349,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise HoldfastError(f"No weights at {str(path)!r}: the file does not exist.")
     with path.open("rb") as handle:
-        start = handle.read(2)
-    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise HoldfastError(
-            f"{str(path)!r} is a pickle (a torch.save file), which can run code when it is opened; refused. "
-            "Convert it once, on a machine you can lose, with safetensors.torch.save_file(model.state_dict(), ...)."
-        )
+        beginning = handle.read(64)
     try:
         with safe_open(path, framework="pt", device="cpu") as handle:
             meta = json.loads((handle.metadata() or {}).get("holdfast", "{}"))
@@ -304,7 +357,32 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise ValueError("its header is no mapping")
             return {name: handle.get_tensor(name) for name in handle.keys()}, meta  # noqa: SIM118
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise HoldfastError(f"{str(path)!r} is not a readable safetensors file: {error}.") from error
+        # Only now: the first bytes of a good file are a number, and may look like anything.
+        if beginning[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise HoldfastError(
+                f"{str(path)!r} is a pickle (a torch.save file), which can run code when it is opened; refused. "
+                "Convert it once, on a machine you can lose, with safetensors.torch.save_file(model.state_dict(), ...)."
+            ) from error
+        cut = " (the file ends too early: copy or fetch it again)" if "incomplete" in str(error).lower() else ""
+        why = _other_format(beginning) or f"{error}{cut}"
+        raise HoldfastError(f"{str(path)!r} is not a readable safetensors file: {why}.") from error
+
+
+def _other_format(beginning: bytes) -> str | None:
+    """What a file that is no safetensors is, by its first bytes; None if nothing is known against it."""
+    text = beginning.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    known = {
+        b"version https://git-lfs": "it is a Git LFS pointer, a few lines in the place of the weights; fetch them with "
+        "`git lfs pull`",
+        b"<": "it is a web page (HTML or XML), such as a download leaves that failed",
+        b"{": "it is JSON; of weights in several files, the index is called NAME.safetensors.index.json",
+        b"gguf": "it is GGUF, weights that were quantised for inference; give the model as it was before",
+        b"\x89hdf": "it is HDF5 (Keras), and weights of PyTorch are expected",
+        b"\x1f\x8b": "it is compressed (gzip); unpack it first",
+    }
+    if not beginning:
+        return "it is empty (0 bytes)"
+    return next((said for magic, said in known.items() if text.startswith(magic)), None)
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor], also: str = "") -> str:
@@ -358,60 +436,140 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 class Journal:
     """A durable list of finished pieces of work: one JSON line each, written through to the disk.
 
-    The first line names what the work belongs to. A journal of other work is refused, not mixed; a last line torn
-    by a kill is dropped, and its piece of work done again. Of several processes all hold the entries, and the main one
-    writes them.
+    The first line names what the work belongs to, and the command that began it. A journal of other work is refused,
+    not mixed; a last line torn by a kill is dropped, and its piece of work done again. Of several processes all hold
+    the entries, and the main one writes them.
 
     Args:
         path: the file; None keeps the entries in memory.
         belongs_to: JSON-able description of the battery, data, models and seed that the entries depend on.
+        what: what kind of work it is, for messages: `audit`, `study`, ...
 
     Raises:
         HoldfastError: if the file belongs to other work; the message names the fields that differ.
     """
 
-    def __init__(self, path: Path | None, belongs_to: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, belongs_to: Mapping[str, Any], what: str = "job") -> None:
+        self.path, self.what = path, what
         head = json.loads(json.dumps(belongs_to, default=str))
         self.entries: dict[str, Any] = {} if path is None else team().by_main(lambda: self._open(path, head))
 
     def _open(self, path: Path, head: dict[str, Any]) -> dict[str, Any]:
         lines = self._whole_lines(path)
         if not lines:
-            write_atomic(path, json.dumps({"belongs_to": head}) + "\n")
+            first = {"belongs_to": head, "what": self.what, "command": command_line()}
+            write_atomic(path, json.dumps(first) + "\n")
             return {}
         found = lines[0]["belongs_to"]
         if found != head:
             differ = sorted(k for k in {*found, *head} if found.get(k) != head.get(k))
             raise HoldfastError(
-                f"{str(path.parent.parent)!r} holds an unfinished audit with another {', '.join(differ)}: results "
-                "are never mixed. Continue it with the command that began it, or choose another folder with --out."
+                f"{str(path.parent.parent)!r} holds an unfinished {lines[0].get('what', self.what)} with another "
+                f"{', '.join(differ)}: results are never mixed. Continue it with {begun_with(lines[0])}, or choose "
+                "another folder with --out."
             )
         return {line["key"]: line["value"] for line in lines[1:]}
 
-    @staticmethod
-    def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    def _whole_lines(self, path: Path) -> list[dict[str, Any]]:
         if not path.exists():
             return []
         raw = path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         if whole != raw:
             write_atomic(path, whole)
-        try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-            if lines and not isinstance(lines[0]["belongs_to"], dict):
-                raise ValueError("its first line is no description")
-            if any(not isinstance(line, dict) or not {"key", "value"} <= line.keys() for line in lines[1:]):
-                raise ValueError("a line lacks its key")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise HoldfastError(f"{str(path)!r} is damaged ({error}); choose another folder with --out.") from error
+        lines: list[dict[str, Any]] = []
+        values: dict[str, Any] = {}
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                lines.append(_checked_line(read_json(line), values, first=number == 1))
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise self._damaged(path, f"line {number}: {error}") from error
         return lines
 
+    def _damaged(self, path: Path | None, why: str) -> HoldfastError:
+        return HoldfastError(
+            f"{str(path)!r} is damaged ({why}). It holds finished pieces of the {self.what}, one a line: take out the "
+            "line, and that piece is done again; or choose another folder with --out."
+        )
+
+    def read(self, key: str, reader: Callable[[Any], T]) -> T:
+        """Reads an entry back; another program, or a person, may have written to the file.
+
+        Args:
+            key: of an entry that is there.
+            reader: makes what is wanted from the entry, and raises a ValueError, TypeError or KeyError if it cannot.
+
+        Raises:
+            HoldfastError: if the reader refuses the entry; the message names file and key.
+        """
+        try:
+            return reader(self.entries[key])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise self._damaged(self.path, f"{key}: {why}") from error
+
+    def missing(self, readers: Mapping[str, Callable[[Any], object]]) -> list[str]:
+        """Returns the keys without an entry. The other entries are read, so that damage is found before any work.
+
+        Args:
+            readers: see `read`, by key.
+        """
+        for key, reader in readers.items():
+            if key in self.entries:
+                self.read(key, reader)
+        return [key for key in readers if key not in self.entries]
+
     def add(self, key: str, value: Any) -> None:
-        """Stores one finished piece of work; when this returns, it survives a kill."""
-        self.entries[key] = value
+        """Stores one finished piece of work; when this returns, it survives a kill.
+
+        Raises:
+            HoldfastError: naming the file, if it cannot be written: the disk is full, or the folder is gone.
+        """
         if self.path is not None and team().main:
-            with self.path.open("a") as handle:
-                handle.write(json.dumps({"key": key, "value": value}) + "\n")
+            with _explained(self.path), self.path.open("r+b") as handle:  # does not make a file that was taken away
+                handle.seek(0, os.SEEK_END)
+                handle.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
                 handle.flush()
                 os.fsync(handle.fileno())
+        self.entries[key] = value
+
+
+def _checked_line(line: Any, values: dict[str, Any], *, first: bool) -> dict[str, Any]:
+    """Refuses a line that is no entry, and an entry that contradicts an earlier one, which `values` holds."""
+    if not isinstance(line, dict):
+        raise ValueError("it is no mapping")
+    if first:
+        if not isinstance(line["belongs_to"], dict):
+            raise ValueError("it should say what the work belongs to")
+        return line
+    if not {"key", "value"} <= line.keys() or not isinstance(line["key"], str):
+        raise ValueError("it lacks its key or its value")
+    if values.setdefault(line["key"], line["value"]) != line["value"]:
+        raise ValueError(f"{line['key']} is there twice, with different values; did two commands write here at once?")
+    return line
+
+
+def begun_with(head: Mapping[str, Any]) -> str:
+    """Names the command that began a piece of work, as its file says.
+
+    Example:
+        >>> begun_with({"command": ["holdfast", "run", "my recipe.yaml"]})
+        "the command that began it (holdfast run 'my recipe.yaml')"
+    """
+    command = head.get("command")
+    if not isinstance(command, list) or not command:
+        return "the command that began it"
+    return f"the command that began it ({shlex.join(map(str, command))})"
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Says which file could not be written, and what is kept; the system's own error often does not."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise HoldfastError(
+            f"Cannot write {str(path)!r}: {reason}. What was finished before is kept: when there is room, and the "
+            "folder is there and writable, the same command continues."
+        ) from error

@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 import torch
 
 from holdfast.errors import HoldfastError, unknown
+from holdfast.stopping import sigterm_kept
 from holdfast.team import team
 
 Context = TypeVar("Context")
@@ -98,6 +99,8 @@ def executor(name: str | Executor, *, threads: int | None = None) -> Executor:
     """
     if isinstance(name, Executor):
         return name
+    if not isinstance(name, str):
+        raise HoldfastError(f"executor is {name!r}; expected a name such as 'serial' or 'processes:2'.")
     if name == "serial":
         return Serial(name, 1, threads)
     if team().count > 1:
@@ -332,12 +335,14 @@ class RayCluster(Executor):
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         # Local workers should import what can be imported here; and nobody is asked, or told, about usage statistics.
         path = os.pathsep.join(p or str(Path.cwd()) for p in sys.path)
+        environment = {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         try:
-            if self.name.startswith("ray://"):
-                ray.init(self.name, **quiet)
-            else:
-                with _environment(PYTHONPATH=path, RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0"):
-                    ray.init("local", num_cpus=cores, include_dashboard=False, **quiet)
+            with sigterm_kept():
+                if self.name.startswith("ray://"):
+                    ray.init(self.name, **quiet)
+                else:
+                    with _environment(**environment):
+                        ray.init("local", num_cpus=cores, include_dashboard=False, **quiet)
         except (ConnectionError, ImportError, RuntimeError, OSError, ValueError) as error:
             raise HoldfastError(
                 f"Executor {self.name!r}: Ray cannot be reached or started ({type(error).__name__}: {error}). Of a "

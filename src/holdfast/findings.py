@@ -143,6 +143,12 @@ def _about_immunization(label: str, every: Mapping[tuple[str, int], Made]) -> li
     if unfinished:
         seeds = ", ".join(map(str, unfinished))
         found.append(f"{label} did not complete with seed {seeds}: it gave up early, and its last state was attacked.")
+        last = {made.result.events[-1].message: None for made in own.values() if made.result.events}
+        found += [f"{label}, the last event: {message}." for message in last]
+    for sentence in dict.fromkeys(made.result.nothing for made in own.values()):
+        if sentence is not None:
+            seeds = ", ".join(str(seed) for seed, made in own.items() if made.result.nothing == sentence)
+            found.append(f"{label}, seed {seeds}: {sentence[:1].lower()}{sentence[1:]}")
     jumps = [jump for made in own.values() if (jump := _jump_of(made)) is not None]
     if jumps:
         found.append(f"{label}: the largest jump of its suppression loss between two rounds is {max(jumps):.3g}.")

@@ -77,6 +77,9 @@ def card_command(folder: Path, out: Path | None = None, weights: Path | None = N
     from holdfast.results import read_result
 
     if check is not None:
+        idle = [name for name, given in (("--out", out), ("--weights", weights)) if given is not None]
+        if idle:
+            raise HoldfastError(f"{idle[0]} does nothing beside --check, which only compares; leave it out.")
         return _check_card(folder / "README.md" if folder.is_dir() else folder, check)
     result = read_result(folder)
     file_sha256 = _bind(result, folder, weights)

@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from holdfast.defenses import Defense
+from holdfast.documents import read_json
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run, fingerprint, load_tensors, write_atomic
 from holdfast.executors import Executor
@@ -83,7 +84,7 @@ class Shelf:
         """
         weights, beside = self._paths(made_of)
         try:
-            notes = json.loads(beside.read_bytes())
+            notes = read_json(beside.read_bytes())
             if notes["made_of"] != json.loads(json.dumps(made_of)):
                 raise ValueError("it is about a model that is made of something else")
             if notes["file_sha256"] != hashlib.sha256(weights.read_bytes()).hexdigest():
@@ -111,15 +112,22 @@ class Shelf:
         write_atomic(beside, json.dumps({**notes, "reused_from": notes.get("reused_from") or str(owner)}, indent=1))
 
     def catalogue(self) -> list[MadeOf]:
-        """Returns what each model here is made of; notes that cannot be read are passed over."""
+        """Returns what each model here is made of.
+
+        Raises:
+            HoldfastError: if notes cannot be read: the model that is looked for may be theirs.
+        """
         found = []
         for path in sorted(self.folder.glob("*.json")):
             try:
-                made_of = json.loads(path.read_bytes())["made_of"]
-            except (OSError, ValueError, TypeError, KeyError, RecursionError):
-                continue
-            if isinstance(made_of, dict):
-                found.append(made_of)
+                made_of = read_json(path.read_bytes())["made_of"]
+                if not isinstance(made_of, dict):
+                    raise ValueError("it does not say what the model is made of")
+            except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+                raise HoldfastError(
+                    f"{str(path)!r} is damaged ({error}); delete it, and the model beside it, to go on without it."
+                ) from error
+            found.append(made_of)
         return found
 
 
@@ -298,6 +306,7 @@ def _taken(own: Shelf, order: Order, original: SplitModel) -> Made:
     model, notes = own.take(order.made_of, original)
     try:
         result = ImmunizationResult.model_validate(notes["result"])
+        model.immunization = result
         return Made(model, result, notes["benign"], float(notes["seconds"]), notes.get("reused_from"))
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         raise HoldfastError(
@@ -331,7 +340,7 @@ def _work(workshop: _Workshop, order: Order) -> tuple[SplitModel, dict[str, Any]
     seconds = time.perf_counter() - begin
     score = ground.benign.audit_score(model)
     notes = {
-        "result": order.defense.result(record).model_dump(mode="json"),
+        "result": order.defense.told(record, ground.original, model).model_dump(mode="json"),
         "benign": score if math.isfinite(score) else None,
         "seconds": round(seconds, 3),
     }

@@ -6,7 +6,7 @@ import base64
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,8 +18,9 @@ import torch
 from holdfast.auditing import AuditSpec, tables
 from holdfast.auditing import audit as run_audit
 from holdfast.defenses import Defense
+from holdfast.documents import read_json
 from holdfast.errors import HoldfastError
-from holdfast.execution import Run, fingerprint, resolve_device, writable_folder, write_atomic
+from holdfast.execution import Run, begun_with, fingerprint, resolve_device, writable_folder, write_atomic
 from holdfast.executors import Executor
 from holdfast.finetune import PretrainSpec, pretrain
 from holdfast.immunizing import shelf
@@ -29,22 +30,28 @@ from holdfast.results import (
     AuditResult,
     Feasibility,
     Figure,
+    Flag,
     ImmunizationResult,
     ModelFacts,
     Outcome,
     Pictures,
     RunResult,
     TaskFacts,
+    command_line,
     provenance,
     read_result,
 )
 from holdfast.tasks import Task
 from holdfast.team import team
+from holdfast.validation import validate
 
 Kind = Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
 
 OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints", "pipeline", "pictures")
 """What a job makes in its folder, beside `job.json`, which marks the folder as one of ours."""
+
+REPLACED = ".holdfast-replaced"
+"""Where `--overwrite` keeps what it replaces until the new job is done: bad input must not cost anybody their work."""
 
 
 @dataclass
@@ -59,6 +66,7 @@ class Job:
     tasks: dict[str, TaskFacts] = field(default_factory=dict)
     models: dict[str, ModelFacts] = field(default_factory=dict)
     timing: dict[str, float] = field(default_factory=dict)
+    flags: list[Flag] = field(default_factory=list)
 
     @classmethod
     def start(
@@ -77,16 +85,17 @@ class Job:
         Raises:
             HoldfastError: if the folder holds what is not ours, or the device is not to be had.
         """
-        chosen = resolve_device(device)
+        if folder is not None and (not isinstance(folder, str | Path) or not str(folder)):
+            raise HoldfastError(f"folder is {folder!r}; expected a path.")
         where = None if folder is None else Path(folder)
+        run = Run(seed, resolve_device(device), where, quiet)
         if where is not None:
             team().by_main(lambda: _opened(where, overwrite))
-        run = Run(seed, chosen, where, quiet)
         return cls(kind, title, run, recipe or {}, datetime.now(UTC).isoformat(timespec="seconds"))
 
     def claim(self, settings: dict[str, Any]) -> None:
         """Marks the folder as this job's, or refuses it if it is another's."""
-        if self.kind not in ("run", "protocol"):
+        if self.kind not in ("run", "study", "protocol"):
             self.recipe = settings
         if self.run.folder is None:
             return
@@ -105,12 +114,13 @@ class Job:
     def _mark(self, folder: Path, mine: dict[str, Any]) -> None:
         path = folder / "job.json"
         if not path.exists():
-            write_atomic(path, json.dumps(mine, indent=1))
+            write_atomic(path, json.dumps({"command": command_line(), **mine}, indent=1))
             return
         try:
-            found = json.loads(path.read_bytes())
+            found = read_json(path.read_bytes())
             if not isinstance(found, dict):
                 raise ValueError("it is no mapping")
+            command = {"command": found.pop("command", None)}
         except (ValueError, RecursionError) as error:
             raise HoldfastError(
                 f"{str(path)!r} is damaged ({error}); choose another folder, or --overwrite this one."
@@ -119,7 +129,8 @@ class Job:
             raise HoldfastError(
                 f"{str(folder)!r} holds another job; it differs in: "
                 f"{', '.join(dict.fromkeys(_differences(found, mine)[:5]))}. "
-                f"Results are never mixed: {self._elsewhere()}."
+                f"Results are never mixed: continue the {found.get('kind', 'job')} that is there with "
+                f"{begun_with(command)}, or {self._elsewhere()}."
             )
 
     def _elsewhere(self) -> str:
@@ -140,21 +151,54 @@ class Job:
         return result
 
     @contextmanager
+    def replacing(self) -> Iterator[None]:
+        """Puts back what `--overwrite` set aside, if the block refuses its input before anything new is finished."""
+        try:
+            yield
+        except HoldfastError:
+            folder = self.run.folder
+            if folder is not None:
+                team().by_main(lambda: self._put_back(folder))
+            raise
+
+    def _put_back(self, folder: Path) -> None:
+        aside = folder / REPLACED
+        if not aside.is_dir():
+            return
+        if (folder / "checkpoints").exists():
+            self.run.say(f"What was there before is in {aside}, until a job is finished in {folder}.")
+            return
+        _remove_own(folder)
+        for path in list(aside.iterdir()):
+            path.rename(folder / path.name)
+        aside.rmdir()
+        self.run.say(f"{folder}: left as it was.")
+
+    @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Notes the seconds that the block takes."""
         begin = time.perf_counter()
         yield
         self.timing[stage] = round(time.perf_counter() - begin, 3)
 
-    def note_tasks(self, benign: Task, restricted: Task, transfer: Task | None = None) -> None:
-        """Notes the facts of the tasks."""
-        self.tasks = {"benign": benign.facts(), "restricted": restricted.facts()}
-        if transfer is not None:
-            self.tasks["transfer"] = transfer.facts()
+    def note_tasks(self, tasks: Mapping[str, Task | None]) -> None:
+        """Looks at the tasks, says what was read, and notes it; see `validate`.
+
+        Raises:
+            HoldfastError: if tasks are the same that must not be.
+        """
+        found = validate({part: task for part, task in tasks.items() if task is not None})
+        self.tasks, self.flags = found.facts, found.flags
+        for line in found.lines():
+            self.run.say(line)
 
     def note_model(self, role: str, model: SplitModel, file_sha256: str | None = None) -> None:
-        """Notes the facts of a model."""
+        """Notes the facts of a model, and says what a reader should know of how it was read."""
+        known = {note for facts in self.models.values() for note in facts.notes}
         self.models[role] = model.facts(file_sha256)
+        for note in model.notes:
+            if note not in known:
+                self.run.say(f"{role.capitalize()} model: {note}")
 
     def original(self, model: SplitModel, benign: Task, spec: PretrainSpec | None) -> SplitModel:
         """Returns the original model: as loaded, or trained now, or trained before the job was interrupted."""
@@ -213,7 +257,7 @@ class Job:
             if team().by_main(lambda: immunized.export(folder / "pipeline")) is not None:
                 self.run.say(f"Written for diffusers: {folder / 'pipeline'}")
         self.note_model("immunized", immunized, digest)
-        return immunized, defense.result(record)
+        return immunized, defense.told(record, model, immunized)
 
     def audit(
         self,
@@ -236,6 +280,7 @@ class Job:
                 spec=spec,
                 run=self.run,
                 executor=executor,
+                flags=self.flags,
             )
 
     def save(
@@ -284,11 +329,22 @@ def _opened(where: Path, overwrite: bool) -> None:
                 f"{str(where)!r} holds {', '.join(strange)} and was not made by Holdfast; choose another "
                 "folder with --out. Nothing was changed."
             )
-    if overwrite:
-        for name in ("checkpoints", "pipeline", "pictures"):
-            shutil.rmtree(where / name, ignore_errors=True)
-        for name in ("result.json", "report.html", "model.safetensors", "job.json"):
-            (where / name).unlink(missing_ok=True)
+    if overwrite and (where / REPLACED).is_dir():  # the job before did not end; what it set aside is the last that did
+        _remove_own(where)
+    elif overwrite and (where / "job.json").exists():
+        (where / REPLACED).mkdir()
+        for name in (*OWN_FILES, "job.json"):
+            if (where / name).exists():
+                (where / name).rename(where / REPLACED / name)
+
+
+def _remove_own(folder: Path) -> None:
+    for name in (*OWN_FILES, "job.json"):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _written(result: RunResult, folder: Path) -> RunResult:
@@ -297,6 +353,7 @@ def _written(result: RunResult, folder: Path) -> RunResult:
         if isinstance(figure, Pictures):
             write_atomic(folder / "pictures" / f"{name}.png", base64.b64decode(figure.png))
     write_atomic(folder / "result.json", result.model_dump_json(indent=1))
+    shutil.rmtree(folder / REPLACED, ignore_errors=True)
     return result
 
 

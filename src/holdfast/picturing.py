@@ -128,6 +128,13 @@ class _Studio:
     shots: int | None
     run: Run
 
+    def pictures(self, sitting: Sitting) -> dict[str, int]:
+        """How many pictures of each kind a sitting makes."""
+        task = self.scenery[sitting.setting].task(sitting)
+        shown = min(self.spec.denoised, task.size("test"))
+        levels = self.spec.levels(task.schedule.steps)
+        return {f"restored {level}": shown for level in levels} | {"samples": self.spec.samples}
+
     def made_of(self, sitting: Sitting) -> dict[str, object]:
         """Everything that the pictures of a sitting depend on."""
         scenery, ground = self.scenery[sitting.setting], self.grounds[sitting.setting]
@@ -219,7 +226,7 @@ def take_pictures(
             meta = {"distance": distance and [*map(str, distance)]}
             team().by_main(partial(save_tensors, files[missing[index]], made, meta))
             bar.tick(str(missing[index]))
-    albums = {sitting: _kept(files[sitting]) for sitting in sittings}
+    albums = {sitting: _kept(files[sitting], studio.pictures(sitting)) for sitting in sittings}
     return _outcome(studio, albums)
 
 
@@ -227,9 +234,13 @@ Album = tuple[dict[str, Tensor], Distance | None]
 """Pictures by what they are, and the distance of samples from test images."""
 
 
-def _kept(file: Path) -> Album:
+def _kept(file: Path, pictures: Mapping[str, int]) -> Album:
+    """Reads an album back; another program, or a person, may have written to the file."""
     tensors, meta = load_tensors(file)
     try:
+        found = {name: len(each) for name, each in tensors.items()}
+        if found != pictures:
+            raise ValueError(f"it holds pictures {found} instead of {dict(pictures)}")
         distance = None if meta["distance"] is None else Distance(*map(float, meta["distance"]))
     except (KeyError, TypeError, ValueError) as error:
         raise HoldfastError(f"{str(file)!r} is damaged ({error}); delete it, and it is made anew.") from error

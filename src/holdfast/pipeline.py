@@ -10,11 +10,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from holdfast import executors
+from holdfast.adversaries import Search, battery
 from holdfast.assessing import assess, check
 from holdfast.auditing import AuditSpec
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError
-from holdfast.execution import Run, cpu_threads, resolve_device
+from holdfast.execution import Run, checked_threads, cpu_threads, resolve_device
 from holdfast.executors import Executor
 from holdfast.finetune import PretrainSpec
 from holdfast.immunizing import Ground, borrow_all, check_reuse
@@ -23,7 +24,15 @@ from holdfast.models import ModelSpec, SplitModel, check_fits, load_model, load_
 from holdfast.picturing import check_pictures
 from holdfast.protocol import SettingSpec, check_kinds, orders, protocol
 from holdfast.ratios import check_conditioning
-from holdfast.recipe import AnyRecipe, ProtocolRecipe, StudyRecipe, build_defense, readable
+from holdfast.recipe import (
+    AnyRecipe,
+    ProtocolRecipe,
+    StudyRecipe,
+    build_defense,
+    plain,
+    readable,
+    refuse_truth_as_number,
+)
 from holdfast.results import (
     AuditResult,
     Feasibility,
@@ -55,7 +64,11 @@ def immunize(
     quiet: bool = True,
     **options: Any,
 ) -> SplitModel:
-    """Returns an immunized copy of a model.
+    """Returns an immunized copy of a model, with the defense's record on it.
+
+    The record is the copy's `immunization`, an `ImmunizationResult`: whether the defense gave up (`completed`), what it
+    did of its own accord (`events`), its `history`, and whether there is an immunized model at all (`nothing` says why
+    not). Look at it before you release anything.
 
     Args:
         model: left as it is.
@@ -72,9 +85,12 @@ def immunize(
     Raises:
         HoldfastError: for input that cannot work, before any work is done.
     """
-    chosen = build_defense({"name": defense, **options}) if isinstance(defense, str) else defense
+    chosen = _chosen(defense, options)
+    _check_objects({"model": model}, {"benign": benign, "restricted": restricted})
+    threads = checked_threads(threads)
+    model = model.made_plain()
     job = Job.start("immunize", f"{chosen.name} on {model.name}", seed, device, folder, quiet)
-    job.note_tasks(benign, restricted)
+    job.note_tasks({"benign": benign, "restricted": restricted})
     job.claim({"defense": {"name": chosen.name, **chosen.config()}, "model": model.facts().sha256})
     job.note_model("original", model)
     with cpu_threads(threads):
@@ -82,6 +98,44 @@ def immunize(
         if folder is not None:
             job.save(immunization=result)
     return immunized
+
+
+def _chosen(defense: str | Defense, options: Mapping[str, Any]) -> Defense:
+    """Returns a defense by name with its settings, or as it was given."""
+    if isinstance(defense, str):
+        return build_defense({"name": defense, **options})
+    if not isinstance(defense, Defense):
+        made = f"an instance, such as {defense.__name__}()" if isinstance(defense, type) else "a name or a Defense"
+        raise HoldfastError(f"defense is {defense!r}; expected {made}.")
+    if options:
+        raise HoldfastError(
+            f"{', '.join(options)}: settings go with the name of a defense; this one, {defense.name}, has its own. "
+            "Give them to its constructor."
+        )
+    return defense
+
+
+def _check_objects(models: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
+    """Refuses what is no model or task of Holdfast's, with the function that makes one of it."""
+    for name, model in models.items():
+        if not isinstance(model, SplitModel):
+            raise HoldfastError(
+                f"{name} is {type(model).__name__}; expected a SplitModel: load_model(...) or SplitModel.of(...)."
+            )
+    for name, task in tasks.items():
+        if not isinstance(task, Task):
+            what = repr(task) if isinstance(task, str) else type(task).__name__
+            raise HoldfastError(f"{name} is {what}; expected a task: holdfast.load_task(...).")
+
+
+def _refuse_idle(spec: AuditSpec, transfer: bool) -> None:
+    """Refuses settings that would be taken and do nothing."""
+    if "trials" in spec.model_fields_set and not isinstance(battery(spec.battery), Search):
+        raise HoldfastError(f"trials is {spec.trials}, and {spec.battery} is not a search; leave it out.")
+    if transfer and not spec.side_effects:
+        raise HoldfastError(
+            "There is a transfer task, and side_effects is off, so that it would not be used; leave one of them out."
+        )
 
 
 def audit(
@@ -120,14 +174,21 @@ def audit(
     Raises:
         HoldfastError: for input that cannot work, before any work is done.
     """
+    _check_objects({"model": model, "original": original}, {"benign": benign, "restricted": restricted})
+    if transfer is not None:
+        _check_objects({}, {"transfer": transfer})
+    options = plain(options)
     try:
         spec = AuditSpec.model_validate(options)
     except ValidationError as error:
         raise readable(error, "audit", AuditSpec) from error
-    chosen = executors.executor(executor)
+    refuse_truth_as_number(options, spec, "audit")
+    _refuse_idle(spec, transfer is not None)
+    threads, chosen = checked_threads(threads), executors.executor(executor)
+    model, original = model.made_plain(), original.made_plain()
     job = Job.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
     facts = {"model": model.facts().sha256, "original": original.facts().sha256}
-    job.note_tasks(benign, restricted, transfer)
+    job.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
     job.claim({"audit": spec.model_dump(mode="json"), **facts})
     if source is not None:
         # Beside the job's settings, not among them: a model that was moved is the same model.
@@ -169,10 +230,13 @@ def feasibility(
     Raises:
         HoldfastError: for input that cannot work.
     """
+    _check_objects({} if model is None else {"model": model}, {"benign": benign, "restricted": restricted})
+    threads = checked_threads(threads)
+    model = None if model is None else model.made_plain()
     check(model, benign, restricted, ridge=ridge, q=q)
     on = "inputs" if model is None else model.name
     job = Job.start("feasibility", f"{benign.name} against {restricted.name} on {on}", 0, device, folder, quiet)
-    job.note_tasks(benign, restricted)
+    job.note_tasks({"benign": benign, "restricted": restricted})
     if model is not None:
         job.note_model("original", model)
     job.claim({"ridge": ridge, "q": q, "model": None if model is None else model.facts().sha256})
@@ -214,6 +278,10 @@ def run_recipe(
         HoldfastError: for input that cannot work; nothing in the folder is lost.
     """
     trials_run_on = executors.executor(executor)
+    if not isinstance(recipe, AnyRecipe):
+        raise HoldfastError(f"recipe is {recipe!r}; expected what holdfast.recipe.load(...) returns.")
+    if any(Path(other).resolve() == Path(folder).resolve() for other in reuse):
+        raise HoldfastError(f"--reuse {str(folder)!r} is the run's own folder, and what it holds is used anyway.")
     if isinstance(recipe, ProtocolRecipe):
         return _run_protocol(recipe, folder, data_dir, device, overwrite, quiet, trials_run_on, reuse)
     if reuse:
@@ -223,6 +291,7 @@ def run_recipe(
             raise HoldfastError(f"A study has no trials that {trials_run_on.name!r} could run; leave --executor out.")
         return _run_study(recipe, folder, data_dir, device, overwrite, quiet)
     defense = recipe.build_defense()
+    _refuse_idle(recipe.audit, recipe.transfer is not None)
     chosen = resolve_device(device)
     benign = load_task_for(recipe.benign, recipe.model, data_dir=data_dir)
     restricted = load_task_for(recipe.restricted, recipe.model, data_dir=data_dir)
@@ -239,12 +308,12 @@ def run_recipe(
         adversarys.few_shot(recipe.audit.shots, 0)
 
     job = Job.start("run", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
-    job.note_tasks(benign, restricted, transfer)
+    job.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
     job.claim({"recipe": job.recipe, "model": model.facts().sha256})
     finished = job.finished()
     if finished is not None:
         return finished
-    with cpu_threads(recipe.threads):
+    with job.replacing(), cpu_threads(recipe.threads):
         original = job.original(model, benign, recipe.pretrain)
         immunized, immunization = job.immunize(original, benign, defenders, defense)
         audited = job.audit(immunized, original, benign, adversarys, transfer, recipe.audit, trials_run_on)
@@ -267,16 +336,20 @@ def _run_study(
         with run.seeded("initialise"):
             model = load_model(recipe.model, first, data_dir=data_dir, device=chosen)
     job = Job.start("study", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
-    for name, each in tasks.items():
-        for role, task in zip(("benign", "restricted") if len(each) > 1 else ("data",), each, strict=True):
-            job.tasks[f"{name} {role}"] = task.facts()
+    job.note_tasks(
+        {
+            f"{name} {role}": task
+            for name, each in tasks.items()
+            for role, task in zip(("benign", "restricted") if len(each) > 1 else ("data",), each, strict=True)
+        }
+    )
     if model is not None:
         job.note_model("original", model)
     job.claim({"recipe": job.recipe, "model": None if model is None else model.facts().sha256})
     finished = job.finished()
     if finished is not None:
         return finished
-    with cpu_threads(recipe.threads), job.timed("study"):
+    with job.replacing(), cpu_threads(recipe.threads), job.timed("study"):
         outcome = study(recipe, methods, tasks, model, run=job.run)
     with cpu_threads(recipe.threads):
         return job.save(outcome=outcome)
@@ -316,15 +389,22 @@ def _run_protocol(
     if recipe.conditioning is not None:
         check_conditioning(recipe.conditioning, grounds)
     job = Job.start("protocol", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
-    for name, ground in grounds.items():
-        job.tasks |= {f"{name}: benign": ground.benign.facts(), f"{name}: restricted": ground.restricted.facts()}
-        if ground.transfer is not None:
-            job.tasks[f"{name}: transfer"] = ground.transfer.facts()
+    job.note_tasks(
+        {
+            f"{name}: {role}": task
+            for name, ground in grounds.items()
+            for role, task in (
+                ("benign", ground.benign),
+                ("restricted", ground.restricted),
+                ("transfer", ground.transfer),
+            )
+        }
+    )
     job.claim({"recipe": job.recipe, "models": {name: g.original.facts().sha256 for name, g in grounds.items()}})
     finished = job.finished()
     if finished is not None:
         return finished
-    with cpu_threads(recipe.threads):
+    with job.replacing(), cpu_threads(recipe.threads):
         for name, ground in grounds.items():
             original = job.kept_original(ground.original, ground.benign, recipe.settings[name].pretrain, reuse)
             grounds[name] = replace(ground, original=original)

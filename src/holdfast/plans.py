@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -109,6 +109,25 @@ def steps_per_epoch(samples: int, batch_size: int, cap: int | None = None) -> in
     """
     steps = math.ceil(samples / min(batch_size, samples))
     return steps if cap is None else min(steps, cap)
+
+
+def kept_curve(attack: Attack, seed: int, budgets: tuple[int, ...], task: str, entry: Any) -> Curve:
+    """Makes the curve of a trial of its entry in a journal.
+
+    Args:
+        attack: that was run.
+        seed: which repetition.
+        budgets: at which it was scored.
+        task: what was learned, as in `Curve.task`.
+        entry: of the journal.
+
+    Raises:
+        ValueError: if the entry is no curve, or another trial's.
+    """
+    curve = Curve.model_validate(entry)
+    if (curve.adversary, curve.seed, tuple(curve.budgets), curve.task) != (attack.adversary.name, seed, budgets, task):
+        raise ValueError(f"it is of {curve.adversary!r} on {curve.task}, seed {curve.seed}, budgets {curve.budgets}")
+    return curve
 
 
 def rescaled(curve: Curve, ratio: float) -> Curve:

@@ -12,9 +12,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from holdfast.adversaries import listed
 from holdfast.defenses import Defense
@@ -25,7 +26,7 @@ from holdfast.finetune import Precision, PretrainSpec
 from holdfast.immunizing import Ground, Made, Order, immunize_all
 from holdfast.models import ModelSpec, SplitModel
 from holdfast.picturing import PicturesSpec, Sitting, take_pictures
-from holdfast.plans import Attack, AttackSpec, in_precision, rescaled, scratch_plan, steps_per_epoch
+from holdfast.plans import Attack, AttackSpec, in_precision, kept_curve, rescaled, scratch_plan, steps_per_epoch
 from holdfast.probing import probe_outcome
 from holdfast.ratios import ConditioningSpec, lay_out, measure_all
 from holdfast.results import Curve, Outcome, Role
@@ -373,32 +374,17 @@ def _attack(
             "originals": {name: ground.original.facts().sha256 for name, ground in bench.grounds.items()},
             "immunized models": {json.dumps(place): each.model.facts().sha256 for place, each in made.items()},
         },
+        "protocol",
     )
-    missing = [trial for trial in every if trial.key not in journal.entries]
+    readers = {t.key: partial(kept_curve, t.attack, t.seed, t.budgets, "restricted") for t in every}
+    lacking = set(journal.missing(readers))
+    missing = [trial for trial in every if trial.key in lacking]
     if every:
         with bench.run.progress("Attacking", len(every), len(every) - len(missing)) as bar:
             for index, curve in executor.run(_work, bench, missing):
                 journal.add(missing[index].key, curve.model_dump(mode="json"))
                 bar.tick(f"{missing[index].model}: {missing[index].attack.label}")
-    return {trial.key: _kept(journal, trial) for trial in every}
-
-
-def _kept(journal: Journal, trial: _Trial) -> Curve:
-    """Reads a trial's curve back; another program, or a person, may have written to the journal."""
-    try:
-        curve = Curve.model_validate(journal.entries[trial.key])
-        if (curve.adversary, curve.seed, tuple(curve.budgets)) != (
-            trial.attack.adversary.name,
-            trial.seed,
-            trial.budgets,
-        ):
-            raise ValueError(f"it is of {curve.adversary!r}, seed {curve.seed}, budgets {curve.budgets}")
-    except ValueError as error:
-        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise HoldfastError(
-            f"{str(journal.path)!r} is damaged (trial {trial.key}: {why}); choose another folder with --out."
-        ) from error
-    return curve
+    return {key: journal.read(key, reader) for key, reader in readers.items()}
 
 
 def _sittings(

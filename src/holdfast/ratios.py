@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from holdfast.conditioning import GroupRatios, GroupSpectra, check_groups, group_spectra
 from holdfast.defenses import FrontierDefense
@@ -79,19 +81,24 @@ def measure_all(
             "data": {n: [g.benign.facts().sha256, g.adversarys.facts().sha256] for n, g in grounds.items()},
             "models": {json.dumps(place): model.facts().sha256 for place, model in models.items()},
         },
+        "protocol",
     )
     keys = {place: json.dumps(place, ensure_ascii=False) for place in models}
-    missing = [place for place in models if keys[place] not in journal.entries]
+    lacking = set(journal.missing(dict.fromkeys(keys.values(), partial(_kept, spec.groups))))
+    missing = [place for place in models if keys[place] in lacking]
     with run.progress("Condition numbers", len(models), len(models) - len(missing)) as bar:
         for index, found in executor.run(_work, _Bench(spec, grounds, models, run), missing):
             journal.add(keys[missing[index]], found.model_dump(mode="json"))
             bar.tick(f"{missing[index][1]}, seed {missing[index][2]}")
-    try:
-        return {place: GroupSpectra.model_validate(journal.entries[key]) for place, key in keys.items()}
-    except ValidationError as error:
-        raise HoldfastError(
-            f"{str(journal.path)!r} is damaged ({error.errors()[0]['msg']}); choose another folder with --out."
-        ) from error
+    return {place: journal.read(key, partial(_kept, spec.groups)) for place, key in keys.items()}
+
+
+def _kept(groups: int, entry: Any) -> GroupSpectra:
+    """Makes the spectra of a model of their entry in the journal; refuses those of another number of groups."""
+    found = GroupSpectra.model_validate(entry)
+    if {len(value) for _, value in found} != {groups}:
+        raise ValueError(f"it is not of {groups} groups")
+    return found
 
 
 def _work(bench: _Bench, place: Place) -> GroupSpectra:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from holdfast.auditing import AuditSpec
 from holdfast.defenses import DEFENSES, Defense, LinearDefense
+from holdfast.documents import read_yaml
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import MAX_THREADS
 from holdfast.finetune import PretrainSpec
@@ -68,7 +70,7 @@ class StudyRecipe(StudySpec):
     title: str
     about: str = Field("", description="What it shows and how long it takes, for `holdfast recipes`.")
     seed: int = Field(0, ge=0)
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: its default.")
+    threads: int | None = Field(None, ge=1, le=MAX_THREADS, description="CPU threads of torch; null: its default.")
     scales: dict[Scale, dict[str, Any]] = Field({}, description="Overrides by scale, each `dotted.key: value`.")
 
     def build_methods(self) -> dict[str, LinearDefense]:
@@ -126,7 +128,7 @@ def build_defense(settings: Mapping[str, Any]) -> Defense:
         >>> build_defense({"name": "sophon", "steps": 5}).config()["steps"]
         5
     """
-    options = dict(settings)
+    options: dict[str, Any] = {str(key): plain(value) for key, value in settings.items()}
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in DEFENSES:
         raise unknown("defense", str(name), DEFENSES)
@@ -136,9 +138,11 @@ def build_defense(settings: Mapping[str, Any]) -> Defense:
         if key not in known:
             raise unknown(f"setting of defense {name!r}:", key, known)
     try:
-        return TypeAdapter(kind).validate_python(options)
+        made = TypeAdapter(kind).validate_python(options)
     except ValidationError as error:
         raise readable(error, f"defense {name!r}", None) from error
+    refuse_truth_as_number(options, made, f"defense {name!r}")
+    return made
 
 
 def names() -> list[str]:
@@ -188,20 +192,23 @@ def load(name: str, *, scale: Scale = "cpu", overrides: Sequence[str] = (), seed
         )
     if scale != "cpu" and scale not in scales:
         raise HoldfastError(f"Recipe {source} has no scale {scale!r}; it has: {', '.join(sorted({'cpu', *scales}))}.")
-    for key, value in (scales.get(scale) or {}).items():
-        _assign(settings, key, value, source)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise HoldfastError(f"--set {override!r} has no '='; write it as a.b=value.")
-        _assign(settings, key.strip(), read_yaml(value, f"--set {override!r}: the value"), source)
+    _assign_all(settings, scales.get(scale) or {}, source, f"Recipe {source}, scale {scale!r}:")
+    chosen = read_overrides(overrides)
+    if any(key.split(".")[0] == "scales" for key in chosen):
+        raise HoldfastError("--set of scales does nothing: the scale is applied before it. Set the key itself.")
+    if seed is not None and "seed" in chosen:
+        raise HoldfastError(f"--seed {seed} and --set seed={chosen['seed']} are both given; keep one.")
+    _assign_all(settings, chosen, source, "--set")
     if seed is not None:
         settings["seed"] = seed
-    if settings.get("kind") == "study":
+    kind = settings.get("kind", "run")
+    if kind not in ("run", "study", "protocol"):
+        raise HoldfastError(f"Recipe {source}: {unknown('kind', str(kind), ['run', 'study', 'protocol'])}")
+    if kind == "study":
         study = _validate(settings, source, StudyRecipe)
         study.build_methods()
         return study
-    if settings.get("kind") == "protocol":
+    if kind == "protocol":
         protocol = _validate(settings, source, ProtocolRecipe)
         protocol.build_defenses()
         for setting in protocol.settings.values():
@@ -215,20 +222,68 @@ def load(name: str, *, scale: Scale = "cpu", overrides: Sequence[str] = (), seed
     return recipe
 
 
-def read_yaml(text: str, what: str) -> Any:
-    """Parses YAML; nothing in it can be executed.
-
-    Args:
-        text: one document.
-        what: begins the message of an error.
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Parses what `--set` takes: `key=value`, the value in YAML.
 
     Raises:
-        HoldfastError: if it is not valid, or holds a date that does not exist.
+        HoldfastError: if there is no `=`, a value is not valid, or a key is given twice.
+
+    Example:
+        >>> read_overrides(["audit.seeds=3", "defense.clip=null"])
+        {'audit.seeds': 3, 'defense.clip': None}
     """
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise HoldfastError(f"{what} is not valid YAML: {error}") from error
+    found: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        key = key.strip()
+        if not equals:
+            raise HoldfastError(f"--set {override!r} has no '='; write it as key=value.")
+        if key in found:
+            raise HoldfastError(f"--set {key} is given twice; keep one.")
+        found[key] = read_yaml(value, f"--set {override!r}: the value")
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Returns settings as JSON would have them: numbers of NumPy, paths, ranges and tuples become plain ones.
+
+    Example:
+        >>> plain({"seeds": np.int64(3), "budgets": range(0, 20, 10)})
+        {'seeds': 3, 'budgets': [0, 10]}
+    """
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [plain(each) for each in value]
+    return value
+
+
+def refuse_truth_as_number(raw: Any, made: Any, what: str, where: str = "") -> None:
+    """Refuses `true` where a number is wanted: Python, and pydantic after it, would take it for 1.
+
+    Args:
+        raw: settings as they were given.
+        made: what was validated.
+        what: whose settings they are; begins the message.
+        where: dotted key of `raw`.
+
+    Raises:
+        HoldfastError: naming the key.
+    """
+    if isinstance(raw, bool):
+        if isinstance(made, int | float) and not isinstance(made, bool):
+            raise HoldfastError(f"{what}: {where} is {str(raw).lower()}; expected a number.")
+    elif isinstance(raw, Mapping):
+        for key, value in raw.items():
+            inner = made.get(key) if isinstance(made, Mapping) else getattr(made, str(key), None)
+            refuse_truth_as_number(value, inner, what, f"{where}.{key}".strip("."))
+    elif isinstance(raw, list | tuple) and isinstance(made, list | tuple):
+        for i, (value, inner) in enumerate(zip(raw, made, strict=False)):
+            refuse_truth_as_number(value, inner, what, f"{where}.{i}".strip("."))
 
 
 def _text(name: str) -> tuple[str, str]:
@@ -237,12 +292,23 @@ def _text(name: str) -> tuple[str, str]:
         if not path.is_file():
             raise HoldfastError(f"No recipe at {name!r}: the file does not exist.")
         try:
-            return repr(name), path.read_text(encoding="utf-8")
+            return repr(name), path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise HoldfastError(f"Recipe {name!r} is no text in UTF-8 ({error}).") from error
     if name not in names():
         raise HoldfastError(f"{unknown('recipe', name, names())} A file of your own ends in .yaml.")
     return repr(name), (resources.files("holdfast") / "recipes" / f"{name}.yaml").read_text()
+
+
+def _assign_all(settings: dict[str, Any], values: Mapping[str, Any], source: str, what: str) -> None:
+    """Assigns in order; refuses a key that would throw away what was set inside of it just before."""
+    done: list[str] = []
+    for key, value in values.items():
+        lost = next((other for other in done if other.startswith(f"{key}.")), None)
+        if lost is not None:
+            raise HoldfastError(f"{what} {key!r} comes after {lost!r} and would replace it; put {key!r} first.")
+        _assign(settings, key, value, source)
+        done.append(key)
 
 
 def _assign(settings: dict[str, Any], dotted: str, value: Any, source: str) -> None:
@@ -266,6 +332,7 @@ def _validate(settings: Mapping[str, Any], source: str, schema: type[_Schema]) -
         found = schema.model_validate(settings)
     except ValidationError as error:
         raise readable(error, f"Recipe {source}", schema) from error
+    refuse_truth_as_number(settings, found, f"Recipe {source}")
     models = [s.model for s in found.settings.values()] if isinstance(found, ProtocolRecipe) else [found.model]
     for model in models:
         if model is not None and is_code(model.name):  # nothing that was read from a file is executed
@@ -288,7 +355,7 @@ def readable(error: ValidationError, what: str, schema: type[BaseModel] | None) 
     for item in error.errors():
         where = ".".join(map(str, item["loc"]))
         if item["type"] == "extra_forbidden" and schema is not None:
-            parts.append(str(unknown("key", where, _keys(schema))))
+            parts.append(str(unknown("key", where, _keys_near(schema, item["loc"]))))
         elif item["type"] == "missing":
             parts.append(f"{where} is missing.")
         elif item["type"] == "value_error":
@@ -297,6 +364,29 @@ def readable(error: ValidationError, what: str, schema: type[BaseModel] | None) 
         else:
             parts.append(f"{where} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}.")
     return HoldfastError(f"{what}: {' '.join(parts)}")
+
+
+def _keys_near(schema: type[BaseModel], place: Sequence[int | str]) -> list[str]:
+    """The keys that an unknown one may have been meant for: those beside it, if one is like it, else all."""
+    kind: Any = schema
+    for part in place[:-1]:
+        fields = getattr(kind, "model_fields", {})
+        if part in fields:
+            kind = _inside(fields[part].annotation)
+    prefix = "".join(f"{part}." for part in place[:-1])
+    beside = [prefix + name for name in getattr(kind, "model_fields", {})]
+    own = str(place[-1])
+    if difflib.get_close_matches(own, [name.removeprefix(prefix) for name in beside], n=1, cutoff=0.5):
+        return beside
+    return sorted({*_keys(schema), *beside})
+
+
+def _inside(annotation: Any) -> Any:
+    """The schema in an annotation such as `dict[str, Schema]` or `Schema | None`; None if there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = [_inside(each) for each in getattr(annotation, "__args__", ())]
+    return next((each for each in found if each is not None), None)
 
 
 def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:

@@ -77,8 +77,8 @@ def replay(
             f"{str(folder)!r} holds no audit (its kind is {result.kind!r}); there is nothing to replay."
         )
     recorded = _recorded(result.audit, adversary, role, seed)
-    run = Run(result.seed, resolve_device(device or result.provenance.device))
-    with cpu_threads(threads or result.provenance.threads):
+    run = Run(result.seed, resolve_device(result.provenance.device if device is None else device))
+    with cpu_threads(result.provenance.threads if threads is None else threads):
         source = _load(Path(folder), result, run, data_dir)
         _check_hashes(result, source)
         bench, trials = _bench(result, result.audit, source, run)
@@ -117,7 +117,7 @@ def _bench(result: RunResult, audit: AuditResult, source: _Source, run: Run) -> 
 
 
 def _recorded(audit: AuditResult, adversary: str | None, role: Role, seed: int) -> Curve:
-    name = adversary or audit.by_budget[-1].best_adversary["immunized"]
+    name = audit.by_budget[-1].best_adversary["immunized"] if adversary is None else adversary
     if name not in audit.adversaries:
         raise unknown("adversary", name, audit.adversaries)
     for curve in audit.curves:
@@ -162,11 +162,21 @@ def _load_audit(folder: Path, result: RunResult, run: Run, data_dir: Path | str 
     }
 
     def released(name: str, prefix: str) -> SplitModel:
-        weights = source.get(f"{prefix}weights")
-        head = source.get(f"{prefix}head")
-        return load_released(_text(source, name), weights, tasks["benign"], head=head, data_dir=data_dir)
+        said = {key: source.get(f"{prefix}{key}") for key in ("mean", "std")}
+        mean, std = (None if v is None else _numbers(v, f"{prefix}{key}") for key, v in said.items())
+        return load_released(
+            _text(source, name), source.get(f"{prefix}weights"), tasks["benign"], head=source.get(f"{prefix}head"),
+            mean=mean, std=std, data_dir=data_dir,
+        )  # fmt: skip
 
     return _Source(released("model", ""), released("original", "original_"), tasks)
+
+
+def _numbers(text: Any, key: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in str(text).strip("[]() ").split(","))
+    except ValueError as error:
+        raise HoldfastError(f"result.json: recipe.source.{key} is {text!r}; expected numbers with commas.") from error
 
 
 def _text(source: Mapping[str, Any], key: str) -> str:

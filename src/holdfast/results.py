@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from holdfast.documents import read_json
 from holdfast.errors import HoldfastError
 
 SCHEMA_VERSION = "1"
@@ -187,6 +188,11 @@ class Curve(_Result):
     )
     batch_size: int = Field(description="Samples a step: the adversary's batch size, or all that it has.")
     failure: str | None = Field(None, description="What the model's code raised; then no score is finite.")
+    benign_after: float | None = Field(
+        None,
+        description="Benign test score after the last budget, with the released head; None: not finite, or not "
+        "measured (from scratch, side effects, results of older versions).",
+    )
 
     @model_validator(mode="after")
     def _one_value_a_budget(self) -> Self:
@@ -256,6 +262,20 @@ class SideEffect(_Result):
     by_budget: list[BudgetRow]
     lost: float | None = Field(description="Original minus immunized, best of battery at the last budget.")
     interval: Interval | None
+    not_applicable: dict[str, str] = Field({}, description="Learners that could not be run, and why.")
+    failures: dict[str, str] = Field({}, description="What the immunized model's code raised, by learner and seed.")
+
+
+class Keeping(_Result):
+    """The audit once more, for those adversaries only who keep the benign task."""
+
+    limit: float = Field(description="Benign score that an attack may cost the attacked model, mean over seeds.")
+    adversaries: dict[Role, list[str]] = Field(
+        description="Those who stay within it, on the models that know the task."
+    )
+    by_budget: list[BudgetRow] = Field(
+        description="Best of them, and best of all from scratch; empty if none keeps the immunized model's benign task."
+    )
 
 
 class SearchTrial(_Result):
@@ -267,7 +287,9 @@ class SearchTrial(_Result):
     config: dict[str, Any]
     score: float | None = Field(description="Best score on the folds that a search may see; None: not finite.")
     steps: int = Field(description="Steps that were taken before it was given up, or all.")
+    benign_after: float | None = Field(None, description="Benign test score after these steps; see a curve's.")
     confirmed: bool = Field(description="Whether it was among the best, and was repeated with every seed.")
+    failure: str | None = Field(None, description="Why it has no score: it could not start, or the code failed.")
 
 
 class Thresholds(_Result):
@@ -302,6 +324,20 @@ class Thresholds(_Result):
         gt=0,
         lt=1,
         description="`invalid` if the benign score fell by more: a broken model is not a safe one.",
+    )
+    max_benign_drop_after_attack: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="The best adversary whose attack costs the attacked model no more benign score than this is "
+        "reported beside the best of all; null: it is not.",
+    )
+    max_benign_shortfall: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="`invalid` if the original's benign score is further than this below the one that its publisher "
+        "reports: then inputs, labels or weights are not what they were.",
     )
     min_benign_skill: float = Field(
         0.2,
@@ -369,10 +405,12 @@ class AuditResult(_Result):
     reported: float | None = Field(
         None, description="The restricted score after the last budget that the model's publisher claims."
     )
+    reported_benign: float | None = Field(None, description="The original's benign score that its publisher claims.")
     benign: Side
     flags: list[Flag] = Field([], description="Signs that the resistance, or the audit, is not what it seems.")
     curves: list[Curve]
     by_budget: list[BudgetRow]
+    keeping: Keeping | None = Field(None, description="With `max_benign_drop_after_attack`; None: without it.")
     cost_target: float | None = Field(None, description="The score whose cost is compared.")
     costs: list[Cost] = []
     side_effects: list[SideEffect] = []
@@ -404,6 +442,52 @@ class ImmunizationResult(_Result):
     events: list[Event]
     completed: bool = Field(description="False if the defense gave up early; the events say why.")
     rollbacks: int = Field(0, description="How often the guard went back to the last good state.")
+    changed: bool | None = Field(
+        None, description="Whether any weight or buffer differs from the original's. None: not recorded."
+    )
+    finite: bool | None = Field(None, description="Whether all weights and buffers are finite. None: not recorded.")
+
+    @property
+    def nothing(self) -> str | None:
+        """Says why there is no immunized model, in a sentence; None if there is one.
+
+        Example:
+            >>> gave_up = {"history": {}, "events": [], "completed": False, "changed": False}
+            >>> ImmunizationResult(defense="sophon", config={}, **gave_up).nothing
+            "Nothing was immunized: the weights are the original's, unchanged."
+        """
+        if self.changed is False:
+            return "Nothing was immunized: the weights are the original's, unchanged."
+        if self.finite is False:
+            return "Nothing was immunized: the weights are not finite, and the model is destroyed."
+        return None
+
+
+class Reading(_Result):
+    """What was read of a task's data, for people who want to know whether it is what they meant."""
+
+    source: str
+    kind: str
+    shape: list[int] = Field(description="Of one input: channels, height and width of an image; else its length.")
+    low: float = Field(description="Smallest value of all inputs, before images are scaled to [0, 1].")
+    high: float
+    class_names: list[str] = Field(description="Empty where there are no classes.")
+    samples: dict[str, list[int]] = Field(description="By split, the samples of each class.")
+    notes: list[str] = Field([], description="What was left out or converted, and what is odd.")
+    warnings: list[str] = Field([], description="Samples that are where they should not be.")
+
+    def sentence(self, facts: TaskFacts) -> str:
+        """Returns sizes, classes, shape and range on one line."""
+        parts = [f"{facts.train} training and {facts.test} test samples"]
+        if self.class_names:
+            shown = ", ".join(self.class_names[:5]) + (", ..." if len(self.class_names) > 5 else "")
+            parts.append(f"{len(self.class_names)} classes ({shown})")
+        if self.samples.get("train"):
+            low, high = min(self.samples["train"]), max(self.samples["train"])
+            parts.append(f"{low} training samples each" if low == high else f"{low} to {high} training samples each")
+        what = "tokens" if facts.tokenizer else "inputs"
+        parts.append(f"{what} {'x'.join(map(str, self.shape))} from {self.low:.4g} to {self.high:.4g}")
+        return ", ".join(parts)
 
 
 class TaskFacts(_Result):
@@ -415,6 +499,7 @@ class TaskFacts(_Result):
     test: int
     classes: int
     tokenizer: str | None = Field(None, description="Of text: what made the token ids.")
+    read: Reading | None = Field(None, description="What was read; None in results of former versions.")
 
 
 class ModelFacts(_Result):
@@ -424,6 +509,7 @@ class ModelFacts(_Result):
     parameters: int
     sha256: str
     file_sha256: str | None = None
+    notes: list[str] = Field([], description="How it was read, and what was changed to make it a plain network.")
 
 
 class Provenance(_Result):
@@ -460,6 +546,16 @@ class RunResult(_Result):
     provenance: Provenance
     timing: dict[str, float] = Field({}, description="Seconds by stage, on this machine.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe_of_a_study(cls, raw: Any) -> Any:
+        """Early versions recorded a study's recipe one level too deep, beside the model's hash."""
+        if isinstance(raw, Mapping) and raw.get("kind") == "study":
+            recipe = raw.get("recipe")
+            if isinstance(recipe, Mapping) and recipe.keys() == {"recipe", "model"}:
+                return {**raw, "recipe": recipe["recipe"]}
+        return raw
+
     def numbers(self) -> dict[str, Any]:
         """Everything that the same seed must reproduce: all but provenance and timing."""
         return self.model_dump(mode="json", exclude={"provenance", "timing"})
@@ -482,14 +578,17 @@ def read_result(folder: Path | str) -> RunResult:
         HoldfastError: if there is none, or it is damaged or of another version.
     """
     path = Path(folder) / "result.json"
+    if not Path(folder).exists():
+        raise HoldfastError(f"No folder at {str(folder)!r}: it does not exist.")
     if not path.is_file():
         raise HoldfastError(
             f"{str(folder)!r} holds no result.json; is the run complete? The same command continues it."
         )
     try:
-        return RunResult.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise HoldfastError(f"{str(path)!r} is damaged or of another version: {error.errors()[0]['msg']}.") from error
+        return RunResult.model_validate(read_json(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise HoldfastError(f"{str(path)!r} is damaged or of another version: {why}.") from error
 
 
 def provenance(
@@ -513,10 +612,7 @@ def provenance(
         models: facts of every model, by its part in the run.
         command: the command line; the process's own by default.
     """
-    program = Path(sys.argv[0]).name
-    argv = (
-        list(command) if command is not None else ["holdfast" if program == "__main__.py" else program, *sys.argv[1:]]
-    )
+    argv = list(command) if command is not None else command_line()
     names = [
         "torch",
         "torchvision",
@@ -542,6 +638,12 @@ def provenance(
         tasks=dict(tasks),
         models=dict(models),
     )
+
+
+def command_line() -> list[str]:
+    """Returns the command that this process is, as a person would repeat it."""
+    program = Path(sys.argv[0]).name
+    return ["holdfast" if program == "__main__.py" else program, *sys.argv[1:]]
 
 
 def _git_commit() -> str | None:

@@ -48,6 +48,7 @@ class _Hunt:
         self.task = bench.samples["restricted", SEARCH_SEED]
         self.victim = bench.model(role, SEARCH_SEED)
         self.proposed: list[Adversary] = []
+        self.reasons: dict[str, str | None] = {}
         self.known: dict[str, Adversary] = {}
         self.trials: list[SearchTrial] = []
         self.curves: list[Curve] = []
@@ -55,7 +56,8 @@ class _Hunt:
     def propose(self, count: int) -> list[Trial]:
         """Asks for adversaries; those that cannot start, or come again, are no new trial."""
         self.proposed = self.searcher.ask(count)
-        fit = {a.name: a for a in self.proposed if a.not_applicable(self.victim, self.task) is None}
+        self.reasons = {a.name: a.not_applicable(self.victim, self.task) for a in self.proposed}
+        fit = {a.name: a for a in self.proposed if self.reasons[a.name] is None}
         self.known |= fit
         floors = _floors(self.curves, self.budgets)
         return [Trial(self.role, a, SEARCH_SEED, floors=floors) for a in fit.values()]
@@ -67,11 +69,13 @@ class _Hunt:
         self.searcher.tell(scores)
         self.curves += curves
         for a, score in zip(self.proposed, scores, strict=True):
-            steps = done[a.name].budgets[-1] if a.name in done else 0
+            curve = done.get(a.name)
             self.trials.append(
                 SearchTrial(
                     role=self.role, number=len(self.trials), adversary=a.name, config=a.config(), score=score,
-                    steps=steps, confirmed=False,
+                    steps=0 if curve is None else curve.budgets[-1],
+                    benign_after=None if curve is None else curve.benign_after, confirmed=False,
+                    failure=self.reasons[a.name] if curve is None else curve.failure,
                 )
             )  # fmt: skip
 

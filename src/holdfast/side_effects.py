@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from pydantic import ValidationError
+from functools import partial
 
 from holdfast.adversaries import FineTuning, Probe
-from holdfast.errors import HoldfastError, unknown
+from holdfast.errors import unknown
 from holdfast.execution import Journal, Run
 from holdfast.executors import Executor
 from holdfast.immunizing import Ground
 from holdfast.models import SplitModel
-from holdfast.plans import Attack, rescaled, steps_per_epoch
+from holdfast.plans import Attack, kept_curve, rescaled, steps_per_epoch
 from holdfast.results import Cell, Curve, Outcome, Table
 from holdfast.scenes import ORIGINAL, Measure, mean_of
 from holdfast.tasks import Task
@@ -148,18 +147,16 @@ def _learn(bench: _Bench, trials: Sequence[_Trial], executor: Executor) -> dict[
             "originals": {name: ground.original.facts().sha256 for name, ground in bench.grounds.items()},
             "immunized models": {json.dumps(place): model.facts().sha256 for place, model in bench.models.items()},
         },
+        "protocol",
     )
-    missing = [trial for trial in trials if trial.key not in journal.entries]
+    readers = {t.key: partial(kept_curve, t.attack, t.seed, t.budgets, "transfer") for t in trials}
+    lacking = set(journal.missing(readers))
+    missing = [trial for trial in trials if trial.key in lacking]
     with bench.run.progress("Side effects", len(trials), len(trials) - len(missing)) as bar:
         for index, curve in executor.run(_work, bench, missing):
             journal.add(missing[index].key, curve.model_dump(mode="json"))
             bar.tick(f"{missing[index].model}: {missing[index].attack.label}")
-    try:
-        return {trial.key: Curve.model_validate(journal.entries[trial.key]) for trial in trials}
-    except ValidationError as error:
-        raise HoldfastError(
-            f"{str(journal.path)!r} is damaged ({error.errors()[0]['msg']}); choose another folder with --out."
-        ) from error
+    return {key: journal.read(key, reader) for key, reader in readers.items()}
 
 
 def _work(bench: _Bench, trial: _Trial) -> Curve:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Final, Self
+from functools import cached_property, partial
+from typing import Any, Final, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from holdfast.adversaries import listed
+from holdfast.adversaries import Adversary, listed
 from holdfast.convergence import measured_tau, norm_ratios, predicted_tau
 from holdfast.defenses import LinearDefense, LinearProblem
 from holdfast.errors import HoldfastError, unknown
@@ -26,6 +27,8 @@ from holdfast.spectrum import EPS, PUBLISHED_FLOOR, LeastSquares
 from holdfast.tasks import Task, TaskSpec
 
 IDENTITY = "identity"
+Role = Literal["restricted", "benign"]
+ROLES: Final[tuple[Role, ...]] = ("restricted", "benign")
 Values = dict[str, float | None]
 XY = tuple[Tensor, Tensor]
 
@@ -71,6 +74,8 @@ class StudyTable(BaseModel):
     def _one_source(self) -> Self:
         if (self.pair is None) == (self.class_pairs is None):
             raise ValueError("give either `pair` or `class_pairs`")
+        if self.class_pairs is not None and self.held_out:
+            raise ValueError("held_out needs a `pair`: of `class_pairs` nothing is held out")
         return self
 
 
@@ -178,12 +183,21 @@ def study(
     """
     pairs = {name: _pairs(table, tasks[name], model) for name, table in spec.tables.items()}
     rows = [IDENTITY, *methods]
-    total = sum(len(p) for p in pairs.values()) * (1 + len(methods) * spec.seeds)
-    journal = Journal(run.path("study.jsonl"), _belongs(spec, methods, tasks, model, run))
+    journal = Journal(run.path("study.jsonl"), _belongs(spec, methods, tasks, model, run), "study")
+    readers = {
+        _key(name, pair, row, seed): partial(_measured, spec, table.held_out, _curve_steps(spec, pairs[name], seed))
+        for name, table in spec.tables.items()
+        for pair, _, _ in pairs[name]
+        for row, seed in _trials(methods, spec)
+    }
+    if spec.probes is not None:
+        for job in itertools.chain.from_iterable(_probe_jobs(name, methods, spec.probes) for name in spec.tables):
+            journal.missing({_probe_key(*job): partial(_probe_scores, len(spec.probes.budgets))})
+    total, missing = len(readers), len(journal.missing(readers))
     figures: dict[str, Figure] = {}
     tables: dict[str, Table] = {}
     findings: list[str] = []
-    with run.progress("Measuring", total, len([k for k in journal.entries if k.count("/") == 3])) as bar:
+    with run.progress("Measuring", total, total - missing) as bar:
         for name, table in spec.tables.items():
             measured = _measure_table(name, table, pairs[name], spec, methods, run, journal, bar)
             tables |= _tables(name, table, rows, measured, spec)
@@ -244,8 +258,8 @@ def _measure_table(
     """Measurements by row, seed and pair."""
     found: dict[str, list[list[dict[str, Any]]]] = {row: [] for row in (IDENTITY, *methods)}
     for pair, benign, restricted in pairs:
-        trials = [(IDENTITY, 0), *itertools.product(methods, range(spec.seeds))]
-        keys = {trial: f"{name}/{pair}/{trial[0]}/{trial[1]}" for trial in trials}
+        trials = _trials(methods, spec)
+        keys = {(row, seed): _key(name, pair, row, seed) for row, seed in trials}
         problem: LinearProblem | None = None
         for trial in trials:
             row, seed = trial
@@ -254,7 +268,7 @@ def _measure_table(
                     frontier = Frontier.of(benign.problem, restricted.problem, space=table.space, ridge=table.ridge)
                     problem = LinearProblem(frontier, benign.train, restricted.train)
                 theta = _theta(methods.get(row), problem, run, name, pair, seed)
-                curves = spec.norm_ratio_steps if len(pairs) == 1 and seed == 0 else 0
+                curves = _curve_steps(spec, pairs, seed)
                 held_out = (benign.held_out, restricted.held_out) if table.held_out else None
                 raw = benign.train[0], restricted.train[0]
                 journal.add(keys[trial], measure(problem.frontier, theta, raw, spec, curves=curves, held_out=held_out))
@@ -263,6 +277,54 @@ def _measure_table(
                 found[row].append([])
             found[row][seed].append(journal.entries[keys[trial]])
     return found
+
+
+def _trials(methods: Mapping[str, LinearDefense], spec: StudySpec) -> list[tuple[str, int]]:
+    """Rows and seeds; the identity has nothing random."""
+    return [(IDENTITY, 0), *itertools.product(methods, range(spec.seeds))]
+
+
+def _key(*parts: object) -> str:
+    """Names a piece of work, whatever characters the names in it have."""
+    return json.dumps(parts, ensure_ascii=False)
+
+
+def _curve_steps(spec: StudySpec, pairs: _Pairs, seed: int) -> int:
+    return spec.norm_ratio_steps if len(pairs) == 1 and seed == 0 else 0
+
+
+def _measured(spec: StudySpec, held_out: bool, curves: int, entry: Any) -> dict[str, Any]:
+    """Makes the measurements of an extractor of their entry in the journal; refuses any that are not as `measure`'s."""
+    names = {*MAIN, *PUBLISHED, *CONVERGENCE, *(HELD_OUT if held_out else ())}
+    series = {f"{kind}norm_ratios_{role}" for kind in ("", "published_") for role in ROLES} if curves else set()
+    found = dict(entry)
+    if found.keys() != names | series:
+        raise ValueError(f"it lacks or adds {sorted(found.keys() ^ (names | series))}")
+    for name in names:
+        if found[name] is not None:
+            _refuse_no_number(name, found[name])
+    for name in series:
+        if not isinstance(found[name], list) or len(found[name]) != curves + 1:
+            raise ValueError(f"{name} is not a list of {curves + 1} numbers")
+        for value in found[name]:
+            if value is not None:
+                _refuse_no_number(name, value)
+    return found
+
+
+def _probe_scores(budgets: int, entry: Any) -> list[float | None]:
+    """Makes a probe's scores of their entry in the journal."""
+    if not isinstance(entry, list) or len(entry) != budgets:
+        raise ValueError(f"it is not a list of {budgets} scores")
+    for value in entry:
+        if value is not None:
+            _refuse_no_number("a score", value)
+    return entry
+
+
+def _refuse_no_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}, and not a number")
 
 
 def _theta(method: LinearDefense | None, problem: LinearProblem, run: Run, table: str, pair: str, seed: int) -> Tensor:
@@ -322,7 +384,9 @@ def measure(
     if held_out is not None:
         there = relative_immunization_ratio(theta, *(task.through(frontier.basis) for task in held_out))
         values |= {"held_out_ratio_restricted": there.restricted, "held_out_ratio_benign": there.benign}
-    return {key: value if isinstance(value, list) else _finite(value) for key, value in values.items()}
+    return {
+        key: [_finite(v) for v in value] if isinstance(value, list) else _finite(value) for key, value in values.items()
+    }
 
 
 def _tables(
@@ -473,19 +537,13 @@ def _probes(
     ((_, benign, restricted),) = pairs
     frontier = Frontier.of(benign.problem, restricted.problem, space=table.space, ridge=table.ridge)
     problem = LinearProblem(frontier, benign.train, restricted.train)
-    jobs = [
-        (row, role, adversary)
-        for role in ("restricted", "benign")
-        for adversary in listed(spec.probes.battery)
-        if role == "restricted" or adversary.name in spec.probes.benign
-        for row in (IDENTITY, *methods)
-    ]
+    jobs = _probe_jobs(name, methods, spec.probes)
     thetas: dict[str, Tensor] = {}
     rows: list[dict[str, str | Cell]] = []
-    with run.progress("Probing", len(jobs), sum(_probe_key(name, job) in journal.entries for job in jobs)) as bar:
+    with run.progress("Probing", len(jobs), sum(_probe_key(*job) in journal.entries for job in jobs)) as bar:
         for job in jobs:
-            row, role, adversary = job
-            key = _probe_key(name, job)
+            _, row, role, adversary = job
+            key = _probe_key(*job)
             if key not in journal.entries:
                 if row not in thetas:
                     theta = frontier.full(_theta(methods.get(row), problem, run, name, pairs[0][0], 0))
@@ -508,9 +566,21 @@ def _probes(
     )
 
 
-def _probe_key(name: str, job: tuple[str, str, Any]) -> str:
-    row, role, adversary = job
-    return f"{name}/probe/{role}/{adversary.name}/{row}"
+def _probe_jobs(
+    name: str, methods: Mapping[str, LinearDefense], probes: ProbesSpec
+) -> list[tuple[str, str, Role, Adversary]]:
+    """Table, row, task and probe of each score of a table."""
+    return [
+        (name, row, role, adversary)
+        for role in ROLES
+        for adversary in listed(probes.battery)
+        if role == "restricted" or adversary.name in probes.benign
+        for row in (IDENTITY, *methods)
+    ]
+
+
+def _probe_key(name: str, row: str, role: str, adversary: Adversary) -> str:
+    return _key(name, "probe", role, adversary.name, row)
 
 
 def _behind(theta: Tensor, domain: _Domain) -> tuple[SplitModel, Task]:

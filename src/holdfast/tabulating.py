@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from holdfast.comparison import Comparison
 from holdfast.findings import findings_of
-from holdfast.results import Cell, Figure, Lines, Outcome, Table
+from holdfast.results import Cell, Figure, ImmunizationResult, Lines, Outcome, Table
 from holdfast.scenes import (
     ORIGINAL,
     SCRATCH,
@@ -177,6 +177,12 @@ def _difference(
     return Table(title=f"Against {base}", rows=found, percent=percent, note=note, standard_error=True)
 
 
+def _ended(result: ImmunizationResult) -> str:
+    if result.changed is False:
+        return "unchanged"
+    return "completed" if result.completed else "gave up"
+
+
 def _immunization(scenes: Sequence[Scene]) -> Table:
     found: list[TableRow] = []
     for scene in scenes:
@@ -186,7 +192,7 @@ def _immunization(scenes: Sequence[Scene]) -> Table:
                 "setting": scene.name,
                 "defense": label,
                 "seed": str(seed),
-                "ended": "completed" if made.result.completed else "gave up",
+                "ended": _ended(made.result),
                 "from": f"reused from {made.reused_from}" if made.reused_from else "here",
                 "rounds": Cell.of([len(history.get("iteration", []))]),
                 "rollbacks": Cell.of([made.result.rollbacks]),

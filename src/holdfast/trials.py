@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
-
-from pydantic import ValidationError
+from functools import partial
+from typing import Any, Literal
 
 from holdfast.adversaries import Adversary
 from holdfast.adversaries.stacked import Member, attack_together, stacks
-from holdfast.errors import HoldfastError
 from holdfast.execution import Journal, Run, derive_seed
 from holdfast.executors import Executor
 from holdfast.models import SplitModel
@@ -136,7 +134,10 @@ class Bench:
         if len(job) == 1:
             return [self.curve(job[0])]
         members = [Member(t.adversary, self._victim(t), self.samples[t.on, t.seed], t.role, t.seed) for t in job]
-        together = attack_together(members, budgets=self.budgets, run=self.run)
+        attacked = {t.on for t in job} == {"restricted"}
+        together = attack_together(
+            members, budgets=self.budgets, run=self.run, score_benign=self.benign if attacked else None
+        )
         return [_named(curve, trial) for curve, trial in zip(together, job, strict=True)]
 
     def _victim(self, trial: Trial) -> SplitModel:
@@ -161,6 +162,7 @@ class Bench:
                 seed=trial.seed,
                 benign=self.benign,
                 floors=trial.floors,
+                score_benign=trial.on == "restricted" and trial.role != "scratch",
             )
         except Exception as error:  # it may be anybody's code, and so is what it raises
             if trial.role != "immunized" and trial.seed != SEARCH_SEED:
@@ -205,7 +207,8 @@ class Crew:
         Raises:
             HoldfastError: if the journal holds something else under a trial's key.
         """
-        done = self.journal.entries
+        done, readers = self.journal.entries, {t.key: partial(_kept, t, self.bench.budgets) for t in trials}
+        self.journal.missing(readers)
         jobs = [job for job in self.bench.jobs(trials) if any(t.key not in done for t in job)]
         with self.bench.run.progress(description, len(trials), sum(t.key in done for t in trials)) as bar:
             for index, curves in self.executor.run(_work, self.bench, jobs):
@@ -213,30 +216,19 @@ class Crew:
                     if trial.key not in done:
                         self.journal.add(trial.key, curve.model_dump(mode="json"))
                         bar.tick(f"{trial.role}: {trial.name}")
-        return [_kept(self.journal, trial, self.bench.budgets) for trial in trials]
+        return [self.journal.read(trial.key, readers[trial.key]) for trial in trials]
 
 
 def _work(bench: Bench, job: tuple[Trial, ...]) -> list[Curve]:
     return bench.curves(job)
 
 
-def _kept(journal: Journal, trial: Trial, budgets: tuple[int, ...]) -> Curve:
-    """Reads a trial's curve back; another program, or a person, may have written to the journal."""
-    try:
-        curve = Curve.model_validate(journal.entries[trial.key])
-        if (curve.task, curve.role, curve.adversary, curve.seed) != (
-            trial.on,
-            trial.role,
-            trial.name,
-            trial.seed,
-        ):
-            raise ValueError(f"it is of {curve.task}/{curve.role}/{curve.adversary}/{curve.seed}")
-        expected = budgets[: len(curve.budgets)] if trial.seed == SEARCH_SEED else budgets
-        if tuple(curve.budgets) != expected:
-            raise ValueError(f"its budgets are {curve.budgets} instead of {list(budgets)}")
-    except ValueError as error:
-        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise HoldfastError(
-            f"{str(journal.path)!r} is damaged (trial {trial.key}: {why}); choose another folder with --out."
-        ) from error
+def _kept(trial: Trial, budgets: tuple[int, ...], entry: Any) -> Curve:
+    """Makes a trial's curve of its entry in the journal; refuses another trial's."""
+    curve = Curve.model_validate(entry)
+    if (curve.task, curve.role, curve.adversary, curve.seed) != (trial.on, trial.role, trial.name, trial.seed):
+        raise ValueError(f"it is of {curve.task}/{curve.role}/{curve.adversary}/{curve.seed}")
+    expected = budgets[: len(curve.budgets)] if trial.seed == SEARCH_SEED else budgets
+    if tuple(curve.budgets) != expected:
+        raise ValueError(f"its budgets are {curve.budgets} instead of {list(budgets)}")
     return curve

@@ -1,10 +1,22 @@
 """Adversaries: ways to fine-tune a released model, and the batteries that an audit runs."""
 
 from holdfast.adversaries.base import Adversary
-from holdfast.adversaries.batteries import BATTERIES, SEARCHES, battery, build, listed
+from holdfast.adversaries.batteries import BATTERIES, KINDS, SEARCHES, battery, build, listed
 from holdfast.adversaries.finetuning import FineTuning
 from holdfast.adversaries.probes import Probe
 from holdfast.adversaries.search import Search
 from holdfast.adversaries.undo import UNDO
 
-__all__ = ["BATTERIES", "SEARCHES", "UNDO", "Adversary", "FineTuning", "Probe", "Search", "battery", "build", "listed"]
+__all__ = [
+    "BATTERIES",
+    "KINDS",
+    "SEARCHES",
+    "UNDO",
+    "Adversary",
+    "FineTuning",
+    "Probe",
+    "Search",
+    "battery",
+    "build",
+    "listed",
+]

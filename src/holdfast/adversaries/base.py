@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from holdfast.errors import HoldfastError
 from holdfast.execution import Run
 from holdfast.models import SplitModel, features
 from holdfast.results import Curve, Role
@@ -32,6 +34,11 @@ class Adversary(ABC):
     name: str
     batch_size: int
     frozen_body: ClassVar[bool] = False
+
+    @property
+    def trains_head_in_place(self) -> bool:
+        """Whether the head in the end is the released one, trained: then it may still know the benign task."""
+        return False
 
     @abstractmethod
     def run(
@@ -71,6 +78,7 @@ class Adversary(ABC):
         benign: Task | None = None,
         floors: Sequence[float | None] = (),
         keep: Callable[[SplitModel], object] | None = None,
+        score_benign: bool = False,
     ) -> Curve:
         """Runs the adversary against a copy of a model and scores it at every budget.
 
@@ -88,11 +96,15 @@ class Adversary(ABC):
             floors: a score for each budget, under which it is not worth going on; None, or none given: always. What is
                 compared is the score on every second fold, as a search sees it.
             keep: is given the attacked copy in the end, for who wants more of it than scores.
+            score_benign: whether `benign` is scored in the end, see `benign_score_after`.
 
         Returns:
             Scores and mean training losses at the budgets, up to the one at which it was given up.
         """
+        if score_benign and benign is None:
+            raise HoldfastError(f"{self.name}: the benign score after the attack needs the benign task (`benign`).")
         victim = model.clone().to(run.device)
+        keep_head(victim)
         if self.frozen_body:
             victim, task = _head_on_features(victim, task)
         trace = Trace()
@@ -110,9 +122,11 @@ class Adversary(ABC):
                         break
                 if step >= budgets[-1]:
                     break
+            # Last of all, so that whatever foreign code draws here changes no score.
+            after = benign_score_after(self, model, victim, benign) if score_benign and benign else None
         if keep is not None:
             keep(victim)
-        return trace.curve(self, task, role, seed, budgets)
+        return trace.curve(self, task, role, seed, budgets, after)
 
     @final
     def flops_per_step(self, model: SplitModel, task: Task, *, run: Run, benign: Task | None = None) -> float | None:
@@ -154,13 +168,65 @@ class Trace:
         self.folds.append(by_fold(outcomes) if score is not None else None)
         self.losses.append(_finite(float(losses.mean())) if losses is not None else None)
 
-    def curve(self, adversary: Adversary, task: Task, role: Role, seed: int, budgets: Sequence[int]) -> Curve:
+    def curve(
+        self,
+        adversary: Adversary,
+        task: Task,
+        role: Role,
+        seed: int,
+        budgets: Sequence[int],
+        benign_after: float | None = None,
+    ) -> Curve:
         """Returns the curve of an attack that may have ended before its last budget."""
         return Curve(
             adversary=adversary.name, role=role, seed=seed, budgets=list(budgets[: len(self.scores)]),
             scores=self.scores, losses=self.losses, folds=self.folds,
-            batch_size=min(adversary.batch_size, task.size("train")),
+            batch_size=min(adversary.batch_size, task.size("train")), benign_after=benign_after,
         )  # fmt: skip
+
+
+_KEPT = "_kept_head"
+
+
+def keep_head(model: SplitModel) -> None:
+    """Notes the head as it is now, as the one that an attacker can put back; see `benign_score_after`.
+
+    An adversary that changes what the head gets without changing the outputs (a map before it, other scales) calls it
+    again when that is done, and before it trains or replaces the head.
+    """
+    # Past nn.Module, which would make a layer of it that optimizers see.
+    model.__dict__[_KEPT] = copy.deepcopy(model.head).requires_grad_(False)
+
+
+def benign_score_after(adversary: Adversary, released: SplitModel, attacked: SplitModel, benign: Task) -> float | None:
+    """Returns the benign score that somebody has who attacked a model.
+
+    The attacked body is scored with the head that the model was released with, which nobody can take away from the
+    attacker. If the attack trained that head in place, the network as it is may be better: then the better of the two
+    counts. An attack that leaves the body alone leaves the benign score alone.
+
+    Args:
+        adversary: who attacked.
+        released: the model before the attack.
+        attacked: the copy that was attacked; left as it is.
+        benign: the model's own task.
+
+    Returns:
+        The score on its test split; None if it is not finite, or the model's code cannot be scored any more.
+    """
+    try:
+        if adversary.frozen_body:
+            return _finite(benign.audit_score(released.clone().to(attacked.device)))
+        found = [_finite(benign.audit_score(attacked))] if adversary.trains_head_in_place else []
+        own, kept = attacked.head, attacked.__dict__[_KEPT]
+        attacked.put_head(kept)
+        try:
+            found.append(_finite(benign.audit_score(attacked)))
+        finally:
+            attacked.put_head(own)
+    except Exception:  # the model's code is anybody's; the curve that it has up to here counts all the same
+        return None
+    return max((score for score in found if score is not None), default=None)
 
 
 FOLDS = 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from holdfast.adversaries.base import Adversary
@@ -164,6 +165,13 @@ def listed(name: str) -> tuple[Adversary, ...]:
     return found
 
 
+KINDS: dict[str, Callable[[dict[str, Any]], Adversary]] = {
+    "finetuning": FineTuning.from_config,
+    "probe": Probe.from_config,
+}
+"""How an adversary is made again from its `config()`, by the `kind` in it: `holdfast replay` needs it."""
+
+
 def build(config: dict[str, Any]) -> Adversary:
     """Returns the adversary that has a `config()`, as results keep it.
 
@@ -177,8 +185,7 @@ def build(config: dict[str, Any]) -> Adversary:
         >>> build({"kind": "finetuning", "initialisation": "head", "undo": ["revive"]}).name
         'initFC+all adam 0.001 b50, revive'
     """
-    kinds = {"finetuning": FineTuning.from_config, "probe": Probe.from_config}
     kind = str(config.get("kind", ""))
-    if kind not in kinds:
-        raise unknown("kind of adversary", kind, kinds)
-    return kinds[kind](config)
+    if kind not in KINDS:
+        raise unknown("kind of adversary", kind, KINDS)
+    return KINDS[kind](config)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from holdfast import finetune
-from holdfast.adversaries.base import Adversary
+from holdfast.adversaries.base import Adversary, keep_head
 from holdfast.adversaries.undo import IMPOSSIBLE, NEED_REFERENCE, OF_FEATURES, UNDO, bake, nothing_to_undo
 from holdfast.errors import HoldfastError, unknown
 from holdfast.finetune import Strategy
@@ -75,6 +75,11 @@ class FineTuning(Adversary):
         """Samples a step."""
         return self.strategy.batch_size
 
+    @property
+    def trains_head_in_place(self) -> bool:
+        """See `Adversary.trains_head_in_place`."""
+        return self.strategy.initialisation == "direct"
+
     def not_applicable(self, model: SplitModel, task: Task) -> str | None:
         """See `Adversary.not_applicable`."""
         reason = finetune.not_applicable(self.strategy, model, task)
@@ -115,6 +120,7 @@ class FineTuning(Adversary):
             if move in OF_FEATURES and renews and reference is not None:
                 finetune.renew_blocks(model, self.strategy, reference)  # features are those of the new blocks
             UNDO[move](model, model if reference is None else reference, task, generator, device)
+        keep_head(model)
         penalty = self._replayed(model, benign, generator, device)
         finetune.prepare(model, self.strategy, task, reference)
         if "insert" in self.undo:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.adversaries.base import Adversary, Trace
+from holdfast.adversaries.base import Adversary, Trace, benign_score_after
 from holdfast.adversaries.finetuning import FineTuning
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run
@@ -219,7 +219,9 @@ def _head(model: SplitModel) -> str:
     return f"network.{model.head_name}."
 
 
-def attack_together(members: Sequence[Member], *, budgets: Sequence[int], run: Run) -> list[Curve]:
+def attack_together(
+    members: Sequence[Member], *, budgets: Sequence[int], run: Run, score_benign: Task | None = None
+) -> list[Curve]:
     """Runs the attacks of one group as one batch; the curves are those of `Adversary.attack`, up to rounding.
 
     Every member makes the random choices that it makes alone. One that diverges leaves the others as they are.
@@ -228,6 +230,8 @@ def attack_together(members: Sequence[Member], *, budgets: Sequence[int], run: R
         members: a group of `stacks`.
         budgets: steps at which to score, ascending.
         run: seed and device.
+        score_benign: the models' own task, to be scored in the end for all but fresh models, which never knew it; None:
+            it is not.
 
     Returns:
         A curve for each member.
@@ -237,7 +241,12 @@ def attack_together(members: Sequence[Member], *, budgets: Sequence[int], run: R
     """
     if len(members) == 1:
         m = members[0]
-        return [m.adversary.attack(m.model, m.task, budgets=budgets, run=run, role=m.role, seed=m.seed)]
+        return [
+            m.adversary.attack(
+                m.model, m.task, budgets=budgets, run=run, role=m.role, seed=m.seed, benign=score_benign,
+                score_benign=score_benign is not None and m.role != "scratch",
+            )
+        ]  # fmt: skip
     keys = [_key(m) for m in members]
     if None in keys or len(set(keys)) != 1:
         names = sorted({m.adversary.name for m in members})
@@ -254,7 +263,11 @@ def attack_together(members: Sequence[Member], *, budgets: Sequence[int], run: R
                 for trace, outcomes, loss in zip(traces, stack.outcomes(), losses, strict=True):
                     trace.note(outcomes, loss)
                 since = []
-    return [t.curve(m.adversary, m.task, m.role, m.seed, budgets) for t, m in zip(traces, members, strict=True)]
+        after = stack.benign_scores(score_benign)
+    return [
+        t.curve(m.adversary, m.task, m.role, m.seed, budgets, score)
+        for t, m, score in zip(traces, members, after, strict=True)
+    ]
 
 
 class _Stack:
@@ -263,7 +276,7 @@ class _Stack:
     def __init__(self, members: Sequence[Member], run: Run) -> None:
         models, strategies = [_prepared(m, run) for m in members], [_strategy(m) for m in members]
         first = models[0]
-        self._members, self._run = members, run
+        self._members, self._models, self._run = members, models, run
         self._layers = _pool_first(_layers(first))
         self._scale = first.mean, first.std
         self._training = strategies[0].scope != "head"
@@ -295,6 +308,18 @@ class _Stack:
             parts.append(self._logits(torch.stack([x[id(t)] for t in tasks]), training=False))
         whole = torch.cat(parts, dim=1)
         return [task.audit_outcomes(_Known(logits)) for task, logits in zip(tasks, whole, strict=True)]
+
+    @torch.no_grad()
+    def benign_scores(self, benign: Task | None) -> list[float | None]:
+        """Returns every member's `benign_score_after` as it is now, each taken out of the stack."""
+        found: list[float | None] = []
+        for i, (member, model) in enumerate(zip(self._members, self._models, strict=True)):
+            if benign is None or member.role == "scratch":
+                found.append(None)
+                continue
+            model.load_state_dict({name: stacked[i] for name, stacked in self._tensors.items()})
+            found.append(benign_score_after(member.adversary, member.model, model, benign))
+        return found
 
     def step(self) -> Tensor:
         """Moves every member by one step; returns their training losses, shape (members,)."""

@@ -54,6 +54,24 @@ class Defense(ABC):
         """Returns itself with what "auto" stands for, for the task of a model, so that results say what was done."""
         return self
 
+    def told(self, record: Record, original: SplitModel, immunized: SplitModel) -> ImmunizationResult:
+        """Returns the record with what became of the weights, and puts it on the model as `immunization`.
+
+        Args:
+            record: of the defense.
+            original: what it was given.
+            immunized: what it made.
+        """
+        found = ImmunizationResult.model_validate(
+            {
+                **self.result(record).model_dump(mode="json"),  # as `result.json` will have it
+                "changed": immunized.facts().sha256 != original.facts().sha256,
+                "finite": all(bool(value.isfinite().all()) for value in immunized.network.state_dict().values()),
+            }
+        )
+        immunized.immunization = found
+        return found
+
     def result(self, record: Record) -> ImmunizationResult:
         """Returns the record as it goes into `result.json`."""
         return ImmunizationResult(

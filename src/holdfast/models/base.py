@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
-from holdfast.execution import device_of, dtype_of, load_tensors, save_tensors, tensors_sha256, widest
+from holdfast.execution import device_of, dtype_of, save_tensors, tensors_sha256, widest
 from holdfast.models.blocks import Block, copy_layers, split_blocks
 from holdfast.models.heads import Appended, Head, duplicate, every_tensor, is_head, logits_of, outline
-from holdfast.results import ModelFacts
+from holdfast.models.weights import check_tensors, fitted, read_weights
+from holdfast.models.wrappers import plain
+from holdfast.results import ImmunizationResult, ModelFacts
 from holdfast.tasks import Task, TextTask, Vocabulary
 
 
@@ -58,6 +61,8 @@ class SplitModel(nn.Module):
         code: SHA-256 of the source file that made the network, where somebody's own code did.
         vocabulary: of a language model, what the ids mean that it reads; None: it is none, or not known.
         fresh_head: whether pretrained weights came without a head, so that it is still to be trained.
+        immunization: how `holdfast.immunize` made the weights, and whether it gave up; None: it did not make them. It
+            stays on copies, and is not written with the weights: a released file should not tell how it was made.
 
     Raises:
         HoldfastError: if the head is missing or is of another kind, or mean and std do not fit together.
@@ -91,6 +96,7 @@ class SplitModel(nn.Module):
         self.code: str | None = None
         self.vocabulary: Vocabulary | None = None
         self.fresh_head = False
+        self.immunization: ImmunizationResult | None = None
         self.precision: torch.dtype | None = None
         """What inputs are cast to; None: the first parameter's."""
         self._check_head()
@@ -131,6 +137,8 @@ class SplitModel(nn.Module):
             '3'
         """
         ids = task.vocabulary.size if isinstance(task, TextTask) and task.vocabulary is not None else None
+        found = plain(network, name, head)
+        network, head = found.network, found.head or head
         seen = outline(network, task.input_shape, name, ids=ids)
         layout = {"channels_last": seen.channels_last, **more}
         if head is None and seen.head is None:
@@ -138,11 +146,34 @@ class SplitModel(nn.Module):
             if model.factory is not None:
                 model.factory = AppendedFactory(model.factory, seen.num_outputs)
             model.notes = (
+                *found.notes,
                 f"No layer of {name} was found to make its logits; the whole network is the body, and a linear layer, "
                 "at first the identity, was appended as the head.",
             )
             return model
-        return cls(network, head or str(seen.head), name=name, **layout)
+        model = cls(network, head or str(seen.head), name=name, **layout)
+        model.notes = found.notes
+        return model
+
+    def made_plain(self) -> SplitModel:
+        """Returns this model as attacks and defenses need it; `notes` say what was changed, and nothing is in place.
+
+        Networks are taken out of wrappers such as `torch.compile` and `DataParallel`, adapters are merged, and half
+        precision becomes float32; see `holdfast.models.wrappers`.
+
+        Raises:
+            HoldfastError: for what cannot be made plain, such as a quantised network.
+        """
+        found = plain(self.network, self.name, self.head_name)
+        if found.network is self.network:
+            return self
+        model = copy.copy(self)
+        model._modules, model._buffers = dict(self._modules), dict(self._buffers)
+        model.network = found.network
+        model.head_name = found.head or self.head_name
+        model._check_head()
+        model.notes += tuple(note for note in found.notes if note not in self.notes)
+        return _channels_last(model)
 
     def _check_head(self) -> None:
         try:
@@ -433,8 +464,9 @@ class SplitModel(nn.Module):
             HoldfastError: naming the layer, if there is no factory and a layer cannot initialise itself.
         """
         model = self.clone()
+        model.immunization = None
         if self.factory is not None:
-            network = self.factory().to(self.device)
+            network = plain(self.factory(), self.name).network.to(self.device)
             model.network = network if dtype_of(network) == self.dtype else network.to(self.dtype)
             if self.has_extractor:
                 model.head_name = self.head_name.removesuffix(".1")
@@ -468,10 +500,24 @@ class SplitModel(nn.Module):
         state = {**dict(every_tensor(self.network)), **self.network.state_dict()}
         digest = tensors_sha256(state, self.code or "")
         count = sum(p.numel() for p in self.parameters())
-        return ModelFacts(name=self.name, parameters=count, sha256=digest, file_sha256=file_sha256)
+        return ModelFacts(
+            name=self.name, parameters=count, sha256=digest, file_sha256=file_sha256, notes=list(self.notes)
+        )
 
-    def save(self, path: Path) -> str:
-        """Writes the network's state dict as safetensors, with the spec in its header; returns the file's SHA-256."""
+    def save(self, path: Path | str) -> str:
+        """Writes the network's state dict as safetensors, with the spec in its header; returns the file's SHA-256.
+
+        Folders on the way are made. Values are written in the precision that the network has; one that was loaded
+        from half precision has float32.
+
+        Raises:
+            HoldfastError: if the file cannot be written.
+        """
+        path = Path(path)
+        if path.is_dir():
+            raise HoldfastError(
+                f"{str(path)!r} is a folder; name the file in it, such as {str(path / 'model.safetensors')!r}."
+            )
         save_tensors(path, self.network.state_dict(), {"model": self.spec} if self.spec else {})
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -479,12 +525,15 @@ class SplitModel(nn.Module):
         """Returns what outputs depend on beside the network, as plain values: how inputs are normalised."""
         return [None if v is None else v.flatten().tolist() for v in (self.mean, self.std)]
 
-    def export(self, folder: Path) -> Path | None:
+    def export(self, folder: Path | str) -> Path | None:
         """Writes the model as the library that it is of would, into a folder of its own; None: there is none such."""
         return None
 
-    def load(self, path: Path, keep_outputs: Sequence[int] | None = None) -> None:
-        """Loads weights from a safetensors file, strictly.
+    def load(self, path: Path | str, keep_outputs: Sequence[int] | None = None) -> None:
+        """Loads weights from a safetensors file, strictly; `notes` say what was understood.
+
+        Of a model in several files, the index (`model.safetensors.index.json`) or any of them is named. Names with what
+        wrappers put before them (`module.`, `_orig_mod.`, ...) are understood where then all fit.
 
         Args:
             path: the file.
@@ -494,36 +543,25 @@ class SplitModel(nn.Module):
             HoldfastError: if the file is missing, is a pickle, its tensors are not this architecture's, or its head
                 has no such output.
         """
-        tensors, _ = load_tensors(path)
+        found = read_weights(Path(path))
+        own, target = self.network.state_dict(), self.network
+        if isinstance(target, Appended) and found.tensors.keys() == target.body.state_dict().keys():
+            own, target = target.body.state_dict(), target.body  # weights from before the head was appended
+        found = fitted(found, own)
+        tensors = dict(found.tensors)
         if keep_outputs is not None:
             tensors |= self._kept_outputs(tensors, keep_outputs)
-        own, target = self.network.state_dict(), self.network
-        if isinstance(target, Appended) and tensors.keys() == target.body.state_dict().keys():
-            own, target = target.body.state_dict(), target.body  # weights from before the head was appended
-        problems = [f"no {n!r}" for n in own if n not in tensors]
-        problems += [f"unexpected {n!r}" for n in tensors if n not in own]
-        problems += [
-            f"{n!r} is {tuple(tensors[n].shape)} instead of {tuple(own[n].shape)}"
-            for n in own
-            if n in tensors and own[n].shape != tensors[n].shape
-        ]
-        # Quantised weights are integers that mean something only with their scales, which are stored elsewhere.
-        problems += [
-            f"{n!r} holds {str(tensors[n].dtype).removeprefix('torch.')}, and floating-point numbers were expected"
-            for n in own
-            if n in tensors and own[n].is_floating_point() and not tensors[n].is_floating_point()
-        ]
-        if problems:
-            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            head = tensors.get(f"{self.head_name}.weight")
+        hint = ""
+        head = tensors.get(f"{self.head_name}.weight")
+        if head is not None and head.dim() and head.shape[0] != self.num_outputs:
             hint = (
                 f" Its head is for {head.shape[0]} classes, and the task has {self.num_outputs}: keep the right "
                 "classes of the task with NAME[...], or the right outputs of the head with keep_outputs (in a recipe)."
-                if head is not None and head.shape[0] != self.num_outputs
-                else ""
             )
-            raise HoldfastError(f"{str(path)!r} does not fit {self.name}: {'; '.join(problems[:4])}{more}.{hint}")
+        check_tensors(str(path), tensors, own, self.name, hint)
         target.load_state_dict(tensors, strict=True)
+        self.immunization = None
+        self.notes += tuple(note for note in found.notes if note not in self.notes)
 
     def _kept_outputs(self, tensors: Mapping[str, Tensor], wanted: Sequence[int]) -> dict[str, Tensor]:
         names = [n for n in (f"{self.head_name}.weight", f"{self.head_name}.bias") if n in tensors]

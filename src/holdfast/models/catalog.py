@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +15,16 @@ from torch import nn
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import load_tensors
-from holdfast.models import denoiser
+from holdfast.models import denoiser, wrappers
 from holdfast.models.base import SplitModel, _channels_last
 from holdfast.models.builtin import BUILTIN
 from holdfast.models.code import Code, is_code, loaded_layers, renew
 from holdfast.models.fitting import check_fits
+from holdfast.models.labels import match_outputs, names_in, names_of, real_names
+from holdfast.models.weights import read_weights
 from holdfast.tasks import Schedule, Task, TextTask, Vocabulary, located
 from holdfast.tasks.denoising import SCHEDULES
-from holdfast.tasks.tokenizing import DATA_VARIABLE
+from holdfast.tasks.places import DATA_VARIABLE, place
 
 Values = tuple[float, ...]
 
@@ -44,6 +46,11 @@ class ModelSpec(BaseModel):
     head: str | None = Field(None, description="Dotted name of the head, where another than the one found is meant.")
     mean: tuple[float, ...] | None = Field(None, description="Input normalisation; by default the architecture's.")
     std: tuple[float, ...] | None = None
+    classes: tuple[str, ...] | None = Field(
+        None,
+        description="What the outputs are called, in their order; matched with the task's classes by name. By default "
+        "what the model's own files say.",
+    )
     keep_outputs: tuple[int, ...] | None = Field(
         None,
         description="Which outputs of the weights' head the task's classes are, in their order; null: all of them.",
@@ -85,6 +92,7 @@ def load_model(
         5
     """
     spec = _for_text(spec_of(model, data_dir), task)
+    check_options(spec, task)
     built = _build(spec, task.input_shape, task.num_outputs, data_dir)
     mean, std = (values or default for values, default in zip((spec.mean, spec.std), built.norm, strict=True))
     more: dict[str, Any] = {
@@ -92,7 +100,7 @@ def load_model(
         "mean": mean,
         "std": std,
         "factory": _Factory(built.plain, task.input_shape, task.num_outputs, built.code),
-        "spec": built.plain.model_dump(exclude={"weights", "keep_outputs"}),
+        "spec": built.plain.model_dump(exclude={"weights", "keep_outputs", "classes"}),
     }
     head = spec.head or built.head
     found: SplitModel
@@ -108,7 +116,9 @@ def load_model(
     elif built.foreign:
         found = SplitModel.of(built.network, task, head=head, **more)
         found.notes += built.notes
-        found.code = built.code.sha256 if built.code else None
+        if built.code is not None:
+            found.code = built.code.sha256
+            found.notes += _on_normalisation(spec, built, task)
     else:
         found = SplitModel(built.network, str(head), **more)
     found.vocabulary, found.fresh_head = built.vocabulary, built.fresh_head
@@ -121,8 +131,81 @@ def load_model(
     if spec.weights is not None and not built.loaded:
         found.load(_find(spec.weights, data_dir), spec.keep_outputs)
     found = _channels_last(found.to(device))
+    _name_outputs(found, spec, built.plain.options.get("config"), task)
     check_fits(found, task, own_task=True, trainable=False)
     return found
+
+
+def _told_names(spec: ModelSpec, network: nn.Module, config: Any) -> tuple[str, ...] | None:
+    """What a model's own files call its outputs; only where its head comes from there as well."""
+    if spec.name.startswith("hf:"):
+        fresh = spec.weights is None and spec.options.get("config") is not None
+        return None if fresh else names_in(config)
+    if is_code(spec.name) or (spec.name.startswith("timm:") and spec.options.get("pretrained")):
+        return names_of(network)
+    return None
+
+
+def check_options(spec: ModelSpec, task: Task) -> None:
+    """Refuses what a spec says and nothing would come of.
+
+    Raises:
+        HoldfastError: naming it.
+    """
+    hf = spec.name.startswith("hf:")
+    if spec.weights is not None and spec.options.get("pretrained"):
+        raise HoldfastError(
+            f"{spec.name}: its weights are {spec.weights!r}, and `pretrained` asks for others; leave one out."
+        )
+    if hf and "num_labels" in spec.options and (spec.weights is not None or spec.options.get("config") is not None):
+        raise HoldfastError(
+            f"{spec.name}: num_labels puts a fresh head in the place of the model's own, and there is none such with "
+            "`weights` or `config`; leave it out."
+        )
+    if (spec.mean or spec.std) and isinstance(task, TextTask):
+        raise HoldfastError(f"{spec.name} reads text, which is not normalised; leave mean and std out.")
+    if spec.classes is not None and (spec.keep_outputs is not None or task.kind != "classification"):
+        why = "keep_outputs says" if spec.keep_outputs is not None else f"a task of {task.kind} has none:"
+        raise HoldfastError(f"{spec.name}: {why} which outputs stand for which classes; leave `classes` out.")
+
+
+def _on_normalisation(spec: ModelSpec, built: _Built, task: Task) -> tuple[str, ...]:
+    """Which normalisation the inputs of somebody's own code get: it may want one that it does not say."""
+    if len(task.input_shape) != 3:
+        return ()
+    if spec.mean is not None or spec.std is not None:
+        return (f"Inputs of {built.plain.name} are normalised with the mean and std that were given.",)
+    mean, std = built.norm
+    if mean is not None and std is not None:
+        shown = ", ".join(f"{name} {[round(v, 4) for v in values]}" for name, values in (("mean", mean), ("std", std)))
+        return (f"Inputs of {built.plain.name} are normalised as the network says: {shown}.",)
+    return (
+        f"{built.plain.name} gets images in [0, 1] as they are. If its weights want them normalised, say so with "
+        "--mean and --std (`mean`, `std` in a recipe).",
+    )
+
+
+def _name_outputs(found: SplitModel, spec: ModelSpec, config: Any, task: Task) -> None:
+    """Matches outputs with classes by name, and has the names saved with the model."""
+    if task.kind != "classification":
+        return
+    if spec.keep_outputs is None and not found.fresh_head:
+        names = spec.classes or _told_names(spec, found.network, config)
+        if spec.classes is None and len(names or ()) != found.num_outputs:
+            names = None  # of a head that was replaced
+        if names is not None:
+            check_fits(found, task, own_task=False, trainable=False)
+            match_outputs(found, names, task)
+    classes = getattr(task, "class_names", None)
+    if found.spec is None or classes is None or len(classes) != found.num_outputs:
+        return
+    named = tuple(map(str, classes)) if real_names(classes) is not None else None
+    options = dict(found.spec["options"])
+    if isinstance(options.get("config"), dict) and isinstance(options["config"].get("id2label"), dict):
+        labels = options["config"]["id2label"]
+        if len(labels) != len(classes) or named is not None:  # their number makes the head of an architecture
+            options["config"] = {**options["config"], "id2label": {str(i): str(c) for i, c in enumerate(classes)}}
+    found.spec = {**found.spec, "options": options, "classes": named}
 
 
 def _for_text(spec: ModelSpec, task: Task) -> ModelSpec:
@@ -146,7 +229,8 @@ class _Factory:
         if self.code is None:
             return _build(self.spec, self.input_shape, self.num_outputs).network
         state = torch.get_rng_state()
-        twice = [_plain_network(self.code.build(self.input_shape, self.num_outputs, self.spec.options)) for _ in "ab"]
+        options = self.spec.options
+        twice = [_plain_network(self.code, self.code.build(self.input_shape, self.num_outputs, options)) for _ in "ab"]
         if any(renewed := loaded_layers(*twice)):
             torch.set_rng_state(state)  # the function may have put its own seed in the place of ours
             renew(twice[1], renewed, self.spec.name)
@@ -159,6 +243,8 @@ def load_released(
     task: Task,
     *,
     head: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     own_head: bool = True,
     data_dir: Path | str | None = None,
 ) -> SplitModel:
@@ -171,16 +257,30 @@ def load_released(
         weights: the weights, where `name` is an architecture.
         task: see `load_model`.
         head: dotted name of the head, where it is not to be found.
+        mean: of the input normalisation, where another is meant than the model's own.
+        std: likewise.
         own_head: whether pretrained weights must bring a head for the task's classes; else it is a fresh one.
         data_dir: see `load_model`.
 
     Raises:
-        HoldfastError: see `load_model`; and if an architecture comes without weights.
+        HoldfastError: see `load_model`; if an architecture comes without weights; and if a file that names its
+            architecture comes with others.
     """
+    if (mean is None) != (std is None):
+        raise HoldfastError("Give --mean and --std together, one number a channel, such as --mean 0.5 --std 0.25.")
+    said: dict[str, Any] = {key: tuple(v) for key, v in (("mean", mean), ("std", std)) if v is not None}
     if denoiser.is_pipeline(name):
         name = f"diffusers:{name}"
     if name.endswith(_WEIGHT_SUFFIXES):
-        return load_model(spec_of(name, data_dir, head), task, data_dir=data_dir)
+        described = spec_of(name, data_dir, head)
+        if weights is not None:
+            raise HoldfastError(
+                f"{name!r} is a file of weights that names its architecture ({described.name}), and the weights "
+                f"{str(weights)!r} are given beside it; leave one of them out, or name the architecture in place "
+                "of the file."
+            )
+        return load_model(described.model_copy(update=said), task, data_dir=data_dir)
+    _refuse_place(name)
     options: dict[str, Any] = {}
     if weights is None and name.startswith("timm:"):
         from holdfast.models.timm import check_own_head
@@ -196,7 +296,8 @@ def load_released(
             f"{name!r} is an architecture without weights; add its weights (.safetensors), or give a "
             "model.safetensors that Holdfast saved."
         )
-    described = ModelSpec(name=name, options=options, head=head, weights=None if weights is None else str(weights))
+    given = None if weights is None else str(weights)
+    described = _with_header(ModelSpec(name=name, options=options, head=head, weights=given, **said), data_dir)
     found = load_model(described, task, data_dir=data_dir)
     if own_head and found.fresh_head:
         raise HoldfastError(
@@ -213,7 +314,7 @@ def spec_of(model: str | ModelSpec, data_dir: Path | str | None, head: str | Non
         HoldfastError: if a file carries none that can be used.
     """
     if isinstance(model, ModelSpec):
-        return _with_extractor(model, data_dir)
+        return _with_header(model, data_dir)
     if not model.endswith(_WEIGHT_SUFFIXES):
         return ModelSpec(name=model)
     path = _find(model, data_dir)
@@ -235,23 +336,54 @@ def spec_of(model: str | ModelSpec, data_dir: Path | str | None, head: str | Non
     return spec.model_copy(update={"head": head}) if head is not None else spec
 
 
-def _with_extractor(spec: ModelSpec, data_dir: Path | str | None) -> ModelSpec:
-    """Weights that Holdfast saved say whether they have an extractor, also where their architecture is named."""
-    if spec.weights is None or spec.extractor:
+def _with_header(spec: ModelSpec, data_dir: Path | str | None) -> ModelSpec:
+    """Weights that Holdfast saved say what their head is like, also where their architecture is named."""
+    if spec.weights is None:
         return spec
-    described = load_tensors(_find(spec.weights, data_dir))[1].get("model")
-    inserted = described.get("extractor") if isinstance(described, dict) else None
-    return spec.model_copy(update={"extractor": inserted}) if inserted in (True, "affine") else spec
+    described = read_weights(_find(spec.weights, data_dir)).meta.get("model")
+    if not isinstance(described, dict):
+        return spec
+    inserted, classes = described.get("extractor"), described.get("classes")
+    more: dict[str, Any] = {}
+    if not spec.extractor and inserted in (True, "affine"):
+        more["extractor"] = inserted
+    if spec.classes is None and spec.keep_outputs is None and isinstance(classes, list):
+        more["classes"] = tuple(map(str, classes))
+    return spec.model_copy(update=more) if more else spec
+
+
+def _refuse_place(name: str) -> None:
+    """Says of a file or folder that is no model what to write instead."""
+    path = Path(name).expanduser()
+    if name.endswith(".py"):
+        raise HoldfastError(
+            f"{name!r} is a file of code; name the function in it that returns a network: {name}:FUNCTION."
+        )
+    if name.endswith(".json"):
+        raise HoldfastError(
+            f"{name!r} does not say how the network is built; name the architecture, and this file as its weights "
+            "(--weights) if it is the index of several files."
+        )
+    if ":" not in name and path.is_dir():
+        held = {each.name for each in path.iterdir()}
+        if "config.json" in held or "adapter_config.json" in held:
+            raise HoldfastError(f"{name!r} is a folder as transformers write it; name it hf:{name}.")
+        files = sorted(each for each in held if each.endswith(_WEIGHT_SUFFIXES))
+        hint = f"name the file in it: {path / files[0]}" if files else "it holds no model"
+        raise HoldfastError(f"{name!r} is a folder and no model that is known here; {hint}.")
 
 
 def _find(weights: str, data_dir: Path | str | None) -> Path:
-    data_dir = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
-    path = Path(weights).expanduser()
-    places = [path] if path.is_absolute() or data_dir is None else [path, Path(data_dir).expanduser() / path]
-    for place in places:
-        if place.is_file():
-            return place
-    raise HoldfastError(f"No weights at {' or '.join(repr(str(p)) for p in places)}: the file does not exist.")
+    if Path(weights).expanduser().is_dir():
+        raise HoldfastError(f"{weights!r} is a folder; name the file of weights in it (.safetensors, or its index).")
+    found = place(weights, data_dir, is_there=Path.is_file)
+    if found is None:
+        where = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
+        places = [Path(weights).expanduser()]
+        if where is not None and not places[0].is_absolute():
+            places.append(Path(where).expanduser() / weights)
+        raise HoldfastError(f"No weights at {' or '.join(repr(str(p)) for p in places)}: the file does not exist.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -349,11 +481,12 @@ def _build_huggingface(spec: ModelSpec, input_shape: tuple[int, ...], data_dir: 
     if config is not None:
         return _Built(huggingface.architecture(spec.name.removeprefix("hf:"), config), spec, foreign=True)
     place = located(spec.name.removeprefix("hf:"), data_dir)
-    network, config = (
-        huggingface.with_weights(place, _find(spec.weights, data_dir))
-        if spec.weights
-        else huggingface.pretrained(place, **spec.options)
-    )
+    notes: tuple[str, ...] = ()
+    if spec.weights:
+        network, config, notes = huggingface.with_weights(place, _find(spec.weights, data_dir))
+    else:
+        network, config = huggingface.pretrained(place, **spec.options)
+    network, merged = _merged(network, spec.name)
     norm = huggingface.normalisation(place)
     mean, std = _for_channels(norm, input_shape) if norm is not None else (None, None)
     name = f"hf:{Path(place).name}" if Path(place).is_dir() else spec.name
@@ -367,7 +500,7 @@ def _build_huggingface(spec: ModelSpec, input_shape: tuple[int, ...], data_dir: 
         norm=(mean, std),
         foreign=True,
         loaded=True,
-        notes=() if norm is not None or spec.mean else (missing,),
+        notes=(*notes, *merged) if norm is not None or spec.mean else (*notes, *merged, missing),
     )
 
 
@@ -414,15 +547,36 @@ def _build_diffusers(spec: ModelSpec, data_dir: Path | str | None) -> _Built:
 def _build_code(spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int) -> _Built:
     code = Code.named(spec.name)
     made = code.build(input_shape, num_outputs, spec.options)
-    plain = spec.model_copy(update={"name": code.label})
+    described = spec.model_copy(update={"name": code.label})
     if not isinstance(made, SplitModel):
-        return _Built(made, plain, foreign=True, code=code)
+        found = wrappers.plain(made, code.label, spec.head)
+        norm = _said_normalisation(found.network) if len(input_shape) == 3 else None
+        mean, std = (None, None) if norm is None else norm
+        return _Built(found.network, described, None, (mean, std), foreign=True, code=code, notes=found.notes)
+    made = made.made_plain()
     mean, std = (None if v is None else tuple(v.flatten().tolist()) for v in (made.mean, made.std))
-    return _Built(made.network, plain, made.head_name, (mean, std), foreign=True, code=code, notes=made.notes)
+    return _Built(made.network, described, made.head_name, (mean, std), foreign=True, code=code, notes=made.notes)
 
 
-def _plain_network(made: nn.Module) -> nn.Module:
-    return made.network if isinstance(made, SplitModel) else made
+def _said_normalisation(network: nn.Module) -> tuple[Values, Values] | None:
+    """Mean and std that a network says as timm's do; None if it says none, or a reader could not use it."""
+    for attribute in ("pretrained_cfg", "default_cfg"):
+        config = getattr(network, attribute, None)
+        values = [config.get(key) if isinstance(config, Mapping) else None for key in ("mean", "std")]
+        if all(isinstance(v, list | tuple) and v for v in values):
+            mean, std = (tuple(map(float, v)) for v in values if v is not None)
+            return mean, std
+    return None
+
+
+def _plain_network(code: Code, made: nn.Module) -> nn.Module:
+    return wrappers.plain(made.network if isinstance(made, SplitModel) else made, code.label).network
+
+
+def _merged(network: nn.Module, name: str) -> tuple[nn.Module, tuple[str, ...]]:
+    """Without the adapter that transformers finds beside a model, which becomes a part of its weights."""
+    found = wrappers.plain(network, name)
+    return found.network, found.notes
 
 
 def _for_channels(norm: tuple[Values, Values], input_shape: tuple[int, ...]) -> tuple[Values, Values]:

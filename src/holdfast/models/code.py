@@ -6,12 +6,13 @@ This runs the code. It is for code that you trust as much as this program itself
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
+from holdfast.models import sources
 from holdfast.models.base import SplitModel
 from holdfast.models.heads import first_line
 
@@ -79,9 +81,12 @@ class Code:
 
     @property
     def sha256(self) -> str:
-        """Hash of the source file; of the module's name, where there is none."""
+        """Hash of the source file and of what it imports from beside it; of the module's name, where there is none.
+
+        See `holdfast.models.sources`. Files that the code reads by itself are not seen.
+        """
         path = getattr(self.module(), "__file__", None)
-        return hashlib.sha256(Path(path).read_bytes() if path else self.source.encode()).hexdigest()
+        return sources.sha256(Path(path), self.source) if path else hashlib.sha256(self.source.encode()).hexdigest()
 
     def module(self) -> ModuleType:
         """Imports the module, or runs the file (once a process).
@@ -90,18 +95,48 @@ class Code:
             HoldfastError: if it does not exist, or raises.
         """
         try:
-            return _from_file(Path(self.source)) if _is_file(self.source) else _from_name(self.source)
+            with _undisturbed():
+                module = _from_file(Path(self.source)) if _is_file(self.source) else _from_name(self.source)
         except HoldfastError:
             raise
+        except SystemExit as error:
+            raise HoldfastError(
+                f"{self.label!r} ends the program when it is imported (sys.exit, or argparse); put what a script does "
+                'under `if __name__ == "__main__":`.'
+            ) from error
         except ModuleNotFoundError as error:
             missing = error.name or ""
             if _is_file(self.source) or not f"{self.source}.".startswith(f"{missing}."):
                 raise self._failed("cannot be imported", error) from error
+            near = difflib.get_close_matches(
+                self.source.lower(), [o.removesuffix(":") for o in OTHERS], n=1, cutoff=0.5
+            )
             raise HoldfastError(
-                f"{self.label!r}: there is no module {missing!r} here; give a file as path/to/file.py:{self.function}."
+                f"{self.label!r}: there is no module {missing!r} here; "
+                + (f"did you mean {near[0]}:{self.function}? Else " if near else "")
+                + f"give a file as path/to/file.py:{self.function}."
             ) from error
+        except ImportError as error:
+            hint = ""
+            if "relative import" in str(error):
+                hint = " Name it by its package, package.module:function, from the folder that the package is in."
+            raise HoldfastError(f"{self._failed('cannot be imported', error)}{hint}") from error
         except Exception as error:
             raise self._failed("cannot be imported", error) from error
+        self._refuse_changed(module)
+        return module
+
+    def _refuse_changed(self, module: ModuleType) -> None:
+        """Refuses code that was changed after this process imported it: Python would run what it was before."""
+        path = getattr(module, "__file__", None)
+        if path is None or not Path(path).is_file() or sources.is_installed(Path(path)):
+            return
+        now = sources.sha256(Path(path), self.source)
+        if _IMPORTED.setdefault(path, now) != now:
+            raise HoldfastError(
+                f"{self.label!r}, or what it imports from beside it, was changed since it was imported here; start a "
+                "new process, which runs it as it is now."
+            )
 
     def build(self, input_shape: tuple[int, ...], num_outputs: int, options: dict[str, Any]) -> nn.Module | SplitModel:
         """Calls the function: with `input_shape` and `num_outputs` if it takes them, and with the options.
@@ -114,13 +149,18 @@ class Code:
         takes = _parameters(function)
         given = {**{k: v for k, v in sizes.items() if k in takes}, **options}
         try:
-            made = function(**given)
+            with _undisturbed():
+                made = function(**given)
         except HoldfastError:
             raise
+        except SystemExit as error:
+            raise HoldfastError(f"{self.label!r} ended the program (sys.exit) when it was called.") from error
         except Exception as error:
             raise self._failed(f"raised when it was called with {given or 'no arguments'}", error) from error
         if not isinstance(made, nn.Module):
-            raise HoldfastError(f"{self.label!r} returned {type(made).__name__}; expected a torch.nn.Module.")
+            raise HoldfastError(
+                f"{self.label!r} returned {_kind(made)}; expected a torch.nn.Module.{_mend(made, self.label)}"
+            )
         return made
 
     def _find(self) -> Callable[..., Any]:
@@ -177,6 +217,29 @@ def renew(network: nn.Module, layers: list[str], name: str) -> None:
         initialise()
 
 
+def _kind(made: Any) -> str:
+    return f"the class {made.__name__}" if isinstance(made, type) else type(made).__name__
+
+
+def _mend(made: Any, label: str) -> str:
+    """What to do about something that was returned in the place of a network."""
+    if isinstance(made, type):
+        return " Let it return an object of the class, not the class itself."
+    if made is None:
+        return " Is there a `return` at its end?"
+    if isinstance(made, Mapping) and made and all(isinstance(v, Tensor) for v in made.values()):
+        return (
+            f" This is a state dict: return the network, and give these as .safetensors ({label} --weights FILE), or "
+            "load them into it."
+        )
+    parts = made.values() if isinstance(made, Mapping) else made if isinstance(made, list | tuple) else ()
+    if any(isinstance(part, nn.Module) for part in parts):
+        return " Return the network in it alone."
+    if isinstance(getattr(made, "model", None), nn.Module):
+        return " Return its `model`."
+    return ""
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
@@ -187,6 +250,23 @@ def _constant(values: Tensor) -> bool:
 
 def _is_file(source: str) -> bool:
     return source.endswith(".py")
+
+
+_IMPORTED: dict[str, str] = {}
+"""Hash of the code by its file, when it was first imported in this process."""
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts torch's settings back that somebody's code changed for all: they are not for what comes after it."""
+    before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before[0])
+        torch.set_grad_enabled(before[1])
+        if torch.get_default_device() != before[2]:
+            torch.set_default_device(before[2])
 
 
 def _imported(source: str, function: str) -> Code:

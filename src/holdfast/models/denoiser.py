@@ -11,6 +11,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
+from holdfast.execution import writable_folder
 from holdfast.models.base import SplitModel
 from holdfast.models.heads import first_line
 from holdfast.tasks import Schedule
@@ -164,8 +165,9 @@ class Denoiser(SplitModel):
             return DDIMPipeline(self.network, DDIMScheduler.from_config(config))
         return DDPMPipeline(self.network, DDPMScheduler.from_config(config))
 
-    def export(self, folder: Path) -> Path:
+    def export(self, folder: Path | str) -> Path:
         """Writes a folder that `DDPMPipeline.from_pretrained` opens (or DDIM's, if that is the scheduler)."""
+        folder = writable_folder(Path(folder))
         self.pipeline().save_pretrained(folder)
         return folder
 
@@ -307,6 +309,8 @@ def _is_nested(name: str) -> bool:
 
 def _check_index(root: Path) -> None:
     index = root / "model_index.json"
+    if not index.is_file() and (root / "config.json").is_file():
+        raise HoldfastError(f"diffusers:{root} is a folder as transformers write it; name it hf:{root}.")
     try:
         parts = json.loads(index.read_bytes())
         found = parts.get("unet")

@@ -46,6 +46,7 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
     if isinstance(model, Denoiser) and isinstance(task, DenoisingTask) and own_task:
         model.check_schedule(task.schedule, task.name)
     _check_vocabulary(model, task)
+    _check_normalisation(model, task)
     # Of a copy: somebody's forward pass may change the model, or draw random numbers.
     probe = model.clone().eval()
     batch = next(iter(task.batches("test", 2, device=model.device)))
@@ -75,6 +76,24 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
         raise HoldfastError(
             f"{model.name} returns values that are not finite on task {task.name!r}; its weights are unusable."
         )
+
+
+def _check_normalisation(model: SplitModel, task: Task) -> None:
+    """Refuses a mean and std of other channels than the inputs have: they would be broadcast to something else."""
+    channels = task.input_shape[0] if len(task.input_shape) == 3 else 1
+    for name in ("mean", "std"):
+        values = getattr(model, name)
+        if values is None:
+            continue
+        if values.numel() not in (1, channels) or len(task.input_shape) == 2:
+            raise HoldfastError(
+                f"{model.name}: {name} of the input normalisation has {values.numel()} values, and inputs of task "
+                f"{task.name!r} have shape {task.input_shape}; expected one for all, or one a channel."
+            )
+        if not bool(values.isfinite().all()):
+            raise HoldfastError(
+                f"{model.name}: {name} of the input normalisation is not finite: {values.flatten().tolist()}."
+            )
 
 
 def _check_vocabulary(model: SplitModel, task: Task) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from holdfast.errors import HoldfastError
-from holdfast.execution import load_tensors
 from holdfast.models.heads import first_line
+from holdfast.models.weights import read_weights, without_wrappers
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -54,7 +55,7 @@ def pretrained(name: str, num_labels: int | None = None) -> tuple[nn.Module, dic
     return network, _plain(network.config)
 
 
-def with_weights(name: str, path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def with_weights(name: str, path: Path) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
     """Loads other weights into a classifier, strictly.
 
     Files on the Hub may call tensors otherwise than the classes of today do; transformers itself knows how.
@@ -63,11 +64,15 @@ def with_weights(name: str, path: Path) -> tuple[nn.Module, dict[str, Any]]:
         name: where the configuration is read from.
         path: the weights; of what transformers saved, or of its state dict.
 
+    Returns:
+        The network, its configuration (see `pretrained`), and how the weights were understood.
+
     Raises:
         HoldfastError: if they are unusable, or do not fit.
     """
     config = _configuration(name)
-    tensors, _ = load_tensors(path)
+    read = read_weights(path)
+    tensors, renamed = without_wrappers(read.tensors)
     # Quantised weights are integers that mean something only with their scales, which are stored elsewhere.
     integers = {n for n, t in tensors.items() if t.dim() and not t.is_floating_point()}
     if integers:
@@ -82,7 +87,7 @@ def with_weights(name: str, path: Path) -> tuple[nn.Module, dict[str, Any]]:
     for what in ("missing", "unexpected"):
         if found[f"{what}_keys"]:
             raise HoldfastError(f"{str(path)!r} does not fit hf:{name}: {what} {_some(found[f'{what}_keys'])}.")
-    return network, _plain(config)
+    return network, _plain(config), (*read.notes, *renamed)
 
 
 def _from_pretrained(name: str, **more: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -152,6 +157,8 @@ def normalisation(name: str) -> Normalisation | None:
 def _configuration(name: str) -> Any:
     from transformers import AutoConfig
 
+    _refuse_others(name)
+    _refuse_adapter(name)
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=_is_folder(name))
@@ -159,6 +166,44 @@ def _configuration(name: str) -> Any:
         raise _unusable(name, error) from error
     _refuse_timm(name, {"model_type": config.model_type})
     return config
+
+
+def _refuse_others(name: str) -> None:
+    """Refuses a folder that another library wrote, and says what to name it."""
+    folder = Path(name).expanduser()
+    if (folder / "model_index.json").is_file():
+        raise HoldfastError(f"hf:{name} holds a diffusers pipeline; name it diffusers:{name}.")
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(config, dict) and "model_type" not in config and isinstance(config.get("architecture"), str):
+        raise HoldfastError(
+            f"hf:{name} is a model of timm; take timm:{config['architecture']}, and the file of weights in it as its "
+            "--weights."
+        )
+
+
+def _refuse_adapter(name: str) -> None:
+    """Refuses a folder with an adapter alone, and an adapter that is a pickle."""
+    folder = Path(name).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        return
+    if not (folder / "config.json").is_file():
+        try:
+            base = json.loads((folder / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+        except (ValueError, AttributeError, RecursionError):
+            base = None
+        raise HoldfastError(
+            f"hf:{name} holds a PEFT adapter without the model that it belongs to ({base or 'it does not say which'}). "
+            "Merge the two once, peft.PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload().save_pretrained(X)"
+            "; then name hf:X."
+        )
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise HoldfastError(
+            f"hf:{name} has adapter_config.json and no adapter_model.safetensors; only safetensors are read. Save the "
+            "adapter anew, or remove its configuration if the model is meant without it."
+        )
 
 
 def _refuse_timm(name: str, config: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
+from holdfast.models import wrappers
 from holdfast.models.heads import first_line, logits_of
 from holdfast.models.huggingface import _NOT_ARCHITECTURE, _configuration, _plain, _quiet, _some, _unusable
 from holdfast.tasks import Vocabulary, load_tokenizer
@@ -192,7 +193,7 @@ def _pooled(
         raise HoldfastError(f"hf:{name} has no weights for {_some(missing)}; it is no trained encoder.")
     chosen = pooling or _its_pooling(place) or ("last" if _is_causal(config) else "mean")
     network = Pooled(_without_pooler(body), config.hidden_size, num_outputs, pooling=chosen, pad=vocabulary.pad)
-    return network, _plain(config), True, ()
+    return network, _plain(config), True, found["notes"]
 
 
 def _own(name: str, place: str, config: Any, num_labels: int | None, vocabulary: Vocabulary) -> _Found:
@@ -211,7 +212,7 @@ def _own(name: str, place: str, config: Any, num_labels: int | None, vocabulary:
     plain = _plain(model.config)
     score = getattr(model, "score", None)
     if not isinstance(score, nn.Linear):
-        return Masked(model, vocabulary.pad), plain, fresh, ()
+        return Masked(model, vocabulary.pad), plain, fresh, found["notes"]
     # A causal model scores every position and takes the last. Pooled first, it is the same, and the head gets vectors.
     body: Any = model.base_model
     network = Pooled(body, score.in_features, score.out_features, pooling="last", pad=vocabulary.pad)
@@ -220,7 +221,7 @@ def _own(name: str, place: str, config: Any, num_labels: int | None, vocabulary:
         nn.init.zeros_(network.head.bias)
         if score.bias is not None:
             network.head.bias.copy_(score.bias)
-    return network, plain, fresh, ()
+    return network, plain, fresh, found["notes"]
 
 
 def _from_config(
@@ -260,7 +261,8 @@ def _loaded(name: str, kind: Any, place: str, **more: Any) -> tuple[nn.Module, d
             )  # fmt: skip
     except Exception as error:  # what hundreds of models, a network and a cache raise
         raise _unusable(name, error) from error
-    return network, found
+    merged = wrappers.plain(network, f"hf:{name}")
+    return merged.network, {**found, "notes": merged.notes}
 
 
 def _without_pooler(body: Any) -> nn.Module:

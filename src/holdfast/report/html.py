@@ -17,6 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from holdfast.drawing import strips
 from holdfast.execution import write_atomic
+from holdfast.keeping import BENIGN_AFTER
 from holdfast.report import wording
 from holdfast.report.curves import advantage_plot, adversary_plots, best_plot, search_plot, side_effect_plots
 from holdfast.report.plots import STYLES, figure_plot, history_plot, measures_errors, series_title
@@ -83,6 +84,10 @@ def _about_audit(result: RunResult, audit: AuditResult, order: Sequence[str], fo
         "ratio": {(role, q): wording.cost_ratio(audit, q, role) for role in ROLES for q in ("steps", "flops")},
         "replay": wording.replay_command(result, folder),
         "strongest": wording.strongest(audit),
+        "doubts": wording.doubts(audit),
+        "causes": wording.CAUSES,
+        "kept": wording.kept(audit),
+        "keepers": wording.keepers(audit),
         "stopped": wording.stopped(result.tables),
         "selection": wording.selection(audit),
         "spoken": words(audit.unit),
@@ -148,7 +153,8 @@ class Grid:
                 rows.sort(key=lambda row: place.get(str(row.get("method")), len(place)))
                 if name == "battery":  # each model's own best must not be folded away
                     rows.sort(key=_top, reverse=True)
-        best = _best(list(groups.values()), numbers) if name == "battery" else set()
+        attacked = [column for column in numbers if column != BENIGN_AFTER]
+        best = _best(list(groups.values()), attacked) if name == "battery" else set()
         shown = SHOWN_ROWS if battery and len(order) > LONG_BATTERY else cls.shown
         return cls(
             table.title, texts, numbers, list(groups.items()), best, table.percent, table.note, shown,
@@ -220,8 +226,8 @@ def _best(groups: Sequence[Sequence[Mapping[str, Any]]], columns: Sequence[str])
 
 
 def _top(row: Mapping[str, Any]) -> float:
-    means = [cell.mean for cell in row.values() if isinstance(cell, Cell) and cell.mean is not None]
-    return max(means, default=-math.inf)
+    cells = [cell for column, cell in row.items() if isinstance(cell, Cell) and column != BENIGN_AFTER]
+    return max((cell.mean for cell in cells if cell.mean is not None), default=-math.inf)
 
 
 def _last(values: Sequence[float | None]) -> float | None:

@@ -33,9 +33,7 @@ def show(result: RunResult, folder: Path) -> None:
     if not speaks():
         return
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    if result.immunization is not None:
-        for event in result.immunization.events:
-            console.print(f"Note: round {event.iteration}: {event.message}.")
+    _show_making(result, console)
     if result.audit is not None:
         _show_audit(result.audit, console)
         for word, names in wording.stopped(result.tables).items():
@@ -52,6 +50,22 @@ def show(result: RunResult, folder: Path) -> None:
     if replay is not None:
         console.print(f"The best adversary again: {replay}")
     console.print(f"Report: {folder / 'report.html'}")
+
+
+def _show_making(result: RunResult, console: Console) -> None:
+    """What happened to the models before anything was measured."""
+    for role, model in result.provenance.models.items():
+        for note in model.notes:
+            console.print(f"Note on the {role} model: {note}")
+    made = result.immunization
+    if made is None:
+        return
+    for event in made.events:
+        console.print(f"Note: round {event.iteration}: {event.message}.")
+    if made.nothing is not None:
+        console.print(made.nothing)
+    elif not made.completed:
+        console.print("The defense gave up early: the immunized model is the last good state that it had.")
 
 
 def show_replay(recorded: Curve, repeated: Curve) -> None:
@@ -167,6 +181,9 @@ def _number(cell: Cell) -> str:
 
 
 def _show_audit(audited: AuditResult, console: Console) -> None:
+    doubts = wording.doubts(audited)
+    for line in [*doubts, wording.CAUSES] if doubts else []:
+        console.print(line)
     console.print(f"Best of {audited.battery} on {audited.restricted_task}, {audited.unit} in %")
     table = Table(pad_edge=False)
     table.add_column("model", no_wrap=True)
@@ -181,12 +198,20 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
     if note := words(audited.unit).note:
         console.print(note)
     before, after = (Cell.of([score]) for score in (audited.benign.original, audited.benign.immunized))
-    console.print(f"Benign task {audited.benign_task}: {_percent(before)} % before, {_percent(after)} % after.")
+    kept = wording.kept(audited)
+    console.print(
+        f"Benign task {audited.benign_task}: {_percent(before)} % before, {_percent(after)} % after."
+        + (f" {kept}" if kept else "")
+    )
+    if audited.keeping is not None:
+        console.print(wording.keepers(audited))
     _show_costs(audited, console)
     for effect in audited.side_effects:
         kind = "Benign task learned anew" if effect.kind == "benign" else "Transfer task"
         lost = "not finite" if effect.lost is None else f"{_points(effect.lost)} points{_within(effect.interval)}"
         console.print(f"{kind} ({effect.task}): lost against the original: {lost}.")
+        for name, reason in {**effect.not_applicable, **effect.failures}.items():
+            console.print(f"  - without a score: {name}: {reason}.")
     for flag in audited.flags:
         console.print(f"Red flag ({flag.severity}): {flag.name}. {flag.found} {flag.remedy}")
     verdict = audited.verdict

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from holdfast.keeping import benign_after
 from holdfast.results import AuditResult, BudgetRow, Cell, Cost, Interval, Role, RunResult, Table
-from holdfast.verdict import words
+from holdfast.verdict import count, words
+from holdfast.verdict import doubts as doubts_of
 
 MINUS = "\N{MINUS SIGN}"
 NEVER = "never within the budget"
@@ -60,6 +62,49 @@ def has(row: BudgetRow, role: Role) -> bool:
 def strongest(audit: AuditResult) -> str:
     """The name of the best adversary on the immunized model, at the last budget or before."""
     return audit.by_budget[-1].best_adversary["immunized"]
+
+
+CAUSES = (
+    "Likely causes: another input normalisation than the weights were trained with (--mean, --std), another image "
+    "size, other channels, labels in another order, or weights that were not loaded."
+)
+"""Why an original may score far below what it should."""
+
+
+def doubts(audit: AuditResult) -> list[str]:
+    """Why the original may not be the model that its owner means; said before everything else."""
+    return doubts_of(audit.benign, audit.verdict.thresholds, words(audit.unit), audit.reported_benign)
+
+
+def kept(audit: AuditResult) -> str:
+    """What the best attack on the immunized model leaves of its benign score; empty if that was not measured."""
+    cell = benign_after(audit.curves).get(("immunized", strongest(audit)))
+    if cell is None:
+        return ""
+    score = "a score that is not finite" if cell.mean is None else f"{cell.mean:.1%}"
+    return f"After the best attack ({strongest(audit)}) it is {score}."
+
+
+def keepers(audit: AuditResult) -> str:
+    """What is best among the adversaries who keep the benign task; empty if no limit was given."""
+    found = audit.keeping
+    if found is None:
+        return ""
+    names = found.adversaries.get("immunized", [])
+    limit = f"at most {100 * found.limit:g} points of its benign score"
+    if not found.by_budget:
+        return (
+            f"No adversary kept the benign task: each costs the immunized model more than {100 * found.limit:g} points."
+        )
+    last = found.by_budget[-1]
+    mean = last.best["immunized"].mean
+    reached = "no finite score" if mean is None else f"{mean:.1%}"
+    more = "" if last.advantage is None else f", {100 * last.advantage:+.1f} points against training from scratch"
+    return (
+        f"{len(names)} of {count(len(audit.adversaries), 'adversary')} cost the immunized model {limit}. The best of "
+        f"them is {last.best_adversary['immunized']}: {reached} after {count(last.budget, 'step')}{more}. The verdict "
+        "counts all adversaries."
+    )
 
 
 def by_strength(audit: AuditResult) -> list[str]:
@@ -140,6 +185,15 @@ def caveats(audit: AuditResult) -> list[str]:
             f"{len(failed)} of {len(audit.curves)} trials ended because the immunized model's code failed, and count "
             f"as attacks without a score; first {failed[0].adversary!r}: {failed[0].failure}."
         )
+    lost = [trial for trial in audit.search if trial.failure is not None]
+    if lost:
+        found.append(
+            f"{len(lost)} of {len(audit.search)} trials of the search have no score; first {lost[0].adversary!r} on "
+            f"{lost[0].role}: {lost[0].failure}."
+        )
+    for effect in audit.side_effects:
+        for name, reason in {**effect.not_applicable, **effect.failures}.items():
+            found.append(f"Side effects on {effect.task}: {name} has no score: {reason}.")
     if seeds == 1:
         found.append("There is one seed only: nothing is known about the spread, there is no confidence band, and no "
                      "verdict but invalid.")  # fmt: skip

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
@@ -54,8 +53,12 @@ class ArrayTask(Task):
     min_classes: ClassVar[int] = 2
     labelled: ClassVar[bool] = True
     """Whether files without labels are of no use."""
+    source: str = "arrays in memory"
+    """Where the data come from, for people."""
     notes: tuple[str, ...] = ()
-    """What was skipped or converted when the data was read, and why; in sentences."""
+    """What a loader left out or converted, and why."""
+    drawn: bool = False
+    """Whether the test split was drawn here, since the source has none."""
 
     def __init__(
         self,
@@ -85,6 +88,11 @@ class ArrayTask(Task):
         for split, labels in y.items():
             if labels.min() < 0 or labels.max() >= classes:
                 bad = int(labels.min() if labels.min() < 0 else labels.max())
+                if bad == -1:
+                    raise self._bad(
+                        f"y_{split} holds label -1, which often marks samples without a label (as in the test splits "
+                        "of GLUE); drop them, or take a split that has labels"
+                    )
                 source = "class_names" if names is not None else "y_train"
                 raise self._bad(
                     f"y_{split} holds label {bad}; expected 0 to {classes - 1} ({classes} classes by {source})"
@@ -92,7 +100,41 @@ class ArrayTask(Task):
         if len(np.unique(y["train"])) < self.min_classes:
             raise self._bad("y_train has one class only; a classification task needs at least two")
         self.class_names = names if names is not None else [str(c) for c in range(classes)]
+        self._check_classes(y, named=names is not None)
         self._set({s: torch.from_numpy(a) for s, a in x.items()}, {s: torch.from_numpy(a) for s, a in y.items()})
+
+    def _check_classes(self, y: dict[str, Array], *, named: bool) -> None:
+        """Refuses names that come twice, and classes that cannot be learned.
+
+        A class that is named and has no samples at all may still be left out by `subset`; see `validate`.
+        """
+        twice = [n for n in self.class_names if self.class_names.count(n) > 1] if named else []
+        if twice:
+            raise self._bad(f"two classes are called {twice[0]!r}; give each a name of its own")
+        if not self.labelled:
+            return
+        learned, tested = (np.bincount(y[s], minlength=len(self.class_names)) for s in ("train", "test"))
+        for c in np.flatnonzero((learned == 0) & (tested > 0 if named else True)):
+            if not named and c == 0:
+                raise self._bad(
+                    f"no training sample has label 0, and labels go up to {len(self.class_names) - 1}; number the "
+                    "classes from 0 on, or give class_names"
+                )
+            raise self._bad(
+                f"class {self.class_names[c]!r} (label {c}) has no training samples, and {tested[c]} test samples; "
+                "add some to train on, or leave the class out"
+            )
+
+    def noted(self, source: str, *notes: str, drawn: bool = False) -> Self:
+        """Returns this very task, which a loader has just made, with what is to be said about its data.
+
+        Args:
+            source: where they come from.
+            notes: what was left out or converted.
+            drawn: whether the test split was drawn.
+        """
+        self.source, self.notes, self.drawn = source, (*self.notes, *notes), drawn
+        return self
 
     def _bad(self, what: str) -> HoldfastError:
         return HoldfastError(f"Task {self.name!r}: {what}.")
@@ -103,10 +145,16 @@ class ArrayTask(Task):
             raise self._bad(f"{label} has dtype {a.dtype}; expected numbers")
         if a.ndim in (3, 4):
             if a.dtype != np.uint8:
-                raise self._bad(f"{label} looks like images {a.shape} but is {a.dtype}; expected uint8, 0 to 255")
+                raise self._bad(
+                    f"{label} looks like images {a.shape} but is {a.dtype}, {_span(a)}; expected uint8, 0 to 255"
+                    f"{_as_bytes(a)}"
+                )
             a = a[:, None] if a.ndim == 3 else np.moveaxis(a, -1, 1)
             if a.shape[1] not in (1, 3):
-                raise self._bad(f"{label} has {a.shape[1]} channels in its last axis; expected 1 or 3 (N, H, W, C)")
+                hint = "; move the channels to the end" if a.shape[2] in (1, 3, 4) else ""
+                raise self._bad(
+                    f"{label} has {a.shape[1]} channels in its last axis; expected 1 or 3 (N, H, W, C){hint}"
+                )
             return np.ascontiguousarray(a)
         if a.ndim != 2:
             raise self._bad(f"{label} has shape {a.shape}; expected (N, D), (N, H, W) or (N, H, W, C)")
@@ -122,7 +170,16 @@ class ArrayTask(Task):
     def _labels(self, values: npt.ArrayLike, label: str) -> Array:
         a = np.asarray(values)
         if a.ndim != 1:
-            raise self._bad(f"{label} has shape {a.shape}; expected (N,), one integer a sample")
+            one_hot = a.ndim == 2 and a.shape[1] > 1
+            how = (
+                f" (one-hot: store {label}.argmax(1))" if one_hot else f" (store {label}[:, 0])" if a.ndim == 2 else ""
+            )
+            raise self._bad(f"{label} has shape {a.shape}; expected (N,), one integer a sample{how}")
+        if a.dtype.kind in "USO":
+            raise self._bad(
+                f"{label} holds words, such as {str(a[0]) if len(a) else ''!r}; expected integers from 0 on, and the "
+                f"words as class_names: class_names, {label} = np.unique(labels, return_inverse=True)"
+            )
         if a.dtype.kind not in "uib" and not (a.dtype.kind == "f" and np.isfinite(a).all() and (a == a.round()).all()):
             raise self._bad(f"{label} has dtype {a.dtype} with values that are no integers; expected class labels")
         return a.astype(np.int64)
@@ -144,12 +201,6 @@ class ArrayTask(Task):
         task.name = name
         task.class_names = list(classes if classes is not None else self.class_names)
         task._set(x, y)
-        return task
-
-    def noted(self, *notes: str) -> Self:
-        """Returns the same task with more notes on how it was read; see `notes`."""
-        task = copy.copy(self)
-        task.notes = (*self.notes, *(note for note in notes if note not in self.notes))
         return task
 
     def size(self, split: Split) -> int:
@@ -229,8 +280,12 @@ class ArrayTask(Task):
         found = torch.cat(parts).to("cpu", torch.float64)
         return found if finite.item() else torch.full_like(found, torch.nan)
 
-    def subset(self, classes: Sequence[int]) -> Self:
+    def subset(self, classes: Sequence[int], shown: Sequence[int] | None = None) -> Self:
         """Keeps some classes, renumbered from 0 in the order given.
+
+        Args:
+            classes: their numbers in this task.
+            shown: what the new task's name says instead of these numbers.
 
         Raises:
             HoldfastError: if a class does not exist, comes twice, or fewer than two are left.
@@ -248,7 +303,7 @@ class ArrayTask(Task):
             if not kept.any():
                 raise self._bad(f"no {split} sample has one of the classes {list(classes)}")
         return self._with(
-            f"{self.name}[{_ranges(classes)}]",
+            f"{self.name}[{_ranges(classes if shown is None else shown)}]",
             {s: self._x[s][keep[s]] for s in keep},
             {s: new[self._y[s][keep[s]]] for s in keep},
             [self.class_names[c] for c in classes],
@@ -369,6 +424,25 @@ class ArrayTask(Task):
                 raise self._bad(f"{len(x)} other inputs were given for {len(self._y[split])} {split} samples")
         return self._with(self.name, {"train": train.cpu(), "test": test.cpu()}, self._y)
 
+    def hashes(self, split: Split) -> list[bytes]:
+        """Returns a hash of each input of a split; equal inputs have equal ones, in every task."""
+        rows = self._x[split]
+        plain = (rows if rows.dtype == torch.uint8 else rows + 0).contiguous().numpy()  # -0.0 + 0 is 0.0
+        head = f"{rows.dtype}{tuple(rows.shape[1:])}".encode()
+        return [hashlib.blake2b(row.tobytes(), key=head[:64], digest_size=16).digest() for row in plain]
+
+    def answers(self, split: Split) -> list[float]:
+        """Returns the label or target of each sample of a split."""
+        found: list[float] = self._y[split].tolist()
+        return found
+
+    def value_range(self) -> tuple[float, float]:
+        """Returns the smallest and the largest value of all inputs."""
+        return (
+            float(min(x.min() for x in self._x.values())),
+            float(max(x.max() for x in self._x.values())),
+        )
+
     def facts(self) -> TaskFacts:
         """See `Task.facts`; the hash is over dtype, shape and bytes of the four arrays."""
         digest = hashlib.sha256()
@@ -416,37 +490,31 @@ def load_npz(path: Path, kind: type[ArrayTask] = ArrayTask) -> ArrayTask:
         raise
     except UNREADABLE as error:
         raise HoldfastError(f"{str(path)!r} cannot be read as an .npz of plain arrays: {error}.") from error
-    return kind(path.stem, inputs[0], targets[0], inputs[1], targets[1], names)
+    extra = [k for k in archive.files if k not in ("x_train", "x_test", *labels, "class_names")]
+    notes = [f"arrays left out: {', '.join(extra)}"] if extra else []
+    return kind(path.stem, inputs[0], targets[0], inputs[1], targets[1], names).noted(f"file {path}", *notes)
 
 
-def draw_test_rows(path: Path, y: Array, fraction: float, seed: int) -> Array:
-    """Draws a share of every class for testing, where a file has no split of its own.
+def _span(a: Array) -> str:
+    return f"{a.min():g} to {a.max():g}" if a.size and a.dtype.kind in "iufb" else "without values"
 
-    Args:
-        path: for the message.
-        y: labels, shape (N,).
-        fraction: in (0, 1).
-        seed: of the draw.
 
-    Returns:
-        Shape (N,), bool.
-
-    Raises:
-        HoldfastError: if a class has too few samples.
-    """
-    test = np.zeros(len(y), dtype=bool)
-    try:
-        _, rows = train_test_split(np.arange(len(y)), test_size=fraction, random_state=seed, stratify=y)
-    except ValueError as error:
-        raise HoldfastError(f"{str(path)!r} cannot be split into train and test: {error}") from error
-    test[rows] = True
-    return test
+def _as_bytes(a: Array) -> str:
+    """How to make images of bytes from an array whose range says what it holds."""
+    if not a.size or a.dtype.kind not in "iuf" or not np.isfinite(a).all():
+        return ""
+    low, high = a.min(), a.max()
+    if a.dtype.kind == "f" and low >= 0 and high <= 1:
+        return ": store (255 * x).round().astype('uint8')"
+    if low >= 0 and 1 < high <= 255:
+        return ": store x.round().astype('uint8')"
+    return "; undo the normalisation first, which models do by themselves"
 
 
 def _class_names(path: Path, names: Array) -> list[str]:
     if names.ndim != 1:
         raise HoldfastError(f"{str(path)!r}: class_names has shape {names.shape}; expected (C,), one name a class.")
-    return [str(n) for n in names]
+    return [str(n).strip() for n in names]
 
 
 def _float(x: Tensor) -> Tensor:

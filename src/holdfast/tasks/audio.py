@@ -19,7 +19,8 @@ from scipy.io import wavfile
 from scipy.signal import get_window
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.tasks.arrays import UNREADABLE, Array, ArrayTask, draw_test_rows
+from holdfast.tasks.arrays import UNREADABLE, Array, ArrayTask
+from holdfast.tasks.splits import draw_test_rows
 
 WINDOW, HOP = 0.032, 0.016
 WINDOWS, BANDS = 61, 40
@@ -139,7 +140,14 @@ def load_sounds(
         raise HoldfastError(f"{str(path)!r}: is_test has shape {test.shape}; expected one for each of {count} sounds.")
     x = spectrograms([pcm[a:b] for a, b in pairwise(offsets)], rate)
     title = path.stem if target is None else f"{path.stem}:{target}"
-    return kind(title, x[~test], y[~test], x[test], y[test], None if named is None else [str(n) for n in named])
+    names = None if named is None else [str(n).strip() for n in named]
+    made = kind(title, x[~test], y[~test], x[test], y[test], names)
+    lengths = np.diff(offsets) / rate
+    second = WINDOW + (WINDOWS - 1) * HOP
+    cut, filled = int((lengths > second).sum()), int((lengths < second).sum())
+    notes = [f"{cut} sounds are longer than {second:.2f} s and were cut off"] if cut else []
+    notes += [f"{filled} sounds are shorter than {second:.2f} s and were filled up with silence"] if filled else []
+    return made.noted(f"file {path}", *notes, drawn="is_test" not in arrays)
 
 
 def is_sounds(path: Path) -> bool:

@@ -18,9 +18,10 @@ from holdfast.tasks.denoising import DenoisingTask, Schedule
 from holdfast.tasks.downloads import DOWNLOADS, TEXTS, download, download_text
 from holdfast.tasks.image import load_folder
 from holdfast.tasks.phrases import PHRASES, load_phrases
+from holdfast.tasks.places import DATA_VARIABLE, place
 from holdfast.tasks.tabular import Encoding, load_csv, load_csv_regression
 from holdfast.tasks.text import LENGTH, TextTask, load_text
-from holdfast.tasks.tokenizing import DATA_VARIABLE, Tokenizer, load_tokenizer
+from holdfast.tasks.tokenizing import Tokenizer, load_tokenizer
 
 MAX_CLASSES = 100_000
 _NAME = re.compile(r"^(?P<source>[^\[\]]+)(\[(?P<classes>[^\[\]]*)\])?$")
@@ -92,7 +93,7 @@ def parse_spec(text: str) -> TaskSpec:
         >>> spec.data, spec.image_size, spec.channels
         ('digits[0-4]', 16, 3)
     """
-    data, _, settings = text.partition("@")
+    data, settings = _parted(text)
     found = {}
     for item in filter(None, settings.split(",")):
         key, equals, value = (part.strip() for part in item.partition("="))
@@ -108,12 +109,44 @@ def parse_spec(text: str) -> TaskSpec:
         raise HoldfastError(f"Task {text!r}: {first['loc'][0]} is {first['input']!r}: {first['msg']}.") from error
 
 
+def _parted(text: str) -> tuple[str, str]:
+    """The data and the settings; a path that exists may hold an `@` itself."""
+    ends = [i for i, sign in enumerate(text) if sign == "@"]
+    for end in (len(text), *reversed(ends)):
+        data = text[:end]
+        if "@" in data and (_exists(data) or (data.endswith("]") and _exists(data.rpartition("[")[0]))):
+            return text[:end], text[end + 1 :]
+    data, _, settings = text.partition("@")
+    return data, settings
+
+
+def _exists(path: str) -> bool:
+    try:
+        return bool(path) and Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # a name too long, a null byte, an unknown user
+        return False
+
+
+def _split_off(data: str) -> tuple[str, str | None]:
+    """The source and the classes in brackets behind it; a path that exists may end in brackets itself."""
+    data = data.strip()
+    if _exists(data):
+        return data, None
+    before, bracket, classes = data.rpartition("[")
+    if bracket and data.endswith("]") and _exists(before):
+        return before, classes[:-1]
+    match = _NAME.match(data)
+    if match is None:
+        raise HoldfastError(f"Task {data!r} is no name; expected NAME or NAME[0-4,7].")
+    return match["source"], match["classes"]
+
+
 def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> ArrayTask:
     """Loads a task by name or path.
 
-    A name is looked up among the embedded data (`digits`, `phrases-topic`), then as `NAME.npz`, `NAME.parquet`,
-    `NAME.csv` or a folder `NAME` in the data folder, then downloaded by torchvision or Hugging Face's datasets if one
-    of them knows it.
+    A name is looked up among the embedded data (`digits`, `phrases-topic`), then here, then as `NAME.npz`,
+    `NAME.parquet`, `NAME.csv` or a folder `NAME` in the data folder, then downloaded by torchvision or Hugging Face's
+    datasets if one of them knows it. A setting that its source has no use for is refused.
 
     Args:
         task: `digits`, `digits[0-4]`, `cifar10`, `path/to/data.npz`, `table.csv@target=label`, ... or a `TaskSpec`.
@@ -129,21 +162,20 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ar
         ('digits[5-9]', 5, (1, 8, 8))
     """
     spec = parse_spec(task) if isinstance(task, str) else task
-    match = _NAME.match(spec.data.strip())
-    if match is None:
-        raise HoldfastError(f"Task {spec.data!r} is no name; expected NAME or NAME[0-4,7].")
+    source, classes = _split_off(spec.data)
     if spec.schedule is not None and spec.kind != "denoising":
         raise HoldfastError(f"Task {spec.data!r}: schedule is for kind=denoising, and its kind is {spec.kind}.")
     folder = _folder(data_dir)
     if is_text(spec, data_dir=data_dir):
-        loaded: ArrayTask = _load_text(match["source"], spec, folder)
+        loaded: ArrayTask = _load_text(source, spec, folder)
     else:
         _refuse_text_settings(spec)
-        loaded = _load(match["source"], spec, folder)
+        loaded = _load(source, spec, folder)
+    _refuse_idle_split(spec, loaded)
     if spec.kind == "denoising":
         loaded = DenoisingTask.of(loaded, None if spec.schedule is None else Schedule.named(spec.schedule))
-    if match["classes"] is not None:
-        loaded = loaded.subset(_parse_classes(spec.data, match["classes"]))
+    if classes is not None:
+        loaded = _chosen(loaded, spec.data, classes)
     if spec.image_size is not None or spec.channels is not None:
         loaded = loaded.as_images(spec.image_size, spec.channels)
     if spec.train_limit is not None:
@@ -154,13 +186,13 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ar
 def is_text(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> bool:
     """Says whether a task's data are sentences, which need a tokenizer; see `load_task`."""
     spec = parse_spec(task) if isinstance(task, str) else task
-    match = _NAME.match(spec.data.strip())
-    if match is None:
+    try:
+        source, _ = _split_off(spec.data)
+    except HoldfastError:  # loading says so
         return False
-    source = match["source"]
     if source in PHRASES or source in EMBEDDED:
         return source in PHRASES
-    path = next((p for p in _candidates(source, _folder(data_dir)) if p.exists()), None)
+    path = _place(source, _folder(data_dir))
     return source in TEXTS if path is None else _holds_text(path, spec)
 
 
@@ -192,10 +224,14 @@ def _load_text(source: str, spec: TaskSpec, folder: Path | None) -> TextTask:
     if spec.kind != "classification" or spec.image_size is not None or spec.channels is not None:
         raise HoldfastError(f"Task {spec.data!r}: text is for classification; leave kind, image_size and channels out.")
     tokenizer, length = _tokenizer(spec, folder), spec.length or LENGTH
+    _refuse_idle(spec, "text", "drop", "encoding", "bins", "fill", "rows")
     if source in PHRASES:
+        _refuse_idle(spec, source, "text", "target")
+        _check_alone(source)
         return load_phrases(source, tokenizer, length)
-    path = next((p for p in _candidates(source, folder) if p.exists()), None)
+    path = _place(source, folder)
     if path is None:
+        _refuse_idle(spec, source, "text", "target")
         return download_text(source, folder, tokenizer=tokenizer, length=length)
     return load_text(
         path,
@@ -224,9 +260,15 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
     if source in EMBEDDED:
         if spec.kind == "regression":
             raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {source} holds classes.")
+        _refuse_idle(spec, source, *_OF_TABLES)
+        _check_alone(source)
         return EMBEDDED[source]()
-    for path in _candidates(source, folder):
+    path = _place(source, folder)
+    if path is not None:
+        if spec.kind == "regression" and path.suffix != ".csv":
+            raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {path.name!r} holds classes.")
         if path.is_dir():
+            _refuse_idle(spec, "a folder", *_OF_TABLES)
             return load_folder(
                 path,
                 image_size=spec.image_size,
@@ -236,35 +278,15 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
                 limits=(spec.train_limit, spec.test_limit),
                 kind=kind,
             )
-        if path.is_file() and path.suffix == ".npz":
+        if path.suffix == ".npz":
             return _load_npz(path, spec, kind)
-        if path.is_file() and path.suffix == ".csv" and spec.kind == "regression":
-            return load_csv_regression(
-                path,
-                spec.target,
-                drop=spec.drop,
-                encoding=spec.encoding,
-                rows=spec.rows,
-                test_fraction=spec.test_fraction,
-                seed=spec.seed,
-            )
-        if spec.kind == "regression" and path.exists():
-            raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {path.name!r} holds classes.")
-        if path.is_file() and path.suffix == ".csv":
-            return load_csv(
-                path,
-                spec.target,
-                drop=spec.drop,
-                encoding=spec.encoding,
-                bins=spec.bins,
-                fill=spec.fill,
-                rows=spec.rows,
-                test_fraction=spec.test_fraction,
-                seed=spec.seed,
-            )
-        if path.is_file():
-            raise HoldfastError(f"{str(path)!r}: data is read from .npz, .csv, .parquet or a folder of images.")
+        if path.suffix == ".csv":
+            return _load_table(path, spec)
+        raise HoldfastError(f"{str(path)!r}: data is read from .npz, .csv, .parquet or a folder of images.")
     if source in DOWNLOADS:
+        if spec.kind == "regression":
+            raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {source} holds classes.")
+        _refuse_idle(spec, source, *_OF_TABLES)
         return download(source, folder, image_size=spec.image_size, channels=spec.channels)
     if "/" in source or source.endswith((".npz", ".csv", ".parquet")):
         raise HoldfastError(f"No data at {source!r}: the file does not exist.")
@@ -276,20 +298,87 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
     raise HoldfastError(f"{known} For data of your own, {ways}, or give a path.")
 
 
+def _load_table(path: Path, spec: TaskSpec) -> ArrayTask:
+    idle = ("image_size", "channels", *(("bins",) if spec.kind == "regression" else ()))
+    _refuse_idle(spec, "a table", *idle)
+    if spec.kind == "regression":
+        return load_csv_regression(
+            path,
+            spec.target,
+            drop=spec.drop,
+            encoding=spec.encoding,
+            rows=spec.rows,
+            test_fraction=spec.test_fraction,
+            seed=spec.seed,
+        )
+    return load_csv(
+        path,
+        spec.target,
+        drop=spec.drop,
+        encoding=spec.encoding,
+        bins=spec.bins,
+        fill=spec.fill,
+        rows=spec.rows,
+        test_fraction=spec.test_fraction,
+        seed=spec.seed,
+    )
+
+
 def _load_npz(path: Path, spec: TaskSpec, kind: type[ArrayTask]) -> ArrayTask:
-    if is_sounds(path):
+    sounds = is_sounds(path)
+    _refuse_idle(spec, "an .npz", *(key for key in _OF_TABLES if key != "target" or not sounds))
+    if sounds:
         return load_sounds(path, spec.target, test_fraction=spec.test_fraction, seed=spec.seed, kind=kind)
     return load_npz(path, kind)
 
 
-def _candidates(source: str, folder: Path | None) -> list[Path]:
-    own = Path(source).expanduser()
-    named = [*(folder / f"{source}.{kind}" for kind in ("npz", "parquet", "csv")), folder / source] if folder else []
-    return [
-        p
-        for p in (*named, own)
-        if p != own or "/" in source or own.suffix or (own.is_dir() and source not in (*DOWNLOADS, *TEXTS))
-    ]
+def _place(source: str, folder: Path | None) -> Path | None:
+    """The file or folder of a name, see `place`; what is here without a suffix must be a folder."""
+    return place(
+        source,
+        folder if folder is not None else "",
+        endings=(".npz", ".parquet", ".csv", ""),
+        is_there=lambda p: p.is_dir() or (p.is_file() and bool(p.suffix)),
+    )
+
+
+def _check_alone(source: str) -> None:
+    if Path(source).is_dir():
+        raise HoldfastError(f"{source!r} is both embedded data and a folder here; write ./{source} for the folder.")
+
+
+_OF_TABLES = ("target", "drop", "encoding", "bins", "fill", "rows")
+
+
+def _refuse_idle(spec: TaskSpec, what: str, *keys: str) -> None:
+    """Refuses settings that have no effect on such data, unless they are at their default."""
+    for key in keys:
+        if getattr(spec, key) != TaskSpec.model_fields[key].default:
+            raise HoldfastError(f"Task {spec.data!r}: {key} has no effect on {what}; leave it out.")
+
+
+def _refuse_idle_split(spec: TaskSpec, task: ArrayTask) -> None:
+    if task.drawn:
+        return
+    _refuse_idle(spec, "data that has its own split", "test_fraction")
+    if spec.train_limit is None and spec.test_limit is None:
+        _refuse_idle(spec, "data from which nothing is drawn", "seed")
+
+
+def _chosen(task: ArrayTask, text: str, classes: str) -> ArrayTask:
+    """Numbers in brackets are names, where all classes are called by numbers; else they are positions from 0 on."""
+    wanted = _parse_classes(text, classes)
+    if not all(re.fullmatch(r"\d{1,9}", name) for name in task.class_names):
+        return task.subset(wanted)
+    numbers = [int(name) for name in task.class_names]
+    if numbers == list(range(len(numbers))) or len(set(numbers)) < len(numbers):
+        return task.subset(wanted)
+    missing = [c for c in wanted if c not in numbers]
+    if missing:
+        raise HoldfastError(
+            f"Task {text!r}: there is no class called {missing[0]}; its classes are {', '.join(task.class_names[:20])}."
+        )
+    return task.subset([numbers.index(c) for c in wanted], wanted)
 
 
 def _parse_classes(text: str, classes: str) -> list[int]:
@@ -319,7 +408,9 @@ def _digits() -> ArrayTask:
     for c in range(10):
         rank[raw.target == c] = np.arange(np.sum(raw.target == c))
     test = rank % 4 == 3
-    return ArrayTask("digits", x[~test], raw.target[~test], x[test], raw.target[test], [str(c) for c in range(10)])
+    names = [str(c) for c in range(10)]
+    task = ArrayTask("digits", x[~test], raw.target[~test], x[test], raw.target[test], names)
+    return task.noted("embedded data of scikit-learn")
 
 
 EMBEDDED: dict[str, Callable[[], ArrayTask]] = {"digits": _digits}

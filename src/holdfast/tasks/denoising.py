@@ -219,6 +219,7 @@ class DenoisingTask(ArrayTask):
             )
         made = object.__new__(cls)
         made.name, made.class_names = task.name, task.class_names
+        made.source, made.notes, made.drawn = task.source, task.notes, task.drawn
         made.schedule = schedule if schedule is not None else Schedule()
         made._set(task._x, task._y)
         return made

@@ -11,7 +11,7 @@ from PIL import Image
 
 from holdfast.errors import HoldfastError
 from holdfast.tasks.arrays import Array, ArrayTask
-from holdfast.tasks.image import stack
+from holdfast.tasks.pictures import Opener, stack
 from holdfast.tasks.text import TextTask, text_task
 from holdfast.tasks.tokenizing import Tokenizer
 
@@ -112,7 +112,8 @@ def download_text(name: str, folder: Path | None, *, tokenizer: Tokenizer, lengt
         (list(part[source.text]), [int(v) if known else names.index(str(v)) for v in part[source.label]])
         for part in (train, test)
     )
-    return text_task(name, learned, held, names, tokenizer=tokenizer, length=length)
+    made = text_task(name, learned, held, names, tokenizer=tokenizer, length=length)
+    return made.noted(f"{source.repository}, downloaded by datasets")
 
 
 def _torchvision(name: str, root: Path, size: int | None, mode: str, instead: str) -> ArrayTask:
@@ -132,12 +133,14 @@ def _torchvision(name: str, root: Path, size: int | None, mode: str, instead: st
         )
         raise HoldfastError(f"Task {name!r}: {why}.") from error
     arrays: list[Array] = []
+    opener = Opener(mode, ())
     for part in parts:
-        arrays += _arrays(part) if hasattr(part, "data") else stack(_converted(name, part, mode), size)
+        arrays += _arrays(part) if hasattr(part, "data") else stack(_converted(name, part, opener), size)
     known = ("not smiling", "smiling") if name == "celeba" else getattr(parts[0], "classes", ())
     names = [c if isinstance(c, str) else c[0] for c in known]
     x_train, y_train, x_test, y_test = arrays
-    return ArrayTask(name, x_train, y_train, x_test, y_test, names or None)
+    made = ArrayTask(name, x_train, y_train, x_test, y_test, names or None)
+    return made.noted(f"torchvision.datasets.{kind}", *opener.notes())
 
 
 NOT_FETCHED = frozenset({"stanford_cars"})
@@ -187,17 +190,19 @@ def _hugging_face_parts(
 def _hugging_face(name: str, root: Path, size: int | None, mode: str, instead: str) -> ArrayTask:
     parts = _hugging_face_parts(name, *HUGGING_FACE[name], ["train", "test"], root, instead)
     arrays: list[Array] = []
+    opener = Opener(mode, ())
     for part in parts:
-        arrays += stack(_converted(name, ((row["image"], row["label"]) for row in part), mode), size)
+        arrays += stack(_converted(name, ((row["image"], row["label"]) for row in part), opener), size)
     x_train, y_train, x_test, y_test = arrays
-    return ArrayTask(name, x_train, y_train, x_test, y_test, parts[0].features["label"].names)
+    made = ArrayTask(name, x_train, y_train, x_test, y_test, parts[0].features["label"].names)
+    return made.noted(f"{HUGGING_FACE[name][0]}, downloaded by datasets", *opener.notes())
 
 
 def _converted(
-    name: str, labelled: Iterable[tuple[Image.Image, int]], mode: str
+    name: str, labelled: Iterable[tuple[Image.Image, int]], opener: Opener
 ) -> Iterator[tuple[str, Image.Image, int]]:
     for i, (image, label) in enumerate(labelled):
-        yield f"image {i} of {name}", image.convert(mode), label
+        yield f"image {i} of {name}", opener.converted(image, f"image {i} of {name}"), label
 
 
 def _said(error: Exception) -> str:

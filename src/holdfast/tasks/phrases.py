@@ -67,4 +67,5 @@ def load_phrases(name: str, tokenizer: Tokenizer, length: int = LENGTH) -> TextT
         label = name.removeprefix("phrases-")
         return [text for text, _ in drawn], [wanted.index(picked[label]) for _, picked in drawn]
 
-    return text_task(name, part(_TRAIN), part(_TEST), wanted, tokenizer=tokenizer, length=length)
+    made = text_task(name, part(_TRAIN), part(_TEST), wanted, tokenizer=tokenizer, length=length)
+    return made.noted("embedded sentences")

@@ -12,8 +12,10 @@ import pandas as pd
 from sklearn.model_selection import train_test_split
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.tasks.arrays import ArrayTask, draw_test_rows
+from holdfast.tasks.arrays import ArrayTask
 from holdfast.tasks.regression import RegressionTask
+from holdfast.tasks.splits import draw_test_rows
+from holdfast.tasks.tables import check_columns, labels_of, read_csv, split_rows
 
 Encoding = Literal["onehot", "ordinal"]
 
@@ -35,7 +37,8 @@ def load_csv(
     """Reads a table for classification.
 
     Numeric columns are standardised by the training rows; other columns become one 0/1 column a value. A column `split`
-    with the words train and test fixes the split, else `test_fraction` of every class is drawn by `seed`.
+    with the words train and test (or val, valid, validation, dev) fixes the split, else `test_fraction` of every class
+    is drawn by `seed`.
 
     Two tasks for one network leave each other's target out, with `drop`, and have the same training rows, with `split`
     or `rows`: then their inputs are the same numbers.
@@ -55,10 +58,13 @@ def load_csv(
         HoldfastError: if the file cannot be read, a column does not exist, a cell is empty, the label looks continuous,
             or it cannot be binned.
     """
-    table, target = _read(path, target)
+    notes: list[str] = []
+    table, target = _read(path, target, notes)
     table = _without(path, table, drop, target)
-    split = table.pop("split") if "split" in table.columns and target != "split" and rows is None else None
+    table, split = _split_off(path, table, target, rows, notes)
     if fill:
+        filled = int(table.drop(columns=target).isna().sum().sum())
+        notes += [f"{filled} empty cells were filled"] if filled else []
         texts = [c for c in table.columns if not pd.api.types.is_numeric_dtype(table[c]) and c != target]
         table = table.fillna({c: "(empty)" if c in texts else 0 for c in table.columns if c != target})
     empty = table.columns[table.isna().any()]
@@ -67,8 +73,11 @@ def load_csv(
         remedy = "fill or drop it" if empty[0] == target else "fill or drop it, or set fill"
         raise HoldfastError(f"{str(path)!r}: column {empty[0]!r} has an empty cell (line {row}); {remedy}.")
     y, names = _classes(path, table.pop(target), bins)
+    if not len(table.columns):
+        raise HoldfastError(f"{str(path)!r}: there is no column beside the target {target!r} to predict it from.")
+    check_columns(path, table, notes)
     if rows is None:
-        test = _test_rows(path, split, y, test_fraction, seed)
+        test = _test_rows(path, split, y, test_fraction, seed, names)
     else:
         test = np.arange(len(y)) >= _check_rows(path, rows, len(y))
     if encoding == "ordinal":
@@ -81,20 +90,32 @@ def load_csv(
     x = pd.concat(parts, axis=1).astype(float)
     values = x.to_numpy(dtype=np.float32)
     name = path.stem if bins is None else f"{path.stem}:{target}"
-    return ArrayTask(name, values[~test], y[~test], values[test], y[test], names)
+    made = ArrayTask(name, values[~test], y[~test], values[test], y[test], names)
+    return made.noted(f"file {path}", *notes, drawn=split is None and rows is None)
 
 
 def _classes(path: Path, labels: pd.Series, bins: int | None) -> tuple[np.ndarray, list[str]]:
     """Numbers of the classes, one a row, and their names."""
     if bins is not None:
         return _ranges_of(path, labels, bins)
-    names = sorted(labels.unique().tolist(), key=lambda v: (isinstance(v, str), v))
-    if len(names) > MAX_CLASSES:
+    hint = f" and looks continuous; classification takes at most {MAX_CLASSES}. Set bins, or kind=regression."
+    return labels_of(path, labels, MAX_CLASSES, hint)
+
+
+def _split_off(
+    path: Path, table: pd.DataFrame, target: str, rows: int | None, notes: list[str]
+) -> tuple[pd.DataFrame, pd.Series | None]:
+    """The table without its column `split`, and which of its rows are for testing; rows of neither are left out."""
+    if "split" not in table.columns or target == "split":
+        return table, None
+    if rows is not None:
         raise HoldfastError(
-            f"{str(path)!r}: target {labels.name!r} has {len(names)} distinct values and looks continuous; "
-            f"classification takes at most {MAX_CLASSES}. Set bins, or kind=regression."
+            f"{str(path)!r} has a column 'split', and rows is {rows}; leave rows out, or drop that column (drop=split)."
         )
-    return labels.map({v: i for i, v in enumerate(names)}).to_numpy(), [str(n) for n in names]
+    split = table.pop("split")
+    train, test = split_rows(path, split, notes)
+    kept = train | test
+    return table[kept].reset_index(drop=True), pd.Series(test[kept])
 
 
 def _ranges_of(path: Path, labels: pd.Series, bins: int) -> tuple[np.ndarray, list[str]]:
@@ -156,11 +177,15 @@ def load_csv_regression(
         HoldfastError: if the file cannot be read, a column does not exist, the target is not numeric or constant, or
             there are too few rows.
     """
-    table, target = _read(path, target)
+    notes: list[str] = []
+    table, target = _read(path, target, notes)
     table = _without(path, table, drop, target)
+    table, split = _split_off(path, table, target, rows, notes)
     y = table.pop(target)
-    split = table.pop("split") if "split" in table.columns and rows is None else None
     _check_regression(path, table, y)
+    check_columns(path, table, notes)
+    filled = int(table.isna().sum().sum())
+    notes += [f"{filled} empty cells were filled"] if filled else []
     parts = []
     for name in table.columns:
         cells: pd.Series = table[name]
@@ -186,7 +211,9 @@ def load_csv_regression(
             f"{str(path)!r}: target {target!r} has no two different values to train on; there is nothing to predict."
         )
     values = (values - values[basis].mean()) / values[basis].std(ddof=1)
-    return RegressionTask(f"{path.stem}:{target}", x[train], values[train], x[test], values[test])
+    made = RegressionTask(f"{path.stem}:{target}", x[train], values[train], x[test], values[test])
+    notes += ["the test rows are the training rows"] if test_fraction == 0 and split is None and rows is None else []
+    return made.noted(f"file {path}", *notes, drawn=split is None and rows is None)
 
 
 def _check_regression(path: Path, table: pd.DataFrame, y: pd.Series) -> None:
@@ -220,14 +247,9 @@ def _regression_rows(count: int, rows: int | None, fraction: float, seed: int) -
     return np.sort(train), np.sort(test)
 
 
-def _read(path: Path, target: str | None) -> tuple[pd.DataFrame, str]:
+def _read(path: Path, target: str | None, notes: list[str]) -> tuple[pd.DataFrame, str]:
     """The table, and the target column's name once it is known to exist."""
-    if not path.is_file():
-        raise HoldfastError(f"No data at {str(path)!r}: the file does not exist.")
-    try:
-        table = pd.read_csv(path)
-    except (ValueError, OSError) as error:
-        raise HoldfastError(f"{str(path)!r} cannot be read as CSV: {error}.") from error
+    table = read_csv(path, notes)
     if target is None:
         columns = ", ".join(map(str, table.columns[:12]))
         raise HoldfastError(
@@ -239,10 +261,7 @@ def _read(path: Path, target: str | None) -> tuple[pd.DataFrame, str]:
     return table, target
 
 
-def _test_rows(path: Path, split: pd.Series | None, y: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    if split is not None:
-        wrong = sorted(set(split.astype(str)) - {"train", "test"})
-        if wrong:
-            raise HoldfastError(f"{str(path)!r}: column 'split' holds {wrong[0]!r}; expected train or test.")
-        return (split == "test").to_numpy()
-    return draw_test_rows(path, y, fraction, seed)
+def _test_rows(
+    path: Path, split: pd.Series | None, y: np.ndarray, fraction: float, seed: int, names: Sequence[str] | None = None
+) -> np.ndarray:
+    return draw_test_rows(path, y, fraction, seed, names) if split is None else split.to_numpy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.results import TaskFacts
-from holdfast.tasks.arrays import Array, ArrayTask, draw_test_rows
+from holdfast.tasks.arrays import Array, ArrayTask
+from holdfast.tasks.splits import draw_test_rows
+from holdfast.tasks.tables import labels_of, read_csv, split_rows, stripped, texts_of
 from holdfast.tasks.tabular import MAX_CLASSES
 from holdfast.tasks.tokenizing import Tokenizer, Vocabulary
 
 LENGTH = 64
 """Tokens a sentence, where a task says nothing else: enough for news with their titles, and for most sentences."""
-
-_SPLITS = {"test": ("test",), "held": ("dev", "val", "valid", "validation")}
 
 
 class TextTask(ArrayTask):
@@ -143,47 +143,36 @@ def load_text(
     Raises:
         HoldfastError: if the file cannot be read, a column does not exist, a label is empty, or there are too many.
     """
-    table = _read(path)
+    notes: list[str] = []
+    table = _read(path, notes)
     columns = list(text) or [c for c in ("title", "text") if c in table.columns] or ["text"]
     target = target or "label"
     for column in (*columns, target):
         if column not in table.columns:
             raise unknown(f"column of {path.name}", column, map(str, table.columns))
+    test = None
     if "split" in table.columns and target != "split":
-        table = table[table["split"].isin(["train", *_tested(path, table["split"])])]
+        learned, held = split_rows(path, table["split"], notes)
+        table, test = table[learned | held], held[learned | held]
     labels = table[target]
     if labels.isna().any():
         raise HoldfastError(f"{str(path)!r}: column {target!r} has {int(labels.isna().sum())} empty labels; drop them.")
-    names = sorted(labels.unique().tolist(), key=lambda v: (isinstance(v, str), v))
-    if len(names) > MAX_CLASSES:
-        raise HoldfastError(
-            f"{str(path)!r}: the label {target!r} has {len(names)} distinct values; expected at most {MAX_CLASSES}."
-        )
-    y = labels.map({v: i for i, v in enumerate(names)}).to_numpy(dtype=np.int64)
-    joined = table[columns].fillna("").astype(str).agg(" ".join, axis=1).str.strip().to_numpy()
-    split = "split" in table.columns and target != "split"
-    test = (table["split"] != "train").to_numpy() if split else draw_test_rows(path, y, test_fraction, seed)
-    train, held = ((joined[rows].tolist(), y[rows]) for rows in (~test, test))
-    return text_task(path.stem, train, held, [str(n) for n in names], tokenizer=tokenizer, length=length)
+    y, names = labels_of(path, labels, MAX_CLASSES, f"; expected at most {MAX_CLASSES}.")
+    joined = texts_of(path, table, columns, notes)
+    drawn = test is None
+    rows = draw_test_rows(path, y, test_fraction, seed, names) if test is None else test
+    train, tested = ((joined[part].tolist(), y[part]) for part in (~rows, rows))
+    made = text_task(path.stem, train, tested, names, tokenizer=tokenizer, length=length)
+    return made.noted(f"file {path}", *notes, drawn=drawn)
 
 
-def _tested(path: Path, split: pd.Series) -> tuple[str, ...]:
-    """The words of a column `split` that stand for testing."""
-    found = set(split.astype(str))
-    wrong = sorted(found - {"train", *_SPLITS["test"], *_SPLITS["held"]})
-    if wrong or "train" not in found:
-        held = f"holds {wrong[0]!r}" if wrong else "has no 'train'"
-        raise HoldfastError(f"{str(path)!r}: column 'split' {held}; expected train, test and perhaps dev.")
-    return _SPLITS["test"] if "test" in found else _SPLITS["held"]
-
-
-def _read(path: Path) -> Any:
+def _read(path: Path, notes: list[str]) -> pd.DataFrame:
+    if path.suffix != ".parquet":  # "None" is a word, and may be a class
+        return read_csv(path, notes, keep_default_na=False, na_values=[""])
     if not path.is_file():
         raise HoldfastError(f"No data at {str(path)!r}: the file does not exist.")
     try:
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        return pd.read_csv(path, keep_default_na=False, na_values=[""])  # "None" is a word, and may be a class
+        return stripped(pd.read_parquet(path), notes)
     except ImportError as error:
         raise HoldfastError(
             f"{str(path)!r} is read by pyarrow, which is not installed: pip install 'holdfast[language]', or give a "

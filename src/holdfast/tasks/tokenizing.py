@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from holdfast.errors import HoldfastError
+from holdfast.tasks.places import place
 
-DATA_VARIABLE = "HOLDFAST_DATA"
 PACKAGE = "package:"
 WORDS = "words"
 _BUCKETS = 1024
@@ -149,7 +148,7 @@ def located(name: str, data_dir: Path | str | None = None) -> str:
     A package is found, not imported: none of its code is run.
 
     Raises:
-        HoldfastError: if a package or the folder in it does not exist.
+        HoldfastError: if a package or the folder in it does not exist, or there are two such folders.
 
     Example:
         >>> located("package:sklearn/datasets/data").endswith("sklearn/datasets/data")
@@ -157,10 +156,8 @@ def located(name: str, data_dir: Path | str | None = None) -> str:
     """
     if name.startswith(PACKAGE):
         return str(_in_package(name.removeprefix(PACKAGE)))
-    data_dir = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
-    path = Path(name).expanduser()
-    places = [path] if data_dir is None else [path, Path(data_dir).expanduser() / path]
-    return next((str(place) for place in places if place.is_dir()), name)
+    found = place(name, data_dir, is_there=Path.is_dir)
+    return name if found is None else str(found)
 
 
 def _in_package(name: str) -> Path:

@@ -1,0 +1,157 @@
+"""Reading YAML and JSON strictly: YAML 1.2 scalars, no key twice, nothing executed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+from holdfast.errors import HoldfastError
+
+MAX_NODES = 100_000
+"""Values in a document with its aliases written out; a few lines of aliases can stand for billions."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the scalars of YAML 1.2's core schema, and without its silence about repeated keys."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own attribute
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Composes the document and checks it, before merging `<<` mixes keys of several mappings."""
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            self._check(node, {})
+        return node
+
+    def _check(self, node: yaml.Node, sizes: dict[int, int]) -> int:
+        """Returns how many values a node stands for; refuses repeated keys and aliases that never end."""
+        size = sizes.get(id(node))
+        if size == 0:
+            raise HoldfastError(
+                f"the anchor in line {node.start_mark.line + 1} contains an alias of itself; write the value out"
+            )
+        if size is not None:
+            return size
+        sizes[id(node)], size, seen = 0, 1, dict[Any, int]()
+        inside = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []
+        for each in inside:
+            key, *parts = each if isinstance(each, tuple) else (None, each)
+            if isinstance(key, yaml.ScalarNode):
+                value = "<<" if key.tag == "tag:yaml.org,2002:merge" else self.construct_object(key)
+                line = key.start_mark.line + 1
+                if value in seen:
+                    raise HoldfastError(
+                        f"the key {key.value!r} is given twice, in line {seen[value]} and in line {line}; keep one"
+                    )
+                seen[value] = line
+            size += sum(self._check(part, sizes) for part in parts)
+        if size > MAX_NODES:
+            raise HoldfastError(f"with its aliases written out it has more than {MAX_NODES} values")
+        sizes[id(node)] = size
+        return size
+
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        """Returns an integer: `010` is ten, `0o10` eight, `0x10` sixteen."""
+        text = str(self.construct_scalar(node))
+        base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+        return int(text[2:] if base != 10 else text, base)
+
+    def construct_float(self, node: yaml.ScalarNode) -> float:
+        """Returns a floating-point number; `.inf` and `.nan` are written with the dot."""
+        text = str(self.construct_scalar(node)).lower()
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", "<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_float)
+
+
+def read_yaml(text: str, what: str) -> Any:
+    """Parses YAML 1.2; nothing in it can be executed.
+
+    Args:
+        text: one document.
+        what: begins the message of an error.
+
+    Raises:
+        HoldfastError: if it is not valid, has a key twice, a number that is not finite, or a list inside itself.
+
+    Example:
+        >>> read_yaml("{seed: 010, rate: 1e-3, name: no, ratio: 1:30}", "It")
+        {'seed': 10, 'rate': 0.001, 'name': 'no', 'ratio': '1:30'}
+        >>> read_yaml("{seeds: 20, seeds: 3}", "Recipe 'mine.yaml'")
+        Traceback (most recent call last):
+            ...
+        holdfast.errors.HoldfastError: Recipe 'mine.yaml' is not valid YAML: the key 'seeds' is given twice, in line 1
+        and in line 1; keep one.
+    """
+    try:
+        found = yaml.load(text.removeprefix("\ufeff"), _Loader)
+        _refuse_not_finite(found)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # HoldfastError is a ValueError
+        reason = str(error) or type(error).__name__
+        raise HoldfastError(f"{what} is not valid YAML: {reason.rstrip('.')}.") from error
+    return found
+
+
+def read_json(text: str | bytes) -> Any:
+    """Parses JSON, and refuses what Python's parser accepts without being asked: a key twice, and NaN.
+
+    Args:
+        text: one document.
+
+    Raises:
+        ValueError: if it is not valid.
+
+    Example:
+        >>> read_json('{"seed": 1}')
+        {'seed': 1}
+        >>> read_json('{"seed": 1, "seed": 2}')
+        Traceback (most recent call last):
+            ...
+        ValueError: the key 'seed' is given twice
+    """
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
+
+
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is given twice")
+        found[key] = value
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def _refuse_not_finite(value: Any, where: str = "") -> None:
+    """No setting is infinite or NaN, and as a limit or a rate either would switch something off in silence."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise HoldfastError(f"{where or 'it'} is {value}; expected a finite number")
+    inside: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        inside = value.items()
+    elif isinstance(value, list):
+        inside = enumerate(value)
+    for key, each in inside:
+        _refuse_not_finite(each, f"{where}.{key}".strip("."))

@@ -1,0 +1,51 @@
+"""Where a name leads to: one rule for data, tokenizers and weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from holdfast.errors import HoldfastError
+
+DATA_VARIABLE = "HOLDFAST_DATA"
+
+
+def place(
+    name: str,
+    data_dir: Path | str | None,
+    *,
+    endings: Sequence[str] = ("",),
+    is_there: Callable[[Path], bool] = Path.exists,
+) -> Path | None:
+    """Returns the path that a name stands for: what is here, or else what is in the data folder.
+
+    What begins with `/`, `./`, `../` or `~`, or ends with `/`, is that path and nothing else.
+
+    Args:
+        name: as a person typed it.
+        data_dir: the data folder; None: `$HOLDFAST_DATA`, if it is set.
+        endings: tried behind the name in the data folder, in this order.
+        is_there: which paths count.
+
+    Raises:
+        HoldfastError: if there is one here and another in the data folder.
+
+    Example:
+        >>> place("./no-such-file.npz", "/") is None
+        True
+    """
+    own = Path(name).expanduser()
+    here = own if is_there(own) else None
+    folder = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
+    typed = own.is_absolute() or name in (".", "..") or name.startswith(("./", "../", "~")) or name.endswith("/")
+    if typed or not folder:
+        return here
+    root = Path(folder).expanduser()
+    there = next((p for p in (root / f"{name}{ending}" for ending in endings) if is_there(p)), None)
+    if here is not None and there is not None and not here.samefile(there):
+        raise HoldfastError(
+            f"{name!r} is both {str(here.absolute())!r} and {str(there)!r} in the data folder; write ./{name} for the "
+            f"first, or {there!s} for the second."
+        )
+    return here if here is not None else there

@@ -1,0 +1,60 @@
+"""The split into training and test samples, where a source has none of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.model_selection import train_test_split
+
+from holdfast.errors import HoldfastError
+
+
+def draw_rows(
+    path: Path, y: npt.ArrayLike, fraction: float, seed: int, names: Sequence[str] | None = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Draws a share of every class for testing.
+
+    Args:
+        path: for the message.
+        y: labels, shape (N,).
+        fraction: in (0, 1).
+        seed: of the draw.
+        names: what the classes are called in messages; None: their labels.
+
+    Returns:
+        Indices of the training and of the test samples, in random order.
+
+    Raises:
+        HoldfastError: if a class has too few samples.
+    """
+    labels = np.asarray(y)
+    values, counts = np.unique(labels, return_counts=True)
+    if len(counts) and counts.min() < 2:
+        few = int(np.argmin(counts))
+        name = str(values[few]) if names is None else names[int(values[few])]
+        raise HoldfastError(
+            f"{str(path)!r} cannot be split into train and test: class {name!r} has 1 sample, and each class needs at "
+            "least one for training and one for testing. Give it more, or leave the class out."
+        )
+    try:
+        train, test = train_test_split(np.arange(len(labels)), test_size=fraction, random_state=seed, stratify=labels)
+    except ValueError as error:
+        raise HoldfastError(f"{str(path)!r} cannot be split into train and test: {error}") from error
+    return train, test
+
+
+def draw_test_rows(
+    path: Path, y: npt.ArrayLike, fraction: float, seed: int, names: Sequence[str] | None = None
+) -> npt.NDArray[np.bool_]:
+    """Returns which samples `draw_rows` takes for testing: shape (N,).
+
+    Example:
+        >>> int(draw_test_rows(Path("t.csv"), [0, 0, 0, 0, 1, 1, 1, 1], 0.25, seed=0).sum())
+        2
+    """
+    test = np.zeros(len(np.asarray(y)), dtype=bool)
+    test[draw_rows(path, y, fraction, seed, names)[1]] = True
+    return test
