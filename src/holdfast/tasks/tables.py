@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype as is_numeric
 
 from holdfast.errors import HoldfastError
 
@@ -22,6 +25,17 @@ SPLITS = {
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _MOSTLY = 0.9
 """A column of texts of which so many are numbers is meant to be numeric."""
+
+_NO_VALUE = ("?", "-", "--", ".", "*", "na", "n/a", "n.a.", "nan", "null", "none", "unknown", "missing", "(empty)")
+"""Words, in small letters, that stand for a number that is not known."""
+
+_LARGEST = 1e150
+"""Of larger numbers the squares, and so the deviation, are not finite."""
+
+_UNNAMED = re.compile(r"|Unnamed: \d+")
+_DATE = r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}([ T].*)?|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}([ T].*)?"
+_COMMA = r"[+-]?\d*(,\d+)?"
+_THOUSANDS = r"[+-]?\d{1,3}(,\d{3})+"
 
 
 def read_csv(path: Path, notes: list[str], **options: Any) -> pd.DataFrame:
@@ -37,30 +51,59 @@ def read_csv(path: Path, notes: list[str], **options: Any) -> pd.DataFrame:
     """
     if not path.is_file():
         raise HoldfastError(f"No data at {str(path)!r}: the file does not exist.")
+    options = {"encoding": "utf-8-sig", "skipinitialspace": True, "low_memory": False, **options}
+    first = {**options, "header": None, "nrows": 1, "dtype": str}
     try:
-        header = pd.read_csv(path, header=None, nrows=1, dtype=str, encoding="utf-8-sig")
+        header = pd.read_csv(path, **first)
         separator = ","
         if header.shape[1] == 1:
             found = [s for s in _SEPARATORS if s in str(header.iloc[0, 0])]
             separator = found[0] if found else ","
         if separator != ",":
             notes.append(f"cells are separated by {_SEPARATORS[separator]}")
-            header = pd.read_csv(path, header=None, nrows=1, dtype=str, encoding="utf-8-sig", sep=separator)
-        table = pd.read_csv(path, sep=separator, encoding="utf-8-sig", **options)
+            header = pd.read_csv(path, sep=separator, **first)
+        table = pd.read_csv(path, sep=separator, **options)
+        if separator != "," and any(_has_decimal_comma(table[c]) for c in table.columns):
+            notes.append("numbers are written with a decimal comma")
+            table = pd.read_csv(path, sep=separator, decimal=",", **options)
+    except UnicodeError as error:
+        raise HoldfastError(
+            f"{str(path)!r} cannot be read as CSV, as its text is not UTF-8 ({error}); save it as UTF-8."
+        ) from error
     except (ValueError, OSError) as error:
-        raise HoldfastError(f"{str(path)!r} cannot be read as CSV: {error}.") from error
+        raise HoldfastError(f"{str(path)!r} cannot be read as CSV: {' '.join(str(error).split())}.") from error
     names = [str(n).strip() for n in header.iloc[0].fillna("")]
     twice = sorted({n for n in names if n and names.count(n) > 1})
     if twice:
         raise HoldfastError(f"{str(path)!r} has two columns called {twice[0]!r}; rename or remove one.")
     if len(names) != table.shape[1] or not isinstance(table.index, pd.RangeIndex):
         raise HoldfastError(f"{str(path)!r}: its rows have more cells than its header has names; name each column.")
-    return stripped(table, notes)
+    return stripped(path, table, notes)
 
 
-def stripped(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """Returns a table without blanks around its names and texts, and without a column that counts its rows."""
+def _has_decimal_comma(cells: pd.Series) -> bool:
+    """Whether texts are numbers such as 3,5; of 1,234 alone it is not known what is meant."""
+    if is_numeric(cells):
+        return False
+    texts = cells.dropna().astype(str).str.strip()
+    with_comma = texts[texts.str.contains(",")]
+    return bool(
+        len(with_comma) and texts.str.fullmatch(_COMMA).all() and not with_comma.str.fullmatch(_THOUSANDS).all()
+    )
+
+
+def stripped(path: Path, table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """Returns a table without blanks around its names and texts, and without an index or empty columns.
+
+    Raises:
+        HoldfastError: if it has no rows, or two columns have one name.
+    """
     table = table.rename(columns=lambda c: str(c).strip())
+    if not len(table):
+        raise HoldfastError(f"{str(path)!r} has no rows, only the names of its columns.")
+    if not table.columns.is_unique:
+        twice = table.columns[table.columns.duplicated()][0]
+        raise HoldfastError(f"{str(path)!r} has two columns called {twice!r}; rename or remove one.")
     changed = {}
     for column in table.columns:
         cells = table[column]
@@ -71,46 +114,175 @@ def stripped(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     if changed:
         notes.append(f"blanks around texts were taken off in {', '.join(map(str, changed))}")
         table = table.assign(**changed)
-    first = table.columns[0] if len(table.columns) else ""
-    if re.fullmatch(r"|Unnamed: 0", first) and _counts_rows(table[first]):
-        notes.append("the first column, which has no name and counts the rows, was left out")
-        table = table.drop(columns=first)
-    return table
+    unnamed = [c for c in table.columns if _UNNAMED.fullmatch(c)]
+    empty = [c for c in unnamed if table[c].isna().all()]
+    if empty:
+        notes.append(f"{len(empty)} columns without a name and without values were left out")
+    index = [c for c in unnamed if c == table.columns[0] and c not in empty and _is_index(table[c])]
+    if index:
+        counts = "counts the rows" if _counts_rows(table[index[0]]) else "looks like an index"
+        notes.append(f"the first column, which has no name and {counts}, was left out")
+    return table.drop(columns=[*empty, *index])
+
+
+def _is_index(cells: pd.Series) -> bool:
+    """Whether a column is what a data frame writes before its columns: whole numbers in any order, or names."""
+    if is_numeric(cells):
+        return bool(pd.api.types.is_integer_dtype(cells))
+    return bool(cells.is_unique)
 
 
 def _counts_rows(cells: pd.Series) -> bool:
     return bool(len(cells)) and cells.tolist() in (list(range(len(cells))), list(range(1, len(cells) + 1)))
 
 
-def check_columns(path: Path, table: pd.DataFrame, notes: list[str]) -> None:
+def check_columns(path: Path, table: pd.DataFrame, notes: list[str], *, ranked: bool = False) -> None:
     """Looks at columns that are inputs.
 
+    Args:
+        path: for messages.
+        table: the inputs alone.
+        notes: gets what is to be said about them.
+        ranked: texts become one column of ranks, not one column for each value.
+
     Raises:
-        HoldfastError: for a column of numbers with a few texts in it.
+        HoldfastError: for a column of numbers with texts in it, or with numbers that are infinite or too large; for
+            texts that say what the split is, or are other ones in each row.
     """
+    split = unused_split(table)
+    if split is not None:
+        raise HoldfastError(
+            f"{str(path)!r}: column {split!r} holds {' and '.join(map(repr, table[split].dropna().unique()[:2]))}, as "
+            "a split does; call it split, or drop it."
+        )
+    constant = [str(c) for c in table.columns if table[c].nunique(dropna=False) == 1]
+    if constant:
+        notes.append(f"columns with the same value in all rows: {', '.join(constant)}")
     for column in table.columns:
         cells = table[column].dropna()
-        if pd.api.types.is_numeric_dtype(cells):
+        if is_numeric(cells):
+            check_size(path, cells)
             whole = len(cells) > 20 and pd.api.types.is_integer_dtype(cells)
             if whole and cells.is_unique and int(cells.max()) - int(cells.min()) == len(cells) - 1:
                 notes.append(f"column {column!r} counts the rows, and is an input; if it is an index, drop it")
             continue
         texts = cells.astype(str)
-        numbers = pd.to_numeric(texts.str.replace(r"(?<=\d),(?=\d{3})", "", regex=True), errors="coerce")
-        if len(texts) and not pd.api.types.is_bool_dtype(cells) and numbers.notna().mean() >= _MOSTLY:
-            bad = [
-                v for v, plain in zip(texts, pd.to_numeric(texts, errors="coerce").notna(), strict=True) if not plain
-            ]
-            if bad:
-                raise HoldfastError(
-                    f"{str(path)!r}: column {column!r} holds numbers, and also {bad[0]!r}; mend those cells, or drop "
-                    "the column."
-                )
-        if len(texts) > 20 and texts.nunique() > len(texts) // 2:
+        _check_numbers(path, texts)
+        if len(texts) > 20 and texts.nunique() == len(table) and not ranked:
+            raise HoldfastError(
+                f"{str(path)!r}: column {column!r} has another text in each of its {len(texts)} rows, such as "
+                f"{texts.iloc[0]!r}, and would become as many columns; leave it out (drop={column})."
+            )
+        if len(texts) and texts.str.fullmatch(_DATE).all():
+            notes.append(f"column {column!r} holds dates, and each is a value of its own, not a point in time")
+        elif len(texts) > 20 and texts.nunique() > len(texts) // 2:
             notes.append(f"column {column!r} has {texts.nunique()} different texts in {len(table)} rows")
 
 
-def labels_of(path: Path, cells: pd.Series, limit: int, hint: str) -> tuple[np.ndarray, list[str]]:
+def unused_split(table: pd.DataFrame) -> str | None:
+    """Returns the name of a column that holds the words of a split, and is not called so."""
+    words = [word for some in SPLITS.values() for word in some]
+    for column in table.columns:
+        cells = table[column].dropna()
+        if is_numeric(cells):
+            continue
+        found = cells.astype(str).str.lower()
+        if found.isin(words).all() and found.nunique() > 1:
+            return str(column)
+    return None
+
+
+def check_size(path: Path, cells: pd.Series) -> None:
+    """Looks at a column of numbers.
+
+    Raises:
+        HoldfastError: if one is infinite, or so large that its square is not finite.
+    """
+    largest = float(np.abs(cells.dropna().to_numpy(dtype=np.float64)).max(initial=0))
+    if largest == np.inf:
+        raise HoldfastError(f"{str(path)!r}: column {cells.name!r} holds an infinite value; drop that row.")
+    if largest > _LARGEST:
+        raise HoldfastError(
+            f"{str(path)!r}: column {cells.name!r} holds {largest:g}, too large to be standardised; give it another "
+            "unit, or drop it."
+        )
+
+
+def _check_numbers(path: Path, texts: pd.Series) -> None:
+    """Refuses texts most of which are numbers: with signs, commas, or words for what is not known."""
+    if texts.isin(["True", "False"]).all():
+        return
+    known = texts[~texts.str.lower().isin(_NO_VALUE)]
+    bare = known.str.replace(r"^[$€£¥]\s*|\s*[%$€£¥]$|,", "", regex=True)
+    if not len(known) or pd.to_numeric(bare, errors="coerce").notna().mean() < _MOSTLY:
+        return
+    bad = texts[pd.to_numeric(texts, errors="coerce").isna()]
+    if not len(bad):
+        raise HoldfastError(
+            f"{str(path)!r}: column {texts.name!r} holds whole numbers of more than 64 bits, such as "
+            f"{texts.iloc[0]}; give it another unit, or drop it."
+        )
+    raise HoldfastError(
+        f"{str(path)!r}: column {texts.name!r} holds numbers, and also {bad.iloc[0]!r} (line {bad.index[0] + 2}); "
+        "mend those cells (plain numbers, with a decimal point; empty where a number is not known), or drop the column."
+    )
+
+
+def class_names(path: Path, column: str) -> list[str] | None:
+    """Returns the names of a label's values from 0 on, where Hugging Face's datasets wrote them into a `.parquet`."""
+    from pyarrow.parquet import read_schema
+
+    try:
+        stored = json.loads((read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
+        names = stored["info"]["features"][column]["names"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return [str(n).strip() for n in names] if isinstance(names, list) else None
+
+
+def named_labels(path: Path, cells: pd.Series, names: Sequence[str], notes: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Returns numbers of the classes, one a row, and their names, by the names that the file has for its labels.
+
+    Raises:
+        HoldfastError: if a label has no name; -1 is how rows without a label are marked.
+    """
+    wrong = sorted(set(cells.unique().tolist()) - set(range(len(names))), key=str)
+    if wrong:
+        count = int((cells == wrong[0]).sum())
+        remedy = "these rows have no label; remove them" if wrong[0] == -1 else f"expected 0 to {len(names) - 1}"
+        raise HoldfastError(
+            f"{str(path)!r}: {count} rows have the label {wrong[0]}, and the file has names for {len(names)} labels "
+            f"({', '.join(names[:8])}); {remedy}."
+        )
+    values, y = np.unique(cells.to_numpy(dtype=np.int64), return_inverse=True)
+    absent = [name for i, name in enumerate(names) if i not in values]
+    if absent:
+        notes.append(f"classes without rows were left out: {', '.join(absent[:8])}")
+    return y, [names[v] for v in values]
+
+
+def check_learned(path: Path, target: str, y: np.ndarray, test: np.ndarray, names: Sequence[str]) -> None:
+    """Looks at labels that are tested on.
+
+    Raises:
+        HoldfastError: for one that no training row has; the message names the nearest that one has.
+    """
+    learned = {names[i] for i in np.unique(y[~test])}
+    for i in np.unique(y[test]):
+        if names[i] in learned:
+            continue
+        number = names[i].removeprefix("-").replace(".", "").isdigit()
+        near = [] if number else difflib.get_close_matches(names[i], sorted(learned), n=1, cutoff=0.6)
+        remedy = f"if it means {near[0]!r}, write both alike" if near else "add some to train on, or remove those rows"
+        if names[i] == "-1":
+            remedy = "-1 often marks rows without a label: remove them"
+        raise HoldfastError(
+            f"{str(path)!r}: class {names[i]!r} of {target!r} has no training samples, and {int((y[test] == i).sum())} "
+            f"test samples; {remedy}."
+        )
+
+
+def labels_of(path: Path, cells: pd.Series, limit: int, hint: str, notes: list[str]) -> tuple[np.ndarray, list[str]]:
     """Returns numbers of the classes, one a row, and their names: the distinct values, sorted.
 
     Raises:
@@ -121,8 +293,22 @@ def labels_of(path: Path, cells: pd.Series, limit: int, hint: str) -> tuple[np.n
     names = sorted(cells.unique().tolist(), key=lambda v: (isinstance(v, str), v))
     if len(names) > limit:
         raise HoldfastError(f"{str(path)!r}: target {cells.name!r} has {len(names)} distinct values{hint}")
+    if names[0] == -1 and len(names) > 2:
+        notes.append("-1 is a class; where it marks rows without a label, remove them")
     y = cells.map({v: i for i, v in enumerate(names)}).to_numpy(dtype=np.int64)
     return y, [str(n) for n in names]
+
+
+def split_column(path: Path, table: pd.DataFrame, target: str) -> str | None:
+    """Returns the name of the column that says what each row is for: `split`, in capitals or not.
+
+    Raises:
+        HoldfastError: if there are two.
+    """
+    found = [str(c) for c in table.columns if str(c).lower() == "split" and c != target]
+    if len(found) > 1:
+        raise HoldfastError(f"{str(path)!r} has the columns {' and '.join(found)}; expected one that says the split.")
+    return found[0] if found else None
 
 
 def split_rows(path: Path, split: pd.Series, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -131,6 +317,9 @@ def split_rows(path: Path, split: pd.Series, notes: list[str]) -> tuple[np.ndarr
     Raises:
         HoldfastError: for other words than those of `SPLITS`, or if there are none to train or to test on.
     """
+    if split.isna().any():
+        row = split.index[split.isna()][0]
+        raise HoldfastError(f"{str(path)!r}: column {split.name!r} has an empty cell (line {row + 2}).")
     words = split.astype(str).str.strip().str.lower()
     known = {word for some in SPLITS.values() for word in some}
     wrong = sorted(set(words) - known)
@@ -140,10 +329,12 @@ def split_rows(path: Path, split: pd.Series, notes: list[str]) -> tuple[np.ndarr
         missing = "'train'" if not parts["train"].any() else "'test'"
         held = f"holds {wrong[0]!r}" if wrong else f"has no {missing}"
         raise HoldfastError(
-            f"{str(path)!r}: column 'split' {held}; expected train, test and perhaps {', '.join(SPLITS['held'])}."
+            f"{str(path)!r}: column {split.name!r} {held}; expected train, test and perhaps "
+            f"{', '.join(SPLITS['held'])}."
         )
     if tested == "held":
-        notes.append(f"tested on the rows whose split is {words[parts['held']].iloc[0]!r}")
+        tested_on = " or ".join(map(repr, sorted(words[parts["held"]].unique())))
+        notes.append(f"tested on the rows whose split is {tested_on}")
     elif parts["held"].any():
         notes.append(f"{int(parts['held'].sum())} rows for validation were left out")
     return parts["train"], parts[tested]
@@ -164,6 +355,11 @@ def texts_of(path: Path, table: pd.DataFrame, columns: Sequence[str], notes: lis
             )
     joined = table[list(columns)].fillna("").astype(str).agg(" ".join, axis=1).str.strip()
     empty = int((joined == "").sum())
+    if empty == len(table):
+        raise HoldfastError(
+            f"{str(path)!r}: no row has a text in {', '.join(columns)}; name other columns with `text`."
+        )
     if empty:
         notes.append(f"{empty} rows have no text at all")
+    notes += [f"column {c!r} holds numbers, read as texts" for c in columns if is_numeric(table[c])]
     return np.asarray(joined.to_numpy())

@@ -15,7 +15,15 @@ from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.arrays import ArrayTask
 from holdfast.tasks.regression import RegressionTask
 from holdfast.tasks.splits import draw_test_rows
-from holdfast.tasks.tables import check_columns, labels_of, read_csv, split_rows
+from holdfast.tasks.tables import (
+    check_columns,
+    check_learned,
+    check_size,
+    labels_of,
+    read_csv,
+    split_column,
+    split_rows,
+)
 
 Encoding = Literal["onehot", "ordinal"]
 
@@ -69,17 +77,21 @@ def load_csv(
         table = table.fillna({c: "(empty)" if c in texts else 0 for c in table.columns if c != target})
     empty = table.columns[table.isna().any()]
     if len(empty):
-        row = int(np.flatnonzero(table[empty[0]].isna())[0]) + 2
+        row = table.index[table[empty[0]].isna()][0] + 2
         remedy = "fill or drop it" if empty[0] == target else "fill or drop it, or set fill"
-        raise HoldfastError(f"{str(path)!r}: column {empty[0]!r} has an empty cell (line {row}); {remedy}.")
-    y, names = _classes(path, table.pop(target), bins)
+        raise HoldfastError(
+            f"{str(path)!r}: column {empty[0]!r} has an empty cell (line {row}); {remedy}. NA and None count as empty."
+        )
+    y, names = _classes(path, table.pop(target), bins, notes)
     if not len(table.columns):
         raise HoldfastError(f"{str(path)!r}: there is no column beside the target {target!r} to predict it from.")
-    check_columns(path, table, notes)
+    check_columns(path, table, notes, ranked=encoding == "ordinal")
     if rows is None:
         test = _test_rows(path, split, y, test_fraction, seed, names)
     else:
         test = np.arange(len(y)) >= _check_rows(path, rows, len(y))
+    if bins is None:
+        check_learned(path, target, y, test, names)
     if encoding == "ordinal":
         texts = [c for c in table.columns if not pd.api.types.is_numeric_dtype(table[c])]
         table = table.assign(**{c: table[c].astype(str).rank(method="dense") for c in texts})
@@ -94,33 +106,36 @@ def load_csv(
     return made.noted(f"file {path}", *notes, drawn=split is None and rows is None)
 
 
-def _classes(path: Path, labels: pd.Series, bins: int | None) -> tuple[np.ndarray, list[str]]:
+def _classes(path: Path, labels: pd.Series, bins: int | None, notes: list[str]) -> tuple[np.ndarray, list[str]]:
     """Numbers of the classes, one a row, and their names."""
     if bins is not None:
         return _ranges_of(path, labels, bins)
     hint = f" and looks continuous; classification takes at most {MAX_CLASSES}. Set bins, or kind=regression."
-    return labels_of(path, labels, MAX_CLASSES, hint)
+    return labels_of(path, labels, MAX_CLASSES, hint, notes)
 
 
 def _split_off(
     path: Path, table: pd.DataFrame, target: str, rows: int | None, notes: list[str]
 ) -> tuple[pd.DataFrame, pd.Series | None]:
     """The table without its column `split`, and which of its rows are for testing; rows of neither are left out."""
-    if "split" not in table.columns or target == "split":
+    column = split_column(path, table, target)
+    if column is None:
         return table, None
     if rows is not None:
         raise HoldfastError(
-            f"{str(path)!r} has a column 'split', and rows is {rows}; leave rows out, or drop that column (drop=split)."
+            f"{str(path)!r} has a column {column!r}, and rows is {rows}; leave rows out, or drop that column "
+            f"(drop={column})."
         )
-    split = table.pop("split")
+    split = table.pop(column)
     train, test = split_rows(path, split, notes)
     kept = train | test
-    return table[kept].reset_index(drop=True), pd.Series(test[kept])
+    return table[kept], pd.Series(test[kept])
 
 
 def _ranges_of(path: Path, labels: pd.Series, bins: int) -> tuple[np.ndarray, list[str]]:
     if not pd.api.types.is_numeric_dtype(labels):
         raise HoldfastError(f"{str(path)!r}: target {labels.name!r} is text, and bins are of numbers; leave bins out.")
+    check_size(path, labels)
     values = labels.to_numpy(dtype=np.float64)
     edges = np.quantile(values, np.arange(1, bins) / bins)
     y = np.searchsorted(edges, values)  # a value on an edge belongs to the range below
@@ -183,7 +198,7 @@ def load_csv_regression(
     table, split = _split_off(path, table, target, rows, notes)
     y = table.pop(target)
     _check_regression(path, table, y)
-    check_columns(path, table, notes)
+    check_columns(path, table, notes, ranked=encoding == "ordinal")
     filled = int(table.isna().sum().sum())
     notes += [f"{filled} empty cells were filled"] if filled else []
     parts = []
@@ -220,13 +235,15 @@ def _check_regression(path: Path, table: pd.DataFrame, y: pd.Series) -> None:
     target = y.name
     if not len(table.columns):
         raise HoldfastError(f"{str(path)!r}: there is no column beside the target {target!r} to predict it from.")
-    infinite = [c for c in table.select_dtypes("number") if not np.isfinite(table[c].fillna(0)).all()]
-    if infinite or (pd.api.types.is_numeric_dtype(y) and not np.isfinite(y.fillna(0)).all()):
+    bad = y[y.isna()] if pd.api.types.is_numeric_dtype(y) else y[pd.to_numeric(y, errors="coerce").isna()]
+    if len(bad) or not pd.api.types.is_numeric_dtype(y):
+        where = ""
+        if len(bad):
+            where = f" (line {bad.index[0] + 2}: {'empty' if pd.isna(bad.iloc[0]) else repr(bad.iloc[0])})"
         raise HoldfastError(
-            f"{str(path)!r}: column {(infinite or [target])[0]!r} holds an infinite value; drop that row."
+            f"{str(path)!r}: target {target!r} has text or empty cells{where}; regression needs numbers."
         )
-    if not pd.api.types.is_numeric_dtype(y) or y.isna().any():
-        raise HoldfastError(f"{str(path)!r}: target {target!r} has text or empty cells; regression needs numbers.")
+    check_size(path, y)
 
 
 def _spread(x: np.ndarray) -> np.ndarray:

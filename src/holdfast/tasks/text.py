@@ -16,7 +16,18 @@ from holdfast.errors import HoldfastError, unknown
 from holdfast.results import TaskFacts
 from holdfast.tasks.arrays import Array, ArrayTask
 from holdfast.tasks.splits import draw_test_rows
-from holdfast.tasks.tables import labels_of, read_csv, split_rows, stripped, texts_of
+from holdfast.tasks.tables import (
+    check_learned,
+    class_names,
+    labels_of,
+    named_labels,
+    read_csv,
+    split_column,
+    split_rows,
+    stripped,
+    texts_of,
+    unused_split,
+)
 from holdfast.tasks.tabular import MAX_CLASSES
 from holdfast.tasks.tokenizing import Tokenizer, Vocabulary
 
@@ -151,16 +162,25 @@ def load_text(
         if column not in table.columns:
             raise unknown(f"column of {path.name}", column, map(str, table.columns))
     test = None
-    if "split" in table.columns and target != "split":
-        learned, held = split_rows(path, table["split"], notes)
+    split = split_column(path, table, target)
+    if split is not None and split not in columns:
+        learned, held = split_rows(path, table[split], notes)
         table, test = table[learned | held], held[learned | held]
+    elif split is None:
+        unused = unused_split(table.drop(columns=[*columns, target]))
+        notes += [f"column {unused!r} holds words of a split and was not used; call it split"] if unused else []
     labels = table[target]
     if labels.isna().any():
         raise HoldfastError(f"{str(path)!r}: column {target!r} has {int(labels.isna().sum())} empty labels; drop them.")
-    y, names = labels_of(path, labels, MAX_CLASSES, f"; expected at most {MAX_CLASSES}.")
+    named = class_names(path, target) if path.suffix == ".parquet" else None
+    if named is None:
+        y, names = labels_of(path, labels, MAX_CLASSES, f"; expected at most {MAX_CLASSES}.", notes)
+    else:
+        y, names = named_labels(path, labels, named, notes)
     joined = texts_of(path, table, columns, notes)
     drawn = test is None
     rows = draw_test_rows(path, y, test_fraction, seed, names) if test is None else test
+    check_learned(path, target, y, rows, names)
     train, tested = ((joined[part].tolist(), y[part]) for part in (~rows, rows))
     made = text_task(path.stem, train, tested, names, tokenizer=tokenizer, length=length)
     return made.noted(f"file {path}", *notes, drawn=drawn)
@@ -172,11 +192,13 @@ def _read(path: Path, notes: list[str]) -> pd.DataFrame:
     if not path.is_file():
         raise HoldfastError(f"No data at {str(path)!r}: the file does not exist.")
     try:
-        return stripped(pd.read_parquet(path), notes)
+        table = pd.read_parquet(path)
     except ImportError as error:
         raise HoldfastError(
             f"{str(path)!r} is read by pyarrow, which is not installed: pip install 'holdfast[language]', or give a "
             ".csv file."
         ) from error
     except (ValueError, OSError) as error:
-        raise HoldfastError(f"{str(path)!r} cannot be read as {path.suffix.removeprefix('.')}: {error}.") from error
+        raise HoldfastError(f"{str(path)!r} cannot be read as parquet: {' '.join(str(error).split())}.") from error
+    named = any(name is not None for name in table.index.names)
+    return stripped(path, table.reset_index() if named else table, notes)
