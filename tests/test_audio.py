@@ -161,7 +161,7 @@ class TestFolder:
         wavfile.write(folder / "low" / "two.wav", 8000, np.stack([sound, sound], 1).astype(np.float32))
         from holdfast.tasks.audio import read_wav
 
-        bits, two = (read_wav(folder / "low" / f"{n}.wav").astype(int) for n in ("bits", "two"))
+        bits, two = (read_wav(folder / "low" / f"{n}.wav")[0].astype(int) for n in ("bits", "two"))
         assert (bits.argmax(0) == two.argmax(0)).all()
         assert np.abs(bits - two).max(1)[-5:].max() < 80  # a coarser noise floor, and the same tone
 

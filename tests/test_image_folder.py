@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import wavfile
 
 from holdfast.errors import HoldfastError
 from holdfast.tasks import ArrayTask, load_task
@@ -108,6 +109,48 @@ class TestPixels:
         else:
             assert "1 colour images of 16 bits a channel" in said(load_task(str(pets)))
 
+    def test_the_transparent_value_of_sixteen_bits_is_white(self, pets):
+        deep = np.full((4, 4), 60000, np.uint16)
+        deep[0, 0] = 7
+        Image.fromarray(deep).save(pets / "train" / "cat" / "deep.png", transparency=7)
+        task = load_task(f"{pets}@channels=1")
+        assert {(255,), (round(60000 / 257),)} <= values(task)
+        assert (0,) not in values(task)
+        assert "1 images with transparent pixels, put on white" in said(task)
+
+    def test_colour_of_sixteen_bits_in_a_tiff_is_counted(self, pets):
+        import struct
+
+        pixels = struct.pack("<48H", *[0xAB00] * 48)
+        entries = [  # width, height, bits a sample, no compression, RGB, strip, samples, rows, bytes
+            (256, 3, 1, 4), (257, 3, 1, 4), (258, 3, 3, 200), (259, 3, 1, 1), (262, 3, 1, 2),
+            (273, 4, 1, 208), (277, 3, 1, 3), (278, 3, 1, 4), (279, 4, 1, len(pixels)),
+        ]  # fmt: skip
+        head = b"II*\0" + struct.pack("<IH", 8, len(entries))
+        head += b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+        tiff = head.ljust(200, b"\0") + struct.pack("<4H", 16, 16, 16, 0) + pixels
+        (pets / "train" / "cat" / "deep.tif").write_bytes(tiff)
+        task = load_task(str(pets))
+        assert (0xAB, 0xAB, 0xAB) in values(task)
+        assert "1 colour images of 16 bits a channel: the upper 8 were taken" in said(task)
+
+    def test_an_orientation_that_does_not_exist_turns_nothing(self, pets):
+        exif = Image.Exif()
+        exif[0x0112] = 9
+        Image.new("RGB", (4, 4)).save(pets / "train" / "cat" / "odd.png", exif=exif)
+        assert load_task(str(pets)).notes == ()
+
+    @pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
+    def test_each_format_is_turned_once(self, tmp_path, suffix):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        for name, shade in (("a", 0), ("b", 90)):
+            (tmp_path / "tall" / name).mkdir(parents=True)
+            for i in range(3):
+                wide = Image.new("RGB", (8, 4), (shade, i, 0))
+                wide.save(tmp_path / "tall" / name / f"{i}{suffix}", exif=exif)
+        assert load_task(f"{tmp_path}/tall").input_shape == (3, 8, 4)
+
     def test_other_modes(self, pets):
         Image.new("CMYK", (4, 4), (0, 0, 0, 255)).save(pets / "train" / "cat" / "print.tif")
         Image.new("1", (4, 4), 1).save(pets / "train" / "cat" / "bits.png")
@@ -143,6 +186,21 @@ class TestFiles:
         fill(pets / "train" / "dog" / "more", 1, suffix=".JPEG")
         Image.new("L", (4, 4)).save(pets / "train" / "dog" / "grey.pgm")
         assert load_task(str(pets)).size("train") == before + 3
+
+    def test_a_stereo_photograph_is_its_first_view(self, pets):
+        views = [Image.new("RGB", (4, 4), (shade,) * 3) for shade in (7, 9)]
+        views[0].save(pets / "train" / "cat" / "both.mpo", save_all=True, append_images=views[1:])
+        task = load_task(str(pets))
+        assert (7, 7, 7) in values(task)
+        assert "1 images with several frames" in said(task)
+
+    def test_what_lies_beside_the_splits_is_noted(self, pets):
+        (pets / "cover.png").write_bytes((pets / "train" / "cat" / "0.png").read_bytes())
+        (pets / "README.md").write_text("pets")
+        fill(pets / ".cache" / "cat", 1)
+        task = load_task(str(pets))
+        assert task.size("train") == 8
+        assert all(part in said(task) for part in ("1 .png", "1 .md", "left out: .cache"))
 
     def test_nothing_is_skipped_in_silence(self, pets):
         (pets / "train" / "cat" / "readme.txt").write_text("cats")
@@ -212,6 +270,29 @@ class TestSplits:
         with pytest.raises(HoldfastError, match=f"holds the folders {held}, train; expected one for training"):
             load_task(str(pets))
 
+    @pytest.mark.parametrize(
+        ("train", "held"), [("training_set", "test_set"), ("seg_train", "seg_test"), ("trn", "tst"), ("a", "my-val")]
+    )
+    def test_names_that_look_like_splits_are_no_classes(self, pets, train, held):
+        (pets / "train").rename(pets / train)
+        (pets / "test").rename(pets / held)
+        with pytest.raises(HoldfastError, match=f"{train}, and each holds cat, dog|{held}, and each holds cat, dog"):
+            load_task(str(pets))
+
+    def test_domains_are_classes_and_what_they_share_is_noted(self, pets):
+        (pets / "train").rename(pets / "photo")
+        (pets / "test").rename(pets / "sketch")
+        task = load_task(str(pets))
+        assert task.class_names == ["photo", "sketch"]
+        assert "each holds folders of the same names (cat, dog)" in said(task)
+
+    def test_sizes_that_differ_between_splits_are_said_with_the_remedy(self, pets):
+        for file in (pets / "test").rglob("*.png"):
+            Image.open(file).resize((6, 5)).save(file)
+        with pytest.raises(HoldfastError, match="for training are 4x4, for testing 6x5; give image_size"):
+            load_task(str(pets))
+        assert load_task(f"{pets}@image_size=4").input_shape == (3, 4, 4)
+
     def test_two_of_one_name_are_refused(self, pets):
         fill(pets / "Test" / "cat", 1)
         with pytest.raises(HoldfastError, match="holds the folders Test, test, train"):
@@ -264,3 +345,35 @@ def test_unreadable_folders_are_named(pets, monkeypatch):
 
 def test_values_stay_eight_bits(pets):
     assert load_task(str(pets))._x["train"].dtype == torch.uint8
+
+
+class TestSounds:
+    @pytest.fixture
+    def tones(self, tmp_path):
+        for c, name in enumerate("ab"):
+            (tmp_path / "tones" / name / "deep").mkdir(parents=True)
+            for i in range(4):
+                tone = 9000 * np.sin(np.arange(4000) * (0.2 + c + i / 10))
+                wavfile.write(tmp_path / "tones" / name / "deep" / f"{i}.WAV", 8000, tone.astype(np.int16))
+        return tmp_path / "tones"
+
+    def test_lengths_are_counted(self, tones):
+        wavfile.write(tones / "a" / "long.wav", 8000, np.ones((40000, 2), np.int16))
+        task = load_task(str(tones))
+        assert task.size("train") + task.size("test") == 9
+        assert task.input_shape == (1, 40, 61)
+        assert "8 sounds shorter than 0.99 s, filled up with silence" in said(task)
+        assert "1 sounds longer than 0.99 s, cut off" in said(task)
+
+    @pytest.mark.parametrize(
+        ("rate", "sound", "message"),
+        [
+            (8000, np.array([], np.int16), "holds no samples"),
+            (8000, np.full(4000, np.nan, np.float32), "values that are not finite"),
+            (4000, np.ones(4000, np.int16), "Sounds of 4000 Hz"),
+        ],
+    )
+    def test_what_cannot_be_heard_is_named(self, tones, rate, sound, message):
+        wavfile.write(tones / "a" / "odd.wav", rate, sound)
+        with pytest.raises(HoldfastError, match=rf"odd\.wav'.* {message}"):
+            load_task(str(tones))

@@ -26,6 +26,8 @@ WINDOW, HOP = 0.032, 0.016
 WINDOWS, BANDS = 61, 40
 TOP = 4000.0
 RANGE = 80.0
+SECOND = WINDOW + (WINDOWS - 1) * HOP
+"""What is heard of a sound, in seconds: all windows together."""
 
 
 def spectrograms(sounds: Sequence[Array], rate: int) -> Array:
@@ -143,10 +145,9 @@ def load_sounds(
     names = None if named is None else [str(n).strip() for n in named]
     made = kind(title, x[~test], y[~test], x[test], y[test], names)
     lengths = np.diff(offsets) / rate
-    second = WINDOW + (WINDOWS - 1) * HOP
-    cut, filled = int((lengths > second).sum()), int((lengths < second).sum())
-    notes = [f"{cut} sounds are longer than {second:.2f} s and were cut off"] if cut else []
-    notes += [f"{filled} sounds are shorter than {second:.2f} s and were filled up with silence"] if filled else []
+    cut, filled = int((lengths > SECOND).sum()), int((lengths < SECOND).sum())
+    notes = [f"{cut} sounds are longer than {SECOND:.2f} s and were cut off"] if cut else []
+    notes += [f"{filled} sounds are shorter than {SECOND:.2f} s and were filled up with silence"] if filled else []
     return made.noted(f"file {path}", *notes, drawn="is_test" not in arrays)
 
 
@@ -159,16 +160,22 @@ def is_sounds(path: Path) -> bool:
         return False
 
 
-def read_wav(path: Path) -> Array:
-    """Returns the picture of a `.wav` file; several channels become one.
+def read_wav(path: Path) -> tuple[Array, float]:
+    """Returns the picture of a `.wav` file and how long it is, in seconds; several channels become one.
 
     Raises:
-        HoldfastError: if it is no WAV file.
+        HoldfastError: if it is no WAV file, is empty, has a rate below 8000 Hz, or holds values that are not finite.
     """
     try:
         rate, sound = wavfile.read(path)
     except (ValueError, OSError, EOFError, struct.error) as error:
         raise HoldfastError(f"{str(path)!r} cannot be read as a WAV file: {error}.") from error
     centred = sound - 128.0 if sound.dtype == np.uint8 else sound  # of WAV's kinds, only 8 bits have no sign
-    (picture,) = spectrograms([centred if sound.ndim == 1 else centred.mean(1)], int(rate))
-    return np.asarray(picture)
+    if not len(sound) or not np.isfinite(centred).all():
+        found = "holds values that are not finite" if len(sound) else "holds no samples"
+        raise HoldfastError(f"{str(path)!r} {found}; mend or remove it.")
+    try:
+        (picture,) = spectrograms([centred if sound.ndim == 1 else centred.mean(1)], int(rate))
+    except HoldfastError as error:
+        raise HoldfastError(f"{str(path)!r}: {error}") from error
+    return np.asarray(picture), len(sound) / rate

@@ -7,6 +7,7 @@ tested on where there is none, as in ImageNet. What is in a file is the business
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from holdfast.tasks.splits import draw_rows
 TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("test", "testing", "val", "valid", "validation", "dev")
 """What the folders of the splits are called, in capitals or not; the first of `TEST_FOLDERS` that is there counts."""
+
+_LIKE_SPLITS = re.compile(r"train|trn|test|tst|(?<![a-z])(val|valid|validation|dev|eval|holdout)(?![a-z])")
 
 JUNK_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information")
 JUNK_FILES = ("thumbs.db", "desktop.ini", "icon\r")
@@ -84,6 +87,12 @@ def load_folder(
     notes += opener.notes()
     if splits is not None:
         (x_train, y_train), (x_test, y_test) = arrays
+        if x_train.shape[1:] != x_test.shape[1:]:
+            (high, wide), (higher, wider) = x_train.shape[1:3], x_test.shape[1:3]
+            raise HoldfastError(
+                f"{str(path)!r}: images for training are {wide}x{high}, for testing {wider}x{higher}; give image_size "
+                "to resize all."
+            )
         return kind(path.name, x_train, y_train, x_test, y_test, names).noted(f"folder {path}", *notes)
     x, y = arrays[0]
     train, test = draw_rows(path, y, test_fraction, seed, names)
@@ -100,12 +109,15 @@ def split_folders(path: Path, labelled: bool, notes: list[str] | None = None) ->
     Raises:
         HoldfastError: if one of the two is missing, or there are two of one name.
     """
-    folders = {p.name: p for p in _folders(path)[0]}
+    every, junk = _folders(path)
+    folders = {p.name: p for p in every}
     train = [n for n in folders if n.lower() in TRAIN_FOLDERS]
     held = sorted((n for n in folders if n.lower() in TEST_FOLDERS), key=lambda n: TEST_FOLDERS.index(n.lower()))
     others = [n for n in folders if n not in (*train, *held)]
     nested = [n for n in (*train, *held) if _folders(folders[n])[0]]
+    said = notes if notes is not None else []
     if not train and not (held and set(nested) == set(held)):
+        _check_levels(path, folders, said)
         return None
     if others and not set(train) & set(nested) and (labelled or not held):
         return None
@@ -116,12 +128,29 @@ def split_folders(path: Path, labelled: bool, notes: list[str] | None = None) ->
             f"{str(path)!r} holds the folders {listed}; expected one for training ({', '.join(TRAIN_FOLDERS)}) and one "
             f"for testing ({', '.join(TEST_FOLDERS)}), or one folder a class. Rename or move what is none of these."
         )
-    said = notes if notes is not None else []
     if (train[0], held[0]) not in (("train", "test"),):
         said.append(f"trained on the folder {train[0]!r}, tested on {held[0]!r}")
     if len(held) > 1 or others:
         said.append(f"folders beside the two splits were left out: {_some_of([*held[1:], *others])}")
+    if junk:
+        said.append(f"{_at(path)}hidden and system folders were left out: {_some_of(junk)}")
+    _note_skipped(path, [p for p in _entries(path) if p.is_file()], said)
     return {"train": folders[train[0]], "test": folders[held[0]]}
+
+
+def _check_levels(path: Path, folders: dict[str, Path], notes: list[str]) -> None:
+    """Notes folders that all hold the same folders, as splits and domains do; refuses them if called like splits."""
+    inner = [{p.name for p in _folders(place)[0]} for place in folders.values()]
+    shared = sorted(set.intersection(*inner)) if len(inner) > 1 else []
+    if not shared:
+        return
+    listed = ", ".join(sorted(folders))
+    if any(_LIKE_SPLITS.search(name.lower()) for name in folders):
+        raise HoldfastError(
+            f"{str(path)!r} holds the folders {listed}, and each holds {_some_of(shared)}: these look like splits, not "
+            f"classes. Call one {TRAIN_FOLDERS[0]} and one {TEST_FOLDERS[0]}."
+        )
+    notes.append(f"the classes are {listed}, and each holds folders of the same names ({_some_of(shared)})")
 
 
 class _Classes:

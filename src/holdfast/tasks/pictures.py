@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from holdfast.errors import HoldfastError
 from holdfast.tasks.arrays import Array
-from holdfast.tasks.audio import read_wav
+from holdfast.tasks.audio import SECOND, read_wav
 
 SOUND = ".wav"
 
@@ -20,6 +21,7 @@ _NOT_OPENED = ("MPEG", "HDF5", "GRIB", "BUFR", "WMF", "EPS")
 """Formats that Pillow recognises and cannot read by itself."""
 
 _ORIENTATION = 0x0112
+_BITS_PER_SAMPLE = 258
 _DEPTHS = (8, 10, 12, 14, 16)
 _BAD = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
@@ -34,7 +36,8 @@ def suffixes() -> frozenset[str]:
     """
     Image.init()
     known = Image.registered_extensions().items()
-    return frozenset({e.lower() for e, f in known if f in Image.OPEN and f not in _NOT_OPENED} | {SOUND})
+    opened = {*Image.OPEN, "MPO"} - {*_NOT_OPENED}  # an MPO file is opened as a JPEG and is not registered by itself
+    return frozenset({e.lower() for e, f in known if f in opened} | {SOUND})
 
 
 class Opener:
@@ -60,7 +63,12 @@ class Opener:
             HoldfastError: if it cannot be opened, or the range of its pixels is not known.
         """
         if file.suffix.lower() == SOUND:
-            return Image.fromarray(read_wav(file)).convert(self.mode)
+            picture, seconds = read_wav(file)
+            if seconds > SECOND:
+                self.counted[f"sounds longer than {SECOND:.2f} s, cut off"] += 1
+            elif seconds < SECOND:
+                self.counted[f"sounds shorter than {SECOND:.2f} s, filled up with silence"] += 1
+            return Image.fromarray(picture).convert(self.mode)
         try:
             with Image.open(file) as image:
                 return self.converted(image, repr(str(file)))
@@ -74,7 +82,7 @@ class Opener:
         if getattr(image, "n_frames", 1) > 1:
             self.counted["images with several frames or pages: the first was taken"] += 1
         source, deep = image, _is_deep_colour(image)
-        if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
+        if image.getexif().get(_ORIENTATION) in range(2, 9):
             self.counted["images turned as their EXIF orientation says"] += 1
             source = ImageOps.exif_transpose(image)
         if deep:
@@ -102,8 +110,13 @@ class Opener:
         """Scales 16-bit grey to 8 bits; Pillow's own conversion would cut everything above 255 off."""
         bits = 16 if image.mode == "I" else self._depth  # of a .pgm, Pillow has scaled already
         self.counted[f"grey images of {bits} bits, scaled to 8"] += 1
-        values = np.asarray(image).astype(np.float64) * (255 / (2**bits - 1))
-        return Image.fromarray(np.round(values).astype(np.uint8))
+        pixels = np.asarray(image)
+        values = np.round(pixels.astype(np.float64) * (255 / (2**bits - 1))).astype(np.uint8)
+        clear = image.info.get("transparency")
+        if isinstance(clear, int) and (pixels == clear).any():
+            self.counted["images with transparent pixels, put on white"] += 1
+            values[pixels == clear] = 255
+        return Image.fromarray(values)
 
     def notes(self) -> list[str]:
         """Returns what was done to how many, in sentences."""
@@ -111,7 +124,9 @@ class Opener:
 
 
 def _is_deep_colour(image: Image.Image) -> bool:
-    """Whether a PNG has 16 bits a channel where Pillow gives 8."""
+    """Whether a PNG or TIFF has 16 bits a channel where Pillow gives 8."""
+    if isinstance(image, TiffImageFile) and image.mode in ("RGB", "RGBA", "RGBX", "LA", "CMYK"):
+        return max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) > 8
     file = getattr(image, "fp", None)
     if image.format != "PNG" or image.mode.startswith("I") or file is None:
         return False
@@ -137,7 +152,7 @@ def _depth(files: Sequence[Path]) -> int:
                     deepest = max(deepest, int(np.asarray(image.convert("RGB")).max()))
         except _BAD as error:
             raise HoldfastError(f"{str(file)!r} cannot be opened as an image: {error}.") from error
-    if 0 <= deepest < 64:
+    if 0 < deepest < 64:  # black alone says nothing of the depth
         raise HoldfastError(
             f"{str(shallow)!r} and the others of 16 bits a channel use 14 of them or fewer, and would be almost black; "
             "scale them to 8 bits."
