@@ -126,7 +126,7 @@ class Opener:
 def _is_deep_colour(image: Image.Image) -> bool:
     """Whether a PNG or TIFF has 16 bits a channel where Pillow gives 8."""
     if isinstance(image, TiffImageFile) and image.mode in ("RGB", "RGBA", "RGBX", "LA", "CMYK"):
-        return max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) > 8
+        return bool(max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) > 8)
     file = getattr(image, "fp", None)
     if image.format != "PNG" or image.mode.startswith("I") or file is None:
         return False
