@@ -357,8 +357,7 @@ class TestRealData:
                 target=target,
                 drop=[other],
                 encoding="ordinal",
-                rows=rows,
-                test_fraction=0,
+                **({"test_fraction": 0} if rows is None else {"rows": rows}),
             )
             return load_task(spec, data_dir=data_dir)
 

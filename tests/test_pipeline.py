@@ -106,7 +106,6 @@ class TestRecipe:
         ("overrides", "message"),
         [
             (["audit.trials=9"], "trials is 9, and quick-v1 is not a search"),
-            (["transfer={data: digits}", "audit.side_effects=false"], "a transfer task, and side_effects is off"),
             (["benign.data=digitz"], "did you mean 'digits'"),
             (["model.name=cmn"], "did you mean 'cnn'"),
             (["audit.shots=1000"], "lower `shots`"),

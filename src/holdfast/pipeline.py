@@ -128,8 +128,11 @@ def _check_objects(models: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
             raise HoldfastError(f"{name} is {what}; expected a task: holdfast.load_task(...).")
 
 
-def _refuse_idle(spec: AuditSpec, transfer: bool) -> None:
-    """Refuses settings that would be taken and do nothing."""
+def _refuse_idle(spec: AuditSpec, transfer: bool = False) -> None:
+    """Refuses settings that would be taken and do nothing.
+
+    A recipe may name a transfer task and leave side effects out at some of its scales.
+    """
     if "trials" in spec.model_fields_set and not isinstance(battery(spec.battery), Search):
         raise HoldfastError(f"trials is {spec.trials}, and {spec.battery} is not a search; leave it out.")
     if transfer and not spec.side_effects:
@@ -291,7 +294,7 @@ def run_recipe(
             raise HoldfastError(f"A study has no trials that {trials_run_on.name!r} could run; leave --executor out.")
         return _run_study(recipe, folder, data_dir, device, overwrite, quiet)
     defense = recipe.build_defense()
-    _refuse_idle(recipe.audit, recipe.transfer is not None)
+    _refuse_idle(recipe.audit)
     chosen = resolve_device(device)
     benign = load_task_for(recipe.benign, recipe.model, data_dir=data_dir)
     restricted = load_task_for(recipe.restricted, recipe.model, data_dir=data_dir)
