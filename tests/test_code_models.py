@@ -216,7 +216,7 @@ class TestWhatIsReturned:
         (
             "audit",
             ["cnn.safetensors", "--original", "cnn.safetensors", "--trials", "9"],
-            "the battery 'quick-v1' does not search",
+            "quick-v1 is not a search",
         ),
     ],
 )

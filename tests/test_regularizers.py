@@ -521,6 +521,7 @@ class TestPreconditionedLinear:
         assert close(layer.theta.grad, dense, 1e-7)
         assert close(layer.theta.grad, reference.preconditioned(x, theta, ridge=ridge, ill=ill), 1e-7)
 
+    @pytest.mark.trains
     @pytest.mark.parametrize("rows", [5, 40])
     def test_a_step_of_algorithm_1_line_6_by_an_optimizer_equals_the_naive_one(self, rows):
         """Batches of fewer and of more samples than features, a square and a wide extractor."""

@@ -123,6 +123,7 @@ class TestPrecision:
         model.insert_extractor(torch.eye(64, dtype=torch.float64) * 2)
         assert model.made_plain() is model
 
+    @pytest.mark.trains
     def test_the_attack_is_that_on_the_same_weights_in_float32(self, benign, restricted, run):
         from holdfast.adversaries import FineTuning
         from holdfast.finetune import Strategy

@@ -67,8 +67,12 @@ def red_flags(
         >>> [flag.name for flag in red_flags(frozen, model, fresh, benign=benign, restricted=restricted, run=run)]
         ['No trainable parameters']
     """
-    seen = [inspect(m, benign=benign, restricted=restricted, run=run) for m in (released, original, fresh)]
-    flags = [*compare(*seen), *flags_of_code(released, original, benign=benign, run=run)]
+    tasks: dict[str, Any] = {"benign": benign, "restricted": restricted, "run": run}
+    own = inspect(released, **tasks)
+    # Whether the original's gradients lie as well matters only if the released model's do.
+    suspicious = "derivatives" in own.failures or max(own.false_gradients.values(), default=0.0) > MAX_FALSE_GRADIENT
+    controls = inspect(original, **tasks, derivatives=suspicious), inspect(fresh, **tasks, derivatives=False)
+    flags = [*compare(own, *controls), *flags_of_code(released, original, benign=benign, run=run)]
     return sorted(flags, key=lambda flag: flag.severity != "critical")
 
 

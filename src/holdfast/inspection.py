@@ -99,7 +99,7 @@ class Statistics:
     estimated: bool
 
 
-def inspect(model: SplitModel, *, benign: Task, restricted: Task, run: Run) -> Inspection:
+def inspect(model: SplitModel, *, benign: Task, restricted: Task, run: Run, derivatives: bool = True) -> Inspection:
     """Measures a model; it is left as it is.
 
     Args:
@@ -107,6 +107,7 @@ def inspect(model: SplitModel, *, benign: Task, restricted: Task, run: Run) -> I
         benign: the model's own task; a batch of its training data is used.
         restricted: likewise.
         run: seed and device.
+        derivatives: whether to compare gradients with differences, which takes most of the time.
 
     Example:
         >>> from holdfast.models import load_model
@@ -125,7 +126,7 @@ def inspect(model: SplitModel, *, benign: Task, restricted: Task, run: Run) -> I
         "training": lambda m: _train_mode(m, benign, own, found),
         "gradients": lambda m: _gradients(m, benign, own, restricted, foreign, found),
         "state": lambda m: _state(m, own, found),
-        "derivatives": lambda m: _derivatives(m, benign, own, found),
+        **({"derivatives": lambda m: _derivatives(m, benign, own, found)} if derivatives else {}),
         "tensors": lambda _: _tensors(model, found),
     }
     for name, part in parts.items():
