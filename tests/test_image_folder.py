@@ -337,6 +337,14 @@ def test_numbered_folders_are_chosen_by_their_names(tmp_path):
         load_task(f"{tmp_path}/numbers[12]")
 
 
+def test_a_share_that_is_too_small_for_the_classes_is_said(tmp_path):
+    for c in range(10):
+        fill(tmp_path / "many" / f"c{c}", 2, shade=10 * c)
+    with pytest.raises(HoldfastError, match=r"20 samples in 10 classes .*test_fraction from 0\.5 to 0\.5"):
+        load_task(f"{tmp_path}/many@test_fraction=0.1")
+    assert load_task(f"{tmp_path}/many@test_fraction=0.5").size("test") == 10
+
+
 def test_unreadable_folders_are_named(pets, monkeypatch):
     monkeypatch.setattr(Path, "iterdir", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(HoldfastError, match="cannot be read: Permission denied"):

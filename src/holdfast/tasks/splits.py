@@ -42,7 +42,12 @@ def draw_rows(
     try:
         train, test = train_test_split(np.arange(len(labels)), test_size=fraction, random_state=seed, stratify=labels)
     except ValueError as error:
-        raise HoldfastError(f"{str(path)!r} cannot be split into train and test: {error}") from error
+        least = len(counts) / max(1, len(labels))
+        remedy = f", or a test_fraction from {least:.3g} to {1 - least:.3g}" if 0 < least <= 0.5 else ""
+        raise HoldfastError(
+            f"{str(path)!r} cannot be split into train and test: of {len(labels)} samples in {len(counts)} classes "
+            f"each class needs one on both sides, and test_fraction is {fraction:g}. Give it more samples{remedy}."
+        ) from error
     return train, test
 
 
