@@ -18,7 +18,7 @@ def report_command(folder: Path) -> int:
     """Write a run's report.html anew from its result.json, and print the verdict.
 
     Args:
-        folder: A folder that `holdfast run`, `immunize` or `audit` completed.
+        folder: A folder that `holdfast run`, `immunize`, `audit` or `feasibility` completed.
     """
     from holdfast.report import write_report
     from holdfast.report.terminal import show
