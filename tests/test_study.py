@@ -273,7 +273,7 @@ class TestRecipe:
 def test_the_papers_scale_takes_a_step(data_dir):
     """All 784 pixels, of two digits; one step of Algorithm 1."""
     methods = "methods={algorithm-1: {name: condition, iterations: 1}, frontier: {name: frontier}}"
-    digits = 'tables.pairs.class_pairs.data={data: "mnist[0-1]"}'
+    digits = 'tables.pairs.class_pairs.data={data: "mnist[0-1]", train_limit: 2000}'
     recipe = load("condition/mnist-pairs", scale="paper", overrides=[digits, methods, "seeds=1"])
     tasks = {name: [load_task(s, data_dir=data_dir) for s in specs] for name, specs in sources(recipe)}
     outcome = study(recipe, recipe.build_methods(), tasks, None, run=Run(0, CPU))
@@ -285,7 +285,8 @@ def test_the_papers_scale_takes_a_step(data_dir):
 
 def test_all_90_mnist_pairs_reach_the_bound(data_dir):
     """The frontier's tables of MNIST: every pair immunized, by the definition and up to rounding at the bound."""
-    recipe = load("condition/mnist-pairs", overrides=["methods={frontier: {name: frontier}}", "tau_q=0.5"])
+    overrides = ["methods={frontier: {name: frontier}}", "tau_q=0.5", "tables.pairs.class_pairs.data.train_limit=10000"]
+    recipe = load("condition/mnist-pairs", overrides=overrides)
     tasks = {name: [load_task(s, data_dir=data_dir) for s in specs] for name, specs in sources(recipe)}
     outcome = study(recipe, recipe.build_methods(), tasks, None, run=Run(0, CPU))
     assert outcome.findings == [
