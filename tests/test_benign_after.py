@@ -89,7 +89,7 @@ class TestScore:
     def test_what_diverges_has_none(self, trained, benign, restricted, run):
         adversary = FineTuning(Strategy("direct", "all", "sgd", 1e30, 20))
         curve, _ = attacked(adversary, trained, restricted, run, benign)
-        assert curve.benign_after is None or curve.benign_after <= 0.5
+        assert curve.benign_after is None
 
 
 def curve(role, name, after, scores=(0.2, 0.8), seed=0):

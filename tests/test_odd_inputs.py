@@ -304,7 +304,7 @@ REFUSED = {
     "labels from 1": (npz("./from1.npz"), ["0"]),
     "labels with -1": (npz("./minus.npz"), ["-1"]),
     "one-hot labels": (npz("./onehot.npz"), ["y_train.argmax(1)"]),
-    "words as labels": (npz("./words.npz"), ["'cat'", "np.unique"]),
+    "words as labels": (npz("./words.npz"), ["'cat'", "np.unique(labels.astype(str)"]),
     "NaN as a label": (npz("./nanlabel.npz"), ["y_train"]),
     "a class without samples": (npz("./gap.npz"), ["1"]),
     "an unseen test label": (npz("./unseen.npz"), ["2"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -329,3 +330,31 @@ class TestPlaces:
         np.savez(tmp_path / folder / "cars.npz", x_train=x, y_train=y, x_test=x, y_test=y)
         assert load_task(f"{tmp_path}/{folder}/cars.npz").num_outputs == 3
         assert load_task(f"{tmp_path}/{folder}/cars.npz[0,2]@channels=1").class_names == ["0", "2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        (lambda x: x / 255, "(255 * x).round().astype('uint8')"),
+        (lambda x: x > 127, "x.astype('uint8') * 255"),
+        (lambda x: (x > 127).astype(int), "x.astype('uint8') * 255"),
+        (lambda x: x.astype(int), "x.round().astype('uint8')"),
+        (lambda x: x.astype(np.uint16) * 257, "x / 257 for 16"),
+        (lambda x: x / 127.5 - 1, "undo the normalisation first"),
+        (lambda x: np.where(x == x.max(), np.nan, x), "NaN or infinite"),
+        (lambda x: np.concatenate([x, x[..., :1]], -1), "put what is transparent on white"),
+    ],
+)
+def test_the_remedy_for_images_of_another_form_is_the_right_one(change, remedy):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (8, 5, 5, 3), dtype=np.uint8), np.arange(8) % 2
+    with pytest.raises(HoldfastError, match=re.escape(remedy)):
+        ArrayTask("a", change(x), y, x, y)
+
+
+def test_names_of_classes_in_bytes_are_read_as_text(tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (8, 5, 5), dtype=np.uint8), np.arange(8) % 2
+    other = rng.integers(0, 256, (8, 5, 5), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=other, y_test=y, class_names=np.array([b"cat", b"dog"]))
+    assert load_task(str(tmp_path / "a.npz")).class_names == ["cat", "dog"]

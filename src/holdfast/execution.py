@@ -66,7 +66,7 @@ def whole_number(name: str, value: Any, least: int = 0, most: int | None = None)
         most: the largest; None: there is none.
 
     Raises:
-        HoldfastError: if it is no whole number, or out of range.
+        HoldfastError: if it is not a whole number, or out of range.
 
     Example:
         >>> whole_number("seeds", 5.0)
@@ -369,7 +369,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _other_format(beginning: bytes) -> str | None:
-    """What a file that is no safetensors is, by its first bytes; None if nothing is known against it."""
+    """What a file is that is not safetensors, by its first bytes; None if it may be safetensors."""
     text = beginning.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     known = {
         b"version https://git-lfs": "it is a Git LFS pointer, a few lines in the place of the weights; fetch them with "

@@ -201,9 +201,9 @@ def keep_head(model: SplitModel) -> None:
 def benign_score_after(adversary: Adversary, released: SplitModel, attacked: SplitModel, benign: Task) -> float | None:
     """Returns the benign score that somebody has who attacked a model.
 
-    The attacked body is scored with the head that the model was released with, which nobody can take away from the
-    attacker. If the attack trained that head in place, the network as it is may be better: then the better of the two
-    counts. An attack that leaves the body alone leaves the benign score alone.
+    The attacked body is scored with the head that the model was released with, which the attacker can always keep. If
+    the attack trained that head in place, the network as it is may be better: then the better of the two counts. An
+    attack that leaves the body alone leaves the benign score alone.
 
     Args:
         adversary: who attacked.

@@ -152,6 +152,8 @@ class ArrayTask(Task):
             a = a[:, None] if a.ndim == 3 else np.moveaxis(a, -1, 1)
             if a.shape[1] not in (1, 3):
                 hint = "; move the channels to the end" if a.shape[2] in (1, 3, 4) else ""
+                if a.shape[1] in (2, 4):
+                    hint = "; put what is transparent on white and drop the last channel"
                 raise self._bad(
                     f"{label} has {a.shape[1]} channels in its last axis; expected 1 or 3 (N, H, W, C){hint}"
                 )
@@ -178,7 +180,7 @@ class ArrayTask(Task):
         if a.dtype.kind in "USO":
             raise self._bad(
                 f"{label} holds words, such as {str(a[0]) if len(a) else ''!r}; expected integers from 0 on, and the "
-                f"words as class_names: class_names, {label} = np.unique(labels, return_inverse=True)"
+                f"words as class_names: class_names, {label} = np.unique(labels.astype(str), return_inverse=True)"
             )
         if a.dtype.kind not in "uib" and not (a.dtype.kind == "f" and np.isfinite(a).all() and (a == a.round()).all()):
             raise self._bad(f"{label} has dtype {a.dtype} with values that are no integers; expected class labels")
@@ -501,20 +503,24 @@ def _span(a: Array) -> str:
 
 def _as_bytes(a: Array) -> str:
     """How to make images of bytes from an array whose range says what it holds."""
-    if not a.size or a.dtype.kind not in "iuf" or not np.isfinite(a).all():
+    if not a.size:
         return ""
-    low, high = a.min(), a.max()
-    if a.dtype.kind == "f" and low >= 0 and high <= 1:
-        return ": store (255 * x).round().astype('uint8')"
-    if low >= 0 and 1 < high <= 255:
+    if not np.isfinite(a).all():
+        return "; fill or drop what is NaN or infinite first"
+    low, high = float(a.min()), float(a.max())
+    if low < 0:
+        return "; undo the normalisation first, which models do by themselves"
+    if high <= 1:
+        return ": store (255 * x).round().astype('uint8')" if a.dtype.kind == "f" else ": store x.astype('uint8') * 255"
+    if high <= 255:
         return ": store x.round().astype('uint8')"
-    return "; undo the normalisation first, which models do by themselves"
+    return "; scale to that range first, by the depth that the images have: 255 * x / 4095 for 12 bits, x / 257 for 16"
 
 
 def _class_names(path: Path, names: Array) -> list[str]:
     if names.ndim != 1:
         raise HoldfastError(f"{str(path)!r}: class_names has shape {names.shape}; expected (C,), one name a class.")
-    return [str(n).strip() for n in names]
+    return [(n.decode(errors="replace") if isinstance(n, bytes) else str(n)).strip() for n in names]
 
 
 def _float(x: Tensor) -> Tensor:
