@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 import training
 from holdfast.execution import Run
@@ -31,10 +37,27 @@ for name in (
 ):  # fmt: skip
     os.environ.pop(name, None)
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+# The same examples in every run, and as many seconds as a busy machine needs for one.
+hypothesis.settings.register_profile("holdfast", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("holdfast")
+Made = TypeVar("Made")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(training)
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[], Made]) -> Made:
+    """What the first worker of this run makes, and the others read; `name` is unique among all that is shared."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return make()
+    file = factory.getbasetemp().parent / f"{name}.pickle"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            unfinished = file.with_suffix(".unfinished")
+            unfinished.write_bytes(pickle.dumps(make()))
+            unfinished.rename(file)
+    return pickle.loads(file.read_bytes())
 
 
 @pytest.fixture(autouse=True)
@@ -77,12 +100,10 @@ def digit_images() -> tuple[ArrayTask, ArrayTask]:
 
 
 @pytest.fixture(scope="session")
-def denoiser(digit_images: tuple[ArrayTask, ArrayTask]) -> SplitModel:
+def denoiser(digit_images: tuple[ArrayTask, ArrayTask], tmp_path_factory: pytest.TempPathFactory) -> SplitModel:
     """A small one that knows its benign task a little; nobody may change it."""
-    run = Run(seed=0, device=torch.device("cpu"))
-    with run.seeded("initialise"):
-        fresh = load_model(ModelSpec(name="unet", options={"widths": [8, 16]}), digit_images[0])
-    return pretrain(fresh, digit_images[0], steps=40, run=run)
+    spec = ModelSpec(name="unet", options={"widths": [8, 16]})
+    return once(tmp_path_factory, "denoiser", lambda: _pretrained(spec, digit_images[0], steps=40))
 
 
 @pytest.fixture
@@ -93,18 +114,22 @@ def model(benign: ArrayTask) -> SplitModel:
 
 
 @pytest.fixture(scope="session")
-def trained(benign: ArrayTask) -> SplitModel:
+def trained(benign: ArrayTask, tmp_path_factory: pytest.TempPathFactory) -> SplitModel:
     """A model that knows its benign task."""
+    return once(tmp_path_factory, "trained", lambda: _pretrained("cnn", benign, steps=150))
+
+
+def _pretrained(spec: str | ModelSpec, task: ArrayTask, *, steps: int) -> SplitModel:
     run = Run(seed=0, device=torch.device("cpu"))
     with run.seeded("initialise"):
-        fresh = load_model("cnn", benign)
-    return pretrain(fresh, benign, steps=150, run=run)
+        fresh = load_model(spec, task)
+    return pretrain(fresh, task, steps=steps, run=run)
 
 
 @pytest.fixture(scope="session")
-def zoo_originals() -> dict[str, SplitModel]:
+def zoo_originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SplitModel]:
     """The two originals that sham defenses are made of; their tasks are `shams.zoo_tasks`."""
-    return {norm: zoo_original(norm) for norm in ("batch", "none")}
+    return once(tmp_path_factory, "zoo", lambda: {norm: zoo_original(norm) for norm in ("batch", "none")})
 
 
 @pytest.fixture(scope="session")
@@ -127,9 +152,14 @@ def toy_task(classes: int, *, samples: int = 30, width: int = 6, seed: int = 0) 
 @pytest.fixture(scope="session")
 def brief_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a whole, brief run."""
-    folder = tmp_path_factory.mktemp("runs") / "brief"
-    run_recipe(load_recipe("quickstart", scale="smoke"), folder=folder, device="cpu", quiet=True)
-    return folder
+
+    def made() -> Path:
+        folder = tmp_path_factory.mktemp("runs") / "brief"
+        run_recipe(load_recipe("quickstart", scale="smoke"), folder=folder, device="cpu", quiet=True)
+        return folder
+
+    # A copy for each worker: tests write reports into it.
+    return shutil.copytree(once(tmp_path_factory, "brief", made), tmp_path_factory.mktemp("copy") / "brief")
 
 
 @pytest.fixture(scope="session")

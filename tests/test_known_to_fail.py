@@ -12,7 +12,7 @@ def stopped(result):
 
 
 def test_fine_tuning_brings_the_digits_back_that_ntl_unlearned(tmp_path):
-    recipe = load("ntl", overrides=["audit.budgets=[0, 5, 20]", "audit.side_effects=false"])
+    recipe = load("ntl", overrides=["audit.budgets=[0, 5, 20]", "audit.seeds=6", "audit.side_effects=false"])
     result = run_recipe(recipe, folder=tmp_path, device="cpu", quiet=True)
     assert result.audit.benign.drop < 0.03
     first, *_, last = result.audit.by_budget
@@ -30,7 +30,7 @@ def test_ntl_starts_on_real_weights(data_dir, tmp_path):
 
 
 def test_whitening_and_the_closed_form_walk_through_a_linear_extractor(data_dir, tmp_path):
-    few = ["benign.train_limit=2000", "benign.test_limit=300", "restricted.train_limit=2000"]
+    few = ["benign.train_limit=800", "benign.test_limit=300", "restricted.train_limit=1200"]
     recipe = load("condition/probes", overrides=[*few, "audit.seeds=1", "audit.side_effects=false"])
     result = run_recipe(recipe, folder=tmp_path, data_dir=data_dir, device="cpu", quiet=True)
     says = stopped(result)

@@ -24,7 +24,7 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm, t
+from scipy.special import ndtri, stdtrit
 
 from holdfast.results import ROLES, BudgetRow, Cell, Cost, Curve, Interval, Role
 
@@ -302,9 +302,9 @@ def _quantile(drawn: Array) -> float:
     deviation = drawn.std(0, ddof=1)
     moving = deviation > ROUNDING  # what does not move has no say in c, and rounding is no movement
     if not moving.any():
-        return float(norm.ppf((1 + CONFIDENCE) / 2))
+        return float(ndtri((1 + CONFIDENCE) / 2))
     largest = np.abs((drawn - drawn.mean(0))[:, moving] / deviation[moving]).max(1)
-    return max(float(np.quantile(largest, CONFIDENCE)), float(norm.ppf((1 + CONFIDENCE) / 2)))
+    return max(float(np.quantile(largest, CONFIDENCE)), float(ndtri((1 + CONFIDENCE) / 2)))
 
 
 def _resampled(count: int, generator: np.random.Generator) -> Array:
@@ -321,7 +321,7 @@ def small_sample(count: int) -> float:
         [9.17, 2.69, 1.58, 1.22, 1.02]
     """
     level = (1 + CONFIDENCE) / 2
-    return math.sqrt(count / (count - 1)) * float(t.ppf(level, count - 1) / norm.ppf(level))
+    return math.sqrt(count / (count - 1)) * float(stdtrit(count - 1, level) / ndtri(level))
 
 
 def _plain(value: float) -> float | None:

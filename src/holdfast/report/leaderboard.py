@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy.stats import norm, t
+from scipy.special import ndtri, stdtrit
 
 from holdfast.errors import HoldfastError
 from holdfast.execution import write_atomic
@@ -85,10 +85,10 @@ class Entry:
         cell = self.key.last.best["immunized"]
         if cell.mean is None or cell.sd is None:
             return None
-        half = float(t.ppf(0.975, cell.n - 1)) * cell.sd / math.sqrt(cell.n)
+        half = float(stdtrit(cell.n - 1, 0.975)) * cell.sd / math.sqrt(cell.n)
         if self.audit.unit == "accuracy" and self.audit.test_samples:
             samples = max(cell.mean * (1 - cell.mean), 0) / self.audit.test_samples
-            half = math.hypot(half, float(norm.ppf(0.975)) * math.sqrt(samples))
+            half = math.hypot(half, float(ndtri(0.975)) * math.sqrt(samples))
         return Interval(low=cell.mean - half, high=cell.mean + half)
 
     @property

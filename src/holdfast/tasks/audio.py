@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from scipy.io import wavfile
-from scipy.signal import get_window
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.arrays import UNREADABLE, Array, ArrayTask
@@ -50,6 +49,8 @@ def spectrograms(sounds: Sequence[Array], rate: int) -> Array:
         >>> picture.shape, int(picture.max()), int(picture[:, 30].argmax())  # 1000 mel of 2146
         ((40, 61), 255, 21)
     """
+    from scipy.signal import get_window  # slow to import, and most tasks hold no sounds
+
     if rate < 2 * TOP:
         raise HoldfastError(f"Sounds of {rate} Hz hold nothing up to {TOP:.0f} Hz; expected at least {2 * TOP:.0f} Hz.")
     window, hop = round(WINDOW * rate), round(HOP * rate)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.model_selection import train_test_split
 
 from holdfast.errors import HoldfastError
 
@@ -30,6 +29,8 @@ def draw_rows(
     Raises:
         HoldfastError: if a class has too few samples.
     """
+    from sklearn.model_selection import train_test_split  # slow to import, and most data brings its test part
+
     labels = np.asarray(y)
     values, counts = np.unique(labels, return_counts=True)
     if len(counts) and counts.min() < 2:

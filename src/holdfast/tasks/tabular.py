@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import train_test_split
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.arrays import ArrayTask
@@ -252,6 +251,8 @@ def _spread(x: np.ndarray) -> np.ndarray:
 
 
 def _regression_rows(count: int, rows: int | None, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.model_selection import train_test_split  # slow to import, and needed here alone
+
     everything = np.arange(count)
     if rows is not None:
         return everything[:rows], everything[rows:]
