@@ -147,8 +147,10 @@ class TestHonestModels:
             raw = load_model(ModelSpec(name=name, options=options), benign)
         original = pretrain(raw, benign, steps=5, run=run)
         fresh, other = fresh_of(original, 1), fresh_of(original, 2)
+        seen = {m: inspect(m, benign=benign, restricted=restricted, run=run) for m in (original, fresh, other)}
         for released in (original, other):
-            found = red_flags(released, original, fresh, benign=benign, restricted=restricted, run=run)
+            found = compare(seen[released], seen[original], seen[fresh])
+            found += flags_of_code(released, original, benign=benign, run=run)
             assert names(found, "critical") == set(), found
 
     @pytest.mark.parametrize("norm", ["batch", "none"])

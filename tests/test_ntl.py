@@ -172,7 +172,7 @@ class TestNTL:
 
     def test_one_step_is_the_optimizers_on_the_equation(self, run):
         """Plain gradient descent moves every weight by the rate times the gradient of the slow loss."""
-        task, other = toy_task(3), toy_task(3, seed=1)
+        task, other = toy_task(3, samples=8), toy_task(3, samples=8, seed=1)
         torch.manual_seed(0)
         model = SplitModel(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), "2")
         whole = NTL(iterations=1, optimizer="sgd", learning_rate=0.1, batch_size=10**6, max_benign_drop=1.0)

@@ -153,7 +153,7 @@ class TestRecipe:
     def test_real_weights_start_at_every_scale(self, data_dir, tmp_path, scale):
         quick = ["audit.budgets=[0,1]", "audit.seeds=1", "audit.shots=2", "audit.side_effects=false",
                  "defense.iterations=1", "defense.steps=1",
-                 "benign.test_limit=50", "restricted.test_limit=50",
+                 "benign.test_limit=50", "restricted.test_limit=20",
                  "benign.train_limit=40", "restricted.train_limit=80"]  # fmt: skip
         recipe = load("quickstart-cifar", scale=scale, overrides=quick)
         result = run_recipe(recipe, folder=tmp_path, data_dir=data_dir, device="cpu", quiet=True)

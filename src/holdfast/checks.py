@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from holdfast.execution import Run
-from holdfast.inspection import Inspection, inspect
+from holdfast.inspection import PARTS, Inspection, Part, inspect
 from holdfast.models import SplitModel, architecture_differences, foreign_code, transplant
 from holdfast.results import Curve, Flag
 from holdfast.tasks import Task
@@ -71,9 +71,14 @@ def red_flags(
     own = inspect(released, **tasks)
     # Whether the original's gradients lie as well matters only if the released model's do.
     suspicious = "derivatives" in own.failures or max(own.false_gradients.values(), default=0.0) > MAX_FALSE_GRADIENT
-    controls = inspect(original, **tasks, derivatives=suspicious), inspect(fresh, **tasks, derivatives=False)
+    usual = inspect(original, **tasks, parts=[part for part in PARTS if suspicious or part != "derivatives"])
+    controls = usual, inspect(fresh, **tasks, parts=OF_FRESH)
     flags = [*compare(own, *controls), *flags_of_code(released, original, benign=benign, run=run)]
     return sorted(flags, key=lambda flag: flag.severity != "critical")
+
+
+OF_FRESH: Final[tuple[Part, ...]] = ("evaluation", "gradients")
+"""What a fresh model is measured for: checks compare no more of it."""
 
 
 def flags_of_code(released: SplitModel, original: SplitModel, *, benign: Task, run: Run) -> list[Flag]:

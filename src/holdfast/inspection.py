@@ -7,9 +7,9 @@ The code of a model is anybody's: whatever it raises becomes a finding, and noth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,13 @@ class Statistics:
     estimated: bool
 
 
-def inspect(model: SplitModel, *, benign: Task, restricted: Task, run: Run, derivatives: bool = True) -> Inspection:
+Part = Literal["evaluation", "training", "gradients", "state", "derivatives", "tensors"]
+PARTS: Final[tuple[Part, ...]] = get_args(Part)
+
+
+def inspect(
+    model: SplitModel, *, benign: Task, restricted: Task, run: Run, parts: Collection[Part] = PARTS
+) -> Inspection:
     """Measures a model; it is left as it is.
 
     Args:
@@ -107,7 +113,8 @@ def inspect(model: SplitModel, *, benign: Task, restricted: Task, run: Run, deri
         benign: the model's own task; a batch of its training data is used.
         restricted: likewise.
         run: seed and device.
-        derivatives: whether to compare gradients with differences, which takes most of the time.
+        parts: what to measure, each by itself; "derivatives" compares gradients with differences, which takes most of
+            the time.
 
     Example:
         >>> from holdfast.models import load_model
@@ -121,18 +128,18 @@ def inspect(model: SplitModel, *, benign: Task, restricted: Task, run: Run, deri
     """
     found = Inspection()
     own, foreign = (_batch(task, run) for task in (benign, restricted))
-    parts: dict[str, Callable[[SplitModel], None]] = {
+    measures: dict[Part, Callable[[SplitModel], None]] = {
         "evaluation": lambda m: _look(m, own, foreign, found),
         "training": lambda m: _train_mode(m, benign, own, found),
         "gradients": lambda m: _gradients(m, benign, own, restricted, foreign, found),
         "state": lambda m: _state(m, own, found),
-        **({"derivatives": lambda m: _derivatives(m, benign, own, found)} if derivatives else {}),
+        "derivatives": lambda m: _derivatives(m, benign, own, found),
         "tensors": lambda _: _tensors(model, found),
     }
-    for name, part in parts.items():
+    for name in (part for part in PARTS if part in parts):
         with run.seeded("inspect", name):
             try:
-                part(model.clone().to(run.device).requires_grad_(True))
+                measures[name](model.clone().to(run.device).requires_grad_(True))
             except Exception as error:  # the code is anybody's, and so is what it raises
                 found.failures[name] = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return found
@@ -145,7 +152,7 @@ def _batch(task: Task, run: Run) -> Batch:
 
 def rms(x: Tensor) -> float:
     """Returns the root mean square, in float64."""
-    return float(x.detach().cpu().double().square().mean().sqrt()) if x.numel() else 0.0
+    return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64)) / math.sqrt(x.numel()) if x.numel() else 0.0
 
 
 # --- Evaluation mode ---

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 from holdfast.adversaries import Adversary
+from holdfast.adversaries.base import benign_score_after
 from holdfast.adversaries.stacked import Member, attack_together, stacks
 from holdfast.execution import Journal, Run, derive_seed
 from holdfast.executors import Executor
@@ -92,6 +93,7 @@ class Bench:
         budgets: steps at which to score.
         run: seed and device.
         stacked: whether attacks on small models are trained together; curves agree up to rounding.
+        untouched: benign scores of models whose bodies an attack left alone, each taken once.
     """
 
     immunized: SplitModel
@@ -102,6 +104,7 @@ class Bench:
     budgets: tuple[int, ...]
     run: Run = field(repr=False)
     stacked: bool = True
+    untouched: dict[tuple[Role, bool], float | None] = field(default_factory=dict, repr=False)
 
     def model(self, role: Role, seed: int) -> SplitModel:
         """Returns the model of a role; of `scratch`, the fresh weights that belong to a seed."""
@@ -151,10 +154,12 @@ class Bench:
 
         So it is in a search, which proposes what nobody has tried before, with any model.
         """
-        task = self.samples[trial.on, trial.seed]
+        task, victim = self.samples[trial.on, trial.seed], self._victim(trial)
+        scored = trial.on == "restricted" and trial.role != "scratch"
+        alone = scored and trial.adversary.frozen_body  # many probes, one benign score
         try:
             found = trial.adversary.attack(
-                self._victim(trial),
+                victim,
                 task,
                 budgets=self.budgets,
                 run=self.run,
@@ -162,8 +167,12 @@ class Bench:
                 seed=trial.seed,
                 benign=self.benign,
                 floors=trial.floors,
-                score_benign=trial.on == "restricted" and trial.role != "scratch",
+                score_benign=scored and not alone,
             )
+            if alone:
+                if (side := (trial.role, trial.transplanted)) not in self.untouched:
+                    self.untouched[side] = benign_score_after(trial.adversary, victim, victim, self.benign)
+                found = found.model_copy(update={"benign_after": self.untouched[side]})
         except Exception as error:  # it may be anybody's code, and so is what it raises
             if trial.role != "immunized" and trial.seed != SEARCH_SEED:
                 raise

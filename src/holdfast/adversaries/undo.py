@@ -217,7 +217,8 @@ def whiten(
     """
     z = _head_inputs(model, task, generator, device)
     mean, precision = z.mean(0), torch.finfo(model.head.weight.dtype).eps
-    _, sigma, v = torch.linalg.svd(z - mean, full_matrices=True)
+    # All of V, for directions without samples too; where there are enough samples, a square U is not needed for that.
+    _, sigma, v = torch.linalg.svd(z - mean, full_matrices=len(z) < z.shape[1])
     wide = torch.zeros(z.shape[1]).to(z)
     wide[: len(sigma)] = sigma
     used = wide > max(z.shape) * precision * wide.max()
