@@ -229,6 +229,8 @@ class TestRefusals:
         [
             ({"pooling": "max"}, "Unknown pooling 'max'"),
             ({"poling": "mean"}, "did you mean 'pooling'"),
+            ({"num_labels": 5}, "num_labels puts .* and a head on pooled features is new in any case"),
+            ({"num_labels": 5, "config": BERT}, "num_labels puts a fresh head in the place of the model's own"),
             ({"pooling": "own"}, r"has no weights for 'classifier.*; it is no trained classifier. Leave pooling out"),
         ],
     )

@@ -152,7 +152,8 @@ def build(name: str, place: str, options: Mapping[str, Any], num_outputs: int) -
         num_outputs: classes of its task, for a head that is new.
 
     Raises:
-        HoldfastError: if there is no such model, or it cannot read this vocabulary, or an option is unknown.
+        HoldfastError: if there is no such model, or it cannot read this vocabulary, or an option is unknown or would
+            do nothing.
     """
     for option in options:
         if option not in OPTIONS:
@@ -167,6 +168,11 @@ def build(name: str, place: str, options: Mapping[str, Any], num_outputs: int) -
     config = _configuration(place)
     _check_vocabulary(name, place, config, vocabulary)
     own = _is_classifier(config) if pooling is None else pooling == OWN
+    if not own and options.get("num_labels") is not None:
+        raise HoldfastError(
+            f"hf:{name}: num_labels puts a fresh head in the place of a classifier's own, and a head on pooled features "
+            "is new in any case, with as many outputs as the task has; leave it out."
+        )
     found = (
         _own(name, place, config, options.get("num_labels"), vocabulary)
         if own
