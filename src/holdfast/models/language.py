@@ -168,10 +168,10 @@ def build(name: str, place: str, options: Mapping[str, Any], num_outputs: int) -
     config = _configuration(place)
     _check_vocabulary(name, place, config, vocabulary)
     own = _is_classifier(config) if pooling is None else pooling == OWN
-    if not own and options.get("num_labels") is not None:
+    if not own and options.get("num_labels") not in (None, num_outputs):
         raise HoldfastError(
-            f"hf:{name}: num_labels puts a fresh head in the place of a classifier's own, and a head on pooled features "
-            "is new in any case, with as many outputs as the task has; leave it out."
+            f"hf:{name}: num_labels puts a fresh head in the place of a classifier's own, and a head on pooled "
+            f"features is new in any case, with the {num_outputs} outputs that the task asks for; leave it out."
         )
     found = (
         _own(name, place, config, options.get("num_labels"), vocabulary)
