@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock
 
 import training
+from fewer import cut
 from holdfast.execution import Run
 from holdfast.finetune import pretrain
 from holdfast.models import ModelSpec, SplitModel, load_model
@@ -65,12 +66,23 @@ def _no_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOLDFAST_DATA", raising=False)
 
 
-@pytest.fixture
-def data_dir() -> Path:
+def real_data() -> Path:
     folder = Path(os.environ.get("HOLDFAST_TEST_DATA", SHARED))
     if not folder.is_dir():
         pytest.skip("real data is not at hand: set HOLDFAST_TEST_DATA to a folder with cifar10.npz, mnist.npz, ...")
     return folder
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    return real_data()
+
+
+@pytest.fixture(scope="session")
+def few_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a few samples of every file of the real data; see `fewer.cut`."""
+    folder = real_data()
+    return once(tmp_path_factory, "few-data", lambda: cut(folder, tmp_path_factory.mktemp("data") / "few"))
 
 
 @pytest.fixture

@@ -35,10 +35,10 @@ PAIRS = [
 
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize(("benign_name", "restricted_name"), PAIRS)
-def test_immunized_and_attacked(data_dir, run, benign_name, restricted_name, size):
+def test_immunized_and_attacked(few_data, run, benign_name, restricted_name, size):
     """A round of SOPHON on the defender's half, then an adversary on the other: every step that data takes."""
     benign, restricted = (
-        load_task(f"{name}@image_size={size},channels=3,test_limit=60", data_dir=data_dir)
+        load_task(f"{name}@image_size={size},channels=3,test_limit=60", data_dir=few_data)
         for name in (benign_name, restricted_name)
     )
     for task, name in ((benign, benign_name), (restricted, restricted_name)):

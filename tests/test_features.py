@@ -7,7 +7,7 @@ from torch import nn
 from holdfast.adversaries import BATTERIES
 from holdfast.assessing import assess
 from holdfast.defenses import FrontierDefense
-from holdfast.models import SplitModel, feature_batches, features
+from holdfast.models import SplitModel, both_splits, feature_batches, features
 from holdfast.models.features import BATCH, KEPT, FeatureCache, size_of
 
 
@@ -53,6 +53,15 @@ class TestFeatures:
         assert again[0] is x
         assert again[1] is y
         assert (KEPT.hits, KEPT.misses) == (1, 1)
+
+    def test_both_splits_are_those_of_each_and_the_key_is_asked_for_once(self, trained, benign, monkeypatch):
+        train, test = features(trained, benign, "train")[0], features(trained, benign, "test")[0]
+        hashed, honest = [], SplitModel.facts
+        monkeypatch.setattr(SplitModel, "facts", lambda self, *more: hashed.append(self) or honest(self, *more))
+        found = both_splits(trained, benign)
+        assert found[0] is train
+        assert found[1] is test
+        assert hashed == [trained]
 
     def test_batches_are_the_same_kept_or_not(self, trained, benign):
         first = list(feature_batches(trained, benign, "train"))

@@ -66,6 +66,18 @@ class TestSplitModel:
             next(clone.parameters()).add_(1)
         assert model.facts().sha256 == digest != clone.facts().sha256
 
+    def test_hooks_and_notes_of_a_clone_are_its_own(self, model):
+        """What is empty when it is copied, too: every module's dictionaries of hooks are."""
+        first = next(iter(model.network.modules()))
+        first.notes = first.the_same = {}
+        clone = model.clone()
+        copied = next(iter(clone.network.modules()))
+        clone.head.register_forward_hook(lambda *_: pytest.fail("the original runs the clone's hook"))
+        copied.notes["of"] = "the clone"
+        assert copied.the_same is copied.notes
+        assert first.notes == {}
+        model(torch.rand(2, 1, 8, 8))
+
     def test_the_hash_sees_buffers(self, model):
         digest = model.facts().sha256
         model.train()

@@ -13,7 +13,7 @@ from torch import nn
 
 from conftest import toy_task
 from holdfast.errors import HoldfastError
-from holdfast.tasks import ArrayTask, TaskSpec, load_task
+from holdfast.tasks import ArrayTask, TaskSpec, arrays, load_task
 
 CPU = torch.device("cpu")
 X, Y = np.arange(24, dtype=np.float32).reshape(6, 4), np.array([0, 1, 0, 1, 0, 1])
@@ -247,6 +247,14 @@ class TestNarrowing:
         task = load_task(TaskSpec(data="digits", test_limit=100))
         assert 95 <= task.size("test") <= 105
         assert torch.bincount(task._y["test"]).min() >= 9
+
+    def test_what_limits_leave_out_is_not_resized(self, monkeypatch):
+        whole = load_task("digits@image_size=16,channels=3")
+        resized, honest = [], arrays._adapt
+        monkeypatch.setattr(arrays, "_adapt", lambda x, *how: resized.append(len(x)) or honest(x, *how))
+        few = load_task("digits@image_size=16,channels=3,train_limit=60,test_limit=20,seed=3")
+        assert resized == [few.size("train"), few.size("test")]
+        assert few.facts() == whole.limit_train(60, 3).limit_test(20, 3).facts()
 
     def test_as_images(self):
         task = load_task(TaskSpec(data="digits", image_size=16, channels=3))

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run
-from holdfast.models import SplitModel, features
+from holdfast.models import SplitModel, both_splits
 from holdfast.results import Curve, Role
 from holdfast.tasks import Task
 
@@ -256,7 +256,7 @@ def _seen(folds: list[float] | None) -> float:
 
 def _head_on_features(model: SplitModel, task: Task) -> tuple[SplitModel, Task]:
     """A fresh head, all zero, and the task it sees."""
-    train, test = features(model, task, "train")[0], features(model, task, "test")[0]
+    train, test = both_splits(model, task)
     head = nn.utils.skip_init(  # type: ignore[no-untyped-call]
         nn.Linear, train.shape[1], task.num_outputs, dtype=train.dtype, device=train.device
     )

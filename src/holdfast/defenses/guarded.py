@@ -397,7 +397,7 @@ class Immunization(ABC, Generic[Config]):
         if path is None:
             return
         parts = team().gather(self._part())
-        tensors = {f"model/{n}": v for n, v in self._snapshot().items()}
+        tensors = {f"model/{n}": v for n, v in self.model.network.state_dict().items()}
         tensors |= {f"good/{n}": v for n, v in self.good.items()}
         tensors |= {f"best/{n}": v for n, v in self.best.items()}
         tensors |= {f"average/{n}": v for n, v in self.average.items()}

@@ -5,7 +5,7 @@ from holdfast.models.blocks import is_normalisation
 from holdfast.models.catalog import ModelSpec, load_model, load_released
 from holdfast.models.code import is_code
 from holdfast.models.denoiser import Denoiser
-from holdfast.models.features import check_feature_width, feature_batches, feature_precision, features
+from holdfast.models.features import both_splits, check_feature_width, feature_batches, feature_precision, features
 from holdfast.models.fitting import architecture_differences, check_fits, foreign_code, transplant
 from holdfast.models.heads import every_tensor
 from holdfast.models.prefix import Prefix, Rest
@@ -18,6 +18,7 @@ __all__ = [
     "Rest",
     "SplitModel",
     "architecture_differences",
+    "both_splits",
     "check_feature_width",
     "check_fits",
     "every_tensor",

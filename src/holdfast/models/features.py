@@ -91,13 +91,16 @@ def size_of(found: XY) -> int:
 
 
 @torch.no_grad()
-def _key(model: SplitModel, task: Task, split: Split) -> Key:
-    """What features depend on; weights alone do not say what a network computes, so a few samples are asked as well."""
+def _key(model: SplitModel, task: Task) -> Key:
+    """What features depend on beside the split.
+
+    Weights alone do not say what a network computes, so a few samples are asked as well.
+    """
     device, training = model.device, model.training
     sample = model.eval().features(next(task.sweep("train", 8, device=device)).x).flatten().tolist()
     model.train(training)
     data = task.facts()
-    return model.facts().sha256, data.sha256, str(data.classes), split, str(device), fingerprint(sample)
+    return model.facts().sha256, data.sha256, str(data.classes), str(device), fingerprint(sample)
 
 
 @torch.no_grad()
@@ -123,7 +126,7 @@ def feature_batches(model: SplitModel | None, task: Task, split: Split) -> Itera
     if model is None:
         yield from _computed(model, task, split)
         return
-    key = _key(model, task, split)
+    key = (*_key(model, task), split)
     kept = KEPT.get(key)
     if kept is not None:
         yield from zip(*(torch.split(t, BATCH) for t in kept), strict=True)
@@ -163,11 +166,20 @@ def features(model: SplitModel | None, task: Task, split: Split) -> tuple[Tensor
     """Returns all features and targets of a split; see `feature_batches`. They may be kept: do not write into them."""
     if model is None:
         return _joined(list(_computed(model, task, split)))
-    key = _key(model, task, split)
-    found = KEPT.get(key)
+    return _kept(model, task, split, _key(model, task))
+
+
+def both_splits(model: SplitModel, task: Task) -> tuple[Tensor, Tensor]:
+    """Returns the features of the training and of the test split, as `features` would, and asks for the key once."""
+    key = _key(model, task)
+    return _kept(model, task, "train", key)[0], _kept(model, task, "test", key)[0]
+
+
+def _kept(model: SplitModel, task: Task, split: Split, key: Key) -> XY:
+    found = KEPT.get((*key, split))
     if found is None:
         found = _joined(list(_computed(model, task, split)))
-        KEPT.put(key, found)
+        KEPT.put((*key, split), found)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar
@@ -158,8 +159,15 @@ def duplicate(module: M) -> M:
     Raises:
         HoldfastError: if its code does not allow one.
     """
+    # Every module has many empty dictionaries, most of them for hooks: handing their copies over is half of the time.
+    empty = {
+        id(value): type(value)()
+        for each in module.modules()
+        for value in vars(each).values()
+        if type(value) in (dict, OrderedDict) and not value
+    }
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, empty)
     except Exception as error:
         raise HoldfastError(
             f"{type(module).__name__} cannot be copied (copy.deepcopy: {first_line(error)}), which every adversary "

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,7 @@ def flag_page(name: str) -> str:
     return "red-flags.html#" + re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", name.lower()).strip())
 
 
+@cache  # it keeps the templates that it has compiled
 def environment() -> Environment:
     """Returns the templates, and how they write numbers."""
     environment = Environment(

@@ -176,11 +176,14 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ar
         loaded = DenoisingTask.of(loaded, None if spec.schedule is None else Schedule.named(spec.schedule))
     if classes is not None:
         loaded = _chosen(loaded, spec.data, classes)
-    if spec.image_size is not None or spec.channels is not None:
-        loaded = loaded.as_images(spec.image_size, spec.channels)
+    # What limits leave out need not be resized.
     if spec.train_limit is not None:
         loaded = loaded.limit_train(spec.train_limit, spec.seed)
-    return loaded if spec.test_limit is None else loaded.limit_test(spec.test_limit, spec.seed)
+    if spec.test_limit is not None:
+        loaded = loaded.limit_test(spec.test_limit, spec.seed)
+    if spec.image_size is not None or spec.channels is not None:
+        loaded = loaded.as_images(spec.image_size, spec.channels)
+    return loaded
 
 
 def is_text(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> bool:
