@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import shlex
@@ -277,6 +278,7 @@ def flag_page(name: str) -> str:
     return "red-flags.html#" + re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", name.lower()).strip())
 
 
+@functools.cache  # templates are compiled once, and a tenth of a second each time otherwise
 def environment() -> Environment:
     """Returns the templates, and how they write numbers."""
     environment = Environment(
