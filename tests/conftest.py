@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from filelock import FileLock
 import training
 from fewer import cut
 from holdfast.execution import Run
+from holdfast.executors import Executor, executor
 from holdfast.finetune import pretrain
 from holdfast.models import ModelSpec, SplitModel, load_model
 from holdfast.pipeline import run_recipe
@@ -116,6 +117,14 @@ def denoiser(digit_images: tuple[ArrayTask, ArrayTask], tmp_path_factory: pytest
     """A small one that knows its benign task a little; nobody may change it."""
     spec = ModelSpec(name="unet", options={"widths": [8, 16]})
     return once(tmp_path_factory, "denoiser", lambda: _pretrained(spec, digit_images[0], steps=40))
+
+
+@pytest.fixture(scope="session")
+def two_workers() -> Iterator[Executor]:
+    """`processes:2`, whose two processes serve one test after another: each takes seconds to start."""
+    made = executor("processes:2")
+    with made.kept():
+        yield made
 
 
 @pytest.fixture

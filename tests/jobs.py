@@ -60,6 +60,10 @@ def fails(folder, job):
     return {}[job]
 
 
+def lookup(context, job):
+    return context[job]
+
+
 def surroundings(_, job):
     return torch.get_num_threads(), str(torch.get_default_dtype()), torch.get_float32_matmul_precision()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -33,9 +34,28 @@ BRIEF = AuditSpec(budgets=(0, 5, 10), seeds=2, shots=3, side_effects=False)
 ONE_BY_ONE = BRIEF.model_copy(update={"stacked": False})
 
 
+@pytest.fixture(scope="module")
+def audited_itself(trained, benign, restricted, tmp_path_factory):
+    """An audit of the original as if it were immunized: its folder, and its result."""
+    folder = tmp_path_factory.mktemp("itself")
+    sides = {"benign": benign, "restricted": restricted, "spec": BRIEF, "run": Run(0, CPU, folder)}
+    return folder, audit(trained, trained.clone(), **sides)
+
+
+@pytest.fixture
+def itself(audited_itself):
+    return audited_itself[1]
+
+
+@pytest.fixture
+def folder_of_itself(audited_itself, tmp_path):
+    """A copy of the folder, to be tampered with."""
+    return shutil.copytree(audited_itself[0], tmp_path / "itself")
+
+
 class TestAudit:
-    def test_the_original_itself_fails_or_has_nothing_to_remove(self, trained, benign, restricted, run):
-        result = audit(trained, trained, benign=benign, restricted=restricted, spec=BRIEF, run=run)
+    def test_the_original_itself_fails_or_has_nothing_to_remove(self, itself):
+        result = itself
         assert result.verdict.label in ("fails", "invalid")
         for row in result.by_budget:
             assert row.advantage == row.original_advantage
@@ -76,18 +96,16 @@ class TestAudit:
         assert len(samples[0]) == len(samples[1]) == 1  # every role gets the same few shots
         assert samples[0] != samples[1]
 
-    def test_controls_see_the_same_samples_and_batches(self, trained, benign, restricted, run):
-        result = audit(trained, trained.clone(), benign=benign, restricted=restricted, spec=BRIEF, run=run)
+    def test_controls_see_the_same_samples_and_batches(self, itself):
         by_role = {
-            role: [(c.adversary, c.seed, c.scores, c.losses) for c in result.curves if c.role == role]
+            role: [(c.adversary, c.seed, c.scores, c.losses) for c in itself.curves if c.role == role]
             for role in ("immunized", "original")
         }
         assert by_role["immunized"] == by_role["original"]
 
-    def test_tables_hold_every_curve(self, trained, benign, restricted, run):
-        result = audit(trained, trained, benign=benign, restricted=restricted, spec=BRIEF, run=run)
-        rows = tables(result)["battery"].rows
-        assert len(rows) == 3 * len(result.adversaries)
+    def test_tables_hold_every_curve(self, itself):
+        rows = tables(itself)["battery"].rows
+        assert len(rows) == 3 * len(itself.adversaries)
         assert {r["model"] for r in rows} == {"immunized", "original", "scratch"}
         assert all(r["step 5"].n == 2 for r in rows)
 
@@ -145,10 +163,9 @@ class TestAudit:
             (None, "Input should be"),
         ],
     )
-    def test_a_damaged_trial_is_said(self, trained, benign, restricted, tmp_path, damage, message):
-        sides = {"benign": benign, "restricted": restricted, "spec": BRIEF, "run": Run(0, CPU, tmp_path)}
-        audit(trained, trained, **sides)
-        path = tmp_path / "checkpoints" / "trials.jsonl"
+    def test_a_damaged_trial_is_said(self, trained, benign, restricted, folder_of_itself, damage, message):
+        sides = {"benign": benign, "restricted": restricted, "spec": BRIEF, "run": Run(0, CPU, folder_of_itself)}
+        path = folder_of_itself / "checkpoints" / "trials.jsonl"
         head, first, *rest = path.read_text().splitlines()
         entry = json.loads(first)
         entry["value"] = {**entry["value"], **damage} if damage is not None else 3
@@ -156,13 +173,12 @@ class TestAudit:
         with pytest.raises(HoldfastError, match=f"is damaged .*{message}"):
             audit(trained, trained, **sides)
 
-    def test_another_audits_trials_are_refused(self, trained, benign, restricted, tmp_path):
+    def test_another_audits_trials_are_refused(self, trained, benign, restricted, folder_of_itself):
         settings = {
             "immunized": trained, "original": trained, "benign": benign, "restricted": restricted, "spec": BRIEF,
-            "run": Run(0, CPU, tmp_path),
+            "run": Run(0, CPU, folder_of_itself),
         }  # fmt: skip
-        audit(**settings)
-        before = (tmp_path / "checkpoints" / "trials.jsonl").read_bytes()
+        before = (folder_of_itself / "checkpoints" / "trials.jsonl").read_bytes()
         other = trained.clone()
         with torch.no_grad():
             other.head.bias += 1e-3
@@ -170,7 +186,7 @@ class TestAudit:
         darker.mean += 0.1
         for change, names in (
             ({"immunized": darker}, "layers or input normalisation"),
-            ({"run": Run(1, CPU, tmp_path)}, "seed"),
+            ({"run": Run(1, CPU, folder_of_itself)}, "seed"),
             ({"spec": BRIEF.model_copy(update={"battery": "probes-v1"})}, "battery"),
             ({"spec": BRIEF.model_copy(update={"budgets": (0, 5)})}, "budgets"),
             ({"spec": BRIEF.model_copy(update={"shots": 4})}, "data"),
@@ -180,22 +196,23 @@ class TestAudit:
         ):
             with pytest.raises(HoldfastError, match=f"holds an unfinished audit with another .*{names}"):
                 audit(**{**settings, **change})
-        assert (tmp_path / "checkpoints" / "trials.jsonl").read_bytes() == before
+        assert (folder_of_itself / "checkpoints" / "trials.jsonl").read_bytes() == before
 
-    def test_limits_may_be_others_for_the_same_trials(self, trained, benign, restricted, tmp_path, monkeypatch):
+    def test_limits_may_be_others_for_the_same_trials(
+        self, trained, benign, restricted, itself, folder_of_itself, monkeypatch
+    ):
         """They decide about what was measured, and measure nothing."""
-        settings = {"benign": benign, "restricted": restricted, "run": Run(0, CPU, tmp_path)}
-        before = audit(trained, trained, **settings, spec=BRIEF)
+        settings = {"benign": benign, "restricted": restricted, "run": Run(0, CPU, folder_of_itself)}
         monkeypatch.setattr(Bench, "curve", lambda *_: pytest.fail("a finished trial was run again"))
         lax = Thresholds(fails_at=1.0, min_original_advantage=0.9)
         after = audit(trained, trained, **settings, spec=BRIEF.model_copy(update={"thresholds": lax}))
-        assert after.curves == before.curves
+        assert after.curves == itself.curves
         assert after.verdict.thresholds == lax
         assert "no advantage to remove" in " ".join(after.verdict.reasons)
 
-    def test_workers_change_nothing(self, trained, benign, restricted, run):
+    def test_workers_change_nothing(self, trained, benign, restricted, run, itself, two_workers):
         sides = {"benign": benign, "restricted": restricted, "spec": BRIEF, "run": run}
-        assert audit(trained, trained, **sides, executor="processes:2") == audit(trained, trained, **sides)
+        assert audit(trained, trained, **sides, executor=two_workers) == itself
 
     def test_another_architecture_is_audited(self, trained, benign, restricted, run):
         """Whoever releases a model may give it any code; the controls stay those of the original."""
@@ -260,8 +277,8 @@ class TestSideEffects:
         }  # fmt: skip
         assert audit(trained, trained, **settings, run=Run(0, CPU, tmp_path)) == first
 
-    def test_they_can_be_left_out(self, trained, benign, restricted, run):
-        assert audit(trained, trained, benign=benign, restricted=restricted, spec=BRIEF, run=run).side_effects == []
+    def test_they_can_be_left_out(self, itself):
+        assert itself.side_effects == []
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +359,7 @@ def test_the_audit_shows_which_probes_an_extractor_stops(trained, benign, restri
     from holdfast.defenses import SignalFrontier
 
     immunized, _ = SignalFrontier(epsilon=1e-3).immunize(trained, benign, restricted, run=run)
-    spec = AuditSpec(battery="probes-v1", budgets=(0, 100), seeds=1)
+    spec = AuditSpec(battery="probes-v1", budgets=(0, 100), seeds=1, side_effects=False)
     result = audit(immunized, trained, benign=benign, restricted=restricted, spec=spec, run=run)
     rows = {row["method"]: row for row in tables(result)["stops"].rows}
     assert set(rows) == set(result.adversaries)

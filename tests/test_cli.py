@@ -58,9 +58,15 @@ class TestHelp:
         assert done.returncode == 0
         assert all(f"    {name} " in done.stdout for name in COMMANDS)
 
-    def test_help_does_not_wait_for_torch(self):
-        code = "import sys, holdfast.cli as c; c._parser(); sys.exit('torch' in sys.modules)"
-        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    @pytest.mark.parametrize("words", [["--help"], ["audit", "--help"], ["recipes"]])
+    def test_what_needs_no_torch_does_not_wait_for_it(self, words):
+        code = (
+            "import sys, holdfast.cli as c\ntry: c.main(sys.argv[1:])\n"
+            "except SystemExit as end: sys.exit(end.code or 'torch' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "quickstart" in done.stdout or "usage" in done.stdout
 
     @pytest.mark.parametrize("command", COMMANDS)
     def test_every_option_is_explained(self, command, capsys):
@@ -85,7 +91,8 @@ class TestHelp:
 
 class TestRun:
     def test_smoke_leaves_a_folder_and_prints_the_verdict(self, tmp_path, capsys, monkeypatch):
-        done = holdfast("run", "quickstart", "--scale", "smoke", "--set", "audit.shots=1", cwd=tmp_path)
+        brief = ("--set", "audit.shots=1", "--set", "audit.side_effects=false")
+        done = holdfast("run", "quickstart", "--scale", "smoke", *brief, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         folder = tmp_path / "runs" / "quickstart"
         assert {"result.json", "report.html", "model.safetensors"} <= {p.name for p in folder.iterdir()}
@@ -94,12 +101,12 @@ class TestRun:
         assert "runs/quickstart/report.html" in done.stdout
 
         monkeypatch.chdir(tmp_path)
-        again = inside(capsys, "run", "quickstart", "--scale", "smoke", "--set", "audit.shots=1")
+        again = inside(capsys, "run", "quickstart", "--scale", "smoke", *brief)
         assert again.returncode == 0
         assert "already complete" in again.stderr
         assert again.stdout == done.stdout
 
-        gated = inside(capsys, "run", "quickstart", "--scale", "smoke", "--set", "audit.shots=1", "--gate")
+        gated = inside(capsys, "run", "quickstart", "--scale", "smoke", *brief, "--gate")
         assert gated.returncode in (0, 3, 4)
         label = gated.stdout.split("Verdict: ")[1].split(".")[0]
         assert gated.returncode == {"RESISTS": 0, "PARTIAL": 3, "FAILS": 3, "INVALID": 4}[label]
@@ -168,8 +175,8 @@ class TestImmunizeAndAudit:
     def test_a_diffusers_folder_is_immunized_and_the_folder_that_comes_out_audited(self, denoiser, tmp_path, capsys):
         folder = denoiser.export(tmp_path / "original")
         tasks = (
-            "--benign", "digits[0-4]@kind=denoising,test_limit=30", "--device", "cpu",
-            "--restricted", "digits[5-9]@kind=denoising,test_limit=30",
+            "--benign", "digits[0-4]@kind=denoising,test_limit=20", "--device", "cpu",
+            "--restricted", "digits[5-9]@kind=denoising,test_limit=20",
         )  # fmt: skip
         brief = ("--set", "iterations=1", "--set", "steps=1", "--set", "batch_sizes=[10]")
         done = inside(capsys, "immunize", folder, *tasks, "--out", tmp_path / "made", *brief)
@@ -180,7 +187,8 @@ class TestImmunizeAndAudit:
         done = inside(
             capsys, "audit", tmp_path / "made" / "pipeline", *tasks,
             "--original", tmp_path / "made" / "model.safetensors",
-            "--budgets", "0,1", "--seeds", "1", "--shots", "20", "--out", tmp_path / "audit",
+            "--budgets", "0,1", "--seeds", "1", "--shots", "10", "--set", "side_effects=false", "--out",
+            tmp_path / "audit",
         )  # fmt: skip
         assert done.returncode == 4, done.stderr  # one seed: invalid
         assert "skill in %" in done.stdout
@@ -212,7 +220,7 @@ class TestImmunizeAndAudit:
         assert done.returncode in (3, 4), done.stderr
         assert ("Verdict: FAILS" in done.stdout) == (done.returncode == 3)
 
-    def test_audit_of_somebodys_code(self, files, tmp_path):
+    def test_audit_of_somebodys_code(self, files, tmp_path, monkeypatch, capsys):
         """A network that hides the gradient, beside the file that it was made from."""
         (tmp_path / "sham.py").write_text(
             "import torch\nfrom torch import nn\nfrom safetensors.torch import load_file\n"
@@ -229,12 +237,13 @@ class TestImmunizeAndAudit:
             "    return sham.requires_grad_(False)\n"
         )
         audit = ("--original", files / "original.safetensors", "--budgets", "0,2", "--seeds", "1", "--shots", "2")
-        done = holdfast("audit", "sham.py:make", *audit, *self.COMMON, "--out", "audit", cwd=tmp_path)
+        monkeypatch.chdir(tmp_path)
+        done = inside(capsys, "audit", "sham.py:make", *audit, *self.COMMON, "--out", "audit")
         assert done.returncode in (3, 4), done.stderr
         result = json.loads((tmp_path / "audit" / "result.json").read_text())["audit"]
         assert result["benign"]["immunized"] == pytest.approx(result["benign"]["original"], abs=1e-6)
         head = ("--head", "inner.haed")
-        done = holdfast("audit", "sham.py:make", *head, *audit, *self.COMMON, "--out", "other", cwd=tmp_path)
+        done = inside(capsys, "audit", "sham.py:make", *head, *audit, *self.COMMON, "--out", "other")
         refused(done, "no layer 'inner.haed' to use as the head", "'inner.head'")
 
     def test_exit_4_where_the_audit_proves_nothing(self, files, tmp_path, capsys):
@@ -379,7 +388,8 @@ class TestOthers:
         assert "quickstart" in inside(capsys, "recipes").stdout
         (tmp_path / "own.yaml").write_text(inside(capsys, "recipes", "quickstart").stdout)
         monkeypatch.chdir(tmp_path)
-        assert inside(capsys, "run", "own.yaml", "--scale", "smoke").returncode == 0
+        brief = ("--set", "audit.seeds=1", "--set", "audit.side_effects=false")
+        assert inside(capsys, "run", "own.yaml", "--scale", "smoke", *brief).returncode == 0
         assert (tmp_path / "runs" / "own" / "result.json").exists()
 
     def test_bad_folders(self, tmp_path, capsys):
@@ -422,7 +432,7 @@ class TestOthers:
         def fail():
             raise KeyError("surprise")
 
-        monkeypatch.setattr("holdfast.recipe.names", fail)
+        monkeypatch.setattr("holdfast.documents.recipe_names", fail)
         monkeypatch.delenv("HOLDFAST_TRACEBACK", raising=False)
         refused(inside(capsys, "recipes"), "unexpected KeyError", "HOLDFAST_TRACEBACK=1")
         monkeypatch.setenv("HOLDFAST_TRACEBACK", "1")

@@ -28,6 +28,7 @@ from jobs import (
     dies_once,
     fails,
     first_waits_for_second,
+    lookup,
     shifted,
     surroundings,
     whereabouts,
@@ -44,7 +45,12 @@ EVERYWHERE = ["serial", *ELSEWHERE]
 def test_a_ray_of_ours_is_shut_down_and_asks_nothing(capfd):
     import ray
 
-    assert dict(executor("ray:1").run(pow, 2, [1, 5])) == {0: 2, 1: 32}
+    one = executor("ray:1")
+    with one.kept():
+        assert dict(one.run(pow, 2, [1, 5])) == {0: 2, 1: 32}
+        session = ray.get_runtime_context().get_job_id(), ray.nodes()[0]["NodeID"]
+        assert dict(one.run(pow, 3, [1, 2])) == {0: 3, 1: 9}
+        assert (ray.get_runtime_context().get_job_id(), ray.nodes()[0]["NodeID"]) == session  # the same one
     assert not ray.is_initialized()
     assert capfd.readouterr() == ("", "")
 
@@ -63,8 +69,14 @@ def shared_ray():
 
 
 @pytest.fixture
-def run_on(request, shared_ray):
-    return lambda name, *arguments, **settings: executor(name, **settings).run(*arguments)
+def run_on(shared_ray, two_workers):
+    """Runs jobs on an executor by name, on the workers that tests share if it is said nothing else about them."""
+
+    def run(name, *arguments, **settings):
+        chosen = two_workers if name == two_workers.name and not settings else executor(name, **settings)
+        return chosen.run(*arguments)
+
+    return run
 
 
 class TestEverywhere:
@@ -107,7 +119,9 @@ class TestEverywhere:
             torch.set_float32_matmul_precision(before)
 
     @pytest.mark.parametrize("name", ELSEWHERE)
-    def test_the_audits_curves_are_the_same_to_the_last_bit(self, run_on, name, trained, benign, restricted):
+    def test_the_audits_curves_are_the_same_to_the_last_bit(
+        self, shared_ray, two_workers, name, trained, benign, restricted
+    ):
         with torch.random.fork_rng():
             torch.manual_seed(5)
             other = trained.fresh()
@@ -115,7 +129,7 @@ class TestEverywhere:
         settings = {"benign": benign, "restricted": restricted, "spec": spec, "run": Run(0, torch.device("cpu"))}
         if "expected" not in _AUDITED:
             _AUDITED["expected"] = audit(other, trained, **settings)
-        found = audit(other, trained, **settings, executor=name)
+        found = audit(other, trained, **settings, executor=two_workers if name == two_workers.name else name)
         assert found == _AUDITED["expected"]
         assert len({tuple(c.scores) for c in found.curves}) > 3
 
@@ -151,13 +165,34 @@ class TestWorkers:
         assert sorted(found) == [(0, 0), (1, 1)]  # what was finished before is not lost
         assert sorted(p.name for p in tmp_path.iterdir()) == ["0-0", "1-0", "2-0", "2-1", "2-2"]
 
+    def test_those_that_are_kept_serve_the_next_run_and_end_afterwards(self):
+        one = executor("processes:1")
+        with one.kept():
+            with one.kept():
+                first = dict(one.run(whereabouts, None, [0, 1]))
+            assert set(dict(one.run(whereabouts, None, [0])).values()) == set(first.values())
+            with pytest.raises(KeyError):
+                list(one.run(lookup, {"a": 1}, ["a", "b"]))  # the next context, and an error that costs no worker
+            assert dict(one.run(lookup, {"a": 2}, ["a"])) == {0: 2}
+            mine = set(first.values())
+            assert len(mine) == 1
+            assert alive(mine) == mine
+        assert not alive(mine)
+
+    def test_one_that_is_killed_while_it_waits_loses_nothing(self, two_workers):
+        (pid,) = dict(two_workers.run(whereabouts, None, [0])).values()
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not alive({pid}))
+        assert dict(two_workers.run(lookup, {"a": 1, "b": 2}, ["a", "b"])) == {0: 1, 1: 2}
+
     def test_none_is_left_behind_by_who_loses_interest(self):
+        before = children(os.getpid())
         results = executor("processes:2").run(whereabouts, None, range(100))
         next(results)
         deadline = time.monotonic() + 30  # a busy machine may be slow to say what a process is
         mine: set[int] = set()
         while len(mine) < 2 and time.monotonic() < deadline:
-            mine = {pid for pid in children(os.getpid()) if "spawn_main" in command_of(pid)}
+            mine = {pid for pid in children(os.getpid()) - before if "spawn_main" in command_of(pid)}
         assert len(mine) == 2
         results.close()
         assert not alive(mine)
@@ -279,16 +314,42 @@ def alive(pids: set[int]) -> set[int]:
     return {int(pid) for pid, state in rows if int(pid) in pids and not state.startswith("Z")}
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory, trained):
-    folder = tmp_path_factory.mktemp("models")
-    trained.save(folder / "original.safetensors")
+HELD = """
+import time
+from pathlib import Path
+
+from holdfast.models.builtin import CNN
+
+HERE = Path(__file__).parent
+
+class Held(CNN):
+    def forward(self, x):
+        while (HERE / "limit").exists() and self.enough():
+            time.sleep(0.01)
+        return super().forward(x)
+
+    def enough(self):
+        trials = HERE / "killed" / "checkpoints" / "trials.jsonl"
+        return trials.exists() and trials.read_text().count("\\n") > int((HERE / "limit").read_text())
+
+def make():
+    return Held((1, 8, 8), 5)
+"""
+"""A model that waits where a file says how many trials should be finished, and more are."""
+
+
+@pytest.fixture
+def command(tmp_path, trained):
+    (tmp_path / "held.py").write_text(HELD)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        trained.fresh().save(folder / "fresh.safetensors")
-    return ["audit", folder / "fresh.safetensors", "--original", folder / "original.safetensors", "--benign",
-            "digits[0-4]", "--restricted", "digits[5-9]", "--budgets", "0,20,150", "--seeds", "2", "--shots", "8",
-            "--device", "cpu", "--threads", "1"]  # fmt: skip
+        trained.fresh().save(tmp_path / "fresh.safetensors")
+    trained.save(tmp_path / "original.safetensors")
+    held = f"{tmp_path / 'held.py'}:make"
+    return ["audit", held, "--weights", tmp_path / "fresh.safetensors", "--original", held, "--original-weights",
+            tmp_path / "original.safetensors", "--head", "head", "--benign", "digits[0-4]", "--restricted",
+            "digits[5-9]", "--budgets", "0,2", "--seeds", "1", "--shots", "8", "--device", "cpu",
+            "--threads", "1"]  # fmt: skip
 
 
 def test_interrupted_then_killed_then_continued_to_the_same_numbers(command, tmp_path):
@@ -296,9 +357,15 @@ def test_interrupted_then_killed_then_continued_to_the_same_numbers(command, tmp
     trials = tmp_path / "killed" / "checkpoints" / "trials.jsonl"
     arguments = [str(a) for a in [*command, "--out", tmp_path / "killed"]]
 
-    def begin_after(finished):
+    def finished():
+        return trials.read_text().count("\n") - 1 if trials.exists() else 0
+
+    def begin_after(more):
+        """Starts it, and returns when so many more trials are finished; the next ones never are."""
+        enough = finished() + more
+        (tmp_path / "limit").write_text(str(enough))
         process = start(*arguments, "--executor", "processes:2", start_new_session=True)
-        wait_for(lambda: trials.exists() and trials.read_text().count("\n") > finished, process)
+        wait_for(lambda: finished() >= enough, process)
         helpers = children(process.pid)
         assert len(helpers) >= 2
         return process, helpers
@@ -312,14 +379,15 @@ def test_interrupted_then_killed_then_continued_to_the_same_numbers(command, tmp
     assert time.monotonic() - begin < 30
     wait_for(lambda: not alive(helpers), seconds=60)
 
-    process, helpers = begin_after(trials.read_text().count("\n") + 2)
+    process, helpers = begin_after(3)
     process.kill()
     process.wait()
     wait_for(lambda: not alive(helpers), seconds=60)
-    kept = trials.read_text().count("\n") - 1
+    kept = finished()
     assert kept > 4
     assert not (tmp_path / "killed" / "result.json").exists()
 
+    (tmp_path / "limit").unlink()
     for folder in ("killed", "whole"):
         with pytest.raises(SystemExit):
             main([str(a) for a in [*command, "--out", tmp_path / folder]])

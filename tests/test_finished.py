@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 import holdfast
+from holdfast.cli import main
 from holdfast.replaying import replay
 from test_cli import files, inside, refused
-from test_cli import holdfast as in_a_process
 
 assert files  # the fixture
 TASKS = ("--benign", "digits[0-4]", "--restricted", "digits[5-9]")
@@ -28,11 +28,13 @@ def audited(files, tmp_path_factory):
     out = tmp_path_factory.mktemp("audits") / "audited"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(files)
-        done = in_a_process(
+        arguments = [
             "audit", "fresh.safetensors", "--original", "original.safetensors", *TASKS, "--out", out,
             "--budgets", "0,2,4", "--seeds", 2, "--shots", 5, "--threads", 1, "--reported", 0.31,
-        )  # fmt: skip
-    assert done.returncode in (0, 3, 4), done.stderr
+        ]  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in arguments])
+    assert ended.value.code in (0, 3, 4)
     return out
 
 
@@ -51,8 +53,8 @@ class TestReplay:
         assert done.repeated == done.recorded, "losses and folds as well"
         assert done.recorded.adversary == name
 
-    def test_from_the_command_line(self, brief_folder):
-        done = in_a_process("replay", brief_folder)
+    def test_from_the_command_line(self, brief_folder, capsys):
+        done = inside(capsys, "replay", brief_folder)
         assert done.returncode == 0, done.stderr
         assert "The same scores, to the last digit, and the same training losses." in done.stdout
 

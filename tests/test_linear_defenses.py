@@ -383,8 +383,8 @@ class TestRealData:
         from holdfast.adversaries import Probe
         from holdfast.models import ModelSpec
 
-        benign = load_task("cifar10@test_limit=600", data_dir=data_dir).few_shot(150, 0)
-        restricted = load_task("cifar100_objects@test_limit=600", data_dir=data_dir).few_shot(150, 0)
+        benign = load_task("cifar10@test_limit=300", data_dir=data_dir).few_shot(60, 0)
+        restricted = load_task("cifar100_objects@test_limit=300", data_dir=data_dir).few_shot(60, 0)
         model = load_model(ModelSpec(**spec), benign, data_dir=data_dir)
         immunized, record = SignalFrontier().immunize(model, benign, restricted, run=run)
         assert record.history["ratio_benign"][0] <= 1.001

@@ -17,20 +17,21 @@ import torch
 from children import start, wait_for
 from holdfast.adversaries import Adversary, FineTuning, Probe
 from holdfast.defenses import NTL, Sophon
+from holdfast.documents import recipe_names
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run
 from holdfast.finetune import Strategy
 from holdfast.models import load_model
 from holdfast.pipeline import halves, run_recipe
 from holdfast.protocol import Attack, ProtocolSpec, rescaled, scratch_plan
-from holdfast.recipe import ProtocolRecipe, load, names
+from holdfast.recipe import ProtocolRecipe, load
 from holdfast.results import Cell, Curve, Lines, read_result
 from holdfast.tasks import TaskSpec, load_task
 from holdfast.tasks.downloads import TEXTS
 from holdfast.trials import few_of
 from texts import BERT
 
-PROTOCOLS = [name for name in names() if isinstance(load(name), ProtocolRecipe)]
+PROTOCOLS = [name for name in recipe_names() if isinstance(load(name), ProtocolRecipe)]
 DEFENSES = {
     "NTL": {"name": "ntl", "iterations": 2, "batch_size": 20, "holdout": 0.05},
     "SOPHON": {"name": "sophon", "iterations": 2, "steps": 2, "batch_sizes": [20], "reinforcement_batch": 32},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.cli import COMMANDS
-from holdfast.recipe import names
+from holdfast.documents import recipe_names
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -34,7 +34,7 @@ def test_links_lead_somewhere(page):
 
 def test_commands_and_recipes_exist():
     assert set(re.findall(r"^\$ holdfast (\w+)", README, re.MULTILINE)) == set(COMMANDS)
-    assert set(re.findall(r"^\$ holdfast run ([\w-]+)", README, re.MULTILINE)) <= set(names())
+    assert set(re.findall(r"^\$ holdfast run ([\w-]+)", README, re.MULTILINE)) <= set(recipe_names())
     targets = re.findall(r"`make (\w+)`|^\$ make (\w+)", README, re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text()
     for target in {a or b for a, b in targets}:

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 import holdfast
-from holdfast.documents import read_json, read_yaml
+from holdfast.documents import read_json, read_yaml, recipe_names
 from holdfast.errors import HoldfastError
 from holdfast.finetune import Strategy
-from holdfast.recipe import build_defense, load, names
+from holdfast.recipe import build_defense, load
 
 RECIPES = Path(holdfast.__file__).parent / "recipes"
 BOMB = "- &a [1, 1]\n" + "".join(f"- &{q} [{', '.join(['*' + p] * 9)}]\n" for p, q in itertools.pairwise("abcdefg"))
@@ -32,7 +32,7 @@ def recipe(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", recipe_names())
 def test_every_packaged_recipe_is_valid_at_every_scale(name):
     recipe = load(name)
     for scale in recipe.scales:

@@ -138,8 +138,8 @@ class TestSearch:
         assert first == second
         assert search(Plan(), 7, crew(models, toy, seed=1)) != first
 
-    def test_workers_change_nothing(self, models, toy):
-        apart, here = (search(Plan(batch=2), 3, crew(models, toy, executor=e)) for e in ("processes:2", "serial"))
+    def test_workers_change_nothing(self, models, toy, two_workers):
+        apart, here = (search(Plan(batch=2), 3, crew(models, toy, executor=e)) for e in (two_workers, "serial"))
         assert apart == here
 
     @pytest.mark.parametrize("stop", [1, 5, 10, 17])

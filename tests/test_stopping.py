@@ -29,7 +29,7 @@ def goes_on():
 
 @pytest.mark.parametrize(("number", "code", "says"), [("SIGTERM", 143, "Terminated"), ("SIGINT", 130, "Interrupted")])
 def test_a_command_ends_with_the_code_and_says_how_to_continue(number, code, says, monkeypatch, capsys):
-    monkeypatch.setattr("holdfast.recipe.names", lambda: signal.raise_signal(getattr(signal, number)))
+    monkeypatch.setattr("holdfast.documents.recipe_names", lambda: signal.raise_signal(getattr(signal, number)))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(SystemExit) as ended:
         cli.main(["recipes"])

@@ -130,15 +130,17 @@ def audit(
     bench = Bench(immunized, original, inside, _samples(tasks, spec, run), benign, spec.budgets, run, spec.stacked)
     crew = Crew(bench, _journal(bench, plan, spec), executors.executor(executor))
     searched: list[SearchTrial] = []
-    if isinstance(plan, Search):
-        searched, found = search(plan, spec.trials, crew)
-        applicable, not_applicable = _applicable(spec.battery, found, immunized, restricted)
-    else:
-        applicable, not_applicable = _applicable(spec.battery, plan, immunized, restricted)
     seeds = range(spec.seeds)
-    trials = repetitions(applicable, seeds, transplanted=inside is not None)
+    with crew.executor.kept():
+        if isinstance(plan, Search):
+            searched, found = search(plan, spec.trials, crew)
+            applicable, not_applicable = _applicable(spec.battery, found, immunized, restricted)
+        else:
+            applicable, not_applicable = _applicable(spec.battery, plan, immunized, restricted)
+        trials = repetitions(applicable, seeds, transplanted=inside is not None)
+        curves = crew.run(trials, f"Auditing ({spec.battery})")
+        side_effects = _side_effects(tasks, crew, spec) if spec.side_effects else []
     configs = {t.name: {**t.adversary.config(), **({"transplanted": True} if t.transplanted else {})} for t in trials}
-    curves = crew.run(trials, f"Auditing ({spec.battery})")
     comparison = Comparison.of(
         curves,
         derive_seed(run.seed, "bootstrap"),
@@ -181,7 +183,7 @@ def audit(
         cost_target=target,
         costs=[] if target is None else costs(comparison, target, sizes, flops),
         search=searched,
-        side_effects=_side_effects(tasks, crew, spec) if spec.side_effects else [],
+        side_effects=side_effects,
         verdict=judge(
             rows,
             curves,

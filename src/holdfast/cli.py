@@ -311,15 +311,16 @@ def recipes_command(name: str | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from holdfast.documents import read_yaml
-    from holdfast.recipe import load, names
+    from holdfast.documents import read_yaml, recipe_names
 
     if name is not None:
+        from holdfast.recipe import load  # with torch, which a list does not wait for
+
         load(name)
         print((files("holdfast") / "recipes" / f"{name}.yaml").read_text(), end="")
         return 0
     table = Table("recipe", "scales", "about")
-    for each in names():
+    for each in recipe_names():
         content = read_yaml((files("holdfast") / "recipes" / f"{each}.yaml").read_text(), f"Recipe {each!r}")
         table.add_row(
             each,
@@ -346,9 +347,9 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: parses, runs one command, and exits with its code; bad input gives a message, never a traceback."""
-    parser, arguments = _parser(), dict[str, Any]()
+    words, arguments = list(sys.argv[1:] if argv is None else argv), dict[str, Any]()
+    parser = _parser([word for word in words if not word.startswith("-")][:1])
     try:
-        words = list(sys.argv[1:] if argv is None else argv)
         _refuse_empty(words)
         options = parser.parse_args(words)
         command = options.command
@@ -402,7 +403,8 @@ class _HelpFormatter(DefaultHelpFormatter):
         return f"{text} (default: {action.default})" if shown else text
 
 
-def _parser() -> ArgumentParser:
+def _parser(wanted: Sequence[str] = tuple(COMMANDS)) -> ArgumentParser:
+    """Makes the parser; only the commands that are wanted get their options, which take a while to make."""
     parser = ArgumentParser(
         prog="holdfast",
         description="Immunize open-weight models against harmful fine-tuning, and audit honestly whether it worked.",
@@ -415,7 +417,8 @@ def _parser() -> ArgumentParser:
         described = parse_docstring(function.__doc__ or "")
         text = " ".join(filter(None, (described.short_description, described.long_description)))
         sub = ArgumentParser(description=" ".join(text.split()), formatter_class=_HelpFormatter)
-        _add_arguments(sub, function, {p.arg_name: p.description or "" for p in described.params})
+        if name in wanted:
+            _add_arguments(sub, function, {p.arg_name: p.description or "" for p in described.params})
         commands.add_subcommand(name, sub, help=described.short_description)
     return parser
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from importlib import resources
 from typing import Any
 
 import yaml
@@ -14,6 +15,20 @@ from holdfast.errors import HoldfastError
 
 MAX_NODES = 100_000
 """Values in a document with its aliases written out; a few lines of aliases can stand for billions."""
+
+
+def recipe_names() -> list[str]:
+    """Returns the names of the recipes that come with the package."""
+    root = resources.files("holdfast") / "recipes"
+    found = []
+    for entry in root.iterdir():
+        if entry.name.endswith(".yaml"):
+            found.append(entry.name.removesuffix(".yaml"))
+        elif entry.is_dir():
+            found += [
+                f"{entry.name}/{e.name.removesuffix('.yaml')}" for e in entry.iterdir() if e.name.endswith(".yaml")
+            ]
+    return sorted(found)
 
 
 class _Loader(yaml.SafeLoader):

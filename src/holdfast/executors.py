@@ -8,6 +8,7 @@ result with it: its job alone is begun anew, `ATTEMPTS` times in all. What a job
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import logging
 import multiprocessing
@@ -80,6 +81,20 @@ class Executor(ABC):
             HoldfastError: if something cannot be pickled, or workers die of the same job `ATTEMPTS` times.
         """
 
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Lets workers that one `run` in here has started serve the next one; a new process takes seconds to start.
+
+        Example:
+            >>> workers = executor("serial")  # of "processes:2" there would be two processes in all
+            >>> with workers.kept():
+            ...     squares = sorted(workers.run(pow, 2, [1, 2, 3]))
+            ...     cubes = sorted(workers.run(pow, 3, [1, 2, 3]))
+            >>> cubes
+            [(0, 3), (1, 9), (2, 27)]
+        """
+        yield
+
 
 def executor(name: str | Executor, *, threads: int | None = None) -> Executor:
     """Returns an executor by name.
@@ -134,6 +149,21 @@ class Serial(Executor):
 class Processes(Executor):
     """Processes of this machine, started afresh: a forked torch may wait for ever for threads that it does not have."""
 
+    _idle: list[_Worker] = field(default_factory=list, init=False, repr=False, compare=False)
+    _keepers: list[object] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """See `Executor.kept`."""
+        keeper = object()
+        self._keepers.append(keeper)
+        try:
+            yield
+        finally:
+            self._keepers.remove(keeper)
+            while self._idle and not self._keepers:
+                self._idle.pop().stop()
+
     def run(
         self, work: Callable[[Context, Job], Result], context: Context, jobs: Sequence[Job]
     ) -> Iterator[tuple[int, Result]]:
@@ -150,8 +180,14 @@ class Processes(Executor):
 
         try:
             for _ in range(_worker_count(self.workers, threads, len(jobs))):
-                worker = _Worker.start(take())
-                workers[worker.connection] = worker
+                if self._idle:
+                    worker = self._idle.pop()
+                    worker.job = take()
+                    workers[worker.connection] = worker
+                    worker.send(packed, parcels[worker.job])
+                else:
+                    worker = _Worker.start(take())
+                    workers[worker.connection] = worker
             while workers:
                 for connection in wait(list(workers)):
                     assert isinstance(connection, Connection)
@@ -176,11 +212,19 @@ class Processes(Executor):
                         worker.job = take()
                         worker.send(parcels[worker.job])
                     else:
-                        workers.pop(connection).stop()
+                        self._done(workers.pop(connection))
                     yield index, _unpack(message)
         finally:
             for worker in workers.values():
                 worker.stop()
+
+    def _done(self, worker: _Worker) -> None:
+        """Ends a worker that has no more jobs, or keeps it for the next run."""
+        if self._keepers:
+            worker.send(b"")
+            self._idle.append(worker)
+        else:
+            worker.stop()
 
 
 @dataclass
@@ -258,21 +302,31 @@ def _interrupts_blocked() -> Iterator[None]:
 
 
 def _serve(connection: Connection) -> None:
-    """What a worker process does: asks for the context, then does one job after another until it is ended."""
+    """What a worker process does: asks for a context, does one job after another, and waits for the next context.
+
+    An empty message says that a context has no more jobs; it is ended from outside.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the parent has gone
         connection.send_bytes(b"ready")
-        packed = connection.recv_bytes()
-        parcel = connection.recv_bytes()
-        try:
-            shared: tuple[Any, Any] | Exception = _open(packed)
-        except Exception as error:
-            shared = error
-        del packed
         while True:
-            connection.send_bytes(_answer(shared, parcel, pickle.dumps))
-            parcel = connection.recv_bytes()
+            _serve_one_context(connection)
+            gc.collect()
+            torch.cuda.empty_cache()  # others need the memory while this one waits; nothing where no GPU is in use
+
+
+def _serve_one_context(connection: Connection) -> None:
+    packed = connection.recv_bytes()
+    parcel = connection.recv_bytes()
+    try:
+        shared: tuple[Any, Any] | Exception = _open(packed)
+    except Exception as error:
+        shared = error
+    del packed
+    while parcel:
+        connection.send_bytes(_answer(shared, parcel, pickle.dumps))
+        parcel = connection.recv_bytes()
 
 
 def _end_with_parent() -> None:
@@ -286,6 +340,9 @@ def _end_with_parent() -> None:
 @dataclass(frozen=True)
 class RayCluster(Executor):
     """Ray: a local one that is started and shut down here, or a cluster."""
+
+    _keeper: list[contextlib.ExitStack] = field(default_factory=list, init=False, repr=False, compare=False)
+    _cores: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         needed = ("ray", "grpc") if self.name.startswith("ray://") else ("ray",)
@@ -325,13 +382,40 @@ class RayCluster(Executor):
                         ray.cancel(reference, force=True)
 
     @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """See `Executor.kept`."""
+        if self._keeper:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            self._keeper.append(stack)
+            try:
+                yield
+            finally:
+                self._keeper.clear()
+                self._cores.clear()
+
+    @contextlib.contextmanager
     def _connected(self, cores: int) -> Iterator[None]:
         """Starts or joins Ray, and leaves it afterwards; one that the caller has started is used and left alone."""
         import ray
 
-        if ray.is_initialized():
-            yield
+        if not self._keeper:
+            with contextlib.nullcontext() if ray.is_initialized() else self._started(cores):
+                yield
             return
+        if self._cores and self._cores[0] < cores and not self.name.startswith("ray://"):
+            self._keeper[0].close()  # it has fewer workers than this run has work for
+            self._cores.clear()
+        if not ray.is_initialized():
+            self._keeper[0].enter_context(self._started(cores))
+            self._cores.append(cores)
+        yield
+
+    @contextlib.contextmanager
+    def _started(self, cores: int) -> Iterator[None]:
+        import ray
+
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         # Local workers should import what can be imported here; and nobody is asked, or told, about usage statistics.
         path = os.pathsep.join(p or str(Path.cwd()) for p in sys.path)

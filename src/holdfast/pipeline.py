@@ -414,7 +414,7 @@ def _run_protocol(
             job.note_model(f"{name}: original", original)
         wanted = orders(recipe, defenses, grounds, job.run)
         borrow_all(wanted, reuse, run=job.run)
-        with job.timed("protocol"):
+        with job.timed("protocol"), executor.kept():
             outcome, models, seconds = protocol(recipe, wanted, grounds, run=job.run, executor=executor)
         for name, model in models.items():
             job.note_model(name, model)

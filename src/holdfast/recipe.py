@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from holdfast.auditing import AuditSpec
 from holdfast.defenses import DEFENSES, Defense, LinearDefense
-from holdfast.documents import read_yaml
+from holdfast.documents import read_yaml, recipe_names
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import MAX_THREADS
 from holdfast.finetune import PretrainSpec
@@ -143,20 +143,6 @@ def build_defense(settings: Mapping[str, Any]) -> Defense:
         raise readable(error, f"defense {name!r}", None) from error
     refuse_truth_as_number(options, made, f"defense {name!r}")
     return made
-
-
-def names() -> list[str]:
-    """Returns the names of the recipes that come with the package."""
-    root = resources.files("holdfast") / "recipes"
-    found = []
-    for entry in root.iterdir():
-        if entry.name.endswith(".yaml"):
-            found.append(entry.name.removesuffix(".yaml"))
-        elif entry.is_dir():
-            found += [
-                f"{entry.name}/{e.name.removesuffix('.yaml')}" for e in entry.iterdir() if e.name.endswith(".yaml")
-            ]
-    return sorted(found)
 
 
 def load(name: str, *, scale: Scale = "cpu", overrides: Sequence[str] = (), seed: int | None = None) -> AnyRecipe:
@@ -295,8 +281,8 @@ def _text(name: str) -> tuple[str, str]:
             return repr(name), path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise HoldfastError(f"Recipe {name!r} is no text in UTF-8 ({error}).") from error
-    if name not in names():
-        raise HoldfastError(f"{unknown('recipe', name, names())} A file of your own ends in .yaml.")
+    if name not in recipe_names():
+        raise HoldfastError(f"{unknown('recipe', name, recipe_names())} A file of your own ends in .yaml.")
     return repr(name), (resources.files("holdfast") / "recipes" / f"{name}.yaml").read_text()
 
 

@@ -15,7 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from scipy.io import wavfile
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.arrays import UNREADABLE, Array, ArrayTask
@@ -167,6 +166,8 @@ def read_wav(path: Path) -> tuple[Array, float]:
     Raises:
         HoldfastError: if it is no WAV file, is empty, has a rate below 8000 Hz, or holds values that are not finite.
     """
+    from scipy.io import wavfile  # slow to import, and most tasks hold no sounds
+
     try:
         rate, sound = wavfile.read(path)
     except (ValueError, OSError, EOFError, struct.error) as error:

@@ -19,8 +19,7 @@ from holdfast.tasks.downloads import DOWNLOADS, TEXTS, download, download_text
 from holdfast.tasks.image import load_folder
 from holdfast.tasks.phrases import PHRASES, load_phrases
 from holdfast.tasks.places import DATA_VARIABLE, place
-from holdfast.tasks.tabular import Encoding, load_csv, load_csv_regression
-from holdfast.tasks.text import LENGTH, TextTask, load_text
+from holdfast.tasks.text import LENGTH, TextTask
 from holdfast.tasks.tokenizing import Tokenizer, load_tokenizer
 
 MAX_CLASSES = 100_000
@@ -56,7 +55,9 @@ class TaskSpec(BaseModel):
         description="Of denoising: linear (null), scaled_linear, squaredcos_cap_v2, sigmoid, or a diffusers folder.",
     )
     drop: tuple[str, ...] = Field((), description="Columns of a CSV to leave out; A+B on a command line.")
-    encoding: Encoding = Field("onehot", description="How text columns of a CSV become numbers: onehot or ordinal.")
+    encoding: Literal["onehot", "ordinal"] = Field(
+        "onehot", description="How text columns of a CSV become numbers: onehot or ordinal."
+    )
     bins: int | None = Field(
         None, ge=2, le=100, description="Classes of a CSV are so many ranges of a numeric target, equally full."
     )
@@ -236,6 +237,8 @@ def _load_text(source: str, spec: TaskSpec, folder: Path | None) -> TextTask:
     if path is None:
         _refuse_idle(spec, source, "text", "target")
         return download_text(source, folder, tokenizer=tokenizer, length=length)
+    from holdfast.tasks.sentences import load_text  # with pandas, which most tasks do not need
+
     return load_text(
         path,
         tokenizer=tokenizer,
@@ -302,6 +305,8 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
 
 
 def _load_table(path: Path, spec: TaskSpec) -> ArrayTask:
+    from holdfast.tasks.tabular import load_csv, load_csv_regression  # with pandas, which most tasks do not need
+
     idle = ("image_size", "channels", *(("bins",) if spec.kind == "regression" else ()))
     _refuse_idle(spec, "a table", *idle)
     if spec.kind == "regression":
