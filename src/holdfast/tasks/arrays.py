@@ -450,7 +450,7 @@ class ArrayTask(Task):
         digest = hashlib.sha256()
         for tensor in (self._x["train"], self._y["train"], self._x["test"], self._y["test"]):
             digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().data)
         return TaskFacts(
             name=self.name,
             sha256=digest.hexdigest(),
