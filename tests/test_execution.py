@@ -85,6 +85,14 @@ class TestFiles:
         save_tensors(tmp_path / "x.safetensors", {"a": tensor}, {})
         assert torch.equal(load_tensors(tmp_path / "x.safetensors")[0]["a"], tensor)
 
+    def test_tensors_of_one_memory_are_written_each_for_itself(self, tmp_path):
+        whole = torch.arange(12.0)
+        tensors = {"whole": whole, "part": whole[3:6], "turned": whole.view(3, 4).T, "none": whole[:0]}
+        save_tensors(tmp_path / "x.safetensors", tensors, {})
+        loaded = load_tensors(tmp_path / "x.safetensors")[0]
+        assert loaded.keys() == tensors.keys()
+        assert all(torch.equal(loaded[k], v) for k, v in tensors.items())
+
     def test_a_failed_write_leaves_the_old_file_and_no_rubbish(self, tmp_path):
         path = tmp_path / "x.json"
         write_atomic(path, "old")

@@ -180,6 +180,7 @@ def test_without_labels_there_is_no_measure(tmp_path):
 
 
 def test_a_model_that_gives_no_numbers_is_crossed_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(picturing, "CLASSIFIER_STEPS", 5)  # no distance is taken
     monkeypatch.setattr(picturing, "restore", lambda model, shown, *_, **__: torch.full_like(shown, torch.nan))
     monkeypatch.setattr(picturing, "sample", lambda model, count, **_: torch.full((count, 1, 8, 8), torch.nan))
     found = run(tmp_path / "new", recipe(attacks={}))

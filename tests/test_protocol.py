@@ -705,7 +705,10 @@ class TestPaperScale:
             "defenses": {"SOPHON": chosen.defenses["SOPHON"] | smaller},
             "settings": {
                 name: setting.model_copy(
-                    update={"pretrain": setting.pretrain.model_copy(update={"steps": 1, "batch_size": 2})}
+                    update={
+                        "pretrain": setting.pretrain.model_copy(update={"steps": 1, "batch_size": 2}),
+                        "restricted": setting.restricted.model_copy(update={"data": "cifar10[0-1]", "test_limit": 2}),
+                    }
                 )
                 for name, setting in chosen.settings.items()
             },

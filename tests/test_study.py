@@ -11,6 +11,7 @@ import torch
 from holdfast.defenses import FrontierDefense, LinearProblem
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run
+from holdfast.frontier import published_kappa
 from holdfast.models import features
 from holdfast.pipeline import run_recipe
 from holdfast.recipe import StudyRecipe, load, names
@@ -59,8 +60,13 @@ def test_the_same_as_by_hand():
     raw = pair[0][0], pair[1][0]
     spec = StudySpec.model_validate(BASE)
     values = measure(problem.frontier, theta, raw, spec)
+    assert values == measure(
+        problem.frontier, theta, raw, spec, before=(published_kappa(raw[0]), published_kappa(raw[1]))
+    )
     row = next(r for r in outcome.tables["digits"].rows if r["method"] == "best")
     assert row["ratio_restricted"].mean == values["ratio_restricted"]
+    published = next(r for r in outcome.tables["digits_published"].rows if r["method"] == "best")
+    assert published["published_rir"].mean == values["published_rir"]
     convergence = next(r for r in outcome.tables["digits_convergence"].rows if r["method"] == "best")
     assert convergence["tau_restricted"].mean == values["tau_restricted"]
 
@@ -272,8 +278,8 @@ class TestRecipe:
 
 def test_the_papers_scale_takes_a_step(data_dir):
     """All 784 pixels, of two digits; one step of Algorithm 1."""
-    methods = "methods={algorithm-1: {name: condition, iterations: 1}, frontier: {name: frontier}}"
-    digits = 'tables.pairs.class_pairs.data={data: "mnist[0-1]", train_limit: 2000}'
+    methods = "methods={algorithm-1: {name: condition, iterations: 1, more_multiples: []}, frontier: {name: frontier}}"
+    digits = 'tables.pairs.class_pairs.data={data: "mnist[0-1]", train_limit: 400}'
     recipe = load("condition/mnist-pairs", scale="paper", overrides=[digits, methods, "seeds=1"])
     tasks = {name: [load_task(s, data_dir=data_dir) for s in specs] for name, specs in sources(recipe)}
     outcome = study(recipe, recipe.build_methods(), tasks, None, run=Run(0, CPU))
@@ -285,7 +291,7 @@ def test_the_papers_scale_takes_a_step(data_dir):
 
 def test_all_90_mnist_pairs_reach_the_bound(data_dir):
     """The frontier's tables of MNIST: every pair immunized, by the definition and up to rounding at the bound."""
-    overrides = ["methods={frontier: {name: frontier}}", "tau_q=0.5", "tables.pairs.class_pairs.data.train_limit=10000"]
+    overrides = ["methods={frontier: {name: frontier}}", "tau_q=0.5", "tables.pairs.class_pairs.data.train_limit=4000"]
     recipe = load("condition/mnist-pairs", overrides=overrides)
     tasks = {name: [load_task(s, data_dir=data_dir) for s in specs] for name, specs in sources(recipe)}
     outcome = study(recipe, recipe.build_methods(), tasks, None, run=Run(0, CPU))

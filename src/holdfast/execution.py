@@ -317,7 +317,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
 
     The mapping travels in the header, so that both are of the same moment.
     """
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    own, seen = {}, set[int]()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        memory = value.untyped_storage().data_ptr()
+        own[name] = value.clone() if memory in seen else value  # safetensors writes no two tensors of one memory
+        seen.add(memory)
     with _replacing(path) as temporary:
         save_file(own, temporary, metadata={"holdfast": json.dumps(meta)})
         temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read

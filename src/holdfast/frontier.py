@@ -107,7 +107,9 @@ def ratios_behind(
     )
 
 
-def published_ratio(theta: Tensor, benign: Tensor, restricted: Tensor) -> Ratios:
+def published_ratio(
+    theta: Tensor, benign: Tensor, restricted: Tensor, before: tuple[float, float] | None = None
+) -> Ratios:
     """Returns Eq. 15 as the paper's released code computes it; see `holdfast.spectrum.published_condition_number`.
 
     Args:
@@ -115,18 +117,26 @@ def published_ratio(theta: Tensor, benign: Tensor, restricted: Tensor) -> Ratios
         benign: features before the extractor, shape (N, D), float64. They themselves, not a root: where a direction is
             null, the rounding of X'X is part of this number.
         restricted: likewise.
+        before: published condition numbers of the benign and the restricted features before the extractor, where they
+            are at hand; None: they are taken here.
 
     Example:
         >>> p, h = torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64)), torch.eye(2, dtype=torch.float64)
         >>> round(published_ratio(torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64)), p, h).rir, 3)
         16.0
     """
+    of_benign, of_restricted = before or (published_kappa(benign), published_kappa(restricted))
+    return Ratios(published_kappa(restricted @ theta) / of_restricted, published_kappa(benign @ theta) / of_benign)
 
-    def ratio(x: Tensor) -> float:
-        z = x @ theta
-        return published_condition_number(z.T @ z) / published_condition_number(x.T @ x)
 
-    return Ratios(ratio(restricted), ratio(benign))
+def published_kappa(features: Tensor) -> float:
+    """Returns the published condition number of features; see `published_ratio`.
+
+    Example:
+        >>> round(published_kappa(torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64))), 3)
+        4.0
+    """
+    return published_condition_number(features.T @ features)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,14 @@ from holdfast.convergence import measured_tau, norm_ratios, predicted_tau
 from holdfast.defenses import LinearDefense, LinearProblem
 from holdfast.errors import HoldfastError, unknown
 from holdfast.execution import Journal, Run, Ticker
-from holdfast.frontier import Frontier, SpaceName, published_ratio, ratios_behind, relative_immunization_ratio
+from holdfast.frontier import (
+    Frontier,
+    SpaceName,
+    published_kappa,
+    published_ratio,
+    ratios_behind,
+    relative_immunization_ratio,
+)
 from holdfast.models import ModelSpec, SplitModel, feature_precision, features
 from holdfast.results import Cell, Figure, Lines, Map, Outcome, Table
 from holdfast.spectrum import EPS, PUBLISHED_FLOOR, LeastSquares
@@ -142,6 +149,11 @@ class _Domain:
     def held_out(self) -> LeastSquares:
         assert self.test is not None
         return LeastSquares.of(*self.test)
+
+    @cached_property
+    def published(self) -> float:
+        """The published condition number, which every extractor behind these features is compared with."""
+        return published_kappa(self.train[0])
 
 
 _Pairs = list[tuple[str, _Domain, _Domain]]
@@ -270,8 +282,9 @@ def _measure_table(
                 theta = _theta(methods.get(row), problem, run, name, pair, seed)
                 curves = _curve_steps(spec, pairs, seed)
                 held_out = (benign.held_out, restricted.held_out) if table.held_out else None
-                raw = benign.train[0], restricted.train[0]
-                journal.add(keys[trial], measure(problem.frontier, theta, raw, spec, curves=curves, held_out=held_out))
+                raw, before = (benign.train[0], restricted.train[0]), (benign.published, restricted.published)
+                values = measure(problem.frontier, theta, raw, spec, before=before, curves=curves, held_out=held_out)
+                journal.add(keys[trial], values)
                 bar.tick(f"{pair}: {row}")
             while len(found[row]) <= seed:
                 found[row].append([])
@@ -340,6 +353,7 @@ def measure(
     raw: tuple[Tensor, Tensor],
     spec: StudySpec,
     *,
+    before: tuple[float, float] | None = None,
     curves: int = 0,
     held_out: tuple[LeastSquares, LeastSquares] | None = None,
 ) -> dict[str, Any]:
@@ -350,18 +364,19 @@ def measure(
         theta: the extractor, in coordinates.
         raw: benign and restricted features before the change of coordinates, as the released code takes them.
         spec: q and step limits.
+        before: published condition numbers of `raw`, where they are at hand; None: they are taken here.
         curves: steps of the norm-ratio curves; 0: none.
         held_out: benign and restricted task on other samples, before the change of coordinates.
 
     Returns:
         Numbers by the name of their cell, None where infinite or undefined, and curves by task.
     """
-    before = {"benign": frontier.benign, "restricted": frontier.restricted}
-    behind = {role: task.through(theta) for role, task in before.items()}
+    original = {"benign": frontier.benign, "restricted": frontier.restricted}
+    behind = {role: task.through(theta) for role, task in original.items()}
     for task in behind.values():
         _ = task.svd  # decomposed once, for the ratios and for the steps
     ratios = ratios_behind(**behind, benign_before=frontier.benign, restricted_before=frontier.restricted)
-    published = published_ratio(frontier.full(theta), *raw)
+    published = published_ratio(frontier.full(theta), *raw, before)
     values: dict[str, Any] = {
         "ratio_restricted": ratios.restricted,
         "ratio_benign": ratios.benign,
@@ -375,7 +390,7 @@ def measure(
     for role, task in behind.items():
         tau = predicted_tau(task, spec.tau_q)
         values[f"tau_{role}"] = tau
-        values[f"tau_{role}_ratio"] = tau / predicted_tau(before[role], spec.tau_q)
+        values[f"tau_{role}_ratio"] = tau / predicted_tau(original[role], spec.tau_q)
         measured = measured_tau(task, spec.tau_q, max_steps=spec.tau_steps) if tau <= spec.tau_steps else None
         values[f"tau_{role}_measured"] = measured
         if curves:
