@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from holdfast.defenses import FrontierDefense, LinearProblem
+from holdfast.documents import recipe_names
 from holdfast.errors import HoldfastError
 from holdfast.execution import Run
 from holdfast.frontier import published_kappa
 from holdfast.models import features
 from holdfast.pipeline import run_recipe
-from holdfast.recipe import StudyRecipe, load, names
+from holdfast.recipe import StudyRecipe, load
 from holdfast.results import Cell, Map, read_result
 from holdfast.study import StudySpec, measure, sources, study
 from holdfast.tasks import load_task
@@ -30,7 +31,7 @@ BASE = {
     },
     "methods": {"best": {"name": "frontier"}, "first": {"name": "condition", "iterations": 5}},
 }
-STUDIES = [name for name in names() if isinstance(load(name), StudyRecipe)]
+STUDIES = [name for name in recipe_names() if isinstance(load(name), StudyRecipe)]
 PAIRS = {"digits": {"title": "Pairs", "class_pairs": {"data": {"data": "digits[0-3]"}}, "space": "ridge", "ridge": 0.5}}
 
 
