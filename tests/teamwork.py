@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from holdfast.cli import main
@@ -177,9 +178,18 @@ def runs_a_recipe(folder: Path) -> dict[str, object]:
     return {"codes": codes}
 
 
+def threads_that_outlive_the_group() -> list[str]:
+    """What still runs when the group of processes has ended; such a thread may abort Python on its way out."""
+    state = PartialState()
+    state.destroy_process_group()
+    names = [comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
 if __name__ == "__main__":
     place, crew = Path(sys.argv[1]), team()
     torch.set_num_threads(1)
     found = {"team": [crew.rank, crew.count], "averages": averages(crew), "talks": talks(crew, place)}
     found |= {"trains": trains(place), "recipe": runs_a_recipe(place)}
+    found["outlived"] = threads_that_outlive_the_group()
     (place / f"{crew.rank}.json").write_text(json.dumps(found))

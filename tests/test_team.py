@@ -62,6 +62,10 @@ class TestTwoProcesses:
     def test_know_each_other(self, both):
         assert [found["team"] for found in both] == [[0, 2], [1, 2]]
 
+    @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed in /proc")
+    def test_no_thread_outlives_the_group(self, both):
+        assert [found["outlived"] for found in both] == [[], []]
+
     def test_the_mean_gradient_is_that_of_the_union_of_batches(self, both):
         for found in both:
             assert found["averages"]["union"]

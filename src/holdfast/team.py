@@ -245,5 +245,9 @@ def _state() -> Any:
 
     if processes() == 1:
         return PartialState()
+    # Its functions' defaults are the group of processes that exists when they are imported, as the first optimizer does
+    # somewhere. That group would never end, nor would its threads, which abort Python when they outlive it.
+    import torch.distributed.nn.functional
+
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu, timeout=PATIENCE)
