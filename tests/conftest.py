@@ -17,6 +17,7 @@ from filelock import FileLock
 
 import training
 from fewer import cut
+from holdfast import inspection
 from holdfast.execution import Run
 from holdfast.executors import Executor, executor
 from holdfast.finetune import pretrain
@@ -84,6 +85,13 @@ def few_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a few samples of every file of the real data; see `fewer.cut`."""
     folder = real_data()
     return once(tmp_path_factory, "few-data", lambda: cut(folder, tmp_path_factory.mktemp("data") / "few"))
+
+
+@pytest.fixture
+def brief_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red flags are looked for on few samples, where a test is about something else and the network is a real one."""
+    monkeypatch.setattr(inspection, "SAMPLES", 16)
+    monkeypatch.setattr(inspection, "FEW", 4)
 
 
 @pytest.fixture

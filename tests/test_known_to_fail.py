@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from holdfast.pipeline import run_recipe
 from holdfast.recipe import load
 
@@ -23,6 +25,7 @@ def test_fine_tuning_brings_the_digits_back_that_ntl_unlearned(tmp_path):
     assert result.audit.verdict.label in {"fails", "partial"}
 
 
+@pytest.mark.usefixtures("brief_look")
 def test_ntl_starts_on_real_weights(data_dir, tmp_path):
     few = ["benign.train_limit=40", "restricted.train_limit=80", "audit.shots=2", "audit.side_effects=false",
            "benign.test_limit=50", "restricted.test_limit=20"]  # fmt: skip
@@ -32,6 +35,7 @@ def test_ntl_starts_on_real_weights(data_dir, tmp_path):
     assert len(result.immunization.history["mmd"]) == 2
 
 
+@pytest.mark.usefixtures("brief_look")
 def test_whitening_and_the_closed_form_walk_through_a_linear_extractor(data_dir, tmp_path):
     few = [
         "benign.train_limit=800",

@@ -149,6 +149,7 @@ class TestRecipe:
         assert read_result(tmp_path).audit == result.audit
         assert "Invalid" in (tmp_path / "report.html").read_text()
 
+    @pytest.mark.usefixtures("brief_look")
     @pytest.mark.parametrize("scale", ["smoke", "paper"])
     def test_real_weights_start_at_every_scale(self, data_dir, tmp_path, scale):
         quick = ["audit.budgets=[0,1]", "audit.seeds=1", "audit.shots=2", "audit.side_effects=false",
