@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo    run the quickstart: immunize a small model, audit it, write the report"
 	@echo "make test    run the tests"
-	@echo "make test-portable  run those that train, on other instruction sets and with one and two threads (half an hour)"
+	@echo "make test-portable  run those that train, on other instruction sets and with one and two threads (fifty minutes)"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make format  let ruff format the code"
 	@echo "make docs    build the documentation into site/"
