@@ -10,7 +10,7 @@ from torch import nn
 
 from holdfast.checks import REMEDIES, compare, flags_of_code, flags_of_curves, red_flags
 from holdfast.finetune import pretrain
-from holdfast.inspection import inspect
+from holdfast.inspection import inspect, rms
 from holdfast.models import ModelSpec, SplitModel, every_tensor, load_model
 from holdfast.pipeline import halves
 from holdfast.recipe import build_defense
@@ -174,6 +174,11 @@ class TestHonestModels:
 
 
 class TestExtremes:
+    def test_a_layer_may_answer_with_integers_or_nothing(self):
+        assert rms(torch.tensor([1, 7])) == pytest.approx(5.0)
+        assert rms(torch.tensor([True, True])) == 1.0
+        assert rms(torch.zeros(0)) == 0.0
+
     def test_weights_that_are_not_finite(self, zoo_originals, flags):
         model = zoo_originals["none"].clone()
         with torch.no_grad():

@@ -152,7 +152,7 @@ def _batch(task: Task, run: Run) -> Batch:
 
 def rms(x: Tensor) -> float:
     """Returns the root mean square, in float64."""
-    return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64)) / math.sqrt(x.numel()) if x.numel() else 0.0
+    return float(x.detach().cpu().double().square().mean().sqrt()) if x.numel() else 0.0
 
 
 # --- Evaluation mode ---
