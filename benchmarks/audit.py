@@ -26,13 +26,13 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 from holdfast.adversaries import FineTuning, battery
-from holdfast.adversaries.stacked import Member, attack_together, stacks
-from holdfast.auditing import AuditSpec, audit
-from holdfast.execution import Run
-from holdfast.finetune import Strategy, finetune, pretrain
+from holdfast.adversaries.batched import Member, attack_together, stacks
+from holdfast.auditing.audit import AuditSpec, audit
 from holdfast.models import ModelSpec, SplitModel, load_model
 from holdfast.results import Curve
+from holdfast.runtime.run import Run
 from holdfast.tasks import ArrayTask, load_task
+from holdfast.training import Strategy, finetune, pretrain
 
 FLOORS = {"one_by_one_over_stacked": 3.0}
 LIMITS = {"stacked_difference_of_losses": 1e-4, "stacked_samples_judged_otherwise": 1e-4, "audit_over_bare_steps": 1.10}

@@ -24,10 +24,10 @@ import torch
 
 from holdfast.adversaries import FineTuning
 from holdfast.defenses import SignalFrontier, Sophon
-from holdfast.execution import Run
-from holdfast.finetune import Initialisation, Scope, Strategy, pretrain
 from holdfast.models import ModelSpec, SplitModel, load_model
+from holdfast.runtime.run import Run
 from holdfast.tasks import Task, load_task
+from holdfast.training import Initialisation, Scope, Strategy, pretrain
 
 RATES = {
     "momentum": (1e-4, 1e-3, 1e-2, 1e-1),

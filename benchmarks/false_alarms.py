@@ -23,12 +23,12 @@ from pathlib import Path
 
 import torch
 
-from holdfast.auditing import AuditSpec, audit
-from holdfast.execution import Run
-from holdfast.finetune import pretrain
+from holdfast.auditing.audit import AuditSpec, audit
 from holdfast.models import ModelSpec, SplitModel, load_model
 from holdfast.results import AuditResult, Thresholds
+from holdfast.runtime.run import Run
 from holdfast.tasks import ArrayTask, load_task
+from holdfast.training import pretrain
 
 WRONG = ("fails", "partial")
 LIFTED = Thresholds(max_benign_drop=0.99)

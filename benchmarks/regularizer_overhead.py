@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.models import SplitModel, load_model
-from holdfast.regularizers import r_ill_of_features, r_well_of_features
+from holdfast.spectral.regularizers import r_ill_of_features, r_well_of_features
 from holdfast.tasks import ArrayTask
 
 LIMIT = 1.15

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from holdfast.auditing import AuditSpec, audit
-from holdfast.execution import Run
-from holdfast.pipeline import halves
+from holdfast.auditing.audit import AuditSpec, audit
 from holdfast.results import AuditResult
+from holdfast.runtime.run import Run
+from holdfast.tasks.splits import halves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import shams  # the zoo belongs to the tests

@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from holdfast.regularizers import PreconditionedLinear, Preconditioner, r_ill_of_features, r_well_of_features
-from holdfast.spectrum import LeastSquares
+from holdfast.spectral.least_squares import LeastSquares
+from holdfast.spectral.preconditioning import PreconditionedLinear, Preconditioner
+from holdfast.spectral.regularizers import r_ill_of_features, r_well_of_features
 
 FLOORS = {"naive_step_over_step": 10.0}
 LIMITS = {

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from holdfast.defenses.simulation import Simulation
-from holdfast.finetune import Strategy
+from holdfast.defenses.sophon.simulation import Simulation
+from holdfast.losses import denial_of_service, inverse_cross_entropy
 from holdfast.models import ModelSpec, SplitModel, load_model
-from holdfast.suppression import denial_of_service, inverse_cross_entropy
 from holdfast.tasks import ArrayTask, DenoisingTask
+from holdfast.training import Strategy
 
 LIMITS = {"memory_k50_over_k5": 1.15, "memory_k50_over_k5_above_start": 1.15, "time_over_bare_passes": 1.10}
 BATCH = 50

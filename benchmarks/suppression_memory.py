@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from holdfast.defenses.simulation import Simulation
-from holdfast.finetune import Strategy
+from holdfast.defenses.sophon.simulation import Simulation
+from holdfast.losses import inverse_cross_entropy
 from holdfast.models import SplitModel, load_model
-from holdfast.suppression import inverse_cross_entropy
 from holdfast.tasks import ArrayTask
+from holdfast.training import Strategy
 
 LIMITS = {
     "resnet18_k50_over_k5": 1.15,

@@ -15,9 +15,9 @@ import torch
 
 from holdfast.adversaries import BATTERIES
 from holdfast.errors import HoldfastError
-from holdfast.execution import Run
 from holdfast.models import SplitModel, architecture_differences, transplant
-from holdfast.pipeline import halves
+from holdfast.runtime.run import Run
+from holdfast.tasks.splits import halves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import shams  # the zoo belongs to the tests

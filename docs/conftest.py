@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import holdfast
-from holdfast.cli import main
+from holdfast.cli.main import main
 
 collect_ignore = ["docstrings.py"]  # for the build of the site; the tests do without what it imports
 

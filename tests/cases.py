@@ -22,7 +22,7 @@ from holdfast.defenses import (
     SlowProbe,
     Sophon,
 )
-from holdfast.finetune import OPTIMIZERS, Strategy
+from holdfast.training import OPTIMIZERS, Strategy
 
 _BRIEF = {"iterations": 3, "steps": 3, "batch_sizes": (20,), "reinforcement_batch": 32, "guard_every": 1}
 

@@ -17,15 +17,15 @@ from filelock import FileLock
 
 import training
 from fewer import cut
-from holdfast import inspection
-from holdfast.execution import Run
-from holdfast.executors import Executor, executor
-from holdfast.finetune import pretrain
+from holdfast.experiments.recipe import load as load_recipe
+from holdfast.experiments.runner import run_recipe
+from holdfast.metrics import diagnostics
 from holdfast.models import ModelSpec, SplitModel, load_model
-from holdfast.pipeline import run_recipe
-from holdfast.recipe import load as load_recipe
 from holdfast.results import RunResult, read_result
+from holdfast.runtime.executors import Executor, executor
+from holdfast.runtime.run import Run
 from holdfast.tasks import ArrayTask, load_task
+from holdfast.training import pretrain
 from shams import zoo_original
 
 # One thread, here and in the processes that tests start: as fast as two for networks this small, and indifferent to
@@ -90,8 +90,8 @@ def few_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def brief_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Red flags are looked for on few samples, where a test is about something else and the network is a real one."""
-    monkeypatch.setattr(inspection, "SAMPLES", 16)
-    monkeypatch.setattr(inspection, "FEW", 4)
+    monkeypatch.setattr(diagnostics, "SAMPLES", 16)
+    monkeypatch.setattr(diagnostics, "FEW", 4)
 
 
 @pytest.fixture

@@ -310,7 +310,7 @@ def norm_ratios(x: Tensor, y: Tensor, steps: int) -> list[float]:
     return [float((w - best).norm() ** 2 / (path[0] - best).norm() ** 2) for w in path]
 
 
-# What the curves of an audit say, from the docstring of `holdfast.comparison`: plain loops over lists.
+# What the curves of an audit say, from the docstring of `holdfast.auditing.statistics`: plain loops over lists.
 
 
 def best_of_battery(scores: list, *, both_ways: bool = True) -> list:

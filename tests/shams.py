@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from holdfast.execution import Run
-from holdfast.finetune import pretrain
 from holdfast.models import ModelSpec, SplitModel, load_model
+from holdfast.runtime.run import Run
 from holdfast.tasks import Task, load_task
+from holdfast.training import pretrain
 
 Sham = Callable[[SplitModel, Task, Task], SplitModel]
 SHAMS: dict[str, Sham] = {}

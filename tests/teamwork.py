@@ -10,17 +10,20 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from holdfast.cli import main
+from holdfast.cli.main import main
 from holdfast.defenses import NTL, Sophon
-from holdfast.defenses.guarded import Immunization
 from holdfast.defenses.ntl import _Immunization
+from holdfast.defenses.trainer import Immunization
 from holdfast.errors import HoldfastError
-from holdfast.execution import Journal, Run, resolve_device, tensors_sha256
-from holdfast.executors import executor
-from holdfast.finetune import pretrain
 from holdfast.models import load_model
+from holdfast.runtime.devices import resolve_device
+from holdfast.runtime.distributed import Team, alone, team
+from holdfast.runtime.executors import executor
+from holdfast.runtime.journal import Journal
+from holdfast.runtime.run import Run
+from holdfast.runtime.storage import tensors_sha256
 from holdfast.tasks import load_task
-from holdfast.team import Team, alone, team
+from holdfast.training import pretrain
 
 CPU = torch.device("cpu")
 

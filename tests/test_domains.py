@@ -9,9 +9,9 @@ import torch
 
 from holdfast import Sophon, halves
 from holdfast.adversaries import FineTuning
-from holdfast.finetune import Strategy
 from holdfast.models import ModelSpec, load_model
 from holdfast.tasks import load_task
+from holdfast.training import Strategy
 
 CLASSES = {
     "cifar10": 10,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from holdfast.pipeline import run_recipe
-from holdfast.recipe import load
+from holdfast.experiments.recipe import load
+from holdfast.experiments.runner import run_recipe
 
 
 def stopped(result):

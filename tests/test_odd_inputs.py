@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from holdfast.cli import main
+from holdfast.cli.main import main
 
 RNG = np.random.default_rng(0)
 FEATURES = "feasibility --benign {benign} --restricted {restricted} --out {out}"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.cli import COMMANDS
-from holdfast.documents import recipe_names
+from holdfast.cli.main import COMMANDS
+from holdfast.runtime.documents import recipe_names
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from holdfast.adversaries import BATTERIES, Adversary, FineTuning, Probe
+    from holdfast.api import audit, feasibility, immunize
     from holdfast.defenses import (
         DEFENSES,
         IMMA,
@@ -31,14 +32,15 @@ if TYPE_CHECKING:
         Sophon,
     )
     from holdfast.errors import HoldfastError
-    from holdfast.finetune import Strategy, pretrain
-    from holdfast.frontier import Frontier
     from holdfast.models import Denoiser, ModelSpec, SplitModel, load_model
-    from holdfast.pipeline import audit, feasibility, halves, immunize
     from holdfast.report import write_report
     from holdfast.results import AuditResult, Feasibility, RunResult, read_result
-    from holdfast.spectrum import LeastSquares, condition_number
+    from holdfast.spectral.frontier import Frontier
+    from holdfast.spectral.least_squares import LeastSquares
+    from holdfast.spectral.spectrum import condition_number
     from holdfast.tasks import ArrayTask, DenoisingTask, RegressionTask, Schedule, Task, TaskSpec, TextTask, load_task
+    from holdfast.tasks.splits import halves
+    from holdfast.training import Strategy, pretrain
 
 __all__ = [
     "BATTERIES",
@@ -92,20 +94,22 @@ __all__ = [
 ]
 
 _HOME = {
+    "api": ("audit", "feasibility", "immunize"),
     "adversaries": ("BATTERIES", "Adversary", "FineTuning", "Probe"),
     "defenses": (
         "DEFENSES", "IMMA", "LEACE", "NTL", "ConditionNumber", "DeepCondition", "DeepIMMA", "DeepOptKappa", "DeepRIll",
         "Defense", "FrontierDefense", "OptKappa", "RIllOnly", "RidgeProbe", "SignalFrontier", "SlowProbe", "Sophon",
     ),
     "errors": ("HoldfastError",),
-    "finetune": ("Strategy", "pretrain"),
-    "frontier": ("Frontier",),
     "models": ("Denoiser", "ModelSpec", "SplitModel", "load_model"),
-    "pipeline": ("audit", "feasibility", "halves", "immunize"),
     "report": ("write_report",),
     "results": ("AuditResult", "Feasibility", "RunResult", "read_result"),
-    "spectrum": ("LeastSquares", "condition_number"),
+    "spectral.frontier": ("Frontier",),
+    "spectral.least_squares": ("LeastSquares",),
+    "spectral.spectrum": ("condition_number",),
     "tasks": ("ArrayTask", "DenoisingTask", "RegressionTask", "Schedule", "Task", "TaskSpec", "TextTask", "load_task"),
+    "tasks.splits": ("halves",),
+    "training": ("Strategy", "pretrain"),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

@@ -1,5 +1,5 @@
 """Makes `python -m holdfast` the command line."""
 
-from holdfast.cli import main
+from holdfast.cli.main import main
 
 main()

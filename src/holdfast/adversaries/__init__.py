@@ -4,8 +4,8 @@ from holdfast.adversaries.base import Adversary
 from holdfast.adversaries.batteries import BATTERIES, KINDS, SEARCHES, battery, build, listed
 from holdfast.adversaries.finetuning import FineTuning
 from holdfast.adversaries.probes import Probe
-from holdfast.adversaries.search import Search
-from holdfast.adversaries.undo import UNDO
+from holdfast.adversaries.search_space import Search
+from holdfast.adversaries.undo.moves import UNDO
 
 __all__ = [
     "BATTERIES",

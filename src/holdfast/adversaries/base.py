@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from holdfast.errors import HoldfastError
-from holdfast.execution import Run
 from holdfast.models import SplitModel, both_splits
 from holdfast.results import Curve, Role
+from holdfast.runtime.run import Run
 from holdfast.tasks import Task
 
 

@@ -8,9 +8,9 @@ from typing import Any, Final
 from holdfast.adversaries.base import Adversary
 from holdfast.adversaries.finetuning import FineTuning
 from holdfast.adversaries.probes import PREPARATIONS, SOLVERS, Probe
-from holdfast.adversaries.search import ADAPTIVE, SCALES, Search
+from holdfast.adversaries.search_space import ADAPTIVE, SCALES, Search
 from holdfast.errors import HoldfastError, unknown
-from holdfast.finetune import Strategy
+from holdfast.training import Strategy
 
 BATTERIES: Final[dict[str, tuple[Adversary, ...]]] = {
     # SOPHON's three strategies; Adam, momentum and Adagrad; rates from 1e-4 (the paper's default attack) to 1e-1.

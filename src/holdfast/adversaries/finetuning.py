@@ -11,13 +11,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from holdfast import finetune
+from holdfast import training
 from holdfast.adversaries.base import Adversary, keep_head
-from holdfast.adversaries.undo import IMPOSSIBLE, NEED_REFERENCE, OF_FEATURES, UNDO, bake, nothing_to_undo
+from holdfast.adversaries.undo.moves import IMPOSSIBLE, NEED_REFERENCE, OF_FEATURES, UNDO, bake, nothing_to_undo
 from holdfast.errors import HoldfastError, unknown
-from holdfast.finetune import Strategy
 from holdfast.models import SplitModel
 from holdfast.tasks import Task
+from holdfast.training import Strategy
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class FineTuning(Adversary):
 
     def not_applicable(self, model: SplitModel, task: Task) -> str | None:
         """See `Adversary.not_applicable`."""
-        reason = finetune.not_applicable(self.strategy, model, task)
+        reason = training.not_applicable(self.strategy, model, task)
         if reason is not None or not self.undo:
             return reason
         reasons = {move: nothing_to_undo(move, model) for move in self.undo}
@@ -99,7 +99,7 @@ class FineTuning(Adversary):
         with _foreign(self.name, model):
             penalty = self._start(model, task, benign, generator, device)
         yield torch.zeros((), device=device)
-        work = finetune.finetune(
+        work = training.finetune(
             model, task, self.strategy, generator=generator, device=device, burn_in=self.burn_in, penalty=penalty
         )
         while True:
@@ -118,11 +118,11 @@ class FineTuning(Adversary):
         moves = ["thaw"] if (self.undo or self.strategy.scope == "all") and "thaw" not in self.undo else []
         for move in [*moves, *self.undo]:
             if move in OF_FEATURES and renews and reference is not None:
-                finetune.renew_blocks(model, self.strategy, reference)  # features are those of the new blocks
+                training.renew_blocks(model, self.strategy, reference)  # features are those of the new blocks
             UNDO[move](model, model if reference is None else reference, task, generator, device)
         keep_head(model)
         penalty = self._replayed(model, benign, generator, device)
-        finetune.prepare(model, self.strategy, task, reference)
+        training.prepare(model, self.strategy, task, reference)
         if "insert" in self.undo:
             model.network.get_submodule(model.head_name.rpartition(".")[0]).requires_grad_(True)
         return penalty

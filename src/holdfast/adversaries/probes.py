@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.adversaries.base import Adversary
-from holdfast.convergence import descend
 from holdfast.errors import HoldfastError, unknown
 from holdfast.models import SplitModel
-from holdfast.spectrum import LeastSquares
+from holdfast.spectral.convergence import descend
+from holdfast.spectral.least_squares import LeastSquares
 from holdfast.tasks import Batch, Task
 
 Solver = Literal["gd", "line-search", "adam", "lbfgs", "ridge"]

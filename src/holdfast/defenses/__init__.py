@@ -3,18 +3,18 @@
 from typing import Final
 
 from holdfast.defenses.base import Defense, Record
-from holdfast.defenses.condition import ConditionNumber, RIllOnly
-from holdfast.defenses.deep import DeepDefense
-from holdfast.defenses.deep_condition import DeepCondition, DeepOptKappa, DeepRIll
-from holdfast.defenses.deep_imma import DeepIMMA
-from holdfast.defenses.frontier import FrontierDefense, SignalFrontier
-from holdfast.defenses.imma import IMMA
+from holdfast.defenses.deep.base import DeepDefense
+from holdfast.defenses.deep.condition import DeepCondition, DeepOptKappa, DeepRIll
+from holdfast.defenses.deep.imma import DeepIMMA
+from holdfast.defenses.deep.probe_suppression import RidgeProbe, SlowProbe
 from holdfast.defenses.leace import LEACE
-from holdfast.defenses.linear import LinearDefense, LinearProblem
+from holdfast.defenses.linear.base import LinearDefense, LinearProblem
+from holdfast.defenses.linear.condition import ConditionNumber, RIllOnly
+from holdfast.defenses.linear.frontier import FrontierDefense, SignalFrontier
+from holdfast.defenses.linear.imma import IMMA
+from holdfast.defenses.linear.opt_kappa import OptKappa
 from holdfast.defenses.ntl import NTL
-from holdfast.defenses.opt_kappa import OptKappa
-from holdfast.defenses.probe_suppression import RidgeProbe, SlowProbe
-from holdfast.defenses.sophon import Sophon
+from holdfast.defenses.sophon.sophon import Sophon
 
 DEFENSES: Final[dict[str, type[Defense]]] = {
     Sophon.name: Sophon,

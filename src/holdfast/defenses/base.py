@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from holdfast.execution import Run
 from holdfast.models import SplitModel
 from holdfast.results import Event, ImmunizationResult
+from holdfast.runtime.run import Run
 from holdfast.tasks import Task
 
 

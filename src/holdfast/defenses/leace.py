@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from holdfast.defenses.base import Defense, Record
-from holdfast.execution import Run
 from holdfast.models import SplitModel, check_feature_width, check_fits, feature_precision, features
 from holdfast.results import Event
-from holdfast.spectrum import EPS, LeastSquares
+from holdfast.runtime.run import Run
+from holdfast.spectral.least_squares import LeastSquares
+from holdfast.spectral.spectrum import EPS
 from holdfast.tasks import Task
 
 LOST = 1e-10

@@ -34,12 +34,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.defenses.base import Record
-from holdfast.defenses.guarded import GuardedDefense, Immunization
+from holdfast.defenses.trainer import GuardedDefense, Immunization
 from holdfast.errors import HoldfastError, unknown
-from holdfast.execution import Run
-from holdfast.finetune import OPTIMIZERS
 from holdfast.models import SplitModel, check_fits
+from holdfast.runtime.run import Run
 from holdfast.tasks import Task
+from holdfast.training import OPTIMIZERS
 
 
 def squared_distances(z: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class NTL(GuardedDefense):
     Attributes:
         iterations: steps of the optimizer.
         learning_rate: its rate.
-        optimizer: a name of `holdfast.finetune.OPTIMIZERS`.
+        optimizer: a name of `holdfast.training.OPTIMIZERS`.
         weight_decay: at least 0.
         batch_size: samples of each of the two tasks in a step.
         alpha: a, weight of the restricted loss (the paper: 0.1).

@@ -1,15 +1,16 @@
 """Models: a network split into a body and a head; built-in ones, timm's, Hugging Face's, and anybody's code."""
 
-from holdfast.models.base import SplitModel
+from holdfast.models.activation_cache import Prefix, Rest
 from holdfast.models.blocks import is_normalisation
-from holdfast.models.catalog import ModelSpec, load_model, load_released
-from holdfast.models.code import is_code
-from holdfast.models.denoiser import Denoiser
+from holdfast.models.compatibility import architecture_differences, check_fits
+from holdfast.models.families.diffusion import Denoiser
+from holdfast.models.families.user_code import is_code
 from holdfast.models.features import both_splits, check_feature_width, feature_batches, feature_precision, features
-from holdfast.models.fitting import architecture_differences, check_fits, foreign_code, transplant
-from holdfast.models.heads import every_tensor
-from holdfast.models.prefix import Prefix, Rest
-from holdfast.models.reading import load_task_for, read_by
+from holdfast.models.introspection import every_tensor
+from holdfast.models.loading import ModelSpec, load_model, load_released
+from holdfast.models.split_model import SplitModel
+from holdfast.models.task_tokenizer import load_task_for, read_by
+from holdfast.models.transplant import foreign_code, transplant
 
 __all__ = [
     "Denoiser",

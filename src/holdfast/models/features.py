@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import HoldfastError
-from holdfast.execution import fingerprint, place_of_float64
-from holdfast.models.base import SplitModel
+from holdfast.models.split_model import SplitModel
+from holdfast.runtime.devices import place_of_float64
+from holdfast.runtime.run import fingerprint
 from holdfast.tasks import Task
 from holdfast.tasks.base import Split
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from holdfast.errors import HoldfastError
-from holdfast.models.base import SplitModel
-from holdfast.models.heads import Head
+from holdfast.models.introspection import Head
+from holdfast.models.split_model import SplitModel
 from holdfast.tasks import Task
 
 _NO_NAME = re.compile(r"(label|class|output|category)?\s*-?\d+")

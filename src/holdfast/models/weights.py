@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from holdfast.errors import HoldfastError
-from holdfast.execution import load_tensors
 from holdfast.models.wrappers import HALF, WRAPPERS
+from holdfast.runtime.storage import load_tensors
 
 INDEX = ".safetensors.index.json"
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")

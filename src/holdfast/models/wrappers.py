@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from holdfast.errors import HoldfastError
-from holdfast.models.heads import duplicate, every_tensor, first_line, is_head
+from holdfast.models.introspection import duplicate, every_tensor, first_line, is_head
 
 HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 """Precisions in which fine-tuning by itself fails: steps of an optimiser are rounded away or overflow."""

@@ -16,14 +16,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from holdfast.drawing import strips
-from holdfast.execution import write_atomic
-from holdfast.keeping import BENIGN_AFTER
+from holdfast.auditing.retention import BENIGN_AFTER
 from holdfast.report import wording
-from holdfast.report.curves import advantage_plot, adversary_plots, best_plot, search_plot, side_effect_plots
+from holdfast.report.audit_plots import advantage_plot, adversary_plots, best_plot, search_plot, side_effect_plots
 from holdfast.report.plots import STYLES, figure_plot, history_plot, measures_errors, series_title
-from holdfast.results import ROLES, AuditResult, Cell, Pictures, RunResult, Table
-from holdfast.verdict import words
+from holdfast.results import ROLES, AuditResult, RunResult
+from holdfast.results.image_grid import strips
+from holdfast.results.tables import Cell, Pictures, Table
+from holdfast.results.terms import words
+from holdfast.runtime.storage import write_atomic
 
 LONG_BATTERY, SHOWN_ROWS, SHOWN_PANELS = 12, 6, 8
 """Of a long battery, so many of the strongest are shown; the others are folded away."""

@@ -9,10 +9,10 @@ from pathlib import Path
 from scipy.special import ndtri, stdtrit
 
 from holdfast.errors import HoldfastError
-from holdfast.execution import write_atomic
 from holdfast.report import wording
 from holdfast.report.html import environment
 from holdfast.results import AuditResult, Interval, RunResult, read_result
+from holdfast.runtime.storage import write_atomic
 
 FEW_SEEDS = 3
 """Fewer say too little about the spread."""

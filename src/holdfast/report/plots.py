@@ -13,8 +13,9 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from holdfast.results import Event, ImmunizationResult, Lines, Map, Role
-from holdfast.suppression import OF_DENOISING
+from holdfast.losses import OF_DENOISING
+from holdfast.results import Event, ImmunizationResult, Role
+from holdfast.results.tables import Lines, Map
 
 
 @dataclass(frozen=True)

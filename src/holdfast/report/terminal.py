@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from holdfast.report import wording
-from holdfast.results import AuditResult, Cell, Curve, Interval, RunResult
-from holdfast.results import Table as Tabular
-from holdfast.team import speaks
-from holdfast.verdict import words
+from holdfast.results import AuditResult, Curve, Interval, RunResult
+from holdfast.results.tables import Cell
+from holdfast.results.tables import Table as Tabular
+from holdfast.results.terms import words
+from holdfast.runtime.distributed import speaks
 
 LEAST = 14
 """Characters of a column of names; longer ones go on in the next line."""

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.keeping import benign_after
-from holdfast.results import AuditResult, BudgetRow, Cell, Cost, Interval, Role, RunResult, Table
-from holdfast.verdict import count, words
-from holdfast.verdict import doubts as doubts_of
+from holdfast.auditing.retention import benign_after
+from holdfast.auditing.verdict import count
+from holdfast.auditing.verdict import doubts as doubts_of
+from holdfast.results import AuditResult, BudgetRow, Cost, Interval, Role, RunResult
+from holdfast.results.tables import Cell, Table
+from holdfast.results.terms import words
 
 MINUS = "\N{MINUS SIGN}"
 NEVER = "never within the budget"

@@ -1,12 +1,12 @@
 """Tasks: data, an honest learner's loss, a score. One file per kind, and a catalog of names."""
 
-from holdfast.tasks.arrays import ArrayTask
 from holdfast.tasks.base import Batch, Task
-from holdfast.tasks.catalog import TaskSpec, is_text, load_task
+from holdfast.tasks.classification import ArrayTask
 from holdfast.tasks.denoising import DenoisingTask, Schedule
+from holdfast.tasks.loading import TaskSpec, is_text, load_task
 from holdfast.tasks.regression import RegressionTask
 from holdfast.tasks.text import TextTask
-from holdfast.tasks.tokenizing import Tokenizer, Vocabulary, load_tokenizer, located
+from holdfast.tasks.tokenizers import Tokenizer, Vocabulary, load_tokenizer, located
 
 __all__ = [
     "ArrayTask",

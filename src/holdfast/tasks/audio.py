@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.tasks.arrays import UNREADABLE, Array, ArrayTask
+from holdfast.tasks.arrays import UNREADABLE, Array
+from holdfast.tasks.classification import ArrayTask
 from holdfast.tasks.splits import draw_test_rows
 
 WINDOW, HOP = 0.032, 0.016

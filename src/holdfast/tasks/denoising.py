@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.execution import device_of
 from holdfast.results import TaskFacts
-from holdfast.tasks.arrays import SCORE_BATCH, Array, ArrayTask
+from holdfast.runtime.devices import device_of
+from holdfast.tasks.arrays import Array
 from holdfast.tasks.base import Batch, Kind, Split
+from holdfast.tasks.classification import SCORE_BATCH, ArrayTask
 
 BLOCK = 500
 """Test images whose fixed noise is drawn together."""

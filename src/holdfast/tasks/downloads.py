@@ -10,10 +10,11 @@ import numpy as np
 from PIL import Image
 
 from holdfast.errors import HoldfastError
-from holdfast.tasks.arrays import Array, ArrayTask
-from holdfast.tasks.pictures import Opener, stack
+from holdfast.tasks.arrays import Array
+from holdfast.tasks.classification import ArrayTask
+from holdfast.tasks.image_files import Opener, stack
 from holdfast.tasks.text import TextTask, text_task
-from holdfast.tasks.tokenizing import Tokenizer
+from holdfast.tasks.tokenizers import Tokenizer
 
 _Arguments = dict[str, Any]
 _BY_FLAG: tuple[_Arguments, _Arguments] = ({"train": True}, {"train": False})

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.execution import device_of, dtype_of
-from holdfast.tasks.arrays import SCORE_BATCH, Array, ArrayTask
+from holdfast.runtime.devices import device_of, dtype_of
+from holdfast.tasks.arrays import Array
 from holdfast.tasks.base import Batch, Kind, Split
+from holdfast.tasks.classification import SCORE_BATCH, ArrayTask
 
 
 class RegressionTask(ArrayTask):

@@ -1,14 +1,27 @@
-"""The split into training and test samples, where a source has none of its own."""
+"""Splits: defender's and adversary's half of a task, and test samples where a source has none of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from holdfast.errors import HoldfastError
+
+if TYPE_CHECKING:
+    from holdfast.tasks.base import Task
+
+HALVES_SEED = 0
+"""Seed of the split into defender's and adversary's half. It is the same for everybody, whatever their run's seed, so
+that a defender and an auditor who never met do not share restricted training data, even if their classes differ."""
+
+
+def halves(restricted: Task) -> tuple[Task, Task]:
+    """Returns the defender's and the adversary's half of a restricted task's training data."""
+    return restricted.halves(HALVES_SEED)
 
 
 def draw_rows(

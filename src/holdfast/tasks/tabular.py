@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.tasks.arrays import ArrayTask
+from holdfast.tasks.classification import ArrayTask
 from holdfast.tasks.regression import RegressionTask
 from holdfast.tasks.splits import draw_test_rows
 from holdfast.tasks.tables import (

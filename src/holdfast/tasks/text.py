@@ -11,8 +11,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from holdfast.results import TaskFacts
-from holdfast.tasks.arrays import Array, ArrayTask
-from holdfast.tasks.tokenizing import Tokenizer, Vocabulary
+from holdfast.tasks.arrays import Array
+from holdfast.tasks.classification import ArrayTask
+from holdfast.tasks.tokenizers import Tokenizer, Vocabulary
 
 LENGTH = 64
 """Tokens a sentence, where a task says nothing else: enough for news with their titles, and for most sentences."""
@@ -37,7 +38,7 @@ class TextTask(ArrayTask):
         HoldfastError: see `ArrayTask`; and for ids that are no integers or outside of the vocabulary.
 
     Example:
-        >>> from holdfast.tasks.tokenizing import load_tokenizer
+        >>> from holdfast.tasks.tokenizers import load_tokenizer
         >>> words = load_tokenizer("words")
         >>> x = words.encode(["so good", "so bad"], 3)
         >>> task = TextTask("toy", x, [0, 1], x, [0, 1], ["good", "bad"], vocabulary=words.vocabulary)

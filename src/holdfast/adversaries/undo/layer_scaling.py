@@ -1,0 +1,209 @@
+"""Undoing tricks of scale: layers whose weights or outputs are of another size than in a fresh network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from holdfast.adversaries.undo.introspection import (
+    batch_statistics,
+    counterpart,
+    fresh_values,
+    in_order,
+    mend,
+    own_biases,
+    own_weights,
+    some_samples,
+)
+from holdfast.models import SplitModel, is_normalisation
+from holdfast.runtime.devices import widest
+from holdfast.tasks import Task
+
+FACTOR = 3.0
+"""A layer whose outputs are this many times larger or smaller than in the reference is brought back by `equalise`."""
+
+Factor = float | Tensor
+"""One for a whole layer, or one for each of its units."""
+
+
+@torch.no_grad()
+def rescale(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Scales the weights of each layer, and of each normalisation, to the norm that they have in the reference.
+
+    A bias is scaled by all the factors since the last normalisation, and a normalisation's running statistics with
+    what arrives: in a network of layers in a row with ReLU the outputs change by one factor, and no prediction changes.
+    """
+    mend(model, reference)
+    arriving = 1.0
+    for name, layer in in_order(model, some_samples(task, generator, device)):
+        like = counterpart(reference, name)
+        if is_normalisation(layer):
+            keep_slope(layer, arriving)
+            absorb(layer, arriving)
+            arriving = _scale_normalisation(layer, like)
+            continue
+        arriving *= _scale_to_norm(layer, like)
+        for bias in own_biases(layer):
+            bias.mul_(arriving)
+
+
+def _scale_to_norm(layer: nn.Module, like: nn.Module | None) -> float:
+    """Scales a layer's weights to the norm that they would have if fresh; returns the factor."""
+    weights = own_weights(layer)
+    size = norm_of(weights.values())
+    factor = norm_of(fresh_values(layer, like, n) for n in weights) / size if size > 0 else 1.0
+    if factor <= 0:
+        return 1.0
+    for weight in weights.values():
+        weight.copy_(weight.to(widest(weight.device)) * factor)
+    return factor
+
+
+def norm_of(tensors: Any) -> float:
+    """Norm of several tensors together; by the largest entry first, since squares of tiny numbers vanish."""
+    found = [t.detach() for t in tensors]
+    peak = max((float(t.abs().max()) for t in found), default=0.0)
+    return peak * math.sqrt(sum(float((t / peak).square().sum()) for t in found)) if peak > 0 else 0.0
+
+
+def keep_slope(layer: nn.Module, factor: Factor) -> None:
+    """Undoes what a normalisation's eps makes of inputs that are `factor` times larger, by its weight.
+
+    Beside tiny variances eps is what divides; once they are usual, it is not.
+    """
+    weight = getattr(layer, "weight", None)
+    if isinstance(layer, _NormBase) and layer.running_var is not None and isinstance(weight, Tensor):
+        variance = layer.running_var.to(widest(weight.device))
+        ratio = ((variance * factor**2 + layer.eps) / (variance + layer.eps)).sqrt() / factor
+        weight.mul_(torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0))
+
+
+def absorb(layer: nn.Module, factor: Factor) -> None:
+    """Lets a normalisation layer expect inputs that are `factor` times larger."""
+    if isinstance(layer, _NormBase) and layer.running_mean is not None and layer.running_var is not None:
+        layer.running_mean.mul_(factor)
+        layer.running_var.mul_(factor**2)
+
+
+def _scale_normalisation(layer: nn.Module, like: nn.Module | None, tolerance: float = 1.0) -> float:
+    """Scales a normalisation's weight and bias until its outputs are as large as in the reference.
+
+    Behind a normalisation, outputs have the size of weight and bias together.
+
+    Args:
+        layer: changed in place.
+        like: the same layer of the reference.
+        tolerance: by how many times it may be off without being changed.
+
+    Returns:
+        The factor; 1 where there is nothing to scale.
+    """
+    own = [p for p in layer.parameters(recurse=False) if p.is_floating_point()]
+    size = norm_of(own)
+    wanted = norm_of(() if like is None else like.parameters(recurse=False))
+    if _off(size, wanted) <= tolerance:
+        return 1.0
+    for parameter in own:
+        parameter.mul_(wanted / size)
+    return wanted / size
+
+
+@torch.no_grad()
+def equalise(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Scales layers, in order of execution, so that their outputs on the samples are as large as in the reference.
+
+    Only those whose root mean square is off by more than `FACTOR`; normalisations likewise. Biases and running
+    statistics go along as in `rescale`, so that a network of layers in a row with ReLU changes by one factor only.
+    """
+    mend(model, reference)
+    x = some_samples(task, generator, device)
+    wanted = _output_sizes(reference, x)
+    layers = dict(reversed([(m, n) for n, m in in_order(model, x)]))
+    arriving = [1.0]
+    expected: list[tuple[nn.Module, float]] = []
+    seen: set[nn.Module] = set()
+
+    def before(layer: nn.Module, _: Any) -> None:
+        if layer in seen:
+            return
+        like = counterpart(reference, layers[layer])
+        if is_normalisation(layer):
+            seen.add(layer)
+            expected.append((layer, arriving[0]))
+            keep_slope(layer, arriving[0])
+            arriving[0] = _scale_normalisation(layer, like, FACTOR)
+            return
+        off = _off(
+            norm_of(own_weights(layer).values()), norm_of(fresh_values(layer, like, n) for n in own_weights(layer))
+        )
+        if off > 1e6:  # beyond this, outputs may be too small or too large to be measured
+            arriving[0] *= _scale_to_norm(layer, like)
+        for bias in own_biases(layer):
+            bias.mul_(arriving[0])
+
+    def after(layer: nn.Module, _: Any, output: Any) -> Any:
+        if layer in seen or is_normalisation(layer):
+            return output
+        seen.add(layer)
+        own, target = _rms(output), wanted.get(layers[layer])
+        if target is None or own is None or _off(own, target) <= FACTOR:
+            return output
+        factor = target / own
+        for parameter in [*own_weights(layer).values(), *own_biases(layer)]:
+            parameter.mul_(factor)
+        arriving[0] *= factor
+        return output * factor
+
+    hooks = [h for m in layers for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
+    try:
+        with batch_statistics(model, x):
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for layer, factor in expected:
+        absorb(layer, factor)
+
+
+def _off(own: float, wanted: float) -> float:
+    """By how many times two sizes differ; 1 where either is no size."""
+    if not (math.isfinite(own) and math.isfinite(wanted) and own > 0 and wanted > 0):
+        return 1.0
+    return max(own / wanted, wanted / own)
+
+
+def _rms(output: Any) -> float | None:
+    if not isinstance(output, Tensor) or not output.is_floating_point() or not output.numel():
+        return None
+    return norm_of([output]) / math.sqrt(output.numel())
+
+
+def _output_sizes(model: SplitModel, x: Tensor) -> dict[str, float]:
+    """Root mean square of each layer's first output."""
+    found: dict[str, float] = {}
+
+    def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            size = _rms(output)
+            if size is not None:
+                found.setdefault(name, size)
+
+        return keep
+
+    hooks = [m.register_forward_hook(after(n)) for n, m in model.network.named_modules() if own_weights(m)]
+    try:
+        with batch_statistics(model, x):
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

@@ -1,0 +1,213 @@
+"""The verbs: immunize a model, audit a model, or run a whole recipe; each can leave a folder that others can read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from holdfast.auditing.audit import AuditSpec
+from holdfast.defenses import Defense
+from holdfast.defenses.registry import build_defense
+from holdfast.errors import HoldfastError
+from holdfast.experiments.runner import _refuse_idle
+from holdfast.experiments.workspace import Job
+from holdfast.metrics.feasibility import assess, check
+from holdfast.models import SplitModel
+from holdfast.results import AuditResult, Feasibility
+from holdfast.runtime import executors
+from holdfast.runtime.devices import checked_threads, cpu_threads
+from holdfast.runtime.executors import Executor
+from holdfast.runtime.validation import plain, readable, refuse_truth_as_number
+from holdfast.tasks import Task
+from holdfast.tasks.splits import halves
+
+
+def immunize(
+    model: SplitModel,
+    *,
+    benign: Task,
+    restricted: Task,
+    defense: str | Defense = "sophon",
+    seed: int = 0,
+    device: str = "auto",
+    threads: int | None = None,
+    folder: Path | str | None = None,
+    quiet: bool = True,
+    **options: Any,
+) -> SplitModel:
+    """Returns an immunized copy of a model, with the defense's record on it.
+
+    The record is the copy's `immunization`, an `ImmunizationResult`: whether the defense gave up (`completed`), what it
+    did of its own accord (`events`), its `history`, and whether there is an immunized model at all (`nothing` says why
+    not). Look at it before you release anything.
+
+    Args:
+        model: left as it is.
+        benign: what it must stay good at.
+        restricted: what it must not be fine-tuned to; only the defender's half of its training data is used.
+        defense: a name, or a `Defense`.
+        seed: of everything random.
+        device: `auto`, or a torch device.
+        threads: CPU threads of torch; None: its default. One is best for networks of the quickstart's size.
+        folder: where to keep checkpoints, `model.safetensors` and `result.json`; a second call continues there.
+        quiet: show no progress.
+        options: hyper-parameters of the defense, when it is given by name.
+
+    Raises:
+        HoldfastError: for input that cannot work, before any work is done.
+    """
+    chosen = _chosen(defense, options)
+    _check_objects({"model": model}, {"benign": benign, "restricted": restricted})
+    threads = checked_threads(threads)
+    model = model.made_plain()
+    job = Job.start("immunize", f"{chosen.name} on {model.name}", seed, device, folder, quiet)
+    job.note_tasks({"benign": benign, "restricted": restricted})
+    job.claim({"defense": {"name": chosen.name, **chosen.config()}, "model": model.facts().sha256})
+    job.note_model("original", model)
+    with cpu_threads(threads):
+        immunized, result = job.immunize(model, benign, halves(restricted)[0], chosen)
+        if folder is not None:
+            job.save(immunization=result)
+    return immunized
+
+
+def _chosen(defense: str | Defense, options: Mapping[str, Any]) -> Defense:
+    """Returns a defense by name with its settings, or as it was given."""
+    if isinstance(defense, str):
+        return build_defense({"name": defense, **options})
+    if not isinstance(defense, Defense):
+        made = f"an instance, such as {defense.__name__}()" if isinstance(defense, type) else "a name or a Defense"
+        raise HoldfastError(f"defense is {defense!r}; expected {made}.")
+    if options:
+        raise HoldfastError(
+            f"{', '.join(options)}: settings go with the name of a defense; this one, {defense.name}, has its own. "
+            "Give them to its constructor."
+        )
+    return defense
+
+
+def _check_objects(models: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
+    """Refuses what is no model or task of Holdfast's, with the function that makes one of it."""
+    for name, model in models.items():
+        if not isinstance(model, SplitModel):
+            raise HoldfastError(
+                f"{name} is {type(model).__name__}; expected a SplitModel: load_model(...) or SplitModel.of(...)."
+            )
+    for name, task in tasks.items():
+        if not isinstance(task, Task):
+            what = repr(task) if isinstance(task, str) else type(task).__name__
+            raise HoldfastError(f"{name} is {what}; expected a task: holdfast.load_task(...).")
+
+
+def audit(
+    model: SplitModel,
+    *,
+    original: SplitModel,
+    benign: Task,
+    restricted: Task,
+    transfer: Task | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    threads: int | None = None,
+    folder: Path | str | None = None,
+    quiet: bool = True,
+    executor: Executor | str = "serial",
+    source: Mapping[str, str | None] | None = None,
+    **options: Any,
+) -> AuditResult:
+    """Audits a model against its controls.
+
+    Args:
+        model: the released model in question.
+        original: what it was before immunization.
+        benign: its own task.
+        restricted: the task that it must not be fine-tuned to; adversaries get their half of its training data.
+        transfer: a harmless task that the model should still learn as well as the original does, if there is one.
+        seed: of everything random.
+        device: `auto`, or a torch device.
+        threads: CPU threads of torch; None: its default. One is best for networks of the quickstart's size.
+        folder: where to keep finished trials, `result.json` and `report.html`; a second call continues there.
+        quiet: show no progress.
+        executor: where trials run: `serial`, `processes`, `ray`, ...; it does not change the result.
+        source: how the command line names the models and tasks, for `holdfast replay`.
+        options: of `AuditSpec`: battery, budgets, seeds, shots, thresholds.
+
+    Raises:
+        HoldfastError: for input that cannot work, before any work is done.
+    """
+    _check_objects({"model": model, "original": original}, {"benign": benign, "restricted": restricted})
+    if transfer is not None:
+        _check_objects({}, {"transfer": transfer})
+    options = plain(options)
+    try:
+        spec = AuditSpec.model_validate(options)
+    except ValidationError as error:
+        raise readable(error, "audit", AuditSpec) from error
+    refuse_truth_as_number(options, spec, "audit")
+    _refuse_idle(spec, transfer is not None)
+    threads, chosen = checked_threads(threads), executors.executor(executor)
+    model, original = model.made_plain(), original.made_plain()
+    job = Job.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
+    facts = {"model": model.facts().sha256, "original": original.facts().sha256}
+    job.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
+    job.claim({"audit": spec.model_dump(mode="json"), **facts})
+    if source is not None:
+        # Beside the job's settings, not among them: a model that was moved is the same model.
+        job.recipe = {**job.recipe, "source": dict(source)}
+    job.note_model("original", original)
+    job.note_model("immunized", model)
+    with cpu_threads(threads):
+        result = job.audit(model, original, benign, halves(restricted)[1], transfer, spec, chosen)
+        if folder is not None:
+            job.save(audit=result)
+    return result
+
+
+def feasibility(
+    benign: Task,
+    restricted: Task,
+    *,
+    model: SplitModel | None = None,
+    ridge: float = 0.01,
+    q: float = 0.9,
+    device: str = "auto",
+    threads: int | None = None,
+    folder: Path | str | None = None,
+    quiet: bool = True,
+) -> Feasibility:
+    """Says from spectra alone whether a linear extractor can immunize a model, by how much, and at what benign cost.
+
+    Args:
+        benign: what should stay easy to learn; its training split is used.
+        restricted: what should become hard to learn; the defender's half of its training split is used.
+        model: whose features are meant; None: the inputs themselves.
+        ridge: per sample, for the bound on features that one of the tasks does not use.
+        q: share of the removable loss in the predicted number of steps.
+        device: `auto`, or a torch device.
+        threads: CPU threads of torch; None: its default.
+        folder: where to write `result.json` and `report.html`.
+        quiet: show no progress.
+
+    Raises:
+        HoldfastError: for input that cannot work.
+    """
+    _check_objects({} if model is None else {"model": model}, {"benign": benign, "restricted": restricted})
+    threads = checked_threads(threads)
+    model = None if model is None else model.made_plain()
+    check(model, benign, restricted, ridge=ridge, q=q)
+    on = "inputs" if model is None else model.name
+    job = Job.start("feasibility", f"{benign.name} against {restricted.name} on {on}", 0, device, folder, quiet)
+    job.note_tasks({"benign": benign, "restricted": restricted})
+    if model is not None:
+        job.note_model("original", model)
+    job.claim({"ridge": ridge, "q": q, "model": None if model is None else model.facts().sha256})
+    with cpu_threads(threads), job.timed("feasibility"):
+        placed = None if model is None else model.clone().to(job.run.device)
+        job.run.say("Taking the spectra of both tasks")
+        found, figures = assess(placed, benign, halves(restricted)[0], ridge=ridge, q=q)
+    if folder is not None:
+        job.save(feasibility=found, figures=figures)
+    return found

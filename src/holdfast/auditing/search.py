@@ -1,0 +1,118 @@
+"""Running a search for adversaries against each model, with the same number of trials for all."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+
+from holdfast.adversaries import Adversary, Search
+from holdfast.auditing.trials import SEARCH_SEED, Bench, Crew, Trial
+from holdfast.results import ROLES, Curve, Role, SearchTrial
+from holdfast.runtime.run import derive_seed
+
+
+def search(plan: Search, trials: int, crew: Crew) -> tuple[list[SearchTrial], list[Adversary]]:
+    """Searches for adversaries against each model by itself.
+
+    A search has samples and batches of its own, and sees every second fold of the test split only: what is repeated
+    afterwards is scored on others. A trial is given up where, at a budget, it is worse than half of the trials
+    before its batch.
+
+    Args:
+        plan: what is searched, and how.
+        trials: for each model.
+        crew: runs and keeps them.
+
+    Returns:
+        All trials, and the best few of each model without repetitions.
+    """
+    hunts = [_Hunt(role, plan, crew.bench) for role in ROLES]
+    for done in range(0, trials, plan.batch):
+        proposed = [hunt.propose(min(plan.batch, trials - done)) for hunt in hunts]
+        curves = iter(crew.run([t for batch in proposed for t in batch], f"Searching ({done} of {trials} done)"))
+        for hunt, batch in zip(hunts, proposed, strict=True):
+            hunt.learn(list(itertools.islice(curves, len(batch))))
+    best: dict[str, Adversary] = {}
+    for hunt in hunts:
+        best |= hunt.best(plan.repeated)
+    return [trial for hunt in hunts for trial in hunt.told(plan.repeated)], list(best.values())
+
+
+class _Hunt:
+    """The search against one model."""
+
+    def __init__(self, role: Role, plan: Search, bench: Bench) -> None:
+        self.role, self.budgets = role, len(bench.budgets)
+        self.searcher = plan.begin(derive_seed(bench.run.seed, "search", role))
+        self.task = bench.samples["restricted", SEARCH_SEED]
+        self.victim = bench.model(role, SEARCH_SEED)
+        self.proposed: list[Adversary] = []
+        self.reasons: dict[str, str | None] = {}
+        self.known: dict[str, Adversary] = {}
+        self.trials: list[SearchTrial] = []
+        self.curves: list[Curve] = []
+
+    def propose(self, count: int) -> list[Trial]:
+        """Asks for adversaries; those that cannot start, or come again, are no new trial."""
+        self.proposed = self.searcher.ask(count)
+        self.reasons = {a.name: a.not_applicable(self.victim, self.task) for a in self.proposed}
+        fit = {a.name: a for a in self.proposed if self.reasons[a.name] is None}
+        self.known |= fit
+        floors = _floors(self.curves, self.budgets)
+        return [Trial(self.role, a, SEARCH_SEED, floors=floors) for a in fit.values()]
+
+    def learn(self, curves: Sequence[Curve]) -> None:
+        """Takes the curves of what was proposed last."""
+        done = {c.adversary: c for c in curves}
+        scores = [_value(done[a.name], self.budgets) if a.name in done else None for a in self.proposed]
+        self.searcher.tell(scores)
+        self.curves += curves
+        for a, score in zip(self.proposed, scores, strict=True):
+            curve = done.get(a.name)
+            self.trials.append(
+                SearchTrial(
+                    role=self.role, number=len(self.trials), adversary=a.name, config=a.config(), score=score,
+                    steps=0 if curve is None else curve.budgets[-1],
+                    benign_after=None if curve is None else curve.benign_after, confirmed=False,
+                    failure=self.reasons[a.name] if curve is None else curve.failure,
+                )
+            )  # fmt: skip
+
+    def best(self, count: int) -> dict[str, Adversary]:
+        """The adversaries with the highest scores, by name."""
+        ranked = sorted((t for t in self.trials if t.score is not None), key=lambda t: -(t.score or 0.0))
+        return {name: self.known[name] for name in list(dict.fromkeys(t.adversary for t in ranked))[:count]}
+
+    def told(self, count: int) -> list[SearchTrial]:
+        """All trials, the best of them marked."""
+        chosen = self.best(count)
+        return [t.model_copy(update={"confirmed": t.adversary in chosen}) for t in self.trials]
+
+
+def _running_best(curve: Curve) -> list[float]:
+    """Best so far at each budget above 0, on the folds that a search may see."""
+    best, found = float("-inf"), []
+    for budget, folds in zip(curve.budgets, curve.folds, strict=True):
+        if folds is not None:
+            best = max(best, statistics.fmean(folds[::2]))
+        if budget:
+            found.append(best)
+    return found
+
+
+def _value(curve: Curve, budgets: int) -> float | None:
+    """What the search maximises: best so far, averaged over budgets; one that was given up keeps its last value."""
+    best = _running_best(curve)
+    if not best or best[-1] == float("-inf"):
+        return None
+    return statistics.fmean([max(b, 0.0) for b in best] + [max(best[-1], 0.0)] * (budgets - 1 - len(best)))
+
+
+def _floors(curves: Sequence[Curve], budgets: int) -> tuple[float | None, ...]:
+    """The median at each budget of those that got there; the first budget, 0, and few trials give none."""
+    found: list[float | None] = [None]
+    for k in range(budgets - 1):
+        there = [b[k] for c in curves if len(b := _running_best(c)) > k]
+        found.append(statistics.median(there) if len(there) >= 4 else None)
+    return tuple(found)

@@ -1,0 +1,329 @@
+"""What the curves of an audit say: best of the battery, advantage with a confidence band, what it costs.
+
+**Selection.** The best of many adversaries looks better than it is on the samples that chose it. So the test split is
+cut in folds, adversary and stopping time are chosen on every second fold and scored on the others, then the other way
+around, and the two scores are averaged. Both halves are used, and no sample is scored by what it helped to choose.
+
+**Confidence.** Two things are random: the seeds (samples, batches, fresh weights) and the test split. The bootstrap
+draws n seeds with replacement, all folds fixed, and then f folds within each half, all seeds fixed; alike for all
+models, which share samples, batches and test images, so that differences vary less than scores. With d_k and e_k the
+deviations of the advantage a_k at budget k in a replicate of the first and of the second kind, the band
+
+    a_k +- c sd(D_k),   D_k = g(n) d_k + g(f) e_k,   c = 95 % quantile of max_k |D_k| / sd(D_k),
+
+covers all budgets at once. g(n) = sqrt(n / (n - 1)) t_{n-1} / z is for small n: resampling n values makes their
+variance (n - 1) / n too small, and t_{n-1} / z is what Student's distribution adds to the normal one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import ndtri, stdtrit
+
+from holdfast.results import ROLES, BudgetRow, Cost, Curve, Interval, Role
+from holdfast.results.tables import Cell
+
+Array = npt.NDArray[np.float64]
+
+CONFIDENCE = 0.95
+REPLICATES = 1000
+
+ROUNDING = 1e-12
+"""Far below any spread of scores, far above that of the same sum taken in another order."""
+
+
+@dataclass(frozen=True)
+class Battery:
+    """The curves of one model: scores of shape (adversaries, seeds, budgets, folds); NaN where not finite.
+
+    Attributes:
+        names: of the adversaries.
+        scores: see above.
+        both_ways: whether each half of the folds scores what the other chose; False: the second scores only, because a
+            search saw the first.
+    """
+
+    names: tuple[str, ...]
+    scores: Array
+    both_ways: bool = True
+
+    @classmethod
+    def of(cls, curves: Sequence[Curve], width: int, *, both_ways: bool = True) -> Battery:
+        """Stacks the curves of one model, scored on `width` folds; all have the seeds and budgets of the first."""
+        names = tuple(dict.fromkeys(c.adversary for c in curves))
+        by_name = [sorted((c for c in curves if c.adversary == name), key=lambda c: c.seed) for name in names]
+        lost = [math.nan] * width
+        stacked = [[[f if f is not None else lost for f in c.folds] for c in mine] for mine in by_name]
+        return cls(names, np.asarray(stacked, dtype=np.float64), both_ways)
+
+    @property
+    def seeds(self) -> int:
+        """Number of seeds."""
+        return int(self.scores.shape[1])
+
+    def only(self, names: Sequence[str]) -> Battery:
+        """Returns the curves of some adversaries."""
+        return Battery(tuple(names), self.scores[[self.names.index(name) for name in names]], self.both_ways)
+
+    def best_name(self, budget: int) -> str:
+        """The adversary that is best on the whole test split, at this index of the budgets or before."""
+        means = self.scores.mean((1, 3))[:, : budget + 1]
+        known = np.where(np.isnan(means), -np.inf, means).max(1)
+        return self.names[int(known.argmax())] if np.isfinite(known.max()) else "none finite"
+
+    @cached_property
+    def best(self) -> tuple[Array, ...]:
+        """Best of the battery on each scored half of the folds, as the other half chose it.
+
+        Of shape (S, K, F): of each seed, up to each budget, on each fold; NaN where no adversary is finite with every
+        seed. A single fold has no other half, and chooses for itself.
+        """
+        first, second = halve(self.scores.shape[3])
+        ways = [(first, second), (second, first)] if self.both_ways else [(first, second)]
+        return tuple(_choose(self.scores[..., one].mean((1, 3)), self.scores[..., two]) for one, two in ways)
+
+
+def halve(folds: int) -> tuple[list[int], list[int]]:
+    """Returns every second of so many folds, and the others; a single fold is both.
+
+    Example:
+        >>> halve(5), halve(1)
+        (([0, 2, 4], [1, 3]), ([0], [0]))
+    """
+    return list(range(0, folds, 2)), list(range(1, folds, 2)) or [0]
+
+
+def _choose(means: Array, scores: Array) -> Array:
+    """Of scores (A, S, K, F), those of adversary and time with the best mean (A, K), up to each budget; (S, K, F)."""
+    known = np.where(np.isnan(means), -np.inf, means)
+    found = np.full(scores.shape[1:], np.nan)
+    best, chosen = -math.inf, found[:, 0]
+    for k, top in enumerate(known.argmax(0)):
+        if known[top, k] > best:
+            best, chosen = known[top, k], scores[top, :, k]
+        found[:, k] = chosen
+    return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The curves of one task, by role.
+
+    Attributes:
+        batteries: the curves of each model.
+        budgets: the steps at which scores were taken.
+        seed: of the bootstrap.
+        floor: score below which one is as useless as another. What sums over budgets counts lower ones as this: an
+            error has no end, and one budget at which nothing has been learned yet would outweigh all others.
+    """
+
+    batteries: dict[Role, Battery]
+    budgets: tuple[int, ...]
+    seed: int = 0
+    floor: float = -math.inf
+
+    @classmethod
+    def of(
+        cls, curves: Sequence[Curve], seed: int = 0, *, both_ways: bool = True, floor: float = -math.inf
+    ) -> Comparison:
+        """Sorts the curves of one task by role; see `Battery` for `both_ways`."""
+        width = max((len(f) for c in curves for f in c.folds if f is not None), default=1)
+        batteries = {
+            role: Battery.of(mine, width, both_ways=both_ways)
+            for role in ROLES
+            if (mine := [c for c in curves if c.role == role])
+        }
+        return cls(batteries, tuple(curves[0].budgets), seed, floor)
+
+    @cached_property
+    def scores(self) -> dict[Role, Array]:
+        """Best of the battery of each seed at each budget, shape (S, K)."""
+        return {role: np.mean([half.mean(2) for half in b.best], 0) for role, b in self.batteries.items()}
+
+    @cached_property
+    def _deviations(self) -> dict[Role, Array] | None:
+        """Deviations of the mean best of the battery in each replicate, shape (R, K); see D_k above.
+
+        None for a single seed, or a single fold in a half: one value has no spread.
+        """
+        some = next(iter(self.batteries.values()))
+        widths = [half.shape[2] for half in some.best]
+        if min(some.seeds, *widths) < 2:
+            return None
+        generator = np.random.default_rng(self.seed)
+        by_seed, *by_fold = [_resampled(n, generator) for n in (some.seeds, *widths)]
+        found = {}
+        for role, battery in self.batteries.items():
+            folds = [weights @ half.mean(0).T for weights, half in zip(by_fold, battery.best, strict=True)]
+            found[role] = by_seed @ self.scores[role] + np.mean(folds, 0)
+        return found
+
+    def advantage(self, role: Role, over: Role = "scratch") -> Array:
+        """Mean advantage at each budget, shape (K,); NaN where either model has no finite score."""
+        difference: Array = self.scores[role].mean(0) - self.scores[over].mean(0)
+        return difference
+
+    def _useful(self, role: Role, moved: Mapping[Role, Array] | None = None) -> Array:
+        """Advantage over scratch where scores below the floor count as the floor; of replicates, if some are given."""
+        own, scratch = (
+            np.maximum(self.scores[r].mean(0) + (0.0 if moved is None else moved[r]), self.floor)
+            for r in (role, "scratch")
+        )
+        difference: Array = own - scratch
+        return difference
+
+    def band(self, role: Role, over: Role = "scratch") -> list[Interval | None]:
+        """The band around the advantage at each budget; None at budget 0 and where it cannot be told.
+
+        It cannot be told from one seed, or fewer than two test folds in a half: one value has no spread.
+        """
+        found: list[Interval | None] = [None] * len(self.budgets)
+        inside = [k for k, budget in enumerate(self.budgets) if budget]
+        mean = self.advantage(role, over)[inside]
+        moved = self._deviations
+        if moved is None or not np.isfinite(mean).all():
+            return found
+        drawn = (moved[role] - moved[over])[:, inside]
+        width = _quantile(drawn) * drawn.std(0, ddof=1)
+        for k, centre, half in zip(inside, mean, width, strict=True):
+            found[k] = Interval(low=float(centre - half), high=float(centre + half))
+        return found
+
+    def share(self, role: Role = "immunized", of: Role = "original") -> tuple[float | None, Interval | None]:
+        """What is left of the original's advantage, and its confidence interval.
+
+        The sum over budgets above 0 of the positive advantage of `role`, divided by that of `of`. The interval is None
+        where the band is, and where replicates often leave `of` without any advantage to divide by.
+        """
+        inside = [k for k, budget in enumerate(self.budgets) if budget]
+        own, had = (np.maximum(self._useful(r)[inside], 0).sum() for r in (role, of))
+        if not (np.isfinite(own) and np.isfinite(had) and had > 0):
+            return None, None
+        drawn = self._deviations
+        if drawn is None:
+            return float(own / had), None
+        each = [np.maximum(self._useful(r, drawn)[:, inside], 0).sum(1) for r in (role, of)]
+        if (each[1] > 0).mean() < CONFIDENCE:
+            return float(own / had), None
+        ratios = each[0] / np.where(each[1] > 0, each[1], np.nan)
+        low, high = np.nanquantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        return float(own / had), Interval(low=float(low), high=float(high))
+
+    def area(self, role: Role) -> float | None:
+        """Mean advantage over the budgets from the first above 0 to the last, by trapezoids; in score units."""
+        steps = np.asarray([b for b in self.budgets if b], dtype=np.float64)
+        values = self._useful(role)[-len(steps) :]
+        if len(steps) < 2 or not np.isfinite(values).all():
+            return None
+        return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
+
+    def cells(self) -> list[dict[Role, Cell]]:
+        """Best of the battery over seeds, by budget and role."""
+        return [
+            {role: Cell.of(_plain(v) for v in self.scores[role][:, k]) for role in self.batteries}
+            for k in range(len(self.budgets))
+        ]
+
+    def rows(self) -> list[BudgetRow]:
+        """The comparison as one row a budget; an original that is not among the models has no advantage in it."""
+        compared: list[Role] = [r for r in ("immunized", "original") if r in self.batteries]
+        bands = {role: self.band(role) for role in compared}
+        gained = {role: self.advantage(role) for role in compared}
+        had, no_bands = "original" in gained, [None] * len(self.budgets)
+        found = []
+        for k, (budget, cells) in enumerate(zip(self.budgets, self.cells(), strict=True)):
+            found.append(
+                BudgetRow(
+                    budget=budget,
+                    best=cells,
+                    best_adversary={role: b.best_name(k) for role, b in self.batteries.items()},
+                    advantage=_plain(gained["immunized"][k]),
+                    original_advantage=_plain(gained["original"][k]) if had else None,
+                    interval=bands["immunized"][k],
+                    original_interval=bands.get("original", no_bands)[k],
+                )
+            )
+        return found
+
+
+def costs(
+    comparison: Comparison, target: float, batch_sizes: Mapping[str, int], flops: Mapping[str, float | None]
+) -> list[Cost]:
+    """Returns what each model costs an attacker until it scores as high as a target.
+
+    Each adversary's mean curve over seeds and the whole test split counts, with straight lines between budgets; the
+    cheapest adversary may be another one for steps, samples and operations.
+
+    Args:
+        comparison: curves of all roles.
+        target: the score to reach.
+        batch_sizes: samples a step, by adversary.
+        flops: floating-point operations a step, by adversary; None where it could not be counted.
+    """
+    found = []
+    for role, battery in comparison.batteries.items():
+        steps = {
+            name: reached
+            for name, curve in zip(battery.names, battery.scores.mean((1, 3)), strict=True)
+            if (reached := _steps_to(target, comparison.budgets, curve)) is not None
+        }
+        counted = {name: n * per for name, n in steps.items() if (per := flops.get(name)) is not None}
+        found.append(
+            Cost(
+                role=role,
+                steps=min(steps.values(), default=None),
+                samples=min((n * batch_sizes[name] for name, n in steps.items()), default=None),
+                flops=min(counted.values(), default=None),
+                adversary=min(steps, key=lambda name: steps[name]) if steps else None,
+            )
+        )
+    return found
+
+
+def _steps_to(target: float, budgets: Sequence[int], curve: Array) -> float | None:
+    """First place, on straight lines between budgets, at which a curve is as high as the target."""
+    for k, score in enumerate(curve):
+        if score >= target:
+            before = curve[k - 1] if k else math.nan
+            if k == 0 or math.isnan(before):
+                return float(budgets[k])
+            share = (target - before) / (score - before)
+            return float(budgets[k - 1] + share * (budgets[k] - budgets[k - 1]))
+    return None
+
+
+def _quantile(drawn: Array) -> float:
+    """The quantile of the largest deviation over budgets, in standard deviations; at least the pointwise one."""
+    deviation = drawn.std(0, ddof=1)
+    moving = deviation > ROUNDING  # what does not move has no say in c, and rounding is no movement
+    if not moving.any():
+        return float(ndtri((1 + CONFIDENCE) / 2))
+    largest = np.abs((drawn - drawn.mean(0))[:, moving] / deviation[moving]).max(1)
+    return max(float(np.quantile(largest, CONFIDENCE)), float(ndtri((1 + CONFIDENCE) / 2)))
+
+
+def _resampled(count: int, generator: np.random.Generator) -> Array:
+    """How far the weights of so many values are from equal in each replicate, widened for few values; (R, count)."""
+    drawn = generator.multinomial(count, np.full(count, 1 / count), REPLICATES) / count
+    return (drawn - 1 / count) * small_sample(count)
+
+
+def small_sample(count: int) -> float:
+    """Returns by how much a bootstrap over so few values is too narrow.
+
+    Example:
+        >>> [round(small_sample(n), 2) for n in (2, 3, 5, 10, 100)]
+        [9.17, 2.69, 1.58, 1.22, 1.02]
+    """
+    level = (1 + CONFIDENCE) / 2
+    return math.sqrt(count / (count - 1)) * float(stdtrit(count - 1, level) / ndtri(level))
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

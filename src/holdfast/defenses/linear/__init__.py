@@ -1,0 +1,1 @@
+"""Defenses by a linear extractor. One file each."""

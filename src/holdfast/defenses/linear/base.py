@@ -1,0 +1,257 @@
+"""What all defenses by a linear extractor share: the problem in coordinates, the iteration, and theta in a network."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from holdfast.defenses.base import Defense, Record
+from holdfast.errors import HoldfastError, unknown
+from holdfast.models import SplitModel, check_feature_width, check_fits, feature_precision, features
+from holdfast.results import Event
+from holdfast.runtime.run import Run
+from holdfast.spectral.frontier import SPACES, Frontier, SpaceName
+from holdfast.spectral.least_squares import LeastSquares
+from holdfast.spectral.rir import Ratios, relative_immunization_ratio
+from holdfast.spectral.spectrum import EPS
+from holdfast.tasks import Task
+
+LOGIT_TOLERANCE = 1e-5
+LOOK_EVERY = 10
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """Two tasks as a linear extractor sees them, in coordinates of a subspace that both use.
+
+    Attributes:
+        frontier: both tasks, and what any extractor can do for them.
+        benign: features and targets (x, y) before the change of coordinates, shapes (N, D) and (N, C).
+        restricted: likewise.
+    """
+
+    frontier: Frontier
+    benign: tuple[Tensor, Tensor]
+    restricted: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        benign: tuple[Tensor, Tensor],
+        restricted: tuple[Tensor, Tensor],
+        *,
+        space: SpaceName = "common",
+        ridge: float = 0.01,
+        precision: float = EPS,
+    ) -> LinearProblem:
+        """Prepares features and targets of two tasks; see `Frontier.of` and `LeastSquares`."""
+        problems = [LeastSquares.of(*task, precision=precision) for task in (benign, restricted)]
+        frontier = Frontier.of(*problems, space=space, ridge=ridge)
+        return cls(frontier, benign, restricted)
+
+    @cached_property
+    def samples(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Benign and restricted samples in coordinates, for mini-batches: float64, shapes (N, s) and (N, C)."""
+        benign, restricted = (
+            (x.to(torch.float64) @ self.frontier.basis, y.to(torch.float64).reshape(len(y), -1))
+            for x, y in (self.benign, self.restricted)
+        )
+        return benign, restricted
+
+    @property
+    def width(self) -> int:
+        """s, the dimension of the subspace."""
+        return self.frontier.basis.shape[1]
+
+    def ratios(self, theta: Tensor) -> Ratios:
+        """Returns Eq. 15 for an extractor in coordinates."""
+        return relative_immunization_ratio(theta, self.frontier.benign, self.frontier.restricted)
+
+
+@dataclass
+class LinearDefense(Defense):
+    """A defense that is a linear extractor theta.
+
+    A network gets theta between its body and its head, and theta^-1 folded into the head: benign outputs stay what they
+    were. theta is scaled so that the benign features keep their energy.
+
+    Attributes:
+        space: "common": only directions that both tasks use are moved against each other; "ridge": all of them, with
+            `ridge` per sample added to both Gram matrices.
+        ridge: see `space`.
+    """
+
+    space: SpaceName = "common"
+    ridge: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.space not in SPACES:
+            raise unknown("space", self.space, SPACES)
+        if not 0 < self.ridge < math.inf:
+            raise HoldfastError(f"{self.name}: ridge is {self.ridge}; expected a number above 0.")
+
+    @abstractmethod
+    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, Record]:
+        """Returns theta in coordinates, shape (s, s), invertible, and how it was found."""
+
+    def immunize(self, model: SplitModel, benign: Task, restricted: Task, *, run: Run) -> tuple[SplitModel, Record]:
+        """Inserts the extractor into a copy of the model; see `Defense.immunize`.
+
+        Raises:
+            HoldfastError: if model and tasks do not fit, or the tasks' features share no direction.
+        """
+        check_fits(model, benign, own_task=True)
+        check_fits(model, restricted, own_task=False)
+        check_feature_width(model, benign)
+        immunized = model.clone().to(run.device).eval()
+        x, y = features(immunized, benign, "train")
+        problem = LinearProblem.of(
+            (x, y),
+            features(immunized, restricted, "train"),
+            space=self.space,
+            ridge=self.ridge,
+            precision=feature_precision(immunized, benign),
+        )
+        theta, record = self.extractor(problem, run=run)
+        whole = problem.frontier.full(theta)
+        whole = whole * (x.norm() / (x @ whole).norm())
+        some = next(iter(benign.sweep("train", 500, device=run.device))).x
+        with torch.no_grad():
+            before = immunized(some)
+            immunized.insert_extractor(whole)
+            change = float((immunized(some) - before).abs().max() / before.abs().max())
+        if change > LOGIT_TOLERANCE:
+            message = (
+                f"benign outputs change by {change:.1e} of the largest one: the extractor is worse conditioned than "
+                f"{immunized.head.weight.dtype} resolves; a larger epsilon or a smaller stretch keeps them"
+            )
+            record.events.append(Event(iteration=0, message=message))
+        record.history.setdefault("output_change", []).append(change)
+        return immunized, record
+
+
+@dataclass
+class IterativeDefense(LinearDefense):
+    """A linear defense that descends from an initial theta.
+
+    Attributes:
+        iterations: steps.
+        optimizer: "adam" (the paper's, for linear models) or "gd".
+        learning_rate: of theta.
+        initialisation: "identity", or "random" (torch's default for a linear layer, as in the paper).
+        keep: which of the iterates looked at: "definition", the one with the largest (i) among those with (ii) <= 1, as
+            Definition 3.1 wants it (the initial theta if nothing else has that); "rir", the one with the largest RIR,
+            by which the paper stops early; "last".
+    """
+
+    iterations: int = 300
+    optimizer: Literal["adam", "gd"] = "adam"
+    learning_rate: float = 3e-3
+    initialisation: Literal["identity", "random"] = "identity"
+    keep: Literal["definition", "rir", "last"] = "definition"
+
+    history_names: ClassVar[tuple[str, ...]] = ("iteration", "ratio_restricted", "ratio_benign", "rir")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (
+            ("optimizer", ("adam", "gd")),
+            ("initialisation", ("identity", "random")),
+            ("keep", ("definition", "rir", "last")),
+        ):
+            if getattr(self, name) not in known:
+                raise unknown(name, str(getattr(self, name)), known)
+        if self.iterations < 1:
+            raise HoldfastError(f"{self.name}: iterations is {self.iterations}; expected at least 1.")
+        if not 0 < self.learning_rate < math.inf:
+            raise HoldfastError(f"{self.name}: learning_rate is {self.learning_rate}; expected a number above 0.")
+
+    @abstractmethod
+    def start(self, problem: LinearProblem, theta: Tensor, generator: torch.Generator) -> _Descent:
+        """Returns the descent from theta; it owns whatever else is trained."""
+
+    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, Record]:
+        """Descends and keeps an iterate; see `keep`."""
+        generator = run.generator(self.name)
+        first = _initial(self.initialisation, problem.width, generator).to(problem.frontier.basis.device)
+        descent = self.start(problem, first, generator)
+        record = Record(history={name: [] for name in self.history_names})
+        best: tuple[tuple[float, float], Tensor] | None = None
+        for iteration in range(self.iterations + 1):
+            if iteration:
+                descent.step()
+            if not bool(descent.theta.isfinite().all()):
+                record.events.append(
+                    Event(iteration=iteration, message="the extractor is not finite any more; stopped")
+                )
+                break
+            if iteration % LOOK_EVERY == 0 or iteration == self.iterations:
+                ratios = problem.ratios(descent.theta)
+                values = (iteration, ratios.restricted, ratios.benign, ratios.rir)
+                for name, value in zip(self.history_names, values, strict=True):
+                    record.history[name].append(value)
+                rank = self._rank(iteration, ratios)
+                if best is None or rank > best[0]:
+                    best = rank, descent.theta.clone()
+        assert best is not None
+        ratios = problem.ratios(best[1])
+        if self.keep == "definition" and not (ratios.restricted > 1 + 1e-9 and ratios.benign <= 1 and not ratios.lost):
+            message = "no iterate had (i) above 1 and (ii) at most 1; this one is no immunization by Definition 3.1"
+            record.events.append(Event(iteration=self.iterations, message=message))
+        return best[1], record
+
+    def _rank(self, iteration: int, ratios: Ratios) -> tuple[float, float]:
+        if self.keep == "last":
+            return iteration, 0.0
+        if self.keep == "rir":
+            return ratios.rir, 0.0
+        return (1.0, ratios.restricted) if ratios.benign <= 1 and not ratios.lost else (0.0, ratios.rir)
+
+
+class _Descent(ABC):
+    """theta on its way; a subclass says by which gradient."""
+
+    theta: Tensor
+
+    @abstractmethod
+    def step(self) -> None:
+        """Moves theta once."""
+
+
+class GradientDescent(_Descent):
+    """Moves theta, and what is trained with it, by an optimizer over gradients that a subclass fills in.
+
+    Args:
+        defense: optimizer and learning rate.
+        theta: where to start.
+        others: further parameters.
+    """
+
+    def __init__(self, defense: IterativeDefense, theta: Tensor, *others: Tensor) -> None:
+        self.theta = theta.clone()
+        self.others = [t.clone() for t in others]
+        kind = torch.optim.Adam if defense.optimizer == "adam" else torch.optim.SGD
+        self._optimizer = kind([self.theta, *self.others], lr=defense.learning_rate)
+
+    @abstractmethod
+    def gradients(self) -> list[Tensor]:
+        """Returns the gradient of theta, then those of the others."""
+
+    def step(self) -> None:
+        """Moves everything once."""
+        for parameter, gradient in zip([self.theta, *self.others], self.gradients(), strict=True):
+            parameter.grad = gradient
+        self._optimizer.step()
+
+
+def _initial(kind: str, width: int, generator: torch.Generator) -> Tensor:
+    if kind == "identity":
+        return torch.eye(width, dtype=torch.float64)
+    bound = 1 / math.sqrt(width)  # torch.nn.Linear's default
+    return (2 * torch.rand(width, width, generator=generator, dtype=torch.float64) - 1) * bound

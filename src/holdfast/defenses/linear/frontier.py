@@ -1,0 +1,79 @@
+"""The frontier's extractors as defenses: from whitening to stretch, and the one that protects the benign signal."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from holdfast.defenses.base import Record
+from holdfast.defenses.linear.base import LinearDefense, LinearProblem
+from holdfast.errors import HoldfastError
+from holdfast.runtime.run import Run
+
+_OURS = "Holdfast, docs/frontier.md (after Zheng et al., ICML 2025)"
+
+
+@dataclass
+class FrontierDefense(LinearDefense):
+    """The closed-form optimum of linear immunization; see `holdfast.spectral.frontier`.
+
+    Nothing is trained, and nothing is random.
+
+    Attributes:
+        stretch: 0 whitens the benign task, 1 (the optimum of Definition 3.1) leaves its condition number as it was.
+        rotate: whether no axis of the features is special; without it, standardising them undoes the extractor.
+    """
+
+    name: ClassVar[str] = "frontier"
+    citation: ClassVar[str] = _OURS
+
+    stretch: float = 1.0
+    rotate: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.stretch < math.inf:
+            raise HoldfastError(f"frontier: stretch is {self.stretch}; expected a number of at least 0.")
+
+    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, Record]:
+        """See `LinearDefense.extractor`."""
+        return _noted(problem, problem.frontier.stretch(self.stretch, rotate=self.rotate))
+
+
+@dataclass
+class SignalFrontier(LinearDefense):
+    """Protects the directions that carry benign labels and slows all others down; see `holdfast.spectral.frontier`.
+
+    It needs benign labels and restricted inputs only to report ratios: the extractor is made from the benign task
+    alone.
+
+    Attributes:
+        epsilon: scale of everything outside the benign signal, in (0, 1]; None: kappa(K_P)^(-1/2), with which (ii) = 1.
+        rotate: whether no axis of the features is special; without it, standardising them undoes the extractor.
+    """
+
+    name: ClassVar[str] = "signal-frontier"
+    citation: ClassVar[str] = _OURS
+
+    epsilon: float | None = None
+    rotate: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epsilon is not None and not 0 < self.epsilon <= 1:
+            raise HoldfastError(
+                f"signal-frontier: epsilon is {self.epsilon}; expected a number above 0 and at most 1, or none."
+            )
+
+    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, Record]:
+        """See `LinearDefense.extractor`."""
+        return _noted(problem, problem.frontier.protect_signal(self.epsilon, rotate=self.rotate))
+
+
+def _noted(problem: LinearProblem, theta: Tensor) -> tuple[Tensor, Record]:
+    ratios = problem.ratios(theta)
+    values = {"ratio_restricted": ratios.restricted, "ratio_benign": ratios.benign, "rir": ratios.rir}
+    return theta, Record(history={name: [value] for name, value in values.items()})

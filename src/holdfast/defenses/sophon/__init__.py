@@ -1,0 +1,1 @@
+"""SOPHON (Deng et al., IEEE S&P 2024)."""

@@ -1,0 +1,77 @@
+"""The exact meta-gradient of SOPHON's Eq. 4, through the graph of all simulated steps: for small K, and to check with.
+
+With phi_k = phi_(k-1) - eta v_k and v_k = mu v_(k-1) + grad L(phi_(k-1)), every term gamma_k L_alpha(phi_k) depends on
+theta through all earlier steps: its gradient has Hessian-vector products, and its graph grows with K. That is why
+SOPHON, and the default here, stay with the first order.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from holdfast.defenses.sophon.simulation import Seen, Simulated, Simulation
+from holdfast.tasks import Batch, Task
+
+MOMENTUM: Final = {"sgd": 0.0, "momentum": 0.9, "nesterov": 0.9}
+"""Optimizers whose step has a derivative everywhere, and their momentum. Adam's relatives divide by a root: where a
+gradient is 0, that has no derivative."""
+
+
+class ExactSimulation(Simulation):
+    """As `Simulation`, with the exact gradient of Eq. 4; everything moves, by an optimizer of `MOMENTUM`."""
+
+    def _simulate(
+        self,
+        adversary: Simulated,
+        task: Task,
+        steps: int,
+        gamma: tuple[float, ...] | None,
+        generator: torch.Generator,
+        evaluation: Task,
+    ) -> Seen:
+        strategy, loss = adversary.strategy, self.objective.loss
+        assert loss is not None
+        learner = _Learner(adversary.model, task).train()
+        named = {n: p for n, p in learner.named_parameters() if p.requires_grad}
+        unseen = evaluation.batches("train", strategy.batch_size, generator=generator, device=self.device)
+        training = task.batches("train", strategy.batch_size, generator=generator, device=self.device)
+        momentum = MOMENTUM[strategy.optimizer]
+        phi: dict[str, Tensor] = dict(named)
+        velocity = {n: torch.zeros_like(p) for n, p in named.items()}
+        objective = total = torch.zeros((), device=self.device)
+        for k in range(steps):
+            with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no second derivative
+                loss_here = functional_call(learner, phi, next(training))
+                grads = torch.autograd.grad(loss_here, list(phi.values()), create_graph=True, allow_unused=True)
+            for (n, value), gradient in zip(list(phi.items()), grads, strict=True):
+                decayed = (
+                    strategy.weight_decay * value if gradient is None else gradient + strategy.weight_decay * value
+                )
+                velocity[n] = momentum * velocity[n] + decayed
+                step = decayed + momentum * velocity[n] if strategy.optimizer == "nesterov" else velocity[n]
+                phi[n] = value - strategy.learning_rate * step
+            batch = next(unseen)
+            logits = functional_call(adversary.model, {n.removeprefix("model."): v for n, v in phi.items()}, batch.x)
+            here = loss(logits, batch.y)
+            total = total + here.detach()
+            objective = objective + (1.0 if gamma is None else gamma[k]) * here
+        parameters = list(adversary.model.parameters())
+        grads = torch.autograd.grad(objective, [parameters[i] for i in adversary.shared], allow_unused=True)
+        self._accumulate(dict(zip(adversary.shared, grads, strict=True)), 1.0)
+        return Seen(float(total) / steps, evaluation.score_of(logits, batch))
+
+
+class _Learner(nn.Module):
+    """The loss on a batch as a module, so that its parameters can be replaced by functions of others."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.task.loss(self.model, Batch(x, y))

@@ -1,0 +1,1 @@
+"""What a protocol measures on each model. One file a measurement."""

@@ -1,0 +1,248 @@
+"""Table 3 of the ICML 2025 paper: RIR_theta0 of each immunized model of a protocol, with its parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from holdfast.defenses import FrontierDefense
+from holdfast.errors import HoldfastError
+from holdfast.experiments.setting import Ground
+from holdfast.experiments.setting_scores import ORIGINAL, PaperSpec, Printed, Scene, about_paper
+from holdfast.metrics.rir import GroupRatios, GroupSpectra, check_groups, group_spectra
+from holdfast.models import SplitModel
+from holdfast.results.tables import Cell, Outcome, Table
+from holdfast.runtime.executors import Executor
+from holdfast.runtime.journal import Journal
+from holdfast.runtime.run import Run
+
+Place = tuple[str, str, int]
+"""Setting, model (`original` or a defense) and seed of the defense."""
+
+
+class ConditioningSpec(BaseModel):
+    """On how many samples the condition numbers of a protocol's models are taken."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    groups: int = Field(20, ge=1, description="Groups of samples; their mean and spread are shown. The paper's: 20.")
+    samples: int = Field(100, ge=2, description="Samples of a group. The paper's: 100.")
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What all measurements need; it travels once to each worker."""
+
+    spec: ConditioningSpec
+    grounds: Mapping[str, Ground]
+    models: Mapping[Place, SplitModel]
+    run: Run
+
+
+def check_conditioning(spec: ConditioningSpec, grounds: Mapping[str, Ground]) -> None:
+    """Refuses, before any work, settings whose tasks have too few samples, or no vectors of features."""
+    for name, ground in grounds.items():
+        try:
+            check_groups(ground.benign, ground.adversarys, groups=spec.groups, samples=spec.samples)
+        except HoldfastError as error:
+            raise HoldfastError(f"conditioning, in setting {name!r}: {error}") from error
+
+
+def measure_all(
+    spec: ConditioningSpec,
+    grounds: Mapping[str, Ground],
+    immunized: Mapping[Place, SplitModel],
+    *,
+    run: Run,
+    executor: Executor,
+) -> dict[Place, GroupSpectra]:
+    """Returns the spectra of every original and immunized model; with a folder in `run`, each is kept at once.
+
+    All models of a setting get the same samples: of the benign task's test split, and of the adversary's half of the
+    restricted training data. No defense has trained on either.
+
+    Args:
+        spec: how many samples.
+        grounds: models and tasks by setting.
+        immunized: by setting, label and seed.
+        run: its seed draws the samples.
+        executor: where it is computed; it does not change the result.
+    """
+    models = {(name, ORIGINAL, 0): ground.original for name, ground in grounds.items()} | dict(immunized)
+    journal = Journal(
+        run.path("conditioning.jsonl"),
+        {
+            "seed": run.seed,
+            "conditioning": spec.model_dump(),
+            "data": {n: [g.benign.facts().sha256, g.adversarys.facts().sha256] for n, g in grounds.items()},
+            "models": {json.dumps(place): model.facts().sha256 for place, model in models.items()},
+        },
+        "protocol",
+    )
+    keys = {place: json.dumps(place, ensure_ascii=False) for place in models}
+    lacking = set(journal.missing(dict.fromkeys(keys.values(), partial(_kept, spec.groups))))
+    missing = [place for place in models if keys[place] in lacking]
+    with run.progress("Condition numbers", len(models), len(models) - len(missing)) as bar:
+        for index, found in executor.run(_work, _Bench(spec, grounds, models, run), missing):
+            journal.add(keys[missing[index]], found.model_dump(mode="json"))
+            bar.tick(f"{missing[index][1]}, seed {missing[index][2]}")
+    return {place: journal.read(key, partial(_kept, spec.groups)) for place, key in keys.items()}
+
+
+def _kept(groups: int, entry: Any) -> GroupSpectra:
+    """Makes the spectra of a model of their entry in the journal; refuses those of another number of groups."""
+    found = GroupSpectra.model_validate(entry)
+    if {len(value) for _, value in found} != {groups}:
+        raise ValueError(f"it is not of {groups} groups")
+    return found
+
+
+def _work(bench: _Bench, place: Place) -> GroupSpectra:
+    ground = bench.grounds[place[0]]
+    return group_spectra(
+        bench.models[place].clone().to(bench.run.device),
+        ground.benign,
+        ground.adversarys,
+        groups=bench.spec.groups,
+        samples=bench.spec.samples,
+        seed=bench.run.seed,
+    )
+
+
+def lay_out(spec: ConditioningSpec, scenes: Sequence[Scene], spectra: Mapping[Place, GroupSpectra]) -> Outcome:
+    """Returns the table `conditioning`, and what it says of each defense.
+
+    Args:
+        spec: how many samples.
+        scenes: the settings.
+        spectra: see `measure_all`.
+    """
+    rows: list[dict[str, str | Cell]] = []
+    findings: list[str] = []
+    for scene in scenes:
+        original = spectra[scene.name, ORIGINAL, 0]
+        ratios = {
+            label: [
+                GroupRatios.of(original, found)
+                for (setting, own, _), found in spectra.items()
+                if (setting, own) == (scene.name, label)
+            ]
+            for label in (ORIGINAL, *scene.labels)
+        }
+        bound = Cell.of(original.bounds)
+        where = {"setting": scene.name} if len(scenes) > 1 else {}
+        rows += [{**where, **_row(scene, label, found, bound)} for label, found in ratios.items()]
+        prefix = f"{scene.name}: " if len(scenes) > 1 else ""
+        findings += [prefix + text for text in _findings(scene, ratios)]
+    return Outcome(
+        {"conditioning": Table(title="RIR of deep features", rows=rows, note=_note(spec, scenes))}, {}, findings
+    )
+
+
+def _row(scene: Scene, label: str, found: Sequence[GroupRatios], bound: Cell) -> dict[str, str | Cell]:
+    paper = scene.paper.get(label, PaperSpec())
+    benign, percent = scene.benign(label), scene.benign_measure.percent
+    row: dict[str, str | Cell] = {
+        "model": label,
+        "ratio_restricted": _cell((v for each in found for v in each.restricted), paper.ratio_restricted),
+        "ratio_benign": _cell((v for each in found for v in each.benign), paper.ratio_benign),
+        "rir": _cell((v for each in found for v in each.rir), paper.rir),
+        "rir_bound": bound,
+        "benign_percent" if percent else "benign": _in_percent(benign) if percent else benign,
+    }
+    changed = _changes(found)
+    return row | ({"other rank": "; ".join(changed)} if changed else {})
+
+
+def _cell(values: Iterable[float | None], printed: Printed | None) -> Cell:
+    return Cell.of(values, *(printed if isinstance(printed, tuple) else (printed, None)))
+
+
+def _in_percent(cell: Cell) -> Cell:
+    """The other columns are no shares, so that the table cannot be shown in percent as a whole."""
+    values = {k: None if (v := getattr(cell, k)) is None else 100 * v for k in ("mean", "sd", "paper", "paper_sd")}
+    return cell.model_copy(update=values)
+
+
+def _changes(found: Sequence[GroupRatios]) -> list[str]:
+    """Where the features of the two networks span another number of directions, by task."""
+    texts = []
+    for task in ("restricted", "benign"):
+        changed = [pair for each in found for pair in getattr(each, f"{task}_ranks")]
+        if changed:
+            before, after = ({pair[side] for pair in changed} for side in (0, 1))
+            spans = " to ".join(f"{min(r)}" if len(r) == 1 else f"{min(r)}-{max(r)}" for r in (before, after))
+            texts.append(f"{task} {spans} in {len(changed)} of {sum(len(each.rir) for each in found)}")
+    return texts
+
+
+def _findings(scene: Scene, ratios: Mapping[str, Sequence[GroupRatios]]) -> list[str]:
+    means = {label: Cell.of(v for each in found for v in each.rir).mean for label, found in ratios.items()}
+    frontiers = {
+        label: mean
+        for label in scene.labels
+        if (mean := means[label]) is not None and scene.defense(label) == FrontierDefense.name
+    }
+    best = max(frontiers, key=lambda label: frontiers[label], default=None)
+    found = []
+    for label in scene.labels:
+        own = ratios[label]
+        text = _about(label, own)
+        mean = means[label]
+        if best is not None and mean is not None and scene.defense(label) not in (FrontierDefense.name, None):
+            ahead = "more" if mean > frontiers[best] else "less"
+            text += (
+                f" That is {ahead} than the {frontiers[best]:.3g} of {best}, the closed form before the head of the "
+                "original, on the same samples."
+            )
+        changed = _changes(own)
+        if changed:
+            text += (
+                f" The rank of the features changed ({'; '.join(changed)} groups), so that these condition numbers are "
+                "over other directions than the original's, and their ratios are not of like with like."
+            )
+        found.append(text)
+    return found
+
+
+def _about(label: str, found: Sequence[GroupRatios]) -> str:
+    parts = [Cell.of(v for each in found for v in getattr(each, name)) for name in ("restricted", "benign", "rir")]
+    if any(cell.mean is None for cell in parts):
+        return f"{label}: RIR is not defined, because features are not finite or all zero in some groups."
+    first, second, rir = parts
+    one, two, three = (cell.mean or 0.0 for cell in parts)
+    checks = [
+        "(i) is above 1" if one > 1 else "(i) is not above 1: the restricted probe is no worse conditioned",
+        "(ii) at most 1" if two <= 1 + 1e-9 else "(ii) is above 1: the benign probe is worse conditioned, too",
+        "RIR above 1" if three > 1 else "RIR is not above 1",
+    ]
+    groups = sum(len(each.rir) for each in found)
+    return (
+        f"{label}: RIR is {_spread(rir)}, from (i) {_spread(first)} and (ii) {_spread(second)}; {'; '.join(checks)}. "
+        f"(i) is above 1 and (ii) at most 1 together in {sum(each.immunized for each in found)} of {groups} groups."
+    )
+
+
+def _spread(cell: Cell) -> str:
+    return f"{cell.mean:.3g}" + ("" if cell.sd is None else f" ± {cell.sd:.2g}")
+
+
+def _note(spec: ConditioningSpec, scenes: Sequence[Scene]) -> str:
+    repeated = max(
+        (sum(label == own for own, _ in scene.made) for scene in scenes for label in scene.labels), default=1
+    )
+    over = f"{spec.groups} groups" + (f" of each of {repeated} immunizations" if repeated > 1 else "")
+    unit = scenes[0].benign_measure
+    return (
+        f"Condition numbers of a linear probe's Hessian on groups of {spec.samples} samples (Eq. 17), over the "
+        f"original's on the same samples, in float64: mean ± standard deviation over {over}; of benign {unit.name}, "
+        "over immunizations. Restricted samples are the adversary's, benign ones the test split's: no defense trained "
+        "on them. (i) should be above 1, (ii) at most 1; RIR is (i) / (ii) of each group. RIR*: what no linear "
+        "extractor before the original's head exceeds on these samples; a dash where the two tasks' samples span other "
+        f"directions, so that nothing is bounded.{about_paper(scenes)}"
+    )

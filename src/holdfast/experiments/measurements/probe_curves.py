@@ -1,0 +1,181 @@
+"""Figure 3 of the ICML 2025 paper: how fast linear probes learn on each model of a protocol, by every kind of probe.
+
+A condition number is about gradient descent on raw features. So the figures are of that first, and what is said tells
+which probes are slowed, and which walk through: whoever whitens the features, standardises them, uses Adam, or solves
+the least squares at once, does not descend on that Hessian.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal
+
+from holdfast.adversaries import Probe
+from holdfast.defenses import IMMA, ConditionNumber, OptKappa, RIllOnly
+from holdfast.experiments.measurements.attack_curves import Attack
+from holdfast.experiments.setting_scores import ORIGINAL, Row, Scene
+from holdfast.results.tables import Cell, Figure, Lines, Outcome, Table
+
+MARGIN: Final = 0.03
+"""A score that is lower by more than this counts as lower; below it, test samples and seeds decide."""
+
+DESCENTS: Final = ("gd", "line-search")
+"""Solvers that condition numbers are about, the plainest first."""
+
+ALGORITHM_1: Final = (ConditionNumber.name, f"deep-{ConditionNumber.name}")
+"""Defenses that are the paper's method, for linear and for deep extractors."""
+
+PAPERS: Final = frozenset(
+    f"{deep}{kind.name}" for kind in (ConditionNumber, RIllOnly, IMMA, OptKappa) for deep in ("", "deep-")
+)
+"""Defenses that the paper compares."""
+
+Effect = Literal["held back", "slowed", "not slowed"]
+
+
+def probe_outcome(plan: Sequence[Attack], scenes: Sequence[Scene], rows: Mapping[str, Sequence[Row]]) -> Outcome:
+    """Returns figures, the table `probes` and findings; nothing where no attack is a linear probe.
+
+    Args:
+        plan: the attacks.
+        scenes: the settings.
+        rows: the rows of each setting.
+    """
+    probes = {a.label: a.adversary for a in plan if isinstance(a.adversary, Probe)}
+    outcome = Outcome({}, {}, [])
+    if not probes:
+        return outcome
+    lines: list[dict[str, str | Cell]] = []
+    several = len(scenes) > 1
+    for i, scene in enumerate(scenes):
+        found = {
+            probe: {row.model: row for row in rows[scene.name] if row.attack == probe and row.curves}
+            for probe in probes
+        }
+        found = {probe: models for probe, models in found.items() if ORIGINAL in models}
+        where = {"setting": scene.name} if several else {}
+        lines += [{**where, **_line(scene, probe, models)} for probe, models in found.items()]
+        prefix = f"{scene.name}: " if several else ""
+        figures = _figures(scene, {p: m for p, m in found.items() if p in _shown(probes)}, prefix)
+        outcome += Outcome(
+            {},
+            {f"{key}_{i}" if several else key: figure for key, figure in figures.items()},
+            [prefix + text for text in _findings(scene, probes, found)],
+        )
+    measure = scenes[0].measure
+    if lines:
+        note = (
+            f"{measure.name.capitalize()} on the restricted task after the last epoch of each linear probe: the frozen "
+            "model's features, and a head that learns on all samples at once. Closed forms (ridge) are there after one "
+            "step."
+        )
+        table = Table(title="Linear probes on each model", rows=lines, percent=measure.percent, note=note)
+        outcome += Outcome({"probes": table}, {}, [])
+    return outcome
+
+
+def _line(scene: Scene, probe: str, models: Mapping[str, Row]) -> dict[str, str | Cell]:
+    return {"probe": probe} | {model: row.cell(row.epochs[-1], scene.measure) for model, row in models.items()}
+
+
+def _shown(probes: Mapping[str, Probe]) -> list[str]:
+    """Which probes get a figure: all iterative ones on raw features, and the first one on prepared features each."""
+    iterative = {label: probe for label, probe in probes.items() if probe.solver != "ridge"}
+    raw = [label for label, probe in iterative.items() if probe.preparation == "raw"]
+    first = {probe.preparation: label for label, probe in reversed(iterative.items()) if probe.preparation != "raw"}
+    return [*raw, *(label for label in iterative if label in first.values())]
+
+
+def _figures(scene: Scene, probes: Mapping[str, Mapping[str, Row]], where: str) -> dict[str, Figure]:
+    found: dict[str, Figure] = {}
+    for i, (probe, models) in enumerate(probes.items()):
+        row = models[ORIGINAL]
+        epochs = [e for e in row.epochs if e]  # step 0 has no place on a logarithmic axis, and is a constant guess
+        found[f"probe_{i}"] = Lines(
+            title=f"{where}{probe[:1].upper()}{probe[1:]}, step by step",
+            x_title="step",
+            y_title=f"{scene.measure.name} on {scene.restricted}",
+            log_x=True,
+            x=[float(e * row.steps) for e in epochs],
+            series={m: [r.cell(e, scene.measure).mean for e in epochs] for m, r in models.items()},
+        )
+    return found
+
+
+def effect(own: Row, original: Row) -> Effect | None:
+    """Returns what a defense does to a probe; None where a score is not finite.
+
+    Held back: after the last epoch its score is still lower than on the original, by more than `MARGIN`. Slowed: it is
+    so after an earlier epoch only. Not slowed: after none.
+    """
+    pairs = [(own.score(e), original.score(e)) for e in own.epochs if e]
+    lower = [a < b - MARGIN for a, b in pairs if a is not None and b is not None]
+    if len(lower) < len(pairs):
+        return None
+    return "held back" if lower[-1] else "slowed" if any(lower) else "not slowed"
+
+
+def _findings(scene: Scene, probes: Mapping[str, Probe], found: Mapping[str, Mapping[str, Row]]) -> list[str]:
+    texts = [_about(label, scene, probes, found) for label in scene.labels if any(label in m for m in found.values())]
+    descents = {probes[p].solver: p for p in found if probes[p].preparation == "raw"}
+    descent = next((descents[solver] for solver in DESCENTS if solver in descents), None)
+    if descent is not None and scene.labels:
+        texts.append(_order(descent, scene, found[descent]))
+    return texts
+
+
+def _about(label: str, scene: Scene, probes: Mapping[str, Probe], found: Mapping[str, Mapping[str, Row]]) -> str:
+    groups: dict[Effect | None, list[str]] = {}
+    gaps: dict[str, float] = {}
+    for probe, models in found.items():
+        if label not in models:
+            continue
+        own, original = models[label], models[ORIGINAL]
+        kind = effect(own, original)
+        groups.setdefault(kind, []).append(probe)
+        if kind == "held back":
+            gaps[probe] = (original.score(original.epochs[-1]) or 0.0) - (own.score(own.epochs[-1]) or 0.0)
+    parts = [
+        f"{text} {_named(groups[kind], probes) if len(groups) > 1 else 'every one'}"
+        for kind, text in (
+            ("held back", "still lower at the end than on the original:"),
+            ("slowed", "slower at first, and as good in the end:"),
+            ("not slowed", "not slowed, so that they walk through:"),
+            (None, "without a finite score:"),
+        )
+        if kind in groups
+    ]
+    text = f"Linear probes on {label}: {'; '.join(parts)}."
+    if not gaps:
+        return text
+    most = max(gaps, key=lambda probe: gaps[probe])
+    own, original = found[most][label], found[most][ORIGINAL]
+    ends = [scene.measure.text(row.cell(row.epochs[-1], scene.measure).mean) for row in (own, original)]
+    return f"{text} The most: {most}, {ends[0]} against {ends[1]} after step {own.epochs[-1] * own.steps}."
+
+
+def _named(labels: Sequence[str], probes: Mapping[str, Probe]) -> str:
+    """Probes by their solver, with what each does to the features first: `gd (raw, whitened), ridge (raw)`."""
+    by_solver: dict[str, list[str]] = {}
+    for label in labels:
+        probe = probes[label]
+        solver = f"{probe.solver} {probe.learning_rate:g}" if probe.solver == "adam" else probe.solver
+        by_solver.setdefault(solver, []).append(probe.preparation)
+    return ", ".join(f"{solver} ({', '.join(prepared)})" for solver, prepared in by_solver.items())
+
+
+def _order(probe: str, scene: Scene, models: Mapping[str, Row]) -> str:
+    """Whose curve is the lowest in the end, as Figure 3 is read."""
+    ends = {model: row.score(row.epochs[-1]) for model, row in models.items()}
+    known = {model: score for model, score in ends.items() if score is not None and math.isfinite(score)}
+    order = sorted(known, key=lambda model: known[model])
+    listed = ", ".join(f"{m} {scene.measure.text(scene.measure.value(known[m]))}" for m in order)
+    text = f"After the last epoch of {probe}, slowest first: {listed}."
+    ours = [model for model in order if scene.defense(model) in ALGORITHM_1]
+    if not ours:
+        return text
+    theirs = [model for model in order if model == ORIGINAL or scene.defense(model) in PAPERS]
+    if theirs[0] in ours:
+        return f"{text} Of the paper's methods Algorithm 1 is the slowest, as in its Figure 3."
+    return f"{text} In the paper's Figure 3 Algorithm 1 is the slowest of its methods; here {theirs[0]} is."

@@ -1,0 +1,243 @@
+"""Recipes: one YAML file says which model, tasks, defense and audit; this is its schema, and how it is read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from holdfast.auditing.audit import AuditSpec
+from holdfast.defenses import DEFENSES, Defense, LinearDefense
+from holdfast.defenses.registry import build_defense
+from holdfast.errors import HoldfastError, unknown
+from holdfast.experiments.linear_study import StudySpec
+from holdfast.experiments.protocol import ProtocolSpec
+from holdfast.models import ModelSpec, is_code
+from holdfast.runtime.devices import MAX_THREADS
+from holdfast.runtime.documents import read_yaml
+from holdfast.runtime.validation import _text, readable, refuse_truth_as_number
+from holdfast.tasks import TaskSpec
+from holdfast.training import PretrainSpec
+
+Scale = Literal["smoke", "cpu", "paper"]
+
+
+class Recipe(BaseModel):
+    """A whole job: one model, one defense, one audit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["run"] = "run"
+    title: str
+    about: str = Field("", description="What it shows and how long it takes, for `holdfast recipes`.")
+    seed: int = Field(0, ge=0)
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_THREADS,
+        description="CPU threads of torch; null: its default. Sums depend on it in the last digit.",
+    )
+    model: ModelSpec
+    pretrain: PretrainSpec | None = None
+    benign: TaskSpec
+    restricted: TaskSpec
+    transfer: TaskSpec | None = Field(None, description="A harmless task that the model should still learn.")
+    defense: dict[str, Any] = Field(description="`name`, and its hyper-parameters.")
+    audit: AuditSpec = AuditSpec()
+    scales: dict[Scale, dict[str, Any]] = Field({}, description="Overrides by scale, each `dotted.key: value`.")
+
+    def build_defense(self) -> Defense:
+        """Returns the defense with its hyper-parameters."""
+        return build_defense(self.defense)
+
+    def resolved(self) -> dict[str, Any]:
+        """Returns every setting, defaults included, as it goes into `result.json`."""
+        settings = self.model_dump(mode="json", exclude={"scales"})
+        defense = self.build_defense()
+        settings["defense"] = {"name": defense.name, **defense.config()}
+        return settings
+
+
+class StudyRecipe(StudySpec):
+    """A whole study: several linear defenses, measured alike."""
+
+    kind: Literal["study"]
+    title: str
+    about: str = Field("", description="What it shows and how long it takes, for `holdfast recipes`.")
+    seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1, le=MAX_THREADS, description="CPU threads of torch; null: its default.")
+    scales: dict[Scale, dict[str, Any]] = Field({}, description="Overrides by scale, each `dotted.key: value`.")
+
+    def build_methods(self) -> dict[str, LinearDefense]:
+        """Returns the defenses by the name of their row."""
+        found = {}
+        for row, settings in self.methods.items():
+            defense = build_defense(settings)
+            if not isinstance(defense, LinearDefense):
+                linear = [name for name, kind in DEFENSES.items() if issubclass(kind, LinearDefense)]
+                raise HoldfastError(
+                    f"Method {row!r}: a study compares linear extractors, and {defense.name} is none; expected one of "
+                    f"{', '.join(linear)}."
+                )
+            found[row] = defense
+        return found
+
+    def resolved(self) -> dict[str, Any]:
+        """Returns every setting, defaults included, as it goes into `result.json`."""
+        settings = self.model_dump(mode="json", exclude={"scales", "methods"})
+        settings["methods"] = {row: {"name": d.name, **d.config()} for row, d in self.build_methods().items()}
+        return settings
+
+
+class ProtocolRecipe(ProtocolSpec):
+    """A whole protocol: fixed attacks on several models side by side."""
+
+    kind: Literal["protocol"]
+    title: str
+    about: str = Field("", description="What it shows and how long it takes, for `holdfast recipes`.")
+    seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1, le=MAX_THREADS, description="CPU threads of torch; null: its default.")
+    scales: dict[Scale, dict[str, Any]] = Field({}, description="Overrides by scale, each `dotted.key: value`.")
+
+    def build_defenses(self) -> dict[str, Defense]:
+        """Returns the defenses by the name of their row."""
+        return {row: build_defense(settings) for row, settings in self.defenses.items()}
+
+    def resolved(self) -> dict[str, Any]:
+        """Returns every setting, defaults included, as it goes into `result.json`."""
+        settings = self.model_dump(mode="json", exclude={"scales", "defenses"})
+        settings["defenses"] = {row: {"name": d.name, **d.config()} for row, d in self.build_defenses().items()}
+        return settings
+
+
+AnyRecipe = Recipe | StudyRecipe | ProtocolRecipe
+
+
+def load(name: str, *, scale: Scale = "cpu", overrides: Sequence[str] = (), seed: int | None = None) -> AnyRecipe:
+    """Reads a recipe, then its scale, then the overrides, later ones winning.
+
+    Args:
+        name: of a packaged recipe, or the path of a YAML file.
+        scale: `smoke` (seconds, to see that it works), `cpu` (two cores) or `paper` (the full setting, for a GPU).
+        overrides: `dotted.key=value`, the value in YAML.
+        seed: replaces the recipe's.
+
+    Raises:
+        HoldfastError: for an unknown name, key (with a suggestion) or scale, or a value that does not fit.
+
+    Example:
+        >>> load("quickstart", overrides=["defense.steps=7"]).build_defense().config()["steps"]
+        7
+    """
+    source, text = _text(name)
+    settings = read_yaml(text, f"Recipe {source}")
+    if not isinstance(settings, dict):
+        raise HoldfastError(
+            f"Recipe {source} is empty or no mapping; expected keys such as title, model, benign, restricted."
+        )
+    scales = settings.get("scales") or {}
+    if not isinstance(scales, dict) or not all(
+        isinstance(s, str) and isinstance(v or {}, dict) and all(isinstance(k, str) for k in v or {})
+        for s, v in scales.items()
+    ):
+        raise HoldfastError(
+            f"Recipe {source}: scales is {str(scales)[:80]!r}; expected a mapping of scales, each a mapping of "
+            "`dotted.key: value`."
+        )
+    if scale != "cpu" and scale not in scales:
+        raise HoldfastError(f"Recipe {source} has no scale {scale!r}; it has: {', '.join(sorted({'cpu', *scales}))}.")
+    _assign_all(settings, scales.get(scale) or {}, source, f"Recipe {source}, scale {scale!r}:")
+    chosen = read_overrides(overrides)
+    if any(key.split(".")[0] == "scales" for key in chosen):
+        raise HoldfastError("--set of scales does nothing: the scale is applied before it. Set the key itself.")
+    if seed is not None and "seed" in chosen:
+        raise HoldfastError(f"--seed {seed} and --set seed={chosen['seed']} are both given; keep one.")
+    _assign_all(settings, chosen, source, "--set")
+    if seed is not None:
+        settings["seed"] = seed
+    kind = settings.get("kind", "run")
+    if kind not in ("run", "study", "protocol"):
+        raise HoldfastError(f"Recipe {source}: {unknown('kind', str(kind), ['run', 'study', 'protocol'])}")
+    if kind == "study":
+        study = _validate(settings, source, StudyRecipe)
+        study.build_methods()
+        return study
+    if kind == "protocol":
+        protocol = _validate(settings, source, ProtocolRecipe)
+        protocol.build_defenses()
+        for setting in protocol.settings.values():
+            if setting.pretrain is not None:
+                setting.pretrain.strategy()
+        return protocol
+    recipe = _validate(settings, source, Recipe)
+    recipe.build_defense()
+    if recipe.pretrain is not None:
+        recipe.pretrain.strategy()
+    return recipe
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Parses what `--set` takes: `key=value`, the value in YAML.
+
+    Raises:
+        HoldfastError: if there is no `=`, a value is not valid, or a key is given twice.
+
+    Example:
+        >>> read_overrides(["audit.seeds=3", "defense.clip=null"])
+        {'audit.seeds': 3, 'defense.clip': None}
+    """
+    found: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        key = key.strip()
+        if not equals:
+            raise HoldfastError(f"--set {override!r} has no '='; write it as key=value.")
+        if key in found:
+            raise HoldfastError(f"--set {key} is given twice; keep one.")
+        found[key] = read_yaml(value, f"--set {override!r}: the value")
+    return found
+
+
+def _assign_all(settings: dict[str, Any], values: Mapping[str, Any], source: str, what: str) -> None:
+    """Assigns in order; refuses a key that would throw away what was set inside of it just before."""
+    done: list[str] = []
+    for key, value in values.items():
+        lost = next((other for other in done if other.startswith(f"{key}.")), None)
+        if lost is not None:
+            raise HoldfastError(f"{what} {key!r} comes after {lost!r} and would replace it; put {key!r} first.")
+        _assign(settings, key, value, source)
+        done.append(key)
+
+
+def _assign(settings: dict[str, Any], dotted: str, value: Any, source: str) -> None:
+    """Sets `a.b.c` in nested mappings, making those that are missing; the schema refuses unknown keys afterwards."""
+    *parents, leaf = dotted.split(".")
+    here = settings
+    for key in parents:
+        inner = here.get(key) or {}
+        if not isinstance(inner, dict):
+            raise HoldfastError(f"Recipe {source}: {dotted!r} goes through {key!r}, which is no mapping.")
+        here[key] = {**inner}  # a mapping of its own: with YAML's aliases, one may stand in several places
+        here = here[key]
+    here[leaf] = copy.deepcopy(value)
+
+
+_Schema = TypeVar("_Schema", Recipe, StudyRecipe, ProtocolRecipe)
+
+
+def _validate(settings: Mapping[str, Any], source: str, schema: type[_Schema]) -> _Schema:
+    try:
+        found = schema.model_validate(settings)
+    except ValidationError as error:
+        raise readable(error, f"Recipe {source}", schema) from error
+    refuse_truth_as_number(settings, found, f"Recipe {source}")
+    models = [s.model for s in found.settings.values()] if isinstance(found, ProtocolRecipe) else [found.model]
+    for model in models:
+        if model is not None and is_code(model.name):  # nothing that was read from a file is executed
+            raise HoldfastError(
+                f"Recipe {source}: the model {model.name!r} is made by code, and a recipe has none run. Name it to "
+                "`holdfast immunize` and `holdfast audit` instead, if you trust it."
+            )
+    return found

@@ -1,0 +1,242 @@
+"""Running a recipe, from data to report, or what is missing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from holdfast.adversaries import Search, battery
+from holdfast.auditing.audit import AuditSpec
+from holdfast.errors import HoldfastError
+from holdfast.experiments.immunization import borrow_all, check_reuse
+from holdfast.experiments.linear_study import sources, study
+from holdfast.experiments.measurements.conditioning import check_conditioning
+from holdfast.experiments.measurements.samples import check_pictures
+from holdfast.experiments.protocol import SettingSpec, check_kinds, orders, protocol
+from holdfast.experiments.recipe import AnyRecipe, ProtocolRecipe, StudyRecipe
+from holdfast.experiments.setting import Ground
+from holdfast.experiments.workspace import Job
+from holdfast.models import ModelSpec, SplitModel, check_fits, load_model, load_task_for, read_by
+from holdfast.results import RunResult
+from holdfast.runtime import executors
+from holdfast.runtime.devices import cpu_threads, resolve_device
+from holdfast.runtime.executors import Executor
+from holdfast.runtime.run import Run
+from holdfast.tasks import Task, TaskSpec, load_task
+from holdfast.tasks.splits import halves
+from holdfast.training import PretrainSpec
+
+
+def _refuse_idle(spec: AuditSpec, transfer: bool = False) -> None:
+    """Refuses settings that would be taken and do nothing.
+
+    A recipe may name a transfer task and leave side effects out at some of its scales.
+    """
+    if "trials" in spec.model_fields_set and not isinstance(battery(spec.battery), Search):
+        raise HoldfastError(f"trials is {spec.trials}, and {spec.battery} is not a search; leave it out.")
+    if transfer and not spec.side_effects:
+        raise HoldfastError(
+            "There is a transfer task, and side_effects is off, so that it would not be used; leave one of them out."
+        )
+
+
+def run_recipe(
+    recipe: AnyRecipe,
+    *,
+    folder: Path,
+    data_dir: Path | str | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    quiet: bool = False,
+    executor: Executor | str = "serial",
+    reuse: Sequence[Path] = (),
+) -> RunResult:
+    """Runs a recipe from data to report, or what is missing of it.
+
+    Args:
+        recipe: see `holdfast.experiments.recipe.load`.
+        folder: gets `result.json`, `report.html`, `model.safetensors` and `checkpoints/`. If it already holds this very
+            recipe, the job continues where it was; if it holds another, it is refused.
+        data_dir: where tasks and weights are looked up.
+        device: `auto`, or a torch device.
+        overwrite: throw away what a former run left in the folder.
+        quiet: show no progress.
+        executor: where the audit's trials run, see `audit`, or a protocol's immunizations and attacks; studies have
+            none.
+        reuse: folders of other protocols' runs, whose immunized models are taken where they are the very same.
+
+    Raises:
+        HoldfastError: for input that cannot work; nothing in the folder is lost.
+    """
+    trials_run_on = executors.executor(executor)
+    if not isinstance(recipe, AnyRecipe):
+        raise HoldfastError(f"recipe is {recipe!r}; expected what holdfast.experiments.recipe.load(...) returns.")
+    if any(Path(other).resolve() == Path(folder).resolve() for other in reuse):
+        raise HoldfastError(f"--reuse {str(folder)!r} is the run's own folder, and what it holds is used anyway.")
+    if isinstance(recipe, ProtocolRecipe):
+        return _run_protocol(recipe, folder, data_dir, device, overwrite, quiet, trials_run_on, reuse)
+    if reuse:
+        raise HoldfastError("--reuse is for protocols; this recipe is a study or a run, and immunizes by itself.")
+    if isinstance(recipe, StudyRecipe):
+        if trials_run_on.name != "serial":
+            raise HoldfastError(f"A study has no trials that {trials_run_on.name!r} could run; leave --executor out.")
+        return _run_study(recipe, folder, data_dir, device, overwrite, quiet)
+    defense = recipe.build_defense()
+    _refuse_idle(recipe.audit)
+    chosen = resolve_device(device)
+    benign = load_task_for(recipe.benign, recipe.model, data_dir=data_dir)
+    restricted = load_task_for(recipe.restricted, recipe.model, data_dir=data_dir)
+    transfer = None if recipe.transfer is None else load_task_for(recipe.transfer, recipe.model, data_dir=data_dir)
+    run = Run(recipe.seed, chosen)
+    with run.seeded("initialise"):
+        model = load_model(recipe.model, benign, data_dir=data_dir, device=chosen)
+    _refuse_without_weights(f"Recipe {recipe.title!r}", recipe.model, model, recipe.pretrain)
+    check_fits(model, restricted, own_task=False)
+    if transfer is not None:
+        check_fits(model, transfer, own_task=False)
+    defenders, adversarys = halves(restricted)
+    if recipe.audit.shots is not None:
+        adversarys.few_shot(recipe.audit.shots, 0)
+
+    job = Job.start("run", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
+    job.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
+    job.claim({"recipe": job.recipe, "model": model.facts().sha256})
+    finished = job.finished()
+    if finished is not None:
+        return finished
+    with job.replacing(), cpu_threads(recipe.threads):
+        original = job.original(model, benign, recipe.pretrain)
+        immunized, immunization = job.immunize(original, benign, defenders, defense)
+        audited = job.audit(immunized, original, benign, adversarys, transfer, recipe.audit, trials_run_on)
+        return job.save(immunization=immunization, audit=audited)
+
+
+def _run_study(
+    recipe: StudyRecipe, folder: Path, data_dir: Path | str | None, device: str, overwrite: bool, quiet: bool
+) -> RunResult:
+    methods = recipe.build_methods()
+    chosen = resolve_device(device)
+    tasks = {
+        name: [load_task_for(spec, recipe.model, data_dir=data_dir) for spec in specs]
+        for name, specs in sources(recipe)
+    }
+    run = Run(recipe.seed, chosen)
+    model = None
+    if recipe.model is not None:
+        first = next(iter(tasks.values()))[0]
+        with run.seeded("initialise"):
+            model = load_model(recipe.model, first, data_dir=data_dir, device=chosen)
+    job = Job.start("study", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
+    job.note_tasks(
+        {
+            f"{name} {role}": task
+            for name, each in tasks.items()
+            for role, task in zip(("benign", "restricted") if len(each) > 1 else ("data",), each, strict=True)
+        }
+    )
+    if model is not None:
+        job.note_model("original", model)
+    job.claim({"recipe": job.recipe, "model": None if model is None else model.facts().sha256})
+    finished = job.finished()
+    if finished is not None:
+        return finished
+    with job.replacing(), cpu_threads(recipe.threads), job.timed("study"):
+        outcome = study(recipe, methods, tasks, model, run=job.run)
+    with cpu_threads(recipe.threads):
+        return job.save(outcome=outcome)
+
+
+def _refuse_without_weights(what: str, spec: ModelSpec, model: SplitModel, pretrain: PretrainSpec | None) -> None:
+    own = spec.options.get("pretrained") or spec.name.startswith("hf:")
+    if pretrain is None and model.fresh_head and spec.weights is None:
+        raise HoldfastError(f"{what}: {model.name} comes without a head for classes. Give `pretrain` to train one.")
+    if pretrain is None and spec.weights is None and not own:
+        raise HoldfastError(f"{what}: the model has no weights. Give `model.weights`, or `pretrain` to train one.")
+
+
+def _run_protocol(
+    recipe: ProtocolRecipe,
+    folder: Path,
+    data_dir: Path | str | None,
+    device: str,
+    overwrite: bool,
+    quiet: bool,
+    executor: Executor,
+    reuse: Sequence[Path],
+) -> RunResult:
+    defenses = recipe.build_defenses()
+    check_reuse(reuse)
+    run = Run(recipe.seed, resolve_device(device))
+    settings = {name: _with_tokenizers(spec, data_dir) for name, spec in recipe.settings.items()}
+    recipe = recipe.model_copy(update={"settings": settings})
+    wanted_tasks = dict.fromkeys(
+        task for spec in settings.values() for task in (spec.benign, spec.restricted, spec.transfer) if task
+    )
+    tasks = {spec: load_task(spec, data_dir=data_dir) for spec in wanted_tasks}  # each once, if in several settings
+    check_kinds(recipe.settings, tasks)
+    grounds = {name: _ground(name, spec, tasks, recipe.shots, data_dir, run) for name, spec in recipe.settings.items()}
+    if recipe.pictures is not None:
+        check_pictures(recipe.pictures, grounds)
+    if recipe.conditioning is not None:
+        check_conditioning(recipe.conditioning, grounds)
+    job = Job.start("protocol", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
+    job.note_tasks(
+        {
+            f"{name}: {role}": task
+            for name, ground in grounds.items()
+            for role, task in (
+                ("benign", ground.benign),
+                ("restricted", ground.restricted),
+                ("transfer", ground.transfer),
+            )
+        }
+    )
+    job.claim({"recipe": job.recipe, "models": {name: g.original.facts().sha256 for name, g in grounds.items()}})
+    finished = job.finished()
+    if finished is not None:
+        return finished
+    with job.replacing(), cpu_threads(recipe.threads):
+        for name, ground in grounds.items():
+            original = job.kept_original(ground.original, ground.benign, recipe.settings[name].pretrain, reuse)
+            grounds[name] = replace(ground, original=original)
+            job.note_model(f"{name}: original", original)
+        wanted = orders(recipe, defenses, grounds, job.run)
+        borrow_all(wanted, reuse, run=job.run)
+        with job.timed("protocol"), executor.kept():
+            outcome, models, seconds = protocol(recipe, wanted, grounds, run=job.run, executor=executor)
+        for name, model in models.items():
+            job.note_model(name, model)
+        job.timing |= seconds
+        return job.save(outcome=outcome)
+
+
+def _with_tokenizers(spec: SettingSpec, data_dir: Path | str | None) -> SettingSpec:
+    """Settings with several models may read the same sentences by other tokenizers; each is then a task of its own."""
+    sources = {on: getattr(spec, on) for on in ("benign", "restricted", "transfer")}
+    read = {on: read_by(source, spec.model, data_dir=data_dir) for on, source in sources.items() if source is not None}
+    return spec.model_copy(update=read)
+
+
+def _ground(
+    name: str,
+    spec: SettingSpec,
+    tasks: Mapping[TaskSpec, Task],
+    shots: int | None,
+    data_dir: Path | str | None,
+    run: Run,
+) -> Ground:
+    """Loads a setting's model, which may still be untrained; refuses what does not fit together."""
+    benign, restricted = tasks[spec.benign], tasks[spec.restricted]
+    transfer = None if spec.transfer is None else tasks[spec.transfer]
+    with run.seeded("initialise"):
+        model = load_model(spec.model, benign, data_dir=data_dir)
+    _refuse_without_weights(f"Setting {name!r}", spec.model, model, spec.pretrain)
+    defenders, adversarys = halves(restricted)
+    for other, learned in ((restricted, adversarys), (transfer, transfer)):
+        if other is None or learned is None:
+            continue
+        check_fits(model, other, own_task=False)
+        if shots is not None:
+            learned.few_shot(shots, 0)
+    return Ground(model, benign, restricted, defenders, adversarys, transfer)

@@ -1,0 +1,367 @@
+"""What all verbs share: a run, its folder that is claimed and filled, and the facts that go into the result."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from holdfast.auditing.audit import AuditSpec, tables
+from holdfast.auditing.audit import audit as run_audit
+from holdfast.defenses import Defense
+from holdfast.errors import HoldfastError
+from holdfast.experiments.model_store import shelf
+from holdfast.models import SplitModel
+from holdfast.report import write_report
+from holdfast.results import (
+    AuditResult,
+    Feasibility,
+    Flag,
+    ImmunizationResult,
+    ModelFacts,
+    RunResult,
+    TaskFacts,
+    read_result,
+)
+from holdfast.results.provenance import provenance
+from holdfast.results.tables import Figure, Outcome, Pictures
+from holdfast.runtime.devices import resolve_device
+from holdfast.runtime.distributed import team
+from holdfast.runtime.documents import read_json
+from holdfast.runtime.executors import Executor
+from holdfast.runtime.journal import begun_with
+from holdfast.runtime.launcher import command_line
+from holdfast.runtime.run import Run, fingerprint
+from holdfast.runtime.storage import writable_folder, write_atomic
+from holdfast.tasks import Task
+from holdfast.tasks.validation import validate
+from holdfast.training import PretrainSpec, pretrain
+
+Kind = Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
+
+OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints", "pipeline", "pictures")
+"""What a job makes in its folder, beside `job.json`, which marks the folder as one of ours."""
+
+REPLACED = ".holdfast-replaced"
+"""Where `--overwrite` keeps what it replaces until the new job is done: bad input must not cost anybody their work."""
+
+
+@dataclass
+class Job:
+    """What the verbs share: a run, its folder, and the facts that go into the result."""
+
+    kind: Kind
+    title: str
+    run: Run
+    recipe: dict[str, Any]
+    started: str
+    tasks: dict[str, TaskFacts] = field(default_factory=dict)
+    models: dict[str, ModelFacts] = field(default_factory=dict)
+    timing: dict[str, float] = field(default_factory=dict)
+    flags: list[Flag] = field(default_factory=list)
+
+    @classmethod
+    def start(
+        cls,
+        kind: Kind,
+        title: str,
+        seed: int,
+        device: str,
+        folder: Path | str | None,
+        quiet: bool,
+        recipe: dict[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> Job:
+        """Returns a job that may use its folder.
+
+        Raises:
+            HoldfastError: if the folder holds what is not ours, or the device is not to be had.
+        """
+        if folder is not None and (not isinstance(folder, str | Path) or not str(folder)):
+            raise HoldfastError(f"folder is {folder!r}; expected a path.")
+        where = None if folder is None else Path(folder)
+        run = Run(seed, resolve_device(device), where, quiet)
+        if where is not None:
+            team().by_main(lambda: _opened(where, overwrite))
+        return cls(kind, title, run, recipe or {}, datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Marks the folder as this job's, or refuses it if it is another's."""
+        if self.kind not in ("run", "study", "protocol"):
+            self.recipe = settings
+        if self.run.folder is None:
+            return
+        folder = self.run.folder
+        data = {part: facts.sha256 for part, facts in self.tasks.items()}
+        # Training depends on how many processes do it; trials, and what is computed in closed form, do not.
+        several = {"processes": team().count} if team().count > 1 and self.kind in ("run", "immunize") else {}
+        mine = json.loads(json.dumps({"kind": self.kind, "seed": self.run.seed, "data": data, **several, **settings}))
+        team().by_main(lambda: self._mark(folder, mine))
+        if not all(team().gather((folder / "job.json").exists())):
+            raise HoldfastError(
+                f"Not every process sees {str(folder)!r}, which the main one has written to. On several machines, give "
+                "a folder that all of them share with --out."
+            )
+
+    def _mark(self, folder: Path, mine: dict[str, Any]) -> None:
+        path = folder / "job.json"
+        if not path.exists():
+            write_atomic(path, json.dumps({"command": command_line(), **mine}, indent=1))
+            return
+        try:
+            found = read_json(path.read_bytes())
+            if not isinstance(found, dict):
+                raise ValueError("it is no mapping")
+            command = {"command": found.pop("command", None)}
+        except (ValueError, RecursionError) as error:
+            raise HoldfastError(
+                f"{str(path)!r} is damaged ({error}); choose another folder, or --overwrite this one."
+            ) from error
+        if fingerprint(found) != fingerprint(mine):
+            raise HoldfastError(
+                f"{str(folder)!r} holds another job; it differs in: "
+                f"{', '.join(dict.fromkeys(_differences(found, mine)[:5]))}. "
+                f"Results are never mixed: continue the {found.get('kind', 'job')} that is there with "
+                f"{begun_with(command)}, or {self._elsewhere()}."
+            )
+
+    def _elsewhere(self) -> str:
+        other = "choose another folder with --out"
+        return f"{other}, or throw the old one away with --overwrite" if self.kind in ("run", "protocol") else other
+
+    def finished(self) -> RunResult | None:
+        """Returns the folder's result, if the job was completed before, and says so; its report is written anew."""
+        folder = self.run.folder
+        return None if folder is None else team().by_main(lambda: self._read_finished(folder))
+
+    def _read_finished(self, folder: Path) -> RunResult | None:
+        if not (folder / "result.json").exists():
+            return None
+        result = read_result(folder)
+        self.run.say(f"{folder}: already complete. Nothing to do; --overwrite runs it again.")
+        write_report(result, folder / "report.html")
+        return result
+
+    @contextmanager
+    def replacing(self) -> Iterator[None]:
+        """Puts back what `--overwrite` set aside, if the block refuses its input before anything new is finished."""
+        try:
+            yield
+        except HoldfastError:
+            folder = self.run.folder
+            if folder is not None:
+                team().by_main(lambda: self._put_back(folder))
+            raise
+
+    def _put_back(self, folder: Path) -> None:
+        aside = folder / REPLACED
+        if not aside.is_dir():
+            return
+        if (folder / "checkpoints").exists():
+            self.run.say(f"What was there before is in {aside}, until a job is finished in {folder}.")
+            return
+        _remove_own(folder)
+        for path in list(aside.iterdir()):
+            path.rename(folder / path.name)
+        aside.rmdir()
+        self.run.say(f"{folder}: left as it was.")
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Notes the seconds that the block takes."""
+        begin = time.perf_counter()
+        yield
+        self.timing[stage] = round(time.perf_counter() - begin, 3)
+
+    def note_tasks(self, tasks: Mapping[str, Task | None]) -> None:
+        """Looks at the tasks, says what was read, and notes it; see `validate`.
+
+        Raises:
+            HoldfastError: if tasks are the same that must not be.
+        """
+        found = validate({part: task for part, task in tasks.items() if task is not None})
+        self.tasks, self.flags = found.facts, found.flags
+        for line in found.lines():
+            self.run.say(line)
+
+    def note_model(self, role: str, model: SplitModel, file_sha256: str | None = None) -> None:
+        """Notes the facts of a model, and says what a reader should know of how it was read."""
+        known = {note for facts in self.models.values() for note in facts.notes}
+        self.models[role] = model.facts(file_sha256)
+        for note in model.notes:
+            if note not in known:
+                self.run.say(f"{role.capitalize()} model: {note}")
+
+    def original(self, model: SplitModel, benign: Task, spec: PretrainSpec | None) -> SplitModel:
+        """Returns the original model: as loaded, or trained now, or trained before the job was interrupted."""
+        if spec is not None and self.run.folder is not None:
+            path = self.run.folder / "checkpoints" / "original.safetensors"
+            if team().agree(path.exists()):
+                model.load(path)
+            else:
+                with self.timed("pretrain"):
+                    model = pretrain(
+                        model, benign, steps=spec.steps, strategy=spec.strategy(), ema=spec.ema, run=self.run
+                    )
+                team().by_main(lambda: model.save(path))
+        self.note_model("original", model)
+        return model.eval()
+
+    def kept_original(
+        self, model: SplitModel, benign: Task, spec: PretrainSpec | None, reuse: Sequence[Path]
+    ) -> SplitModel:
+        """Returns a protocol's original: as loaded, or trained; once for all settings that have the same."""
+        if spec is None:
+            return model.eval()
+        assert self.run.folder is not None
+        own = shelf(self.run.folder, "originals")
+        made_of = {
+            "untrained model": model.facts().sha256,
+            "benign": benign.facts().sha256,
+            "seed": self.run.seed,
+            **{f"pretrain.{key}": value for key, value in spec.model_dump(mode="json").items()},
+            **({"processes": team().count} if team().count > 1 else {}),
+        }
+        owner = next((other for other in reuse if shelf(other, "originals").has(made_of)), None)
+        if not own.has(made_of) and owner is not None:
+            own.borrow(made_of, shelf(owner, "originals"), owner)
+            self.run.say(f"Reusing the original from {owner}")
+        if not own.has(made_of):
+            with self.timed("pretrain"):
+                trained = pretrain(
+                    model, benign, steps=spec.steps, strategy=spec.strategy(), ema=spec.ema, run=self.run
+                )
+            own.keep(made_of, trained, {})
+        return own.take(made_of, model)[0]
+
+    def immunize(
+        self, model: SplitModel, benign: Task, restricted: Task, defense: Defense
+    ) -> tuple[SplitModel, ImmunizationResult]:
+        """Runs a defense and keeps its model."""
+        with self.timed("immunize"):
+            defense = defense.resolved(benign)
+            immunized, record = defense.immunize(model, benign, restricted, run=self.run)
+            team().follow(immunized.network)
+        digest = None
+        if self.run.folder is not None:
+            folder = self.run.folder
+            digest = team().by_main(lambda: immunized.save(folder / "model.safetensors"))
+            if team().by_main(lambda: immunized.export(folder / "pipeline")) is not None:
+                self.run.say(f"Written for diffusers: {folder / 'pipeline'}")
+        self.note_model("immunized", immunized, digest)
+        return immunized, defense.told(record, model, immunized)
+
+    def audit(
+        self,
+        model: SplitModel,
+        original: SplitModel,
+        benign: Task,
+        restricted: Task,
+        transfer: Task | None,
+        spec: AuditSpec,
+        executor: Executor,
+    ) -> AuditResult:
+        """Runs an audit."""
+        with self.timed("audit"):
+            return run_audit(
+                model,
+                original,
+                benign=benign,
+                restricted=restricted,
+                transfer=transfer,
+                spec=spec,
+                run=self.run,
+                executor=executor,
+                flags=self.flags,
+            )
+
+    def save(
+        self,
+        *,
+        immunization: ImmunizationResult | None = None,
+        audit: AuditResult | None = None,
+        feasibility: Feasibility | None = None,
+        figures: dict[str, Figure] | None = None,
+        outcome: Outcome | None = None,
+    ) -> RunResult:
+        """Writes report, pictures and result, and returns the result."""
+        folder = self.run.folder
+        assert folder is not None
+        result = RunResult(
+            kind=self.kind,
+            title=self.title,
+            recipe=self.recipe,
+            seed=self.run.seed,
+            immunization=immunization,
+            audit=audit,
+            feasibility=feasibility,
+            findings=outcome.findings if outcome is not None else [],
+            tables=tables(audit) if audit is not None else outcome.tables if outcome is not None else {},
+            figures=outcome.figures if outcome is not None else figures or {},
+            provenance=provenance(
+                started=self.started,
+                device=str(self.run.device),
+                threads=torch.get_num_threads(),
+                processes=team().count,
+                tasks=self.tasks,
+                models=self.models,
+            ),
+            timing=self.timing,
+        )
+        return team().by_main(lambda: _written(result, folder))
+
+
+def _opened(where: Path, overwrite: bool) -> None:
+    """Makes a job's folder, or empties it; see `Job.start`."""
+    writable_folder(where)
+    if not (where / "job.json").exists():
+        strange = [name for name in OWN_FILES if (where / name).exists()]
+        if strange:
+            raise HoldfastError(
+                f"{str(where)!r} holds {', '.join(strange)} and was not made by Holdfast; choose another "
+                "folder with --out. Nothing was changed."
+            )
+    if overwrite and (where / REPLACED).is_dir():  # the job before did not end; what it set aside is the last that did
+        _remove_own(where)
+    elif overwrite and (where / "job.json").exists():
+        (where / REPLACED).mkdir()
+        for name in (*OWN_FILES, "job.json"):
+            if (where / name).exists():
+                (where / name).rename(where / REPLACED / name)
+
+
+def _remove_own(folder: Path) -> None:
+    for name in (*OWN_FILES, "job.json"):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _written(result: RunResult, folder: Path) -> RunResult:
+    write_report(result, folder / "report.html")
+    for name, figure in result.figures.items():
+        if isinstance(figure, Pictures):
+            write_atomic(folder / "pictures" / f"{name}.png", base64.b64decode(figure.png))
+    write_atomic(folder / "result.json", result.model_dump_json(indent=1))
+    shutil.rmtree(folder / REPLACED, ignore_errors=True)
+    return result
+
+
+def _differences(found: Any, mine: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the settings in which two jobs differ."""
+    if not (isinstance(found, dict) and isinstance(mine, dict)):
+        return [] if found == mine else [prefix.removeprefix("recipe.")]
+    return [
+        d for k in sorted({*found, *mine}) for d in _differences(found.get(k), mine.get(k), f"{prefix}.{k}".strip("."))
+    ]

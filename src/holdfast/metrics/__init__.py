@@ -1,0 +1,1 @@
+"""Measurements without an attack: feasibility, condition numbers, diagnostics, generated samples."""

@@ -1,0 +1,188 @@
+"""The frozen part of a network before the first block that is trained: its activations are computed once.
+
+Which layers come before which others, a module does not tell. So nothing is cut: the network runs as it is, but every
+frozen module answers at once. The last of them answers with the kept activations; those before it with what they
+answered to one sample, repeated for the batch, which nobody reads. A skip connection around the last of them would read
+it, and then the outputs differ: that is tried once, on some samples, and such a network is not taken.
+
+Later blocks may read the inputs themselves: which words are padding, for one. Where they do, the inputs are kept too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.models.introspection import duplicate
+from holdfast.models.split_model import SplitModel
+from holdfast.tasks import Task
+from holdfast.tasks.base import Split
+
+AGREEMENT = 1e-4
+"""Largest difference, relative to the largest value, of a network's outputs with and without kept activations."""
+_BATCH = 250
+
+
+class Prefix:
+    """Activations that a network's frozen blocks make, and a way to run the rest from them.
+
+    Args:
+        model: on its device; left as it is.
+        frozen: the first blocks of `SplitModel.blocks`, which stay as they are.
+        samples: inputs on which it is tried, as a task yields them; at least two different ones. What the frozen
+            modules are made to answer is of the first of them, and is tried on the others.
+
+    Attributes:
+        shape: of one sample's activations.
+
+    Raises:
+        ValueError: saying why activations cannot be kept for this network.
+    """
+
+    def __init__(self, model: SplitModel, frozen: Sequence[Sequence[tuple[str, nn.Module]]], samples: Tensor) -> None:
+        names = [name for block in frozen for name, _ in block]
+        if not names:
+            raise ValueError("no block of its body is frozen")
+        self._model, self._names, self._last = duplicate(model).eval(), names, ""
+        others = samples[(samples != samples[:1]).flatten(1).any(1)]
+        if not len(others):
+            raise ValueError("the samples that it would be tried on are all the same")
+        self._inputs, self._reads = samples[:1], not samples.is_floating_point()
+        with _uncut(self._model.network):
+            self._templates = self._ran(samples[:1])
+        self.shape = tuple(self._templates[self._last].shape[1:])
+        if not self._agrees(others):
+            self._reads = True
+            if not self._agrees(others):
+                raise ValueError("later blocks read more than what the last frozen one answers")
+
+    @torch.no_grad()
+    def _agrees(self, samples: Tensor) -> bool:
+        """Whether samples have the same logits and features by kept activations."""
+        wanted = torch.cat([t.flatten() for t in self._model.with_features(samples)])
+        try:
+            found = torch.cat([t.flatten() for t in self.outputs(self._model, self.activations(samples))])
+        except (RuntimeError, IndexError, TypeError):  # answers of a shape that the rest cannot take
+            return False
+        return bool(((found - wanted).abs().max() <= AGREEMENT * wanted.abs().max()).item())
+
+    @torch.no_grad()
+    def _ran(self, x: Tensor) -> dict[str, Tensor]:
+        """What each frozen module answers to an input; notes which of them ran last."""
+        caught: dict[str, Tensor] = {}
+
+        def catcher(name: str) -> Any:
+            def catch(_: nn.Module, __: Any, answer: Any) -> None:
+                if not isinstance(answer, Tensor) or answer.shape[:1] != x.shape[:1]:
+                    raise ValueError(f"{name!r} answers no tensor with one row a sample")
+                if name in caught:
+                    raise ValueError(f"{name!r} runs more than once")
+                caught[name], self._last = answer, name
+
+            return catch
+
+        hooks = [self._model.network.get_submodule(n).register_forward_hook(catcher(n)) for n in self._names]
+        try:
+            self._model.features(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not caught:
+            raise ValueError("none of its frozen blocks runs")
+        return caught
+
+    def activations(self, x: Tensor) -> Tensor:
+        """Returns what the last frozen module answers to inputs, shape (N, ...), in the network's precision.
+
+        Where the inputs are kept, each row is both, flattened: shape (N, A).
+        """
+        with _uncut(self._model.network):
+            kept = self._ran(x)[self._last]
+        return torch.cat([kept.flatten(1), x.flatten(1).to(kept)], 1) if self._reads else kept
+
+    def outputs(self, model: SplitModel, activations: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logits and features of a model with the same frozen blocks, from activations; with their graph.
+
+        Args:
+            model: in the mode that is wanted.
+            activations: as `activations` returns them.
+        """
+        count, inside = len(activations), math.prod(self.shape)
+        x = self._inputs.expand(count, *self._inputs.shape[1:])
+        if self._reads:
+            x = activations[:, inside:].to(self._inputs).reshape(x.shape)
+            activations = activations[:, :inside].reshape(count, *self.shape)
+        with _uncut(model.network), self._answering(model.network, activations):
+            return model.with_features(x)
+
+    @contextlib.contextmanager
+    def _answering(self, network: nn.Module, activations: Tensor) -> Iterator[None]:
+        layers = {name: network.get_submodule(name) for name in self._templates}
+        own = {name: vars(layer)["forward"] for name, layer in layers.items() if "forward" in vars(layer)}
+        for name, layer in layers.items():
+            template = self._templates[name]
+            answer = activations if name == self._last else template.expand(len(activations), *template.shape[1:])
+            layer.forward = _answer(answer)
+        try:
+            yield
+        finally:
+            for name, layer in layers.items():
+                del layer.forward
+                if name in own:  # somebody patched it before
+                    layer.forward = own[name]
+
+    def size(self, task: Task, split: Split) -> int:
+        """Returns the bytes that the activations of a split take."""
+        width = math.prod(self.shape) + self._reads * self._inputs.numel()
+        return task.size(split) * self._templates[self._last].element_size() * width
+
+    def task(self, task: Task, split: Split) -> Task:
+        """Returns a task on activations in one split; in the other, which takes no memory, inputs are no numbers."""
+        parts = [self.activations(b.x).cpu() for b in task.sweep(split, _BATCH, device=self._model.device)]
+        kept = torch.cat(parts)
+        other = task.size("test" if split == "train" else "train")
+        missing = torch.full((1, *kept.shape[1:]), math.nan, dtype=kept.dtype).expand(other, *kept.shape[1:])
+        return task.with_inputs(kept, missing) if split == "train" else task.with_inputs(missing, kept)
+
+
+class Rest(nn.Module):
+    """A model as a function of activations, so that a task on activations can score it.
+
+    Args:
+        prefix: whose activations.
+        model: what is run from them; shared, not copied.
+    """
+
+    def __init__(self, prefix: Prefix, model: SplitModel) -> None:
+        super().__init__()
+        self.prefix, self.model = prefix, model
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Returns logits, shape (N, classes)."""
+        return self.prefix.outputs(self.model, activations)[0]
+
+    def with_features(self, activations: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logits and features; see `SplitModel.with_features`."""
+        return self.prefix.outputs(self.model, activations)
+
+
+def _answer(value: Tensor) -> Any:
+    return lambda *_, **__: value
+
+
+@contextlib.contextmanager
+def _uncut(network: nn.Module) -> Iterator[None]:
+    """Sentences keep their padding, so that activations of all batches have one shape."""
+    cutting = [m for m in network.modules() if getattr(m, "cuts", False)]
+    for module in cutting:
+        setattr(module, "cuts", False)  # noqa: B010
+    try:
+        yield
+    finally:
+        for module in cutting:
+            setattr(module, "cuts", True)  # noqa: B010

@@ -1,0 +1,190 @@
+"""Whether a model fits a task, in what it differs from another, and its weights inside the other's code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.errors import HoldfastError
+from holdfast.models.families.diffusion import Denoiser
+from holdfast.models.introspection import first_line
+from holdfast.models.split_model import SplitModel
+from holdfast.models.transplant import _hooks, _kind, _plain_layers, _plain_name, _plain_tensors, _published, _rounded
+from holdfast.tasks import DenoisingTask, Task, TextTask
+
+
+def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = True, trainable: bool = True) -> None:
+    """Refuses, with the reason, a model that cannot be trained or scored on a task.
+
+    Args:
+        model: on any device; two samples of the task are passed through a copy in evaluation mode.
+        task: the task it is to work on.
+        own_task: whether the model's outputs must be this task's classes (its benign task), or may be more (a
+            restricted task that a fresh head will serve).
+        finite: whether its outputs must be finite.
+        trainable: whether it must have parameters that may be trained. Who immunizes a model respects what its owner
+            froze; an adversary does not, so that an audit asks for none.
+
+    Raises:
+        HoldfastError: no trainable parameters, inputs of another shape, another class count, non-finite outputs.
+    """
+    if trainable and not any(p.requires_grad for p in model.parameters()):
+        raise HoldfastError(
+            f"{model.name} has no trainable parameters; un-freeze what may be trained (requires_grad_)."
+        )
+    if isinstance(model, Denoiser) != (task.kind == "denoising"):
+        what = "is a denoiser" if isinstance(model, Denoiser) else "is no denoiser"
+        raise HoldfastError(
+            f"{model.name} {what}, and the kind of task {task.name!r} is {task.kind}. A denoiser's tasks are given as "
+            "NAME@kind=denoising (kind: denoising in a recipe); a model for them is `unet` or a diffusers folder."
+        )
+    if isinstance(model, Denoiser) and isinstance(task, DenoisingTask) and own_task:
+        model.check_schedule(task.schedule, task.name)
+    _check_vocabulary(model, task)
+    _check_normalisation(model, task)
+    # Of a copy: somebody's forward pass may change the model, or draw random numbers.
+    probe = model.clone().eval()
+    batch = next(iter(task.batches("test", 2, device=model.device)))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits = probe(batch.x)
+    except HoldfastError:
+        raise
+    except Exception as error:  # the code may be anybody's, and so is what it raises
+        raise HoldfastError(
+            f"{model.name} cannot take the inputs of task {task.name!r}, shape {task.input_shape}: "
+            f"{first_line(error)}. For images, set the task's image_size and channels to what the model "
+            "expects; for text, take a language model (hf:NAME), and set the task's length."
+        ) from error
+    wanted = (len(batch.x), model.num_outputs, *task.output_shape[1:])
+    if tuple(logits.shape) != wanted:
+        raise HoldfastError(
+            f"{model.name} returns {tuple(logits.shape)} for {len(batch.x)} inputs; its head "
+            f"{model.head_name!r} says {wanted}."
+        )
+    if own_task and model.num_outputs != task.num_outputs:
+        raise HoldfastError(
+            f"{model.name} has {model.num_outputs} outputs and its task {task.name!r} {task.num_outputs} classes; "
+            "they must agree. Keep the right classes with NAME[...], or build the model for this task."
+        )
+    if finite and not bool(logits.isfinite().all()):
+        raise HoldfastError(
+            f"{model.name} returns values that are not finite on task {task.name!r}; its weights are unusable."
+        )
+
+
+def _check_normalisation(model: SplitModel, task: Task) -> None:
+    """Refuses a mean and std of other channels than the inputs have: they would be broadcast to something else."""
+    channels = task.input_shape[0] if len(task.input_shape) == 3 else 1
+    for name in ("mean", "std"):
+        values = getattr(model, name)
+        if values is None:
+            continue
+        if values.numel() not in (1, channels) or len(task.input_shape) == 2:
+            raise HoldfastError(
+                f"{model.name}: {name} of the input normalisation has {values.numel()} values, and inputs of task "
+                f"{task.name!r} have shape {task.input_shape}; expected one for all, or one a channel."
+            )
+        if not bool(values.isfinite().all()):
+            raise HoldfastError(
+                f"{model.name}: {name} of the input normalisation is not finite: {values.flatten().tolist()}."
+            )
+
+
+def _check_vocabulary(model: SplitModel, task: Task) -> None:
+    """Refuses token ids that mean something else to the model, or nothing."""
+    own = model.vocabulary
+    given = task.vocabulary if isinstance(task, TextTask) else None
+    if own is None or (given is not None and own.agrees(given)):
+        return
+    if given is None:
+        raise HoldfastError(f"{model.name} reads text, and task {task.name!r} is none; give it a task of sentences.")
+    raise HoldfastError(
+        f"{model.name} reads ids of the tokenizer {own.name!r} ({own.size} tokens), and those of task {task.name!r} "
+        f"are of {given.name!r} ({given.size} tokens); load the task with the model's own tokenizer."
+    )
+
+
+def architecture_differences(model: SplitModel, original: SplitModel) -> list[str]:
+    """Returns in which ways a model is more than other weights for the original's architecture; empty if it is not.
+
+    Compared are the names and shapes of all tensors and whether each is a parameter, the kinds of all layers, their
+    settings, hooks and functions of their own, the head, and the input normalisation. An inserted extractor is no
+    difference: it is a defense's, and part of what is audited.
+
+    Returns:
+        A sentence for each difference.
+
+    Example:
+        >>> one = SplitModel(nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 3)), head="2")
+        >>> other = SplitModel(nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 3)), head="2")
+        >>> architecture_differences(other, one)
+        ["Layer '1' is Tanh instead of ReLU."]
+    """
+    found = []
+    own, theirs = _plain_tensors(model), _plain_tensors(original)
+    found += [f"Only the original has the tensor {n!r}." for n in theirs if n not in own]
+    found += [f"Only {model.name} has the tensor {n!r}." for n in own if n not in theirs]
+    for name in (n for n in own if n in theirs):
+        mine, other = own[name], theirs[name]
+        if mine.shape != other.shape:
+            found.append(f"{name!r} is {tuple(mine.shape)} instead of {tuple(other.shape)}.")
+        if isinstance(mine, nn.Parameter) != isinstance(other, nn.Parameter):
+            found.append(f"{name!r} is {_kind(mine)} instead of {_kind(other)}.")
+    found += _layer_differences(_plain_layers(model), _plain_layers(original), model.name)
+    if _plain_name(model, model.head_name) != _plain_name(original, original.head_name):
+        found.append(f"Its head is {model.head_name!r} instead of {original.head_name!r}.")
+    for name in ("mean", "std"):
+        values, others = (_rounded(getattr(m, name)) for m in (model, original))
+        if values != others:
+            found.append(f"Its input {name} is {values} instead of {others}.")
+    if isinstance(model, Denoiser) and isinstance(original, Denoiser) and model.predicts != original.predicts:
+        found.append(f"Its scheduler's prediction_type is {model.predicts} instead of {original.predicts}.")
+    return found
+
+
+def _layer_differences(own: dict[str, nn.Module], theirs: dict[str, nn.Module], whose: str) -> list[str]:
+    found = [f"Only the original has a layer {n!r} ({type(theirs[n]).__name__})." for n in theirs if n not in own]
+    found += [f"Only {whose} has a layer {n!r} ({type(own[n]).__name__})." for n in own if n not in theirs]
+    for name in (n for n in own if n in theirs):
+        mine, other = type(own[name]), type(theirs[name])
+        label = f"Layer {name!r}" if name else "The network"
+        if mine is not other:  # a class can be given another one's name
+            same = mine.__qualname__ == other.__qualname__
+            spelled = [f"{t.__module__}.{t.__qualname__}" if same else t.__qualname__ for t in (mine, other)]
+            found.append(f"{label} is {spelled[0]} instead of {spelled[1]}{', another of that name' * same}.")
+        if _hooks(own[name]) > _hooks(theirs[name]):
+            found.append(f"{label} has hooks: code that runs beside its own.")
+        if mine is other:
+            found += _other_settings(label, _settings(own[name]), _settings(theirs[name]))
+    return found
+
+
+def _other_settings(label: str, own: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    return [
+        f"{label} has {key} = {own.get(key, 'nothing')} instead of {theirs.get(key, 'nothing')}."
+        for key in dict.fromkeys([*own, *theirs])
+        if own.get(key) != theirs.get(key)
+    ]
+
+
+def _settings(layer: nn.Module) -> dict[str, str]:
+    """What a layer's code may depend on beside its tensors: plain attributes, shortened; objects by their type."""
+    skip = {*vars(nn.Module()), "name_or_path"}  # from where transformers loaded weights
+    private = "_" if _published(type(layer)) else "\0"  # transformers keep how weights were loaded in such
+    return {k: _spelled(v) for k, v in vars(layer).items() if k not in skip and not k.startswith(private)}
+
+
+def _spelled(value: Any, inside: bool = False) -> str:
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype):
+        return repr(value)[:200]
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, list | tuple | Mapping) and not inside:
+        pairs = islice(value.items() if isinstance(value, Mapping) else enumerate(value), 100)
+        return f"{len(value)} values ({', '.join(f'{key}: {_spelled(item, True)}' for key, item in pairs)})"
+    return type(value).__qualname__

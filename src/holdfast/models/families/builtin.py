@@ -1,0 +1,355 @@
+"""Small architectures that train on two cores: an MLP, CNNs, the CIFAR residual networks, a ViT and a CAFormer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast.models.families.diffusion import unet
+
+
+class MLP(nn.Module):
+    """Hidden layers of equal width with ReLU; images are flattened.
+
+    Args:
+        input_shape: shape of one input.
+        num_outputs: number of logits.
+        width: units a hidden layer.
+        depth: hidden layers.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], num_outputs: int, *, width: int = 128, depth: int = 2) -> None:
+        super().__init__()
+        size = 1
+        for n in input_shape:
+            size *= n
+        layers: list[nn.Module] = [nn.Flatten()]
+        for _ in range(depth):
+            layers += [nn.Linear(size, width), nn.ReLU()]
+            size = width
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(size, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns logits of shape (N, num_outputs)."""
+        logits: Tensor = self.head(self.body(x))
+        return logits
+
+
+class CNN(nn.Module):
+    """Two stages of 3x3 convolutions, each ending in pooling, and one hidden layer; for images of 4 to 64 pixels.
+
+    Args:
+        input_shape: (channels, height, width), at least 4 pixels a side.
+        num_outputs: number of logits.
+        width: channels of the first stage; the second has twice as many.
+        depth: convolutions a stage.
+        hidden: units of the hidden layer.
+        norm: "batch" for BatchNorm behind each convolution, or "none".
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        num_outputs: int,
+        *,
+        width: int = 16,
+        depth: int = 1,
+        hidden: int = 64,
+        norm: Literal["batch", "none"] = "batch",
+    ) -> None:
+        super().__init__()
+        channels, height, _ = input_shape
+        pooled = 2 if height < 16 else 4
+        layers: list[nn.Module] = []
+        for out, pool in ((width, nn.MaxPool2d(2)), (2 * width, nn.AdaptiveAvgPool2d(pooled))):
+            for _ in range(depth):
+                layers.append(nn.Conv2d(channels, out, 3, padding=1, bias=norm == "none"))
+                layers += [nn.BatchNorm2d(out), nn.ReLU()] if norm == "batch" else [nn.ReLU()]
+                channels = out
+            layers.append(pool)
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * pooled**2, hidden), nn.ReLU())
+        self.head = nn.Linear(hidden, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns logits of shape (N, num_outputs)."""
+        logits: Tensor = self.head(self.body(x))
+        return logits
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, into: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(into, out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.stride, self.grown = stride, out - into
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride != 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        if self.grown:
+            # The parameter-free shortcut ("option A") of He et al. 2016, section 4.2: new channels are zero.
+            x = F.pad(x, (0, 0, 0, 0, self.grown // 2, self.grown - self.grown // 2))
+        return F.relu(x + residual)
+
+
+class CifarResNet(nn.Module):
+    """The CIFAR residual network of He et al. 2016, section 4.2, with parameter-free shortcuts.
+
+    Layers are named as in the widely used PyTorch weights (`conv1`, `layer1.0.bn2`, `linear`).
+
+    Args:
+        input_shape: (channels, height, width).
+        num_outputs: number of logits.
+        depth: 6n + 2 layers: 20, 32, 44, 56, ...
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], num_outputs: int, *, depth: int = 20) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(input_shape[0], 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+
+        def stage(into: int, out: int, stride: int) -> nn.Sequential:
+            first = _ResidualBlock(into, out, stride)
+            return nn.Sequential(first, *(_ResidualBlock(out, out, 1) for _ in range(blocks - 1)))
+
+        self.layer1, self.layer2, self.layer3 = stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2)
+        self.linear = nn.Linear(64, num_outputs)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns logits of shape (N, num_outputs)."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        logits: Tensor = self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+        return logits
+
+
+class MnistCNN(nn.Module):
+    """Two 5x5 convolutions with pooling and a hidden layer, as in PyTorch's first MNIST example; from 16 pixels on.
+
+    Layers are named as in the common weights: `conv1`, `conv2`, `fc1`, `fc2`.
+
+    Args:
+        input_shape: (channels, height, width).
+        num_outputs: number of logits.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], num_outputs: int) -> None:
+        super().__init__()
+        channels, height, width = input_shape
+        # Each stage: a convolution without padding takes 4 pixels a side, pooling a half.
+        left, wide = (((n - 4) // 2 - 4) // 2 for n in (height, width))
+        if min(left, wide) < 1:
+            raise ValueError(f"images of {height}x{width} pixels vanish in its convolutions; give at least 16x16")
+        self.conv1 = nn.Conv2d(channels, 20, 5)
+        self.conv2 = nn.Conv2d(20, 50, 5)
+        self.fc1 = nn.Linear(50 * left * wide, 500)
+        self.fc2 = nn.Linear(500, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns logits of shape (N, num_outputs)."""
+        for convolution in (self.conv1, self.conv2):
+            x = F.max_pool2d(F.relu(convolution(x)), 2)
+        logits: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
+        return logits
+
+
+class _Attention(nn.Module):
+    """Self-attention whose tensors are named and shaped as in `nn.MultiheadAttention`."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        query, key, value = (p.reshape(*p.shape[:-1], self.heads, -1).transpose(-3, -2) for p in parts)
+        dropout = self.dropout if self.training else 0.0
+        seen = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        out: Tensor = self.out_proj(seen.transpose(-3, -2).flatten(-2))
+        return out
+
+
+class _EncoderLayer(nn.Module):
+    """A post-norm transformer layer with ReLU, its tensors named as in `nn.TransformerEncoderLayer`.
+
+    PyTorch's own has a fast path in evaluation that reads the weights past the layers that hold them: whatever
+    somebody put into a layer's place, such as a low-rank adapter, would be trained and then not be scored.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = _Attention(width, heads, dropout)
+        self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.dropout(self.self_attn(x)))
+        hidden = self.dropout(F.relu(self.linear1(x)))
+        out: Tensor = self.norm2(x + self.dropout(self.linear2(hidden)))
+        return out
+
+
+class CifarViT(nn.Module):
+    """A vision transformer for small images: class token, learned positions, post-norm layers with ReLU.
+
+    Args:
+        input_shape: (channels, height, width); sides are multiples of `patch`.
+        num_outputs: number of logits.
+        patch: pixels a side of a patch.
+        width: of the tokens.
+        depth: encoder layers.
+        heads: of the attention; they divide the width.
+        hidden: units between the two linear layers of an encoder layer.
+        dropout: share that is dropped, in training.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        num_outputs: int,
+        *,
+        patch: int = 4,
+        width: int = 128,
+        depth: int = 6,
+        heads: int = 8,
+        hidden: int = 256,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        channels, height, across = input_shape
+        if height % patch or across % patch:
+            raise ValueError(f"images of {height}x{across} pixels are no whole number of {patch}x{patch} patches")
+        if width % heads:
+            raise ValueError(f"{heads} heads do not divide a width of {width}")
+        tokens = 1 + (height // patch) * (across // patch)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, patch)})
+        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
+        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, width), std=0.02))
+        layers = (_EncoderLayer(width, heads, hidden, dropout) for _ in range(depth))
+        self.transformer = nn.ModuleDict({"layers": nn.Sequential(*layers)})
+        self.mlp_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns logits of shape (N, num_outputs)."""
+        patches = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), patches], 1) + self.pos_embed
+        logits: Tensor = self.mlp_head(self.transformer["layers"](tokens)[:, 0])
+        return logits
+
+
+_VGG = {11: "A", 13: "B", 16: "D", 19: "E"}
+
+
+class CifarVGG(nn.Module):
+    """VGG's convolutions, pooled to one position, and two small hidden layers; for images from 32 pixels on.
+
+    Args:
+        input_shape: (channels, height, width).
+        num_outputs: number of logits.
+        depth: 11, 13, 16 or 19, as the original counts its layers.
+        hidden: units of each of the two hidden layers.
+        dropout: share of them that is dropped, in training.
+        norm: "batch" for BatchNorm behind each convolution, or "none".
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        num_outputs: int,
+        *,
+        depth: int = 13,
+        hidden: int = 256,
+        dropout: float = 0.5,
+        norm: Literal["batch", "none"] = "batch",
+    ) -> None:
+        super().__init__()
+        from torchvision.models.vgg import cfgs, make_layers
+
+        if depth not in _VGG:
+            raise ValueError(f"depth is {depth}; expected one of {', '.join(map(str, _VGG))}")
+        if min(input_shape[1:]) < 32:
+            raise ValueError("images shrink to nothing in its five poolings; give at least 32x32")
+        self.features = make_layers(cfgs[_VGG[depth]], batch_norm=norm == "batch")
+        if input_shape[0] != 3:
+            self.features[0] = nn.Conv2d(input_shape[0], 64, 3, padding=1)
+        self.hidden = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(512, hidden), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(dropout),
+        )  # fmt: skip
+        self.head = nn.Linear(hidden, num_outputs)
+        for module in self.features:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns logits of shape (N, num_outputs)."""
+        logits: Tensor = self.head(self.hidden(self.features(x)))
+        return logits
+
+
+def small_caformer(
+    input_shape: tuple[int, ...],
+    num_outputs: int,
+    *,
+    widths: Sequence[int] = (32, 64, 160, 256),
+    depths: Sequence[int] = (1, 1, 3, 1),
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """Returns timm's CAFormer (convolutions in two stages, attention in two), small enough to train on two cores.
+
+    Args:
+        input_shape: (channels, height, width), from 32 pixels on.
+        num_outputs: number of logits.
+        widths: channels of the four stages; those of the last two in steps of 32, the width of an attention head.
+        depths: blocks of the four stages.
+        drop_path: share of the residual branches that is dropped, in training.
+    """
+    from timm.models import metaformer
+
+    if len(widths) != 4 or len(depths) != 4:
+        raise ValueError("widths and depths need four numbers each, one a stage")
+    network: nn.Module = metaformer.MetaFormer(
+        in_chans=input_shape[0],
+        num_classes=num_outputs,
+        dims=tuple(widths),
+        depths=tuple(depths),
+        drop_path_rate=drop_path,
+        token_mixers=[metaformer.SepConv] * 2 + [metaformer.Attention] * 2,
+        norm_layers=[metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2,
+    )
+    return network
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MNIST = ((0.1307,), (0.3081,))
+
+Builder = Callable[..., nn.Module]
+BUILTIN: dict[str, tuple[Builder, str, tuple[tuple[float, ...], tuple[float, ...]] | None]] = {
+    "mlp": (MLP, "head", None),
+    "cnn": (CNN, "head", ((0.5,), (0.5,))),
+    "cifar_resnet": (CifarResNet, "linear", IMAGENET),
+    "cifar_vit": (CifarViT, "mlp_head.1", IMAGENET),
+    "cifar_vgg": (CifarVGG, "head", IMAGENET),
+    "small_caformer": (small_caformer, "head.fc.fc2", IMAGENET),
+    "mnist_cnn": (MnistCNN, "fc2", MNIST),
+    "unet": (unet, "conv_out", None),
+}
+"""Builder, name of the head, and (mean, std) of the input normalisation by default."""

@@ -1,0 +1,329 @@
+"""Denoisers: U-Nets of diffusers, built in or from a folder, and the folder written again for others to open."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from holdfast.errors import HoldfastError, unknown
+from holdfast.models.introspection import first_line
+from holdfast.models.split_model import SplitModel
+from holdfast.runtime.storage import writable_folder
+from holdfast.tasks import Schedule
+
+HEAD: Final = "conv_out"
+"""The last layer of a U-Net of diffusers."""
+
+PREDICTIONS: Final = ("epsilon", "v_prediction", "sample")
+"""What a network may answer with, by the name that diffusers has for it; see `Denoiser.forward`."""
+
+
+class Denoiser(SplitModel):
+    """A diffusion model as Holdfast sees it: a U-Net, and the scheduler that it was trained with.
+
+    Its inputs are those of a `DenoisingTask`: noised images with their time steps as the last channel. Its head is the
+    last convolution, which makes the image.
+
+    Args:
+        network: an `UNet2DModel` of diffusers, of as many output as input channels.
+        scheduler: configuration of its DDPM or DDIM scheduler; None: the one of Ho et al. 2020.
+        name: shown in reports.
+        factory: see `SplitModel`.
+        spec: see `SplitModel`.
+
+    Attributes:
+        schedule: of the noise that it was trained on.
+
+    Raises:
+        HoldfastError: if the network predicts a variance as well or wants a class, or the scheduler is of no use.
+
+    Example:
+        >>> from holdfast.tasks import load_task
+        >>> from holdfast.models import load_model
+        >>> task = load_task("digits@kind=denoising")
+        >>> model = load_model("unet", task)
+        >>> batch = next(task.batches("test", 5, device=model.device))
+        >>> model(batch.x).shape, model.head_name
+        (torch.Size([5, 1, 8, 8]), 'conv_out')
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        scheduler: Mapping[str, Any] | None = None,
+        name: str = "denoiser",
+        factory: Callable[[], nn.Module] | None = None,
+        spec: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(network, HEAD, name=name, factory=factory, spec=spec, channels_last=False)
+        self.schedule = Schedule(scheduler)
+        self.predicts = str(self.schedule.config.get("prediction_type", "epsilon"))
+        if self.predicts not in PREDICTIONS:
+            raise unknown("prediction_type of the scheduler:", self.predicts, PREDICTIONS)
+        config: Any = network.config
+        if config.in_channels != config.out_channels:
+            raise HoldfastError(
+                f"{name}: the network takes {config.in_channels} channels and answers with {config.out_channels}; "
+                "networks that predict a variance as well are not supported."
+            )
+        if config.num_class_embeds is not None or config.class_embed_type is not None:
+            raise HoldfastError(f"{name}: the network wants the class of each image; give an unconditional one.")
+
+    def _check_head(self) -> None:
+        if not isinstance(getattr(self.network, HEAD, None), nn.Conv2d):
+            raise HoldfastError(f"{self.name}: the network has no last convolution {HEAD!r}; expected an UNet2DModel.")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the predicted noise, whatever it is that the network answers with.
+
+        With a = alpha-bar_t, v = sqrt(a) epsilon - sqrt(1 - a) x_0 (Salimans and Ho 2022), so that
+        epsilon = sqrt(a) v + sqrt(1 - a) x_t; and from x_0, epsilon = (x_t - sqrt(a) x_0) / sqrt(1 - a).
+
+        Args:
+            x: shape (N, C + 1, H, W); the last channel is the time step.
+
+        Returns:
+            Shape (N, C, H, W).
+        """
+        t = x[:, -1, 0, 0].round().long()
+        noised = x[:, :-1].to(self.precision or self.dtype)
+        answer: Tensor = self.network(noised, t).sample
+        if self.predicts == "epsilon":
+            return answer
+        # In float32 at least: in bfloat16, 0.9999 is 1, and 1 - alpha-bar would be 0.
+        a = self.schedule.alpha_bar.to(t.device)[t.clamp(0, self.schedule.steps - 1)].view(-1, 1, 1, 1)
+        noise = (
+            a.sqrt() * answer + (1 - a).sqrt() * noised
+            if self.predicts == "v_prediction"
+            else (noised - a.sqrt() * answer) / (1 - a).sqrt()
+        )
+        return noise.to(answer.dtype)
+
+    def reset_head(self, num_outputs: int | None = None) -> None:
+        """See `SplitModel.reset_head`; the number of channels is that of the images, and stays."""
+        old = self.head
+        assert isinstance(old, nn.Conv2d)
+        if num_outputs not in (None, old.out_channels):
+            raise HoldfastError(
+                f"{self.name} makes images of {old.out_channels} channels, and {num_outputs} are wanted; set the "
+                "task's channels."
+            )
+        kernel, padding = old.kernel_size[0], old.padding
+        assert not isinstance(padding, str)
+        self.put_head(
+            nn.Conv2d(
+                old.in_channels, old.out_channels, kernel, padding=padding[0],
+                device=old.weight.device, dtype=old.weight.dtype,
+            )
+        )  # fmt: skip
+
+    def reading(self) -> list[Any]:
+        """See `SplitModel.reading`: also by which schedule, and what the network's answers stand for."""
+        return [*super().reading(), self.schedule.config]
+
+    def add_extractor(self) -> None:
+        """Refused: between a U-Net's body and its last convolution there is an image, and no vector of features.
+
+        Raises:
+            HoldfastError: always.
+        """
+        raise HoldfastError(f"{self.name}: a linear extractor goes before a linear head, and a denoiser has none.")
+
+    def check_schedule(self, schedule: Schedule, task: str) -> None:
+        """Refuses the noise of a task that is not the model's own.
+
+        Raises:
+            HoldfastError: saying which, and how to set the task's.
+        """
+        if not schedule.same_noise(self.schedule):
+            raise HoldfastError(
+                f"{self.name} was trained on the noise schedule {self.schedule.describe()}, and its task {task!r} has "
+                f"{schedule.describe()}. Set the task's: {task}@kind=denoising,schedule=..., with a name or with the "
+                "model's folder."
+            )
+
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """Shape of a picture that its pipelines draw; None: the configuration does not say."""
+        config: Any = self.network.config
+        size = config.sample_size
+        sides = (size, size) if isinstance(size, int) else size
+        return None if sides is None else (config.in_channels, *sides)
+
+    def pipeline(self, *, ddim: bool = False) -> Any:
+        """Returns a plain diffusers pipeline around this very network: `DDPMPipeline`, or `DDIMPipeline`."""
+        from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+
+        config = {k: v for k, v in self.schedule.config.items() if k != "_class_name"}
+        if ddim or self.schedule.config["_class_name"] == "DDIMScheduler":
+            return DDIMPipeline(self.network, DDIMScheduler.from_config(config))
+        return DDPMPipeline(self.network, DDPMScheduler.from_config(config))
+
+    def export(self, folder: Path | str) -> Path:
+        """Writes a folder that `DDPMPipeline.from_pretrained` opens (or DDIM's, if that is the scheduler)."""
+        folder = writable_folder(Path(folder))
+        self.pipeline().save_pretrained(folder)
+        return folder
+
+
+def unet(
+    input_shape: tuple[int, ...],
+    num_outputs: int,
+    *,
+    widths: Sequence[int] = (16, 32, 32),
+    layers: int = 1,
+    attention: int = 8,
+    schedule: str | Mapping[str, Any] = "linear",
+) -> nn.Module:
+    """A U-Net: stages of half the size each, with attention where images are small. By default one for two cores.
+
+    The one of Ho et al. 2020 for 32 pixels has the widths 128, 256, 256, 256, two layers, and attention at 16.
+
+    Args:
+        input_shape: of a denoising task: (channels + 1, height, width).
+        num_outputs: channels.
+        widths: channels of each stage, at least 8.
+        layers: residual blocks a stage on the way down; one more on the way up.
+        attention: pixels a side of the largest images with attention; on large ones it costs more than all else.
+        schedule: of the noise: a name or a folder (see `Schedule.named`), or a scheduler's configuration. The network
+            is the same with each.
+    """
+    from diffusers import UNet2DModel
+
+    channels, *sides = input_shape
+    smallest = 2 ** (len(widths) - 1)
+    if len(sides) != 2 or channels != num_outputs + 1:
+        raise ValueError("a U-Net is for denoising; set the task's kind to denoising")
+    if min(widths, default=0) < 8:  # a head of attention has 8 channels
+        raise ValueError(f"widths is {list(widths)}; expected at least one stage, of 8 or more channels each")
+    if any(side % smallest for side in sides):
+        raise ValueError(f"{len(widths)} stages need sides that are multiples of {smallest}; set image_size")
+    seen = [max(sides) // 2**i <= attention for i in range(len(widths))]
+    return in_order(
+        UNet2DModel(
+            sample_size=sides[0] if sides[0] == sides[1] else tuple(sides),
+            in_channels=num_outputs,
+            out_channels=num_outputs,
+            block_out_channels=tuple(widths),
+            layers_per_block=layers,
+            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in seen),
+            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(seen)),
+            norm_num_groups=math.gcd(8, *widths),
+        )
+    )
+
+
+def in_order(network: nn.Module) -> nn.Module:
+    """Lists a U-Net's stages in the order in which they run, which is what tells its last block; in place.
+
+    diffusers registers the middle behind the way up.
+    """
+    for name in ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", HEAD):
+        if name in network._modules:
+            network._modules[name] = network._modules.pop(name)
+    return network
+
+
+def is_pipeline(name: str) -> bool:
+    """Whether something is a folder that a pipeline of diffusers was saved in."""
+    return (Path(name).expanduser() / "model_index.json").is_file()
+
+
+def architecture(config: Mapping[str, Any]) -> nn.Module:
+    """Builds a U-Net with fresh weights from its configuration; nothing is read or fetched.
+
+    Raises:
+        HoldfastError: if diffusers can make nothing of it.
+    """
+    from diffusers import UNet2DModel
+
+    try:
+        return in_order(UNet2DModel.from_config(dict(config)))
+    except Exception as error:  # the configuration may be anybody's, and so is what it raises
+        raise HoldfastError(f"No U-Net can be built from its configuration: {first_line(error)}.") from error
+
+
+def pretrained(place: str) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
+    """Loads a U-Net with its weights: safetensors only, and no code from anywhere but diffusers.
+
+    Args:
+        place: a folder that a pipeline was saved in, or a name on the Hub (which needs a network, or its cache).
+
+    Returns:
+        The network, the configuration of its scheduler, and what a reader should know.
+
+    Raises:
+        HoldfastError: if there is no such model, or it is no unconditional U-Net.
+    """
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    root = Path(place).expanduser()
+    local = root.is_dir()
+    notes: tuple[str, ...] = ()
+    if local:
+        _check_index(root)
+        if (root / "unet_ema").is_dir():
+            notes = (
+                f"{place} has averaged weights (EMA) in unet_ema beside those in unet, which were taken. The others "
+                "are had with --weights (or `weights:`) and the file in there.",
+            )
+    try:
+        inside = local or _is_nested(place)
+        network, found = UNet2DModel.from_pretrained(
+            place,
+            subfolder="unet" if inside else None,
+            use_safetensors=True,
+            local_files_only=local,
+            low_cpu_mem_usage=False,  # else what is missing is left without any values
+            output_loading_info=True,
+        )
+        scheduler = DDPMScheduler.load_config(place, subfolder="scheduler" if inside else None, local_files_only=local)
+    except Exception as error:  # what a network, a cache and files of anybody's raise
+        raise HoldfastError(
+            f"diffusers:{place} cannot be loaded as an UNet2DModel in safetensors with a scheduler: "
+            f"{first_line(error)}."
+        ) from error
+    if not isinstance(scheduler, dict):
+        raise HoldfastError(f"diffusers:{place}: {scheduler!r} is no configuration of a scheduler.")
+    if found["missing_keys"]:
+        raise HoldfastError(f"diffusers:{place} has no weights for {', '.join(sorted(found['missing_keys'])[:3])}.")
+    return in_order(network.eval()), scheduler, notes
+
+
+def _is_nested(name: str) -> bool:
+    """Whether a model on the Hub keeps its parts in folders; some old ones do not."""
+    from diffusers import UNet2DModel
+
+    try:
+        UNet2DModel.load_config(name, subfolder="unet")
+    except OSError:
+        return False
+    return True
+
+
+def _check_index(root: Path) -> None:
+    index = root / "model_index.json"
+    if not index.is_file() and (root / "config.json").is_file():
+        raise HoldfastError(f"diffusers:{root} is a folder as transformers write it; name it hf:{root}.")
+    try:
+        parts = json.loads(index.read_bytes())
+        found = parts.get("unet")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise HoldfastError(f"{str(root)!r} is no folder of a diffusers pipeline: {first_line(error)}.") from error
+    if found != ["diffusers", "UNet2DModel"]:
+        raise HoldfastError(
+            f"{str(root)!r} holds a pipeline ({parts.get('_class_name')}) whose unet is {found}; expected an "
+            "unconditional one, ['diffusers', 'UNet2DModel']."
+        )
+
+
+def plain_config(network: nn.Module) -> dict[str, Any]:
+    """Returns the configuration of a U-Net, as it goes into a file."""
+    config: Any = network.config
+    return dict(json.loads(json.dumps({k: v for k, v in dict(config).items() if not k.startswith("_")})))

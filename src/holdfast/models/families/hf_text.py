@@ -1,0 +1,344 @@
+"""Language models of Hugging Face's transformers as classifiers of token ids: encoders and causal models, pooled.
+
+A sequence classifier keeps its own head. Any other encoder, and any causal model, becomes a `Pooled`: its last hidden
+states are pooled to one vector a sentence, and a linear head reads that. Weights are safetensors only, and no code that
+comes with a model is run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from holdfast.errors import HoldfastError, unknown
+from holdfast.models import wrappers
+from holdfast.models.families.hf_vision import _NOT_ARCHITECTURE, _configuration, _plain, _quiet, _some, _unusable
+from holdfast.models.introspection import first_line, logits_of
+from holdfast.tasks import Vocabulary, load_tokenizer
+
+OWN = "own"
+POOLINGS: Final = ("mean", "cls", "last", OWN)
+"""How hidden states become one vector: their mean, the first, the last, or as the model's own classifier does."""
+
+OPTIONS: Final = ("config", "pooling", "num_labels", "vocabulary")
+
+
+class Pooled(nn.Module):
+    """An encoder, pooling over what is no padding, and a linear head.
+
+    Args:
+        body: maps `input_ids` and `attention_mask` to something with `last_hidden_state`, shape (N, L, width).
+        width: of the hidden states.
+        num_outputs: of the head, which is freshly initialised from torch's global generator.
+        pooling: `mean`, `cls` (the first position) or `last`.
+        pad: the id behind the end of a sentence.
+
+    Attributes:
+        cuts: whether a batch is read up to the end of its longest sentence; without, hidden states of all batches have
+            one shape.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> sizes = dict(vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        >>> body = BertModel(BertConfig(**sizes), add_pooling_layer=False).eval()
+        >>> network = Pooled(body, 8, 3, pooling="mean", pad=0)
+        >>> short, long = network(torch.tensor([[5, 6, 0, 0], [5, 6, 7, 8]]))
+        >>> torch.allclose(short, network(torch.tensor([[5, 6]]))[0], atol=1e-5)  # what is behind the end is not seen
+        True
+    """
+
+    def __init__(self, body: nn.Module, width: int, num_outputs: int, *, pooling: str, pad: int) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(width, num_outputs)
+        self.pooling = pooling
+        self.pad = pad
+        self.cuts = True
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Returns logits of shape (N, num_outputs) for token ids of shape (N, L), int64."""
+        ids, mask = _read(ids, self.pad, self.cuts)
+        hidden = self.body(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        logits: Tensor = self.head(self._pooled(hidden, mask))
+        return logits
+
+    def _pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        counts = mask.sum(1, keepdim=True)
+        if self.pooling == "mean":
+            return (hidden * mask[..., None].to(hidden.dtype)).sum(1) / counts.to(hidden.dtype)
+        last = (counts - 1)[..., None].expand(-1, 1, hidden.shape[-1])
+        return hidden.gather(1, last)[:, 0]
+
+
+class Masked(nn.Module):
+    """A sequence classifier of transformers that tells from token ids alone what is padding.
+
+    Args:
+        model: maps `input_ids` and `attention_mask` to something with `logits`.
+        pad: the id behind the end of a sentence.
+
+    Attributes:
+        cuts: see `Pooled`.
+    """
+
+    def __init__(self, model: nn.Module, pad: int) -> None:
+        super().__init__()
+        self.model = model
+        self.pad = pad
+        self.cuts = True
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Returns logits of shape (N, classes) for token ids of shape (N, L), int64."""
+        ids, mask = _read(ids, self.pad, self.cuts)
+        return logits_of(self.model(input_ids=ids, attention_mask=mask.long()))
+
+
+def _read(ids: Tensor, pad: int, cuts: bool) -> tuple[Tensor, Tensor]:
+    """A batch up to the end of its longest sentence, which saves time and changes nothing else, and what is seen."""
+    mask = seen(ids, pad)
+    longest = int(mask.sum(1).max()) if cuts else ids.shape[1]
+    return ids[:, :longest], mask[:, :longest]
+
+
+def seen(ids: Tensor, pad: int) -> Tensor:
+    """Returns which positions belong to a sentence: all up to the last that is no padding, and always the first.
+
+    Where the end token serves as padding, it may also stand inside a sentence.
+
+    Example:
+        >>> seen(torch.tensor([[3, 0, 4, 0], [0, 0, 0, 0]]), 0).int().tolist()
+        [[1, 1, 1, 0], [1, 0, 0, 0]]
+    """
+    later = (ids != pad).long().flip(1).cummax(1).values.flip(1).bool()
+    later[:, 0] = True  # attention over nothing would not be a number
+    return later
+
+
+@dataclass(frozen=True)
+class Built:
+    """A network for token ids.
+
+    Attributes:
+        network: a `Pooled` or a `Masked`.
+        options: what rebuilds its architecture with fresh weights; plain values.
+        vocabulary: what its ids mean.
+        fresh_head: whether its head, or all of it, is freshly initialised.
+        notes: see `SplitModel`.
+    """
+
+    network: Pooled | Masked
+    options: dict[str, Any]
+    vocabulary: Vocabulary
+    fresh_head: bool
+    notes: tuple[str, ...] = ()
+
+
+def build(name: str, place: str, options: Mapping[str, Any], num_outputs: int) -> Built:
+    """Builds a classifier of token ids.
+
+    Args:
+        name: for messages.
+        place: a folder, or a name on the Hub; not looked at if `options` hold a configuration.
+        options: of `OPTIONS`; `vocabulary` is always among them.
+        num_outputs: classes of its task, for a head that is new.
+
+    Raises:
+        HoldfastError: if there is no such model, or it cannot read this vocabulary, or an option is unknown or would
+            do nothing.
+    """
+    for option in options:
+        if option not in OPTIONS:
+            raise unknown(f"option of model 'hf:{name}':", option, OPTIONS)
+    vocabulary = _vocabulary(name, options["vocabulary"])
+    pooling = options.get("pooling")
+    if pooling is not None and pooling not in POOLINGS:
+        raise unknown("pooling", str(pooling), POOLINGS)
+    if options.get("config") is not None:
+        network = _from_config(name, options["config"], pooling, num_outputs, vocabulary)
+        return Built(network, {**options, "pooling": _pooling_of(network)}, vocabulary, fresh_head=True)
+    config = _configuration(place)
+    _check_vocabulary(name, place, config, vocabulary)
+    own = _is_classifier(config) if pooling is None else pooling == OWN
+    if not own and options.get("num_labels") not in (None, num_outputs):
+        raise HoldfastError(
+            f"hf:{name}: num_labels puts a fresh head in the place of a classifier's own, and a head on pooled "
+            f"features is new in any case, with the {num_outputs} outputs that the task asks for; leave it out."
+        )
+    found = (
+        _own(name, place, config, options.get("num_labels"), vocabulary)
+        if own
+        else _pooled(name, place, config, pooling, num_outputs, vocabulary)
+    )
+    network, plain, fresh_head, notes = found
+    kept = {"config": plain, "pooling": _pooling_of(network), "vocabulary": asdict(vocabulary)}
+    return Built(network, kept, vocabulary, fresh_head, notes)
+
+
+_Found = tuple[Pooled | Masked, dict[str, Any], bool, tuple[str, ...]]
+
+
+def _pooled(
+    name: str, place: str, config: Any, pooling: str | None, num_outputs: int, vocabulary: Vocabulary
+) -> _Found:
+    """An encoder's or a causal model's weights, with a head that is new."""
+    from transformers import AutoModel
+
+    _refuse_pairs(name, config)
+    body, found = _loaded(name, AutoModel, place)
+    missing = [key for key in found["missing_keys"] if not key.startswith("pooler.")]
+    if missing:
+        raise HoldfastError(f"hf:{name} has no weights for {_some(missing)}; it is no trained encoder.")
+    chosen = pooling or _its_pooling(place) or ("last" if _is_causal(config) else "mean")
+    network = Pooled(_without_pooler(body), config.hidden_size, num_outputs, pooling=chosen, pad=vocabulary.pad)
+    return network, _plain(config), True, found["notes"]
+
+
+def _own(name: str, place: str, config: Any, num_labels: int | None, vocabulary: Vocabulary) -> _Found:
+    """A sequence classifier with its own head, or with a fresh one of `num_labels` outputs."""
+    from transformers import AutoModelForSequenceClassification
+
+    _refuse_pairs(name, config)
+    fresh = num_labels is not None and config.num_labels != num_labels
+    more = {"num_labels": num_labels, "ignore_mismatched_sizes": True} if fresh else {}
+    model, found = _loaded(name, AutoModelForSequenceClassification, place, **more)
+    if found["missing_keys"] and not fresh:
+        raise HoldfastError(
+            f"hf:{name} has no weights for {_some(found['missing_keys'])}; it is no trained classifier. Leave pooling "
+            "out, or set mean, cls or last, for a head that is new."
+        )
+    plain = _plain(model.config)
+    score = getattr(model, "score", None)
+    if not isinstance(score, nn.Linear):
+        return Masked(model, vocabulary.pad), plain, fresh, found["notes"]
+    # A causal model scores every position and takes the last. Pooled first, it is the same, and the head gets vectors.
+    body: Any = model.base_model
+    network = Pooled(body, score.in_features, score.out_features, pooling="last", pad=vocabulary.pad)
+    with torch.no_grad():
+        network.head.weight.copy_(score.weight)
+        nn.init.zeros_(network.head.bias)
+        if score.bias is not None:
+            network.head.bias.copy_(score.bias)
+    return network, plain, fresh, found["notes"]
+
+
+def _from_config(
+    name: str, config: Mapping[str, Any], pooling: str | None, num_outputs: int, vocabulary: Vocabulary
+) -> Pooled | Masked:
+    """Fresh weights by a configuration, which anybody may have written; nothing is read or fetched."""
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+    strange = [k for k in config if k in _NOT_ARCHITECTURE or k.startswith("_")]
+    if strange:
+        raise HoldfastError(f"hf:{name}: the configuration has {strange[0]!r}, which is no setting of an architecture.")
+    try:
+        made = AutoConfig.for_model(**config)
+        _refuse_pairs(name, made)
+        _check_size(name, made, vocabulary)
+        if pooling == OWN:
+            model = AutoModelForSequenceClassification.from_config(made, trust_remote_code=False)
+            return Masked(model, vocabulary.pad)
+        body = AutoModel.from_config(made, trust_remote_code=False)
+        chosen = pooling or ("last" if _is_causal(made) else "mean")
+        return Pooled(_without_pooler(body), made.hidden_size, num_outputs, pooling=chosen, pad=vocabulary.pad)
+    except HoldfastError:
+        raise
+    except Exception as error:  # a configuration may hold anything
+        raise HoldfastError(
+            f"hf:{name}: no language model can be built from its configuration: {type(error).__name__}: "
+            f"{first_line(error)}."
+        ) from error
+
+
+def _loaded(name: str, kind: Any, place: str, **more: Any) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        with _quiet():
+            network, found = kind.from_pretrained(
+                place, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True,
+                local_files_only=Path(place).is_dir(), **more,
+            )  # fmt: skip
+    except Exception as error:  # what hundreds of models, a network and a cache raise
+        raise _unusable(name, error) from error
+    merged = wrappers.plain(network, f"hf:{name}")
+    return merged.network, {**found, "notes": merged.notes}
+
+
+def _without_pooler(body: Any) -> nn.Module:
+    """Without what some encoders compute of the first position for another purpose; it would be trained by nothing."""
+    if isinstance(getattr(body, "pooler", None), nn.Module):
+        body.pooler = None
+    encoder: nn.Module = body
+    return encoder
+
+
+def _pooling_of(network: Pooled | Masked) -> str:
+    return network.pooling if isinstance(network, Pooled) else OWN
+
+
+def _is_classifier(config: Any) -> bool:
+    return any(str(a).endswith("ForSequenceClassification") for a in config.architectures or ())
+
+
+def _is_causal(config: Any) -> bool:
+    """Whether a position sees only those before it: no masked words can then have been what it was trained on."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = config.model_type
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _its_pooling(place: str) -> str | None:
+    """How a sentence encoder's own files say that it is pooled; None if they do not, or in a way that is unknown."""
+    path = Path(place) / "1_Pooling" / "config.json"
+    modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+    try:
+        said = json.loads(path.read_bytes())
+        return next((pooling for mode, pooling in modes.items() if said.get(mode) is True), None)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _refuse_pairs(name: str, config: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise HoldfastError(
+            f"hf:{name} is an encoder and a decoder in one ({config.model_type}); expected an encoder or a causal "
+            "model."
+        )
+
+
+def _vocabulary(name: str, values: Any) -> Vocabulary:
+    try:
+        return TypeAdapter(Vocabulary).validate_python(values)
+    except ValidationError as error:
+        raise HoldfastError(f"hf:{name}: its description of a vocabulary is unusable: {first_line(error)}.") from error
+
+
+def _check_vocabulary(name: str, place: str, config: Any, vocabulary: Vocabulary) -> None:
+    """Refuses ids that mean something else to the model than to the task."""
+    _check_size(name, config, vocabulary)
+    if any((Path(place) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        own = load_tokenizer(place).vocabulary
+        if not own.agrees(vocabulary):
+            raise HoldfastError(
+                f"The task's ids are those of the tokenizer {vocabulary.name!r}, and hf:{name} brings another; leave "
+                "the task's `tokenizer` out, so that the model's own is taken."
+            )
+
+
+def _check_size(name: str, config: Any, vocabulary: Vocabulary) -> None:
+    if vocabulary.size > config.vocab_size:
+        raise HoldfastError(
+            f"hf:{name} knows {config.vocab_size} tokens, and the tokenizer {vocabulary.name!r} has {vocabulary.size}; "
+            "give the task the model's own tokenizer."
+        )

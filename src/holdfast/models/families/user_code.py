@@ -1,0 +1,341 @@
+"""Models from somebody's own code: `package.module:function`, or `path/to/file.py:function`.
+
+This runs the code. It is for code that you trust as much as this program itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.errors import HoldfastError, unknown
+from holdfast.models.families import source_files
+from holdfast.models.introspection import first_line
+from holdfast.models.split_model import SplitModel
+
+OTHERS = ("timm:", "hf:", "diffusers:")
+
+
+def is_code(name: str) -> bool:
+    """Whether a model's name says where a function is, and not what timm or Hugging Face call it.
+
+    Example:
+        >>> is_code("nets.py:small"), is_code("mine.nets:small"), is_code("timm:resnet18"), is_code("cnn")
+        (True, True, False, False)
+    """
+    return ":" in name and not name.startswith(OTHERS)
+
+
+@dataclass(frozen=True)
+class Code:
+    """A function that makes a network, found anew wherever this object is unpickled.
+
+    Attributes:
+        source: a module's dotted name, or the absolute path of a file.
+        function: its name there; dotted for an attribute of a class.
+    """
+
+    source: str
+    function: str
+
+    @classmethod
+    def named(cls, name: str) -> Code:
+        """Returns the code of a name, without running it yet; a path becomes absolute.
+
+        Raises:
+            HoldfastError: if there is no such file, or the name lacks a part.
+        """
+        source, _, function = name.rpartition(":")
+        if not source or not function:
+            raise HoldfastError(
+                f"{name!r} is no place of a function; write package.module:function or file.py:function."
+            )
+        if not _is_file(source):
+            return cls(source, function)
+        path = Path(source).expanduser().resolve()
+        if not path.is_file():
+            raise HoldfastError(f"{name!r}: there is no file {str(path)!r}.")
+        return cls(str(path), function)
+
+    @property
+    def label(self) -> str:
+        """The name without the file's folder, as reports show it."""
+        return f"{Path(self.source).name if _is_file(self.source) else self.source}:{self.function}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Whoever unpickles this needs the module before the network, whose classes are from there.
+        return _imported, (self.source, self.function)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the source file and of what it imports from beside it; of the module's name, where there is none.
+
+        See `holdfast.models.families.source_files`. Files that the code reads by itself are not seen.
+        """
+        path = getattr(self.module(), "__file__", None)
+        return (
+            source_files.sha256(Path(path), self.source) if path else hashlib.sha256(self.source.encode()).hexdigest()
+        )
+
+    def module(self) -> ModuleType:
+        """Imports the module, or runs the file (once a process).
+
+        Raises:
+            HoldfastError: if it does not exist, or raises.
+        """
+        try:
+            with _undisturbed():
+                module = _from_file(Path(self.source)) if _is_file(self.source) else _from_name(self.source)
+        except HoldfastError:
+            raise
+        except SystemExit as error:
+            raise HoldfastError(
+                f"{self.label!r} ends the program when it is imported (sys.exit, or argparse); put what a script does "
+                'under `if __name__ == "__main__":`.'
+            ) from error
+        except ModuleNotFoundError as error:
+            missing = error.name or ""
+            if _is_file(self.source) or not f"{self.source}.".startswith(f"{missing}."):
+                raise self._failed("cannot be imported", error) from error
+            near = difflib.get_close_matches(
+                self.source.lower(), [o.removesuffix(":") for o in OTHERS], n=1, cutoff=0.5
+            )
+            raise HoldfastError(
+                f"{self.label!r}: there is no module {missing!r} here; "
+                + (f"did you mean {near[0]}:{self.function}? Else " if near else "")
+                + f"give a file as path/to/file.py:{self.function}."
+            ) from error
+        except ImportError as error:
+            hint = ""
+            if "relative import" in str(error):
+                hint = " Name it by its package, package.module:function, from the folder that the package is in."
+            raise HoldfastError(f"{self._failed('cannot be imported', error)}{hint}") from error
+        except Exception as error:
+            raise self._failed("cannot be imported", error) from error
+        self._refuse_changed(module)
+        return module
+
+    def _refuse_changed(self, module: ModuleType) -> None:
+        """Refuses code that was changed after this process imported it: Python would run what it was before."""
+        path = getattr(module, "__file__", None)
+        if path is None or not Path(path).is_file() or source_files.is_installed(Path(path)):
+            return
+        now = source_files.sha256(Path(path), self.source)
+        if _IMPORTED.setdefault(path, now) != now:
+            raise HoldfastError(
+                f"{self.label!r}, or what it imports from beside it, was changed since it was imported here; start a "
+                "new process, which runs it as it is now."
+            )
+
+    def build(self, input_shape: tuple[int, ...], num_outputs: int, options: dict[str, Any]) -> nn.Module | SplitModel:
+        """Calls the function: with `input_shape` and `num_outputs` if it takes them, and with the options.
+
+        Raises:
+            HoldfastError: if there is no such function, it does not take the options, raises, or returns no module.
+        """
+        function = self._find()
+        sizes = {"input_shape": input_shape, "num_outputs": num_outputs}
+        takes = _parameters(function)
+        given = {**{k: v for k, v in sizes.items() if k in takes}, **options}
+        try:
+            with _undisturbed():
+                made = function(**given)
+        except HoldfastError:
+            raise
+        except SystemExit as error:
+            raise HoldfastError(f"{self.label!r} ended the program (sys.exit) when it was called.") from error
+        except Exception as error:
+            raise self._failed(f"raised when it was called with {given or 'no arguments'}", error) from error
+        if not isinstance(made, nn.Module):
+            raise HoldfastError(
+                f"{self.label!r} returned {_kind(made)}; expected a torch.nn.Module.{_mend(made, self.label)}"
+            )
+        return made
+
+    def _find(self) -> Callable[..., Any]:
+        found: Any = self.module()
+        for part in self.function.split("."):
+            if not hasattr(found, part):
+                names = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")]
+                raise unknown(f"function in {self.label.rpartition(':')[0]!r}:", self.function, names)
+            found = getattr(found, part)
+        if not callable(found):
+            raise HoldfastError(
+                f"{self.label!r} is {type(found).__name__}; expected a function that returns a network."
+            )
+        made: Callable[..., Any] = found
+        return made
+
+    def _failed(self, what: str, error: Exception) -> HoldfastError:
+        return HoldfastError(f"{self.label!r} {what}: {type(error).__name__}: {first_line(error)}.")
+
+
+def loaded_layers(first: nn.Module, again: nn.Module) -> list[str]:
+    """Returns the layers of a network built twice, under different seeds, whose weights cannot be fresh.
+
+    A function that builds a network may load its weights as well. A layer counts that has a parameter which came out
+    the same twice, and is not constant.
+
+    Example:
+        >>> loaded_layers(nn.Linear(2, 2), nn.Linear(2, 2))
+        []
+        >>> layer = nn.Sequential(nn.Linear(2, 2))
+        >>> loaded_layers(layer, layer)
+        ['0']
+    """
+    before = dict(first.named_parameters())
+    same = [n for n, p in again.named_parameters() if n in before and _same(p, before[n]) and not _constant(p)]
+    return list(dict.fromkeys(n.rpartition(".")[0] for n in same))
+
+
+def renew(network: nn.Module, layers: list[str], name: str) -> None:
+    """Initialises layers anew: the scratch control must not have weights that were loaded.
+
+    Raises:
+        HoldfastError: naming the layer, if it cannot initialise itself.
+    """
+    for dotted in layers:
+        layer = network.get_submodule(dotted)
+        if not hasattr(layer, "reset_parameters"):
+            raise HoldfastError(
+                f"{name} gives the same weights whenever it is called, and layer {dotted or '(root)'!r} "
+                f"({type(layer).__name__}) has no reset_parameters: the scratch control needs fresh ones. Let the "
+                "function return an untrained network, and give its weights as .safetensors (--weights)."
+            )
+        initialise: Callable[[], None] = layer.reset_parameters  # type: ignore[assignment]
+        initialise()
+
+
+def _kind(made: Any) -> str:
+    return f"the class {made.__name__}" if isinstance(made, type) else type(made).__name__
+
+
+def _mend(made: Any, label: str) -> str:
+    """What to do about something that was returned in the place of a network."""
+    if isinstance(made, type):
+        return " Let it return an object of the class, not the class itself."
+    if made is None:
+        return " Is there a `return` at its end?"
+    if isinstance(made, Mapping) and made and all(isinstance(v, Tensor) for v in made.values()):
+        return (
+            f" This is a state dict: return the network, and give these as .safetensors ({label} --weights FILE), or "
+            "load them into it."
+        )
+    parts = made.values() if isinstance(made, Mapping) else made if isinstance(made, list | tuple) else ()
+    if any(isinstance(part, nn.Module) for part in parts):
+        return " Return the network in it alone."
+    if isinstance(getattr(made, "model", None), nn.Module):
+        return " Return its `model`."
+    return ""
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def _constant(values: Tensor) -> bool:
+    return bool((values == values.flatten()[:1]).all())
+
+
+def _is_file(source: str) -> bool:
+    return source.endswith(".py")
+
+
+_IMPORTED: dict[str, str] = {}
+"""Hash of the code by its file, when it was first imported in this process."""
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts torch's settings back that somebody's code changed for all: they are not for what comes after it."""
+    before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before[0])
+        torch.set_grad_enabled(before[1])
+        if torch.get_default_device() != before[2]:
+            torch.set_default_device(before[2])
+
+
+def _imported(source: str, function: str) -> Code:
+    code = Code(source, function)
+    code.module()
+    return code
+
+
+_FOLDERS: set[Path] = set()
+"""From which files were run, and what stands beside them imported."""
+
+
+@contextlib.contextmanager
+def _first_on_path(folder: Path) -> Iterator[None]:
+    """Imports from a folder first, as Python does with a program's own; later only what is nowhere else."""
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+
+
+def _from_name(name: str) -> ModuleType:
+    with _first_on_path(Path.cwd()):
+        return importlib.import_module(name)
+
+
+def _from_file(path: Path) -> ModuleType:
+    """Runs a file as a module of its own, whose name depends on its path alone: pickled classes are found by it."""
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    _refuse_twins(path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    try:
+        with _first_on_path(path.parent):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    _FOLDERS.add(path.parent)
+    return module
+
+
+def _refuse_twins(path: Path) -> None:
+    """Refuses a file beside which stands a module of a name that was imported from beside another file.
+
+    Python keeps one module a name: this file would be given the other's, and nobody would see it.
+    """
+    for twin in sorted(path.parent.iterdir()):
+        taken = Path(getattr(sys.modules.get(twin.stem), "__file__", None) or "")
+        home = taken.parent.parent if taken.name == "__init__.py" else taken.parent
+        if home in _FOLDERS and home != path.parent:
+            raise HoldfastError(
+                f"{str(path)!r} stands beside {twin.name!r}, and another file that was run beside {str(taken)!r}: "
+                "Python keeps one module a name, and would mix them. Rename one of the two."
+            )
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # of something written in C
+        return []

@@ -1,0 +1,42 @@
+"""A task as a model reads it: sentences that name no tokenizer are cut by the model's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from holdfast.models.loading import ModelSpec, spec_of
+from holdfast.tasks import ArrayTask, TaskSpec, is_text, load_task
+from holdfast.tasks.loading import parse_spec
+
+
+def read_by(
+    task: str | TaskSpec, model: str | ModelSpec | None, *, data_dir: Path | str | None = None
+) -> str | TaskSpec:
+    """Returns a task with its model's own tokenizer, where it is text that names none.
+
+    Args:
+        task: as `load_task` takes it.
+        model: as `load_model` takes it; one that has no tokenizer leaves the task as it is.
+        data_dir: see `load_model`.
+
+    Example:
+        >>> read_by("phrases-mood", "hf:package:my_encoder/model").tokenizer
+        'package:my_encoder/model'
+        >>> read_by("digits", "hf:some/vision-model")
+        'digits'
+    """
+    spec = parse_spec(task) if isinstance(task, str) else task
+    if model is None or spec.tokenizer is not None or not is_text(spec, data_dir=data_dir):
+        return task
+    described = model if isinstance(model, ModelSpec) else spec_of(model, data_dir)
+    written = described.options.get("vocabulary")  # of weights that were saved: what they were trained to read
+    own = str(written.get("name")) if isinstance(written, dict) and "config" in described.options else None
+    tokenizer = own or (described.name.removeprefix("hf:") if described.name.startswith("hf:") else None)
+    return task if tokenizer is None else spec.model_copy(update={"tokenizer": tokenizer})
+
+
+def load_task_for(
+    task: str | TaskSpec, model: str | ModelSpec | None, *, data_dir: Path | str | None = None
+) -> ArrayTask:
+    """Loads a task as a model reads it: see `read_by` and `load_task`."""
+    return load_task(read_by(task, model, data_dir=data_dir), data_dir=data_dir)

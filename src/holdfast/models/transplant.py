@@ -1,0 +1,180 @@
+"""Whether a model's own code matters, and its weights inside another's code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from holdfast.models.introspection import every_tensor
+from holdfast.models.split_model import SplitModel
+
+PUBLISHED = ("torch", "torchvision", "timm", "transformers", "diffusers", "holdfast")
+"""Packages whose code computes what it says: what a model does is then in its tensors."""
+
+
+def foreign_code(model: SplitModel) -> list[str]:
+    """Returns which layers run code that is in none of the `PUBLISHED` packages: classes, hooks, replaced methods.
+
+    Such code may know things by other means than its parameters: numbers packed as integers, a file, a closure.
+
+    Returns:
+        A few words for each layer.
+
+    Example:
+        >>> foreign_code(SplitModel(nn.Sequential(nn.Linear(4, 2)), head="0"))
+        []
+        >>> class Mine(nn.Sequential):
+        ...     pass
+        >>> foreign_code(SplitModel(Mine(nn.Linear(4, 2)), head="0"))
+        ["'the network' (Mine)"]
+    """
+    layers = {"the model": model, **{n or "the network": m for n, m in model.network.named_modules()}}
+    return [
+        f"{name!r} ({type(layer).__name__})"
+        for name, layer in layers.items()
+        if not _published(type(layer)) or _hooks(layer) or _own_functions(layer)
+    ]
+
+
+def _published(*any_of: Any) -> bool:
+    """Whether one of these classes and functions is what a published package has under its name."""
+    return any(_found(thing) is thing for thing in any_of)
+
+
+def _found(thing: Any) -> Any:
+    module, name = (str(getattr(thing, key, None)) for key in ("__module__", "__qualname__"))
+    found: Any = sys.modules.get(module) if module.partition(".")[0] in PUBLISHED else None
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found  # not what was asked for, if that was only given a published name
+
+
+def _own_functions(layer: nn.Module) -> bool:
+    """Whether an attribute of the object hides a method of its class, or is a function from elsewhere."""
+    return any(
+        callable(getattr(type(layer), name, None)) or (callable(value) and not _published(type(value), value))
+        for name, value in vars(layer).items()
+        if not (name == "factory" and isinstance(layer, SplitModel))  # it runs for the scratch control only
+    )
+
+
+def _hooks(layer: nn.Module) -> int:
+    kinds = (
+        layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks,
+    )  # fmt: skip
+    return sum(map(len, kinds))
+
+
+def _kind(tensor: Tensor) -> str:
+    return "a parameter" if isinstance(tensor, nn.Parameter) else "no parameter"
+
+
+def _plain_name(model: SplitModel, name: str) -> str | None:
+    """The name of a tensor or layer as it would be without an extractor; None if it is the extractor's."""
+    if not model.has_extractor:
+        return name
+    both = model.head_name.removesuffix(".1")
+    if name in (both, f"{both}.0") or name.startswith(f"{both}.0."):
+        return None
+    return both + name.removeprefix(model.head_name) if name.startswith(model.head_name) else name
+
+
+def _plain_tensors(model: SplitModel) -> dict[str, Tensor]:
+    """Every tensor, as it would be without an extractor, which is merged into the head."""
+    # Tensors that are shared have all their names in the state dict, and one among the others.
+    tensors = {**dict(every_tensor(model.network)), **model.network.state_dict(keep_vars=True)}
+    if model.has_extractor:
+        inserted = model.network.get_submodule(model.head_name.removesuffix("1") + "0")
+        assert isinstance(inserted.weight, Tensor)
+        head = model.head.weight
+        merged = nn.Parameter((head.flatten(1) @ inserted.weight.flatten(1)).detach().reshape(head.shape))
+        tensors[f"{model.head_name}.weight"] = merged
+        if isinstance(inserted.bias, Tensor) and model.head.bias is not None:  # of an eraser
+            shifted = (model.head.bias + head.flatten(1) @ inserted.bias).detach()
+            tensors[f"{model.head_name}.bias"] = nn.Parameter(shifted)
+    named = ((_plain_name(model, name), tensor) for name, tensor in tensors.items())
+    return {name: tensor for name, tensor in named if name is not None}
+
+
+def _plain_layers(model: SplitModel) -> dict[str, nn.Module]:
+    named = ((_plain_name(model, name), layer) for name, layer in model.network.named_modules())
+    return {name: layer for name, layer in named if name is not None}
+
+
+def _rounded(values: Tensor | None) -> list[float] | None:
+    return None if values is None else [round(v, 6) for v in values.flatten().tolist()]
+
+
+@torch.no_grad()
+def transplant(model: SplitModel, original: SplitModel) -> SplitModel | None:
+    """Puts a model's weights into the original's code, as an adversary may always do.
+
+    Whatever the model's own code does to hinder training is left behind. Its tensors are sought wherever they are
+    (parameters, buffers, plain attributes, what parametrizations compute): under the original's names, under these with
+    one prefix (the original inside a wrapper), or in the original's order and shapes, whatever is between. Counters,
+    such as those of BatchNorm, stay the original's. An extractor is merged into the head.
+
+    Args:
+        model: the released model.
+        original: left as it is.
+
+    Returns:
+        A copy of the original with the model's weights, and with its input normalisation if it has one; None if a
+        tensor of the original is not found.
+
+    Example:
+        >>> original = SplitModel(nn.Sequential(nn.Linear(4, 3)), head="0")
+        >>> class Wrapper(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.inner = nn.Sequential(nn.Linear(4, 3))
+        ...     def forward(self, x):
+        ...         return self.inner(x.detach())
+        >>> released = SplitModel(Wrapper(), head="inner.0")
+        >>> inside = transplant(released, original)
+        >>> torch.equal(inside.head.weight, released.head.weight)
+        True
+    """
+    grown = original.clone()
+    own = grown.network.state_dict(keep_vars=True)  # the tensors themselves: writing to them writes to the copy
+    needed = {name: tensor for name, tensor in own.items() if tensor.is_floating_point()}
+    found = _matching({**_plain_tensors(model), **_computed(model)}, needed)
+    if found is None:
+        return None
+    for name, tensor in needed.items():
+        tensor.copy_(found[name])
+    if model.mean is not None and model.std is not None:
+        grown.mean, grown.std = model.mean.clone(), model.std.clone()
+    grown.name = f"{model.name} in the original's code"
+    return grown
+
+
+def _computed(model: SplitModel) -> dict[str, Tensor]:
+    """What parametrizations make of what they keep, under the names of the plain tensors."""
+    return {
+        f"{name}.{tensor}".removeprefix("."): getattr(module, tensor)
+        for name, module in model.network.named_modules()
+        if parametrize.is_parametrized(module)
+        for tensor in module.parametrizations
+    }
+
+
+def _matching(tensors: dict[str, Tensor], needed: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """The tensor for each name, or None; see `transplant`."""
+    first = next(iter(needed), None)
+    if first is None:
+        return None
+    prefixes = sorted({n.removesuffix(first) for n in tensors if n == first or n.endswith(f".{first}")}, key=len)
+    for prefix in prefixes:
+        found = {name: tensors.get(prefix + name) for name in needed}
+        if all(t is not None and t.shape == needed[name].shape for name, t in found.items()):
+            return {name: t for name, t in found.items() if t is not None}
+    rest = (t for t in tensors.values() if t.is_floating_point())
+    ordered = {name: next((t for t in rest if t.shape == like.shape), None) for name, like in needed.items()}
+    if all(t is not None for t in ordered.values()):
+        return {name: t for name, t in ordered.items() if t is not None}
+    return None

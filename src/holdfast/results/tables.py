@@ -1,0 +1,124 @@
+"""Tables, figures and sentences: what studies and protocols lay out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ResultModel(BaseModel):
+    """A part of `result.json`: frozen, and without fields that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Cell(ResultModel):
+    """A number in a table: mean and sample standard deviation over `n` seeds, and the paper's values if it has any."""
+
+    mean: float | None = Field(description="None where a seed gave a non-finite number or nothing was measured.")
+    sd: float | None = Field(description="Sample standard deviation; None for fewer than two seeds.")
+    n: int
+    paper: float | None = None
+    paper_sd: float | None = Field(None, description="The standard deviation that the paper prints.")
+
+    @classmethod
+    def of(cls, values: Iterable[float | None], paper: float | None = None, paper_sd: float | None = None) -> Cell:
+        """Summarises one value per seed.
+
+        Args:
+            values: one number per seed; None marks a non-finite one, and makes mean and sd None.
+            paper: the number that the paper prints, in the same unit.
+            paper_sd: its standard deviation, if the paper prints one.
+
+        Example:
+            >>> Cell.of([0.5, 0.7])
+            Cell(mean=0.6, sd=0.1414..., n=2, paper=None, paper_sd=None)
+        """
+        got = list(values)
+        finite = [v for v in got if v is not None]
+        known = len(finite) if len(finite) == len(got) else 0
+        return cls(
+            mean=statistics.fmean(finite) if known else None,
+            sd=statistics.stdev(finite) if known > 1 else None,
+            n=len(got),
+            paper=paper,
+            paper_sd=paper_sd,
+        )
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean; None where there is no standard deviation."""
+        return None if self.sd is None else self.sd / self.n**0.5
+
+
+class Table(ResultModel):
+    """A named table: text cells and numeric cells side by side, one mapping a row."""
+
+    title: str
+    rows: list[dict[str, str | Cell]]
+    percent: bool = Field(False, description="Whether the cells are shares, to be shown in percent.")
+    note: str = Field("", description="What the columns mean, for people.")
+    standard_error: bool = Field(False, description="Whether people are shown the standard error instead of `sd`.")
+
+
+class Lines(ResultModel):
+    """A figure of curves over a common axis."""
+
+    kind: Literal["lines"] = "lines"
+    title: str
+    x_title: str
+    y_title: str
+    log_x: bool = False
+    log_y: bool = False
+    x: list[float]
+    series: dict[str, list[float | None]]
+
+
+class Map(ResultModel):
+    """A figure of matrices side by side, one a name, with common rows and columns; 0 is the neutral value."""
+
+    kind: Literal["map"] = "map"
+    title: str
+    row_title: str
+    column_title: str
+    value_title: str
+    rows: list[str]
+    columns: list[str]
+    panels: dict[str, list[list[float | None]]]
+
+
+class Pictures(ResultModel):
+    """A figure of small pictures in a grid: one labelled row of them below the other."""
+
+    kind: Literal["pictures"] = "pictures"
+    title: str
+    note: str = Field("", description="What is shown, for people.")
+    rows: list[str] = Field(description="What each row is of.")
+    lines: int = Field(1, ge=1, description="Lines of tiles that a row is broken into.")
+    across: int = Field(ge=1, description="Tiles in a line; the last line of a row may have fewer.")
+    columns: list[str] = Field([], description="What each tile of a line is of; empty where they have no names.")
+    tile: tuple[int, int] = Field(description="Width and height of a tile in pixels of `png`.")
+    gap: int = Field(description="Transparent pixels between two tiles.")
+    png: str = Field(
+        description="The whole grid as PNG, in base64. A tile crossed out has a number that is not finite."
+    )
+
+
+Figure = Annotated[Lines | Map | Pictures, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study or a protocol leaves: tables, figures, sentences."""
+
+    tables: dict[str, Table]
+    figures: dict[str, Figure]
+    findings: list[str]
+
+    def __add__(self, other: Outcome) -> Outcome:
+        """Both together; of the same name, the other's counts."""
+        return Outcome(self.tables | other.tables, self.figures | other.figures, self.findings + other.findings)

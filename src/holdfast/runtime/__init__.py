@@ -1,0 +1,1 @@
+"""Where and how things run: device, seeds, jobs, executors, several processes, files."""

@@ -1,0 +1,130 @@
+"""Where tensors are computed: device, precision, threads."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.errors import HoldfastError
+from holdfast.runtime.distributed import own_device, team
+from holdfast.runtime.validation import whole_number
+
+MAX_THREADS = 1024
+"""More than any network here gains from; a mistyped number should not start so many threads."""
+
+
+def checked_threads(count: Any) -> int | None:
+    """Returns a number of CPU threads, or None for torch's own choice.
+
+    Raises:
+        HoldfastError: for anything but a whole number from 1 to `MAX_THREADS`.
+    """
+    return None if count is None else whole_number("threads", count, 1, MAX_THREADS)
+
+
+def resolve_device(name: str | torch.device = "auto") -> torch.device:
+    """Returns the device to compute on.
+
+    Args:
+        name: `auto` (the accelerator that Accelerate finds, else the CPU) or a torch device such as `cpu`, `cuda:1`.
+
+    Of several processes, each gets the device that its launcher chose for it.
+
+    Raises:
+        HoldfastError: if torch does not know the device or this machine does not have it; or, of several processes, if
+            it is another than the launcher's.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
+    """
+    if isinstance(name, torch.device):
+        name = str(name)
+    if not isinstance(name, str):
+        raise HoldfastError(f"Device {name!r} is not a name. Try 'auto' or 'cpu'.")
+    if name == "auto":
+        return own_device()
+    if team().count > 1:
+        given = own_device()
+        if name not in (given.type, str(given)):
+            raise HoldfastError(
+                f"Device {name!r} was asked for, and the launcher gave this process {str(given)!r}. Leave --device "
+                "out; to compute on the CPU, set ACCELERATE_USE_CPU=true."
+            )
+        return given
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise HoldfastError(f"Device {name!r} cannot be used here ({reason}). Try 'auto' or 'cpu'.") from error
+    return device
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Returns where a module's tensors are, even if they are all buffers; without any, the CPU."""
+    first = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Returns the precision of a module's weights, even if they are all buffers; without any, torch's default.
+
+    Example:
+        >>> dtype_of(nn.Linear(2, 2).double()), dtype_of(nn.ReLU())
+        (torch.float64, torch.float32)
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
+
+
+def place_of_float64(device: torch.device) -> torch.device:
+    """Returns where to compute in float64 what is on a device: there, or on the CPU if the device has none (mps).
+
+    Example:
+        >>> place_of_float64(torch.device("cuda", 1)), place_of_float64(torch.device("mps"))
+        (device(type='cuda', index=1), device(type='cpu'))
+    """
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Returns the most precise floating-point type that a device has."""
+    return torch.float64 if place_of_float64(device) == device else torch.float32
+
+
+def autocast(device: torch.device, bf16: bool, *, cache: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which networks compute in bfloat16 where torch deems it safe, or one that changes nothing.
+
+    Args:
+        device: where the network is.
+        bf16: False changes nothing: weights compute in their own precision, and a caller's autocast stays in force.
+        cache: keep weights in bfloat16 from one use to the next; not where they are changed in place in between.
+
+    Example:
+        >>> with autocast(torch.device("cpu"), bf16=True):
+        ...     nn.Linear(2, 2)(torch.zeros(1, 2)).dtype
+        torch.bfloat16
+    """
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=cache) if bf16 else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Lets torch use so many CPU threads inside the block; None changes nothing.
+
+    Raises:
+        HoldfastError: for a number that is not from 1 to `MAX_THREADS`.
+    """
+    count = checked_threads(count)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

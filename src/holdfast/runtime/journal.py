@@ -1,0 +1,149 @@
+"""The journal of a long job: one line for each finished piece, so that a second call does only what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from holdfast.errors import HoldfastError
+from holdfast.runtime.distributed import team
+from holdfast.runtime.documents import read_json
+from holdfast.runtime.launcher import command_line
+from holdfast.runtime.storage import _explained, write_atomic
+
+T = TypeVar("T")
+
+
+class Journal:
+    """A durable list of finished pieces of work: one JSON line each, written through to the disk.
+
+    The first line names what the work belongs to, and the command that began it. A journal of other work is refused,
+    not mixed; a last line torn by a kill is dropped, and its piece of work done again. Of several processes all hold
+    the entries, and the main one writes them.
+
+    Args:
+        path: the file; None keeps the entries in memory.
+        belongs_to: JSON-able description of the battery, data, models and seed that the entries depend on.
+        what: what kind of work it is, for messages: `audit`, `study`, ...
+
+    Raises:
+        HoldfastError: if the file belongs to other work; the message names the fields that differ.
+    """
+
+    def __init__(self, path: Path | None, belongs_to: Mapping[str, Any], what: str = "job") -> None:
+        self.path, self.what = path, what
+        head = json.loads(json.dumps(belongs_to, default=str))
+        self.entries: dict[str, Any] = {} if path is None else team().by_main(lambda: self._open(path, head))
+
+    def _open(self, path: Path, head: dict[str, Any]) -> dict[str, Any]:
+        lines = self._whole_lines(path)
+        if not lines:
+            first = {"belongs_to": head, "what": self.what, "command": command_line()}
+            write_atomic(path, json.dumps(first) + "\n")
+            return {}
+        found = lines[0]["belongs_to"]
+        if found != head:
+            differ = sorted(k for k in {*found, *head} if found.get(k) != head.get(k))
+            raise HoldfastError(
+                f"{str(path.parent.parent)!r} holds an unfinished {lines[0].get('what', self.what)} with another "
+                f"{', '.join(differ)}: results are never mixed. Continue it with {begun_with(lines[0])}, or choose "
+                "another folder with --out."
+            )
+        return {line["key"]: line["value"] for line in lines[1:]}
+
+    def _whole_lines(self, path: Path) -> list[dict[str, Any]]:
+        if not path.exists():
+            return []
+        raw = path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if whole != raw:
+            write_atomic(path, whole)
+        lines: list[dict[str, Any]] = []
+        values: dict[str, Any] = {}
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                lines.append(_checked_line(read_json(line), values, first=number == 1))
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise self._damaged(path, f"line {number}: {error}") from error
+        return lines
+
+    def _damaged(self, path: Path | None, why: str) -> HoldfastError:
+        return HoldfastError(
+            f"{str(path)!r} is damaged ({why}). It holds finished pieces of the {self.what}, one a line: take out the "
+            "line, and that piece is done again; or choose another folder with --out."
+        )
+
+    def read(self, key: str, reader: Callable[[Any], T]) -> T:
+        """Reads an entry back; another program, or a person, may have written to the file.
+
+        Args:
+            key: of an entry that is there.
+            reader: makes what is wanted from the entry, and raises a ValueError, TypeError or KeyError if it cannot.
+
+        Raises:
+            HoldfastError: if the reader refuses the entry; the message names file and key.
+        """
+        try:
+            return reader(self.entries[key])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise self._damaged(self.path, f"{key}: {why}") from error
+
+    def missing(self, readers: Mapping[str, Callable[[Any], object]]) -> list[str]:
+        """Returns the keys without an entry. The other entries are read, so that damage is found before any work.
+
+        Args:
+            readers: see `read`, by key.
+        """
+        for key, reader in readers.items():
+            if key in self.entries:
+                self.read(key, reader)
+        return [key for key in readers if key not in self.entries]
+
+    def add(self, key: str, value: Any) -> None:
+        """Stores one finished piece of work; when this returns, it survives a kill.
+
+        Raises:
+            HoldfastError: naming the file, if it cannot be written: the disk is full, or the folder is gone.
+        """
+        if self.path is not None and team().main:
+            with _explained(self.path), self.path.open("r+b") as handle:  # does not make a file that was taken away
+                handle.seek(0, os.SEEK_END)
+                handle.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
+                handle.flush()
+                os.fsync(handle.fileno())
+        self.entries[key] = value
+
+
+def _checked_line(line: Any, values: dict[str, Any], *, first: bool) -> dict[str, Any]:
+    """Refuses a line that is no entry, and an entry that contradicts an earlier one, which `values` holds."""
+    if not isinstance(line, dict):
+        raise ValueError("it is no mapping")
+    if first:
+        if not isinstance(line["belongs_to"], dict):
+            raise ValueError("it should say what the work belongs to")
+        return line
+    if not {"key", "value"} <= line.keys() or not isinstance(line["key"], str):
+        raise ValueError("it lacks its key or its value")
+    if values.setdefault(line["key"], line["value"]) != line["value"]:
+        raise ValueError(f"{line['key']} is there twice, with different values; did two commands write here at once?")
+    return line
+
+
+def begun_with(head: Mapping[str, Any]) -> str:
+    """Names the command that began a piece of work, as its file says.
+
+    Example:
+        >>> begun_with({"command": ["holdfast", "run", "my recipe.yaml"]})
+        "the command that began it (holdfast run 'my recipe.yaml')"
+    """
+    command = head.get("command")
+    if not isinstance(command, list) or not command:
+        return "the command that began it"
+    return f"the command that began it ({shlex.join(map(str, command))})"

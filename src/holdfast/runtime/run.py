@@ -1,0 +1,129 @@
+"""Where and how things run: device, seeds, progress, and the folder that makes a long job resumable.
+
+Every random choice is drawn from a generator whose seed is derived from the
+run's seed and the *purpose* of the choice, so that no random state needs saving: a resumed job asks for the same
+purposes and gets the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from holdfast.runtime.devices import resolve_device
+from holdfast.runtime.distributed import speaks
+from holdfast.runtime.validation import whole_number
+
+
+def derive_seed(seed: int, *purpose: object) -> int:
+    """Returns a seed in [0, 2**63) for one purpose; different purposes give independent streams.
+
+    Example:
+        >>> derive_seed(0, "audit", 3) == derive_seed(0, "audit", 3) != derive_seed(0, "audit", 4)
+        True
+    """
+    text = json.dumps([seed, *map(str, purpose)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def fingerprint(value: Any) -> str:
+    """Returns the SHA-256 of a JSON-able value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass
+class Run:
+    """One job: its seed, device, folder and progress display, handed to every stage.
+
+    Args:
+        seed: all randomness of the job derives from it.
+        device: see `resolve_device`.
+        folder: where checkpoints go; None keeps everything in memory, and then nothing can be resumed.
+        quiet: show no progress.
+    """
+
+    seed: int = 0
+    device: torch.device = field(default_factory=resolve_device)
+    folder: Path | None = None
+    quiet: bool = True
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    def __post_init__(self) -> None:
+        self.seed = whole_number("seed", self.seed)
+
+    def __reduce__(self) -> tuple[type[Run], tuple[int, torch.device, Path | None, bool]]:
+        """In another process it is quiet: a terminal has room for one display."""
+        return Run, (self.seed, self.device, self.folder, True)
+
+    def generator(self, *purpose: object) -> torch.Generator:
+        """Returns a fresh CPU generator for one purpose."""
+        return torch.Generator().manual_seed(derive_seed(self.seed, *purpose))
+
+    @contextlib.contextmanager
+    def seeded(self, *purpose: object) -> Iterator[torch.Generator]:
+        """Seeds torch's global generators (dropout, initialisers) inside the block and restores them after it.
+
+        Yields:
+            A generator for the same purpose, for what takes one explicitly.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        cudnn = torch.backends.cudnn
+        before = cudnn.deterministic, cudnn.benchmark
+        with torch.random.fork_rng(devices=devices):
+            seed = derive_seed(self.seed, "global", *purpose)
+            # Without a GPU in use, `torch.manual_seed` takes the call stack down for later, which costs a millisecond.
+            (torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed)(seed)
+            cudnn.deterministic, cudnn.benchmark = True, False
+            try:
+                yield self.generator(*purpose)
+            finally:
+                cudnn.deterministic, cudnn.benchmark = before
+
+    def path(self, *parts: str) -> Path | None:
+        """Returns a path inside `checkpoints/` of the run's folder, or None without a folder."""
+        return None if self.folder is None else self.folder.joinpath("checkpoints", *parts)
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total: int, done: int = 0) -> Iterator[Ticker]:
+        """Shows a bar with the time left on a terminal, and one line per stage elsewhere."""
+        if self.quiet or not speaks():
+            yield Ticker()
+        elif not self.console.is_terminal:
+            self.console.print(f"{description}: {total - done} to do" + (f", {done} done before" if done else ""))
+            yield Ticker()
+        else:
+            columns = (
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"),
+            )  # fmt: skip
+            with Progress(*columns, console=self.console) as bar:
+                yield Ticker(bar, bar.add_task(description, total=total, completed=done, note=""))
+
+    def say(self, message: str) -> None:
+        """Prints one line to the person at the terminal, unless quiet."""
+        if not self.quiet and speaks():
+            self.console.print(message, highlight=False, markup=False)
+
+
+@dataclass
+class Ticker:
+    """Advances a progress bar, if there is one."""
+
+    bar: Progress | None = None
+    task: TaskID | None = None
+
+    def tick(self, note: str = "") -> None:
+        """Counts one unit of work; `note` replaces the text behind the bar."""
+        if self.bar is not None and self.task is not None:
+            self.bar.advance(self.task)
+            if note:
+                self.bar.update(self.task, note=note)

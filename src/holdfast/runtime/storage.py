@@ -1,0 +1,187 @@
+"""Files that are whole or absent: tensors, weights and their hashes, the state of optimizers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from holdfast.errors import HoldfastError
+
+
+def writable_folder(folder: Path) -> Path:
+    """Makes a folder and proves that it can be written to.
+
+    Raises:
+        HoldfastError: if it cannot, before any work is spent.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        if folder.exists() and not folder.is_dir():
+            reason = "it is a file, not a folder"
+        raise HoldfastError(f"Cannot write to {str(folder)!r}: {reason}. Choose another folder with --out.") from error
+    return folder
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Writes a whole file or nothing: a reader, or a resumed job, never sees half of it."""
+    with _replacing(path) as temporary, temporary.open("wb") as handle:
+        handle.write(data.encode() if isinstance(data, str) else data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Writes tensors and a JSON-able mapping as one safetensors file, atomically.
+
+    The mapping travels in the header, so that both are of the same moment.
+    """
+    own, seen = {}, set[int]()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        memory = value.untyped_storage().data_ptr()
+        own[name] = value.clone() if memory in seen else value  # safetensors writes no two tensors of one memory
+        seen.add(memory)
+    with _replacing(path) as temporary:
+        save_file(own, temporary, metadata={"holdfast": json.dumps(meta)})
+        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path`; what the block leaves there replaces it, unless the block fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with _explained(path):
+        if path.exists() and not path.is_file():  # a folder, or a device: replacing /dev/null would break the machine
+            raise OSError(errno.EINVAL, "it is there, and is not a regular file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `save_tensors` wrote, or any safetensors file; nothing in it can be executed.
+
+    Returns:
+        The tensors on the CPU, and the mapping (empty for a file of another origin).
+
+    Raises:
+        HoldfastError: if the file is missing or is not safetensors; a pickle is named as such and refused.
+    """
+    if not path.is_file():
+        raise HoldfastError(f"No weights at {str(path)!r}: the file does not exist.")
+    with path.open("rb") as handle:
+        beginning = handle.read(64)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            meta = json.loads((handle.metadata() or {}).get("holdfast", "{}"))
+            if not isinstance(meta, dict):
+                raise ValueError("its header is no mapping")
+            return {name: handle.get_tensor(name) for name in handle.keys()}, meta  # noqa: SIM118
+    except (SafetensorError, ValueError, RecursionError) as error:
+        # Only now: the first bytes of a good file are a number, and may look like anything.
+        if beginning[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise HoldfastError(
+                f"{str(path)!r} is a pickle (a torch.save file), which can run code when it is opened; refused. "
+                "Convert it once, on a machine you can lose, with safetensors.torch.save_file(model.state_dict(), ...)."
+            ) from error
+        cut = " (the file ends too early: copy or fetch it again)" if "incomplete" in str(error).lower() else ""
+        why = _other_format(beginning) or f"{error}{cut}"
+        raise HoldfastError(f"{str(path)!r} is not a readable safetensors file: {why}.") from error
+
+
+def _other_format(beginning: bytes) -> str | None:
+    """What a file is that is not safetensors, by its first bytes; None if it may be safetensors."""
+    text = beginning.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    known = {
+        b"version https://git-lfs": "it is a Git LFS pointer, a few lines in the place of the weights; fetch them with "
+        "`git lfs pull`",
+        b"<": "it is a web page (HTML or XML), such as a download leaves that failed",
+        b"{": "it is JSON; of weights in several files, the index is called NAME.safetensors.index.json",
+        b"gguf": "it is GGUF, weights that were quantised for inference; give the model as it was before",
+        b"\x89hdf": "it is HDF5 (Keras), and weights of PyTorch are expected",
+        b"\x1f\x8b": "it is compressed (gzip); unpack it first",
+    }
+    if not beginning:
+        return "it is empty (0 bytes)"
+    return next((said for magic, said in known.items() if text.startswith(magic)), None)
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor], also: str = "") -> str:
+    """Returns a hash over names, dtypes, shapes and values: the same however often they are written anew.
+
+    Example:
+        >>> a, b = torch.zeros(2), torch.ones(3)
+        >>> tensors_sha256({"a": a, "b": b}) == tensors_sha256({"b": b, "a": a}) != tensors_sha256({"a": a, "b": -b})
+        True
+
+    Args:
+        tensors: by name.
+        also: text that is hashed with them.
+    """
+    digest = hashlib.sha256(also.encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns an optimizer's state as named tensors, for `save_tensors`; settings such as rates are not in it."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}/{key}": value for i, entries in state.items() for key, value in entries.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts what `optimizer_tensors` returned into an optimizer over the same parameters.
+
+    Fused optimizers walk a parameter and its moments in memory order, so each moment gets its parameter's layout.
+
+    Raises:
+        HoldfastError: if a moment is of no parameter, or of another shape.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, _, key = name.partition("/")
+        if int(index) >= len(parameters) or (value.dim() and value.shape != parameters[int(index)].shape):
+            raise HoldfastError(
+                f"The optimizer's state {name!r} of shape {tuple(value.shape)} fits none of its parameters."
+            )
+        like = parameters[int(index)]
+        laid_out = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+        state.setdefault(int(index), {})[key] = laid_out
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Says which file could not be written, and what is kept; the system's own error often does not."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise HoldfastError(
+            f"Cannot write {str(path)!r}: {reason}. What was finished before is kept: when there is room, and the "
+            "folder is there and writable, the same command continues."
+        ) from error

@@ -1,0 +1,158 @@
+"""Settings that a person wrote: checked, and explained when they are wrong."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from holdfast.errors import HoldfastError, unknown
+from holdfast.runtime.documents import recipe_names
+
+
+def plain(value: Any) -> Any:
+    """Returns settings as JSON would have them: numbers of NumPy, paths, ranges and tuples become plain ones.
+
+    Example:
+        >>> plain({"seeds": np.int64(3), "budgets": range(0, 20, 10)})
+        {'seeds': 3, 'budgets': [0, 10]}
+    """
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [plain(each) for each in value]
+    return value
+
+
+def refuse_truth_as_number(raw: Any, made: Any, what: str, where: str = "") -> None:
+    """Refuses `true` where a number is wanted: Python, and pydantic after it, would take it for 1.
+
+    Args:
+        raw: settings as they were given.
+        made: what was validated.
+        what: whose settings they are; begins the message.
+        where: dotted key of `raw`.
+
+    Raises:
+        HoldfastError: naming the key.
+    """
+    if isinstance(raw, bool):
+        if isinstance(made, int | float) and not isinstance(made, bool):
+            raise HoldfastError(f"{what}: {where} is {str(raw).lower()}; expected a number.")
+    elif isinstance(raw, Mapping):
+        for key, value in raw.items():
+            inner = made.get(key) if isinstance(made, Mapping) else getattr(made, str(key), None)
+            refuse_truth_as_number(value, inner, what, f"{where}.{key}".strip("."))
+    elif isinstance(raw, list | tuple) and isinstance(made, list | tuple):
+        for i, (value, inner) in enumerate(zip(raw, made, strict=False)):
+            refuse_truth_as_number(value, inner, what, f"{where}.{i}".strip("."))
+
+
+def _text(name: str) -> tuple[str, str]:
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise HoldfastError(f"No recipe at {name!r}: the file does not exist.")
+        try:
+            return repr(name), path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise HoldfastError(f"Recipe {name!r} is no text in UTF-8 ({error}).") from error
+    if name not in recipe_names():
+        raise HoldfastError(f"{unknown('recipe', name, recipe_names())} A file of your own ends in .yaml.")
+    return repr(name), (resources.files("holdfast") / "recipes" / f"{name}.yaml").read_text()
+
+
+def readable(error: ValidationError, what: str, schema: type[BaseModel] | None) -> HoldfastError:
+    """Turns pydantic's errors into one message that names each key, what was wrong, and the nearest known key.
+
+    Args:
+        error: what a model or dataclass refused.
+        what: whose settings they are; begins the message.
+        schema: the model, whose keys are suggested for unknown ones.
+    """
+    parts = []
+    for item in error.errors():
+        where = ".".join(map(str, item["loc"]))
+        if item["type"] == "extra_forbidden" and schema is not None:
+            parts.append(str(unknown("key", where, _keys_near(schema, item["loc"]))))
+        elif item["type"] == "missing":
+            parts.append(f"{where} is missing.")
+        elif item["type"] == "value_error":
+            message = item["msg"].removeprefix("Value error, ").rstrip(".")
+            parts.append(f"{where}: {message}." if where else f"{message}.")
+        else:
+            parts.append(f"{where} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}.")
+    return HoldfastError(f"{what}: {' '.join(parts)}")
+
+
+def _keys_near(schema: type[BaseModel], place: Sequence[int | str]) -> list[str]:
+    """The keys that an unknown one may have been meant for: those beside it, if one is like it, else all."""
+    kind: Any = schema
+    for part in place[:-1]:
+        fields = getattr(kind, "model_fields", {})
+        if part in fields:
+            kind = _inside(fields[part].annotation)
+    prefix = "".join(f"{part}." for part in place[:-1])
+    beside = [prefix + name for name in getattr(kind, "model_fields", {})]
+    own = str(place[-1])
+    if difflib.get_close_matches(own, [name.removeprefix(prefix) for name in beside], n=1, cutoff=0.5):
+        return beside
+    return sorted({*_keys(schema), *beside})
+
+
+def _inside(annotation: Any) -> Any:
+    """The schema in an annotation such as `dict[str, Schema]` or `Schema | None`; None if there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = [_inside(each) for each in getattr(annotation, "__args__", ())]
+    return next((each for each in found if each is not None), None)
+
+
+def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    found = []
+    for name, info in schema.model_fields.items():
+        kinds = [info.annotation, *getattr(info.annotation, "__args__", ())]
+        nested = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        found.append(prefix + name)
+        for inner in nested:
+            found += _keys(inner, f"{prefix}{name}.")
+    return found
+
+
+def whole_number(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
+    """Returns a whole number as Python's own type.
+
+    Args:
+        name: of the setting, for the message.
+        value: NumPy's integers and floats such as 5.0 are whole numbers; True is not.
+        least: the smallest that is allowed.
+        most: the largest; None: there is none.
+
+    Raises:
+        HoldfastError: if it is not a whole number, or out of range.
+
+    Example:
+        >>> whole_number("seeds", 5.0)
+        5
+        >>> whole_number("threads", 0, 1, 8)
+        Traceback (most recent call last):
+            ...
+        holdfast.errors.HoldfastError: threads is 0; expected a whole number from 1 to 8.
+    """
+    whole = isinstance(value, float) and value.is_integer()
+    if not isinstance(value, bool) and (whole or hasattr(type(value), "__index__")):
+        number = int(value) if whole else operator.index(value)
+        if least <= number and (most is None or number <= most):
+            return number
+    upper = f" to {most}" if most is not None else " on"
+    raise HoldfastError(f"{name} is {value!r}; expected a whole number from {least}{upper}.")

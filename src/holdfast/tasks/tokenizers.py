@@ -1,0 +1,186 @@
+"""Tokenizers: what turns sentences into rows of integers, and how two of them are told apart."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from holdfast.errors import HoldfastError
+from holdfast.tasks.paths import place
+
+PACKAGE = "package:"
+WORDS = "words"
+_BUCKETS = 1024
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which token each integer stands for, in short: enough to tell whether a model and a task mean the same.
+
+    Attributes:
+        name: of the tokenizer, as it was asked for; of a folder, its last part.
+        size: number of tokens; ids are below it.
+        pad: the id behind the end of a sentence.
+        sha256: over all tokens with their ids.
+    """
+
+    name: str
+    size: int
+    pad: int
+    sha256: str
+
+    def agrees(self, other: Vocabulary) -> bool:
+        """Says whether ids mean the same in both, whatever the tokenizers are called."""
+        return (self.sha256, self.pad) == (other.sha256, other.pad)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer that is loaded.
+
+    Attributes:
+        vocabulary: its tokens.
+        fast: one of transformers' fast tokenizers; None: words are hashed, see `load_tokenizer`.
+    """
+
+    vocabulary: Vocabulary
+    fast: Any = field(default=None, repr=False, compare=False)
+
+    def encode(self, texts: Sequence[str], length: int) -> npt.NDArray[np.int64]:
+        """Returns token ids, cut off and filled up to one length; the filling is on the right.
+
+        Args:
+            texts: N sentences.
+            length: tokens a sentence, those that the tokenizer adds included.
+
+        Returns:
+            Ids of shape (N, length), int64.
+
+        Raises:
+            HoldfastError: if the tokenizer adds more tokens than `length`.
+
+        Example:
+            >>> load_tokenizer("words").encode(["Hold fast!", ""], 4)
+            array([[219,  13, 500,   0],
+                   [  0,   0,   0,   0]])
+        """
+        rows = self._cut(list(texts), length)
+        ids = np.full((len(rows), length), self.vocabulary.pad, dtype=np.int64)
+        for row, found in zip(ids, rows, strict=True):
+            row[: len(found)] = found
+        return ids
+
+    def _cut(self, texts: list[str], length: int) -> list[list[int]]:
+        if self.fast is None:
+            return [[_bucket(word) for word in _split(text)[:length]] for text in texts]
+        added = self.fast.num_special_tokens_to_add()
+        if length <= added:
+            raise HoldfastError(
+                f"length is {length}, and the tokenizer {self.vocabulary.name!r} adds {added} tokens of its own; "
+                f"expected at least {added + 1}."
+            )
+        options = {"return_attention_mask": False, "return_token_type_ids": False}
+        found = self.fast(texts, truncation=True, max_length=length, padding=False, **options)
+        return [list(row) for row in found["input_ids"]]
+
+
+@lru_cache(maxsize=8)
+def load_tokenizer(name: str, data_dir: Path | None = None) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Args:
+        name: a folder with `tokenizer.json`, here or in the data folder; `package:NAME/FOLDER`, a folder inside an
+            installed package; a name on the Hub (which needs a network, or its cache); or `words`, which hashes words
+            and signs into 1,023 numbers, needs nothing, and suits models that are trained from scratch.
+        data_dir: the data folder.
+
+    Raises:
+        HoldfastError: if there is none, it is not a fast one, or it has no token to fill up with.
+
+    Example:
+        >>> load_tokenizer("words").vocabulary.size
+        1024
+    """
+    if name == WORDS:
+        digest = hashlib.sha256(f"{WORDS}, BLAKE2b, {_BUCKETS}".encode()).hexdigest()
+        return Tokenizer(Vocabulary(WORDS, _BUCKETS, 0, digest))
+    from transformers import AutoTokenizer
+
+    place = located(name, data_dir)
+    folder = Path(place).is_dir()
+    try:
+        fast = AutoTokenizer.from_pretrained(place, use_fast=True, trust_remote_code=False, local_files_only=folder)
+    except Exception as error:  # whatever a network, a cache and many file formats raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        hint = (
+            "Expected a folder with tokenizer.json, as save_pretrained writes it."
+            if folder
+            else f"There is no folder {name!r} here, and fetching it from the Hub needs a network (or its cache). Name "
+            "where it is with the task's `tokenizer`."
+        )
+        raise HoldfastError(f"The tokenizer {name!r} cannot be loaded: {said}. {hint}") from error
+    if not getattr(fast, "is_fast", False):
+        raise HoldfastError(f"The tokenizer {name!r} is no fast one; expected a folder with tokenizer.json.")
+    pad = fast.pad_token_id if fast.pad_token_id is not None else fast.eos_token_id
+    if pad is None:
+        raise HoldfastError(
+            f"The tokenizer {name!r} has neither a padding nor an end token to fill sentences up with; set its "
+            "pad_token and save it."
+        )
+    tokens = json.dumps(sorted(fast.get_vocab().items()), ensure_ascii=True)
+    label = name if name.startswith(PACKAGE) or not folder else Path(place).name
+    return Tokenizer(Vocabulary(label, len(fast), int(pad), hashlib.sha256(tokens.encode()).hexdigest()), fast)
+
+
+def located(name: str, data_dir: Path | str | None = None) -> str:
+    """Returns where a folder of that name is: inside a package, here, or in the data folder; else the name itself.
+
+    A package is found, not imported: none of its code is run.
+
+    Raises:
+        HoldfastError: if a package or the folder in it does not exist, or there are two such folders.
+
+    Example:
+        >>> located("package:sklearn/datasets/data").endswith("sklearn/datasets/data")
+        True
+    """
+    if name.startswith(PACKAGE):
+        return str(_in_package(name.removeprefix(PACKAGE)))
+    found = place(name, data_dir, is_there=Path.is_dir)
+    return name if found is None else str(found)
+
+
+def _in_package(name: str) -> Path:
+    package, _, inner = name.partition("/")
+    if not package.isidentifier():  # finding `a.b` would import a
+        raise HoldfastError(f"package:{name}: {package!r} is no top-level package; write package:NAME/FOLDER.")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise HoldfastError(
+            f"package:{name}: no package {package!r} is installed; pip install {package.replace('_', '-')}, or name a "
+            "folder."
+        )
+    found = Path(next(iter(spec.submodule_search_locations))) / inner
+    if ".." in Path(inner).parts or not found.is_dir():
+        raise HoldfastError(f"package:{name}: the package {package!r} has no folder {inner!r}.")
+    return found
+
+
+def _split(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+@lru_cache(maxsize=100_000)  # a few words make most of any text
+def _bucket(word: str) -> int:
+    """An id from 1 on: 0 is for what is behind the end."""
+    return 1 + int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest()) % (_BUCKETS - 1)

@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import copy
+import json
+from itertools import islice
+from typing import get_args
+
+import pytest
+import torch
+
+from cases import ADVERSARIES
+from holdfast.adversaries import BATTERIES, UNDO, Adversary, FineTuning, Probe, battery, build
+from holdfast.adversaries.probes import prepare
+from holdfast.errors import HoldfastError
+from holdfast.models import ModelSpec, features, load_model
+from holdfast.runtime.run import fingerprint
+from holdfast.spectral.convergence import descend
+from holdfast.spectral.least_squares import LeastSquares
+from holdfast.tasks import load_task
+from holdfast.training import OPTIMIZERS, Initialisation, Scope, Strategy
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ADVERSARIES)
+class TestEveryAdversary:
+    def test_learns_on_a_copy(self, name, trained, benign, restricted, run):
+        digest = trained.facts().sha256
+        curve = ADVERSARIES[name].attack(trained, restricted, budgets=[0, 1, 60], run=run, benign=benign)
+        assert trained.facts().sha256 == digest
+        assert curve.budgets == [0, 1, 60]
+        assert curve.finite
+        assert curve.scores[-1] > curve.scores[0] + 0.1
+        assert curve.losses[0] is None
+        solved_at_once = isinstance(ADVERSARIES[name], Probe)  # in closed form, or by a step on whitened features
+        assert curve.losses[2] < curve.losses[1] or (solved_at_once and curve.losses[2] < curve.losses[1] + 1e-9)
+
+    def test_depends_on_the_seed_and_on_nothing_else(self, name, model, benign, run):
+        def curve(seed, role):
+            settings = {"run": run, "seed": seed, "role": role, "benign": benign}
+            return ADVERSARIES[name].attack(model, benign, budgets=[0, 3], **settings)
+
+        torch.manual_seed(1)
+        first = curve(0, "immunized")
+        torch.manual_seed(2)
+        again = curve(0, "original")
+        assert (first.scores, first.losses) == (again.scores, again.losses)
+        takes_all_samples = isinstance(ADVERSARIES[name], Probe)  # and starts from zero: nothing is drawn
+        assert (curve(1, "immunized").losses != first.losses) or takes_all_samples
+
+    def test_config_is_plain_and_names_its_kind(self, name):
+        config = ADVERSARIES[name].config()
+        assert json.loads(json.dumps(config)) == config
+        assert config["kind"]
+
+    def test_can_be_built_from_its_config(self, name):
+        config = ADVERSARIES[name].config()
+        assert build(json.loads(json.dumps(config))).config() == config
+        assert build(config).name == ADVERSARIES[name].name
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "Unknown kind of adversary"),
+        ({"kind": "fine-tuning"}, "did you mean 'finetuning'"),
+        ({"kind": "finetuning", "optimiser": "adam"}, "did you mean 'optimizer'"),
+        ({"kind": "finetuning", "undo": ["reviv"]}, "did you mean 'revive'"),
+        ({"kind": "finetuning", "burn_in": -1}, "burn_in is -1"),
+        ({"kind": "finetuning", "replay": float("nan")}, "replay is nan"),
+        ({"kind": "probe", "steps": 3}, "Unknown setting of a probe"),
+    ],
+)
+def test_refuses_to_build(config, message):
+    with pytest.raises(HoldfastError, match=message):
+        build(config)
+
+
+class TestOptions:
+    def run(self, attack, model, task, benign=None, steps=1):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            generator = torch.Generator().manual_seed(0)
+            work = attack.run(model, task, benign=benign, generator=generator, device=CPU)
+            return [float(next(work)) for _ in range(steps + 1)]
+
+    def test_burn_in_is_ten_times_the_rate_and_then_the_rate(self, trained, restricted):
+        high, low = trained.clone(), trained.clone()
+        self.run(FineTuning(Strategy("direct", "all", "sgd", 1e-2, 20), burn_in=2), high, restricted, steps=2)
+        self.run(FineTuning(Strategy("direct", "all", "sgd", 1e-1, 20)), low, restricted, steps=2)
+        for own, other in zip(high.parameters(), low.parameters(), strict=True):
+            assert torch.equal(own, other)
+        moved = [m.clone() for m in (trained, trained)]
+        self.run(FineTuning(Strategy("direct", "all", "sgd", 1e-2, 20), burn_in=1), moved[0], restricted, steps=2)
+        twice = [torch.cat([p.flatten() for p in m.parameters()]) for m in (moved[0], high, trained)]
+        assert (twice[0] - twice[2]).norm() < (twice[1] - twice[2]).norm()
+
+    def test_replay_keeps_the_benign_task(self, trained, benign, restricted):
+        scores = []
+        for replay in (0.0, 2.0):
+            model, head = trained.clone(), copy.deepcopy(trained.head)
+            attack = FineTuning(Strategy("head", "all", "sgd", 0.2, 20), replay=replay)
+            self.run(attack, model, restricted, benign, steps=60)
+            assert restricted.score(model) > 0.6
+            model.put_head(head)
+            scores.append(benign.score(model))
+        assert scores[1] > scores[0] + 0.1
+
+    def test_replay_leaves_statistics_to_the_restricted_task(self, trained, benign, restricted):
+        still = FineTuning(Strategy("direct", "all", "sgd", 1e-30, 20), replay=1.0)
+        model, plain = trained.clone(), trained.clone()
+        self.run(still, model, benign.few_shot(3, 0), restricted)
+        self.run(FineTuning(still.strategy), plain, benign.few_shot(3, 0))
+        assert torch.equal(model.network.body[1].running_mean, plain.network.body[1].running_mean)
+        assert model.network.body[1].momentum == 0.1
+
+    def test_replay_needs_the_benign_task(self, trained, restricted, run):
+        with pytest.raises(HoldfastError, match="give the model's own task"):
+            FineTuning(Strategy("head"), replay=1.0).attack(trained, restricted, budgets=(0, 1), run=run)
+
+
+def test_fine_tunings_config_says_it_all():
+    strategy = Strategy("head", "all", "momentum", 0.01, 20, 1e-4)
+    config = FineTuning(strategy).config()
+    assert config.pop("kind") == "finetuning"
+    assert Strategy(**config) == strategy
+    assert FineTuning(strategy).name == "initFC+all momentum 0.01 b20 wd0.0001"
+
+
+def test_scores_are_the_frameworks(model, benign, run):
+    """A plug-in that claims success and does nothing gets the score that it earned."""
+
+    class Boaster(Adversary):
+        name, batch_size = "boaster", 1
+
+        def config(self):
+            return {}
+
+        def run(self, model, task, *, benign, generator, device):
+            while True:
+                yield torch.tensor(0.0)
+
+    curve = Boaster().attack(model, benign, budgets=[0, 5], run=run)
+    assert curve.scores == [benign.score(model)] * 2
+
+
+def test_a_curve_counts_the_samples_that_a_step_really_had(model, benign, run):
+    few = benign.few_shot(2, 0)
+    attack = FineTuning(Strategy(batch_size=50))
+    assert attack.attack(model, few, budgets=[0, 1], run=run).batch_size == 10
+    assert attack.attack(model, benign, budgets=[0, 1], run=run).batch_size == 50
+
+
+def test_attack_is_final():
+    assert getattr(Adversary.attack, "__final__", False)
+
+
+def test_an_explosion_is_recorded_not_hidden(model, benign, run):
+    wild = FineTuning(Strategy("direct", "all", "sgd", 1e20, 20))
+    curve = wild.attack(model, benign, budgets=[0, 10], run=run)
+    assert not curve.finite
+    assert curve.scores[0] is not None
+    assert curve.scores[1] is None
+
+
+class TestBatteries:
+    def test_unknown(self):
+        with pytest.raises(HoldfastError, match="did you mean 'quick-v1'"):
+            battery("quik-v1")
+
+    @pytest.mark.parametrize(
+        ("name", "frozen"),
+        [
+            ("quick-v1", "d078379561a91e2eb9728aa528a17de0d20c37ce19110780841de905b6699814"),
+            ("probes-v1", "640054c82829dcd9844023cc49b970bf1acdb28d43de0b2b977b6d72abf87599"),
+            ("generation-v1", "7500a918c077bf2c54544332a6e0cfa44024554fa31c4156c3b186c35b917854"),
+            ("language-v1", "93d471fe4325ad3fc6cfffaebac239cbb2594a8a88c17e8ad6dedd776ba57e0b"),
+            ("standard-v1", "f72a3f52a5a82834788f8dd1955b1984b1af78a4decfd3785566de87db024f79"),
+        ],
+    )
+    def test_a_published_battery_never_changes(self, name, frozen):
+        """If this fails: do not change the hash. Give the new battery a new name."""
+        assert fingerprint({a.name: a.config() for a in BATTERIES[name]}) == frozen
+
+    def test_quick_covers_what_it_says(self):
+        strategies = [a.strategy for a in battery("quick-v1")]
+        assert 6 <= len(strategies) <= 8
+        assert {(s.initialisation, s.scope) for s in strategies} == {
+            ("direct", "all"),
+            ("head", "all"),
+            ("head", "head"),
+        }
+        assert {"adam", "momentum"} <= {s.optimizer for s in strategies}
+        rates = [s.learning_rate for s in strategies]
+        assert min(rates) <= 1e-4
+        assert max(rates) >= 1e-2
+        assert Strategy("direct", "all", "momentum", 1e-4, 50, 1e-4) in strategies  # the paper's default attack
+
+    def test_generation_covers_what_it_says_and_all_of_it_can_be_run_on_a_denoiser(self, denoiser, digit_images):
+        members = [a for a in battery("generation-v1") if isinstance(a, FineTuning)]
+        strategies = [a.strategy for a in members]
+        assert len(members) == len(battery("generation-v1")) == 15
+        assert {s.initialisation for s in strategies} == set(get_args(Initialisation))
+        assert {"all", "norm", "lora", "lora-attention"} <= {s.scope for s in strategies}
+        assert Strategy("direct", "all", "momentum", 1e-4, 50, 1e-4) in strategies  # the paper's default attack
+        assert any(a.undo for a in members)
+        assert all(a.not_applicable(denoiser, digit_images[1]) is None for a in members)
+
+    @pytest.mark.parametrize("name", ["standard-v1", "probes-v1", "quick-v1"])
+    def test_of_others_a_denoiser_takes_what_it_has_a_place_for(self, name, denoiser, digit_images, run):
+        task = digit_images[1].few_shot(10, 0).limit_test(10, 0)
+        for attack in battery(name):
+            if attack.not_applicable(denoiser, task) is None:
+                assert not isinstance(attack, Probe)
+                assert attack.attack(denoiser, task, budgets=[0, 1], run=run).scores[0] is not None
+            else:
+                assert isinstance(attack, Probe) or attack.undo
+
+    def test_standard_covers_what_it_says(self):
+        tuned = [a for a in battery("standard-v1") if isinstance(a, FineTuning)]
+        assert 24 <= len(battery("standard-v1")) <= 40
+        strategies = [a.strategy for a in tuned]
+        assert {s.initialisation for s in strategies} == set(get_args(Initialisation))
+        assert {s.scope for s in strategies} == set(get_args(Scope)) - {"lora-attention"}  # newer, and of denoisers
+        assert {s.optimizer for s in strategies} == set(OPTIMIZERS) - {"sgd"}
+        rates = [s.learning_rate for s in strategies]
+        assert max(rates) >= 1e4 * min(rates)
+        moves = {move for a in tuned for move in a.undo}
+        assert moves == set(UNDO) - {"thaw", "insert"}
+        assert "normalised" in {s.gradient for s in strategies}
+
+    def test_standard_runs_on_networks_without_batch_normalisation(self, benign):
+        """Of several moves, one that has nothing to do does not keep the others from being made."""
+        plain = load_model(ModelSpec(name="cnn", options={"norm": "none"}), benign)
+        out = {a.name for a in battery("standard-v1") if a.not_applicable(plain, benign)}
+        assert out == {"last-block+norm nesterov 1 b50"}
+
+    def test_every_member_can_be_built_from_its_config(self):
+        for adversaries in BATTERIES.values():
+            for adversary in adversaries:
+                assert build(adversary.config()).config() == adversary.config()
+
+    def test_names_are_unique(self):
+        for adversaries in BATTERIES.values():
+            assert len({a.name for a in adversaries}) == len(adversaries)
+
+    def test_direct_needs_enough_outputs(self, model):
+        task = load_task("digits")
+        reasons = {a.name: a.not_applicable(model, task) for a in battery("quick-v1")}
+        assert {n for n, r in reasons.items() if r} == {n for n in reasons if n.startswith("direct")}
+
+
+class TestProbes:
+    """What each solver must reach, against its closed form or against another solver."""
+
+    @pytest.fixture
+    def features(self, trained, restricted):
+        return features(trained, restricted, "train")
+
+    def curve(self, solver, preparation, trained, restricted, run, steps=(0, 1, 60), rate=0.1):
+        return Probe(solver, preparation, rate).attack(trained, restricted, budgets=steps, run=run)
+
+    def test_gradient_descent_takes_the_steps_of_the_theory(self, trained, restricted, run, features):
+        problem = LeastSquares.of(*features)
+        for solver in ("gd", "line-search"):
+            found = self.curve(solver, "raw", trained, restricted, run, (0, 1, 2)).losses[1:]
+            path = descend(problem, line_search=solver == "line-search")
+            next(path)
+            x, y = features
+            own = [((x @ w - y).square().sum() / (2 * len(x))).item() for w in islice(path, 2)]
+            assert found == pytest.approx(own, rel=1e-6)
+
+    def test_whitened_features_are_solved_by_one_step(self, trained, restricted, run):
+        curve = self.curve("line-search", "whitened", trained, restricted, run, (0, 1, 5))
+        assert curve.losses[1] == pytest.approx(curve.losses[2], rel=1e-6)
+
+    def test_l_bfgs_goes_on_where_a_step_is_hard(self, trained, restricted, run):
+        early, late = self.curve("lbfgs", "raw", trained, restricted, run, (0, 5, 40)).losses[1:]
+        adam = self.curve("adam", "raw", trained, restricted, run, (0, 5, 40), 0.01).losses[2]
+        assert late < early / 2
+        assert late < adam
+
+    def test_ridge_is_the_closed_form(self, trained, restricted, run, features):
+        curve = self.curve("ridge", "raw", trained, restricted, run, (0, 1))
+        best = torch.linalg.lstsq(*features).solution
+        bound = (features[0] @ best - features[1]).square().sum() / (2 * len(features[0]))
+        assert bound.item() <= curve.losses[1] <= 1.5 * bound.item()
+
+    @pytest.mark.parametrize("preparation", ["standardised", "whitened"])
+    def test_preparation(self, features, preparation):
+        x, _ = features
+        mean, scale = prepare(x, preparation)
+        ready = (x - mean) @ scale
+        assert ready.mean(0).abs().max() < 1e-9
+        covariance = ready.T @ ready / len(x)
+        if preparation == "whitened":
+            assert torch.allclose(covariance, torch.eye(len(covariance), dtype=torch.float64), atol=1e-8)
+        else:
+            deviation = x.std(0, correction=0)
+            assert torch.allclose(covariance.diagonal()[deviation > 1e-9], torch.ones((), dtype=torch.float64))
+
+    def test_the_body_is_left_alone_and_the_head_sees_float64(self, trained, restricted, run):
+        seen = []
+
+        class Looks(Adversary):
+            name, batch_size, frozen_body = "looks", 1, True
+
+            def config(self):
+                return {}
+
+            def run(self, model, task, *, benign, generator, device):
+                seen.append((next(task.sweep("train", 3, device=device)).x, model))
+                yield torch.zeros(())
+
+        Looks().attack(trained, restricted, budgets=(0,), run=run)
+        x, model = seen[0]
+        assert x.dtype == torch.float64
+        assert torch.allclose(x, features(trained, restricted, "train")[0][:3])
+        assert [p.shape for p in model.parameters()] == [(5, x.shape[1]), (5,)]
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (("newton", "raw"), "Unknown solver"),
+            (("gd", "normalised"), "Unknown preparation"),
+            (("adam", "raw", 0), "learning_rate is 0"),
+        ],
+    )
+    def test_refuses(self, settings, message):
+        with pytest.raises(HoldfastError, match=message):
+            Probe(*settings)
