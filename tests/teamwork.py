@@ -17,7 +17,7 @@ from holdfast.defenses.trainer import Immunization
 from holdfast.errors import HoldfastError
 from holdfast.models import load_model
 from holdfast.runtime.devices import resolve_device
-from holdfast.runtime.distributed import Team, alone, team
+from holdfast.runtime.distributed import ProcessGroup, alone, process_group
 from holdfast.runtime.executors import executor
 from holdfast.runtime.journal import Journal
 from holdfast.runtime.run import Run
@@ -36,24 +36,24 @@ def gradient(x: torch.Tensor, y: torch.Tensor) -> nn.Module:
     return layer
 
 
-def averages(crew: Team) -> dict[str, object]:
+def averages(group: ProcessGroup) -> dict[str, object]:
     torch.manual_seed(5)
     x, y = torch.randn(8, 3), torch.randint(2, (8,))
-    half = slice(4 * crew.rank, 4 * crew.rank + 4)
+    half = slice(4 * group.rank, 4 * group.rank + 4)
     mine, union = gradient(x[half], y[half]), gradient(x, y)
     alone_there = [p.grad.clone() for p in mine.parameters()]
-    crew.average(mine.parameters())
+    group.average_gradients(mine.parameters())
     partly = nn.ParameterList([nn.Parameter(torch.zeros(2)) for _ in range(3)])
-    partly[0].grad = torch.full((2,), 4.0) if crew.main else None  # and nobody has one of the last
-    partly[1].grad = torch.full((2,), float(crew.rank))
-    crew.average(partly)
+    partly[0].grad = torch.full((2,), 4.0) if group.main else None  # and nobody has one of the last
+    partly[1].grad = torch.full((2,), float(group.rank))
+    group.average_gradients(partly)
     norm = nn.BatchNorm1d(2)
-    norm.running_mean.fill_(2.0 * crew.rank)
-    crew.level(norm)
-    torch.manual_seed(crew.rank)
+    norm.running_mean.fill_(2.0 * group.rank)
+    group.sync_buffers(norm)
+    torch.manual_seed(group.rank)
     weights = nn.Linear(2, 2)
     at_first = tensors_sha256(weights.state_dict())
-    crew.follow(weights)
+    group.broadcast_state(weights)
     return {
         "own weights": at_first,
         "differed before": any(
@@ -81,15 +81,15 @@ def said(work) -> str:
     return "nothing"
 
 
-def talks(crew: Team, folder: Path) -> dict[str, object]:
+def talks(group: ProcessGroup, folder: Path) -> dict[str, object]:
     journal = Journal(folder / "checkpoints" / "talks.jsonl", {"seed": 1})
-    for index, value in executor("serial").run(lambda _, job: job**2 + 100 * team().count, None, [1, 2, 3]):
+    for index, value in executor("serial").run(lambda _, job: job**2 + 100 * process_group().count, None, [1, 2, 3]):
         journal.add(str(index), value)
     again = Journal(journal.path, {"seed": 1})
     return {
-        "agreed": crew.agree(f"said by {crew.rank}"),
-        "gathered": crew.gather(crew.rank),
-        "raised": said(lambda: crew.by_main(fails_on_main)),
+        "agreed": group.broadcast_object(f"said by {group.rank}"),
+        "gathered": group.gather(group.rank),
+        "raised": said(lambda: group.on_main_process(fails_on_main)),
         "job raised": said(lambda: list(executor("serial").run(lambda _, job: 1 // job, None, [1, 0, 2]))),
         "workers": said(lambda: executor("processes")),
         "device": said(lambda: resolve_device("cuda:7")),
@@ -170,7 +170,7 @@ audit: {battery: quick-v1, budgets: [0, 2], seeds: 1, shots: 2, side_effects: fa
 
 def runs_a_recipe(folder: Path) -> dict[str, object]:
     """`holdfast run`, twice: the second time it is done already."""
-    if team().main:
+    if process_group().main:
         (folder / "two.yaml").write_text(RECIPE)
     codes = []
     for _ in range(2):
@@ -190,9 +190,9 @@ def threads_that_outlive_the_group() -> list[str]:
 
 
 if __name__ == "__main__":
-    place, crew = Path(sys.argv[1]), team()
+    place, group = Path(sys.argv[1]), process_group()
     torch.set_num_threads(1)
-    found = {"team": [crew.rank, crew.count], "averages": averages(crew), "talks": talks(crew, place)}
+    found = {"team": [group.rank, group.count], "averages": averages(group), "talks": talks(group, place)}
     found |= {"trains": trains(place), "recipe": runs_a_recipe(place)}
     found["outlived"] = threads_that_outlive_the_group()
-    (place / f"{crew.rank}.json").write_text(json.dumps(found))
+    (place / f"{group.rank}.json").write_text(json.dumps(found))

@@ -18,7 +18,7 @@ from holdfast.errors import HoldfastError, unknown
 from holdfast.models import SplitModel, is_normalisation
 from holdfast.models.blocks import Block
 from holdfast.runtime.devices import autocast
-from holdfast.runtime.distributed import Team, team
+from holdfast.runtime.distributed import ProcessGroup, process_group
 from holdfast.runtime.run import Run
 from holdfast.tasks import Task
 
@@ -304,7 +304,7 @@ def finetune(
     burn_in: int = 0,
     penalty: Callable[[], Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    together: Team | None = None,
+    together: ProcessGroup | None = None,
 ) -> Iterator[Tensor]:
     """Fine-tunes a model in place, endlessly: take as many steps as you want.
 
@@ -341,8 +341,8 @@ def finetune(
         optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         if together is not None:
-            together.average(moved)
-            together.level(model)
+            together.average_gradients(moved)
+            together.sync_buffers(model)
         if strategy.gradient != "raw":
             reshape_gradient(moved, strategy.gradient)
         optimizer.step()
@@ -422,9 +422,9 @@ def pretrain(
     run = run or Run(seed)
     strategy = strategy or PretrainSpec().strategy()
     trained = model.clone().to(run.device)
-    crew = team()
-    with run.seeded(*crew.own("pretrain")) as generator, run.progress("Training the original", steps) as bar:
-        training = finetune(trained, task, strategy, generator=generator, device=run.device, together=crew)
+    group = process_group()
+    with run.seeded(*group.own("pretrain")) as generator, run.progress("Training the original", steps) as bar:
+        training = finetune(trained, task, strategy, generator=generator, device=run.device, together=group)
         average = None if ema is None else _averaged(trained, ema)
         for _ in range(steps):
             next(training)
@@ -433,5 +433,5 @@ def pretrain(
             bar.tick()
     if average is not None:
         trained.load_state_dict(average.module.state_dict())
-    crew.follow(trained)
+    group.broadcast_state(trained)
     return trained.eval()

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from holdfast.auditing.audit import AuditSpec, audit, tables
-from holdfast.auditing.trials import Bench
+from holdfast.auditing.trials import TrialContext
 from holdfast.errors import HoldfastError
 from holdfast.models import load_model
 from holdfast.results import Thresholds
@@ -203,7 +203,7 @@ class TestAudit:
     ):
         """They decide about what was measured, and measure nothing."""
         settings = {"benign": benign, "restricted": restricted, "run": Run(0, CPU, folder_of_itself)}
-        monkeypatch.setattr(Bench, "curve", lambda *_: pytest.fail("a finished trial was run again"))
+        monkeypatch.setattr(TrialContext, "curve", lambda *_: pytest.fail("a finished trial was run again"))
         lax = Thresholds(fails_at=1.0, min_original_advantage=0.9)
         after = audit(trained, trained, **settings, spec=BRIEF.model_copy(update={"thresholds": lax}))
         assert after.curves == itself.curves

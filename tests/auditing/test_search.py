@@ -13,8 +13,8 @@ from torch import nn
 from holdfast.adversaries import Adversary, batteries
 from holdfast.auditing import audit as auditing
 from holdfast.auditing.audit import AuditSpec, audit
-from holdfast.auditing.search import _floors, _value, search
-from holdfast.auditing.trials import SEARCH_SEED, Bench, Crew, Trial
+from holdfast.auditing.search import _pruning_thresholds, _value, search
+from holdfast.auditing.trials import SEARCH_SEED, Trial, TrialContext, TrialRunner
 from holdfast.models import SplitModel
 from holdfast.results import ROLES, Curve
 from holdfast.runtime import executors
@@ -104,22 +104,22 @@ def models(toy):
         return [SplitModel(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)), "2") for _ in range(2)]
 
 
-def crew(models, task: ArrayTask, *, seed=0, folder=None, executor="serial") -> Crew:
+def runner(models, task: ArrayTask, *, seed=0, folder=None, executor="serial") -> TrialRunner:
     run = Run(seed, CPU, folder)
     samples = {("restricted", s): task for s in (SEARCH_SEED, 0, 1)}
-    bench = Bench(models[0], models[1], None, samples, task, BUDGETS, run)
-    return Crew(bench, Journal(run.path("trials.jsonl"), {}), executors.executor(executor))
+    context = TrialContext(models[0], models[1], None, samples, task, BUDGETS, run)
+    return TrialRunner(context, Journal(run.path("trials.jsonl"), {}), executors.executor(executor))
 
 
 class TestSearch:
     def test_every_model_gets_as_many_trials(self, models, toy):
-        trials, _ = search(Plan(), 7, crew(models, toy))
+        trials, _ = search(Plan(), 7, runner(models, toy))
         assert Counter(t.role for t in trials) == dict.fromkeys(ROLES, 7)
         assert [t.number for t in trials if t.role == "scratch"] == list(range(7))
         assert all(t.config == {"rate": float(t.adversary.split()[1])} for t in trials)
 
     def test_the_best_few_of_each_model_are_returned_and_marked(self, models, toy):
-        trials, found = search(Plan(repeated=2), 7, crew(models, toy))
+        trials, found = search(Plan(repeated=2), 7, runner(models, toy))
         expected = []
         for role in ROLES:
             own = sorted((t for t in trials if t.role == role), key=lambda t: -t.score)
@@ -130,24 +130,24 @@ class TestSearch:
 
     def test_each_search_is_told_its_own_scores(self, models, toy):
         plan = Plan()
-        trials, _ = search(plan, 7, crew(models, toy))
+        trials, _ = search(plan, 7, runner(models, toy))
         for role, searcher in zip(ROLES, plan.begun, strict=True):
             assert [len(batch) for batch in searcher.asked] == [3, 3, 1]
             assert [v for batch in searcher.told for v in batch] == [t.score for t in trials if t.role == role]
 
     def test_a_seed_decides_everything(self, models, toy):
-        first, second = (search(Plan(), 7, crew(models, toy)) for _ in range(2))
+        first, second = (search(Plan(), 7, runner(models, toy)) for _ in range(2))
         assert first == second
-        assert search(Plan(), 7, crew(models, toy, seed=1)) != first
+        assert search(Plan(), 7, runner(models, toy, seed=1)) != first
 
     def test_workers_change_nothing(self, models, toy, two_workers):
-        apart, here = (search(Plan(batch=2), 3, crew(models, toy, executor=e)) for e in (two_workers, "serial"))
+        apart, here = (search(Plan(batch=2), 3, runner(models, toy, executor=e)) for e in (two_workers, "serial"))
         assert apart == here
 
     @pytest.mark.parametrize("stop", [1, 5, 10, 17])
     def test_it_goes_on_where_it_was_interrupted(self, models, toy, tmp_path, monkeypatch, stop):
-        whole = search(Plan(), 7, crew(models, toy))
-        curve, done, alive = Bench.curve, [], iter([True] * stop)
+        whole = search(Plan(), 7, runner(models, toy))
+        curve, done, alive = TrialContext.curve, [], iter([True] * stop)
 
         def counted(self, trial):
             if not next(alive, False):
@@ -155,27 +155,27 @@ class TestSearch:
             done.append(trial.key)
             return curve(self, trial)
 
-        monkeypatch.setattr(Bench, "curve", counted)
+        monkeypatch.setattr(TrialContext, "curve", counted)
         with pytest.raises(KeyboardInterrupt):
-            search(Plan(), 7, crew(models, toy, folder=tmp_path))
+            search(Plan(), 7, runner(models, toy, folder=tmp_path))
         alive = iter([True] * 100)
-        assert search(Plan(), 7, crew(models, toy, folder=tmp_path)) == whole
+        assert search(Plan(), 7, runner(models, toy, folder=tmp_path)) == whole
         assert len(done) == len(set(done))  # nothing was run twice
         lines = (tmp_path / "checkpoints" / "trials.jsonl").read_text().splitlines()[1:]
         assert [json.loads(line)["key"] for line in lines] == done
 
     def test_what_comes_again_is_not_run_again(self, models, toy, monkeypatch):
-        ran, curve = [], Bench.curve
-        monkeypatch.setattr(Bench, "curve", lambda self, trial: ran.append(trial.key) or curve(self, trial))
+        ran, curve = [], TrialContext.curve
+        monkeypatch.setattr(TrialContext, "curve", lambda self, trial: ran.append(trial.key) or curve(self, trial))
         twin = Pull(0.3)
-        trials, _ = search(Plan(always=(twin, twin)), 7, crew(models, toy))
+        trials, _ = search(Plan(always=(twin, twin)), 7, runner(models, toy))
         assert Counter(ran)[f"restricted/scratch/pull 0.3/{SEARCH_SEED}"] == 1
         assert len(trials) == 21  # it counts as a trial all the same, with the score that it had
         assert len({t.score for t in trials if t.role == "scratch" and t.adversary == "pull 0.3"}) == 1
 
     def test_what_cannot_start_is_told_as_such(self, models, toy):
         plan = Plan(always=(Pull(0.7, refused=True),))
-        trials, found = search(plan, 4, crew(models, toy))
+        trials, found = search(plan, 4, runner(models, toy))
         assert "pull 0.7" not in {a.name for a in found}
         refused = [t for t in trials if t.adversary == "pull 0.7"]
         assert [(t.score, t.steps, t.confirmed) for t in refused] == [(None, 0, False)] * 6
@@ -188,19 +188,19 @@ class TestSearch:
             raise RuntimeError("no such kernel")
 
         monkeypatch.setattr(Pull, "attack", broken)
-        trials, found = search(Plan(), 3, crew(models, toy))
+        trials, found = search(Plan(), 3, runner(models, toy))
         assert found == []
         assert {t.failure for t in trials} == {"RuntimeError: no such kernel"}
 
     def test_nothing_that_can_start(self, models, toy):
         refused = (Pull(0.7, refused=True), Pull(0.8, refused=True), Pull(0.9, refused=True))
-        trials, found = search(Plan(always=refused), 3, crew(models, toy))
+        trials, found = search(Plan(always=refused), 3, runner(models, toy))
         assert len(trials) == 9
         assert found == []
 
     def test_a_rate_that_explodes_is_told_as_none_or_its_last_finite_value(self, models, toy):
         plan = Plan(always=(Pull(1e30),))
-        trials, found = search(plan, 4, crew(models, toy))
+        trials, found = search(plan, 4, runner(models, toy))
         wild = [t for t in trials if t.adversary == "pull 1e+30"]
         assert len(wild) == 6
         assert all(t.score is None or t.score <= max(u.score for u in trials if u.score is not None) for t in wild)
@@ -236,20 +236,20 @@ class TestValue:
 
     def test_floors_are_medians_once_there_are_four(self):
         curves = [self.curve([0.1], [v], [v], [v]) for v in (0.2, 0.3, 0.6)]
-        assert _floors(curves, 4) == (None, None, None, None)
+        assert _pruning_thresholds(curves, 4) == (None, None, None, None)
         stopped = self.curve([0.1], [0.4])
-        assert _floors([*curves, stopped], 4) == (None, pytest.approx(0.35), None, None)
-        assert _floors([*curves, curves[0]], 4) == (None, *[pytest.approx(0.25)] * 3)
+        assert _pruning_thresholds([*curves, stopped], 4) == (None, pytest.approx(0.35), None, None)
+        assert _pruning_thresholds([*curves, curves[0]], 4) == (None, *[pytest.approx(0.25)] * 3)
 
     def test_what_is_worse_than_half_is_given_up(self, models, toy):
         """It stops at the first budget at which there is a floor; what is better than most goes on to the end."""
-        bench = crew(models, toy).bench
-        curves = [bench.curve(Trial("scratch", Pull(rate), SEARCH_SEED)) for rate in (0.3, 0.4, 0.5, 0.6)]
-        floors = _floors(curves, len(BUDGETS))
-        hopeless = bench.curve(Trial("scratch", Pull(1e-6), SEARCH_SEED, floors=floors))
+        context = runner(models, toy).context
+        curves = [context.curve(Trial("scratch", Pull(rate), SEARCH_SEED)) for rate in (0.3, 0.4, 0.5, 0.6)]
+        pruning_thresholds = _pruning_thresholds(curves, len(BUDGETS))
+        hopeless = context.curve(Trial("scratch", Pull(1e-6), SEARCH_SEED, pruning_thresholds=pruning_thresholds))
         assert hopeless.budgets == [0, 1]
         lowest = (None, *[0.0] * (len(BUDGETS) - 1))
-        assert bench.curve(Trial("scratch", Pull(0.3), SEARCH_SEED, floors=lowest)) == curves[0]
+        assert context.curve(Trial("scratch", Pull(0.3), SEARCH_SEED, pruning_thresholds=lowest)) == curves[0]
 
 
 class TestAudit:

@@ -11,7 +11,15 @@ from torch import nn
 
 import reference
 from cases import DEFENSES
-from holdfast.defenses import DeepCondition, DeepDefense, DeepIMMA, DeepOptKappa, DeepRIll, RidgeProbe, SlowProbe
+from holdfast.defenses import (
+    DeepCondition,
+    DeepDefense,
+    DeepIMMA,
+    DeepOptKappa,
+    DeepRIll,
+    RidgeProbeSuppression,
+    SlowProbeSuppression,
+)
 from holdfast.defenses.deep.base import _Immunization
 from holdfast.defenses.deep.condition import log_kappa
 from holdfast.defenses.deep.imma import probe_loss
@@ -182,7 +190,9 @@ def test_too_large_answers_are_not_kept_and_that_is_said(model, images):
 
 def test_memory_does_not_decide_what_is_mixed(model, images):
     """Mixtures are of what enters the first trained block, kept or not."""
-    defense = RidgeProbe(iterations=3, batch_size=20, restricted_batch=60, guard_every=3, max_benign_drop=1.0)
+    defense = RidgeProbeSuppression(
+        iterations=3, batch_size=20, restricted_batch=60, guard_every=3, max_benign_drop=1.0
+    )
     kept, _ = defense.immunize(model, *images, run=Run(0, CPU))
     anew, _ = dataclasses.replace(defense, cache_gib=0).immunize(model, *images, run=Run(0, CPU))
     for one, other in zip(kept.parameters(), anew.parameters(), strict=True):
@@ -311,17 +321,17 @@ def test_r_ill_alone_trains_the_body_by_nothing_else(trained, images):
     assert moved == {f"network.{trained.head_name}.{part}" for part in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("kind", [RidgeProbe, SlowProbe])
+@pytest.mark.parametrize("kind", [RidgeProbeSuppression, SlowProbeSuppression])
 def test_suppression_takes_from_the_probe_what_it_is_told_to(trained, images, kind):
     benign, restricted = images
-    more = {"steps": 10} if kind is SlowProbe else {}
+    more = {"steps": 10} if kind is SlowProbeSuppression else {}
     defense = kind(iterations=60, restricted_batch=300, max_benign_drop=0.2, **more)
     immunized, _ = defense.immunize(trained, benign, restricted, run=Run(0, CPU))
 
     def explained(model: SplitModel) -> float:
         x, _ = features(model, restricted, "test")
         y = torch.cat([b.y for b in restricted.sweep("test", 500, device=CPU)])
-        return float(descended_probe(x, y, 10) if kind is SlowProbe else ridge_probe(x, y, 0.01))
+        return float(descended_probe(x, y, 10) if kind is SlowProbeSuppression else ridge_probe(x, y, 0.01))
 
     assert explained(immunized) < 0.75 * explained(trained)
     assert benign.score(immunized) > benign.score(trained) - 0.1
@@ -342,9 +352,9 @@ def test_suppression_takes_from_the_probe_what_it_is_told_to(trained, images, ki
         (DeepIMMA, {"inner_steps": 0}, "inner_steps is 0"),
         (DeepOptKappa, {"lambda_kappa": -2.0}, "lambda_kappa is -2.0"),
         (DeepCondition, {"precision": "bf16"}, "its rounding"),
-        (RidgeProbe, {"weight": 0.0}, "weight is 0.0"),
-        (RidgeProbe, {"restricted_batch": 1}, "restricted_batch is 1"),
-        (SlowProbe, {"steps": 0}, "steps is 0"),
+        (RidgeProbeSuppression, {"weight": 0.0}, "weight is 0.0"),
+        (RidgeProbeSuppression, {"restricted_batch": 1}, "restricted_batch is 1"),
+        (SlowProbeSuppression, {"steps": 0}, "steps is 0"),
     ],
 )
 def test_bad_settings(kind, change, message):
@@ -383,7 +393,9 @@ def test_models_of_other_libraries(images):
     task = load_task("digits[0-4]@image_size=32,channels=3")
     other = load_task("digits[5-9]@image_size=32,channels=3")
     model = load_model("timm:mobilenetv2_035", task)
-    immunized, record = RidgeProbe(restricted_batch=60, **BRIEF).immunize(model, task, other, run=Run(0, CPU))
+    immunized, record = RidgeProbeSuppression(restricted_batch=60, **BRIEF).immunize(
+        model, task, other, run=Run(0, CPU)
+    )
     assert record.history["explained"][0] > 0
     assert immunized.facts().sha256 != model.facts().sha256
 
@@ -398,7 +410,7 @@ def read() -> tuple[SplitModel, ArrayTask, ArrayTask]:
 
 
 class TestSentences:
-    @pytest.mark.parametrize("kind", [DeepCondition, RidgeProbe])
+    @pytest.mark.parametrize("kind", [DeepCondition, RidgeProbeSuppression])
     def test_encoders_are_immunized_like_images(self, read, kind):
         immunized, record = kind(**BRIEF).immunize(*read, run=Run(0, CPU))
         assert immunized.facts().sha256 != read[0].facts().sha256
@@ -406,8 +418,8 @@ class TestSentences:
 
     def test_token_ids_have_no_mixtures(self, read):
         with pytest.raises(HoldfastError, match="token ids, of which there are no mixtures"):
-            RidgeProbe(mixing=1.0, **BRIEF).immunize(*read, run=Run(0, CPU))
+            RidgeProbeSuppression(mixing=1.0, **BRIEF).immunize(*read, run=Run(0, CPU))
 
     def test_what_none_stands_for(self, read, images):
-        assert RidgeProbe().resolved(read[1]).mixing == 0.0
-        assert RidgeProbe().resolved(images[0]).mixing == 1.0
+        assert RidgeProbeSuppression().resolved(read[1]).mixing == 0.0
+        assert RidgeProbeSuppression().resolved(images[0]).mixing == 1.0

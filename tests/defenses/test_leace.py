@@ -14,7 +14,7 @@ from holdfast.adversaries import Probe
 from holdfast.defenses import LEACE, FrontierDefense
 from holdfast.defenses.leace import Eraser
 from holdfast.errors import HoldfastError
-from holdfast.experiments.model_store import Shelf
+from holdfast.experiments.model_store import ModelStore
 from holdfast.experiments.recipe import StudyRecipe
 from holdfast.models import SplitModel, features, load_model, transplant
 from holdfast.runtime.run import Run
@@ -107,10 +107,10 @@ class TestInANetwork:
         assert "3 of 16 directions" in record.events[0].message
 
     def test_and_on_the_adversarys_half_little(self, trained, benign, restricted, run):
-        defenders, adversarys = halves(restricted)
-        immunized, _ = LEACE().immunize(trained, benign, defenders, run=run)
+        defender_data, adversary_data = halves(restricted)
+        immunized, _ = LEACE().immunize(trained, benign, defender_data, run=run)
         before, after = (
-            Probe("ridge").attack(model, adversarys, budgets=(0, 1), run=run).scores[1]
+            Probe("ridge").attack(model, adversary_data, budgets=(0, 1), run=run).scores[1]
             for model in (trained, immunized)
         )
         assert before > 0.8
@@ -142,7 +142,7 @@ class TestInANetwork:
         immunized.save(tmp_path / "model.safetensors")
         loaded = load_model(str(tmp_path / "model.safetensors"), benign)
         assert loaded.facts().sha256 == immunized.facts().sha256
-        shelf = Shelf(tmp_path / "shelf")
+        shelf = ModelStore(tmp_path / "shelf")
         shelf.keep({"a": 1}, immunized, {})
         assert shelf.take({"a": 1}, trained)[0].facts().sha256 == immunized.facts().sha256
         assert not immunized.fresh().has_extractor

@@ -21,7 +21,7 @@ from holdfast.experiments.measurements.probe_curves import effect, probe_outcome
 from holdfast.experiments.measurements.transfer import learners
 from holdfast.experiments.recipe import ProtocolRecipe, load
 from holdfast.experiments.runner import run_recipe
-from holdfast.experiments.setting_scores import Measure, PaperSpec, Row, Scene
+from holdfast.experiments.setting_scores import Measure, PaperSpec, Row, SettingScores
 from holdfast.metrics.rir import GroupSpectra, relative_conditioning
 from holdfast.models import load_model
 from holdfast.results import Curve, ImmunizationResult, read_result
@@ -190,7 +190,7 @@ def scene(**changes):
         "benign_measure": Measure("accuracy"), "chance": 0.1, "original": 0.95, "made": {}, "paper": {},
         "stands_for": None,
     }  # fmt: skip
-    return Scene(**{**defaults, **changes})
+    return SettingScores(**{**defaults, **changes})
 
 
 def made(defense="sophon"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from holdfast.experiments.immunization import Made
-from holdfast.experiments.setting_scores import Measure, PaperSpec, Row, Scene
+from holdfast.experiments.setting_scores import Measure, PaperSpec, Row, SettingScores
 from holdfast.experiments.tables import tabulate
 from holdfast.results import Curve, ImmunizationResult
 
@@ -27,7 +27,7 @@ def scene(**changes):
         "benign_measure": Measure("accuracy"), "chance": 0.1, "original": 0.95, "made": {}, "paper": {},
         "stands_for": None,
     }  # fmt: skip
-    return Scene(**{**defaults, **changes})
+    return SettingScores(**{**defaults, **changes})
 
 
 def made(losses=(0.5, 2.0, 1.0), benign=0.9, **changes):

@@ -236,10 +236,10 @@ def test_ctrl_c_leaves_a_resumable_folder(tmp_path):
 
 class TestVerbs:
     def test_immunize_and_audit_use_disjoint_halves(self, restricted):
-        defenders, adversarys = halves(restricted)
-        rows = [set(map(bytes, t._x["train"].numpy())) for t in (defenders, adversarys)]
+        defender_data, adversary_data = halves(restricted)
+        rows = [set(map(bytes, t._x["train"].numpy())) for t in (defender_data, adversary_data)]
         assert not rows[0] & rows[1]  # not even the few identical images that digits holds
-        assert defenders.size("train") + adversarys.size("train") == restricted.size("train")
+        assert defender_data.size("train") + adversary_data.size("train") == restricted.size("train")
 
     @pytest.fixture
     def seen(self, monkeypatch):
@@ -262,20 +262,20 @@ class TestVerbs:
         return found
 
     def test_each_side_gets_its_own_half_and_the_threads(self, trained, benign, restricted, seen):
-        defenders, adversarys = (half.facts().sha256 for half in halves(restricted))
+        defender_data, adversary_data = (half.facts().sha256 for half in halves(restricted))
         tasks, before = {"benign": benign, "restricted": restricted, "threads": 3}, torch.get_num_threads()
         holdfast.immunize(trained, **tasks, iterations=1, steps=1, batch_sizes=(20,))
-        assert seen == {"defense": {defenders}, "adversaries": set(), "threads": {3}}
+        assert seen == {"defense": {defender_data}, "adversaries": set(), "threads": {3}}
         seen["threads"].clear()
         holdfast.audit(trained, original=trained, **tasks, budgets=(0, 1), seeds=1, stacked=False, side_effects=False)
-        assert seen == {"defense": {defenders}, "adversaries": {adversarys}, "threads": {3}}
+        assert seen == {"defense": {defender_data}, "adversaries": {adversary_data}, "threads": {3}}
         assert torch.get_num_threads() == before != 3
 
     def test_each_side_gets_its_own_half_and_the_threads_in_a_recipe(self, tmp_path, seen):
-        defenders, adversarys = (half.facts().sha256 for half in halves(load_task("digits[7-9]")))
+        defender_data, adversary_data = (half.facts().sha256 for half in halves(load_task("digits[7-9]")))
         recipe = load("quickstart", **SMOKE, overrides=[*ALONE, "audit.shots=null", "threads=3", "pretrain.steps=1"])
         result = run_recipe(recipe, folder=tmp_path, device="cpu", quiet=True)
-        assert seen == {"defense": {defenders}, "adversaries": {adversarys}, "threads": {3}}
+        assert seen == {"defense": {defender_data}, "adversaries": {adversary_data}, "threads": {3}}
         assert result.provenance.threads == 3
 
     def test_folder_keeps_model_and_results(self, trained, benign, restricted, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from holdfast.errors import HoldfastError
 from holdfast.experiments.measurements import samples
-from holdfast.experiments.measurements.samples import PicturesSpec, Sitting, _about_samples
+from holdfast.experiments.measurements.samples import PicturedModel, PicturesSpec, _about_samples
 from holdfast.experiments.recipe import ProtocolRecipe
 from holdfast.experiments.runner import run_recipe
 from holdfast.metrics.generation import Distance
@@ -264,9 +264,12 @@ def test_a_quarter_of_the_noise_by_default():
 )
 def test_findings_say_whether_released_models_still_make_pictures(distance, said):
     albums = {
-        Sitting("s", "original", "original"): ({}, Distance(2.0, 0.1)),
-        Sitting("s", "D", "immunized"): ({}, distance),
-        Sitting("s", "scratch", "scratch", adversary=recipe().plan()[0].adversary, steps=1): ({}, Distance(9.0, 0.1)),
+        PicturedModel("s", "original", "original"): ({}, Distance(2.0, 0.1)),
+        PicturedModel("s", "D", "immunized"): ({}, distance),
+        PicturedModel("s", "scratch", "scratch", adversary=recipe().plan()[0].adversary, steps=1): (
+            {},
+            Distance(9.0, 0.1),
+        ),
     }
     (found,) = _about_samples(albums)
     assert said in found

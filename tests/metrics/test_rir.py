@@ -207,12 +207,12 @@ class TestDeepNetworks:
     """The closed-form extractors before the head of a network, on samples that neither of them has seen."""
 
     def test_the_frontier_is_ahead_of_any_other_and_within_the_bound(self, trained, benign, restricted, run):
-        defenders, adversarys = halves(restricted)
-        before = group_spectra(trained, benign, adversarys, groups=5)
+        defender_data, adversary_data = halves(restricted)
+        before = group_spectra(trained, benign, adversary_data, groups=5)
         found = {}
         for name, defense in (("frontier", FrontierDefense()), ("condition", ConditionNumber(iterations=60))):
-            immunized, _ = defense.immunize(trained, benign, defenders, run=run)
-            found[name] = GroupRatios.of(before, group_spectra(immunized, benign, adversarys, groups=5))
+            immunized, _ = defense.immunize(trained, benign, defender_data, run=run)
+            found[name] = GroupRatios.of(before, group_spectra(immunized, benign, adversary_data, groups=5))
         assert statistics.fmean(found["frontier"].rir) > statistics.fmean(found["condition"].rir)
         assert statistics.fmean(found["frontier"].restricted) > 1
         for bound, *ratios in zip(before.bounds, *(r.rir for r in found.values()), strict=True):

@@ -192,7 +192,7 @@ class TestTable:
     ROW = re.compile(r"^\| `(?P<name>[\w:]+)`(?: with `(?P<options>[^`]+)`)? \| (?P<millions>[\d.]+) \|", re.MULTILINE)
 
     def rows(self):
-        page = (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text()
+        page = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text()
         return [(m["name"], m["options"], float(m["millions"])) for m in self.ROW.finditer(page)]
 
     def test_sizes_are_as_documented(self):

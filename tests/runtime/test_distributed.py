@@ -14,17 +14,17 @@ from torch import nn
 from holdfast.errors import HoldfastError
 from holdfast.models import load_model
 from holdfast.results import RunResult, read_result
-from holdfast.runtime.distributed import Team, _launched, alone, outcome, team
+from holdfast.runtime.distributed import ProcessGroup, _launched, alone, outcome, process_group
 from holdfast.tasks import load_task
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 FAILS = """
-from holdfast.team import team
-crew = team()
-if crew.rank == 1:
+from holdfast.runtime.distributed import process_group
+group = process_group()
+if group.rank == 1:
     raise RuntimeError("the second process fails alone")
-crew.gather("waits for the other")
+group.gather("waits for the other")
 """
 
 
@@ -163,20 +163,20 @@ def test_a_launcher_that_starts_one_where_several_were_asked_for_is_refused(monk
 
 class TestOneProcess:
     def test_is_a_team_of_itself(self):
-        assert team() == Team(0, 1)
+        assert process_group() == ProcessGroup(0, 1)
         with alone():
-            assert team() == Team(0, 1)
+            assert process_group() == ProcessGroup(0, 1)
 
     def test_changes_nothing(self):
         layer = nn.Linear(2, 2)
         layer(torch.ones(1, 2)).sum().backward()
         before = [p.grad for p in layer.parameters()]
-        team().average(layer.parameters())
+        process_group().average_gradients(layer.parameters())
         assert all(p.grad is g for p, g in zip(layer.parameters(), before, strict=True))
-        assert team().own("a", 1) == ("a", 1)
+        assert process_group().own("a", 1) == ("a", 1)
 
     def test_every_rank_draws_its_own(self):
-        assert len({Team(rank, 3).own("a") for rank in range(3)}) == 3
+        assert len({ProcessGroup(rank, 3).own("a") for rank in range(3)}) == 3
 
     def test_its_errors_are_raised_as_they_are(self):
         class StrangeError(Exception):
@@ -186,7 +186,7 @@ class TestOneProcess:
             raise StrangeError(index)
 
         with pytest.raises(StrangeError):
-            list(team().share(work, 2))
+            list(process_group().share(work, 2))
 
     def test_what_cannot_be_sent_is_told_in_words(self):
         class LocalError(Exception):

@@ -268,7 +268,7 @@ class TestPickling:
 
 SCRIPT = """
 import os
-from holdfast.executors import executor
+from holdfast.runtime.executors import executor
 
 def triple(context, job):
     return 3 * job
@@ -319,9 +319,9 @@ HELD = """
 import time
 from pathlib import Path
 
-from holdfast.models.builtin import CNN
+from holdfast.models.families.builtin import CNN
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 class Held(CNN):
     def forward(self, x):

@@ -202,11 +202,11 @@ class TestNarrowing:
         def rows(task):
             return set(map(bytes, task._x["train"].numpy()))
 
-        defenders, adversarys = load_task("digits[7-9]").halves(0)
+        defender_data, adversary_data = load_task("digits[7-9]").halves(0)
         theirs = load_task(other).halves(0)
-        assert rows(theirs[0]) & rows(defenders)
-        assert not rows(theirs[0]) & rows(adversarys)
-        assert not rows(theirs[1]) & rows(defenders)
+        assert rows(theirs[0]) & rows(defender_data)
+        assert not rows(theirs[0]) & rows(adversary_data)
+        assert not rows(theirs[1]) & rows(defender_data)
 
     def test_duplicates_are_on_one_side_even_with_another_label(self):
         task = toy_task(2)

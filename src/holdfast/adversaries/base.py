@@ -76,7 +76,7 @@ class Adversary(ABC):
         role: Role = "immunized",
         seed: int = 0,
         benign: Task | None = None,
-        floors: Sequence[float | None] = (),
+        pruning_thresholds: Sequence[float | None] = (),
         keep: Callable[[SplitModel], object] | None = None,
         score_benign: bool = False,
     ) -> Curve:
@@ -93,7 +93,7 @@ class Adversary(ABC):
             role: whose curve this is.
             seed: repetition.
             benign: the model's own task, whose training data the adversary may use.
-            floors: a score for each budget, under which it is not worth going on; None, or none given: always. What is
+            pruning_thresholds: a score for each budget, under which it is not worth going on; None, or none given: always. What is
                 compared is the score on every second fold, as a search sees it.
             keep: is given the attacked copy in the end, for who wants more of it than scores.
             score_benign: whether `benign` is scored in the end, see `benign_score_after`.
@@ -117,7 +117,7 @@ class Adversary(ABC):
                 if step in budgets:
                     trace.note(task.audit_outcomes(victim), torch.stack(since) if since else None)
                     since = []
-                    floor = floors[len(trace.scores) - 1] if floors else None
+                    floor = pruning_thresholds[len(trace.scores) - 1] if pruning_thresholds else None
                     if floor is not None and _seen(trace.folds[-1]) < floor:
                         break
                 if step >= budgets[-1]:

@@ -14,7 +14,7 @@ from holdfast.auditing.red_flags import flags_of_curves, red_flags
 from holdfast.auditing.retention import BENIGN_AFTER, benign_after, flags_of_collapse, keeping
 from holdfast.auditing.search import search
 from holdfast.auditing.statistics import Comparison, costs
-from holdfast.auditing.trials import SEARCH_SEED, Bench, Crew, On, Trial, few_of, repetitions
+from holdfast.auditing.trials import SEARCH_SEED, On, Trial, TrialContext, TrialRunner, few_of, repetitions
 from holdfast.auditing.verdict import ROUNDING, count, judge, ran_nowhere
 from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel, architecture_differences, check_fits, transplant
@@ -118,19 +118,21 @@ def audit(
             check_fits(model, task, own_task=on == "benign", finite=model is original, trainable=False)
     plan = battery(spec.battery)
     inside = transplant(immunized, original) if architecture_differences(immunized, original) else None
-    bench = Bench(immunized, original, inside, _samples(tasks, spec, run), benign, spec.budgets, run, spec.stacked)
-    crew = Crew(bench, _journal(bench, plan, spec), executors.executor(executor))
+    context = TrialContext(
+        immunized, original, inside, _samples(tasks, spec, run), benign, spec.budgets, run, spec.stacked
+    )
+    runner = TrialRunner(context, _journal(context, plan, spec), executors.executor(executor))
     searched: list[SearchTrial] = []
     seeds = range(spec.seeds)
-    with crew.executor.kept():
+    with runner.executor.kept():
         if isinstance(plan, Search):
-            searched, found = search(plan, spec.trials, crew)
+            searched, found = search(plan, spec.trials, runner)
             applicable, not_applicable = _applicable(spec.battery, found, immunized, restricted)
         else:
             applicable, not_applicable = _applicable(spec.battery, plan, immunized, restricted)
         trials = repetitions(applicable, seeds, transplanted=inside is not None)
-        curves = crew.run(trials, f"Auditing ({spec.battery})")
-        side_effects = _side_effects(tasks, crew, spec) if spec.side_effects else []
+        curves = runner.run(trials, f"Auditing ({spec.battery})")
+        side_effects = _side_effects(tasks, runner, spec) if spec.side_effects else []
     configs = {t.name: {**t.adversary.config(), **({"transplanted": True} if t.transplanted else {})} for t in trials}
     comparison = Comparison.of(
         curves,
@@ -145,11 +147,11 @@ def audit(
     raised = [*flags, *red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)]
     raised += flags_of_curves(curves, configs)
     raised += flags_of_collapse(curves, configs, side, restricted.audit_chance)
-    samples = bench.samples["restricted", 0].size("train")
+    samples = context.samples["restricted", 0].size("train")
     target = _target(comparison, restricted.audit_chance)
     sizes = {c.adversary: c.batch_size for c in curves}
     flops = {
-        a.name: a.flops_per_step(original, bench.samples["restricted", 0], run=run, benign=benign) for a in applicable
+        a.name: a.flops_per_step(original, context.samples["restricted", 0], run=run, benign=benign) for a in applicable
     }
     return AuditResult(
         battery=spec.battery,
@@ -219,19 +221,19 @@ def _samples(tasks: dict[On, Task], spec: AuditSpec, run: Run) -> dict[tuple[On,
     }
 
 
-def _journal(bench: Bench, plan: Search | Sequence[Adversary], spec: AuditSpec) -> Journal:
+def _journal(context: TrialContext, plan: Search | Sequence[Adversary], spec: AuditSpec) -> Journal:
     return Journal(
-        bench.run.path("trials.jsonl"),
+        context.run.path("trials.jsonl"),
         {
-            "seed": bench.run.seed,
+            "seed": context.run.seed,
             "battery": plan.config() if isinstance(plan, Search) else {a.name: a.config() for a in plan},
             "format of trials": FORMAT,
             "budgets": spec.budgets,
             "stacked": spec.stacked,
-            "data": {f"{on} {seed}": task.facts().sha256 for (on, seed), task in bench.samples.items()},
-            "immunized model": bench.immunized.facts().sha256,
-            "original model": bench.original.facts().sha256,
-            "layers or input normalisation": [_settings(m) for m in (bench.immunized, bench.original)],
+            "data": {f"{on} {seed}": task.facts().sha256 for (on, seed), task in context.samples.items()},
+            "immunized model": context.immunized.facts().sha256,
+            "original model": context.original.facts().sha256,
+            "layers or input normalisation": [_settings(m) for m in (context.immunized, context.original)],
         },
         "audit",
     )
@@ -277,16 +279,16 @@ def _target(comparison: Comparison, chance: float) -> float | None:
     return chance + TARGET * (reached - chance) if math.isfinite(reached) and reached > chance else None
 
 
-def _side_effects(tasks: dict[On, Task], crew: Crew, spec: AuditSpec) -> list[SideEffect]:
+def _side_effects(tasks: dict[On, Task], runner: TrialRunner, spec: AuditSpec) -> list[SideEffect]:
     """How well the models learn harmless tasks: the benign one anew, and the transfer task if there is one."""
     found = []
     for on in ("benign", "transfer"):
         if on not in tasks:
             continue
-        learners, refused = _applicable(SIDE_EFFECTS, BATTERIES[SIDE_EFFECTS], crew.bench.immunized, tasks[on])
+        learners, refused = _applicable(SIDE_EFFECTS, BATTERIES[SIDE_EFFECTS], runner.context.immunized, tasks[on])
         trials = [Trial(role, a, s, on) for s in range(spec.seeds) for role in ROLES for a in learners]
-        curves = crew.run(trials, f"Side effects ({tasks[on].name})")
-        comparison = Comparison.of(curves, derive_seed(crew.bench.run.seed, "bootstrap", on))
+        curves = runner.run(trials, f"Side effects ({tasks[on].name})")
+        comparison = Comparison.of(curves, derive_seed(runner.context.run.seed, "bootstrap", on))
         lost, interval = comparison.advantage("original", "immunized")[-1], comparison.band("original", "immunized")[-1]
         found.append(
             SideEffect(

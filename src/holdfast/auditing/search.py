@@ -7,12 +7,12 @@ import statistics
 from collections.abc import Sequence
 
 from holdfast.adversaries import Adversary, Search
-from holdfast.auditing.trials import SEARCH_SEED, Bench, Crew, Trial
+from holdfast.auditing.trials import SEARCH_SEED, Trial, TrialContext, TrialRunner
 from holdfast.results import ROLES, Curve, Role, SearchTrial
 from holdfast.runtime.run import derive_seed
 
 
-def search(plan: Search, trials: int, crew: Crew) -> tuple[list[SearchTrial], list[Adversary]]:
+def search(plan: Search, trials: int, runner: TrialRunner) -> tuple[list[SearchTrial], list[Adversary]]:
     """Searches for adversaries against each model by itself.
 
     A search has samples and batches of its own, and sees every second fold of the test split only: what is repeated
@@ -22,31 +22,31 @@ def search(plan: Search, trials: int, crew: Crew) -> tuple[list[SearchTrial], li
     Args:
         plan: what is searched, and how.
         trials: for each model.
-        crew: runs and keeps them.
+        runner: runs and keeps them.
 
     Returns:
         All trials, and the best few of each model without repetitions.
     """
-    hunts = [_Hunt(role, plan, crew.bench) for role in ROLES]
+    searches = [RoleSearch(role, plan, runner.context) for role in ROLES]
     for done in range(0, trials, plan.batch):
-        proposed = [hunt.propose(min(plan.batch, trials - done)) for hunt in hunts]
-        curves = iter(crew.run([t for batch in proposed for t in batch], f"Searching ({done} of {trials} done)"))
-        for hunt, batch in zip(hunts, proposed, strict=True):
-            hunt.learn(list(itertools.islice(curves, len(batch))))
+        proposed = [each.propose(min(plan.batch, trials - done)) for each in searches]
+        curves = iter(runner.run([t for batch in proposed for t in batch], f"Searching ({done} of {trials} done)"))
+        for each, batch in zip(searches, proposed, strict=True):
+            each.learn(list(itertools.islice(curves, len(batch))))
     best: dict[str, Adversary] = {}
-    for hunt in hunts:
-        best |= hunt.best(plan.repeated)
-    return [trial for hunt in hunts for trial in hunt.told(plan.repeated)], list(best.values())
+    for each in searches:
+        best |= each.best(plan.repeated)
+    return [trial for each in searches for trial in each.told(plan.repeated)], list(best.values())
 
 
-class _Hunt:
+class RoleSearch:
     """The search against one model."""
 
-    def __init__(self, role: Role, plan: Search, bench: Bench) -> None:
-        self.role, self.budgets = role, len(bench.budgets)
-        self.searcher = plan.begin(derive_seed(bench.run.seed, "search", role))
-        self.task = bench.samples["restricted", SEARCH_SEED]
-        self.victim = bench.model(role, SEARCH_SEED)
+    def __init__(self, role: Role, plan: Search, context: TrialContext) -> None:
+        self.role, self.budgets = role, len(context.budgets)
+        self.searcher = plan.begin(derive_seed(context.run.seed, "search", role))
+        self.task = context.samples["restricted", SEARCH_SEED]
+        self.victim = context.model(role, SEARCH_SEED)
         self.proposed: list[Adversary] = []
         self.reasons: dict[str, str | None] = {}
         self.known: dict[str, Adversary] = {}
@@ -59,8 +59,8 @@ class _Hunt:
         self.reasons = {a.name: a.not_applicable(self.victim, self.task) for a in self.proposed}
         fit = {a.name: a for a in self.proposed if self.reasons[a.name] is None}
         self.known |= fit
-        floors = _floors(self.curves, self.budgets)
-        return [Trial(self.role, a, SEARCH_SEED, floors=floors) for a in fit.values()]
+        pruning_thresholds = _pruning_thresholds(self.curves, self.budgets)
+        return [Trial(self.role, a, SEARCH_SEED, pruning_thresholds=pruning_thresholds) for a in fit.values()]
 
     def learn(self, curves: Sequence[Curve]) -> None:
         """Takes the curves of what was proposed last."""
@@ -109,7 +109,7 @@ def _value(curve: Curve, budgets: int) -> float | None:
     return statistics.fmean([max(b, 0.0) for b in best] + [max(best[-1], 0.0)] * (budgets - 1 - len(best)))
 
 
-def _floors(curves: Sequence[Curve], budgets: int) -> tuple[float | None, ...]:
+def _pruning_thresholds(curves: Sequence[Curve], budgets: int) -> tuple[float | None, ...]:
     """The median at each budget of those that got there; the first budget, 0, and few trials give none."""
     found: list[float | None] = [None]
     for k in range(budgets - 1):

@@ -43,7 +43,7 @@ class Trial:
         seed: repetition: samples, batches, fresh weights.
         on: the task that is learned; anything but the restricted one measures side effects.
         transplanted: whether the immunized model's weights are attacked inside the original's code.
-        floors: see `Adversary.attack`.
+        pruning_thresholds: see `Adversary.attack`.
     """
 
     role: Role
@@ -51,7 +51,7 @@ class Trial:
     seed: int
     on: On = "restricted"
     transplanted: bool = False
-    floors: tuple[float | None, ...] = ()
+    pruning_thresholds: tuple[float | None, ...] = ()
 
     @property
     def name(self) -> str:
@@ -82,7 +82,7 @@ def repetitions(adversaries: Sequence[Adversary], seeds: Sequence[int], *, trans
 
 
 @dataclass(frozen=True)
-class Bench:
+class TrialContext:
     """What trials need, the same for all of them; it travels once to each worker.
 
     Attributes:
@@ -129,9 +129,9 @@ class Bench:
             found[id(member)] = trial
             members.append(member)
         groups: list[tuple[Trial, ...]] = []
-        for group in stacks([m for m in members if not found[id(m)].floors]):
+        for group in stacks([m for m in members if not found[id(m)].pruning_thresholds]):
             groups.append(tuple(found[id(member)] for member in group))
-        return groups + [(found[id(m)],) for m in members if found[id(m)].floors]
+        return groups + [(found[id(m)],) for m in members if found[id(m)].pruning_thresholds]
 
     def curves(self, job: tuple[Trial, ...]) -> list[Curve]:
         """Runs the trials of a job."""
@@ -167,7 +167,7 @@ class Bench:
                 role=trial.role,
                 seed=trial.seed,
                 benign=self.benign,
-                floors=trial.floors,
+                pruning_thresholds=trial.pruning_thresholds,
                 score_benign=scored and not alone,
             )
             if alone:
@@ -191,16 +191,16 @@ def _named(curve: Curve, trial: Trial) -> Curve:
 
 
 @dataclass(frozen=True)
-class Crew:
+class TrialRunner:
     """Runs trials.
 
     Attributes:
-        bench: what they need.
+        context: what they need.
         journal: keeps every finished one.
         executor: where they run.
     """
 
-    bench: Bench
+    context: TrialContext
     journal: Journal
     executor: Executor
 
@@ -217,11 +217,11 @@ class Crew:
         Raises:
             HoldfastError: if the journal holds something else under a trial's key.
         """
-        done, readers = self.journal.entries, {t.key: partial(_kept, t, self.bench.budgets) for t in trials}
+        done, readers = self.journal.entries, {t.key: partial(_kept, t, self.context.budgets) for t in trials}
         self.journal.missing(readers)
-        jobs = [job for job in self.bench.jobs(trials) if any(t.key not in done for t in job)]
-        with self.bench.run.progress(description, len(trials), sum(t.key in done for t in trials)) as bar:
-            for index, curves in self.executor.run(_work, self.bench, jobs):
+        jobs = [job for job in self.context.jobs(trials) if any(t.key not in done for t in job)]
+        with self.context.run.progress(description, len(trials), sum(t.key in done for t in trials)) as bar:
+            for index, curves in self.executor.run(_work, self.context, jobs):
                 for trial, curve in zip(jobs[index], curves, strict=True):
                     if trial.key not in done:
                         self.journal.add(trial.key, curve.model_dump(mode="json"))
@@ -229,8 +229,8 @@ class Crew:
         return [self.journal.read(trial.key, readers[trial.key]) for trial in trials]
 
 
-def _work(bench: Bench, job: tuple[Trial, ...]) -> list[Curve]:
-    return bench.curves(job)
+def _work(context: TrialContext, job: tuple[Trial, ...]) -> list[Curve]:
+    return context.curves(job)
 
 
 def _kept(trial: Trial, budgets: tuple[int, ...], entry: Any) -> Curve:

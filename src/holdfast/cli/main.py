@@ -390,9 +390,9 @@ def _agreed(code: int) -> int:
     """Lets several processes end together: a launcher ends all as soon as one of them ends with another code than 0."""
     if processes() == 1:  # do not wait for torch where a command did not
         return code
-    from holdfast.runtime.distributed import team
+    from holdfast.runtime.distributed import process_group
 
-    return team().agree(code)
+    return process_group().broadcast_object(code)
 
 
 class _HelpFormatter(DefaultHelpFormatter):

@@ -6,7 +6,7 @@ from holdfast.defenses.base import Defense, Record
 from holdfast.defenses.deep.base import DeepDefense
 from holdfast.defenses.deep.condition import DeepCondition, DeepOptKappa, DeepRIll
 from holdfast.defenses.deep.imma import DeepIMMA
-from holdfast.defenses.deep.probe_suppression import RidgeProbe, SlowProbe
+from holdfast.defenses.deep.probe_suppression import RidgeProbeSuppression, SlowProbeSuppression
 from holdfast.defenses.leace import LEACE
 from holdfast.defenses.linear.base import LinearDefense, LinearProblem
 from holdfast.defenses.linear.condition import ConditionNumber, RIllOnly
@@ -29,8 +29,8 @@ DEFENSES: Final[dict[str, type[Defense]]] = {
     DeepRIll.name: DeepRIll,
     DeepIMMA.name: DeepIMMA,
     DeepOptKappa.name: DeepOptKappa,
-    RidgeProbe.name: RidgeProbe,
-    SlowProbe.name: SlowProbe,
+    RidgeProbeSuppression.name: RidgeProbeSuppression,
+    SlowProbeSuppression.name: SlowProbeSuppression,
     LEACE.name: LEACE,
 }
 
@@ -52,8 +52,8 @@ __all__ = [
     "OptKappa",
     "RIllOnly",
     "Record",
-    "RidgeProbe",
+    "RidgeProbeSuppression",
     "SignalFrontier",
-    "SlowProbe",
+    "SlowProbeSuppression",
     "Sophon",
 ]

@@ -17,7 +17,7 @@ from holdfast.defenses.selection import validation_score
 from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel
 from holdfast.results import Event
-from holdfast.runtime.distributed import team
+from holdfast.runtime.distributed import process_group
 from holdfast.runtime.run import Run, derive_seed, fingerprint
 from holdfast.runtime.storage import load_tensors, optimizer_tensors, restore_optimizer, save_tensors, tensors_sha256
 from holdfast.tasks import Task
@@ -133,7 +133,7 @@ class Immunization(ABC, Generic[Config]):
         validated = ("validation_score",) if config.validate_every is not None else ()
         self.record = Record(history={k: [] for k in ("iteration", *self.series, "benign_score", *validated)})
         self.round = 0
-        processes = [] if team().count == 1 else [{"processes": team().count}]
+        processes = [] if process_group().count == 1 else [{"processes": process_group().count}]
         self.belongs_to = fingerprint(
             [
                 *processes,
@@ -174,12 +174,12 @@ class Immunization(ABC, Generic[Config]):
         with self.run.seeded(self.config.name, "resume"):  # adversaries are made anew before they get their state
             self._resume()
         config, saved = self.config, time.monotonic()
-        crew = team()
+        group = process_group()
         with self.run.progress(f"Immunizing ({self.title})", config.iterations, self.round) as bar:
             while self.round < config.iterations and self.record.completed:
-                with self.run.seeded(*crew.own(config.name, self.round, self.record.rollbacks)) as generator:
-                    own = crew.gather(self.one_round(generator))
-                crew.level(self.model)
+                with self.run.seeded(*group.own(config.name, self.round, self.record.rollbacks)) as generator:
+                    own = group.gather(self.one_round(generator))
+                group.sync_buffers(self.model)
                 sound = self._note({name: [v for values in own for v in values[name]] for name in self.series})
                 self.round += 1
                 if sound:
@@ -191,13 +191,13 @@ class Immunization(ABC, Generic[Config]):
                 if looks:
                     score, note = (math.nan, "") if not sound else self._looked(examines)
                     note = f"benign {score:.3f}, " + ", ".join(map(self._shown, self.shown)) + note
-                if crew.agree(looks or time.monotonic() - saved > SAVE_SECONDS):
+                if group.broadcast_object(looks or time.monotonic() - saved > SAVE_SECONDS):
                     self._save()
                     saved = time.monotonic()
                 bar.tick(note if looks else "")
         self._conclude()
         self.model.eval()
-        crew.follow(self.model.network)
+        group.broadcast_state(self.model.network)
         return self.model, self.record
 
     def pool_gradients(self) -> None:
@@ -205,11 +205,11 @@ class Immunization(ABC, Generic[Config]):
 
         With one process it does nothing. `_look` finds out where it was forgotten.
         """
-        team().average(self.model.parameters())
+        process_group().average_gradients(self.model.parameters())
 
     def benign_score(self) -> float:
         """Returns the score on the held-out benign data: the main process's, by which all decide."""
-        return team().agree(self.score_held_out())
+        return process_group().broadcast_object(self.score_held_out())
 
     def score_held_out(self) -> float:
         """Returns this process's score of `self.model` on the held-out benign data."""
@@ -272,7 +272,9 @@ class Immunization(ABC, Generic[Config]):
     def _examine(self) -> float:
         """Attacks a good state, and keeps it if it is the best one so far."""
         assert self.examined is not None
-        score = team().agree(validation_score(self.model, self.examined, self.config.validation_steps, run=self.run))
+        score = process_group().broadcast_object(
+            validation_score(self.model, self.examined, self.config.validation_steps, run=self.run)
+        )
         self.record.history["validation_score"][-1] = score if math.isfinite(score) else None
         if score < self.best_score:
             self.best, self.best_score, self.best_round = self._snapshot(), score, self.round
@@ -303,7 +305,9 @@ class Immunization(ABC, Generic[Config]):
         for name in self.series:
             history[name].append(_mean(values[name]))
         finite = all(math.isfinite(v) for name in self.series for v in values[name])
-        return team().agree(finite and all(bool(p.isfinite().all()) for p in self.model.parameters()))
+        return process_group().broadcast_object(
+            finite and all(bool(p.isfinite().all()) for p in self.model.parameters())
+        )
 
     def training_mode(self) -> None:
         """Training mode, but for normalisations whose parameters are frozen: their statistics are frozen with them."""
@@ -330,7 +334,7 @@ class Immunization(ABC, Generic[Config]):
         return True
 
     def _check_together(self) -> None:
-        if team().count > 1 and len(set(team().gather(tensors_sha256(self._snapshot())))) > 1:
+        if process_group().count > 1 and len(set(process_group().gather(tensors_sha256(self._snapshot())))) > 1:
             raise HoldfastError(
                 f"{self.config.name}: the processes' weights differ after round {self.round}. In several processes "
                 "a defense calls `Immunization.pool_gradients` between backward and each step; or use one process."
@@ -388,7 +392,7 @@ class Immunization(ABC, Generic[Config]):
         path = self.run.path("immunization.safetensors")
         if path is None:
             return
-        parts = team().gather(self._part())
+        parts = process_group().gather(self._part())
         tensors = {f"model/{n}": v for n, v in self.model.network.state_dict().items()}
         tensors |= {f"good/{n}": v for n, v in self.good.items()}
         tensors |= {f"best/{n}": v for n, v in self.best.items()}
@@ -405,7 +409,7 @@ class Immunization(ABC, Generic[Config]):
             **{label: own for label, (_, own) in zip(_parts(len(parts)), parts, strict=True)},
             "best": [self.best_score, self.best_round] if self.best else None,
         }  # fmt: skip
-        team().by_main(lambda: save_tensors(path, tensors, meta))
+        process_group().on_main_process(lambda: save_tensors(path, tensors, meta))
 
     def _part(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What of a checkpoint is this process's own, where it can be sent from."""
@@ -414,7 +418,7 @@ class Immunization(ABC, Generic[Config]):
 
     def _resume(self) -> None:
         path = self.run.path("immunization.safetensors")
-        if path is None or not team().agree(path.exists()):
+        if path is None or not process_group().broadcast_object(path.exists()):
             return
         tensors, meta = load_tensors(path)
         if meta.get("format") != FORMAT:
@@ -440,7 +444,7 @@ class Immunization(ABC, Generic[Config]):
         if meta["best"] is not None:
             self.best = {n: v.to(self.run.device) for n, v in _under(tensors, "best").items()}
             self.best_score, self.best_round = meta["best"]
-        label = _parts(team().count)[team().rank]
+        label = _parts(process_group().count)[process_group().rank]
         self.restore_own(_under(tensors, label), meta[label])
         self.run.say(f"Immunization: continuing after {self.round} of {self.config.iterations} rounds")
 

@@ -12,7 +12,7 @@ from holdfast.experiments.setting_scores import (
     ORIGINAL,
     SCRATCH,
     Row,
-    Scene,
+    SettingScores,
     ahead_of_scratch,
     first_lost,
     largest_jump,
@@ -27,7 +27,7 @@ BELOW_CHANCE = 0.03
 
 
 def findings_of(
-    scene: Scene, rows: Sequence[Row], compared: Mapping[str, Comparison], epochs: Sequence[int]
+    scene: SettingScores, rows: Sequence[Row], compared: Mapping[str, Comparison], epochs: Sequence[int]
 ) -> list[str]:
     """Returns what is to be said of one setting.
 
@@ -49,7 +49,7 @@ def findings_of(
     return found
 
 
-def _about_original(scene: Scene, compared: Mapping[str, Comparison], epochs: Sequence[int]) -> str:
+def _about_original(scene: SettingScores, compared: Mapping[str, Comparison], epochs: Sequence[int]) -> str:
     """What there is to protect."""
     ahead = ahead_of_scratch(ORIGINAL, compared[ORIGINAL], scene.measure)
     assert ahead is not None
@@ -65,7 +65,7 @@ def _about_original(scene: Scene, compared: Mapping[str, Comparison], epochs: Se
 
 
 def _about_defense(
-    label: str, scene: Scene, rows: Sequence[Row], compared: Mapping[str, Comparison], epochs: Sequence[int]
+    label: str, scene: SettingScores, rows: Sequence[Row], compared: Mapping[str, Comparison], epochs: Sequence[int]
 ) -> str:
     comparison, measure = compared[label], scene.measure
     best = comparison.batteries["immunized"].best_name(len(epochs) - 1)
@@ -88,7 +88,7 @@ def _about_defense(
     return text + _about_benign(label, scene) + "."
 
 
-def _about_benign(label: str, scene: Scene) -> str:
+def _about_benign(label: str, scene: SettingScores) -> str:
     """What the defense cost; of an error also as a share, because its size alone says little."""
     measure, before, now = scene.benign_measure, scene.benign(ORIGINAL).mean, scene.benign(label).mean
     if before is None or now is None:
@@ -97,7 +97,9 @@ def _about_benign(label: str, scene: Scene) -> str:
     return text if measure.percent or not before else f"{text} ({now / before - 1:+.1%})"
 
 
-def _about_crossing(label: str, scene: Scene, compared: Mapping[str, Comparison], epochs: Sequence[int]) -> list[str]:
+def _about_crossing(
+    label: str, scene: SettingScores, compared: Mapping[str, Comparison], epochs: Sequence[int]
+) -> list[str]:
     """From which epoch on the adversary is as well off with the model as without; nothing where that is not known."""
     comparison = compared[label]
     if SCRATCH not in comparison.batteries:
@@ -118,7 +120,7 @@ def _about_crossing(label: str, scene: Scene, compared: Mapping[str, Comparison]
     ]
 
 
-def _below_chance(label: str, scene: Scene, rows: Sequence[Row], epoch: int) -> list[str]:
+def _below_chance(label: str, scene: SettingScores, rows: Sequence[Row], epoch: int) -> list[str]:
     """Attacks that leave the model clearly under chance, where they do not leave the original there as well."""
     if not scene.measure.percent:
         return []  # an error above the reference's is that of a bad model: there is no answer to avoid
@@ -161,7 +163,7 @@ def _jump_of(made: Made) -> float | None:
     return largest_jump(made.result.history.get("suppression_loss", []))
 
 
-def _score(scene: Scene, compared: Mapping[str, Comparison], model: str, at: int = -1) -> str:
+def _score(scene: SettingScores, compared: Mapping[str, Comparison], model: str, at: int = -1) -> str:
     """What is shown of a model's best attack at one of the epochs, by mean over seeds."""
     (score,) = plain(compared[model].scores[role_of(model)][:, [at]].mean(0))
     return scene.measure.text(scene.measure.value(score))

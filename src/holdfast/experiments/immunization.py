@@ -20,8 +20,8 @@ from pydantic import ValidationError
 
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError
-from holdfast.experiments.model_store import MadeOf, Shelf, shelf
-from holdfast.experiments.setting import Ground
+from holdfast.experiments.model_store import MadeOf, ModelStore, shelf
+from holdfast.experiments.setting import Setting
 from holdfast.models import SplitModel
 from holdfast.results import ImmunizationResult
 from holdfast.runtime.executors import Executor
@@ -29,7 +29,7 @@ from holdfast.runtime.run import Run, fingerprint
 
 
 @dataclass(frozen=True)
-class Order:
+class ImmunizationJob:
     """One immunization that is wanted.
 
     Attributes:
@@ -49,7 +49,7 @@ class Order:
     made_of: MadeOf = field(repr=False)
 
     @classmethod
-    def of(cls, setting: str, label: str, seed: int, defense: Defense, ground: Ground, run: Run) -> Order:
+    def of(cls, setting: str, label: str, seed: int, defense: Defense, ground: Setting, run: Run) -> ImmunizationJob:
         """Describes an immunization; seed s of it has the run's seed + s, as `holdfast immunize --seed` would."""
         defense = defense.resolved(ground.benign)
         settings = {f"defense.{key}": value for key, value in defense.config().items()}
@@ -89,7 +89,7 @@ def check_reuse(reuse: Sequence[Path]) -> None:
             )
 
 
-def borrow_all(orders: Sequence[Order], reuse: Sequence[Path], *, run: Run) -> None:
+def borrow_all(orders: Sequence[ImmunizationJob], reuse: Sequence[Path], *, run: Run) -> None:
     """Takes what is wanted from other runs' folders, and says what was taken and what was not.
 
     Raises:
@@ -117,7 +117,7 @@ def borrow_all(orders: Sequence[Order], reuse: Sequence[Path], *, run: Run) -> N
                 run.say(f"Not in {owner}: {order} ({_nearest(order, held)})")
 
 
-def _nearest(order: Order, held: Sequence[MadeOf]) -> str:
+def _nearest(order: ImmunizationJob, held: Sequence[MadeOf]) -> str:
     """In what the nearest of several models differs from the one that is wanted."""
 
     def differing(other: MadeOf) -> list[str]:
@@ -131,7 +131,7 @@ def _nearest(order: Order, held: Sequence[MadeOf]) -> str:
 
 
 def immunize_all(
-    orders: Sequence[Order], grounds: Mapping[str, Ground], *, run: Run, executor: Executor
+    orders: Sequence[ImmunizationJob], grounds: Mapping[str, Setting], *, run: Run, executor: Executor
 ) -> dict[tuple[str, str, int], Made]:
     """Returns every immunized model that is wanted; made now only where it is not in the run's folder yet.
 
@@ -150,19 +150,19 @@ def immunize_all(
     own = shelf(run.folder, "immunized")
     missing = list({fingerprint(o.made_of): o for o in orders if not own.has(o.made_of)}.values())
     for order in missing:
-        _workplace(run, order).mkdir(parents=True, exist_ok=True)
+        _checkpoint_folder(run, order).mkdir(parents=True, exist_ok=True)
     alone = executor.name == "serial"  # then each defense shows its own bar, and two do not fit on a terminal
     shown = Run(run.seed, run.device, run.folder, quiet=run.quiet or alone)
     with shown.progress("Immunizing", len(orders), len(orders) - len(missing)) as bar:
-        for index, (model, notes) in executor.run(_work, _Workshop(grounds, run), missing):
+        for index, (model, notes) in executor.run(_work, _ImmunizationContext(grounds, run), missing):
             order = missing[index]
             own.keep(order.made_of, model, notes)
-            shutil.rmtree(_workplace(run, order), ignore_errors=True)
+            shutil.rmtree(_checkpoint_folder(run, order), ignore_errors=True)
             bar.tick(str(order))
     return {(o.setting, o.label, o.seed): _taken(own, o, grounds[o.setting].original) for o in orders}
 
 
-def _taken(own: Shelf, order: Order, original: SplitModel) -> Made:
+def _taken(own: ModelStore, order: ImmunizationJob, original: SplitModel) -> Made:
     model, notes = own.take(order.made_of, original)
     try:
         result = ImmunizationResult.model_validate(notes["result"])
@@ -175,28 +175,28 @@ def _taken(own: Shelf, order: Order, original: SplitModel) -> Made:
         ) from error
 
 
-def _workplace(run: Run, order: Order) -> Path:
+def _checkpoint_folder(run: Run, order: ImmunizationJob) -> Path:
     assert run.folder is not None
     return run.folder / "checkpoints" / "immunizing" / fingerprint(order.made_of)
 
 
 @dataclass(frozen=True)
-class _Workshop:
+class _ImmunizationContext:
     """What all immunizations need; it travels once to each worker."""
 
-    grounds: Mapping[str, Ground]
+    grounds: Mapping[str, Setting]
     run: Run
 
 
-def _work(workshop: _Workshop, order: Order) -> tuple[SplitModel, dict[str, Any]]:
+def _work(workshop: _ImmunizationContext, order: ImmunizationJob) -> tuple[SplitModel, dict[str, Any]]:
     """Makes one immunized model."""
     ground, run = workshop.grounds[order.setting], workshop.run
-    place = _workplace(run, order)
+    place = _checkpoint_folder(run, order)
     # A worker on another machine does not see the folder, and works without checkpoints.
     own = Run(order.run_seed, run.device, place if place.is_dir() else None, run.quiet)
     run.say(f"Immunizing {order}")
     begin = time.perf_counter()
-    model, record = order.defense.immunize(ground.original, ground.benign, ground.defenders, run=own)
+    model, record = order.defense.immunize(ground.original, ground.benign, ground.defender_data, run=own)
     seconds = time.perf_counter() - begin
     score = ground.benign.audit_score(model)
     notes = {

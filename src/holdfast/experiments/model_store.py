@@ -12,7 +12,7 @@ from typing import Any
 
 from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel
-from holdfast.runtime.distributed import team
+from holdfast.runtime.distributed import process_group
 from holdfast.runtime.documents import read_json
 from holdfast.runtime.run import fingerprint
 from holdfast.runtime.storage import load_tensors, write_atomic
@@ -21,7 +21,7 @@ MadeOf = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Shelf:
+class ModelStore:
     """Finished models of one kind in a folder, each named by the hash of what it is made of."""
 
     folder: Path
@@ -32,11 +32,11 @@ class Shelf:
 
     def has(self, made_of: MadeOf) -> bool:
         """Whether a model made of this is here; the notes are written last, so that it is whole."""
-        return team().by_main(self._paths(made_of)[1].is_file)
+        return process_group().on_main_process(self._paths(made_of)[1].is_file)
 
     def keep(self, made_of: MadeOf, model: SplitModel, notes: Mapping[str, Any]) -> None:
         """Puts a model here, with notes that JSON can hold."""
-        team().by_main(lambda: self._keep(made_of, model, notes))
+        process_group().on_main_process(lambda: self._keep(made_of, model, notes))
 
     def _keep(self, made_of: MadeOf, model: SplitModel, notes: Mapping[str, Any]) -> None:
         weights, beside = self._paths(made_of)
@@ -81,7 +81,7 @@ class Shelf:
             ) from error
         return dict(notes)
 
-    def borrow(self, made_of: MadeOf, other: Shelf, owner: Path) -> None:
+    def borrow(self, made_of: MadeOf, other: ModelStore, owner: Path) -> None:
         """Copies a model from another shelf, after checking it; the notes say whose it was.
 
         Args:
@@ -89,9 +89,9 @@ class Shelf:
             other: where it is.
             owner: the folder of the other run.
         """
-        team().by_main(lambda: self._borrow(made_of, other, owner))
+        process_group().on_main_process(lambda: self._borrow(made_of, other, owner))
 
-    def _borrow(self, made_of: MadeOf, other: Shelf, owner: Path) -> None:
+    def _borrow(self, made_of: MadeOf, other: ModelStore, owner: Path) -> None:
         notes = other.notes(made_of)
         source, (weights, beside) = other._paths(made_of)[0], self._paths(made_of)
         write_atomic(weights, source.read_bytes())
@@ -117,6 +117,6 @@ class Shelf:
         return found
 
 
-def shelf(folder: Path, kind: str) -> Shelf:
+def shelf(folder: Path, kind: str) -> ModelStore:
     """Returns the shelf of a run's folder: `originals` or `immunized`."""
-    return Shelf(folder / "checkpoints" / kind)
+    return ModelStore(folder / "checkpoints" / kind)

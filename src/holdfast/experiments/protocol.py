@@ -21,7 +21,7 @@ from holdfast.adversaries import listed
 from holdfast.auditing.trials import few_of
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError, unknown
-from holdfast.experiments.immunization import Made, Order, immunize_all
+from holdfast.experiments.immunization import ImmunizationJob, Made, immunize_all
 from holdfast.experiments.measurements.attack_curves import (
     Attack,
     AttackSpec,
@@ -33,10 +33,10 @@ from holdfast.experiments.measurements.attack_curves import (
 )
 from holdfast.experiments.measurements.conditioning import ConditioningSpec, lay_out, measure_all
 from holdfast.experiments.measurements.probe_curves import probe_outcome
-from holdfast.experiments.measurements.samples import PicturesSpec, Sitting, take_pictures
+from holdfast.experiments.measurements.samples import PicturedModel, PicturesSpec, take_pictures
 from holdfast.experiments.measurements.transfer import learners, side_effects
-from holdfast.experiments.setting import Ground
-from holdfast.experiments.setting_scores import ORIGINAL, SCRATCH, Measure, PaperSpec, Row, Scene
+from holdfast.experiments.setting import Setting
+from holdfast.experiments.setting_scores import ORIGINAL, SCRATCH, Measure, PaperSpec, Row, SettingScores
 from holdfast.experiments.tables import tabulate
 from holdfast.models import ModelSpec, SplitModel
 from holdfast.results import Curve, Role
@@ -137,11 +137,11 @@ class ProtocolSpec(BaseModel):
             raise ValueError(str(unknown("attack of pictures:", self.pictures.attack, labels)))
         return self
 
-    def epoch_samples(self, ground: Ground) -> int:
+    def epoch_samples(self, ground: Setting) -> int:
         """Returns the number of samples in an epoch; see `epoch_of`."""
         if self.epoch_of == "task":
             return ground.restricted.size("train")
-        few = ground.adversarys if self.shots is None else ground.adversarys.few_shot(self.shots, 0)
+        few = ground.adversary_data if self.shots is None else ground.adversary_data.few_shot(self.shots, 0)
         return few.size("train")
 
     def plan(self) -> list[Attack]:
@@ -192,7 +192,7 @@ class _Trial:
 class _Bench:
     """What all trials need; it travels once to each worker."""
 
-    grounds: Mapping[str, Ground]
+    grounds: Mapping[str, Setting]
     models: Mapping[tuple[str, str, int], SplitModel]
     immunizations: int
     shots: int | None
@@ -210,7 +210,7 @@ class _Bench:
 
 def _work(bench: _Bench, trial: _Trial) -> Curve:
     ground = bench.grounds[trial.setting]
-    task = few_of(ground.adversarys, bench.shots, bench.run, trial.seed)
+    task = few_of(ground.adversary_data, bench.shots, bench.run, trial.seed)
     curve = trial.attack.adversary.attack(
         bench.victim(trial),
         task,
@@ -250,7 +250,9 @@ def check_kinds(settings: Mapping[str, SettingSpec], tasks: Mapping[TaskSpec, Ta
             )
 
 
-def orders(spec: ProtocolSpec, defenses: Mapping[str, Defense], grounds: Mapping[str, Ground], run: Run) -> list[Order]:
+def orders(
+    spec: ProtocolSpec, defenses: Mapping[str, Defense], grounds: Mapping[str, Setting], run: Run
+) -> list[ImmunizationJob]:
     """Returns every immunization of a protocol.
 
     Args:
@@ -260,7 +262,7 @@ def orders(spec: ProtocolSpec, defenses: Mapping[str, Defense], grounds: Mapping
         run: its seed is the first repetition's.
     """
     return [
-        Order.of(setting, label, seed, defense, ground, run)
+        ImmunizationJob.of(setting, label, seed, defense, ground, run)
         for setting, ground in grounds.items()
         for label, defense in defenses.items()
         for seed in range(spec.immunizations)
@@ -268,7 +270,12 @@ def orders(spec: ProtocolSpec, defenses: Mapping[str, Defense], grounds: Mapping
 
 
 def protocol(
-    spec: ProtocolSpec, wanted: Sequence[Order], grounds: Mapping[str, Ground], *, run: Run, executor: Executor
+    spec: ProtocolSpec,
+    wanted: Sequence[ImmunizationJob],
+    grounds: Mapping[str, Setting],
+    *,
+    run: Run,
+    executor: Executor,
 ) -> tuple[Outcome, dict[str, SplitModel], dict[str, float]]:
     """Immunizes, attacks every model, and lays the scores out as tables.
 
@@ -313,9 +320,9 @@ def protocol(
 
 def _beyond_scores(
     spec: ProtocolSpec,
-    scenes: Sequence[Scene],
+    scenes: Sequence[SettingScores],
     rows: Sequence[Row],
-    grounds: Mapping[str, Ground],
+    grounds: Mapping[str, Setting],
     models: Mapping[tuple[str, str, int], SplitModel],
     *,
     run: Run,
@@ -343,7 +350,7 @@ def _beyond_scores(
 
 
 def _plan(
-    spec: ProtocolSpec, wanted: Sequence[Order], grounds: Mapping[str, Ground]
+    spec: ProtocolSpec, wanted: Sequence[ImmunizationJob], grounds: Mapping[str, Setting]
 ) -> tuple[list[Row], list[list[_Trial]]]:
     """Rows of the table, still without curves, and the trials of each; none where an attack cannot start."""
     plan, rows, trials = spec.plan(), [], []
@@ -381,7 +388,7 @@ def _attack(
             "attacks": {t.key: [t.attack.adversary.config(), t.budgets] for t in every if t.seed == 0},
             "seeds": spec.seeds,
             "shots": spec.shots,
-            "data": {name: ground.adversarys.facts().sha256 for name, ground in bench.grounds.items()},
+            "data": {name: ground.adversary_data.facts().sha256 for name, ground in bench.grounds.items()},
             "originals": {name: ground.original.facts().sha256 for name, ground in bench.grounds.items()},
             "immunized models": {json.dumps(place): each.model.facts().sha256 for place, each in made.items()},
         },
@@ -400,27 +407,29 @@ def _attack(
 
 def _sittings(
     spec: ProtocolSpec, rows: Sequence[Row], trials: Sequence[Sequence[_Trial]], bench: _Bench
-) -> dict[Sitting, SplitModel]:
+) -> dict[PicturedModel, SplitModel]:
     """Who is pictured: every model after one attack with seed 0, as in the tables; and as released, but for scratch."""
     wanted = spec.pictures.attack if spec.pictures is not None else None
     attack = next((a for a in spec.plan() if wanted in (None, a.label)), None)
-    found: dict[Sitting, SplitModel] = {}
+    found: dict[PicturedModel, SplitModel] = {}
     for row, mine in zip(rows, trials, strict=True):
         if attack is not None and attack.label in row.covers and mine:
             role, steps = ROLES.get(row.model, "immunized"), attack.epochs[-1] * row.steps
-            found[Sitting(row.setting, row.model, role, mine[0].attack.adversary, steps)] = bench.victim(mine[0])
+            found[PicturedModel(row.setting, row.model, role, mine[0].attack.adversary, steps)] = bench.victim(mine[0])
     for setting, ground in bench.grounds.items():
-        found[Sitting(setting, ORIGINAL, "original")] = ground.original
+        found[PicturedModel(setting, ORIGINAL, "original")] = ground.original
     for (setting, label, seed), model in bench.models.items():
         if seed == 0:
-            found[Sitting(setting, label, "immunized")] = model
+            found[PicturedModel(setting, label, "immunized")] = model
     return found
 
 
-def _scene(name: str, ground: Ground, spec: ProtocolSpec, made: Mapping[tuple[str, str, int], Made], run: Run) -> Scene:
+def _scene(
+    name: str, ground: Setting, spec: ProtocolSpec, made: Mapping[tuple[str, str, int], Made], run: Run
+) -> SettingScores:
     score = ground.benign.audit_score(ground.original.clone().to(run.device))
     setting = spec.settings[name]
-    return Scene(
+    return SettingScores(
         name=name,
         restricted=ground.restricted.name,
         measure=Measure.of(ground.restricted),

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from holdfast.adversaries import build
-from holdfast.auditing.trials import TRANSPLANTED, Bench, Trial, few_of, repetitions
+from holdfast.auditing.trials import TRANSPLANTED, Trial, TrialContext, few_of, repetitions
 from holdfast.errors import HoldfastError, unknown
 from holdfast.experiments.recipe import Recipe
 from holdfast.models import SplitModel, check_fits, load_model, load_released, load_task_for, transplant
@@ -83,26 +83,26 @@ def replay(
     with cpu_threads(result.provenance.threads if threads is None else threads):
         source = _load(Path(folder), result, run, data_dir)
         _check_hashes(result, source)
-        bench, trials = _bench(result, result.audit, source, run)
+        context, trials = _bench(result, result.audit, source, run)
         # Trials that were trained together are trained together again: apart, they agree up to rounding only.
         job = next(
-            j for j in bench.jobs(trials) for t in j if (t.role, t.name, t.seed) == (role, recorded.adversary, seed)
+            j for j in context.jobs(trials) for t in j if (t.role, t.name, t.seed) == (role, recorded.adversary, seed)
         )
-        again = {(c.role, c.adversary, c.seed): c for c in bench.curves(job)}
+        again = {(c.role, c.adversary, c.seed): c for c in context.curves(job)}
         return Replay(recorded, again[role, recorded.adversary, seed])
 
 
-def _bench(result: RunResult, audit: AuditResult, source: _Source, run: Run) -> tuple[Bench, list[Trial]]:
+def _bench(result: RunResult, audit: AuditResult, source: _Source, run: Run) -> tuple[TrialContext, list[Trial]]:
     """What the audit's trials need, and all of them."""
     for on, task in source.tasks.items():
         check_fits(source.immunized, task, own_task=on == "benign", finite=False, trainable=False)
     transplanted = any(name.endswith(TRANSPLANTED) for name in audit.adversaries)
-    adversarys = halves(source.tasks["restricted"])[1]
-    bench = Bench(
+    adversary_data = halves(source.tasks["restricted"])[1]
+    context = TrialContext(
         source.immunized,
         source.original,
         transplant(source.immunized, source.original) if transplanted else None,
-        {("restricted", seed): few_of(adversarys, audit.shots, run, seed) for seed in audit.seeds},
+        {("restricted", seed): few_of(adversary_data, audit.shots, run, seed) for seed in audit.seeds},
         source.tasks["benign"],
         tuple(audit.budgets),
         run,
@@ -115,7 +115,7 @@ def _bench(result: RunResult, audit: AuditResult, source: _Source, run: Run) -> 
                 f"The settings of an adversary in result.json are those of {adversary.name!r}, which the audit does "
                 "not name; was the file changed?"
             )
-    return bench, repetitions(adversaries, audit.seeds, transplanted=transplanted)
+    return context, repetitions(adversaries, audit.seeds, transplanted=transplanted)
 
 
 def _recorded(audit: AuditResult, adversary: str | None, role: Role, seed: int) -> Curve:

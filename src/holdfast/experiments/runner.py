@@ -15,7 +15,7 @@ from holdfast.experiments.measurements.conditioning import check_conditioning
 from holdfast.experiments.measurements.samples import check_pictures
 from holdfast.experiments.protocol import SettingSpec, check_kinds, orders, protocol
 from holdfast.experiments.recipe import AnyRecipe, ProtocolRecipe, StudyRecipe
-from holdfast.experiments.setting import Ground
+from holdfast.experiments.setting import Setting
 from holdfast.experiments.workspace import Job
 from holdfast.models import ModelSpec, SplitModel, check_fits, load_model, load_task_for, read_by
 from holdfast.results import RunResult
@@ -95,9 +95,9 @@ def run_recipe(
     check_fits(model, restricted, own_task=False)
     if transfer is not None:
         check_fits(model, transfer, own_task=False)
-    defenders, adversarys = halves(restricted)
+    defender_data, adversary_data = halves(restricted)
     if recipe.audit.shots is not None:
-        adversarys.few_shot(recipe.audit.shots, 0)
+        adversary_data.few_shot(recipe.audit.shots, 0)
 
     job = Job.start("run", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
     job.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
@@ -107,8 +107,8 @@ def run_recipe(
         return finished
     with job.replacing(), cpu_threads(recipe.threads):
         original = job.original(model, benign, recipe.pretrain)
-        immunized, immunization = job.immunize(original, benign, defenders, defense)
-        audited = job.audit(immunized, original, benign, adversarys, transfer, recipe.audit, trials_run_on)
+        immunized, immunization = job.immunize(original, benign, defender_data, defense)
+        audited = job.audit(immunized, original, benign, adversary_data, transfer, recipe.audit, trials_run_on)
         return job.save(immunization=immunization, audit=audited)
 
 
@@ -225,18 +225,18 @@ def _ground(
     shots: int | None,
     data_dir: Path | str | None,
     run: Run,
-) -> Ground:
+) -> Setting:
     """Loads a setting's model, which may still be untrained; refuses what does not fit together."""
     benign, restricted = tasks[spec.benign], tasks[spec.restricted]
     transfer = None if spec.transfer is None else tasks[spec.transfer]
     with run.seeded("initialise"):
         model = load_model(spec.model, benign, data_dir=data_dir)
     _refuse_without_weights(f"Setting {name!r}", spec.model, model, spec.pretrain)
-    defenders, adversarys = halves(restricted)
-    for other, learned in ((restricted, adversarys), (transfer, transfer)):
+    defender_data, adversary_data = halves(restricted)
+    for other, learned in ((restricted, adversary_data), (transfer, transfer)):
         if other is None or learned is None:
             continue
         check_fits(model, other, own_task=False)
         if shots is not None:
             learned.few_shot(shots, 0)
-    return Ground(model, benign, restricted, defenders, adversarys, transfer)
+    return Setting(model, benign, restricted, defender_data, adversary_data, transfer)

@@ -11,23 +11,23 @@ from holdfast.tasks import Task
 
 
 @dataclass(frozen=True)
-class Ground:
+class Setting:
     """Models and tasks of one setting.
 
     Attributes:
         original: the model before immunization, on the CPU.
         benign: its own task.
         restricted: what it must not be fine-tuned to.
-        defenders: the defender's half.
-        adversarys: the adversary's half.
+        defender_data: the defender's half.
+        adversary_data: the adversary's half.
         transfer: a third, harmless task that should stay easy to learn; no defense sees it.
     """
 
     original: SplitModel
     benign: Task
     restricted: Task
-    defenders: Task
-    adversarys: Task
+    defender_data: Task
+    adversary_data: Task
     transfer: Task | None = None
 
     @cached_property
@@ -38,5 +38,5 @@ class Ground:
             "model": self.original.facts().sha256,
             "input normalisation": [mean, std],
             "benign": self.benign.facts().sha256,
-            "restricted": self.defenders.facts().sha256,
+            "restricted": self.defender_data.facts().sha256,
         }

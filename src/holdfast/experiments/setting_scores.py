@@ -149,7 +149,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Scene:
+class SettingScores:
     """What is known of one setting beside its rows.
 
     Attributes:
@@ -260,7 +260,7 @@ def mean_of(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(finite) if finite and len(finite) == len(values) else None
 
 
-def about_paper(scenes: Sequence[Scene]) -> str:
+def about_paper(scenes: Sequence[SettingScores]) -> str:
     """Returns what a note says of the paper's numbers beside ours; nothing where there are none."""
     if not any(scene.paper for scene in scenes):
         return ""

@@ -10,7 +10,7 @@ from holdfast.experiments.setting_scores import (
     ORIGINAL,
     SCRATCH,
     Row,
-    Scene,
+    SettingScores,
     about_paper,
     ahead_of_scratch,
     compare,
@@ -30,7 +30,7 @@ TableRow = dict[str, str | Cell]
 
 
 def tabulate(
-    scenes: Sequence[Scene], rows: Sequence[Row], epochs: Sequence[int], compare_with: str | None = None
+    scenes: Sequence[SettingScores], rows: Sequence[Row], epochs: Sequence[int], compare_with: str | None = None
 ) -> Outcome:
     """Lays out what a protocol measured.
 
@@ -70,7 +70,7 @@ def _column(epoch: int) -> str:
     return f"epoch {epoch}"
 
 
-def _scores(scenes: Sequence[Scene], rows: Mapping[str, Sequence[Row]]) -> Table:
+def _scores(scenes: Sequence[SettingScores], rows: Mapping[str, Sequence[Row]]) -> Table:
     found: list[TableRow] = []
     for scene in scenes:
         for row in rows[scene.name]:
@@ -98,7 +98,9 @@ def _scores(scenes: Sequence[Scene], rows: Mapping[str, Sequence[Row]]) -> Table
     return Table(title=title, rows=found, percent=measure.percent, note=note if any(rows.values()) else "")
 
 
-def _best(scenes: Sequence[Scene], compared: Mapping[str, Mapping[str, Comparison]], epochs: Sequence[int]) -> Table:
+def _best(
+    scenes: Sequence[SettingScores], compared: Mapping[str, Mapping[str, Comparison]], epochs: Sequence[int]
+) -> Table:
     found: list[TableRow] = []
     for scene in scenes:
         for model, comparison in compared[scene.name].items():
@@ -117,7 +119,7 @@ def _best(scenes: Sequence[Scene], compared: Mapping[str, Mapping[str, Compariso
 
 
 def _advantage(
-    scenes: Sequence[Scene], compared: Mapping[str, Mapping[str, Comparison]], epochs: Sequence[int]
+    scenes: Sequence[SettingScores], compared: Mapping[str, Mapping[str, Comparison]], epochs: Sequence[int]
 ) -> Table:
     found: list[TableRow] = []
     for scene in scenes:
@@ -142,7 +144,7 @@ def _advantage(
 
 
 def _difference(
-    scenes: Sequence[Scene], compared: Mapping[str, Mapping[str, Comparison]], epochs: Sequence[int], base: str
+    scenes: Sequence[SettingScores], compared: Mapping[str, Mapping[str, Comparison]], epochs: Sequence[int], base: str
 ) -> Table:
     """Each model against one of them: seeds share their batches and samples, so that much of the noise cancels."""
     found: list[TableRow] = []
@@ -184,7 +186,7 @@ def _ended(result: ImmunizationResult) -> str:
     return "completed" if result.completed else "gave up"
 
 
-def _immunization(scenes: Sequence[Scene]) -> Table:
+def _immunization(scenes: Sequence[SettingScores]) -> Table:
     found: list[TableRow] = []
     for scene in scenes:
         for (label, seed), made in scene.made.items():
@@ -217,7 +219,7 @@ def _immunization(scenes: Sequence[Scene]) -> Table:
 
 
 def _figures(
-    scene: Scene, rows: Sequence[Row], compared: Mapping[str, Comparison], epochs: Sequence[int], where: str
+    scene: SettingScores, rows: Sequence[Row], compared: Mapping[str, Comparison], epochs: Sequence[int], where: str
 ) -> dict[str, Figure]:
     axes = {"x_title": "epoch", "y_title": f"{scene.measure.name} on {scene.restricted}"}
     found: dict[str, Figure] = {}
@@ -234,7 +236,7 @@ def _figures(
     return found | _loss_figures(scene, where)
 
 
-def _loss_figures(scene: Scene, where: str) -> dict[str, Figure]:
+def _loss_figures(scene: SettingScores, where: str) -> dict[str, Figure]:
     """One figure a defense: one that runs away would flatten the others to a line."""
     histories = {
         place: made.result.history["suppression_loss"]

@@ -35,7 +35,7 @@ from holdfast.results import (
 from holdfast.results.provenance import provenance
 from holdfast.results.tables import Figure, Outcome, Pictures
 from holdfast.runtime.devices import resolve_device
-from holdfast.runtime.distributed import team
+from holdfast.runtime.distributed import process_group
 from holdfast.runtime.documents import read_json
 from holdfast.runtime.executors import Executor
 from holdfast.runtime.journal import begun_with
@@ -91,7 +91,7 @@ class Job:
         where = None if folder is None else Path(folder)
         run = Run(seed, resolve_device(device), where, quiet)
         if where is not None:
-            team().by_main(lambda: _opened(where, overwrite))
+            process_group().on_main_process(lambda: _opened(where, overwrite))
         return cls(kind, title, run, recipe or {}, datetime.now(UTC).isoformat(timespec="seconds"))
 
     def claim(self, settings: dict[str, Any]) -> None:
@@ -103,10 +103,14 @@ class Job:
         folder = self.run.folder
         data = {part: facts.sha256 for part, facts in self.tasks.items()}
         # Training depends on how many processes do it; trials, and what is computed in closed form, do not.
-        several = {"processes": team().count} if team().count > 1 and self.kind in ("run", "immunize") else {}
+        several = (
+            {"processes": process_group().count}
+            if process_group().count > 1 and self.kind in ("run", "immunize")
+            else {}
+        )
         mine = json.loads(json.dumps({"kind": self.kind, "seed": self.run.seed, "data": data, **several, **settings}))
-        team().by_main(lambda: self._mark(folder, mine))
-        if not all(team().gather((folder / "job.json").exists())):
+        process_group().on_main_process(lambda: self._mark(folder, mine))
+        if not all(process_group().gather((folder / "job.json").exists())):
             raise HoldfastError(
                 f"Not every process sees {str(folder)!r}, which the main one has written to. On several machines, give "
                 "a folder that all of them share with --out."
@@ -141,7 +145,7 @@ class Job:
     def finished(self) -> RunResult | None:
         """Returns the folder's result, if the job was completed before, and says so; its report is written anew."""
         folder = self.run.folder
-        return None if folder is None else team().by_main(lambda: self._read_finished(folder))
+        return None if folder is None else process_group().on_main_process(lambda: self._read_finished(folder))
 
     def _read_finished(self, folder: Path) -> RunResult | None:
         if not (folder / "result.json").exists():
@@ -159,7 +163,7 @@ class Job:
         except HoldfastError:
             folder = self.run.folder
             if folder is not None:
-                team().by_main(lambda: self._put_back(folder))
+                process_group().on_main_process(lambda: self._put_back(folder))
             raise
 
     def _put_back(self, folder: Path) -> None:
@@ -205,14 +209,14 @@ class Job:
         """Returns the original model: as loaded, or trained now, or trained before the job was interrupted."""
         if spec is not None and self.run.folder is not None:
             path = self.run.folder / "checkpoints" / "original.safetensors"
-            if team().agree(path.exists()):
+            if process_group().broadcast_object(path.exists()):
                 model.load(path)
             else:
                 with self.timed("pretrain"):
                     model = pretrain(
                         model, benign, steps=spec.steps, strategy=spec.strategy(), ema=spec.ema, run=self.run
                     )
-                team().by_main(lambda: model.save(path))
+                process_group().on_main_process(lambda: model.save(path))
         self.note_model("original", model)
         return model.eval()
 
@@ -229,7 +233,7 @@ class Job:
             "benign": benign.facts().sha256,
             "seed": self.run.seed,
             **{f"pretrain.{key}": value for key, value in spec.model_dump(mode="json").items()},
-            **({"processes": team().count} if team().count > 1 else {}),
+            **({"processes": process_group().count} if process_group().count > 1 else {}),
         }
         owner = next((other for other in reuse if shelf(other, "originals").has(made_of)), None)
         if not own.has(made_of) and owner is not None:
@@ -250,12 +254,12 @@ class Job:
         with self.timed("immunize"):
             defense = defense.resolved(benign)
             immunized, record = defense.immunize(model, benign, restricted, run=self.run)
-            team().follow(immunized.network)
+            process_group().follow(immunized.network)
         digest = None
         if self.run.folder is not None:
             folder = self.run.folder
-            digest = team().by_main(lambda: immunized.save(folder / "model.safetensors"))
-            if team().by_main(lambda: immunized.export(folder / "pipeline")) is not None:
+            digest = process_group().on_main_process(lambda: immunized.save(folder / "model.safetensors"))
+            if process_group().on_main_process(lambda: immunized.export(folder / "pipeline")) is not None:
                 self.run.say(f"Written for diffusers: {folder / 'pipeline'}")
         self.note_model("immunized", immunized, digest)
         return immunized, defense.told(record, model, immunized)
@@ -311,13 +315,13 @@ class Job:
                 started=self.started,
                 device=str(self.run.device),
                 threads=torch.get_num_threads(),
-                processes=team().count,
+                processes=process_group().count,
                 tasks=self.tasks,
                 models=self.models,
             ),
             timing=self.timing,
         )
-        return team().by_main(lambda: _written(result, folder))
+        return process_group().on_main_process(lambda: _written(result, folder))
 
 
 def _opened(where: Path, overwrite: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from holdfast.errors import HoldfastError
-from holdfast.runtime.distributed import own_device, team
+from holdfast.runtime.distributed import own_device, process_group
 from holdfast.runtime.validation import whole_number
 
 MAX_THREADS = 1024
@@ -49,7 +49,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
         raise HoldfastError(f"Device {name!r} is not a name. Try 'auto' or 'cpu'.")
     if name == "auto":
         return own_device()
-    if team().count > 1:
+    if process_group().count > 1:
         given = own_device()
         if name not in (given.type, str(given)):
             raise HoldfastError(

@@ -5,7 +5,7 @@ batches of its own, and gradients are averaged before each step, so that all hol
 Whatever else decides something is decided by the main process, and only the main process writes files. Without a
 launcher there is one process, and nothing here does anything.
 
-A process that fails ends: the launcher then ends the others. What `by_main` and shared jobs raise is raised by all.
+A process that fails ends: the launcher then ends the others. What `on_main_process` and shared jobs raise is raised by all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ launcher is: it ends all processes as soon as one has failed."""
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """The processes of one job, seen from one of them.
 
     Every method but `own` is called by all of them, in the same order.
@@ -44,7 +44,7 @@ class Team:
         count: how many there are.
 
     Example:
-        >>> team().count, team().main, team().agree(0.5), team().gather("mine")
+        >>> process_group().count, process_group().main, process_group().broadcast_object(0.5), process_group().gather("mine")
         (1, True, 0.5, ['mine'])
     """
 
@@ -60,12 +60,12 @@ class Team:
         """Returns a purpose for `Run.seeded` whose draws are this process's own; the main one's are those of one alone.
 
         Example:
-            >>> Team(0, 2).own("pretrain"), Team(1, 2).own("pretrain")
+            >>> ProcessGroup(0, 2).own("pretrain"), ProcessGroup(1, 2).own("pretrain")
             (('pretrain',), ('pretrain', 'process', 1))
         """
         return purpose if self.main else (*purpose, "process", self.rank)
 
-    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replaces gradients by their mean over all processes: with batches of one size, that of all batches together.
 
         A gradient that some processes have and others have not counts as 0 there; one that nobody has stays None.
@@ -87,7 +87,7 @@ class Team:
                 parameter.grad = torch.zeros_like(parameter)
         self._flat([p.grad for p in reached if p.grad is not None], lambda whole: reduce(whole, "mean"))
 
-    def level(self, module: nn.Module) -> None:
+    def sync_buffers(self, module: nn.Module) -> None:
         """Replaces floating-point buffers, such as BatchNorm's statistics, by their mean over all processes."""
         if self.count == 1:
             return
@@ -95,7 +95,7 @@ class Team:
 
         self._flat([b for b in module.buffers() if b.is_floating_point()], lambda whole: reduce(whole, "mean"))
 
-    def follow(self, module: nn.Module) -> None:
+    def broadcast_state(self, module: nn.Module) -> None:
         """Gives all processes the main one's weights and buffers, to the last bit."""
         if self.count == 1:
             return
@@ -113,7 +113,7 @@ class Team:
             for tensor, part in zip(own, torch.split(changed, [t.numel() for t in own]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
-    def agree(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """Returns the main process's value, for decisions that rounding might turn elsewhere."""
         if self.count == 1:
             return value
@@ -131,7 +131,7 @@ class Team:
 
         return list(gather_object([value]))
 
-    def by_main(self, work: Callable[[], T]) -> T:
+    def on_main_process(self, work: Callable[[], T]) -> T:
         """Lets the main process alone do something, such as writing a file, while the others wait.
 
         Returns:
@@ -144,7 +144,7 @@ class Team:
             return work()
         with alone():
             found: tuple[bool, Any] = outcome(work) if self.main else (True, None)
-        done, value = self.agree(found)
+        done, value = self.broadcast_object(found)
         if not done:
             raise value
         return value  # type: ignore[no-any-return]
@@ -189,9 +189,9 @@ def outcome(work: Callable[[], Any]) -> tuple[bool, Any]:
         return False, error
 
 
-def team() -> Team:
+def process_group() -> ProcessGroup:
     """Returns the processes that this one works with now: those that were launched, or inside `alone` itself."""
-    return Team() if _alone else _launched()
+    return ProcessGroup() if _alone else _launched()
 
 
 def speaks() -> bool:
@@ -214,13 +214,13 @@ _alone = 0
 
 
 @cache
-def _launched() -> Team:
+def _launched() -> ProcessGroup:
     if processes() == 1:
         _refuse_a_launcher_that_started_one()
-        return Team()
+        return ProcessGroup()
     state = _state()
     atexit.register(state.destroy_process_group)  # else its threads may still run when Python ends, and abort it
-    return Team(state.process_index, state.num_processes)
+    return ProcessGroup(state.process_index, state.num_processes)
 
 
 def _refuse_a_launcher_that_started_one() -> None:

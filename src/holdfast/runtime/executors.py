@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 import torch
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.runtime.distributed import team
+from holdfast.runtime.distributed import process_group
 from holdfast.runtime.signals import sigterm_kept
 
 Context = TypeVar("Context")
@@ -118,9 +118,9 @@ def executor(name: str | Executor, *, threads: int | None = None) -> Executor:
         raise HoldfastError(f"executor is {name!r}; expected a name such as 'serial' or 'processes:2'.")
     if name == "serial":
         return Serial(name, 1, threads)
-    if team().count > 1:
+    if process_group().count > 1:
         raise HoldfastError(
-            f"Executor {name!r}: {team().count} processes were launched, and share the trials already. Leave "
+            f"Executor {name!r}: {process_group().count} processes were launched, and share the trials already. Leave "
             "--executor out, or start a single process."
         )
     if name.startswith("ray://"):
@@ -142,7 +142,7 @@ class Serial(Executor):
         self, work: Callable[[Context, Job], Result], context: Context, jobs: Sequence[Job]
     ) -> Iterator[tuple[int, Result]]:
         """See `Executor.run`."""
-        yield from team().share(lambda index: work(context, jobs[index]), len(jobs))
+        yield from process_group().share(lambda index: work(context, jobs[index]), len(jobs))
 
 
 @dataclass(frozen=True)

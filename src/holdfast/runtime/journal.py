@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from holdfast.errors import HoldfastError
-from holdfast.runtime.distributed import team
+from holdfast.runtime.distributed import process_group
 from holdfast.runtime.documents import read_json
 from holdfast.runtime.launcher import command_line
 from holdfast.runtime.storage import _explained, write_atomic
@@ -39,7 +39,9 @@ class Journal:
     def __init__(self, path: Path | None, belongs_to: Mapping[str, Any], what: str = "job") -> None:
         self.path, self.what = path, what
         head = json.loads(json.dumps(belongs_to, default=str))
-        self.entries: dict[str, Any] = {} if path is None else team().by_main(lambda: self._open(path, head))
+        self.entries: dict[str, Any] = (
+            {} if path is None else process_group().on_main_process(lambda: self._open(path, head))
+        )
 
     def _open(self, path: Path, head: dict[str, Any]) -> dict[str, Any]:
         lines = self._whole_lines(path)
@@ -112,7 +114,7 @@ class Journal:
         Raises:
             HoldfastError: naming the file, if it cannot be written: the disk is full, or the folder is gone.
         """
-        if self.path is not None and team().main:
+        if self.path is not None and process_group().main:
             with _explained(self.path), self.path.open("r+b") as handle:  # does not make a file that was taken away
                 handle.seek(0, os.SEEK_END)
                 handle.write(json.dumps({"key": key, "value": value}).encode() + b"\n")

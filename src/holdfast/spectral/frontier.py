@@ -54,6 +54,7 @@ class Frontier:
         space: which subspace that is: "common" to both tasks, or everything, with a "ridge".
 
     Example:
+        >>> from holdfast.spectral.rir import relative_immunization_ratio
         >>> p, h = torch.diag(torch.tensor([1.0, 3.0])), torch.diag(torch.tensor([3.0, 1.0]))
         >>> frontier = Frontier.of(LeastSquares.of(p), LeastSquares.of(h))
         >>> round(frontier.bound), round(frontier.kappa_m)

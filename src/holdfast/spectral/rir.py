@@ -49,6 +49,7 @@ def relative_immunization_ratio(theta: Tensor, benign: LeastSquares, restricted:
         HoldfastError: if a spectrum vanishes behind theta.
 
     Example:
+        >>> import torch
         >>> p, h = LeastSquares.of(torch.diag(torch.tensor([1.0, 2.0]))), LeastSquares.of(torch.eye(2))
         >>> relative_immunization_ratio(torch.diag(torch.tensor([1.0, 0.5])), p, h)
         Ratios(restricted=4.0, benign=0.25)
@@ -62,6 +63,7 @@ def ratios_behind(
     """Returns Eq. 15 where the problems behind the extractor are at hand; see `relative_immunization_ratio`.
 
     Example:
+        >>> import torch
         >>> p, h = LeastSquares.of(torch.diag(torch.tensor([1.0, 2.0]))), LeastSquares.of(torch.eye(2))
         >>> ratios_behind(p, h, p, h)
         Ratios(restricted=1.0, benign=1.0)
@@ -89,6 +91,7 @@ def published_ratio(
             are at hand; None: they are taken here.
 
     Example:
+        >>> import torch
         >>> p, h = torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64)), torch.eye(2, dtype=torch.float64)
         >>> round(published_ratio(torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64)), p, h).rir, 3)
         16.0
@@ -101,6 +104,7 @@ def published_kappa(features: Tensor) -> float:
     """Returns the published condition number of features; see `published_ratio`.
 
     Example:
+        >>> import torch
         >>> round(published_kappa(torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64))), 3)
         4.0
     """

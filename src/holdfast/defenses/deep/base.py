@@ -23,14 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.defenses.base import Record
-from holdfast.defenses.deep.frozen_prefix import Entrance, Trained
+from holdfast.defenses.deep.frozen_prefix import FrozenPrefix, Trained
 from holdfast.defenses.trainer import GuardedDefense, Immunization
 from holdfast.errors import HoldfastError, unknown
 from holdfast.losses import distillation_loss
 from holdfast.models import SplitModel, check_feature_width, check_fits
 from holdfast.results import Event
 from holdfast.runtime.devices import autocast
-from holdfast.runtime.distributed import team
+from holdfast.runtime.distributed import process_group
 from holdfast.runtime.run import Run
 from holdfast.tasks import Batch, Task
 from holdfast.training import OPTIMIZERS, Precision
@@ -237,10 +237,10 @@ class _Immunization(Immunization[DeepDefense]):
     # What is trained, and what is kept of the rest.
 
     @cached_property
-    def entrance(self) -> Entrance:
+    def entrance(self) -> FrozenPrefix:
         """Where training begins."""
         tasks = Trained(self.benign, self.held_out, self.restricted)
-        return Entrance(self.original, self.config.blocks, tasks, self.config.cache_gib, self.say)
+        return FrozenPrefix(self.original, self.config.blocks, tasks, self.config.cache_gib, self.say)
 
     def score_held_out(self) -> float:
         """See `Immunization.score_held_out`."""
@@ -273,7 +273,7 @@ class _Immunization(Immunization[DeepDefense]):
     def one_round(self, generator: torch.Generator) -> dict[str, list[float]]:
         """A step on the next batch of each task."""
         if not self.lambdas:
-            self.lambdas = team().agree(self._balance())
+            self.lambdas = process_group().broadcast_object(self._balance())
         optimizer = self.optimizers["optimizer"]
         for group in optimizer.param_groups:
             group["lr"] = self.rate * self._share()
@@ -307,7 +307,7 @@ class _Immunization(Immunization[DeepDefense]):
             task.batches(
                 "train",
                 size,
-                generator=self.run.generator(*team().own(config.name, purpose, role)),
+                generator=self.run.generator(*process_group().own(config.name, purpose, role)),
                 device=self.run.device,
             )
             for (role, size), task in zip(sizes.items(), (benign, restricted), strict=True)

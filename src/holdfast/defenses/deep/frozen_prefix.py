@@ -30,7 +30,7 @@ class Trained(NamedTuple):
     restricted: Task
 
 
-class Entrance:
+class FrozenPrefix:
     """The frozen blocks of a network, and tasks and models as they are behind them.
 
     Args:

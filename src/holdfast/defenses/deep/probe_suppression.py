@@ -48,7 +48,7 @@ class ProbeSuppression(DeepDefense):
 
 
 @dataclass
-class RidgeProbe(ProbeSuppression):
+class RidgeProbeSuppression(ProbeSuppression):
     """Minimises R2, the share of the restricted labels' energy that the best linear probe explains.
 
     What is hidden from the closed form is hidden from every other linear probe, whitened or not. The features of benign
@@ -72,7 +72,7 @@ class RidgeProbe(ProbeSuppression):
 
 
 @dataclass
-class SlowProbe(ProbeSuppression):
+class SlowProbeSuppression(ProbeSuppression):
     """Minimises the share that gradient descent on a linear probe has explained after some steps.
 
     What lies in directions of little energy is then hidden well enough, so that less has to be removed; whitening

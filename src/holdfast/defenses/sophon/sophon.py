@@ -24,7 +24,7 @@ from holdfast.errors import HoldfastError, unknown
 from holdfast.losses import LOSSES, OF_DENOISING, Objective, distillation_loss
 from holdfast.models import SplitModel, check_fits
 from holdfast.runtime.devices import autocast
-from holdfast.runtime.distributed import team
+from holdfast.runtime.distributed import process_group
 from holdfast.runtime.run import Run, derive_seed
 from holdfast.tasks import Batch, Task
 from holdfast.training import ADAPTED, Initialisation, Precision, Scope, Strategy, not_applicable
@@ -402,9 +402,11 @@ class _Immunization(Immunization[Sophon]):
         """See `Immunization.too_low`: suppression went too far; perhaps reinforcement alone makes up for it."""
         config = self.config
         if config.recovery_loops:
-            with self.run.seeded(*team().own("sophon", "recovery", self.round, self.record.rollbacks)) as generator:
+            with self.run.seeded(
+                *process_group().own("sophon", "recovery", self.round, self.record.rollbacks)
+            ) as generator:
                 self._reinforce(config.recovery_loops, generator)
-            team().level(self.model)
+            process_group().sync_buffers(self.model)
             self.record.history["gradient_passes"][-1] = self._passes() + config.recovery_loops
             score = self.benign_score()
             if self.acceptable(score):

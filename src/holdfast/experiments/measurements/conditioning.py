@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from holdfast.defenses import FrontierDefense
 from holdfast.errors import HoldfastError
-from holdfast.experiments.setting import Ground
-from holdfast.experiments.setting_scores import ORIGINAL, PaperSpec, Printed, Scene, about_paper
+from holdfast.experiments.setting import Setting
+from holdfast.experiments.setting_scores import ORIGINAL, PaperSpec, Printed, SettingScores, about_paper
 from holdfast.metrics.rir import GroupRatios, GroupSpectra, check_groups, group_spectra
 from holdfast.models import SplitModel
 from holdfast.results.tables import Cell, Outcome, Table
@@ -39,23 +39,23 @@ class _Bench:
     """What all measurements need; it travels once to each worker."""
 
     spec: ConditioningSpec
-    grounds: Mapping[str, Ground]
+    grounds: Mapping[str, Setting]
     models: Mapping[Place, SplitModel]
     run: Run
 
 
-def check_conditioning(spec: ConditioningSpec, grounds: Mapping[str, Ground]) -> None:
+def check_conditioning(spec: ConditioningSpec, grounds: Mapping[str, Setting]) -> None:
     """Refuses, before any work, settings whose tasks have too few samples, or no vectors of features."""
     for name, ground in grounds.items():
         try:
-            check_groups(ground.benign, ground.adversarys, groups=spec.groups, samples=spec.samples)
+            check_groups(ground.benign, ground.adversary_data, groups=spec.groups, samples=spec.samples)
         except HoldfastError as error:
             raise HoldfastError(f"conditioning, in setting {name!r}: {error}") from error
 
 
 def measure_all(
     spec: ConditioningSpec,
-    grounds: Mapping[str, Ground],
+    grounds: Mapping[str, Setting],
     immunized: Mapping[Place, SplitModel],
     *,
     run: Run,
@@ -79,7 +79,7 @@ def measure_all(
         {
             "seed": run.seed,
             "conditioning": spec.model_dump(),
-            "data": {n: [g.benign.facts().sha256, g.adversarys.facts().sha256] for n, g in grounds.items()},
+            "data": {n: [g.benign.facts().sha256, g.adversary_data.facts().sha256] for n, g in grounds.items()},
             "models": {json.dumps(place): model.facts().sha256 for place, model in models.items()},
         },
         "protocol",
@@ -107,14 +107,14 @@ def _work(bench: _Bench, place: Place) -> GroupSpectra:
     return group_spectra(
         bench.models[place].clone().to(bench.run.device),
         ground.benign,
-        ground.adversarys,
+        ground.adversary_data,
         groups=bench.spec.groups,
         samples=bench.spec.samples,
         seed=bench.run.seed,
     )
 
 
-def lay_out(spec: ConditioningSpec, scenes: Sequence[Scene], spectra: Mapping[Place, GroupSpectra]) -> Outcome:
+def lay_out(spec: ConditioningSpec, scenes: Sequence[SettingScores], spectra: Mapping[Place, GroupSpectra]) -> Outcome:
     """Returns the table `conditioning`, and what it says of each defense.
 
     Args:
@@ -144,7 +144,7 @@ def lay_out(spec: ConditioningSpec, scenes: Sequence[Scene], spectra: Mapping[Pl
     )
 
 
-def _row(scene: Scene, label: str, found: Sequence[GroupRatios], bound: Cell) -> dict[str, str | Cell]:
+def _row(scene: SettingScores, label: str, found: Sequence[GroupRatios], bound: Cell) -> dict[str, str | Cell]:
     paper = scene.paper.get(label, PaperSpec())
     benign, percent = scene.benign(label), scene.benign_measure.percent
     row: dict[str, str | Cell] = {
@@ -181,7 +181,7 @@ def _changes(found: Sequence[GroupRatios]) -> list[str]:
     return texts
 
 
-def _findings(scene: Scene, ratios: Mapping[str, Sequence[GroupRatios]]) -> list[str]:
+def _findings(scene: SettingScores, ratios: Mapping[str, Sequence[GroupRatios]]) -> list[str]:
     means = {label: Cell.of(v for each in found for v in each.rir).mean for label, found in ratios.items()}
     frontiers = {
         label: mean
@@ -232,7 +232,7 @@ def _spread(cell: Cell) -> str:
     return f"{cell.mean:.3g}" + ("" if cell.sd is None else f" ± {cell.sd:.2g}")
 
 
-def _note(spec: ConditioningSpec, scenes: Sequence[Scene]) -> str:
+def _note(spec: ConditioningSpec, scenes: Sequence[SettingScores]) -> str:
     repeated = max(
         (sum(label == own for own, _ in scene.made) for scene in scenes for label in scene.labels), default=1
     )

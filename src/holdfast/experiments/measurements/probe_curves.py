@@ -14,7 +14,7 @@ from typing import Final, Literal
 from holdfast.adversaries import Probe
 from holdfast.defenses import IMMA, ConditionNumber, OptKappa, RIllOnly
 from holdfast.experiments.measurements.attack_curves import Attack
-from holdfast.experiments.setting_scores import ORIGINAL, Row, Scene
+from holdfast.experiments.setting_scores import ORIGINAL, Row, SettingScores
 from holdfast.results.tables import Cell, Figure, Lines, Outcome, Table
 
 MARGIN: Final = 0.03
@@ -34,7 +34,9 @@ PAPERS: Final = frozenset(
 Effect = Literal["held back", "slowed", "not slowed"]
 
 
-def probe_outcome(plan: Sequence[Attack], scenes: Sequence[Scene], rows: Mapping[str, Sequence[Row]]) -> Outcome:
+def probe_outcome(
+    plan: Sequence[Attack], scenes: Sequence[SettingScores], rows: Mapping[str, Sequence[Row]]
+) -> Outcome:
     """Returns figures, the table `probes` and findings; nothing where no attack is a linear probe.
 
     Args:
@@ -75,7 +77,7 @@ def probe_outcome(plan: Sequence[Attack], scenes: Sequence[Scene], rows: Mapping
     return outcome
 
 
-def _line(scene: Scene, probe: str, models: Mapping[str, Row]) -> dict[str, str | Cell]:
+def _line(scene: SettingScores, probe: str, models: Mapping[str, Row]) -> dict[str, str | Cell]:
     return {"probe": probe} | {model: row.cell(row.epochs[-1], scene.measure) for model, row in models.items()}
 
 
@@ -87,7 +89,7 @@ def _shown(probes: Mapping[str, Probe]) -> list[str]:
     return [*raw, *(label for label in iterative if label in first.values())]
 
 
-def _figures(scene: Scene, probes: Mapping[str, Mapping[str, Row]], where: str) -> dict[str, Figure]:
+def _figures(scene: SettingScores, probes: Mapping[str, Mapping[str, Row]], where: str) -> dict[str, Figure]:
     found: dict[str, Figure] = {}
     for i, (probe, models) in enumerate(probes.items()):
         row = models[ORIGINAL]
@@ -116,7 +118,7 @@ def effect(own: Row, original: Row) -> Effect | None:
     return "held back" if lower[-1] else "slowed" if any(lower) else "not slowed"
 
 
-def _findings(scene: Scene, probes: Mapping[str, Probe], found: Mapping[str, Mapping[str, Row]]) -> list[str]:
+def _findings(scene: SettingScores, probes: Mapping[str, Probe], found: Mapping[str, Mapping[str, Row]]) -> list[str]:
     texts = [_about(label, scene, probes, found) for label in scene.labels if any(label in m for m in found.values())]
     descents = {probes[p].solver: p for p in found if probes[p].preparation == "raw"}
     descent = next((descents[solver] for solver in DESCENTS if solver in descents), None)
@@ -125,7 +127,9 @@ def _findings(scene: Scene, probes: Mapping[str, Probe], found: Mapping[str, Map
     return texts
 
 
-def _about(label: str, scene: Scene, probes: Mapping[str, Probe], found: Mapping[str, Mapping[str, Row]]) -> str:
+def _about(
+    label: str, scene: SettingScores, probes: Mapping[str, Probe], found: Mapping[str, Mapping[str, Row]]
+) -> str:
     groups: dict[Effect | None, list[str]] = {}
     gaps: dict[str, float] = {}
     for probe, models in found.items():
@@ -165,7 +169,7 @@ def _named(labels: Sequence[str], probes: Mapping[str, Probe]) -> str:
     return ", ".join(f"{solver} ({', '.join(prepared)})" for solver, prepared in by_solver.items())
 
 
-def _order(probe: str, scene: Scene, models: Mapping[str, Row]) -> str:
+def _order(probe: str, scene: SettingScores, models: Mapping[str, Row]) -> str:
     """Whose curve is the lowest in the end, as Figure 3 is read."""
     ends = {model: row.score(row.epochs[-1]) for model, row in models.items()}
     known = {model: score for model, score in ends.items() if score is not None and math.isfinite(score)}

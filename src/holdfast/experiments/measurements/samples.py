@@ -24,13 +24,13 @@ from holdfast.adversaries import Adversary
 from holdfast.auditing.trials import few_of
 from holdfast.errors import HoldfastError
 from holdfast.experiments.model_store import shelf
-from holdfast.experiments.setting import Ground
+from holdfast.experiments.setting import Setting
 from holdfast.metrics.generation import Distance, kernel_distance, noised, restore, sample
 from holdfast.models import Denoiser, SplitModel, load_model
 from holdfast.results import Role
 from holdfast.results.image_grid import draw
 from holdfast.results.tables import Cell, Figure, Outcome, Table
-from holdfast.runtime.distributed import alone, team
+from holdfast.runtime.distributed import alone, process_group
 from holdfast.runtime.executors import Executor
 from holdfast.runtime.run import Run, derive_seed, fingerprint
 from holdfast.runtime.storage import load_tensors, save_tensors
@@ -70,7 +70,7 @@ class PicturesSpec(BaseModel):
 
 
 @dataclass(frozen=True)
-class Sitting:
+class PicturedModel:
     """One model that pictures are made of.
 
     Attributes:
@@ -92,7 +92,7 @@ class Sitting:
 
 
 @dataclass(frozen=True)
-class _Scenery:
+class _SettingImages:
     """What is compared with on one ground: the tasks, and the network whose features are measured, if there is one.
 
     Attributes:
@@ -115,30 +115,30 @@ class _Scenery:
         assert self.classifier is not None
         return _features(self.classifier, pictures) / self.unit
 
-    def task(self, sitting: Sitting) -> DenoisingTask:
+    def task(self, sitting: PicturedModel) -> DenoisingTask:
         """The images that a model is to make."""
         return self.benign if sitting.adversary is None else self.restricted
 
 
 @dataclass(frozen=True)
-class _Studio:
+class _SampleContext:
     """What all sittings need; it travels once to each worker."""
 
     spec: PicturesSpec
-    grounds: Mapping[str, Ground]
-    scenery: Mapping[str, _Scenery]
+    grounds: Mapping[str, Setting]
+    scenery: Mapping[str, _SettingImages]
     models: Mapping[tuple[str, str], SplitModel]
     shots: int | None
     run: Run
 
-    def pictures(self, sitting: Sitting) -> dict[str, int]:
+    def pictures(self, sitting: PicturedModel) -> dict[str, int]:
         """How many pictures of each kind a sitting makes."""
         task = self.scenery[sitting.setting].task(sitting)
         shown = min(self.spec.denoised, task.size("test"))
         levels = self.spec.levels(task.schedule.steps)
         return {f"restored {level}": shown for level in levels} | {"samples": self.spec.samples}
 
-    def made_of(self, sitting: Sitting) -> dict[str, object]:
+    def made_of(self, sitting: PicturedModel) -> dict[str, object]:
         """Everything that the pictures of a sitting depend on."""
         scenery, ground = self.scenery[sitting.setting], self.grounds[sitting.setting]
         classifier = scenery.classifier
@@ -149,12 +149,12 @@ class _Studio:
             "seed": self.run.seed,
             "pictures": self.spec.model_dump(mode="json", exclude={"attack"}),
             "task": scenery.task(sitting).facts().sha256,
-            "data": [ground.benign.facts().sha256, ground.adversarys.facts().sha256],
+            "data": [ground.benign.facts().sha256, ground.adversary_data.facts().sha256],
             "classifier": None if classifier is None else classifier.facts().sha256,
         }
 
 
-def check_pictures(spec: PicturesSpec, grounds: Mapping[str, Ground]) -> None:
+def check_pictures(spec: PicturesSpec, grounds: Mapping[str, Setting]) -> None:
     """Refuses pictures that cannot be made, before any work is done.
 
     Raises:
@@ -185,7 +185,7 @@ def check_pictures(spec: PicturesSpec, grounds: Mapping[str, Ground]) -> None:
             raise HoldfastError(f"pictures: ddim_steps is {spec.ddim_steps}; setting {name!r} has {steps} steps.")
 
 
-def _denoising(grounds: Mapping[str, Ground]) -> dict[str, tuple[DenoisingTask, DenoisingTask]]:
+def _denoising(grounds: Mapping[str, Setting]) -> dict[str, tuple[DenoisingTask, DenoisingTask]]:
     """Benign and restricted task of the settings whose model is a denoiser."""
     return {
         name: (ground.benign, ground.restricted)
@@ -196,8 +196,8 @@ def _denoising(grounds: Mapping[str, Ground]) -> dict[str, tuple[DenoisingTask, 
 
 def take_pictures(
     spec: PicturesSpec,
-    grounds: Mapping[str, Ground],
-    models: Mapping[Sitting, SplitModel],
+    grounds: Mapping[str, Setting],
+    models: Mapping[PicturedModel, SplitModel],
     *,
     shots: int | None,
     run: Run,
@@ -220,24 +220,24 @@ def take_pictures(
     scenery = {name: _scenery(spec, *tasks, run) for name, tasks in _denoising(grounds).items()}
     sittings = [sitting for sitting in models if sitting.setting in scenery]
     by_name = {(s.setting, s.model): models[s] for s in sittings}
-    studio = _Studio(spec, grounds, scenery, by_name, shots, run)
+    studio = _SampleContext(spec, grounds, scenery, by_name, shots, run)
     files = {s: run.folder / "checkpoints" / "pictures" / f"{fingerprint(studio.made_of(s))}.safetensors"
              for s in sittings}  # fmt: skip
-    missing = team().by_main(lambda: [s for s in sittings if not files[s].is_file()])
+    missing = process_group().on_main_process(lambda: [s for s in sittings if not files[s].is_file()])
     with run.progress("Making pictures", len(sittings), len(sittings) - len(missing)) as bar:
         for index, (made, distance) in executor.run(_work, studio, missing):
             meta = {"distance": distance and [*map(str, distance)]}
-            team().by_main(partial(save_tensors, files[missing[index]], made, meta))
+            process_group().on_main_process(partial(save_tensors, files[missing[index]], made, meta))
             bar.tick(str(missing[index]))
     albums = {sitting: _kept(files[sitting], studio.pictures(sitting)) for sitting in sittings}
     return _outcome(studio, albums)
 
 
-Album = tuple[dict[str, Tensor], Distance | None]
+ModelSamples = tuple[dict[str, Tensor], Distance | None]
 """Pictures by what they are, and the distance of samples from test images."""
 
 
-def _kept(file: Path, pictures: Mapping[str, int]) -> Album:
+def _kept(file: Path, pictures: Mapping[str, int]) -> ModelSamples:
     """Reads an album back; another program, or a person, may have written to the file."""
     tensors, meta = load_tensors(file)
     try:
@@ -250,7 +250,7 @@ def _kept(file: Path, pictures: Mapping[str, int]) -> Album:
     return tensors, distance
 
 
-def _work(studio: _Studio, sitting: Sitting) -> Album:
+def _work(studio: _SampleContext, sitting: PicturedModel) -> ModelSamples:
     """Makes the pictures of one model."""
     spec, run, ground = studio.spec, studio.run, studio.grounds[sitting.setting]
     victim = studio.models[sitting.setting, sitting.model]
@@ -259,7 +259,7 @@ def _work(studio: _Studio, sitting: Sitting) -> Album:
     else:
         held: list[SplitModel] = []
         sitting.adversary.attack(
-            victim, few_of(ground.adversarys, studio.shots, run, 0), budgets=[sitting.steps], run=run,
+            victim, few_of(ground.adversary_data, studio.shots, run, 0), budgets=[sitting.steps], run=run,
             role=sitting.role, seed=0, benign=ground.benign, keep=held.append,
         )  # fmt: skip
         victim = held[0]
@@ -291,11 +291,11 @@ def _shown(task: DenoisingTask, spec: PicturesSpec, run: Run) -> Tensor:
     return _images(task, "test", spec.denoised, run, "shown")
 
 
-def _scenery(spec: PicturesSpec, benign: DenoisingTask, restricted: DenoisingTask, run: Run) -> _Scenery:
+def _scenery(spec: PicturesSpec, benign: DenoisingTask, restricted: DenoisingTask, run: Run) -> _SettingImages:
     """Trains a small classifier on the labelled benign images, unless there is nothing to tell apart."""
     fewest = min(benign.size("test"), restricted.size("test"))
     if not spec.measured or benign.labels("train").bincount().count_nonzero() < 2 or fewest < LEAST:
-        return _Scenery(benign, restricted)
+        return _SettingImages(benign, restricted)
     labelled = ArrayTask(
         benign.name, _bytes(benign, "train"), benign.labels("train").numpy(),
         _bytes(benign, "test"), benign.labels("test").numpy(), benign.class_names,
@@ -317,7 +317,7 @@ def _scenery(spec: PicturesSpec, benign: DenoisingTask, restricted: DenoisingTas
         own.keep(made_of, trained.cpu(), {})
     classifier = own.take(made_of, fresh)[0]
     size = float(_features(classifier, _images(benign, "train", spec.measured, run)).square().mean().sqrt())
-    return _Scenery(benign, restricted, classifier, labelled.score(classifier), size or 1.0)
+    return _SettingImages(benign, restricted, classifier, labelled.score(classifier), size or 1.0)
 
 
 def _bytes(task: DenoisingTask, split: Split) -> npt.NDArray[Any]:
@@ -330,7 +330,7 @@ def _features(classifier: SplitModel, pictures: Tensor) -> Tensor:
     return torch.cat([classifier.eval().features(part) for part in torch.split(pictures, 256)])
 
 
-def _outcome(studio: _Studio, albums: Mapping[Sitting, Album]) -> Outcome:
+def _outcome(studio: _SampleContext, albums: Mapping[PicturedModel, ModelSamples]) -> Outcome:
     figures: dict[str, Figure] = {}
     rows: list[dict[str, str | Cell]] = []
     findings, several = [], len(studio.grounds) > 1
@@ -354,7 +354,7 @@ def _outcome(studio: _Studio, albums: Mapping[Sitting, Album]) -> Outcome:
 
 
 def _figures(
-    studio: _Studio, scenery: _Scenery, albums: Mapping[Sitting, Album], where: str
+    studio: _SampleContext, scenery: _SettingImages, albums: Mapping[PicturedModel, ModelSamples], where: str
 ) -> Iterator[tuple[str, Figure]]:
     spec, run = studio.spec, studio.run
     noise = derive_seed(run.seed, "pictures", "noise")
@@ -386,7 +386,9 @@ def _figures(
         )
 
 
-def _rows(studio: _Studio, setting: str, albums: Mapping[Sitting, Album]) -> list[dict[str, str | Cell]]:
+def _rows(
+    studio: _SampleContext, setting: str, albums: Mapping[PicturedModel, ModelSamples]
+) -> list[dict[str, str | Cell]]:
     """The floor, then a row for each model."""
     scenery, count, run = studio.scenery[setting], studio.spec.measured, studio.run
     found: dict[str, dict[str, Distance]] = {"training images": {}}
@@ -400,7 +402,7 @@ def _rows(studio: _Studio, setting: str, albums: Mapping[Sitting, Album]) -> lis
     return [{"model": model, **_cells(distances)} for model, distances in found.items()]
 
 
-def _about_samples(albums: Mapping[Sitting, Album]) -> list[str]:
+def _about_samples(albums: Mapping[PicturedModel, ModelSamples]) -> list[str]:
     """Whether released models still make pictures of their own task: a small error alone does not say so."""
     released = {s.model: (s.role, distance) for s, (_, distance) in albums.items() if s.adversary is None}
     original = next((distance for role, distance in released.values() if role == "original"), None)
@@ -438,7 +440,7 @@ def _cells(distances: Mapping[str, Distance]) -> dict[str, str | Cell]:
     return cells
 
 
-def _note(studio: _Studio) -> str:
+def _note(studio: _SampleContext) -> str:
     known = [f"{s.accuracy:.1%}" for s in studio.scenery.values() if s.classifier is not None]
     return (
         "A thousand times the squared kernel distance, with the kernel of KID (Binkowski et al. 2018), between "

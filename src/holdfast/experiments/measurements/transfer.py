@@ -11,7 +11,7 @@ from holdfast.adversaries import FineTuning, Probe
 from holdfast.auditing.trials import few_of
 from holdfast.errors import unknown
 from holdfast.experiments.measurements.attack_curves import Attack, kept_curve, rescaled, steps_per_epoch
-from holdfast.experiments.setting import Ground
+from holdfast.experiments.setting import Setting
 from holdfast.experiments.setting_scores import ORIGINAL, Measure, mean_of
 from holdfast.models import SplitModel
 from holdfast.results import Curve
@@ -44,7 +44,7 @@ class _Trial:
 class _Bench:
     """What all trials need; it travels once to each worker."""
 
-    grounds: Mapping[str, Ground]
+    grounds: Mapping[str, Setting]
     models: Mapping[tuple[str, str, int], SplitModel]
     immunizations: int
     shots: int | None
@@ -90,7 +90,7 @@ def _trains_a_head(attack: Attack) -> bool:
 
 def side_effects(
     attacks: Sequence[Attack],
-    grounds: Mapping[str, Ground],
+    grounds: Mapping[str, Setting],
     models: Mapping[tuple[str, str, int], SplitModel],
     *,
     seeds: int,
@@ -133,7 +133,7 @@ def side_effects(
     return _lay_out(bench.grounds, trials, curves) + Outcome({}, {}, left_out)
 
 
-def _task(ground: Ground) -> Task:
+def _task(ground: Setting) -> Task:
     assert ground.transfer is not None
     return ground.transfer
 
@@ -178,7 +178,7 @@ def _work(bench: _Bench, trial: _Trial) -> Curve:
     return curve if task.higher_is_better else rescaled(curve, task.chance / _task(ground).chance)
 
 
-def _lay_out(grounds: Mapping[str, Ground], trials: Sequence[_Trial], curves: Mapping[str, Curve]) -> Outcome:
+def _lay_out(grounds: Mapping[str, Setting], trials: Sequence[_Trial], curves: Mapping[str, Curve]) -> Outcome:
     rows: list[dict[str, str | Cell]] = []
     findings: list[str] = []
     several = len(grounds) > 1
