@@ -98,7 +98,8 @@ _HOME = {
     "adversaries": ("BATTERIES", "Adversary", "FineTuning", "Probe"),
     "defenses": (
         "DEFENSES", "IMMA", "LEACE", "NTL", "ConditionNumber", "DeepCondition", "DeepIMMA", "DeepOptKappa", "DeepRIll",
-        "Defense", "FrontierDefense", "OptKappa", "RIllOnly", "RidgeProbeSuppression", "SignalFrontier", "SlowProbeSuppression", "Sophon",
+        "Defense", "FrontierDefense", "OptKappa", "RIllOnly", "RidgeProbeSuppression", "SignalFrontier",
+        "SlowProbeSuppression", "Sophon",
     ),
     "errors": ("HoldfastError",),
     "models": ("Denoiser", "ModelSpec", "SplitModel", "load_model"),

@@ -93,8 +93,8 @@ class Adversary(ABC):
             role: whose curve this is.
             seed: repetition.
             benign: the model's own task, whose training data the adversary may use.
-            pruning_thresholds: a score for each budget, under which it is not worth going on; None, or none given: always. What is
-                compared is the score on every second fold, as a search sees it.
+            pruning_thresholds: a score for each budget, below which the attack is given up; None, or none given: never.
+                The score on every second fold is compared, as a search sees it.
             keep: is given the attacked copy in the end, for who wants more of it than scores.
             score_benign: whether `benign` is scored in the end, see `benign_score_after`.
 

@@ -254,7 +254,7 @@ class Job:
         with self.timed("immunize"):
             defense = defense.resolved(benign)
             immunized, record = defense.immunize(model, benign, restricted, run=self.run)
-            process_group().follow(immunized.network)
+            process_group().broadcast_state(immunized.network)
         digest = None
         if self.run.folder is not None:
             folder = self.run.folder

@@ -5,7 +5,8 @@ batches of its own, and gradients are averaged before each step, so that all hol
 Whatever else decides something is decided by the main process, and only the main process writes files. Without a
 launcher there is one process, and nothing here does anything.
 
-A process that fails ends: the launcher then ends the others. What `on_main_process` and shared jobs raise is raised by all.
+A process that fails ends: the launcher then ends the others. What `on_main_process` and shared jobs raise is raised
+by all.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class ProcessGroup:
         count: how many there are.
 
     Example:
-        >>> process_group().count, process_group().main, process_group().broadcast_object(0.5), process_group().gather("mine")
+        >>> group = process_group()
+        >>> group.count, group.main, group.broadcast_object(0.5), group.gather("mine")
         (1, True, 0.5, ['mine'])
     """
 
