@@ -13,7 +13,7 @@ from holdfast.defenses import Defense
 from holdfast.defenses.registry import build_defense
 from holdfast.errors import HoldfastError
 from holdfast.experiments.runner import _refuse_idle
-from holdfast.experiments.workspace import Job
+from holdfast.experiments.workspace import Workspace
 from holdfast.metrics.feasibility import assess, check
 from holdfast.models import SplitModel
 from holdfast.results import AuditResult, Feasibility
@@ -63,14 +63,14 @@ def immunize(
     _check_objects({"model": model}, {"benign": benign, "restricted": restricted})
     threads = checked_threads(threads)
     model = model.made_plain()
-    job = Job.start("immunize", f"{chosen.name} on {model.name}", seed, device, folder, quiet)
-    job.note_tasks({"benign": benign, "restricted": restricted})
-    job.claim({"defense": {"name": chosen.name, **chosen.config()}, "model": model.facts().sha256})
-    job.note_model("original", model)
+    workspace = Workspace.start("immunize", f"{chosen.name} on {model.name}", seed, device, folder, quiet)
+    workspace.note_tasks({"benign": benign, "restricted": restricted})
+    workspace.claim({"defense": {"name": chosen.name, **chosen.config()}, "model": model.facts().sha256})
+    workspace.note_model("original", model)
     with cpu_threads(threads):
-        immunized, result = job.immunize(model, benign, halves(restricted)[0], chosen)
+        immunized, result = workspace.immunize(model, benign, halves(restricted)[0], chosen)
         if folder is not None:
-            job.save(immunization=result)
+            workspace.save(immunization=result)
     return immunized
 
 
@@ -150,19 +150,19 @@ def audit(
     _refuse_idle(spec, transfer is not None)
     threads, chosen = checked_threads(threads), executors.executor(executor)
     model, original = model.made_plain(), original.made_plain()
-    job = Job.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
+    workspace = Workspace.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
     facts = {"model": model.facts().sha256, "original": original.facts().sha256}
-    job.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
-    job.claim({"audit": spec.model_dump(mode="json"), **facts})
+    workspace.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
+    workspace.claim({"audit": spec.model_dump(mode="json"), **facts})
     if source is not None:
         # Beside the job's settings, not among them: a model that was moved is the same model.
-        job.recipe = {**job.recipe, "source": dict(source)}
-    job.note_model("original", original)
-    job.note_model("immunized", model)
+        workspace.recipe = {**workspace.recipe, "source": dict(source)}
+    workspace.note_model("original", original)
+    workspace.note_model("immunized", model)
     with cpu_threads(threads):
-        result = job.audit(model, original, benign, halves(restricted)[1], transfer, spec, chosen)
+        result = workspace.audit(model, original, benign, halves(restricted)[1], transfer, spec, chosen)
         if folder is not None:
-            job.save(audit=result)
+            workspace.save(audit=result)
     return result
 
 
@@ -199,15 +199,17 @@ def feasibility(
     model = None if model is None else model.made_plain()
     check(model, benign, restricted, ridge=ridge, q=q)
     on = "inputs" if model is None else model.name
-    job = Job.start("feasibility", f"{benign.name} against {restricted.name} on {on}", 0, device, folder, quiet)
-    job.note_tasks({"benign": benign, "restricted": restricted})
+    workspace = Workspace.start(
+        "feasibility", f"{benign.name} against {restricted.name} on {on}", 0, device, folder, quiet
+    )
+    workspace.note_tasks({"benign": benign, "restricted": restricted})
     if model is not None:
-        job.note_model("original", model)
-    job.claim({"ridge": ridge, "q": q, "model": None if model is None else model.facts().sha256})
-    with cpu_threads(threads), job.timed("feasibility"):
-        placed = None if model is None else model.clone().to(job.run.device)
-        job.run.say("Taking the spectra of both tasks")
+        workspace.note_model("original", model)
+    workspace.claim({"ridge": ridge, "q": q, "model": None if model is None else model.facts().sha256})
+    with cpu_threads(threads), workspace.timed("feasibility"):
+        placed = None if model is None else model.clone().to(workspace.run.device)
+        workspace.run.say("Taking the spectra of both tasks")
         found, figures = assess(placed, benign, halves(restricted)[0], ridge=ridge, q=q)
     if folder is not None:
-        job.save(feasibility=found, figures=figures)
+        workspace.save(feasibility=found, figures=figures)
     return found

@@ -13,6 +13,7 @@ from holdfast.adversaries.batched import Member, attack_together, stacks
 from holdfast.models import SplitModel
 from holdfast.results import ROLES, Curve, Role
 from holdfast.runtime.executors import Executor
+from holdfast.runtime.jobs import Job, JournalStore, run_jobs
 from holdfast.runtime.journal import Journal
 from holdfast.runtime.run import Run, derive_seed
 from holdfast.tasks import Task
@@ -116,35 +117,32 @@ class TrialContext:
         with self.run.seeded("scratch", seed):
             return self.original.fresh()
 
-    def jobs(self, trials: Sequence[Trial]) -> list[tuple[Trial, ...]]:
-        """Groups trials that are trained together; the same whatever of them was done before, and wherever they run."""
+    def together(self, trials: Sequence[Trial]) -> list[list[int]]:
+        """Groups trials, by index, that are trained together; see `holdfast.runtime.jobs.run_jobs`."""
         if not self.stacked:
-            return [(trial,) for trial in trials]
+            return [[index] for index in range(len(trials))]
         scratch = {seed: self.model("scratch", seed) for seed in {t.seed for t in trials if t.role == "scratch"}}
-        found: dict[int, Trial] = {}
-        members = []
+        members: list[Member] = []
         for trial in trials:
-            model = scratch[trial.seed] if trial.role == "scratch" else self._victim(trial)
-            member = Member(trial.adversary, model, self.samples[trial.on, trial.seed], trial.role, trial.seed)
-            found[id(member)] = trial
-            members.append(member)
-        groups: list[tuple[Trial, ...]] = []
-        for group in stacks([m for m in members if not found[id(m)].pruning_thresholds]):
-            groups.append(tuple(found[id(member)] for member in group))
-        return groups + [(found[id(m)],) for m in members if found[id(m)].pruning_thresholds]
+            model = scratch[trial.seed] if trial.role == "scratch" else self._attacked(trial)
+            members.append(Member(trial.adversary, model, self.samples[trial.on, trial.seed], trial.role, trial.seed))
+        index = {id(member): i for i, member in enumerate(members)}
+        pruned = [[i] for i, trial in enumerate(trials) if trial.pruning_thresholds]
+        stackable = [m for m, trial in zip(members, trials, strict=True) if not trial.pruning_thresholds]
+        return [[index[id(member)] for member in group] for group in stacks(stackable)] + pruned
 
-    def curves(self, job: tuple[Trial, ...]) -> list[Curve]:
-        """Runs the trials of a job."""
-        if len(job) == 1:
-            return [self.curve(job[0])]
-        members = [Member(t.adversary, self._victim(t), self.samples[t.on, t.seed], t.role, t.seed) for t in job]
-        attacked = {t.on for t in job} == {"restricted"}
+    def curves(self, trials: Sequence[Trial]) -> list[Curve]:
+        """Runs trials that are trained together."""
+        if len(trials) == 1:
+            return [self.curve(trials[0])]
+        members = [Member(t.adversary, self._attacked(t), self.samples[t.on, t.seed], t.role, t.seed) for t in trials]
+        attacked = {t.on for t in trials} == {"restricted"}
         together = attack_together(
             members, budgets=self.budgets, run=self.run, score_benign=self.benign if attacked else None
         )
-        return [_named(curve, trial) for curve, trial in zip(together, job, strict=True)]
+        return [_named(curve, trial) for curve, trial in zip(together, trials, strict=True)]
 
-    def _victim(self, trial: Trial) -> SplitModel:
+    def _attacked(self, trial: Trial) -> SplitModel:
         if not trial.transplanted:
             return self.model(trial.role, trial.seed)
         assert self.transplanted is not None
@@ -155,12 +153,12 @@ class TrialContext:
 
         So it is in a search, which proposes what nobody has tried before, with any model.
         """
-        task, victim = self.samples[trial.on, trial.seed], self._victim(trial)
+        task, model = self.samples[trial.on, trial.seed], self._attacked(trial)
         scored = trial.on == "restricted" and trial.role != "scratch"
         alone = scored and trial.adversary.frozen_body  # many probes, one benign score
         try:
             found = trial.adversary.attack(
-                victim,
+                model,
                 task,
                 budgets=self.budgets,
                 run=self.run,
@@ -172,7 +170,7 @@ class TrialContext:
             )
             if alone:
                 if (side := (trial.role, trial.transplanted)) not in self.untouched:
-                    self.untouched[side] = benign_score_after(trial.adversary, victim, victim, self.benign)
+                    self.untouched[side] = benign_score_after(trial.adversary, model, model, self.benign)
                 found = found.model_copy(update={"benign_after": self.untouched[side]})
         except Exception as error:  # it may be anybody's code, and so is what it raises
             if trial.role != "immunized" and trial.seed != SEARCH_SEED:
@@ -217,20 +215,22 @@ class TrialRunner:
         Raises:
             HoldfastError: if the journal holds something else under a trial's key.
         """
-        done, readers = self.journal.entries, {t.key: partial(_kept, t, self.context.budgets) for t in trials}
-        self.journal.missing(readers)
-        jobs = [job for job in self.context.jobs(trials) if any(t.key not in done for t in job)]
-        with self.context.run.progress(description, len(trials), sum(t.key in done for t in trials)) as bar:
-            for index, curves in self.executor.run(_work, self.context, jobs):
-                for trial, curve in zip(jobs[index], curves, strict=True):
-                    if trial.key not in done:
-                        self.journal.add(trial.key, curve.model_dump(mode="json"))
-                        bar.tick(f"{trial.role}: {trial.name}")
-        return [self.journal.read(trial.key, readers[trial.key]) for trial in trials]
+        jobs = [Job(trial.key, trial, f"{trial.role}: {trial.name}") for trial in trials]
+        store = JournalStore(self.journal, {t.key: partial(_kept, t, self.context.budgets) for t in trials})
+        return run_jobs(
+            _curves,
+            self.context,
+            jobs,
+            store,
+            run=self.context.run,
+            executor=self.executor,
+            description=description,
+            together=self.context.together,
+        )
 
 
-def _work(context: TrialContext, job: tuple[Trial, ...]) -> list[Curve]:
-    return context.curves(job)
+def _curves(context: TrialContext, trials: Sequence[Trial]) -> list[Curve]:
+    return context.curves(trials)
 
 
 def _kept(trial: Trial, budgets: tuple[int, ...], entry: Any) -> Curve:

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from holdfast.auditing.statistics import ROUNDING, Comparison
-from holdfast.experiments.immunization import Made
+from holdfast.experiments.immunization import ImmunizedModel
+from holdfast.experiments.setting import ORIGINAL, SCRATCH, role_of
 from holdfast.experiments.setting_scores import (
-    ORIGINAL,
-    SCRATCH,
     Row,
     SettingScores,
     ahead_of_scratch,
@@ -18,7 +17,6 @@ from holdfast.experiments.setting_scores import (
     largest_jump,
     mean_of,
     plain,
-    role_of,
 )
 from holdfast.results.tables import Cell
 
@@ -27,37 +25,37 @@ BELOW_CHANCE = 0.03
 
 
 def findings_of(
-    scene: SettingScores, rows: Sequence[Row], compared: Mapping[str, Comparison], epochs: Sequence[int]
+    setting: SettingScores, rows: Sequence[Row], compared: Mapping[str, Comparison], epochs: Sequence[int]
 ) -> list[str]:
     """Returns what is to be said of one setting.
 
     Args:
-        scene: the setting.
+        setting: the setting.
         rows: its rows.
         compared: each model beside scratch and the original; see `compare`.
         epochs: of the protocol.
     """
-    labels = list(dict.fromkeys(label for label, _ in scene.made))
-    found = [_about_original(scene, compared, epochs)] if SCRATCH in compared and ORIGINAL in compared else []
+    labels = list(dict.fromkeys(label for label, _ in setting.made))
+    found = [_about_original(setting, compared, epochs)] if SCRATCH in compared and ORIGINAL in compared else []
     for label in labels:
         if label in compared:
-            found.append(_about_defense(label, scene, rows, compared, epochs))
-            found += _about_crossing(label, scene, compared, epochs)
-        found += _about_immunization(label, scene.made)
+            found.append(_about_defense(label, setting, rows, compared, epochs))
+            found += _about_crossing(label, setting, compared, epochs)
+        found += _about_immunization(label, setting.made)
     refused = {row.attack: row.remark for row in rows if row.remark}
     found += [f"{attack} is {remark}." for attack, remark in refused.items()]
     return found
 
 
-def _about_original(scene: SettingScores, compared: Mapping[str, Comparison], epochs: Sequence[int]) -> str:
+def _about_original(setting: SettingScores, compared: Mapping[str, Comparison], epochs: Sequence[int]) -> str:
     """What there is to protect."""
-    ahead = ahead_of_scratch(ORIGINAL, compared[ORIGINAL], scene.measure)
+    ahead = ahead_of_scratch(ORIGINAL, compared[ORIGINAL], setting.measure)
     assert ahead is not None
-    last, measure = Cell.of(seed[-1] for seed in ahead), scene.measure
+    last, measure = Cell.of(seed[-1] for seed in ahead), setting.measure
     guess = "chance is" if measure.percent else f"{measure.guess} is at"
     text = (
-        f"After epoch {epochs[-1]}, the best attack on the original is at {_score(scene, compared, ORIGINAL)}, "
-        f"from scratch at {_score(scene, compared, SCRATCH)}; {guess} {measure.text(measure.value(scene.chance))}."
+        f"After epoch {epochs[-1]}, the best attack on the original is at {_score(setting, compared, ORIGINAL)}, "
+        f"from scratch at {_score(setting, compared, SCRATCH)}; {guess} {measure.text(measure.value(setting.chance))}."
     )
     if last.mean is not None and last.mean <= 0:
         text += " The original is worth nothing to the adversary there, so that there is nothing to protect."
@@ -65,11 +63,11 @@ def _about_original(scene: SettingScores, compared: Mapping[str, Comparison], ep
 
 
 def _about_defense(
-    label: str, scene: SettingScores, rows: Sequence[Row], compared: Mapping[str, Comparison], epochs: Sequence[int]
+    label: str, setting: SettingScores, rows: Sequence[Row], compared: Mapping[str, Comparison], epochs: Sequence[int]
 ) -> str:
-    comparison, measure = compared[label], scene.measure
+    comparison, measure = compared[label], setting.measure
     best = comparison.batteries["immunized"].best_name(len(epochs) - 1)
-    text = f"After epoch {epochs[-1]}, {label} under its best attack, {best}, is at {_score(scene, compared, label)}"
+    text = f"After epoch {epochs[-1]}, {label} under its best attack, {best}, is at {_score(setting, compared, label)}"
     ahead = ahead_of_scratch(label, comparison, measure)
     if ahead is not None:
         last, area = Cell.of(seed[-1] for seed in ahead), Cell.of(mean_of(seed[1:]) for seed in ahead)
@@ -79,18 +77,18 @@ def _about_defense(
         below = sum(own is not None and scratch is not None and own <= scratch for own, scratch in ends)
         end = "no higher than" if measure.percent else "with no smaller error than"
         text += f"; {below} of {len(ends)} attacks end {end} the same from scratch"
-    low = _below_chance(label, scene, rows, epochs[-1])
+    low = _below_chance(label, setting, rows, epochs[-1])
     if low:
         text += (
-            f". Below chance ({measure.text(scene.chance)}) after {', '.join(low)}: the model avoids the right "
+            f". Below chance ({measure.text(setting.chance)}) after {', '.join(low)}: the model avoids the right "
             "answers, which is not the same as not knowing them"
         )
-    return text + _about_benign(label, scene) + "."
+    return text + _about_benign(label, setting) + "."
 
 
-def _about_benign(label: str, scene: SettingScores) -> str:
+def _about_benign(label: str, setting: SettingScores) -> str:
     """What the defense cost; of an error also as a share, because its size alone says little."""
-    measure, before, now = scene.benign_measure, scene.benign(ORIGINAL).mean, scene.benign(label).mean
+    measure, before, now = setting.benign_measure, setting.benign(ORIGINAL).mean, setting.benign(label).mean
     if before is None or now is None:
         return ""
     text = f". Benign {measure.name} was {measure.text(before)} before, and is {measure.text(now)}"
@@ -98,7 +96,7 @@ def _about_benign(label: str, scene: SettingScores) -> str:
 
 
 def _about_crossing(
-    label: str, scene: SettingScores, compared: Mapping[str, Comparison], epochs: Sequence[int]
+    label: str, setting: SettingScores, compared: Mapping[str, Comparison], epochs: Sequence[int]
 ) -> list[str]:
     """From which epoch on the adversary is as well off with the model as without; nothing where that is not known."""
     comparison = compared[label]
@@ -112,7 +110,7 @@ def _about_crossing(
     if True not in crossed:
         return [f"{text} at no epoch above 0 as good as training from scratch."]
     at = crossed.index(True) + 1
-    both = f"{_score(scene, compared, label, at)} against {_score(scene, compared, SCRATCH, at)}"
+    both = f"{_score(setting, compared, label, at)} against {_score(setting, compared, SCRATCH, at)}"
     if all(crossed[at - 1 :]):
         return [f"{text} at least as good as training from scratch from epoch {epochs[at]} on ({both} there)."]
     return [
@@ -120,20 +118,20 @@ def _about_crossing(
     ]
 
 
-def _below_chance(label: str, scene: SettingScores, rows: Sequence[Row], epoch: int) -> list[str]:
+def _below_chance(label: str, setting: SettingScores, rows: Sequence[Row], epoch: int) -> list[str]:
     """Attacks that leave the model clearly under chance, where they do not leave the original there as well."""
-    if not scene.measure.percent:
+    if not setting.measure.percent:
         return []  # an error above the reference's is that of a bad model: there is no answer to avoid
     ends = {(r.model, r.attack): r.score(epoch) for r in rows if r.curves}
     found = []
     for (model, attack), end in ends.items():
         known = [v for v in (ends.get((ORIGINAL, attack)),) if v is not None]
-        if model == label and end is not None and end < min([scene.chance, *known]) - BELOW_CHANCE:
+        if model == label and end is not None and end < min([setting.chance, *known]) - BELOW_CHANCE:
             found.append(attack)
     return found
 
 
-def _about_immunization(label: str, every: Mapping[tuple[str, int], Made]) -> list[str]:
+def _about_immunization(label: str, every: Mapping[tuple[str, int], ImmunizedModel]) -> list[str]:
     """What went wrong, or was taken from elsewhere."""
     own = {seed: made for (name, seed), made in every.items() if name == label}
     found = []
@@ -159,11 +157,11 @@ def _about_immunization(label: str, every: Mapping[tuple[str, int], Made]) -> li
     return found
 
 
-def _jump_of(made: Made) -> float | None:
+def _jump_of(made: ImmunizedModel) -> float | None:
     return largest_jump(made.result.history.get("suppression_loss", []))
 
 
-def _score(scene: SettingScores, compared: Mapping[str, Comparison], model: str, at: int = -1) -> str:
+def _score(setting: SettingScores, compared: Mapping[str, Comparison], model: str, at: int = -1) -> str:
     """What is shown of a model's best attack at one of the epochs, by mean over seeds."""
     (score,) = plain(compared[model].scores[role_of(model)][:, [at]].mean(0))
-    return scene.measure.text(scene.measure.value(score))
+    return setting.measure.text(setting.measure.value(score))

@@ -1,8 +1,8 @@
-"""Many immunizations: run wherever, kept by what they are made of, and taken from the folder of another run.
+"""Many immunizations: run anywhere, kept by everything that they depend on, and reused from another run's folder.
 
 An immunization may take days, and several tables of the SOPHON paper are about one and the same model. So each
-finished model lies in the run's folder under a hash of everything that it depends on, with its record beside it:
-another run that needs this very model takes it from there, checks it, and says so.
+finished model is in the run's folder under a hash of everything that it depends on, with its record beside it:
+another run that needs the same model copies it from there, after checking it, and says so.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from pydantic import ValidationError
 
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError
-from holdfast.experiments.model_store import MadeOf, ModelStore, shelf
+from holdfast.experiments.model_store import CacheKey, ModelJobs, StoredModel, model_store
 from holdfast.experiments.setting import Setting
 from holdfast.models import SplitModel
 from holdfast.results import ImmunizationResult
 from holdfast.runtime.executors import Executor
+from holdfast.runtime.jobs import Job, run_jobs
 from holdfast.runtime.run import Run, fingerprint
 
 
@@ -33,12 +34,12 @@ class ImmunizationJob:
     """One immunization that is wanted.
 
     Attributes:
-        setting: on which ground.
+        setting: name of its setting.
         label: the recipe's name for the defense.
         seed: which repetition.
         defense: with its settings.
         run_seed: what the defense's random choices derive from.
-        made_of: everything that the result depends on.
+        cache_key: everything that the result depends on.
     """
 
     setting: str
@@ -46,23 +47,28 @@ class ImmunizationJob:
     seed: int
     defense: Defense = field(repr=False)
     run_seed: int
-    made_of: MadeOf = field(repr=False)
+    cache_key: CacheKey = field(repr=False)
 
     @classmethod
-    def of(cls, setting: str, label: str, seed: int, defense: Defense, ground: Setting, run: Run) -> ImmunizationJob:
+    def of(cls, name: str, label: str, seed: int, defense: Defense, setting: Setting, run: Run) -> ImmunizationJob:
         """Describes an immunization; seed s of it has the run's seed + s, as `holdfast immunize --seed` would."""
-        defense = defense.resolved(ground.benign)
+        defense = defense.resolved(setting.benign)
         settings = {f"defense.{key}": value for key, value in defense.config().items()}
-        made_of = {"defense": defense.name, **settings, "seed": run.seed + seed, **ground.made_of}
-        return cls(setting, label, seed, defense, run.seed + seed, json.loads(json.dumps(made_of)))
+        cache_key = {"defense": defense.name, **settings, "seed": run.seed + seed, **setting.cache_key}
+        return cls(name, label, seed, defense, run.seed + seed, json.loads(json.dumps(cache_key)))
+
+    @property
+    def key(self) -> str:
+        """The hash of everything that the result depends on."""
+        return fingerprint(self.cache_key)
 
     def __str__(self) -> str:
         return f"{self.label}, seed {self.seed}, in {self.setting!r}"
 
 
 @dataclass(frozen=True)
-class Made:
-    """An immunized model and how it came to be.
+class ImmunizedModel:
+    """An immunized model and how it was made.
 
     Attributes:
         model: the model, on the CPU.
@@ -82,64 +88,64 @@ class Made:
 def check_reuse(reuse: Sequence[Path]) -> None:
     """Refuses folders that hold no immunized model, before any work is done."""
     for owner in reuse:
-        if not shelf(owner, "immunized").catalogue():
+        if not model_store(owner, "immunized").cache_keys():
             raise HoldfastError(
                 f"--reuse {str(owner)!r}: it holds no immunized model (checkpoints/immunized/); expected the folder of "
                 "a protocol's run."
             )
 
 
-def borrow_all(orders: Sequence[ImmunizationJob], reuse: Sequence[Path], *, run: Run) -> None:
-    """Takes what is wanted from other runs' folders, and says what was taken and what was not.
+def reuse_models(jobs: Sequence[ImmunizationJob], reuse: Sequence[Path], *, run: Run) -> None:
+    """Copies immunized models from other runs' folders, and says which were there and which were not.
 
     Raises:
         HoldfastError: if a folder holds none that is wanted, or a damaged one.
     """
     assert run.folder is not None
-    own = shelf(run.folder, "immunized")
+    own = model_store(run.folder, "immunized")
     for owner in reuse:
-        theirs = shelf(owner, "immunized")
-        held = theirs.catalogue()
-        fitting = [order for order in orders if theirs.has(order.made_of)]
+        theirs = model_store(owner, "immunized")
+        held = theirs.cache_keys()
+        fitting = [job for job in jobs if theirs.has(job.cache_key)]
         if not fitting:
             raise HoldfastError(
                 f"--reuse {str(owner)!r}: none of its {len(held)} immunized models is wanted here. "
-                + "; ".join(_nearest(order, held) for order in orders[:4])
+                + "; ".join(_nearest(job, held) for job in jobs[:4])
                 + ". Give the recipe the same settings, or leave --reuse out and immunize anew."
             )
-        for order in fitting:
-            if own.has(order.made_of):
+        for job in fitting:
+            if own.has(job.cache_key):
                 continue
-            own.borrow(order.made_of, theirs, owner)
-            run.say(f"Reusing {order} from {owner}")
-        for order in orders:
-            if order not in fitting and not own.has(order.made_of):
-                run.say(f"Not in {owner}: {order} ({_nearest(order, held)})")
+            own.copy_from(job.cache_key, theirs, owner)
+            run.say(f"Reusing {job} from {owner}")
+        for job in jobs:
+            if job not in fitting and not own.has(job.cache_key):
+                run.say(f"Not in {owner}: {job} ({_nearest(job, held)})")
 
 
-def _nearest(order: ImmunizationJob, held: Sequence[MadeOf]) -> str:
+def _nearest(job: ImmunizationJob, held: Sequence[CacheKey]) -> str:
     """In what the nearest of several models differs from the one that is wanted."""
 
-    def differing(other: MadeOf) -> list[str]:
-        keys = {*order.made_of, *other}
-        return sorted(k for k in keys if order.made_of.get(k) != other.get(k))
+    def differing(other: CacheKey) -> list[str]:
+        keys = {*job.cache_key, *other}
+        return sorted(k for k in keys if job.cache_key.get(k) != other.get(k))
 
     nearest = min(map(differing, held), key=lambda keys: ("defense" in keys, len(keys)))
-    return f"{order.label}, seed {order.seed}: " + (
+    return f"{job.label}, seed {job.seed}: " + (
         "there is none of this defense" if "defense" in nearest else f"the nearest differs in {', '.join(nearest)}"
     )
 
 
 def immunize_all(
-    orders: Sequence[ImmunizationJob], grounds: Mapping[str, Setting], *, run: Run, executor: Executor
-) -> dict[tuple[str, str, int], Made]:
-    """Returns every immunized model that is wanted; made now only where it is not in the run's folder yet.
+    wanted: Sequence[ImmunizationJob], settings: Mapping[str, Setting], *, run: Run, executor: Executor
+) -> dict[tuple[str, str, int], ImmunizedModel]:
+    """Returns every immunized model that is wanted; only those that the run's folder lacks are made.
 
     Each defense continues from its last checkpoint, and each finished model is kept at once.
 
     Args:
-        orders: what is wanted.
-        grounds: models and tasks by setting.
+        wanted: which models.
+        settings: by name.
         run: seed, device, folder.
         executor: where the defenses run; it does not change their results.
 
@@ -147,60 +153,73 @@ def immunize_all(
         By setting, label and seed.
     """
     assert run.folder is not None
-    own = shelf(run.folder, "immunized")
-    missing = list({fingerprint(o.made_of): o for o in orders if not own.has(o.made_of)}.values())
-    for order in missing:
-        _checkpoint_folder(run, order).mkdir(parents=True, exist_ok=True)
-    alone = executor.name == "serial"  # then each defense shows its own bar, and two do not fit on a terminal
-    shown = Run(run.seed, run.device, run.folder, quiet=run.quiet or alone)
-    with shown.progress("Immunizing", len(orders), len(orders) - len(missing)) as bar:
-        for index, (model, notes) in executor.run(_work, _ImmunizationContext(grounds, run), missing):
-            order = missing[index]
-            own.keep(order.made_of, model, notes)
-            shutil.rmtree(_checkpoint_folder(run, order), ignore_errors=True)
-            bar.tick(str(order))
-    return {(o.setting, o.label, o.seed): _taken(own, o, grounds[o.setting].original) for o in orders}
+    store = _ImmunizedModels(run.folder, wanted, settings)
+    jobs = [Job(each.key, each, str(each)) for each in wanted]
+    for key in store.missing([job.key for job in jobs]):
+        _checkpoints(run.folder, key).mkdir(parents=True, exist_ok=True)
+    # One after another, each defense shows its own progress, and two displays do not fit on a terminal.
+    description = None if executor.name == "serial" else "Immunizing"
+    made = run_jobs(
+        _immunize, _Context(settings, run), jobs, store, run=run, executor=executor, description=description
+    )
+    return {
+        (each.setting, each.label, each.seed): _with_record(each, *stored, store.store.folder)
+        for each, stored in zip(wanted, made, strict=True)
+    }
 
 
-def _taken(own: ModelStore, order: ImmunizationJob, original: SplitModel) -> Made:
-    model, notes = own.take(order.made_of, original)
+class _ImmunizedModels(ModelJobs):
+    """Immunized models in a run's folder; the checkpoints of one that is finished are removed."""
+
+    def __init__(self, folder: Path, wanted: Sequence[ImmunizationJob], settings: Mapping[str, Setting]) -> None:
+        cache_keys = {each.key: each.cache_key for each in wanted}
+        like = {each.key: settings[each.setting].original for each in wanted}
+        super().__init__(model_store(folder, "immunized"), cache_keys, like)
+        self.folder = folder
+
+    def put(self, key: str, value: StoredModel) -> None:
+        super().put(key, value)
+        shutil.rmtree(_checkpoints(self.folder, key), ignore_errors=True)
+
+
+def _with_record(wanted: ImmunizationJob, model: SplitModel, notes: Mapping[str, Any], folder: Path) -> ImmunizedModel:
     try:
         result = ImmunizationResult.model_validate(notes["result"])
         model.immunization = result
-        return Made(model, result, notes["benign"], float(notes["seconds"]), notes.get("reused_from"))
+        return ImmunizedModel(model, result, notes["benign"], float(notes["seconds"]), notes.get("reused_from"))
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         raise HoldfastError(
-            f"The notes on {order} in {str(own.folder)!r} are damaged ({type(error).__name__}: {error}); delete them, "
-            "and the model is made anew."
+            f"The notes on {wanted} in {str(folder)!r} are damaged ({type(error).__name__}: {error}); delete them, "
+            "and the model is made again."
         ) from error
 
 
-def _checkpoint_folder(run: Run, order: ImmunizationJob) -> Path:
-    assert run.folder is not None
-    return run.folder / "checkpoints" / "immunizing" / fingerprint(order.made_of)
+def _checkpoints(folder: Path, key: str) -> Path:
+    return folder / "checkpoints" / "immunizing" / key
 
 
 @dataclass(frozen=True)
-class _ImmunizationContext:
+class _Context:
     """What all immunizations need; it travels once to each worker."""
 
-    grounds: Mapping[str, Setting]
+    settings: Mapping[str, Setting]
     run: Run
 
 
-def _work(workshop: _ImmunizationContext, order: ImmunizationJob) -> tuple[SplitModel, dict[str, Any]]:
+def _immunize(context: _Context, wanted: ImmunizationJob) -> StoredModel:
     """Makes one immunized model."""
-    ground, run = workshop.grounds[order.setting], workshop.run
-    place = _checkpoint_folder(run, order)
+    setting, run = context.settings[wanted.setting], context.run
+    assert run.folder is not None
+    place = _checkpoints(run.folder, wanted.key)
     # A worker on another machine does not see the folder, and works without checkpoints.
-    own = Run(order.run_seed, run.device, place if place.is_dir() else None, run.quiet)
-    run.say(f"Immunizing {order}")
+    own = Run(wanted.run_seed, run.device, place if place.is_dir() else None, run.quiet)
+    run.say(f"Immunizing {wanted}")
     begin = time.perf_counter()
-    model, record = order.defense.immunize(ground.original, ground.benign, ground.defender_data, run=own)
+    model, record = wanted.defense.immunize(setting.original, setting.benign, setting.defender_data, run=own)
     seconds = time.perf_counter() - begin
-    score = ground.benign.audit_score(model)
+    score = setting.benign.audit_score(model)
     notes = {
-        "result": order.defense.told(record, ground.original, model).model_dump(mode="json"),
+        "result": wanted.defense.told(record, setting.original, model).model_dump(mode="json"),
         "benign": score if math.isfinite(score) else None,
         "seconds": round(seconds, 3),
     }

@@ -8,47 +8,41 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Final, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from holdfast.adversaries import listed
-from holdfast.auditing.trials import few_of
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError, unknown
-from holdfast.experiments.immunization import ImmunizationJob, Made, immunize_all
+from holdfast.experiments.immunization import ImmunizationJob, ImmunizedModel, immunize_all
 from holdfast.experiments.measurements.attack_curves import (
     Attack,
+    AttackContext,
     AttackSpec,
+    AttackTrial,
+    attack_curves,
     in_precision,
-    kept_curve,
-    rescaled,
     scratch_plan,
     steps_per_epoch,
 )
-from holdfast.experiments.measurements.conditioning import ConditioningSpec, lay_out, measure_all
-from holdfast.experiments.measurements.probe_curves import probe_outcome
-from holdfast.experiments.measurements.samples import PicturedModel, PicturesSpec, take_pictures
-from holdfast.experiments.measurements.transfer import learners, side_effects
-from holdfast.experiments.setting import Setting
-from holdfast.experiments.setting_scores import ORIGINAL, SCRATCH, Measure, PaperSpec, Row, SettingScores
+from holdfast.experiments.measurements.base import MEASUREMENTS, Measured, Measurement
+from holdfast.experiments.measurements.conditioning import Conditioning
+from holdfast.experiments.measurements.probe_curves import ProbeCurves
+from holdfast.experiments.measurements.samples import Samples
+from holdfast.experiments.measurements.transfer import Transfer, transfer_attacks
+from holdfast.experiments.setting import ORIGINAL, SCRATCH, Setting
+from holdfast.experiments.setting_scores import Measure, PaperSpec, Row, SettingScores
 from holdfast.experiments.tables import tabulate
-from holdfast.models import ModelSpec, SplitModel
-from holdfast.results import Curve, Role
+from holdfast.models import ModelSpec
 from holdfast.results.tables import Outcome
 from holdfast.runtime.executors import Executor
-from holdfast.runtime.journal import Journal
 from holdfast.runtime.run import Run
+from holdfast.runtime.validation import readable
 from holdfast.tasks import Task, TaskSpec
 from holdfast.training import Precision, PretrainSpec
-
-ROLES: Final[dict[str, Role]] = {SCRATCH: "scratch", ORIGINAL: "original"}
-"""Of the controls; every other model is an immunized one."""
 
 
 class SettingSpec(BaseModel):
@@ -91,7 +85,7 @@ class ProtocolSpec(BaseModel):
     compare_with: str | None = Field(
         None, description="A defense that the others are compared with, seed by seed, in a table of its own."
     )
-    conditioning: ConditioningSpec | None = Field(
+    conditioning: Conditioning | None = Field(
         None, description="Take RIR_theta0 of every immunized model, on how many samples; null: no."
     )
     transfer_attacks: tuple[str, ...] = Field(
@@ -99,7 +93,10 @@ class ProtocolSpec(BaseModel):
         description="Which attacks learn the settings' transfer tasks; none: those that train a head alone "
         "(closed-form probes, scope `head`), or a closed-form probe if there is none.",
     )
-    pictures: PicturesSpec | None = Field(None, description="What denoisers make of images; null: no pictures.")
+    pictures: Samples | None = Field(None, description="What denoisers make of images; null: no pictures.")
+    measurements: dict[str, dict[str, Any]] = Field(
+        {}, description="Further measurements by their registered name, with their settings."
+    )
     paper: dict[str, dict[str, PaperSpec]] = Field(
         {},
         description="The paper's numbers, accuracies in percent and errors as they are: by setting, then model "
@@ -129,7 +126,8 @@ class ProtocolSpec(BaseModel):
         plan = self.plan()
         if self.transfer_attacks and not any(setting.transfer for setting in self.settings.values()):
             raise ValueError("there are transfer_attacks, and no setting has a transfer task; give it one")
-        learners(plan, self.transfer_attacks)
+        transfer_attacks(plan, self.transfer_attacks)
+        self.chosen_measurements()
         if not self.defenses and self.conditioning is not None:
             raise ValueError("conditioning compares immunized models with the original, and there are no defenses")
         labels = [attack.label for attack in plan]
@@ -137,12 +135,29 @@ class ProtocolSpec(BaseModel):
             raise ValueError(str(unknown("attack of pictures:", self.pictures.attack, labels)))
         return self
 
-    def epoch_samples(self, ground: Setting) -> int:
+    def epoch_samples(self, setting: Setting) -> int:
         """Returns the number of samples in an epoch; see `epoch_of`."""
         if self.epoch_of == "task":
-            return ground.restricted.size("train")
-        few = ground.adversary_data if self.shots is None else ground.adversary_data.few_shot(self.shots, 0)
+            return setting.restricted.size("train")
+        few = setting.adversary_data if self.shots is None else setting.adversary_data.few_shot(self.shots, 0)
         return few.size("train")
+
+    def chosen_measurements(self) -> list[Measurement]:
+        """Returns what is measured beside the scores, in the order of the report.
+
+        Raises:
+            HoldfastError: for a measurement that is not registered, or settings that it does not have.
+        """
+        steps = self.max_steps_per_epoch
+        transfer = Transfer(attacks=self.transfer_attacks, seeds=self.seeds, max_steps_per_epoch=steps)
+        found: list[Measurement | None] = [self.conditioning, ProbeCurves(), transfer, self.pictures]
+        for name, settings in self.measurements.items():
+            kind = MEASUREMENTS.lookup(name)
+            try:
+                found.append(kind.model_validate(settings))
+            except ValidationError as error:
+                raise readable(error, f"measurements.{name}", kind) from error
+        return [each for each in found if each is not None]
 
     def plan(self) -> list[Attack]:
         """Returns the attacks in order.
@@ -168,59 +183,6 @@ class ProtocolSpec(BaseModel):
                 )
             found[attack.adversary.name] = attack
         return list(found.values())
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """One attack on one model with one seed."""
-
-    setting: str
-    model: str
-    attack: Attack
-    seed: int
-    budgets: tuple[int, ...]
-
-    @property
-    def key(self) -> str:
-        return json.dumps([self.setting, self.model, self.attack.label, self.seed], ensure_ascii=False)
-
-    def __str__(self) -> str:
-        return self.key
-
-
-@dataclass(frozen=True)
-class _Bench:
-    """What all trials need; it travels once to each worker."""
-
-    grounds: Mapping[str, Setting]
-    models: Mapping[tuple[str, str, int], SplitModel]
-    immunizations: int
-    shots: int | None
-    run: Run
-
-    def victim(self, trial: _Trial) -> SplitModel:
-        original = self.grounds[trial.setting].original
-        if trial.model == ORIGINAL:
-            return original
-        if trial.model == SCRATCH:
-            with self.run.seeded("scratch", trial.seed):
-                return original.fresh()
-        return self.models[trial.setting, trial.model, trial.seed % self.immunizations]
-
-
-def _work(bench: _Bench, trial: _Trial) -> Curve:
-    ground = bench.grounds[trial.setting]
-    task = few_of(ground.adversary_data, bench.shots, bench.run, trial.seed)
-    curve = trial.attack.adversary.attack(
-        bench.victim(trial),
-        task,
-        budgets=trial.budgets,
-        run=bench.run,
-        role=ROLES.get(trial.model, "immunized"),
-        seed=trial.seed,
-        benign=ground.benign,
-    )
-    return curve if task.higher_is_better else rescaled(curve, task.chance / ground.restricted.chance)
 
 
 def check_kinds(settings: Mapping[str, SettingSpec], tasks: Mapping[TaskSpec, Task]) -> None:
@@ -250,20 +212,20 @@ def check_kinds(settings: Mapping[str, SettingSpec], tasks: Mapping[TaskSpec, Ta
             )
 
 
-def orders(
-    spec: ProtocolSpec, defenses: Mapping[str, Defense], grounds: Mapping[str, Setting], run: Run
+def immunizations(
+    spec: ProtocolSpec, defenses: Mapping[str, Defense], settings: Mapping[str, Setting], run: Run
 ) -> list[ImmunizationJob]:
     """Returns every immunization of a protocol.
 
     Args:
         spec: how many repetitions.
         defenses: by the name of their row.
-        grounds: models and tasks by setting.
+        settings: by name.
         run: its seed is the first repetition's.
     """
     return [
-        ImmunizationJob.of(setting, label, seed, defense, ground, run)
-        for setting, ground in grounds.items()
+        ImmunizationJob.of(name, label, seed, defense, setting, run)
+        for name, setting in settings.items()
         for label, defense in defenses.items()
         for seed in range(spec.immunizations)
     ]
@@ -272,171 +234,95 @@ def orders(
 def protocol(
     spec: ProtocolSpec,
     wanted: Sequence[ImmunizationJob],
-    grounds: Mapping[str, Setting],
+    settings: Mapping[str, Setting],
     *,
     run: Run,
     executor: Executor,
-) -> tuple[Outcome, dict[str, SplitModel], dict[str, float]]:
+) -> tuple[Outcome, dict[str, ImmunizedModel]]:
     """Immunizes, attacks every model, and lays the scores out as tables.
 
-    Every finished piece is kept in the run's folder at once, and a second call does only what is missing.
+    Every finished job is kept in the run's folder at once, and a second call does only what is missing.
 
     Args:
         spec: attacks, epochs, seeds.
-        wanted: see `orders`.
-        grounds: models and tasks by setting.
+        wanted: see `immunizations`.
+        settings: models and tasks by name.
         run: seed, device, folder.
         executor: where immunizations and attacks run; it does not change their results.
 
     Returns:
-        Tables, figures and sentences; the immunized models; and the seconds that each of them took.
+        Tables, figures and sentences; and the immunized models by setting, label and seed, in words.
 
     Raises:
         HoldfastError: if models and tasks do not fit together.
     """
-    made = immunize_all(wanted, grounds, run=run, executor=executor)
+    made = immunize_all(wanted, settings, run=run, executor=executor)
     models = {place: each.model for place, each in made.items()}
-    bench = _Bench(grounds, models, spec.immunizations, spec.shots, run)
-    rows, trials = _plan(spec, wanted, grounds)
-    curves = _attack(bench, trials, spec, made, executor)
+    context = AttackContext(settings, models, spec.immunizations, spec.shots, run)
+    rows, trials = _rows(spec, wanted, settings)
+    # Seeds first: an interrupted protocol has few seeds of everything rather than everything of a few models.
+    every = sorted(itertools.chain.from_iterable(trials), key=lambda trial: trial.seed)
+    curves = attack_curves(
+        context,
+        every,
+        file="trials.jsonl",
+        depends_on={"seeds": spec.seeds},
+        executor=executor,
+        description="Attacking",
+    )
     filled = [
         dataclasses.replace(row, curves=tuple(curves[t.key] for t in mine))
         for row, mine in zip(rows, trials, strict=True)
     ]
-    scenes = [_scene(name, ground, spec, made, run) for name, ground in grounds.items()]
-    named = {f"{o.setting}: {o.label}, seed {o.seed}": made[o.setting, o.label, o.seed] for o in wanted}
-    seconds = {f"immunize {name}": each.seconds for name, each in named.items()}
-    outcome = _beyond_scores(spec, scenes, filled, grounds, models, run=run, executor=executor)
-    outcome += tabulate(scenes, filled, spec.epochs, spec.compare_with)
-    if spec.pictures is not None:
-        subjects = _sittings(spec, rows, trials, bench)
-        outcome += take_pictures(spec.pictures, grounds, subjects, shots=spec.shots, run=run, executor=executor)
-    return (
-        outcome,
-        {name: each.model for name, each in named.items()},
-        seconds,
-    )
+    scores = [_scores(name, setting, spec, made, run) for name, setting in settings.items()]
+    measured = Measured(context, spec.plan(), filled, trials, scores, executor)
+    above = [m for m in spec.chosen_measurements() if not m.after_scores]
+    below = [m for m in spec.chosen_measurements() if m.after_scores]
+    outcome = sum((m.measure(measured) for m in above), Outcome({}, {}, []))
+    outcome += tabulate(scores, filled, spec.epochs, spec.compare_with)
+    outcome = sum((m.measure(measured) for m in below), outcome)
+    return outcome, {f"{j.setting}: {j.label}, seed {j.seed}": made[j.setting, j.label, j.seed] for j in wanted}
 
 
-def _beyond_scores(
-    spec: ProtocolSpec,
-    scenes: Sequence[SettingScores],
-    rows: Sequence[Row],
-    grounds: Mapping[str, Setting],
-    models: Mapping[tuple[str, str, int], SplitModel],
-    *,
-    run: Run,
-    executor: Executor,
-) -> Outcome:
-    """Condition numbers, linear probes step by step, side effects: each where there is something of the kind."""
-    outcome, plan = Outcome({}, {}, []), spec.plan()
-    if spec.conditioning is not None:
-        spectra = measure_all(spec.conditioning, grounds, models, run=run, executor=executor)
-        outcome += lay_out(spec.conditioning, scenes, spectra)
-    outcome += probe_outcome(plan, scenes, {s.name: [r for r in rows if r.setting == s.name] for s in scenes})
-    if any(ground.transfer is not None for ground in grounds.values()):
-        outcome += side_effects(
-            learners(plan, spec.transfer_attacks),
-            grounds,
-            models,
-            seeds=spec.seeds,
-            immunizations=spec.immunizations,
-            shots=spec.shots,
-            max_steps_per_epoch=spec.max_steps_per_epoch,
-            run=run,
-            executor=executor,
-        )
-    return outcome
-
-
-def _plan(
-    spec: ProtocolSpec, wanted: Sequence[ImmunizationJob], grounds: Mapping[str, Setting]
-) -> tuple[list[Row], list[list[_Trial]]]:
+def _rows(
+    spec: ProtocolSpec, wanted: Sequence[ImmunizationJob], settings: Mapping[str, Setting]
+) -> tuple[list[Row], list[list[AttackTrial]]]:
     """Rows of the table, still without curves, and the trials of each; none where an attack cannot start."""
     plan, rows, trials = spec.plan(), [], []
-    for setting, ground in grounds.items():
-        labels = dict.fromkeys(order.label for order in wanted if order.setting == setting)
-        lines = [(SCRATCH, *each) for each in scratch_plan(plan, ground.original, ground.restricted)]
+    for name, setting in settings.items():
+        labels = dict.fromkeys(job.label for job in wanted if job.setting == name)
+        lines = [(SCRATCH, *each) for each in scratch_plan(plan, setting.original, setting.restricted)]
         lines += [(model, attack, (attack,)) for model in (ORIGINAL, *labels) for attack in plan]
-        samples = spec.epoch_samples(ground)
+        samples = spec.epoch_samples(setting)
         for model, attack, covered in lines:
-            reason = attack.adversary.not_applicable(ground.original, ground.restricted)
+            reason = attack.adversary.not_applicable(setting.original, setting.restricted)
             steps = steps_per_epoch(samples, attack.adversary.batch_size, spec.max_steps_per_epoch)
             budgets = tuple(epoch * steps for epoch in attack.epochs)
             seeds = range(0 if reason else spec.seeds)
-            trials.append([_Trial(setting, model, attack, seed, budgets) for seed in seeds])
+            trials.append([AttackTrial(name, model, attack, seed, budgets) for seed in seeds])
             remark = f"not applicable: {reason}" if reason else ""
             covers, names = tuple(a.label for a in covered), tuple(a.stands_for for a in covered)
-            rows.append(Row(setting, model, attack.label, covers, names, attack.epochs, steps, remark))
+            rows.append(Row(name, model, attack.label, covers, names, attack.epochs, steps, remark))
     return rows, trials
 
 
-def _attack(
-    bench: _Bench,
-    trials: Sequence[Sequence[_Trial]],
+def _scores(
+    name: str,
+    setting: Setting,
     spec: ProtocolSpec,
-    made: Mapping[tuple[str, str, int], Made],
-    executor: Executor,
-) -> dict[str, Curve]:
-    """Runs what the journal does not hold yet, and returns all curves by key of their trial."""
-    # Seeds first: an interrupted protocol has few seeds of everything rather than everything of a few models.
-    every = sorted(itertools.chain.from_iterable(trials), key=lambda trial: trial.seed)
-    journal = Journal(
-        bench.run.path("trials.jsonl"),
-        {
-            "seed": bench.run.seed,
-            "attacks": {t.key: [t.attack.adversary.config(), t.budgets] for t in every if t.seed == 0},
-            "seeds": spec.seeds,
-            "shots": spec.shots,
-            "data": {name: ground.adversary_data.facts().sha256 for name, ground in bench.grounds.items()},
-            "originals": {name: ground.original.facts().sha256 for name, ground in bench.grounds.items()},
-            "immunized models": {json.dumps(place): each.model.facts().sha256 for place, each in made.items()},
-        },
-        "protocol",
-    )
-    readers = {t.key: partial(kept_curve, t.attack, t.seed, t.budgets, "restricted") for t in every}
-    lacking = set(journal.missing(readers))
-    missing = [trial for trial in every if trial.key in lacking]
-    if every:
-        with bench.run.progress("Attacking", len(every), len(every) - len(missing)) as bar:
-            for index, curve in executor.run(_work, bench, missing):
-                journal.add(missing[index].key, curve.model_dump(mode="json"))
-                bar.tick(f"{missing[index].model}: {missing[index].attack.label}")
-    return {key: journal.read(key, reader) for key, reader in readers.items()}
-
-
-def _sittings(
-    spec: ProtocolSpec, rows: Sequence[Row], trials: Sequence[Sequence[_Trial]], bench: _Bench
-) -> dict[PicturedModel, SplitModel]:
-    """Who is pictured: every model after one attack with seed 0, as in the tables; and as released, but for scratch."""
-    wanted = spec.pictures.attack if spec.pictures is not None else None
-    attack = next((a for a in spec.plan() if wanted in (None, a.label)), None)
-    found: dict[PicturedModel, SplitModel] = {}
-    for row, mine in zip(rows, trials, strict=True):
-        if attack is not None and attack.label in row.covers and mine:
-            role, steps = ROLES.get(row.model, "immunized"), attack.epochs[-1] * row.steps
-            found[PicturedModel(row.setting, row.model, role, mine[0].attack.adversary, steps)] = bench.victim(mine[0])
-    for setting, ground in bench.grounds.items():
-        found[PicturedModel(setting, ORIGINAL, "original")] = ground.original
-    for (setting, label, seed), model in bench.models.items():
-        if seed == 0:
-            found[PicturedModel(setting, label, "immunized")] = model
-    return found
-
-
-def _scene(
-    name: str, ground: Setting, spec: ProtocolSpec, made: Mapping[tuple[str, str, int], Made], run: Run
+    made: Mapping[tuple[str, str, int], ImmunizedModel],
+    run: Run,
 ) -> SettingScores:
-    score = ground.benign.audit_score(ground.original.clone().to(run.device))
-    setting = spec.settings[name]
+    score = setting.benign.audit_score(setting.original.clone().to(run.device))
+    stands_for = spec.settings[name].stands_for
     return SettingScores(
         name=name,
-        restricted=ground.restricted.name,
-        measure=Measure.of(ground.restricted),
-        benign_measure=Measure.of(ground.benign),
-        chance=ground.restricted.audit_chance,
+        restricted=setting.restricted.name,
+        measure=Measure.of(setting.restricted),
+        benign_measure=Measure.of(setting.benign),
+        chance=setting.restricted.audit_chance,
         original=score if math.isfinite(score) else None,
         made={(label, seed): each for (where, label, seed), each in made.items() if where == name},
-        paper=spec.paper.get(setting.stands_for or name, {}),
-        stands_for=setting.stands_for,
+        paper=spec.paper.get(stands_for or name, {}),
+        stands_for=stands_for,
     )

@@ -83,16 +83,15 @@ def replay(
     with cpu_threads(result.provenance.threads if threads is None else threads):
         source = _load(Path(folder), result, run, data_dir)
         _check_hashes(result, source)
-        context, trials = _bench(result, result.audit, source, run)
+        context, trials = _trials(result, result.audit, source, run)
         # Trials that were trained together are trained together again: apart, they agree up to rounding only.
-        job = next(
-            j for j in context.jobs(trials) for t in j if (t.role, t.name, t.seed) == (role, recorded.adversary, seed)
-        )
-        again = {(c.role, c.adversary, c.seed): c for c in context.curves(job)}
+        mine = next(i for i, t in enumerate(trials) if (t.role, t.name, t.seed) == (role, recorded.adversary, seed))
+        batch = next(batch for batch in context.together(trials) if mine in batch)
+        again = {(c.role, c.adversary, c.seed): c for c in context.curves([trials[i] for i in batch])}
         return Replay(recorded, again[role, recorded.adversary, seed])
 
 
-def _bench(result: RunResult, audit: AuditResult, source: _Source, run: Run) -> tuple[TrialContext, list[Trial]]:
+def _trials(result: RunResult, audit: AuditResult, source: _Source, run: Run) -> tuple[TrialContext, list[Trial]]:
     """What the audit's trials need, and all of them."""
     for on, task in source.tasks.items():
         check_fits(source.immunized, task, own_task=on == "benign", finite=False, trainable=False)

@@ -9,14 +9,12 @@ from pathlib import Path
 from holdfast.adversaries import Search, battery
 from holdfast.auditing.audit import AuditSpec
 from holdfast.errors import HoldfastError
-from holdfast.experiments.immunization import borrow_all, check_reuse
+from holdfast.experiments.immunization import check_reuse, reuse_models
 from holdfast.experiments.linear_study import sources, study
-from holdfast.experiments.measurements.conditioning import check_conditioning
-from holdfast.experiments.measurements.samples import check_pictures
-from holdfast.experiments.protocol import SettingSpec, check_kinds, orders, protocol
+from holdfast.experiments.protocol import SettingSpec, check_kinds, immunizations, protocol
 from holdfast.experiments.recipe import AnyRecipe, ProtocolRecipe, StudyRecipe
 from holdfast.experiments.setting import Setting
-from holdfast.experiments.workspace import Job
+from holdfast.experiments.workspace import Workspace
 from holdfast.models import ModelSpec, SplitModel, check_fits, load_model, load_task_for, read_by
 from holdfast.results import RunResult
 from holdfast.runtime import executors
@@ -99,17 +97,17 @@ def run_recipe(
     if recipe.audit.shots is not None:
         adversary_data.few_shot(recipe.audit.shots, 0)
 
-    job = Job.start("run", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
-    job.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
-    job.claim({"recipe": job.recipe, "model": model.facts().sha256})
-    finished = job.finished()
+    workspace = Workspace.start("run", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
+    workspace.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
+    workspace.claim({"recipe": workspace.recipe, "model": model.facts().sha256})
+    finished = workspace.finished()
     if finished is not None:
         return finished
-    with job.replacing(), cpu_threads(recipe.threads):
-        original = job.original(model, benign, recipe.pretrain)
-        immunized, immunization = job.immunize(original, benign, defender_data, defense)
-        audited = job.audit(immunized, original, benign, adversary_data, transfer, recipe.audit, trials_run_on)
-        return job.save(immunization=immunization, audit=audited)
+    with workspace.replacing(), cpu_threads(recipe.threads):
+        original = workspace.original(model, benign, recipe.pretrain)
+        immunized, immunization = workspace.immunize(original, benign, defender_data, defense)
+        audited = workspace.audit(immunized, original, benign, adversary_data, transfer, recipe.audit, trials_run_on)
+        return workspace.save(immunization=immunization, audit=audited)
 
 
 def _run_study(
@@ -127,8 +125,8 @@ def _run_study(
         first = next(iter(tasks.values()))[0]
         with run.seeded("initialise"):
             model = load_model(recipe.model, first, data_dir=data_dir, device=chosen)
-    job = Job.start("study", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
-    job.note_tasks(
+    workspace = Workspace.start("study", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
+    workspace.note_tasks(
         {
             f"{name} {role}": task
             for name, each in tasks.items()
@@ -136,15 +134,15 @@ def _run_study(
         }
     )
     if model is not None:
-        job.note_model("original", model)
-    job.claim({"recipe": job.recipe, "model": None if model is None else model.facts().sha256})
-    finished = job.finished()
+        workspace.note_model("original", model)
+    workspace.claim({"recipe": workspace.recipe, "model": None if model is None else model.facts().sha256})
+    finished = workspace.finished()
     if finished is not None:
         return finished
-    with job.replacing(), cpu_threads(recipe.threads), job.timed("study"):
-        outcome = study(recipe, methods, tasks, model, run=job.run)
+    with workspace.replacing(), cpu_threads(recipe.threads), workspace.timed("study"):
+        outcome = study(recipe, methods, tasks, model, run=workspace.run)
     with cpu_threads(recipe.threads):
-        return job.save(outcome=outcome)
+        return workspace.save(outcome=outcome)
 
 
 def _refuse_without_weights(what: str, spec: ModelSpec, model: SplitModel, pretrain: PretrainSpec | None) -> None:
@@ -168,47 +166,51 @@ def _run_protocol(
     defenses = recipe.build_defenses()
     check_reuse(reuse)
     run = Run(recipe.seed, resolve_device(device))
-    settings = {name: _with_tokenizers(spec, data_dir) for name, spec in recipe.settings.items()}
-    recipe = recipe.model_copy(update={"settings": settings})
+    specs = {name: _with_tokenizers(spec, data_dir) for name, spec in recipe.settings.items()}
+    recipe = recipe.model_copy(update={"settings": specs})
     wanted_tasks = dict.fromkeys(
-        task for spec in settings.values() for task in (spec.benign, spec.restricted, spec.transfer) if task
+        task for spec in specs.values() for task in (spec.benign, spec.restricted, spec.transfer) if task
     )
     tasks = {spec: load_task(spec, data_dir=data_dir) for spec in wanted_tasks}  # each once, if in several settings
     check_kinds(recipe.settings, tasks)
-    grounds = {name: _ground(name, spec, tasks, recipe.shots, data_dir, run) for name, spec in recipe.settings.items()}
-    if recipe.pictures is not None:
-        check_pictures(recipe.pictures, grounds)
-    if recipe.conditioning is not None:
-        check_conditioning(recipe.conditioning, grounds)
-    job = Job.start("protocol", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
-    job.note_tasks(
+    settings = {name: _setting(name, spec, tasks, recipe.shots, data_dir, run) for name, spec in specs.items()}
+    for measurement in recipe.chosen_measurements():
+        measurement.check(settings)
+    workspace = Workspace.start(
+        "protocol", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite
+    )
+    workspace.note_tasks(
         {
             f"{name}: {role}": task
-            for name, ground in grounds.items()
+            for name, setting in settings.items()
             for role, task in (
-                ("benign", ground.benign),
-                ("restricted", ground.restricted),
-                ("transfer", ground.transfer),
+                ("benign", setting.benign),
+                ("restricted", setting.restricted),
+                ("transfer", setting.transfer),
             )
         }
     )
-    job.claim({"recipe": job.recipe, "models": {name: g.original.facts().sha256 for name, g in grounds.items()}})
-    finished = job.finished()
+    workspace.claim(
+        {"recipe": workspace.recipe, "models": {name: s.original.facts().sha256 for name, s in settings.items()}}
+    )
+    finished = workspace.finished()
     if finished is not None:
         return finished
-    with job.replacing(), cpu_threads(recipe.threads):
-        for name, ground in grounds.items():
-            original = job.kept_original(ground.original, ground.benign, recipe.settings[name].pretrain, reuse)
-            grounds[name] = replace(ground, original=original)
-            job.note_model(f"{name}: original", original)
-        wanted = orders(recipe, defenses, grounds, job.run)
-        borrow_all(wanted, reuse, run=job.run)
-        with job.timed("protocol"), executor.kept():
-            outcome, models, seconds = protocol(recipe, wanted, grounds, run=job.run, executor=executor)
-        for name, model in models.items():
-            job.note_model(name, model)
-        job.timing |= seconds
-        return job.save(outcome=outcome)
+    with workspace.replacing(), cpu_threads(recipe.threads):
+        for name, setting in settings.items():
+            original = workspace.stored_original(
+                setting.original, setting.benign, recipe.settings[name].pretrain, reuse
+            )
+            settings[name] = replace(setting, original=original)
+            workspace.note_model(f"{name}: original", original)
+        wanted = immunizations(recipe, defenses, settings, workspace.run)
+        reuse_models(wanted, reuse, run=workspace.run)
+        with workspace.timed("protocol"), executor.kept():
+            outcome, made = protocol(recipe, wanted, settings, run=workspace.run, executor=executor)
+        for name, each in made.items():
+            workspace.note_model(name, each.model)
+            workspace.timing[f"immunize {name}"] = each.seconds
+        return workspace.save(outcome=outcome)
 
 
 def _with_tokenizers(spec: SettingSpec, data_dir: Path | str | None) -> SettingSpec:
@@ -218,7 +220,7 @@ def _with_tokenizers(spec: SettingSpec, data_dir: Path | str | None) -> SettingS
     return spec.model_copy(update=read)
 
 
-def _ground(
+def _setting(
     name: str,
     spec: SettingSpec,
     tasks: Mapping[TaskSpec, Task],

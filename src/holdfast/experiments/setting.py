@@ -1,13 +1,23 @@
-"""The models and tasks of one setting."""
+"""A setting of a protocol: an original model, its tasks, and what its models are called."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 
-from holdfast.experiments.model_store import MadeOf
+from holdfast.experiments.model_store import CacheKey
 from holdfast.models import SplitModel
+from holdfast.results import Role
 from holdfast.tasks import Task
+
+SCRATCH: Final = "scratch"
+ORIGINAL: Final = "original"
+
+
+def role_of(model: str) -> Role:
+    """Returns the role of a row: `scratch` and `original` are the controls, every other model is a defense's."""
+    return "scratch" if model == SCRATCH else "original" if model == ORIGINAL else "immunized"
 
 
 @dataclass(frozen=True)
@@ -30,8 +40,14 @@ class Setting:
     adversary_data: Task
     transfer: Task | None = None
 
+    @property
+    def transfer_task(self) -> Task:
+        """The transfer task of a setting that has one."""
+        assert self.transfer is not None
+        return self.transfer
+
     @cached_property
-    def made_of(self) -> MadeOf:
+    def cache_key(self) -> CacheKey:
         """What any model that is immunized here depends on."""
         mean, std = (None if v is None else v.flatten().tolist() for v in (self.original.mean, self.original.std))
         return {

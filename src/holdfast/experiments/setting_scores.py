@@ -7,20 +7,17 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from holdfast.auditing.statistics import Comparison
-from holdfast.experiments.immunization import Made
-from holdfast.results import Curve, ImmunizationResult, Role
+from holdfast.experiments.immunization import ImmunizedModel
+from holdfast.experiments.setting import ORIGINAL, SCRATCH, role_of
+from holdfast.results import Curve, ImmunizationResult
 from holdfast.results.tables import Cell
 from holdfast.results.terms import words
 from holdfast.tasks import Task
-
-SCRATCH: Final = "scratch"
-ORIGINAL: Final = "original"
 
 Printed = float | tuple[float, float]
 """A number of the paper, or (mean, standard deviation); see `PaperSpec`."""
@@ -170,7 +167,7 @@ class SettingScores:
     benign_measure: Measure
     chance: float
     original: float | None
-    made: Mapping[tuple[str, int], Made]
+    made: Mapping[tuple[str, int], ImmunizedModel]
     paper: Mapping[str, PaperSpec]
     stands_for: str | None
 
@@ -219,11 +216,6 @@ def compare(rows: Sequence[Row], epochs: Sequence[int]) -> dict[str, Comparison]
     }
 
 
-def role_of(model: str) -> Role:
-    """Returns the part that a model plays in a comparison."""
-    return "scratch" if model == SCRATCH else "original" if model == ORIGINAL else "immunized"
-
-
 def ahead_of_scratch(model: str, comparison: Comparison, measure: Measure) -> list[list[float | None]] | None:
     """Advantage over scratch of each seed at each epoch, as it is shown; None where there is none."""
     if model == SCRATCH or SCRATCH not in comparison.batteries:
@@ -260,11 +252,13 @@ def mean_of(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(finite) if finite and len(finite) == len(values) else None
 
 
-def about_paper(scenes: Sequence[SettingScores]) -> str:
+def about_paper(settings: Sequence[SettingScores]) -> str:
     """Returns what a note says of the paper's numbers beside ours; nothing where there are none."""
-    if not any(scene.paper for scene in scenes):
+    if not any(setting.paper for setting in settings):
         return ""
-    instead = [f"{scene.name} for its {scene.stands_for}" for scene in scenes if scene.stands_for and scene.paper]
+    instead = [
+        f"{setting.name} for its {setting.stands_for}" for setting in settings if setting.stands_for and setting.paper
+    ]
     return " Small: what the paper prints." + (
         f" The paper's setting is another, and larger: here stands {'; '.join(instead)}." if instead else ""
     )

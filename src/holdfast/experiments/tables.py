@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from holdfast.auditing.statistics import Comparison
 from holdfast.experiments.findings import findings_of
+from holdfast.experiments.setting import ORIGINAL, SCRATCH, role_of
 from holdfast.experiments.setting_scores import (
-    ORIGINAL,
-    SCRATCH,
     Row,
     SettingScores,
     about_paper,
@@ -18,7 +17,6 @@ from holdfast.experiments.setting_scores import (
     largest_jump,
     mean_of,
     plain,
-    role_of,
 )
 from holdfast.results import ImmunizationResult
 from holdfast.results.tables import Cell, Figure, Lines, Outcome, Table
@@ -30,39 +28,39 @@ TableRow = dict[str, str | Cell]
 
 
 def tabulate(
-    scenes: Sequence[SettingScores], rows: Sequence[Row], epochs: Sequence[int], compare_with: str | None = None
+    settings: Sequence[SettingScores], rows: Sequence[Row], epochs: Sequence[int], compare_with: str | None = None
 ) -> Outcome:
     """Lays out what a protocol measured.
 
     Args:
-        scenes: the settings.
+        settings: the settings.
         rows: of the table of scores.
         epochs: of the protocol; single attacks may have more.
         compare_with: the defense that the others are compared with, if there is one.
     """
-    by_scene = {scene.name: [row for row in rows if row.setting == scene.name] for scene in scenes}
-    compared = {scene.name: compare(by_scene[scene.name], epochs) for scene in scenes}
-    measure = scenes[0].measure  # of all: a protocol has one kind of task
-    tables = {"accuracy" if measure.percent else "error": _scores(scenes, by_scene)}
+    by_scene = {setting.name: [row for row in rows if row.setting == setting.name] for setting in settings}
+    compared = {setting.name: compare(by_scene[setting.name], epochs) for setting in settings}
+    measure = settings[0].measure  # of all: a protocol has one kind of task
+    tables = {"accuracy" if measure.percent else "error": _scores(settings, by_scene)}
     if any(row.curves for row in rows):
-        tables["best"] = _best(scenes, compared, epochs)
-        tables["advantage"] = _advantage(scenes, compared, epochs)
+        tables["best"] = _best(settings, compared, epochs)
+        tables["advantage"] = _advantage(settings, compared, epochs)
         if compare_with is not None:
-            tables["difference"] = _difference(scenes, compared, epochs, compare_with)
-    if any(scene.made for scene in scenes):
-        tables["immunization"] = _immunization(scenes)
-    if len(scenes) == 1:
+            tables["difference"] = _difference(settings, compared, epochs, compare_with)
+    if any(setting.made for setting in settings):
+        tables["immunization"] = _immunization(settings)
+    if len(settings) == 1:
         for table in tables.values():
             for row in table.rows:
                 del row["setting"]
     figures: dict[str, Figure] = {}
     findings: list[str] = []
-    several = len(scenes) > 1
-    for i, scene in enumerate(scenes):
-        mine = by_scene[scene.name], compared[scene.name], epochs
-        where = f"{scene.name}: " if several else ""
-        figures |= {f"{k}_{i}" if several else k: v for k, v in _figures(scene, *mine, where).items()}
-        findings += [where + finding for finding in findings_of(scene, *mine)]
+    several = len(settings) > 1
+    for i, setting in enumerate(settings):
+        mine = by_scene[setting.name], compared[setting.name], epochs
+        where = f"{setting.name}: " if several else ""
+        figures |= {f"{k}_{i}" if several else k: v for k, v in _figures(setting, *mine, where).items()}
+        findings += [where + finding for finding in findings_of(setting, *mine)]
     return Outcome(tables, figures, findings)
 
 
@@ -70,67 +68,67 @@ def _column(epoch: int) -> str:
     return f"epoch {epoch}"
 
 
-def _scores(scenes: Sequence[SettingScores], rows: Mapping[str, Sequence[Row]]) -> Table:
+def _scores(settings: Sequence[SettingScores], rows: Mapping[str, Sequence[Row]]) -> Table:
     found: list[TableRow] = []
-    for scene in scenes:
-        for row in rows[scene.name]:
-            cells: TableRow = {"setting": scene.name, "model": row.model, "attack": row.attack}
-            cells["benign"] = scene.benign(row.model)
+    for setting in settings:
+        for row in rows[setting.name]:
+            cells: TableRow = {"setting": setting.name, "model": row.model, "attack": row.attack}
+            cells["benign"] = setting.benign(row.model)
             if row.remark:
                 cells["remark"] = row.remark
             else:
-                cells |= {_column(e): row.cell(e, scene.measure, scene.paper.get(row.model)) for e in row.epochs}
+                cells |= {_column(e): row.cell(e, setting.measure, setting.paper.get(row.model)) for e in row.epochs}
             found.append(cells)
-        if not rows[scene.name]:  # no attacks: how good the models are is still worth a line
-            for model in (ORIGINAL, *dict.fromkeys(label for label, _ in scene.made)):
-                found.append({"setting": scene.name, "model": model, "benign": scene.benign(model)})
-    measure = scenes[0].measure
+        if not rows[setting.name]:  # no attacks: how good the models are is still worth a line
+            for model in (ORIGINAL, *dict.fromkeys(label for label, _ in setting.made)):
+                found.append({"setting": setting.name, "model": model, "benign": setting.benign(model)})
+    measure = settings[0].measure
     unit = measure.name.capitalize()
-    restricted = ", ".join(dict.fromkeys(scene.restricted for scene in scenes))
+    restricted = ", ".join(dict.fromkeys(setting.restricted for setting in settings))
     steps = sorted({row.steps for each in rows.values() for row in each if row.curves})
     length = f" An epoch has {_listed([str(n) for n in steps])} step{'s' if steps != [1] else ''}." if steps else ""
     note = (
         f"{unit} on the restricted task ({restricted}) after so many epochs of each attack, and on the benign task "
         f"before any; mean ± standard deviation over seeds{', in percent' if measure.percent else ''}."
-        f"{'' if measure.percent else ' The smaller, the better the model.'}{length}{about_paper(scenes)}"
+        f"{'' if measure.percent else ' The smaller, the better the model.'}{length}{about_paper(settings)}"
     )
     title = f"{unit} over epochs" if any(rows.values()) else f"Benign {measure.name}; no attacks"
     return Table(title=title, rows=found, percent=measure.percent, note=note if any(rows.values()) else "")
 
 
 def _best(
-    scenes: Sequence[SettingScores], compared: Mapping[str, Mapping[str, Comparison]], epochs: Sequence[int]
+    settings: Sequence[SettingScores], compared: Mapping[str, Mapping[str, Comparison]], epochs: Sequence[int]
 ) -> Table:
     found: list[TableRow] = []
-    for scene in scenes:
-        for model, comparison in compared[scene.name].items():
+    for setting in settings:
+        for model, comparison in compared[setting.name].items():
             battery = comparison.batteries[role_of(model)]
             scores = comparison.scores[role_of(model)]
-            row: TableRow = {"setting": scene.name, "model": model, "attack": battery.best_name(len(epochs) - 1)}
-            row["benign"] = scene.benign(model).model_copy(update={"paper": None})
-            row["benign drop" if scene.measure.percent else "benign rise"] = scene.lost(model)
-            shown = (map(scene.measure.value, plain(each)) for each in scores.T)
+            row: TableRow = {"setting": setting.name, "model": model, "attack": battery.best_name(len(epochs) - 1)}
+            row["benign"] = setting.benign(model).model_copy(update={"paper": None})
+            row["benign drop" if setting.measure.percent else "benign rise"] = setting.lost(model)
+            shown = (map(setting.measure.value, plain(each)) for each in scores.T)
             found.append(row | {_column(e): Cell.of(seeds) for e, seeds in zip(epochs, shown, strict=True)})
     note = (
         "The attack that is best at this epoch or before, chosen by mean over seeds on one half of the test split and "
         "scored on the other, both ways; the one that is named is the best on the whole test split at the last epoch."
     )
-    return Table(title="Best attack on each model", rows=found, percent=scenes[0].measure.percent, note=note)
+    return Table(title="Best attack on each model", rows=found, percent=settings[0].measure.percent, note=note)
 
 
 def _advantage(
-    scenes: Sequence[SettingScores], compared: Mapping[str, Mapping[str, Comparison]], epochs: Sequence[int]
+    settings: Sequence[SettingScores], compared: Mapping[str, Mapping[str, Comparison]], epochs: Sequence[int]
 ) -> Table:
     found: list[TableRow] = []
-    for scene in scenes:
-        for model, comparison in compared[scene.name].items():
-            ahead = ahead_of_scratch(model, comparison, scene.measure)
+    for setting in settings:
+        for model, comparison in compared[setting.name].items():
+            ahead = ahead_of_scratch(model, comparison, setting.measure)
             if ahead is None:
                 continue
-            row: TableRow = {"setting": scene.name, "model": model}
+            row: TableRow = {"setting": setting.name, "model": model}
             row |= {_column(e): Cell.of(seed[k] for seed in ahead) for k, e in enumerate(epochs) if e}
             found.append({**row, "area": Cell.of(mean_of(seed[1:]) for seed in ahead)})
-    percent = scenes[0].measure.percent
+    percent = settings[0].measure.percent
     what = (
         "Best attack on the model minus best attack from scratch, seed by seed, in points"
         if percent
@@ -144,28 +142,31 @@ def _advantage(
 
 
 def _difference(
-    scenes: Sequence[SettingScores], compared: Mapping[str, Mapping[str, Comparison]], epochs: Sequence[int], base: str
+    settings: Sequence[SettingScores],
+    compared: Mapping[str, Mapping[str, Comparison]],
+    epochs: Sequence[int],
+    base: str,
 ) -> Table:
     """Each model against one of them: seeds share their batches and samples, so that much of the noise cancels."""
     found: list[TableRow] = []
-    for scene in scenes:
-        models = compared[scene.name]
+    for setting in settings:
+        models = compared[setting.name]
         for model, comparison in models.items():
             if model in (base, SCRATCH) or base not in models:
                 continue
             difference = comparison.scores[role_of(model)] - models[base].scores[role_of(base)]
-            seeds = [list(map(scene.measure.difference, plain(seed))) for seed in difference]
-            row: TableRow = {"setting": scene.name, "model": model}
+            seeds = [list(map(setting.measure.difference, plain(seed))) for seed in difference]
+            row: TableRow = {"setting": setting.name, "model": model}
             row |= {_column(e): Cell.of(seed[k] for seed in seeds) for k, e in enumerate(epochs) if e}
             row["area"] = Cell.of(mean_of(seed[1:]) for seed in seeds)
-            dropped = [scene.made[model, s].benign for label, s in scene.made if label == model]
-            own = [scene.made[base, s].benign for label, s in scene.made if label == base]
+            dropped = [setting.made[model, s].benign for label, s in setting.made if label == model]
+            own = [setting.made[base, s].benign for label, s in setting.made if label == base]
             if dropped and len(dropped) == len(own):
                 pairs = zip(dropped, own, strict=True)
                 apart = [a - b if a is not None and b is not None else None for a, b in pairs]
-                row["benign"] = Cell.of(map(scene.benign_measure.difference, apart))
+                row["benign"] = Cell.of(map(setting.benign_measure.difference, apart))
             found.append(row)
-    percent = scenes[0].measure.percent
+    percent = settings[0].measure.percent
     what, benign = (
         (f"Best attack on the model minus best attack on {base}, seed by seed, in points",
          f"its own score minus that of {base}")
@@ -186,13 +187,13 @@ def _ended(result: ImmunizationResult) -> str:
     return "completed" if result.completed else "gave up"
 
 
-def _immunization(scenes: Sequence[SettingScores]) -> Table:
+def _immunization(settings: Sequence[SettingScores]) -> Table:
     found: list[TableRow] = []
-    for scene in scenes:
-        for (label, seed), made in scene.made.items():
+    for setting in settings:
+        for (label, seed), made in setting.made.items():
             history, losses = made.result.history, made.result.history.get("suppression_loss", [])
             row: TableRow = {
-                "setting": scene.name,
+                "setting": setting.name,
                 "defense": label,
                 "seed": str(seed),
                 "ended": _ended(made.result),
@@ -219,28 +220,28 @@ def _immunization(scenes: Sequence[SettingScores]) -> Table:
 
 
 def _figures(
-    scene: SettingScores, rows: Sequence[Row], compared: Mapping[str, Comparison], epochs: Sequence[int], where: str
+    setting: SettingScores, rows: Sequence[Row], compared: Mapping[str, Comparison], epochs: Sequence[int], where: str
 ) -> dict[str, Figure]:
-    axes = {"x_title": "epoch", "y_title": f"{scene.measure.name} on {scene.restricted}"}
+    axes = {"x_title": "epoch", "y_title": f"{setting.measure.name} on {setting.restricted}"}
     found: dict[str, Figure] = {}
     attacks = list(dict.fromkeys(r.attack for r in rows if r.model != SCRATCH and r.curves))
     for i, attack in enumerate(attacks if len(attacks) <= LONG else ()):
         mine = [row for row in rows if attack in row.covers and row.curves]
         x = sorted({e for row in mine for e in row.epochs})
-        series = {r.model: [r.cell(e, scene.measure).mean if e in r.epochs else None for e in x] for r in mine}
+        series = {r.model: [r.cell(e, setting.measure).mean if e in r.epochs else None for e in x] for r in mine}
         found[f"attack_{i}"] = Lines(title=f"{where}{attack}", x=list(map(float, x)), series=series, **axes)
     if len(attacks) > 1:
-        best = {m: list(map(scene.measure.value, plain(c.scores[role_of(m)].mean(0)))) for m, c in compared.items()}
+        best = {m: list(map(setting.measure.value, plain(c.scores[role_of(m)].mean(0)))) for m, c in compared.items()}
         title = f"{where}Best attack on each model"
         found["best_attack"] = Lines(title=title, x=list(map(float, epochs)), series=best, **axes)
-    return found | _loss_figures(scene, where)
+    return found | _loss_figures(setting, where)
 
 
-def _loss_figures(scene: SettingScores, where: str) -> dict[str, Figure]:
+def _loss_figures(setting: SettingScores, where: str) -> dict[str, Figure]:
     """One figure a defense: one that runs away would flatten the others to a line."""
     histories = {
         place: made.result.history["suppression_loss"]
-        for place, made in scene.made.items()
+        for place, made in setting.made.items()
         if any(v is not None for v in made.result.history.get("suppression_loss", []))
     }
     labels = list(dict.fromkeys(label for label, _ in histories))

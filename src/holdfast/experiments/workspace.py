@@ -19,7 +19,7 @@ from holdfast.auditing.audit import AuditSpec, tables
 from holdfast.auditing.audit import audit as run_audit
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError
-from holdfast.experiments.model_store import shelf
+from holdfast.experiments.model_store import ModelJobs, StoredModel, model_store
 from holdfast.models import SplitModel
 from holdfast.report import write_report
 from holdfast.results import (
@@ -38,6 +38,7 @@ from holdfast.runtime.devices import resolve_device
 from holdfast.runtime.distributed import process_group
 from holdfast.runtime.documents import read_json
 from holdfast.runtime.executors import Executor
+from holdfast.runtime.jobs import Job, Store, run_jobs
 from holdfast.runtime.journal import begun_with
 from holdfast.runtime.launcher import command_line
 from holdfast.runtime.run import Run, fingerprint
@@ -56,7 +57,7 @@ REPLACED = ".holdfast-replaced"
 
 
 @dataclass
-class Job:
+class Workspace:
     """What the verbs share: a run, its folder, and the facts that go into the result."""
 
     kind: Kind
@@ -80,8 +81,8 @@ class Job:
         quiet: bool,
         recipe: dict[str, Any] | None = None,
         overwrite: bool = False,
-    ) -> Job:
-        """Returns a job that may use its folder.
+    ) -> Workspace:
+        """Returns a workspace that may use its folder.
 
         Raises:
             HoldfastError: if the folder holds what is not ours, or the device is not to be had.
@@ -206,46 +207,45 @@ class Job:
                 self.run.say(f"{role.capitalize()} model: {note}")
 
     def original(self, model: SplitModel, benign: Task, spec: PretrainSpec | None) -> SplitModel:
-        """Returns the original model: as loaded, or trained now, or trained before the job was interrupted."""
+        """Returns a run's original model: as loaded, or trained now, or trained before the run was interrupted."""
         if spec is not None and self.run.folder is not None:
-            path = self.run.folder / "checkpoints" / "original.safetensors"
-            if process_group().broadcast_object(path.exists()):
-                model.load(path)
-            else:
-                with self.timed("pretrain"):
-                    model = pretrain(
-                        model, benign, steps=spec.steps, strategy=spec.strategy(), ema=spec.ema, run=self.run
-                    )
-                process_group().on_main_process(lambda: model.save(path))
+            store = _OneModel(self.run.folder / "checkpoints" / "original.safetensors", model)
+            model = self._pretrained(model, benign, spec, "original", store)
         self.note_model("original", model)
         return model.eval()
 
-    def kept_original(
+    def stored_original(
         self, model: SplitModel, benign: Task, spec: PretrainSpec | None, reuse: Sequence[Path]
     ) -> SplitModel:
         """Returns a protocol's original: as loaded, or trained; once for all settings that have the same."""
         if spec is None:
             return model.eval()
         assert self.run.folder is not None
-        own = shelf(self.run.folder, "originals")
-        made_of = {
+        own = model_store(self.run.folder, "originals")
+        cache_key = {
             "untrained model": model.facts().sha256,
             "benign": benign.facts().sha256,
             "seed": self.run.seed,
             **{f"pretrain.{key}": value for key, value in spec.model_dump(mode="json").items()},
             **({"processes": process_group().count} if process_group().count > 1 else {}),
         }
-        owner = next((other for other in reuse if shelf(other, "originals").has(made_of)), None)
-        if not own.has(made_of) and owner is not None:
-            own.borrow(made_of, shelf(owner, "originals"), owner)
+        owner = next((other for other in reuse if model_store(other, "originals").has(cache_key)), None)
+        if owner is not None and not own.has(cache_key):
+            own.copy_from(cache_key, model_store(owner, "originals"), owner)
             self.run.say(f"Reusing the original from {owner}")
-        if not own.has(made_of):
+        key = fingerprint(cache_key)
+        return self._pretrained(model, benign, spec, key, ModelJobs(own, {key: cache_key}, {key: model}))
+
+    def _pretrained(
+        self, model: SplitModel, benign: Task, spec: PretrainSpec, key: str, store: Store[StoredModel]
+    ) -> SplitModel:
+        def train(_context: None, _inputs: None) -> StoredModel:
             with self.timed("pretrain"):
-                trained = pretrain(
-                    model, benign, steps=spec.steps, strategy=spec.strategy(), ema=spec.ema, run=self.run
-                )
-            own.keep(made_of, trained, {})
-        return own.take(made_of, model)[0]
+                strategy = spec.strategy()
+                return pretrain(model, benign, steps=spec.steps, strategy=strategy, ema=spec.ema, run=self.run), {}
+
+        ((found, _),) = run_jobs(train, None, [Job(key, None, "the original")], store, run=self.run, executor=None)
+        return found
 
     def immunize(
         self, model: SplitModel, benign: Task, restricted: Task, defense: Defense
@@ -324,8 +324,26 @@ class Job:
         return process_group().on_main_process(lambda: _written(result, folder))
 
 
+@dataclass(frozen=True)
+class _OneModel:
+    """A file with the one model of a run, as the store of jobs; see `holdfast.runtime.jobs.Store`."""
+
+    path: Path
+    like: SplitModel
+
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        return [] if process_group().broadcast_object(self.path.exists()) else list(keys)
+
+    def put(self, key: str, value: StoredModel) -> None:
+        process_group().on_main_process(lambda: value[0].save(self.path))
+
+    def get(self, key: str) -> StoredModel:
+        self.like.load(self.path)
+        return self.like, {}
+
+
 def _opened(where: Path, overwrite: bool) -> None:
-    """Makes a job's folder, or empties it; see `Job.start`."""
+    """Makes a job's folder, or empties it; see `Workspace.start`."""
     writable_folder(where)
     if not (where / "job.json").exists():
         strange = [name for name in OWN_FILES if (where / name).exists()]

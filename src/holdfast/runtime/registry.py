@@ -52,7 +52,7 @@ class Registry(Mapping[str, Member]):
             # A module that is imported again, as a doctest or under `__main__`, registers its member once more.
             if known is not None and _place(known) != _place(member):
                 raise HoldfastError(
-                    f"Two members of {self.package} are called {name!r}: {_place(known)} and {_place(member)}; rename one."
+                    f"{_place(known)} and {_place(member)} are both registered as the {self.what} {name!r}; rename one."
                 )
             self._members[name] = member
             return member

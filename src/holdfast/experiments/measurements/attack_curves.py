@@ -1,18 +1,26 @@
-"""What a protocol attacks with: strategies as a recipe writes them, epochs in steps, and the scratch control."""
+"""Attack curves: the strategies of a protocol, epochs in steps, the scratch control, and running all of them."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import partial
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from holdfast.adversaries import Adversary, FineTuning
+from holdfast.auditing.trials import few_of
+from holdfast.experiments.setting import ORIGINAL, SCRATCH, Setting, role_of
 from holdfast.models import SplitModel
 from holdfast.results import Curve
+from holdfast.runtime.executors import Executor
+from holdfast.runtime.jobs import Job, JournalStore, run_jobs
+from holdfast.runtime.journal import Journal
+from holdfast.runtime.run import Run
 from holdfast.tasks import Task
 from holdfast.training import Gradient, Initialisation, Precision, Scope, Strategy
 
@@ -111,21 +119,131 @@ def steps_per_epoch(samples: int, batch_size: int, cap: int | None = None) -> in
     return steps if cap is None else min(steps, cap)
 
 
-def kept_curve(attack: Attack, seed: int, budgets: tuple[int, ...], task: str, entry: Any) -> Curve:
-    """Makes the curve of a trial of its entry in a journal.
+@dataclass(frozen=True)
+class AttackTrial:
+    """One attack on one model of a setting with one seed.
+
+    Attributes:
+        setting: name of the setting.
+        model: `scratch`, `original`, or the name of a defense.
+        attack: what is run.
+        seed: which repetition.
+        budgets: steps at which to score.
+    """
+
+    setting: str
+    model: str
+    attack: Attack
+    seed: int
+    budgets: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        """Names it among all trials of a protocol."""
+        return json.dumps([self.setting, self.model, self.attack.label, self.seed], ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class AttackContext:
+    """What all attacks of a protocol need; it travels once to each worker.
+
+    Attributes:
+        settings: by name.
+        models: immunized ones by setting, label and seed of the defense.
+        immunizations: how many seeds each defense has.
+        shots: training samples a class; None: all.
+        run: seed, device, folder.
+        on: the task that is learned: the adversary's half of the restricted one, or the transfer task.
+    """
+
+    settings: Mapping[str, Setting]
+    models: Mapping[tuple[str, str, int], SplitModel]
+    immunizations: int
+    shots: int | None
+    run: Run
+    on: Literal["restricted", "transfer"] = "restricted"
+
+    def model(self, trial: AttackTrial) -> SplitModel:
+        """Returns the model that a trial attacks."""
+        original = self.settings[trial.setting].original
+        if trial.model == ORIGINAL:
+            return original
+        if trial.model == SCRATCH:
+            with self.run.seeded("scratch", trial.seed):
+                return original.fresh()
+        return self.models[trial.setting, trial.model, trial.seed % self.immunizations]
+
+    def task(self, setting: Setting) -> Task:
+        """Returns what adversaries learn from in a setting."""
+        return setting.adversary_data if self.on == "restricted" else setting.transfer_task
+
+    def scored(self, setting: Setting) -> Task:
+        """Returns the task by whose constant guess errors are scored; see `rescaled`."""
+        return setting.restricted if self.on == "restricted" else setting.transfer_task
+
+
+def attack_curves(
+    context: AttackContext,
+    trials: Sequence[AttackTrial],
+    *,
+    file: str,
+    depends_on: Mapping[str, Any],
+    executor: Executor,
+    description: str,
+) -> dict[str, Curve]:
+    """Runs the trials that a journal in the run's folder does not hold yet.
 
     Args:
-        attack: that was run.
-        seed: which repetition.
-        budgets: at which it was scored.
-        task: what was learned, as in `Curve.task`.
-        entry: of the journal.
+        context: models, tasks, seed.
+        trials: in the order in which they should run.
+        file: name of the journal.
+        depends_on: what curves depend on beside the context and the trials.
+        executor: where attacks run; it does not change their results.
+        description: for the progress display.
 
-    Raises:
-        ValueError: if the entry is no curve, or another trial's.
+    Returns:
+        Curves by key of their trial.
     """
+    settings, run = context.settings, context.run
+    journal = Journal(
+        run.path(file),
+        {
+            "seed": run.seed,
+            "attacks": {t.key: [t.attack.adversary.config(), t.budgets] for t in trials if t.seed == 0},
+            **depends_on,
+            "shots": context.shots,
+            "data": {name: context.task(setting).facts().sha256 for name, setting in settings.items()},
+            "originals": {name: setting.original.facts().sha256 for name, setting in settings.items()},
+            "immunized models": {json.dumps(place): model.facts().sha256 for place, model in context.models.items()},
+        },
+        "protocol",
+    )
+    jobs = [Job(t.key, t, f"{t.model}: {t.attack.label}") for t in trials]
+    store = JournalStore(journal, {t.key: partial(_kept, t, context.on) for t in trials})
+    curves = run_jobs(_attack, context, jobs, store, run=run, executor=executor, description=description)
+    return {trial.key: curve for trial, curve in zip(trials, curves, strict=True)}
+
+
+def _attack(context: AttackContext, trial: AttackTrial) -> Curve:
+    setting = context.settings[trial.setting]
+    task = few_of(context.task(setting), context.shots, context.run, trial.seed)
+    curve = trial.attack.adversary.attack(
+        context.model(trial),
+        task,
+        budgets=trial.budgets,
+        run=context.run,
+        role=role_of(trial.model),
+        seed=trial.seed,
+        benign=setting.benign,
+    ).model_copy(update={"task": context.on})
+    return curve if task.higher_is_better else rescaled(curve, task.chance / context.scored(setting).chance)
+
+
+def _kept(trial: AttackTrial, task: str, entry: Any) -> Curve:
+    """Reads a trial's curve from its entry in the journal; refuses another trial's."""
     curve = Curve.model_validate(entry)
-    if (curve.adversary, curve.seed, tuple(curve.budgets), curve.task) != (attack.adversary.name, seed, budgets, task):
+    wanted = (trial.attack.adversary.name, trial.seed, trial.budgets, task)
+    if (curve.adversary, curve.seed, tuple(curve.budgets), curve.task) != wanted:
         raise ValueError(f"it is of {curve.adversary!r} on {curve.task}, seed {curve.seed}, budgets {curve.budgets}")
     return curve
 

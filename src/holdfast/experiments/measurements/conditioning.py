@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from holdfast.defenses import FrontierDefense
 from holdfast.errors import HoldfastError
-from holdfast.experiments.setting import Setting
-from holdfast.experiments.setting_scores import ORIGINAL, PaperSpec, Printed, SettingScores, about_paper
+from holdfast.experiments.measurements.base import MEASUREMENTS, Measured, Measurement
+from holdfast.experiments.setting import ORIGINAL, Setting
+from holdfast.experiments.setting_scores import PaperSpec, Printed, SettingScores, about_paper
 from holdfast.metrics.rir import GroupRatios, GroupSpectra, check_groups, group_spectra
 from holdfast.models import SplitModel
 from holdfast.results.tables import Cell, Outcome, Table
 from holdfast.runtime.executors import Executor
+from holdfast.runtime.jobs import Job, JournalStore, run_jobs
 from holdfast.runtime.journal import Journal
 from holdfast.runtime.run import Run
 
@@ -25,37 +27,41 @@ Place = tuple[str, str, int]
 """Setting, model (`original` or a defense) and seed of the defense."""
 
 
-class ConditioningSpec(BaseModel):
+@MEASUREMENTS.register("conditioning")
+class Conditioning(Measurement):
     """On how many samples the condition numbers of a protocol's models are taken."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     groups: int = Field(20, ge=1, description="Groups of samples; their mean and spread are shown. The paper's: 20.")
     samples: int = Field(100, ge=2, description="Samples of a group. The paper's: 100.")
 
+    def check(self, settings: Mapping[str, Setting]) -> None:
+        """Refuses settings whose tasks have too few samples, or no vectors of features."""
+        for name, setting in settings.items():
+            try:
+                check_groups(setting.benign, setting.adversary_data, groups=self.groups, samples=self.samples)
+            except HoldfastError as error:
+                raise HoldfastError(f"conditioning, in setting {name!r}: {error}") from error
+
+    def measure(self, protocol: Measured) -> Outcome:
+        """Returns the table `conditioning`, and what it says of each defense."""
+        context = protocol.context
+        spectra = spectra_of(self, context.settings, context.models, run=context.run, executor=protocol.executor)
+        return lay_out(self, protocol.scores, spectra)
+
 
 @dataclass(frozen=True)
-class _Bench:
+class _Context:
     """What all measurements need; it travels once to each worker."""
 
-    spec: ConditioningSpec
-    grounds: Mapping[str, Setting]
+    spec: Conditioning
+    settings: Mapping[str, Setting]
     models: Mapping[Place, SplitModel]
     run: Run
 
 
-def check_conditioning(spec: ConditioningSpec, grounds: Mapping[str, Setting]) -> None:
-    """Refuses, before any work, settings whose tasks have too few samples, or no vectors of features."""
-    for name, ground in grounds.items():
-        try:
-            check_groups(ground.benign, ground.adversary_data, groups=spec.groups, samples=spec.samples)
-        except HoldfastError as error:
-            raise HoldfastError(f"conditioning, in setting {name!r}: {error}") from error
-
-
-def measure_all(
-    spec: ConditioningSpec,
-    grounds: Mapping[str, Setting],
+def spectra_of(
+    spec: Conditioning,
+    settings: Mapping[str, Setting],
     immunized: Mapping[Place, SplitModel],
     *,
     run: Run,
@@ -68,85 +74,82 @@ def measure_all(
 
     Args:
         spec: how many samples.
-        grounds: models and tasks by setting.
+        settings: by name.
         immunized: by setting, label and seed.
         run: its seed draws the samples.
         executor: where it is computed; it does not change the result.
     """
-    models = {(name, ORIGINAL, 0): ground.original for name, ground in grounds.items()} | dict(immunized)
+    models = {(name, ORIGINAL, 0): setting.original for name, setting in settings.items()} | dict(immunized)
     journal = Journal(
         run.path("conditioning.jsonl"),
         {
             "seed": run.seed,
             "conditioning": spec.model_dump(),
-            "data": {n: [g.benign.facts().sha256, g.adversary_data.facts().sha256] for n, g in grounds.items()},
+            "data": {n: [s.benign.facts().sha256, s.adversary_data.facts().sha256] for n, s in settings.items()},
             "models": {json.dumps(place): model.facts().sha256 for place, model in models.items()},
         },
         "protocol",
     )
-    keys = {place: json.dumps(place, ensure_ascii=False) for place in models}
-    lacking = set(journal.missing(dict.fromkeys(keys.values(), partial(_kept, spec.groups))))
-    missing = [place for place in models if keys[place] in lacking]
-    with run.progress("Condition numbers", len(models), len(models) - len(missing)) as bar:
-        for index, found in executor.run(_work, _Bench(spec, grounds, models, run), missing):
-            journal.add(keys[missing[index]], found.model_dump(mode="json"))
-            bar.tick(f"{missing[index][1]}, seed {missing[index][2]}")
-    return {place: journal.read(key, partial(_kept, spec.groups)) for place, key in keys.items()}
+    jobs = [Job(json.dumps(p, ensure_ascii=False), p, f"{p[1]}, seed {p[2]}") for p in models]
+    store = JournalStore(journal, {job.key: partial(_kept, spec.groups) for job in jobs})
+    context = _Context(spec, settings, models, run)
+    found = run_jobs(_measure, context, jobs, store, run=run, executor=executor, description="Condition numbers")
+    return dict(zip(models, found, strict=True))
 
 
 def _kept(groups: int, entry: Any) -> GroupSpectra:
-    """Makes the spectra of a model of their entry in the journal; refuses those of another number of groups."""
+    """Reads the spectra of a model from their entry in the journal; refuses those of another number of groups."""
     found = GroupSpectra.model_validate(entry)
     if {len(value) for _, value in found} != {groups}:
         raise ValueError(f"it is not of {groups} groups")
     return found
 
 
-def _work(bench: _Bench, place: Place) -> GroupSpectra:
-    ground = bench.grounds[place[0]]
+def _measure(context: _Context, place: Place) -> GroupSpectra:
+    setting = context.settings[place[0]]
     return group_spectra(
-        bench.models[place].clone().to(bench.run.device),
-        ground.benign,
-        ground.adversary_data,
-        groups=bench.spec.groups,
-        samples=bench.spec.samples,
-        seed=bench.run.seed,
+        context.models[place].clone().to(context.run.device),
+        setting.benign,
+        setting.adversary_data,
+        groups=context.spec.groups,
+        samples=context.spec.samples,
+        seed=context.run.seed,
     )
 
 
-def lay_out(spec: ConditioningSpec, scenes: Sequence[SettingScores], spectra: Mapping[Place, GroupSpectra]) -> Outcome:
+def lay_out(spec: Conditioning, settings: Sequence[SettingScores], spectra: Mapping[Place, GroupSpectra]) -> Outcome:
     """Returns the table `conditioning`, and what it says of each defense.
 
     Args:
         spec: how many samples.
-        scenes: the settings.
-        spectra: see `measure_all`.
+        settings: the settings.
+        spectra: see `spectra_of`.
     """
     rows: list[dict[str, str | Cell]] = []
     findings: list[str] = []
-    for scene in scenes:
-        original = spectra[scene.name, ORIGINAL, 0]
+    for setting in settings:
+        original = spectra[setting.name, ORIGINAL, 0]
         ratios = {
             label: [
                 GroupRatios.of(original, found)
-                for (setting, own, _), found in spectra.items()
-                if (setting, own) == (scene.name, label)
+                for (name, own, _), found in spectra.items()
+                if (name, own) == (setting.name, label)
             ]
-            for label in (ORIGINAL, *scene.labels)
+            for label in (ORIGINAL, *setting.labels)
         }
         bound = Cell.of(original.bounds)
-        where = {"setting": scene.name} if len(scenes) > 1 else {}
-        rows += [{**where, **_row(scene, label, found, bound)} for label, found in ratios.items()]
-        prefix = f"{scene.name}: " if len(scenes) > 1 else ""
-        findings += [prefix + text for text in _findings(scene, ratios)]
+        where = {"setting": setting.name} if len(settings) > 1 else {}
+        rows += [{**where, **_row(setting, label, found, bound)} for label, found in ratios.items()]
+        prefix = f"{setting.name}: " if len(settings) > 1 else ""
+        findings += [prefix + text for text in _findings(setting, ratios)]
     return Outcome(
-        {"conditioning": Table(title="RIR of deep features", rows=rows, note=_note(spec, scenes))}, {}, findings
+        {"conditioning": Table(title="RIR of deep features", rows=rows, note=_note(spec, settings))}, {}, findings
     )
 
 
-def _row(scene: SettingScores, label: str, found: Sequence[GroupRatios], bound: Cell) -> dict[str, str | Cell]:
-    paper = scene.paper.get(label, PaperSpec())
-    benign, percent = scene.benign(label), scene.benign_measure.percent
+def _row(setting: SettingScores, label: str, found: Sequence[GroupRatios], bound: Cell) -> dict[str, str | Cell]:
+    paper = setting.paper.get(label, PaperSpec())
+    benign, percent = setting.benign(label), setting.benign_measure.percent
     row: dict[str, str | Cell] = {
         "model": label,
         "ratio_restricted": _cell((v for each in found for v in each.restricted), paper.ratio_restricted),
@@ -181,20 +184,20 @@ def _changes(found: Sequence[GroupRatios]) -> list[str]:
     return texts
 
 
-def _findings(scene: SettingScores, ratios: Mapping[str, Sequence[GroupRatios]]) -> list[str]:
+def _findings(setting: SettingScores, ratios: Mapping[str, Sequence[GroupRatios]]) -> list[str]:
     means = {label: Cell.of(v for each in found for v in each.rir).mean for label, found in ratios.items()}
     frontiers = {
         label: mean
-        for label in scene.labels
-        if (mean := means[label]) is not None and scene.defense(label) == FrontierDefense.name
+        for label in setting.labels
+        if (mean := means[label]) is not None and setting.defense(label) == FrontierDefense.name
     }
     best = max(frontiers, key=lambda label: frontiers[label], default=None)
     found = []
-    for label in scene.labels:
+    for label in setting.labels:
         own = ratios[label]
         text = _about(label, own)
         mean = means[label]
-        if best is not None and mean is not None and scene.defense(label) not in (FrontierDefense.name, None):
+        if best is not None and mean is not None and setting.defense(label) not in (FrontierDefense.name, None):
             ahead = "more" if mean > frontiers[best] else "less"
             text += (
                 f" That is {ahead} than the {frontiers[best]:.3g} of {best}, the closed form before the head of the "
@@ -232,17 +235,17 @@ def _spread(cell: Cell) -> str:
     return f"{cell.mean:.3g}" + ("" if cell.sd is None else f" ± {cell.sd:.2g}")
 
 
-def _note(spec: ConditioningSpec, scenes: Sequence[SettingScores]) -> str:
+def _note(spec: Conditioning, settings: Sequence[SettingScores]) -> str:
     repeated = max(
-        (sum(label == own for own, _ in scene.made) for scene in scenes for label in scene.labels), default=1
+        (sum(label == own for own, _ in setting.made) for setting in settings for label in setting.labels), default=1
     )
     over = f"{spec.groups} groups" + (f" of each of {repeated} immunizations" if repeated > 1 else "")
-    unit = scenes[0].benign_measure
+    unit = settings[0].benign_measure
     return (
         f"Condition numbers of a linear probe's Hessian on groups of {spec.samples} samples (Eq. 17), over the "
         f"original's on the same samples, in float64: mean ± standard deviation over {over}; of benign {unit.name}, "
         "over immunizations. Restricted samples are the adversary's, benign ones the test split's: no defense trained "
         "on them. (i) should be above 1, (ii) at most 1; RIR is (i) / (ii) of each group. RIR*: what no linear "
         "extractor before the original's head exceeds on these samples; a dash where the two tasks' samples span other "
-        f"directions, so that nothing is bounded.{about_paper(scenes)}"
+        f"directions, so that nothing is bounded.{about_paper(settings)}"
     )

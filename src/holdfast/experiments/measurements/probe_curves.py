@@ -14,7 +14,9 @@ from typing import Final, Literal
 from holdfast.adversaries import Probe
 from holdfast.defenses import IMMA, ConditionNumber, OptKappa, RIllOnly
 from holdfast.experiments.measurements.attack_curves import Attack
-from holdfast.experiments.setting_scores import ORIGINAL, Row, SettingScores
+from holdfast.experiments.measurements.base import MEASUREMENTS, Measured, Measurement
+from holdfast.experiments.setting import ORIGINAL
+from holdfast.experiments.setting_scores import Row, SettingScores
 from holdfast.results.tables import Cell, Figure, Lines, Outcome, Table
 
 MARGIN: Final = 0.03
@@ -34,14 +36,24 @@ PAPERS: Final = frozenset(
 Effect = Literal["held back", "slowed", "not slowed"]
 
 
+@MEASUREMENTS.register("probe-curves")
+class ProbeCurves(Measurement):
+    """How fast linear probes learn; nothing where no attack of the protocol is a linear probe."""
+
+    def measure(self, protocol: Measured) -> Outcome:
+        """Returns figures, the table `probes` and findings."""
+        rows = {s.name: [row for row in protocol.rows if row.setting == s.name] for s in protocol.scores}
+        return probe_outcome(protocol.plan, protocol.scores, rows)
+
+
 def probe_outcome(
-    plan: Sequence[Attack], scenes: Sequence[SettingScores], rows: Mapping[str, Sequence[Row]]
+    plan: Sequence[Attack], settings: Sequence[SettingScores], rows: Mapping[str, Sequence[Row]]
 ) -> Outcome:
     """Returns figures, the table `probes` and findings; nothing where no attack is a linear probe.
 
     Args:
         plan: the attacks.
-        scenes: the settings.
+        settings: the settings.
         rows: the rows of each setting.
     """
     probes = {a.label: a.adversary for a in plan if isinstance(a.adversary, Probe)}
@@ -49,23 +61,23 @@ def probe_outcome(
     if not probes:
         return outcome
     lines: list[dict[str, str | Cell]] = []
-    several = len(scenes) > 1
-    for i, scene in enumerate(scenes):
+    several = len(settings) > 1
+    for i, setting in enumerate(settings):
         found = {
-            probe: {row.model: row for row in rows[scene.name] if row.attack == probe and row.curves}
+            probe: {row.model: row for row in rows[setting.name] if row.attack == probe and row.curves}
             for probe in probes
         }
         found = {probe: models for probe, models in found.items() if ORIGINAL in models}
-        where = {"setting": scene.name} if several else {}
-        lines += [{**where, **_line(scene, probe, models)} for probe, models in found.items()]
-        prefix = f"{scene.name}: " if several else ""
-        figures = _figures(scene, {p: m for p, m in found.items() if p in _shown(probes)}, prefix)
+        where = {"setting": setting.name} if several else {}
+        lines += [{**where, **_line(setting, probe, models)} for probe, models in found.items()]
+        prefix = f"{setting.name}: " if several else ""
+        figures = _figures(setting, {p: m for p, m in found.items() if p in _shown(probes)}, prefix)
         outcome += Outcome(
             {},
             {f"{key}_{i}" if several else key: figure for key, figure in figures.items()},
-            [prefix + text for text in _findings(scene, probes, found)],
+            [prefix + text for text in _findings(setting, probes, found)],
         )
-    measure = scenes[0].measure
+    measure = settings[0].measure
     if lines:
         note = (
             f"{measure.name.capitalize()} on the restricted task after the last epoch of each linear probe: the frozen "
@@ -77,8 +89,8 @@ def probe_outcome(
     return outcome
 
 
-def _line(scene: SettingScores, probe: str, models: Mapping[str, Row]) -> dict[str, str | Cell]:
-    return {"probe": probe} | {model: row.cell(row.epochs[-1], scene.measure) for model, row in models.items()}
+def _line(setting: SettingScores, probe: str, models: Mapping[str, Row]) -> dict[str, str | Cell]:
+    return {"probe": probe} | {model: row.cell(row.epochs[-1], setting.measure) for model, row in models.items()}
 
 
 def _shown(probes: Mapping[str, Probe]) -> list[str]:
@@ -89,7 +101,7 @@ def _shown(probes: Mapping[str, Probe]) -> list[str]:
     return [*raw, *(label for label in iterative if label in first.values())]
 
 
-def _figures(scene: SettingScores, probes: Mapping[str, Mapping[str, Row]], where: str) -> dict[str, Figure]:
+def _figures(setting: SettingScores, probes: Mapping[str, Mapping[str, Row]], where: str) -> dict[str, Figure]:
     found: dict[str, Figure] = {}
     for i, (probe, models) in enumerate(probes.items()):
         row = models[ORIGINAL]
@@ -97,10 +109,10 @@ def _figures(scene: SettingScores, probes: Mapping[str, Mapping[str, Row]], wher
         found[f"probe_{i}"] = Lines(
             title=f"{where}{probe[:1].upper()}{probe[1:]}, step by step",
             x_title="step",
-            y_title=f"{scene.measure.name} on {scene.restricted}",
+            y_title=f"{setting.measure.name} on {setting.restricted}",
             log_x=True,
             x=[float(e * row.steps) for e in epochs],
-            series={m: [r.cell(e, scene.measure).mean for e in epochs] for m, r in models.items()},
+            series={m: [r.cell(e, setting.measure).mean for e in epochs] for m, r in models.items()},
         )
     return found
 
@@ -118,17 +130,19 @@ def effect(own: Row, original: Row) -> Effect | None:
     return "held back" if lower[-1] else "slowed" if any(lower) else "not slowed"
 
 
-def _findings(scene: SettingScores, probes: Mapping[str, Probe], found: Mapping[str, Mapping[str, Row]]) -> list[str]:
-    texts = [_about(label, scene, probes, found) for label in scene.labels if any(label in m for m in found.values())]
+def _findings(setting: SettingScores, probes: Mapping[str, Probe], found: Mapping[str, Mapping[str, Row]]) -> list[str]:
+    texts = [
+        _about(label, setting, probes, found) for label in setting.labels if any(label in m for m in found.values())
+    ]
     descents = {probes[p].solver: p for p in found if probes[p].preparation == "raw"}
     descent = next((descents[solver] for solver in DESCENTS if solver in descents), None)
-    if descent is not None and scene.labels:
-        texts.append(_order(descent, scene, found[descent]))
+    if descent is not None and setting.labels:
+        texts.append(_order(descent, setting, found[descent]))
     return texts
 
 
 def _about(
-    label: str, scene: SettingScores, probes: Mapping[str, Probe], found: Mapping[str, Mapping[str, Row]]
+    label: str, setting: SettingScores, probes: Mapping[str, Probe], found: Mapping[str, Mapping[str, Row]]
 ) -> str:
     groups: dict[Effect | None, list[str]] = {}
     gaps: dict[str, float] = {}
@@ -155,7 +169,7 @@ def _about(
         return text
     most = max(gaps, key=lambda probe: gaps[probe])
     own, original = found[most][label], found[most][ORIGINAL]
-    ends = [scene.measure.text(row.cell(row.epochs[-1], scene.measure).mean) for row in (own, original)]
+    ends = [setting.measure.text(row.cell(row.epochs[-1], setting.measure).mean) for row in (own, original)]
     return f"{text} The most: {most}, {ends[0]} against {ends[1]} after step {own.epochs[-1] * own.steps}."
 
 
@@ -169,17 +183,17 @@ def _named(labels: Sequence[str], probes: Mapping[str, Probe]) -> str:
     return ", ".join(f"{solver} ({', '.join(prepared)})" for solver, prepared in by_solver.items())
 
 
-def _order(probe: str, scene: SettingScores, models: Mapping[str, Row]) -> str:
+def _order(probe: str, setting: SettingScores, models: Mapping[str, Row]) -> str:
     """Whose curve is the lowest in the end, as Figure 3 is read."""
     ends = {model: row.score(row.epochs[-1]) for model, row in models.items()}
     known = {model: score for model, score in ends.items() if score is not None and math.isfinite(score)}
     order = sorted(known, key=lambda model: known[model])
-    listed = ", ".join(f"{m} {scene.measure.text(scene.measure.value(known[m]))}" for m in order)
+    listed = ", ".join(f"{m} {setting.measure.text(setting.measure.value(known[m]))}" for m in order)
     text = f"After the last epoch of {probe}, slowest first: {listed}."
-    ours = [model for model in order if scene.defense(model) in ALGORITHM_1]
+    ours = [model for model in order if setting.defense(model) in ALGORITHM_1]
     if not ours:
         return text
-    theirs = [model for model in order if model == ORIGINAL or scene.defense(model) in PAPERS]
+    theirs = [model for model in order if model == ORIGINAL or setting.defense(model) in PAPERS]
     if theirs[0] in ours:
         return f"{text} Of the paper's methods Algorithm 1 is the slowest, as in its Figure 3."
     return f"{text} In the paper's Figure 3 Algorithm 1 is the slowest of its methods; here {theirs[0]} is."

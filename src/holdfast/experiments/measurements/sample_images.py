@@ -1,0 +1,177 @@
+"""The images behind samples: who is pictured, which images are shown, and the network whose features are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from holdfast.adversaries import Adversary
+from holdfast.experiments.model_store import ModelJobs, StoredModel, model_store
+from holdfast.experiments.setting import Setting
+from holdfast.metrics.generation import Distance
+from holdfast.models import SplitModel, load_model
+from holdfast.results import Role
+from holdfast.runtime.distributed import alone
+from holdfast.runtime.jobs import Job, run_jobs
+from holdfast.runtime.run import Run, fingerprint
+from holdfast.tasks import ArrayTask, DenoisingTask
+from holdfast.tasks.base import Split
+from holdfast.training import pretrain
+
+if TYPE_CHECKING:
+    from holdfast.experiments.measurements.samples import Samples
+
+CLASSIFIER_STEPS: Final = 400
+"""Training of the network whose features are compared."""
+
+
+LEAST: Final = 3
+"""Samples that a kernel distance needs."""
+
+
+@dataclass(frozen=True)
+class PicturedModel:
+    """One model that pictures are made of.
+
+    Attributes:
+        setting: on which setting.
+        model: its row in the tables.
+        role: whose part it plays in the attack.
+        adversary: who fine-tunes it on the restricted task first; None: it is shown on its own task, as released.
+        steps: of the attack.
+    """
+
+    setting: str
+    model: str
+    role: Role
+    adversary: Adversary | None = None
+    steps: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.model} {'as released' if self.adversary is None else 'after the attack'} in {self.setting!r}"
+
+
+@dataclass(frozen=True)
+class SettingImages:
+    """What is compared with on one setting: the tasks, and the network whose features are measured, if there is one.
+
+    Attributes:
+        benign: the model's own task.
+        restricted: what it must not be fine-tuned to.
+        classifier: the network, on the CPU.
+        accuracy: its test accuracy.
+        unit: root mean square of its features on training images; the kernel, which adds 1 to a product of features,
+            means little if they are of any size.
+    """
+
+    benign: DenoisingTask
+    restricted: DenoisingTask
+    classifier: SplitModel | None = None
+    accuracy: float = math.nan
+    unit: float = 1.0
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """What the classifier's head receives, in units of its size on training images."""
+        assert self.classifier is not None
+        return _features(self.classifier, pictures) / self.unit
+
+    def task(self, subject: PicturedModel) -> DenoisingTask:
+        """The images that a model is to make."""
+        return self.benign if subject.adversary is None else self.restricted
+
+
+@dataclass(frozen=True)
+class SampleContext:
+    """What all subjects need; it travels once to each worker."""
+
+    spec: Samples
+    settings: Mapping[str, Setting]
+    images: Mapping[str, SettingImages]
+    models: Mapping[tuple[str, str], SplitModel]
+    shots: int | None
+    run: Run
+
+    def pictures(self, subject: PicturedModel) -> dict[str, int]:
+        """How many pictures of each kind a subject makes."""
+        task = self.images[subject.setting].task(subject)
+        shown = min(self.spec.denoised, task.size("test"))
+        levels = self.spec.levels(task.schedule.steps)
+        return {f"restored {level}": shown for level in levels} | {"samples": self.spec.samples}
+
+    def cache_key(self, subject: PicturedModel) -> dict[str, object]:
+        """Everything that the pictures of a subject depend on."""
+        images, setting = self.images[subject.setting], self.settings[subject.setting]
+        classifier = images.classifier
+        return {
+            "model": self.models[subject.setting, subject.model].facts().sha256,
+            "attack": None if subject.adversary is None else [subject.adversary.config(), subject.steps],
+            "shots": self.shots,
+            "seed": self.run.seed,
+            "pictures": self.spec.model_dump(mode="json", exclude={"attack"}),
+            "task": images.task(subject).facts().sha256,
+            "data": [setting.benign.facts().sha256, setting.adversary_data.facts().sha256],
+            "classifier": None if classifier is None else classifier.facts().sha256,
+        }
+
+
+ModelSamples = tuple[dict[str, Tensor], Distance | None]
+"""Pictures by what they are, and the distance of samples from test images."""
+
+
+def drawn_images(task: DenoisingTask, split: Split, count: int, run: Run, use: str = "measured") -> Tensor:
+    """So many images of a split, the same for every model."""
+    order = torch.randperm(task.size(split), generator=run.generator("pictures", use, split))
+    return (task.images(split)[order[:count]] + 1) / 2
+
+
+def shown_images(task: DenoisingTask, spec: Samples, run: Run) -> Tensor:
+    """Returns the test images to which noise is added, the same for every model."""
+    return drawn_images(task, "test", spec.denoised, run, "shown")
+
+
+def setting_images(spec: Samples, benign: DenoisingTask, restricted: DenoisingTask, run: Run) -> SettingImages:
+    """Trains a small classifier on the labelled benign images, unless there is nothing to tell apart."""
+    fewest = min(benign.size("test"), restricted.size("test"))
+    if not spec.measured or benign.labels("train").bincount().count_nonzero() < 2 or fewest < LEAST:
+        return SettingImages(benign, restricted)
+    labelled = ArrayTask(
+        benign.name, _bytes(benign, "train"), benign.labels("train").numpy(),
+        _bytes(benign, "test"), benign.labels("test").numpy(), benign.class_names,
+    )  # fmt: skip
+    with run.seeded("pictures", "classifier"):
+        fresh = load_model("cnn", labelled)
+    assert run.folder is not None
+    cache_key = {
+        "untrained model": fresh.facts().sha256,
+        "data": labelled.facts().sha256,
+        "steps": CLASSIFIER_STEPS,
+        "seed": run.seed,
+    }
+
+    def train(_context: None, _inputs: None) -> StoredModel:
+        run.say("Training a classifier, whose features samples are compared by")
+        with alone():  # it measures, and must not depend on how many processes there are
+            return pretrain(fresh, labelled, steps=CLASSIFIER_STEPS, run=Run(run.seed, run.device)).cpu(), {}
+
+    key = fingerprint(cache_key)
+    store = ModelJobs(model_store(run.folder, "classifiers"), {key: cache_key}, {key: fresh})
+    ((classifier, _),) = run_jobs(train, None, [Job(key, None, "the classifier")], store, run=run, executor=None)
+    size = float(_features(classifier, drawn_images(benign, "train", spec.measured, run)).square().mean().sqrt())
+    return SettingImages(benign, restricted, classifier, labelled.score(classifier), size or 1.0)
+
+
+def _bytes(task: DenoisingTask, split: Split) -> npt.NDArray[Any]:
+    images = ((task.images(split) + 1) * 127.5).round().to(torch.uint8)
+    return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+
+
+@torch.no_grad()
+def _features(classifier: SplitModel, pictures: Tensor) -> Tensor:
+    return torch.cat([classifier.eval().features(part) for part in torch.split(pictures, 256)])
