@@ -10,7 +10,7 @@ import torch
 
 from holdfast.defenses import FrontierDefense, LinearProblem
 from holdfast.errors import HoldfastError
-from holdfast.experiments.linear_study import StudySpec, measure, sources, study
+from holdfast.experiments.linear.study import StudySpec, measure, sources, study
 from holdfast.experiments.recipe import StudyRecipe, load
 from holdfast.experiments.runner import run_recipe
 from holdfast.models import features
@@ -193,7 +193,7 @@ class TestResume:
         entry["value"] = damage(entry["value"])
         path.write_text("\n".join([head, json.dumps(entry)]) + "\n")
         monkeypatch.setattr(
-            "holdfast.experiments.linear_study.measure", lambda *_, **__: pytest.fail("work was done before")
+            "holdfast.experiments.linear.study.measure", lambda *_, **__: pytest.fail("work was done before")
         )
         with pytest.raises(HoldfastError, match=f"study.jsonl' is damaged .*{message}.*take out the line"):
             run_study({"norm_ratio_steps": 2}, run=Run(0, CPU, tmp_path))

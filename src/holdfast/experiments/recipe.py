@@ -12,7 +12,7 @@ from holdfast.auditing.audit import AuditSpec
 from holdfast.defenses import DEFENSES, Defense, LinearDefense
 from holdfast.defenses.registry import build_defense
 from holdfast.errors import HoldfastError, unknown
-from holdfast.experiments.linear_study import StudySpec
+from holdfast.experiments.linear.specs import StudySpec
 from holdfast.experiments.protocol import ProtocolSpec
 from holdfast.models import ModelSpec, is_code
 from holdfast.runtime.devices import MAX_THREADS

@@ -10,7 +10,7 @@ from holdfast.adversaries import Search, battery
 from holdfast.auditing.audit import AuditSpec
 from holdfast.errors import HoldfastError
 from holdfast.experiments.immunization import check_reuse, reuse_models
-from holdfast.experiments.linear_study import sources, study
+from holdfast.experiments.linear.study import sources, study
 from holdfast.experiments.protocol import SettingSpec, check_kinds, immunizations, protocol
 from holdfast.experiments.recipe import AnyRecipe, ProtocolRecipe, StudyRecipe
 from holdfast.experiments.setting import Setting
@@ -60,8 +60,7 @@ def run_recipe(
         device: `auto`, or a torch device.
         overwrite: throw away what a former run left in the folder.
         quiet: show no progress.
-        executor: where the audit's trials run, see `audit`, or a protocol's immunizations and attacks; studies have
-            none.
+        executor: where jobs run: an audit's trials, a protocol's immunizations and attacks, a study's measurements.
         reuse: folders of other protocols' runs, whose immunized models are taken where they are the very same.
 
     Raises:
@@ -77,9 +76,7 @@ def run_recipe(
     if reuse:
         raise HoldfastError("--reuse is for protocols; this recipe is a study or a run, and immunizes by itself.")
     if isinstance(recipe, StudyRecipe):
-        if trials_run_on.name != "serial":
-            raise HoldfastError(f"A study has no trials that {trials_run_on.name!r} could run; leave --executor out.")
-        return _run_study(recipe, folder, data_dir, device, overwrite, quiet)
+        return _run_study(recipe, folder, data_dir, device, overwrite, quiet, trials_run_on)
     defense = recipe.build_defense()
     _refuse_idle(recipe.audit)
     chosen = resolve_device(device)
@@ -111,7 +108,13 @@ def run_recipe(
 
 
 def _run_study(
-    recipe: StudyRecipe, folder: Path, data_dir: Path | str | None, device: str, overwrite: bool, quiet: bool
+    recipe: StudyRecipe,
+    folder: Path,
+    data_dir: Path | str | None,
+    device: str,
+    overwrite: bool,
+    quiet: bool,
+    executor: Executor,
 ) -> RunResult:
     methods = recipe.build_methods()
     chosen = resolve_device(device)
@@ -139,8 +142,8 @@ def _run_study(
     finished = workspace.finished()
     if finished is not None:
         return finished
-    with workspace.replacing(), cpu_threads(recipe.threads), workspace.timed("study"):
-        outcome = study(recipe, methods, tasks, model, run=workspace.run)
+    with workspace.replacing(), cpu_threads(recipe.threads), workspace.timed("study"), executor.kept():
+        outcome = study(recipe, methods, tasks, model, run=workspace.run, executor=executor)
     with cpu_threads(recipe.threads):
         return workspace.save(outcome=outcome)
 

@@ -1,0 +1,290 @@
+"""Studies: several linear defenses on one or many pairs of tasks, measured alike and laid out as the paper's tables."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.adversaries import Adversary, listed
+from holdfast.defenses import LinearDefense, LinearProblem
+from holdfast.errors import HoldfastError
+from holdfast.experiments.linear.measures import (
+    ROLES,
+    Domain,
+    Pairs,
+    Role,
+    measure,
+    measured_entry,
+    pairs_of,
+    refuse_no_number,
+)
+from holdfast.experiments.linear.specs import IDENTITY, ProbesSpec, StudySpec, StudyTable
+from holdfast.experiments.linear.tables import study_figures, study_findings, study_tables
+from holdfast.models import SplitModel
+from holdfast.results.tables import Cell, Outcome, Table
+from holdfast.runtime.executors import Executor
+from holdfast.runtime.jobs import Job, JournalStore, run_jobs
+from holdfast.runtime.journal import Journal
+from holdfast.runtime.run import Run
+from holdfast.spectral.frontier import Frontier
+from holdfast.tasks import Task, TaskSpec
+
+
+def study(
+    spec: StudySpec,
+    methods: Mapping[str, LinearDefense],
+    tasks: Mapping[str, Sequence[Task]],
+    model: SplitModel | None,
+    *,
+    run: Run,
+    executor: Executor,
+) -> Outcome:
+    """Runs every method on every pair with every seed and measures all of them alike.
+
+    With a folder in `run`, every finished piece is kept at once, and a second call does only what is missing.
+
+    Args:
+        spec: tables and what to measure.
+        methods: the defenses by row.
+        tasks: by table: benign and restricted task of a pair, or the one task whose classes are paired.
+        model: see `StudySpec.model`.
+        run: seed, folder, progress.
+        executor: where methods are run and measured; it does not change the result.
+
+    Raises:
+        HoldfastError: if a task cannot serve, before any method has run.
+    """
+    pairs = {name: pairs_of(table, tasks[name], model) for name, table in spec.tables.items()}
+    context = _Context(spec, methods, pairs, run)
+    journal = Journal(run.path("study.jsonl"), _belongs(spec, methods, tasks, model, run), "study")
+    pieces = {name: _pieces(name, pairs[name], methods, spec) for name in spec.tables}
+    probes = {} if spec.probes is None else {name: _probe_jobs(name, methods, spec.probes) for name in spec.tables}
+    readers: dict[str, Callable[[Any], Any]] = {
+        job.key: partial(measured_entry, spec, spec.tables[name].held_out, context.curve_steps(job.inputs))
+        for name, jobs in pieces.items()
+        for job in jobs
+    }
+    scores = JournalStore(
+        journal,
+        {
+            job.key: partial(_probe_scores, len(job.inputs.budgets))
+            for job in itertools.chain.from_iterable(probes.values())
+        },
+    )
+    scores.missing(list(scores.readers))  # damage is found before anything is measured
+    every = list(itertools.chain.from_iterable(pieces.values()))
+    store = JournalStore(journal, readers)
+    values = run_jobs(_measure, context, every, store, run=run, executor=executor, description="Measuring")
+    by_key = {job.key: value for job, value in zip(every, values, strict=True)}
+    outcome = Outcome({}, {}, [])
+    for name, settings in spec.tables.items():
+        measured = {
+            row: [[by_key[_key(name, pair, row, seed)] for pair, _, _ in pairs[name]] for seed in seeds]
+            for row, seeds in _rows(methods, spec).items()
+        }
+        rows = list(measured)
+        outcome += Outcome(
+            study_tables(name, settings, rows, measured, spec),
+            study_figures(name, settings, rows, measured, pairs[name]),
+            study_findings(settings, rows, measured, pairs[name]),
+        )
+    for name, jobs in probes.items():
+        found = run_jobs(_probe, context, jobs, scores, run=run, executor=executor, description="Probing")
+        table = _probe_table(spec.tables[name], pairs[name], [job.inputs for job in jobs], found)
+        outcome += Outcome({f"{name}_probes": table}, {}, [])
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """An extractor to measure: a method with a seed, on a pair of a table."""
+
+    table: str
+    pair: str
+    row: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class _ProbePiece:
+    """A probe to run behind the extractor of a method."""
+
+    table: str
+    row: str
+    role: Role
+    adversary: Adversary
+    budgets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What all pieces of a study need; it travels once to each worker."""
+
+    spec: StudySpec
+    methods: Mapping[str, LinearDefense]
+    pairs: Mapping[str, Pairs]
+    run: Run
+    _problems: dict[tuple[str, str], LinearProblem] = field(default_factory=dict, repr=False)
+    _extractors: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
+
+    def pair(self, table: str, pair: str | None = None) -> tuple[str, Domain, Domain]:
+        """Returns a pair of a table; without a name, its only one."""
+        return next(each for each in self.pairs[table] if pair in (None, each[0]))
+
+    def problem(self, table: str, pair: str) -> LinearProblem:
+        """Returns the problem of a pair; the last one is kept, since jobs come pair by pair."""
+        if (table, pair) not in self._problems:
+            self._problems.clear()
+            _, benign, restricted = self.pair(table, pair)
+            settings = self.spec.tables[table]
+            frontier = Frontier.of(benign.problem, restricted.problem, space=settings.space, ridge=settings.ridge)
+            self._problems[table, pair] = LinearProblem(frontier, benign.train, restricted.train)
+        return self._problems[table, pair]
+
+    def curve_steps(self, piece: _Piece) -> int:
+        """Returns the steps of a piece's norm-ratio curves: the first seed of a single pair has them."""
+        return self.spec.norm_ratio_steps if len(self.pairs[piece.table]) == 1 and piece.seed == 0 else 0
+
+    def extractor(self, table: str, pair: str, row: str, seed: int) -> Tensor:
+        """Returns a method's extractor, in the problem's coordinates."""
+        problem, method = self.problem(table, pair), self.methods.get(row)
+        if method is None:
+            return torch.eye(problem.width, dtype=torch.float64, device=problem.frontier.basis.device)
+        own = Run(self.run.generator("study", table, pair, seed).initial_seed(), self.run.device)
+        return method.extractor(problem, run=own)[0]
+
+    def scaled_extractor(self, table: str, row: str) -> Tensor:
+        """Returns an extractor on all features, at the scale of a released model: Adam and L-BFGS feel it."""
+        if (table, row) not in self._extractors:
+            pair, benign, _ = self.pair(table)
+            theta = self.problem(table, pair).frontier.full(self.extractor(table, pair, row, 0))
+            root = benign.problem.root
+            self._extractors[table, row] = theta * (root.norm() / (root @ theta).norm())
+        return self._extractors[table, row]
+
+
+def _measure(context: _Context, piece: _Piece) -> dict[str, Any]:
+    spec, table = context.spec, context.spec.tables[piece.table]
+    _, benign, restricted = context.pair(piece.table, piece.pair)
+    return measure(
+        context.problem(piece.table, piece.pair).frontier,
+        context.extractor(piece.table, piece.pair, piece.row, piece.seed),
+        (benign.train[0], restricted.train[0]),
+        spec,
+        before=(benign.published, restricted.published),
+        curves=context.curve_steps(piece),
+        held_out=(benign.held_out, restricted.held_out) if table.held_out else None,
+    )
+
+
+def _probe(context: _Context, piece: _ProbePiece) -> list[float | None]:
+    """Scores of a probe behind a method; it gets exactly the features that the method transforms."""
+    _, benign, restricted = context.pair(piece.table)
+    theta = context.scaled_extractor(piece.table, piece.row)
+    model, task = _behind(theta, restricted if piece.role == "restricted" else benign)
+    return piece.adversary.attack(model, task, budgets=(0, *piece.budgets), run=context.run).scores[1:]
+
+
+def _belongs(
+    spec: StudySpec,
+    methods: Mapping[str, LinearDefense],
+    tasks: Mapping[str, Sequence[Task]],
+    model: SplitModel | None,
+    run: Run,
+) -> dict[str, Any]:
+    return {
+        "seed": run.seed,
+        "study": spec.model_dump(mode="json", exclude={"methods"}),
+        "methods": {row: {"name": d.name, **d.config()} for row, d in methods.items()},
+        "data": {name: [t.facts().sha256 for t in each] for name, each in tasks.items()},
+        "model": None if model is None else model.facts().sha256,
+    }
+
+
+def _rows(methods: Mapping[str, LinearDefense], spec: StudySpec) -> dict[str, range]:
+    """Rows and their seeds; the identity has nothing random."""
+    return {IDENTITY: range(1), **{row: range(spec.seeds) for row in methods}}
+
+
+def _pieces(name: str, pairs: Pairs, methods: Mapping[str, LinearDefense], spec: StudySpec) -> list[Job[_Piece]]:
+    return [
+        Job(_key(name, pair, row, seed), _Piece(name, pair, row, seed), f"{pair}: {row}")
+        for pair, _, _ in pairs
+        for row, seeds in _rows(methods, spec).items()
+        for seed in seeds
+    ]
+
+
+def _probe_jobs(name: str, methods: Mapping[str, LinearDefense], probes: ProbesSpec) -> list[Job[_ProbePiece]]:
+    return [
+        Job(
+            _key(name, "probe", role, adversary.name, row),
+            _ProbePiece(name, row, role, adversary, probes.budgets),
+            adversary.name,
+        )
+        for role in ROLES
+        for adversary in listed(probes.battery)
+        if role == "restricted" or adversary.name in probes.benign
+        for row in (IDENTITY, *methods)
+    ]
+
+
+def _probe_table(
+    table: StudyTable, pairs: Pairs, pieces: Sequence[_ProbePiece], scores: Sequence[Sequence[float | None]]
+) -> Table:
+    ((_, _, restricted),) = pairs
+    rows: list[dict[str, str | Cell]] = []
+    for piece, own in zip(pieces, scores, strict=True):
+        cells = {f"step {k}": Cell.of([s]) for k, s in zip(piece.budgets, own, strict=True)}
+        rows.append({"model": f"{piece.role}: {piece.adversary.name}", "method": piece.row, **cells})
+    unit = "accuracy" if restricted.task is None else restricted.task.audit_unit
+    return Table(
+        title=f"{table.title}: {unit} of linear probes",
+        note="Every probe sees all training samples of its task; scores are on the test split.",
+        rows=rows,
+        percent=True,
+    )
+
+
+def _key(*parts: object) -> str:
+    """Names a piece of work, whatever characters the names in it have."""
+    return json.dumps(parts, ensure_ascii=False)
+
+
+def _probe_scores(budgets: int, entry: Any) -> list[float | None]:
+    """Makes a probe's scores of their entry in the journal."""
+    if not isinstance(entry, list) or len(entry) != budgets:
+        raise ValueError(f"it is not a list of {budgets} scores")
+    for value in entry:
+        if value is not None:
+            refuse_no_number("a score", value)
+    return entry
+
+
+def _behind(theta: Tensor, domain: Domain) -> tuple[SplitModel, Task]:
+    """A model whose features are the domain's behind theta, and the task on the features before it."""
+    if domain.task is None or domain.test is None:
+        raise HoldfastError("Probes need tasks with test data: set held_out, and a single pair of tasks.")
+    width, classes = len(theta), domain.task.num_outputs
+    head = nn.utils.skip_init(nn.Linear, width, classes, dtype=torch.float64)  # type: ignore[no-untyped-call]
+    model = SplitModel(nn.Sequential(head), "0")
+    model.add_extractor()
+    with torch.no_grad():
+        model.network.get_submodule("0.0").weight.copy_(theta.T)  # type: ignore[operator]
+    return model, domain.task.with_inputs(domain.train[0], domain.test[0])
+
+
+def sources(spec: StudySpec) -> Iterator[tuple[str, tuple[TaskSpec, ...]]]:
+    """Yields every table's task specifications, as `study` wants the tasks."""
+    for name, table in spec.tables.items():
+        if table.pair is not None:
+            yield name, (table.pair.benign, table.pair.restricted)
+        elif table.class_pairs is not None:
+            yield name, (table.class_pairs.data,)
