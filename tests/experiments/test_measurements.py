@@ -14,11 +14,11 @@ import torch
 from holdfast.adversaries import FineTuning, Probe
 from holdfast.auditing.trials import few_of
 from holdfast.errors import HoldfastError
-from holdfast.experiments.immunization import Made
+from holdfast.experiments.immunization import ImmunizedModel
 from holdfast.experiments.measurements.attack_curves import Attack
-from holdfast.experiments.measurements.conditioning import ConditioningSpec, lay_out
+from holdfast.experiments.measurements.conditioning import Conditioning, lay_out
 from holdfast.experiments.measurements.probe_curves import effect, probe_outcome
-from holdfast.experiments.measurements.transfer import learners
+from holdfast.experiments.measurements.transfer import transfer_attacks
 from holdfast.experiments.recipe import ProtocolRecipe, load
 from holdfast.experiments.runner import run_recipe
 from holdfast.experiments.setting_scores import Measure, PaperSpec, Row, SettingScores
@@ -169,7 +169,7 @@ class TestTable3:
             )
         }  # fmt: skip
         names = {("closed", 0): "frontier", ("A", 0): "condition", ("A", 1): "condition", ("B", 0): "ntl"}
-        outcome = lay_out(ConditioningSpec(groups=2), [scene(made={k: made(v) for k, v in names.items()})], spectra)
+        outcome = lay_out(Conditioning(groups=2), [scene(made={k: made(v) for k, v in names.items()})], spectra)
         closed, a, b = outcome.findings
         assert closed.startswith(
             "closed: RIR is 8 ± 2.8, from (i) 8 ± 2.8 and (ii) 1 ± 0; (i) is above 1; (ii) at most 1"
@@ -194,7 +194,7 @@ def scene(**changes):
 
 
 def made(defense="sophon"):
-    return Made(
+    return ImmunizedModel(
         None, ImmunizationResult(defense=defense, config={}, history={}, events=[], completed=True), 0.9, 1, None
     )
 
@@ -288,13 +288,13 @@ def curve(attack, scores):
 class TestSideEffects:
     def test_who_learns(self):
         plan = recipe().plan()
-        assert [a.label for a in learners(plan, ())] == [
+        assert [a.label for a in transfer_attacks(plan, ())] == [
             f"probe ridge {p}" for p in ("raw", "standardised", "whitened")
         ]
-        assert [a.label for a in learners(plan, ("probe gd raw",))] == ["probe gd raw"]
+        assert [a.label for a in transfer_attacks(plan, ("probe gd raw",))] == ["probe gd raw"]
         heads = recipe(battery=None, attacks={"A": {}, "B": {"scope": "head", "initialisation": "head"}}).plan()
-        assert [a.label for a in learners(heads, ())] == ["B"]
-        assert [a.label for a in learners(heads[:1], ())] == ["probe ridge raw"]
+        assert [a.label for a in transfer_attacks(heads, ())] == ["B"]
+        assert [a.label for a in transfer_attacks(heads[:1], ())] == ["probe ridge raw"]
 
     def test_the_numbers_are_those_of_the_attack_itself(self, result, folder):
         rows = {(r["model"], r["attack"]): r for r in result.tables["side_effects"].rows}
@@ -358,8 +358,8 @@ class TestResume:
         def never(*_):
             raise AssertionError("was measured before")
 
-        monkeypatch.setattr("holdfast.experiments.measurements.conditioning._work", never)
-        monkeypatch.setattr("holdfast.experiments.measurements.transfer._work", never)
+        monkeypatch.setattr("holdfast.experiments.measurements.conditioning._measure", never)
+        monkeypatch.setattr("holdfast.experiments.measurements.attack_curves._attack", never)
         assert run(copied).numbers() == read_result(folder).numbers()
 
     @pytest.mark.parametrize("name", ["conditioning", "side-effects"])

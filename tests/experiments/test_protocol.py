@@ -19,7 +19,8 @@ from holdfast.adversaries import Adversary, FineTuning, Probe
 from holdfast.auditing.trials import few_of
 from holdfast.defenses import NTL, Sophon
 from holdfast.errors import HoldfastError
-from holdfast.experiments.protocol import Attack, ProtocolSpec, rescaled, scratch_plan
+from holdfast.experiments.measurements.attack_curves import Attack, rescaled, scratch_plan
+from holdfast.experiments.protocol import ProtocolSpec
 from holdfast.experiments.recipe import ProtocolRecipe, load
 from holdfast.experiments.runner import run_recipe
 from holdfast.models import load_model
@@ -605,7 +606,7 @@ class TestRecipes:
     @pytest.mark.parametrize("name", PROTOCOLS)
     def test_every_recipe_runs_at_smoke_scale(self, name, tmp_path, monkeypatch):
         monkeypatch.setattr(
-            "holdfast.experiments.measurements.samples.CLASSIFIER_STEPS", 20
+            "holdfast.experiments.measurements.sample_images.CLASSIFIER_STEPS", 20
         )  # what a distance is worth is tested elsewhere
         found = run(tmp_path, load(name, scale="smoke"))
         assert {row["model"] for row in scores(found).rows} >= {"original"}
@@ -690,7 +691,7 @@ class TestPaperScale:
     @pytest.mark.parametrize("name", PROTOCOLS)
     def test_starts_and_takes_two_loops_of_everything(self, name, few_data, tmp_path, monkeypatch):
         monkeypatch.setattr(
-            "holdfast.experiments.measurements.samples.CLASSIFIER_STEPS", 20
+            "holdfast.experiments.measurements.sample_images.CLASSIFIER_STEPS", 20
         )  # what a distance is worth is tested elsewhere
         if name.startswith("language/"):
             pytest.importorskip("pyarrow")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from holdfast.experiments.immunization import Made
+from holdfast.experiments.immunization import ImmunizedModel
 from holdfast.experiments.setting_scores import Measure, PaperSpec, Row, SettingScores
 from holdfast.experiments.tables import tabulate
 from holdfast.results import Curve, ImmunizationResult
@@ -33,7 +33,7 @@ def scene(**changes):
 def made(losses=(0.5, 2.0, 1.0), benign=0.9, **changes):
     history = {"iteration": [1, 2, 3], "suppression_loss": list(losses), "benign_score": [None, 0.9, None]}
     defaults = {"defense": "sophon", "config": {}, "history": history, "events": [], "completed": True}
-    return Made(None, ImmunizationResult(**{**defaults, **changes}), benign, 1.0, None)
+    return ImmunizedModel(None, ImmunizationResult(**{**defaults, **changes}), benign, 1.0, None)
 
 
 class TestTabulate:

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from holdfast.errors import HoldfastError
-from holdfast.experiments.measurements import samples
-from holdfast.experiments.measurements.samples import PicturedModel, PicturesSpec, _about_samples
+from holdfast.experiments.measurements import sample_images, samples
+from holdfast.experiments.measurements.sample_tables import _about_samples
+from holdfast.experiments.measurements.samples import PicturedModel, Samples
 from holdfast.experiments.recipe import ProtocolRecipe
 from holdfast.experiments.runner import run_recipe
 from holdfast.metrics.generation import Distance
@@ -135,9 +136,9 @@ def test_what_was_made_is_not_made_again(folder, result, tmp_path, monkeypatch):
     assert len(gone) == 5
     gone[0].unlink()
     made = []
-    honest = samples._work
-    monkeypatch.setattr(samples, "_work", lambda studio, sitting: made.append(sitting) or honest(studio, sitting))
-    monkeypatch.setattr(samples, "pretrain", None)
+    honest = samples._make
+    monkeypatch.setattr(samples, "_make", lambda studio, sitting: made.append(sitting) or honest(studio, sitting))
+    monkeypatch.setattr(sample_images, "pretrain", None)
     assert run(tmp_path / "copy").numbers() == result.numbers()
     assert len(made) == 1
 
@@ -182,7 +183,7 @@ def test_without_labels_there_is_no_measure(tmp_path):
 
 
 def test_a_model_that_gives_no_numbers_is_crossed_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "CLASSIFIER_STEPS", 5)  # no distance is taken
+    monkeypatch.setattr(sample_images, "CLASSIFIER_STEPS", 5)  # no distance is taken
     monkeypatch.setattr(samples, "restore", lambda model, shown, *_, **__: torch.full_like(shown, torch.nan))
     monkeypatch.setattr(samples, "sample", lambda model, count, **_: torch.full((count, 1, 8, 8), torch.nan))
     found = run(tmp_path / "new", recipe(attacks={}))
@@ -246,8 +247,8 @@ def test_classifiers_have_no_pictures(tmp_path):
 
 
 def test_a_quarter_of_the_noise_by_default():
-    assert PicturesSpec().levels(1000) == (250,)
-    assert PicturesSpec(noise_step=3).levels(1000) == (3,)
+    assert Samples().levels(1000) == (250,)
+    assert Samples(noise_step=3).levels(1000) == (3,)
 
 
 @pytest.mark.parametrize(

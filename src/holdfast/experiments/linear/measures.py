@@ -173,7 +173,7 @@ def measure(
         values[f"tau_{role}"] = tau
         values[f"tau_{role}_ratio"] = tau / predicted_tau(original[role], spec.tau_q)
         measured = measured_tau(task, spec.tau_q, max_steps=spec.tau_steps) if tau <= spec.tau_steps else None
-        values[f"tau_{role}measured_entry"] = measured
+        values[f"tau_{role}_measured"] = measured
         if curves:
             values[f"norm_ratios_{role}"] = norm_ratios(task, curves)
             values[f"published_norm_ratios_{role}"] = norm_ratios(task, curves, floor=PUBLISHED_FLOOR)

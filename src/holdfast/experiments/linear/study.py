@@ -44,7 +44,7 @@ def study(
     model: SplitModel | None,
     *,
     run: Run,
-    executor: Executor,
+    executor: Executor | None = None,
 ) -> Outcome:
     """Runs every method on every pair with every seed and measures all of them alike.
 
@@ -56,7 +56,7 @@ def study(
         tasks: by table: benign and restricted task of a pair, or the one task whose classes are paired.
         model: see `StudySpec.model`.
         run: seed, folder, progress.
-        executor: where methods are run and measured; it does not change the result.
+        executor: where methods run and are measured; it does not change the result. None: here.
 
     Raises:
         HoldfastError: if a task cannot serve, before any method has run.

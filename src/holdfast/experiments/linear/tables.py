@@ -44,7 +44,7 @@ def study_tables(
         f"{name}_convergence": f"{table.title}: how fast a probe learns",
         f"{name}_published": f"{table.title}: published-code variant",
     }
-    convergence = [c for c in CONVERGENCE if spec.tau_steps or not c.endswith("measured_entry")]
+    convergence = [c for c in CONVERGENCE if spec.tau_steps or not c.endswith("_measured")]
     columns = {name: main, f"{name}_convergence": convergence, f"{name}_published": PUBLISHED}
     return {
         key: Table(
