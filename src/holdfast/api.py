@@ -2,27 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from holdfast.adversaries import Adversary
 from holdfast.auditing.audit import AuditSpec
 from holdfast.defenses import Defense
 from holdfast.defenses.registry import build_defense
 from holdfast.errors import HoldfastError
-from holdfast.experiments.runner import _refuse_idle
+from holdfast.experiments.recipe import AnyRecipe, Scale, load
+from holdfast.experiments.runner import refuse_unused, run_recipe
 from holdfast.experiments.workspace import Workspace
 from holdfast.metrics.feasibility import assess, check
 from holdfast.models import SplitModel
-from holdfast.results import AuditResult, Feasibility
+from holdfast.results import AuditResult, Feasibility, RunResult, Thresholds
 from holdfast.runtime import executors
+from holdfast.runtime.callbacks import Callback
 from holdfast.runtime.devices import checked_threads, cpu_threads
 from holdfast.runtime.executors import Executor
 from holdfast.runtime.validation import plain, readable, refuse_truth_as_number
 from holdfast.tasks import Task
 from holdfast.tasks.splits import halves
+
+DEFAULTS = AuditSpec()
+
+
+def run(
+    recipe: AnyRecipe | Path | str,
+    *,
+    folder: Path | str | None = None,
+    scale: Scale = "cpu",
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    data_dir: Path | str | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    quiet: bool = True,
+    executor: Executor | str = "serial",
+    reuse: Sequence[Path | str] = (),
+    callbacks: Sequence[Callback] = (),
+) -> RunResult:
+    """Runs a recipe from data to report, or what is missing of it.
+
+    Args:
+        recipe: the name of a packaged recipe, a YAML file, or what `holdfast.experiments.recipe.load` returned; then
+            `scale`, `overrides` and `seed` were given there.
+        folder: gets `result.json`, `report.html`, `model.safetensors` and `checkpoints/`; None: `runs/RECIPE`. If it
+            holds a part of this recipe's run, only what is missing is done; if it holds another job, it is refused.
+        scale: `smoke` (seconds), `cpu` (two cores) or `paper` (the full setting, for a GPU).
+        overrides: settings, such as `defense.iterations=50`.
+        seed: replaces the recipe's seed.
+        data_dir: where tasks and weights are looked up; None: `$HOLDFAST_DATA`.
+        device: `auto`, or a torch device.
+        overwrite: throw away what an earlier run left in the folder.
+        quiet: show no progress.
+        executor: where jobs run; it does not change the result.
+        reuse: folders of other protocols' runs, whose immunized models are taken where they are the very same.
+        callbacks: are told of rounds and trials.
+
+    Raises:
+        HoldfastError: for input that cannot work; nothing in the folder is lost.
+    """
+    if isinstance(recipe, AnyRecipe):
+        given = {"scale": scale != "cpu", "overrides": bool(overrides), "seed": seed is not None}
+        if any(given.values()):
+            raise HoldfastError(
+                f"{', '.join(name for name, own in given.items() if own)}: the recipe is loaded already; give it to "
+                "holdfast.experiments.recipe.load, or the recipe by name."
+            )
+        loaded, name = recipe, recipe.title
+    else:
+        loaded = load(str(recipe), scale=scale, overrides=overrides, seed=seed)
+        name = Path(recipe).stem if str(recipe).endswith((".yaml", ".yml")) else str(recipe)
+    return run_recipe(
+        loaded,
+        folder=Path("runs", name) if folder is None else Path(folder),
+        data_dir=data_dir,
+        device=device,
+        overwrite=overwrite,
+        quiet=quiet,
+        executor=executor,
+        reuse=[Path(each) for each in reuse],
+        callbacks=callbacks,
+    )
 
 
 def immunize(
@@ -36,12 +101,13 @@ def immunize(
     threads: int | None = None,
     folder: Path | str | None = None,
     quiet: bool = True,
+    callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> SplitModel:
     """Returns an immunized copy of a model, with the defense's record on it.
 
     The record is the copy's `immunization`, an `ImmunizationResult`: whether the defense gave up (`completed`), what it
-    did of its own accord (`events`), its `history`, and whether there is an immunized model at all (`nothing` says why
+    decided while it ran (`events`), its `history`, and whether there is an immunized model at all (`nothing` says why
     not). Look at it before you release anything.
 
     Args:
@@ -54,6 +120,7 @@ def immunize(
         threads: CPU threads of torch; None: its default. One is best for networks of the quickstart's size.
         folder: where to keep checkpoints, `model.safetensors` and `result.json`; a second call continues there.
         quiet: show no progress.
+        callbacks: are told of each round.
         options: hyper-parameters of the defense, when it is given by name.
 
     Raises:
@@ -63,7 +130,8 @@ def immunize(
     _check_objects({"model": model}, {"benign": benign, "restricted": restricted})
     threads = checked_threads(threads)
     model = model.made_plain()
-    workspace = Workspace.start("immunize", f"{chosen.name} on {model.name}", seed, device, folder, quiet)
+    title = f"{chosen.name} on {model.name}"
+    workspace = Workspace.start("immunize", title, seed, device, folder, quiet, callbacks=callbacks)
     workspace.note_tasks({"benign": benign, "restricted": restricted})
     workspace.claim({"defense": {"name": chosen.name, **chosen.config()}, "model": model.facts().sha256})
     workspace.note_model("original", model)
@@ -115,8 +183,18 @@ def audit(
     folder: Path | str | None = None,
     quiet: bool = True,
     executor: Executor | str = "serial",
+    callbacks: Sequence[Callback] = (),
     source: Mapping[str, str | None] | None = None,
-    **options: Any,
+    battery: str | Sequence[Adversary] = DEFAULTS.battery,
+    budgets: Sequence[int] = DEFAULTS.budgets,
+    seeds: int = DEFAULTS.seeds,
+    shots: int | None = DEFAULTS.shots,
+    trials: int | None = None,
+    reported: float | None = None,
+    reported_benign: float | None = None,
+    side_effects: bool = DEFAULTS.side_effects,
+    stacked: bool = DEFAULTS.stacked,
+    thresholds: Thresholds | Mapping[str, Any] | None = None,
 ) -> AuditResult:
     """Audits a model against its controls.
 
@@ -132,8 +210,18 @@ def audit(
         folder: where to keep finished trials, `result.json` and `report.html`; a second call continues there.
         quiet: show no progress.
         executor: where trials run: `serial`, `processes`, `ray`, ...; it does not change the result.
+        callbacks: are told of each trial.
         source: how the command line names the models and tasks, for `holdfast replay`.
-        options: of `AuditSpec`: battery, budgets, seeds, shots, thresholds.
+        battery: its name, or the adversaries themselves.
+        budgets: fine-tuning steps at which to score; ascending, the first 0.
+        seeds: repetitions: other samples, batches and fresh weights each.
+        shots: the adversary's training samples a class; None: its whole half.
+        trials: of a search, for each model; None: its default. Other batteries have none.
+        reported: the restricted score after the last budget that the model's publisher claims.
+        reported_benign: the benign score of the original that its publisher claims.
+        side_effects: whether to measure how well harmless tasks are still learned.
+        stacked: train adversaries of small models together; curves agree up to rounding.
+        thresholds: limits of the verdict; those that are not named have their defaults.
 
     Raises:
         HoldfastError: for input that cannot work, before any work is done.
@@ -141,16 +229,31 @@ def audit(
     _check_objects({"model": model, "original": original}, {"benign": benign, "restricted": restricted})
     if transfer is not None:
         _check_objects({}, {"transfer": transfer})
-    options = plain(options)
+    named = isinstance(battery, str)
+    options = plain(
+        {
+            "battery": battery if named else DEFAULTS.battery,
+            "budgets": budgets,
+            "seeds": seeds,
+            "shots": shots,
+            **({} if trials is None else {"trials": trials}),
+            "reported": reported,
+            "reported_benign": reported_benign,
+            "side_effects": side_effects,
+            "stacked": stacked,
+            **({} if thresholds is None else {"thresholds": thresholds}),
+        }
+    )
     try:
         spec = AuditSpec.model_validate(options)
     except ValidationError as error:
         raise readable(error, "audit", AuditSpec) from error
     refuse_truth_as_number(options, spec, "audit")
-    _refuse_idle(spec, transfer is not None)
+    refuse_unused(spec, transfer is not None)
     threads, chosen = checked_threads(threads), executors.executor(executor)
     model, original = model.made_plain(), original.made_plain()
-    workspace = Workspace.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
+    title = f"Audit of {model.name} on {restricted.name}"
+    workspace = Workspace.start("audit", title, seed, device, folder, quiet, callbacks=callbacks)
     facts = {"model": model.facts().sha256, "original": original.facts().sha256}
     workspace.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
     workspace.claim({"audit": spec.model_dump(mode="json"), **facts})

@@ -226,6 +226,7 @@ class TrialRunner:
             executor=self.executor,
             description=description,
             together=self.context.together,
+            finished=self.context.run.finished_trial,
         )
 
 

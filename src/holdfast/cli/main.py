@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ def run_command(
     *,
     set: Sequence[str] = (),
     reuse: Sequence[Path] = (),
+    track: str | None = None,
 ) -> int:
     """Run a recipe: load a model, immunize it, audit it, write the report; or a study, or a protocol of attacks.
 
@@ -53,19 +55,21 @@ def run_command(
         executor: Where trials run: serial, processes[:N], ray[:N] or ray://HOST:PORT; same results.
         set: Override a setting of the recipe, such as defense.iterations=50; may be repeated.
         reuse: Folder of another protocol's run: take from it the immunized models that are wanted; may be repeated.
+        track: Log rounds and trials to tensorboard, wandb, mlflow or trackio, whose package must be installed.
     """
+    from holdfast import api
     from holdfast.experiments.recipe import Recipe, load
-    from holdfast.experiments.runner import run_recipe
     from holdfast.report.terminal import show
 
     loaded = load(recipe, scale=scale, overrides=set, seed=seed)
     if gate and not isinstance(loaded, Recipe):
         raise HoldfastError(f"--gate: a {loaded.kind} has no verdict to exit with; leave it out.")
     folder = out or Path("runs") / (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe)
-    result = run_recipe(
-        loaded, folder=folder, data_dir=data_dir, device=device, overwrite=overwrite, executor=executor,
-        reuse=[Path(each) for each in reuse],
-    )  # fmt: skip
+    with _tracked(track, folder) as callbacks:
+        result = api.run(
+            loaded, folder=folder, data_dir=data_dir, device=device, overwrite=overwrite, quiet=False,
+            executor=executor, reuse=reuse, callbacks=callbacks,
+        )  # fmt: skip
     show(result, folder)
     return _exit_code(result.audit.verdict.label if result.audit else None) if gate else 0
 
@@ -86,6 +90,7 @@ def immunize_command(
     threads: int | None = None,
     *,
     set: Sequence[str] = (),
+    track: str | None = None,
 ) -> int:
     """Immunize a model, and write it to OUT/model.safetensors.
 
@@ -110,6 +115,7 @@ def immunize_command(
         device: auto, cpu, cuda, cuda:1, mps, ...
         threads: CPU threads; 1 is best for small networks (default: torch's own choice).
         set: Set a hyper-parameter of the defense, such as iterations=50; may be repeated.
+        track: Log rounds to tensorboard, wandb, mlflow or trackio, whose package must be installed.
     """
     from holdfast import api
     from holdfast.defenses import DEFENSES
@@ -131,10 +137,11 @@ def immunize_command(
     original = load_released(
         model, weights, task, head=head, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std"), data_dir=data_dir
     )
-    api.immunize(
-        original, benign=task, restricted=against, defense=chosen, seed=seed, device=device, threads=threads,
-        folder=out, quiet=False,
-    )  # fmt: skip
+    with _tracked(track, out) as callbacks:
+        api.immunize(
+            original, benign=task, restricted=against, defense=chosen, seed=seed, device=device, threads=threads,
+            folder=out, quiet=False, callbacks=callbacks,
+        )  # fmt: skip
     record = read_result(out).immunization
     assert record is not None
     if speaks():
@@ -172,6 +179,7 @@ def audit_command(
     executor: str = "serial",
     *,
     set: Sequence[str] = (),
+    track: str | None = None,
 ) -> int:
     """Audit a model against its original and against training from scratch; a gate for CI.
 
@@ -210,6 +218,7 @@ def audit_command(
         executor: Where trials run: serial, processes[:N], ray[:N] or ray://HOST:PORT; same results. N is cores /
             threads.
         set: Set a threshold of the verdict, such as max_advantage=0.03, or side_effects or stacked; may be repeated.
+        track: Log trials to tensorboard, wandb, mlflow or trackio, whose package must be installed.
     """
     from holdfast import api
     from holdfast.experiments.recipe import read_overrides
@@ -235,11 +244,13 @@ def audit_command(
         "original_mean": original_mean, "original_std": original_std, "benign": benign, "restricted": restricted,
         "transfer": transfer,
     }  # fmt: skip
-    api.audit(
-        released, original=before, benign=task, restricted=against, transfer=harmless, seed=seed, device=device,
-        threads=threads, folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds, shots=shots,
-        reported=reported, reported_benign=reported_benign, thresholds=limits, executor=executor, source=source, **more,
-    )  # fmt: skip
+    with _tracked(track, out) as callbacks:
+        api.audit(
+            released, original=before, benign=task, restricted=against, transfer=harmless, seed=seed, device=device,
+            threads=threads, folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds,
+            shots=shots, reported=reported, reported_benign=reported_benign, thresholds=limits, executor=executor, source=source,
+            callbacks=callbacks, **more,
+        )  # fmt: skip
     result = read_result(out)
     show(result, out)
     return _exit_code(result.audit.verdict.label if result.audit else None)
@@ -505,6 +516,18 @@ def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
         return tuple(float(part) for part in text.strip("[]() ").split(","))
     except ValueError as error:
         raise HoldfastError(f"{option} {text!r}: expected numbers with commas, such as 0.485,0.456,0.406.") from error
+
+
+@contextlib.contextmanager
+def _tracked(name: str | None, folder: Path) -> Iterator[list[Any]]:
+    """Yields the callbacks of a command: a tracker, if one is wanted; it writes below the command's folder."""
+    if name is None:
+        yield []
+        return
+    from holdfast.runtime.callbacks import Tracker
+
+    with Tracker(name, folder.name, folder / "tracking") as tracker:
+        yield [tracker]
 
 
 def _exit_code(label: str | None) -> int:

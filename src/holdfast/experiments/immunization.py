@@ -212,7 +212,8 @@ def _immunize(context: _Context, wanted: ImmunizationJob) -> StoredModel:
     assert run.folder is not None
     place = _checkpoints(run.folder, wanted.key)
     # A worker on another machine does not see the folder, and works without checkpoints.
-    own = Run(wanted.run_seed, run.device, place if place.is_dir() else None, run.quiet)
+    folder = place if place.is_dir() else None
+    own = Run(wanted.run_seed, run.device, folder, run.quiet, callbacks=run.callbacks)
     run.say(f"Immunizing {wanted}")
     begin = time.perf_counter()
     model, record = wanted.defense.immunize(setting.original, setting.benign, setting.defender_data, run=own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from holdfast.adversaries import Search, battery
@@ -12,12 +12,13 @@ from holdfast.errors import HoldfastError
 from holdfast.experiments.immunization import check_reuse, reuse_models
 from holdfast.experiments.linear.study import sources, study
 from holdfast.experiments.protocol import SettingSpec, check_kinds, immunizations, protocol
-from holdfast.experiments.recipe import AnyRecipe, ProtocolRecipe, StudyRecipe
+from holdfast.experiments.recipe import AnyRecipe, ProtocolRecipe, Recipe, StudyRecipe
 from holdfast.experiments.setting import Setting
 from holdfast.experiments.workspace import Workspace
 from holdfast.models import ModelSpec, SplitModel, check_fits, load_model, load_task_for, read_by
 from holdfast.results import RunResult
 from holdfast.runtime import executors
+from holdfast.runtime.callbacks import Callback
 from holdfast.runtime.devices import cpu_threads, resolve_device
 from holdfast.runtime.executors import Executor
 from holdfast.runtime.run import Run
@@ -26,7 +27,7 @@ from holdfast.tasks.splits import halves
 from holdfast.training import PretrainSpec
 
 
-def _refuse_idle(spec: AuditSpec, transfer: bool = False) -> None:
+def refuse_unused(spec: AuditSpec, transfer: bool = False) -> None:
     """Refuses settings that would be taken and do nothing.
 
     A recipe may name a transfer task and leave side effects out at some of its scales.
@@ -39,6 +40,27 @@ def _refuse_idle(spec: AuditSpec, transfer: bool = False) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Options:
+    """How a recipe is run; see `run_recipe`."""
+
+    folder: Path
+    data_dir: Path | str | None
+    device: str
+    overwrite: bool
+    quiet: bool
+    executor: Executor
+    reuse: Sequence[Path]
+    callbacks: Sequence[Callback]
+
+    def workspace(self, recipe: AnyRecipe) -> Workspace:
+        """Returns the workspace of a recipe."""
+        return Workspace.start(
+            recipe.kind, recipe.title, recipe.seed, self.device, self.folder, self.quiet, recipe.resolved(),
+            self.overwrite, self.callbacks,
+        )  # fmt: skip
+
+
 def run_recipe(
     recipe: AnyRecipe,
     *,
@@ -49,6 +71,7 @@ def run_recipe(
     quiet: bool = False,
     executor: Executor | str = "serial",
     reuse: Sequence[Path] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> RunResult:
     """Runs a recipe from data to report, or what is missing of it.
 
@@ -58,34 +81,38 @@ def run_recipe(
             recipe, the job continues where it was; if it holds another, it is refused.
         data_dir: where tasks and weights are looked up.
         device: `auto`, or a torch device.
-        overwrite: throw away what a former run left in the folder.
+        overwrite: throw away what an earlier run left in the folder.
         quiet: show no progress.
         executor: where jobs run: an audit's trials, a protocol's immunizations and attacks, a study's measurements.
         reuse: folders of other protocols' runs, whose immunized models are taken where they are the very same.
+        callbacks: are told of rounds and trials.
 
     Raises:
         HoldfastError: for input that cannot work; nothing in the folder is lost.
     """
-    trials_run_on = executors.executor(executor)
+    chosen = executors.executor(executor)
     if not isinstance(recipe, AnyRecipe):
         raise HoldfastError(f"recipe is {recipe!r}; expected what holdfast.experiments.recipe.load(...) returns.")
     if any(Path(other).resolve() == Path(folder).resolve() for other in reuse):
         raise HoldfastError(f"--reuse {str(folder)!r} is the run's own folder, and what it holds is used anyway.")
+    options = _Options(folder, data_dir, device, overwrite, quiet, chosen, reuse, callbacks)
     if isinstance(recipe, ProtocolRecipe):
-        return _run_protocol(recipe, folder, data_dir, device, overwrite, quiet, trials_run_on, reuse)
+        return _run_protocol(recipe, options)
     if reuse:
         raise HoldfastError("--reuse is for protocols; this recipe is a study or a run, and immunizes by itself.")
-    if isinstance(recipe, StudyRecipe):
-        return _run_study(recipe, folder, data_dir, device, overwrite, quiet, trials_run_on)
+    return _run_study(recipe, options) if isinstance(recipe, StudyRecipe) else _run_audited(recipe, options)
+
+
+def _run_audited(recipe: Recipe, options: _Options) -> RunResult:
+    """Immunizes a model and audits it."""
     defense = recipe.build_defense()
-    _refuse_idle(recipe.audit)
-    chosen = resolve_device(device)
+    refuse_unused(recipe.audit)
+    device, data_dir = resolve_device(options.device), options.data_dir
     benign = load_task_for(recipe.benign, recipe.model, data_dir=data_dir)
     restricted = load_task_for(recipe.restricted, recipe.model, data_dir=data_dir)
     transfer = None if recipe.transfer is None else load_task_for(recipe.transfer, recipe.model, data_dir=data_dir)
-    run = Run(recipe.seed, chosen)
-    with run.seeded("initialise"):
-        model = load_model(recipe.model, benign, data_dir=data_dir, device=chosen)
+    with Run(recipe.seed, device).seeded("initialise"):
+        model = load_model(recipe.model, benign, data_dir=data_dir, device=device)
     _refuse_without_weights(f"Recipe {recipe.title!r}", recipe.model, model, recipe.pretrain)
     check_fits(model, restricted, own_task=False)
     if transfer is not None:
@@ -94,7 +121,7 @@ def run_recipe(
     if recipe.audit.shots is not None:
         adversary_data.few_shot(recipe.audit.shots, 0)
 
-    workspace = Workspace.start("run", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
+    workspace = options.workspace(recipe)
     workspace.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
     workspace.claim({"recipe": workspace.recipe, "model": model.facts().sha256})
     finished = workspace.finished()
@@ -103,32 +130,24 @@ def run_recipe(
     with workspace.replacing(), cpu_threads(recipe.threads):
         original = workspace.original(model, benign, recipe.pretrain)
         immunized, immunization = workspace.immunize(original, benign, defender_data, defense)
-        audited = workspace.audit(immunized, original, benign, adversary_data, transfer, recipe.audit, trials_run_on)
+        audited = workspace.audit(immunized, original, benign, adversary_data, transfer, recipe.audit, options.executor)
         return workspace.save(immunization=immunization, audit=audited)
 
 
-def _run_study(
-    recipe: StudyRecipe,
-    folder: Path,
-    data_dir: Path | str | None,
-    device: str,
-    overwrite: bool,
-    quiet: bool,
-    executor: Executor,
-) -> RunResult:
+def _run_study(recipe: StudyRecipe, options: _Options) -> RunResult:
+    """Measures linear defenses on pairs of tasks."""
     methods = recipe.build_methods()
-    chosen = resolve_device(device)
+    device, data_dir = resolve_device(options.device), options.data_dir
     tasks = {
         name: [load_task_for(spec, recipe.model, data_dir=data_dir) for spec in specs]
         for name, specs in sources(recipe)
     }
-    run = Run(recipe.seed, chosen)
     model = None
     if recipe.model is not None:
         first = next(iter(tasks.values()))[0]
-        with run.seeded("initialise"):
-            model = load_model(recipe.model, first, data_dir=data_dir, device=chosen)
-    workspace = Workspace.start("study", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite)
+        with Run(recipe.seed, device).seeded("initialise"):
+            model = load_model(recipe.model, first, data_dir=data_dir, device=device)
+    workspace = options.workspace(recipe)
     workspace.note_tasks(
         {
             f"{name} {role}": task
@@ -142,8 +161,8 @@ def _run_study(
     finished = workspace.finished()
     if finished is not None:
         return finished
-    with workspace.replacing(), cpu_threads(recipe.threads), workspace.timed("study"), executor.kept():
-        outcome = study(recipe, methods, tasks, model, run=workspace.run, executor=executor)
+    with workspace.replacing(), cpu_threads(recipe.threads), workspace.timed("study"), options.executor.kept():
+        outcome = study(recipe, methods, tasks, model, run=workspace.run, executor=options.executor)
     with cpu_threads(recipe.threads):
         return workspace.save(outcome=outcome)
 
@@ -156,19 +175,11 @@ def _refuse_without_weights(what: str, spec: ModelSpec, model: SplitModel, pretr
         raise HoldfastError(f"{what}: the model has no weights. Give `model.weights`, or `pretrain` to train one.")
 
 
-def _run_protocol(
-    recipe: ProtocolRecipe,
-    folder: Path,
-    data_dir: Path | str | None,
-    device: str,
-    overwrite: bool,
-    quiet: bool,
-    executor: Executor,
-    reuse: Sequence[Path],
-) -> RunResult:
+def _run_protocol(recipe: ProtocolRecipe, options: _Options) -> RunResult:
+    """Attacks several models side by side."""
     defenses = recipe.build_defenses()
-    check_reuse(reuse)
-    run = Run(recipe.seed, resolve_device(device))
+    check_reuse(options.reuse)
+    run, data_dir = Run(recipe.seed, resolve_device(options.device)), options.data_dir
     specs = {name: _with_tokenizers(spec, data_dir) for name, spec in recipe.settings.items()}
     recipe = recipe.model_copy(update={"settings": specs})
     wanted_tasks = dict.fromkeys(
@@ -179,9 +190,7 @@ def _run_protocol(
     settings = {name: _setting(name, spec, tasks, recipe.shots, data_dir, run) for name, spec in specs.items()}
     for measurement in recipe.chosen_measurements():
         measurement.check(settings)
-    workspace = Workspace.start(
-        "protocol", recipe.title, recipe.seed, device, folder, quiet, recipe.resolved(), overwrite
-    )
+    workspace = options.workspace(recipe)
     workspace.note_tasks(
         {
             f"{name}: {role}": task
@@ -202,14 +211,14 @@ def _run_protocol(
     with workspace.replacing(), cpu_threads(recipe.threads):
         for name, setting in settings.items():
             original = workspace.stored_original(
-                setting.original, setting.benign, recipe.settings[name].pretrain, reuse
+                setting.original, setting.benign, recipe.settings[name].pretrain, options.reuse
             )
             settings[name] = replace(setting, original=original)
             workspace.note_model(f"{name}: original", original)
         wanted = immunizations(recipe, defenses, settings, workspace.run)
-        reuse_models(wanted, reuse, run=workspace.run)
-        with workspace.timed("protocol"), executor.kept():
-            outcome, made = protocol(recipe, wanted, settings, run=workspace.run, executor=executor)
+        reuse_models(wanted, options.reuse, run=workspace.run)
+        with workspace.timed("protocol"), options.executor.kept():
+            outcome, made = protocol(recipe, wanted, settings, run=workspace.run, executor=options.executor)
         for name, each in made.items():
             workspace.note_model(name, each.model)
             workspace.timing[f"immunize {name}"] = each.seconds

@@ -34,6 +34,7 @@ from holdfast.results import (
 )
 from holdfast.results.provenance import provenance
 from holdfast.results.tables import Figure, Outcome, Pictures
+from holdfast.runtime.callbacks import Callback
 from holdfast.runtime.devices import resolve_device
 from holdfast.runtime.distributed import process_group
 from holdfast.runtime.documents import read_json
@@ -53,7 +54,7 @@ OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints", "
 """What a job makes in its folder, beside `job.json`, which marks the folder as one of ours."""
 
 REPLACED = ".holdfast-replaced"
-"""Where `--overwrite` keeps what it replaces until the new job is done: bad input must not cost anybody their work."""
+"""Where `--overwrite` keeps what it replaces until the new job is done, so that bad input costs no work."""
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Workspace:
         quiet: bool,
         recipe: dict[str, Any] | None = None,
         overwrite: bool = False,
+        callbacks: Sequence[Callback] = (),
     ) -> Workspace:
         """Returns a workspace that may use its folder.
 
@@ -90,7 +92,7 @@ class Workspace:
         if folder is not None and (not isinstance(folder, str | Path) or not str(folder)):
             raise HoldfastError(f"folder is {folder!r}; expected a path.")
         where = None if folder is None else Path(folder)
-        run = Run(seed, resolve_device(device), where, quiet)
+        run = Run(seed, resolve_device(device), where, quiet, callbacks=callbacks)
         if where is not None:
             process_group().on_main_process(lambda: _opened(where, overwrite))
         return cls(kind, title, run, recipe or {}, datetime.now(UTC).isoformat(timespec="seconds"))

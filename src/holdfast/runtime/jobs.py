@@ -94,6 +94,7 @@ def run_jobs(
     executor: Executor | None,
     description: str | None = None,
     together: Callable[[Sequence[Inputs]], Sequence[Sequence[int]]] | None = None,
+    finished: Callable[[Value], None] | None = None,
 ) -> list[Value]:
     """Computes what the store lacks, and returns the results of all jobs in order.
 
@@ -109,6 +110,7 @@ def run_jobs(
         together: groups the inputs of all jobs, by their indices, into batches that are computed together, whatever of
             them was done before; `function` then gets the inputs of a batch and returns as many results. Of a batch
             that is there in part, only what is missing is kept.
+        finished: is given each result that was computed now, after it was kept.
 
     Returns:
         What the store gives back, whether a result was computed now or before.
@@ -136,6 +138,8 @@ def run_jobs(
                 if job.key in missing:
                     store.put(job.key, value)
                     bar.tick(job.label)
+                    if finished is not None:
+                        finished(value)
     return [store.get(job.key) for job in jobs]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from holdfast.runtime.callbacks import Callback
 from holdfast.runtime.devices import resolve_device
 from holdfast.runtime.distributed import speaks
 from holdfast.runtime.validation import whole_number
@@ -49,6 +50,7 @@ class Run:
         device: see `resolve_device`.
         folder: where checkpoints go; None keeps everything in memory, and then nothing can be resumed.
         quiet: show no progress.
+        callbacks: are told of rounds and trials, in this process only.
     """
 
     seed: int = 0
@@ -56,6 +58,7 @@ class Run:
     folder: Path | None = None
     quiet: bool = True
     console: Console = field(default_factory=lambda: Console(stderr=True))
+    callbacks: Sequence[Callback] = ()
 
     def __post_init__(self) -> None:
         self.seed = whole_number("seed", self.seed)
@@ -87,6 +90,16 @@ class Run:
                 yield self.generator(*purpose)
             finally:
                 cudnn.deterministic, cudnn.benchmark = before
+
+    def finished_round(self, defense: str, round: int, values: Mapping[str, float]) -> None:
+        """Tells the callbacks of a round; see `Callback.on_round`."""
+        for callback in self.callbacks:
+            callback.on_round(defense, round, values)
+
+    def finished_trial(self, curve: Any) -> None:
+        """Tells the callbacks of a trial; see `Callback.on_trial`."""
+        for callback in self.callbacks:
+            callback.on_trial(curve)
 
     def path(self, *parts: str) -> Path | None:
         """Returns a path inside `checkpoints/` of the run's folder, or None without a folder."""
