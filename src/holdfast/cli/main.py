@@ -248,8 +248,8 @@ def audit_command(
         api.audit(
             released, original=before, benign=task, restricted=against, transfer=harmless, seed=seed, device=device,
             threads=threads, folder=out, quiet=False, battery=battery, budgets=_integers(budgets), seeds=seeds,
-            shots=shots, reported=reported, reported_benign=reported_benign, thresholds=limits, executor=executor, source=source,
-            callbacks=callbacks, **more,
+            shots=shots, reported=reported, reported_benign=reported_benign, thresholds=limits, executor=executor,
+            source=source, callbacks=callbacks, **more,
         )  # fmt: skip
     result = read_result(out)
     show(result, out)
