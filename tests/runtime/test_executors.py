@@ -16,10 +16,13 @@ from children import start, wait_for
 from holdfast.auditing.audit import AuditSpec, audit
 from holdfast.cli.main import main
 from holdfast.errors import HoldfastError
+from holdfast.experiments.linear.study import study
+from holdfast.experiments.recipe import StudyRecipe
 from holdfast.models import ModelSpec, SplitModel, load_model
 from holdfast.results import read_result
-from holdfast.runtime.executors import ATTEMPTS, executor
+from holdfast.runtime.executors import executor
 from holdfast.runtime.run import Run
+from holdfast.runtime.workers import ATTEMPTS, worker_count
 from holdfast.tasks import load_task
 from jobs import (
     Shipped,
@@ -233,19 +236,28 @@ class TestNames:
         assert (made.name, made.workers, made.threads) == ("processes:3", 3, 2)
 
     def test_as_many_workers_as_there_are_cores_for(self, monkeypatch):
-        from holdfast.runtime.executors import _worker_count
 
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-        assert _worker_count(None, 1, 100) == 8
-        assert _worker_count(None, 3, 100) == 2
-        assert _worker_count(None, 16, 100) == 1
-        assert _worker_count(None, 1, 5) == 5
-        assert _worker_count(20, 1, 100) == 20
+        assert worker_count(None, 1, 100) == 8
+        assert worker_count(None, 3, 100) == 2
+        assert worker_count(None, 16, 100) == 1
+        assert worker_count(None, 1, 5) == 5
+        assert worker_count(20, 1, 100) == 20
 
-    def test_a_study_has_nothing_to_spread(self, tmp_path, capsys):
-        with pytest.raises(SystemExit):
-            main(["run", "condition/house-prices", "--out", str(tmp_path), "--executor", "processes"])
-        assert "leave --executor out" in capsys.readouterr().err
+    def test_a_study_gives_the_same_numbers(self, two_workers, tmp_path):
+        benign, restricted = load_task("digits[0-4]"), load_task("digits[5-9]")
+        spec = {"pair": {"benign": {"data": "digits[0-4]"}, "restricted": {"data": "digits[5-9]"}}, "title": "A pair"}
+        methods = {"condition": {"name": "condition", "iterations": 2}, "frontier": {"name": "frontier"}}
+        recipe = StudyRecipe.model_validate({
+            "kind": "study", "title": "A study", "threads": 1, "seeds": 2, "tau_steps": 5, "tables": {"t": spec},
+            "methods": methods,
+        })  # fmt: skip
+        tasks, run = {"t": [benign, restricted]}, Run(0, torch.device("cpu"))
+        here, there = (
+            study(recipe, recipe.build_methods(), tasks, None, run=run, executor=each)
+            for each in (executor("serial"), two_workers)
+        )
+        assert here.tables["t"] == there.tables["t"]
 
 
 class TestPickling:

@@ -1,0 +1,229 @@
+"""Worker processes of this machine.
+
+Each has a pipe of its own. So one that is killed at any moment, as by a system that runs out of memory, takes no result
+with it and disturbs no other; what it had begun is begun again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import torch
+
+from holdfast.errors import HoldfastError
+from holdfast.runtime.executors import Context, Executor, Job, Result
+from holdfast.runtime.workers import (
+    ATTEMPTS,
+    Surroundings,
+    answer,
+    lost_too_often,
+    open_context,
+    pack,
+    unpack,
+    worker_count,
+)
+
+
+@dataclass(frozen=True)
+class Processes(Executor):
+    """Processes of this machine. They are not forked: a forked torch may wait for threads that it does not have."""
+
+    _idle: list[_Worker] = field(default_factory=list, init=False, repr=False, compare=False)
+    _keepers: list[object] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """See `Executor.kept`."""
+        keeper = object()
+        self._keepers.append(keeper)
+        try:
+            yield
+        finally:
+            self._keepers.remove(keeper)
+            while self._idle and not self._keepers:
+                self._idle.pop().stop()
+
+    def run(
+        self, work: Callable[[Context, Job], Result], context: Context, jobs: Sequence[Job]
+    ) -> Iterator[tuple[int, Result]]:
+        """See `Executor.run`."""
+        threads = self.threads or torch.get_num_threads()
+        packed = pack((Surroundings.here(threads), work, context), pickle.dumps, "the models and tasks")
+        parcels = [pack(job, pickle.dumps, str(job)) for job in jobs]
+        waiting, begun = deque(range(len(jobs))), Counter[int]()
+        workers: dict[Connection, _Worker] = {}
+
+        def take() -> int:
+            begun[waiting[0]] += 1
+            return waiting.popleft()
+
+        try:
+            for _ in range(worker_count(self.workers, threads, len(jobs))):
+                if self._idle:
+                    worker = self._idle.pop()
+                    worker.job = take()
+                    workers[worker.connection] = worker
+                    worker.send(packed, parcels[worker.job])
+                else:
+                    worker = _Worker.start(take())
+                    workers[worker.connection] = worker
+            while workers:
+                for connection in wait(list(workers)):
+                    assert isinstance(connection, Connection)
+                    worker = workers[connection]
+                    try:
+                        message = connection.recv_bytes()
+                    except (EOFError, OSError):
+                        del workers[connection]
+                        why = worker.died()
+                        if begun[worker.job] >= ATTEMPTS:
+                            raise lost_too_often(jobs[worker.job], why) from None
+                        waiting.appendleft(worker.job)
+                        worker = _Worker.start(take())
+                        workers[worker.connection] = worker
+                        continue
+                    if not worker.ready:
+                        worker.ready = True
+                        worker.send(packed, parcels[worker.job])
+                        continue
+                    index = worker.job
+                    if waiting:
+                        worker.job = take()
+                        worker.send(parcels[worker.job])
+                    else:
+                        self._done(workers.pop(connection))
+                    yield index, unpack(message)
+        finally:
+            for worker in workers.values():
+                worker.stop()
+
+    def _done(self, worker: _Worker) -> None:
+        """Ends a worker that has no more jobs, or keeps it for the next run."""
+        if self._keepers:
+            worker.send(b"")
+            self._idle.append(worker)
+        else:
+            worker.stop()
+
+
+@dataclass
+class _Worker:
+    """A process as its parent sees it: its end of the pipe, and the one job that it has."""
+
+    process: SpawnProcess
+    connection: Connection
+    job: int
+    ready: bool = False
+
+    @classmethod
+    def start(cls, job: int) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        try:
+            with _interrupts_blocked():
+                process.start()
+        except RuntimeError as error:  # this is itself a worker, which imports the script that started it
+            raise HoldfastError(f"Processes were to be started while a worker was starting. {_GUARD}") from error
+        finally:
+            theirs.close()
+        return cls(process, ours, job)
+
+    def send(self, *parcels: bytes) -> None:
+        with contextlib.suppress(OSError):  # if it is dead, the next look at the pipe says so
+            for parcel in parcels:
+                self.connection.send_bytes(parcel)
+
+    def stop(self) -> None:
+        """Ends it at once: a worker has nothing that is worth keeping."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+    def died(self) -> str:
+        """Says why its end of the pipe is closed.
+
+        Raises:
+            HoldfastError: if it failed before it could ask for work, as it would again.
+        """
+        self.process.join(timeout=10)
+        code = self.process.exitcode
+        self.stop()
+        if code is not None and code >= 0 and not self.ready:
+            raise HoldfastError(
+                f"A worker process ended before it could begin (exit code {code}); what it said stands above. {_GUARD}"
+            )
+        if code == -signal.SIGKILL:
+            return "killed, as the system does when memory runs out: use fewer workers, such as processes:1"
+        if code is not None and code < 0:
+            return f"ended by {signal.Signals(-code).name}"
+        return "hung" if code is None else f"ended with exit code {code}"
+
+
+_GUARD = (
+    "A worker imports the script that it serves, so what a script does must stand under "
+    "`if __name__ == \"__main__\":`; or use the executor 'serial'."
+)
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """A process that is started here never sees Ctrl-C, which is for the parent; the parent's own is only delayed."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # multiprocessing starts it with its first process, and unblocks SIGINT then
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(connection: Connection) -> None:
+    """What a worker process does: asks for a context, does one job after another, and waits for the next context.
+
+    An empty message says that a context has no more jobs; it is ended from outside.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):  # the parent has gone
+        connection.send_bytes(b"ready")
+        while True:
+            _serve_one_context(connection)
+            gc.collect()
+            torch.cuda.empty_cache()  # others need the memory while this one waits; nothing where no GPU is in use
+
+
+def _serve_one_context(connection: Connection) -> None:
+    packed = connection.recv_bytes()
+    parcel = connection.recv_bytes()
+    try:
+        shared: tuple[Any, Any] | Exception = open_context(packed)
+    except Exception as error:
+        shared = error
+    del packed
+    while parcel:
+        connection.send_bytes(answer(shared, parcel, pickle.dumps))
+        parcel = connection.recv_bytes()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent has ended, however that came: nobody waits for its job any more."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
