@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from pydantic import ValidationError
 
-from holdfast.adversaries import Adversary
 from holdfast.auditing.audit import AuditSpec
 from holdfast.defenses import Defense
 from holdfast.defenses.registry import build_defense
@@ -27,7 +26,33 @@ from holdfast.runtime.validation import plain, readable, refuse_truth_as_number
 from holdfast.tasks import Task
 from holdfast.tasks.splits import halves
 
-DEFAULTS = AuditSpec()
+
+class AuditOptions(TypedDict, total=False):
+    """Options of an audit; `AuditSpec` has their defaults.
+
+    Attributes:
+        battery: the name of a battery.
+        budgets: fine-tuning steps at which to score; ascending, the first 0.
+        seeds: repetitions: other samples, batches and fresh weights each.
+        shots: the adversary's training samples a class; None: its whole half.
+        trials: of a search, for each model; other batteries have none.
+        reported: the restricted score after the last budget that the model's publisher claims.
+        reported_benign: the benign score of the original that its publisher claims.
+        side_effects: whether to measure how well harmless tasks are still learned.
+        stacked: train adversaries of small models together; curves agree up to rounding.
+        thresholds: limits of the verdict; those that are not named have their defaults.
+    """
+
+    battery: str
+    budgets: Sequence[int]
+    seeds: int
+    shots: int | None
+    trials: int
+    reported: float | None
+    reported_benign: float | None
+    side_effects: bool
+    stacked: bool
+    thresholds: Thresholds | Mapping[str, Any]
 
 
 def run(
@@ -73,13 +98,12 @@ def run(
                 f"{', '.join(name for name, own in given.items() if own)}: the recipe is loaded already; give it to "
                 "holdfast.experiments.recipe.load, or the recipe by name."
             )
-        loaded, name = recipe, recipe.title
+        loaded, where = recipe, Path("runs", recipe.title)
     else:
-        loaded = load(str(recipe), scale=scale, overrides=overrides, seed=seed)
-        name = Path(recipe).stem if str(recipe).endswith((".yaml", ".yml")) else str(recipe)
+        loaded, where = load(str(recipe), scale=scale, overrides=overrides, seed=seed), default_folder(recipe)
     return run_recipe(
         loaded,
-        folder=Path("runs", name) if folder is None else Path(folder),
+        folder=where if folder is None else Path(folder),
         data_dir=data_dir,
         device=device,
         overwrite=overwrite,
@@ -88,6 +112,16 @@ def run(
         reuse=[Path(each) for each in reuse],
         callbacks=callbacks,
     )
+
+
+def default_folder(recipe: Path | str) -> Path:
+    """Returns where a recipe is run if no folder is given.
+
+    Example:
+        >>> default_folder("quickstart").as_posix(), default_folder("mine/toy.yaml").as_posix()
+        ('runs/quickstart', 'runs/toy')
+    """
+    return Path("runs", Path(recipe).stem if str(recipe).endswith((".yaml", ".yml")) else str(recipe))
 
 
 def immunize(
@@ -185,16 +219,7 @@ def audit(
     executor: Executor | str = "serial",
     callbacks: Sequence[Callback] = (),
     source: Mapping[str, str | None] | None = None,
-    battery: str | Sequence[Adversary] = DEFAULTS.battery,
-    budgets: Sequence[int] = DEFAULTS.budgets,
-    seeds: int = DEFAULTS.seeds,
-    shots: int | None = DEFAULTS.shots,
-    trials: int | None = None,
-    reported: float | None = None,
-    reported_benign: float | None = None,
-    side_effects: bool = DEFAULTS.side_effects,
-    stacked: bool = DEFAULTS.stacked,
-    thresholds: Thresholds | Mapping[str, Any] | None = None,
+    **options: Unpack[AuditOptions],
 ) -> AuditResult:
     """Audits a model against its controls.
 
@@ -212,16 +237,7 @@ def audit(
         executor: where trials run: `serial`, `processes`, `ray`, ...; it does not change the result.
         callbacks: are told of each trial.
         source: how the command line names the models and tasks, for `holdfast replay`.
-        battery: its name, or the adversaries themselves.
-        budgets: fine-tuning steps at which to score; ascending, the first 0.
-        seeds: repetitions: other samples, batches and fresh weights each.
-        shots: the adversary's training samples a class; None: its whole half.
-        trials: of a search, for each model; None: its default. Other batteries have none.
-        reported: the restricted score after the last budget that the model's publisher claims.
-        reported_benign: the benign score of the original that its publisher claims.
-        side_effects: whether to measure how well harmless tasks are still learned.
-        stacked: train adversaries of small models together; curves agree up to rounding.
-        thresholds: limits of the verdict; those that are not named have their defaults.
+        options: see `AuditOptions`.
 
     Raises:
         HoldfastError: for input that cannot work, before any work is done.
@@ -229,26 +245,12 @@ def audit(
     _check_objects({"model": model, "original": original}, {"benign": benign, "restricted": restricted})
     if transfer is not None:
         _check_objects({}, {"transfer": transfer})
-    named = isinstance(battery, str)
-    options = plain(
-        {
-            "battery": battery if named else DEFAULTS.battery,
-            "budgets": budgets,
-            "seeds": seeds,
-            "shots": shots,
-            **({} if trials is None else {"trials": trials}),
-            "reported": reported,
-            "reported_benign": reported_benign,
-            "side_effects": side_effects,
-            "stacked": stacked,
-            **({} if thresholds is None else {"thresholds": thresholds}),
-        }
-    )
+    settings = plain(dict(options))
     try:
-        spec = AuditSpec.model_validate(options)
+        spec = AuditSpec.model_validate(settings)
     except ValidationError as error:
         raise readable(error, "audit", AuditSpec) from error
-    refuse_truth_as_number(options, spec, "audit")
+    refuse_truth_as_number(settings, spec, "audit")
     refuse_unused(spec, transfer is not None)
     threads, chosen = checked_threads(threads), executors.executor(executor)
     model, original = model.made_plain(), original.made_plain()

@@ -1,11 +1,13 @@
-"""The commands on finished folders: report, replay, card and leaderboard; their signatures make the command line."""
+"""The commands on finished folders: report, replay, card and leaderboard."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from holdfast.cli.options import Command, argument, option
 from holdfast.errors import HoldfastError
 
 if TYPE_CHECKING:
@@ -14,98 +16,110 @@ if TYPE_CHECKING:
 SAME, NOT_THE_SAME = 0, 1
 
 
-def report_command(folder: Path) -> int:
-    """Write a run's report.html anew from its result.json, and print the verdict.
+@dataclass(kw_only=True)
+class Report(Command):
+    """Write a run's report.html anew from its result.json, and print the verdict."""
 
-    Args:
-        folder: A folder that `holdfast run`, `immunize`, `audit` or `feasibility` completed.
-    """
-    from holdfast.report import write_report
-    from holdfast.report.terminal import show
-    from holdfast.results import read_result
+    folder: Path = argument("A folder that `holdfast run`, `immunize`, `audit` or `feasibility` completed.")
 
-    result = read_result(folder)
-    write_report(result, folder / "report.html")
-    show(result, folder)
-    return 0
+    def __call__(self) -> int:
+        """See `Command`."""
+        from holdfast.report import write_report
+        from holdfast.report.terminal import show
+        from holdfast.results import read_result
+
+        result = read_result(self.folder)
+        write_report(result, self.folder / "report.html")
+        show(result, self.folder)
+        return 0
 
 
-def replay_command(
-    folder: Path,
-    adversary: str | None = None,
-    role: Literal["immunized", "original", "scratch"] = "immunized",
-    seed: int = 0,
-    data_dir: Path | None = None,
-    device: str | None = None,
-    threads: int | None = None,
-) -> int:
+@dataclass(kw_only=True)
+class Replay(Command):
     """Repeat one trial of a finished run or audit, and compare its scores with those that were recorded.
 
     Exits with 0 if every score is the same to the last digit, 1 if not. Other weights or other data than those of the
     audit are refused.
-
-    Args:
-        folder: A folder that `holdfast run` or `holdfast audit` completed.
-        adversary: Name of the adversary (default: the best one on the immunized model).
-        role: Which model it attacks.
-        seed: Which repetition.
-        data_dir: Where data and weights are looked up (default: $HOLDFAST_DATA).
-        device: auto, cpu, cuda, cuda:1, mps, ... (default: the recorded one).
-        threads: CPU threads (default: as many as were recorded).
     """
-    from holdfast.experiments.replay import replay
-    from holdfast.report.terminal import show_replay
 
-    done = replay(folder, adversary=adversary, role=role, seed=seed, data_dir=data_dir, device=device, threads=threads)
-    show_replay(done.recorded, done.repeated)
-    return SAME if done.same else NOT_THE_SAME
+    folder: Path = argument("A folder that `holdfast run` or `holdfast audit` completed.")
+    adversary: str | None = option("Name of the adversary (default: the best one on the immunized model).", None)
+    role: Literal["immunized", "original", "scratch"] = option("Which model it attacks.", "immunized")
+    seed: int = option("Which repetition.", 0)
+    data_dir: Path | None = option("Where data and weights are looked up (default: $HOLDFAST_DATA).", None)
+    device: str | None = option("auto, cpu, cuda, cuda:1, mps, ... (default: the recorded one).", None)
+    threads: int | None = option("CPU threads (default: as many as were recorded).", None)
+
+    def __call__(self) -> int:
+        """See `Command`."""
+        from holdfast.experiments.replay import replay
+        from holdfast.report.terminal import show_replay
+
+        done = replay(
+            self.folder, adversary=self.adversary, role=self.role, seed=self.seed, data_dir=self.data_dir,
+            device=self.device, threads=self.threads,
+        )  # fmt: skip
+        show_replay(done.recorded, done.repeated)
+        return SAME if done.same else NOT_THE_SAME
 
 
-def card_command(folder: Path, out: Path | None = None, weights: Path | None = None, check: Path | None = None) -> int:
+@dataclass(kw_only=True)
+class Card(Command):
     """Print a model card's section on an audit, bound to the audited weights; or check that a card is of these weights.
 
     With --check, exits with 0 if the weights are the card's, 1 if not.
-
-    Args:
-        folder: A folder that `holdfast run` or `holdfast audit` completed; with --check, the README.md with the card.
-        out: README.md to put the section into; what stands outside of the section's markers is kept.
-        weights: The released file (default: FOLDER/model.safetensors, or the file that was audited).
-        check: A .safetensors file: is the card about it?
     """
-    from holdfast.report import model_card
-    from holdfast.results import read_result
-    from holdfast.runtime.storage import write_atomic
 
-    if check is not None:
-        idle = [name for name, given in (("--out", out), ("--weights", weights)) if given is not None]
-        if idle:
-            raise HoldfastError(f"{idle[0]} does nothing beside --check, which only compares; leave it out.")
-        return _check_card(folder / "README.md" if folder.is_dir() else folder, check)
-    result = read_result(folder)
-    file_sha256 = _bind(result, folder, weights)
-    if out is None:
-        print(model_card.card(result, file_sha256), end="")
+    folder: Path = argument(
+        "A folder that `holdfast run` or `holdfast audit` completed; with --check, the README.md with the card."
+    )
+    out: Path | None = option(
+        "README.md to put the section into; what stands outside of the section's markers is kept.", None
+    )
+    weights: Path | None = option(
+        "The released file (default: FOLDER/model.safetensors, or the file that was audited).", None
+    )
+    check: Path | None = option("A .safetensors file: is the card about it?", None)
+
+    def __call__(self) -> int:
+        """See `Command`."""
+        from holdfast.report import model_card
+        from holdfast.results import read_result
+        from holdfast.runtime.storage import write_atomic
+
+        folder, out = self.folder, self.out
+        if self.check is not None:
+            idle = [name for name, given in (("--out", out), ("--weights", self.weights)) if given is not None]
+            if idle:
+                raise HoldfastError(f"{idle[0]} does nothing beside --check, which only compares; leave it out.")
+            return _check_card(folder / "README.md" if folder.is_dir() else folder, self.check)
+        result = read_result(folder)
+        file_sha256 = _bind(result, folder, self.weights)
+        if out is None:
+            print(model_card.card(result, file_sha256), end="")
+            return 0
+        readme = out.read_text(encoding="utf-8") if out.exists() else ""
+        write_atomic(out, model_card.put(readme, result, file_sha256))
+        print(f"Card: {out}")
         return 0
-    readme = out.read_text(encoding="utf-8") if out.exists() else ""
-    write_atomic(out, model_card.put(readme, result, file_sha256))
-    print(f"Card: {out}")
-    return 0
 
 
-def leaderboard_command(folder: Path, out: Path | None = None) -> int:
-    """Render all audits under a folder as one page, side by side: measured, reported, and what is unreliable.
+@dataclass(kw_only=True)
+class Leaderboard(Command):
+    """Render all audits under a folder as one page, side by side: measured, reported, and what is unreliable."""
 
-    Args:
-        folder: It and its subfolders are searched.
-        out: The page (default: FOLDER/leaderboard.html).
-    """
-    from holdfast.report.leaderboard import collect, write_leaderboard
+    folder: Path = argument("It and its subfolders are searched.")
+    out: Path | None = option("The page (default: FOLDER/leaderboard.html).", None)
 
-    board, path = collect(folder), out or folder / "leaderboard.html"
-    write_leaderboard(board, path)
-    print(f"{len(board.entries)} with an audit, {len(board.others)} without, {len(board.damaged)} not readable")
-    print(f"Leaderboard: {path}")
-    return 0
+    def __call__(self) -> int:
+        """See `Command`."""
+        from holdfast.report.leaderboard import collect, write_leaderboard
+
+        board, path = collect(self.folder), self.out or self.folder / "leaderboard.html"
+        write_leaderboard(board, path)
+        print(f"{len(board.entries)} with an audit, {len(board.others)} without, {len(board.damaged)} not readable")
+        print(f"Leaderboard: {path}")
+        return 0
 
 
 def _bind(result: RunResult, folder: Path, weights: Path | None) -> str | None:

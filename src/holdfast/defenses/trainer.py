@@ -182,8 +182,9 @@ class Immunization(ABC, Generic[Config]):
                 group.sync_buffers(self.model)
                 sound = self._note({name: [v for values in own for v in values[name]] for name in self.series})
                 self.round += 1
-                history = self.record.history
-                self.run.finished_round(config.name, self.round, {n: history[n][-1] for n in self.series if sound})
+                last = {name: self.record.history[name][-1] for name in self.series}
+                values = {name: value for name, value in last.items() if value is not None}
+                self.run.finished_round(config.name, self.round, values)
                 if sound:
                     self._update_average()
                 else:
