@@ -97,7 +97,7 @@ class TestRecipe:
 
         for _ in range(2):  # the second time, what the first one set aside stays
             with monkeypatch.context() as patch:
-                patch.setattr("holdfast.experiments.workspace.Job.immunize", refuses)
+                patch.setattr("holdfast.experiments.workspace.Workspace.immunize", refuses)
                 with pytest.raises(HoldfastError, match="too late"):
                     run_recipe(load("quickstart", **SMOKE), folder=folder, device="cpu", quiet=True, overwrite=True)
             assert (folder / REPLACED / "result.json").read_bytes() == before
