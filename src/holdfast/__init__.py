@@ -1,7 +1,7 @@
 """Holdfast: immunize open-weight models against harmful fine-tuning, and audit honestly whether it worked.
 
-The verbs are `immunize`, `audit`, `feasibility` and `pretrain`; `load_task` and `load_model` give them their input.
-Names are loaded on first use, so that the command line's help does not wait for torch.
+The verbs are `run`, `immunize`, `audit`, `feasibility` and `pretrain`; `load_task` and `load_model` give them
+their input. Names are loaded on first use, so that the command line's help does not wait for torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from holdfast.adversaries import BATTERIES, Adversary, FineTuning, Probe
-    from holdfast.api import audit, feasibility, immunize
+    from holdfast.api import audit, feasibility, immunize, run
     from holdfast.defenses import (
         DEFENSES,
         IMMA,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from holdfast.models import Denoiser, ModelSpec, SplitModel, load_model
     from holdfast.report import write_report
     from holdfast.results import AuditResult, Feasibility, RunResult, read_result
+    from holdfast.runtime.callbacks import Callback, Tracker
     from holdfast.spectral.frontier import Frontier
     from holdfast.spectral.least_squares import LeastSquares
     from holdfast.spectral.spectrum import condition_number
@@ -51,6 +52,7 @@ __all__ = [
     "Adversary",
     "ArrayTask",
     "AuditResult",
+    "Callback",
     "ConditionNumber",
     "DeepCondition",
     "DeepIMMA",
@@ -81,6 +83,8 @@ __all__ = [
     "Task",
     "TaskSpec",
     "TextTask",
+    "Tracker",
+    "__version__",
     "audit",
     "condition_number",
     "feasibility",
@@ -90,11 +94,12 @@ __all__ = [
     "load_task",
     "pretrain",
     "read_result",
+    "run",
     "write_report",
 ]
 
 _HOME = {
-    "api": ("audit", "feasibility", "immunize"),
+    "api": ("audit", "feasibility", "immunize", "run"),
     "adversaries": ("BATTERIES", "Adversary", "FineTuning", "Probe"),
     "defenses": (
         "DEFENSES", "IMMA", "LEACE", "NTL", "ConditionNumber", "DeepCondition", "DeepIMMA", "DeepOptKappa", "DeepRIll",
@@ -104,6 +109,7 @@ _HOME = {
     "errors": ("HoldfastError",),
     "models": ("Denoiser", "ModelSpec", "SplitModel", "load_model"),
     "report": ("write_report",),
+    "runtime.callbacks": ("Callback", "Tracker"),
     "results": ("AuditResult", "Feasibility", "RunResult", "read_result"),
     "spectral.frontier": ("Frontier",),
     "spectral.least_squares": ("LeastSquares",),
@@ -116,6 +122,10 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("holdfast")
     if name not in _MODULE:
         raise AttributeError(f"module 'holdfast' has no attribute {name!r}")
     return getattr(import_module(f"holdfast.{_MODULE[name]}"), name)

@@ -12,12 +12,11 @@ from holdfast.auditing.audit import AuditSpec
 from holdfast.defenses import Defense
 from holdfast.defenses.registry import build_defense
 from holdfast.errors import HoldfastError
-from holdfast.experiments.recipe import AnyRecipe, Scale, load
 from holdfast.experiments.runner import refuse_unused, run_recipe
 from holdfast.experiments.workspace import Workspace
 from holdfast.metrics.feasibility import assess, check
 from holdfast.models import SplitModel
-from holdfast.results import AuditResult, Feasibility, RunResult, Thresholds
+from holdfast.results import AuditResult, Feasibility, Thresholds
 from holdfast.runtime import executors
 from holdfast.runtime.callbacks import Callback
 from holdfast.runtime.devices import checked_threads, cpu_threads
@@ -25,6 +24,8 @@ from holdfast.runtime.executors import Executor
 from holdfast.runtime.validation import plain, readable, refuse_truth_as_number
 from holdfast.tasks import Task
 from holdfast.tasks.splits import halves
+
+run = run_recipe
 
 
 class AuditOptions(TypedDict, total=False):
@@ -53,75 +54,6 @@ class AuditOptions(TypedDict, total=False):
     side_effects: bool
     stacked: bool
     thresholds: Thresholds | Mapping[str, Any]
-
-
-def run(
-    recipe: AnyRecipe | Path | str,
-    *,
-    folder: Path | str | None = None,
-    scale: Scale = "cpu",
-    overrides: Sequence[str] = (),
-    seed: int | None = None,
-    data_dir: Path | str | None = None,
-    device: str = "auto",
-    overwrite: bool = False,
-    quiet: bool = True,
-    executor: Executor | str = "serial",
-    reuse: Sequence[Path | str] = (),
-    callbacks: Sequence[Callback] = (),
-) -> RunResult:
-    """Runs a recipe from data to report, or what is missing of it.
-
-    Args:
-        recipe: the name of a packaged recipe, a YAML file, or what `holdfast.experiments.recipe.load` returned; then
-            `scale`, `overrides` and `seed` were given there.
-        folder: gets `result.json`, `report.html`, `model.safetensors` and `checkpoints/`; None: `runs/RECIPE`. If it
-            holds a part of this recipe's run, only what is missing is done; if it holds another job, it is refused.
-        scale: `smoke` (seconds), `cpu` (two cores) or `paper` (the full setting, for a GPU).
-        overrides: settings, such as `defense.iterations=50`.
-        seed: replaces the recipe's seed.
-        data_dir: where tasks and weights are looked up; None: `$HOLDFAST_DATA`.
-        device: `auto`, or a torch device.
-        overwrite: throw away what an earlier run left in the folder.
-        quiet: show no progress.
-        executor: where jobs run; it does not change the result.
-        reuse: folders of other protocols' runs, whose immunized models are taken where they are the very same.
-        callbacks: are told of rounds and trials.
-
-    Raises:
-        HoldfastError: for input that cannot work; nothing in the folder is lost.
-    """
-    if isinstance(recipe, AnyRecipe):
-        given = {"scale": scale != "cpu", "overrides": bool(overrides), "seed": seed is not None}
-        if any(given.values()):
-            raise HoldfastError(
-                f"{', '.join(name for name, own in given.items() if own)}: the recipe is loaded already; give it to "
-                "holdfast.experiments.recipe.load, or the recipe by name."
-            )
-        loaded, where = recipe, Path("runs", recipe.title)
-    else:
-        loaded, where = load(str(recipe), scale=scale, overrides=overrides, seed=seed), default_folder(recipe)
-    return run_recipe(
-        loaded,
-        folder=where if folder is None else Path(folder),
-        data_dir=data_dir,
-        device=device,
-        overwrite=overwrite,
-        quiet=quiet,
-        executor=executor,
-        reuse=[Path(each) for each in reuse],
-        callbacks=callbacks,
-    )
-
-
-def default_folder(recipe: Path | str) -> Path:
-    """Returns where a recipe is run if no folder is given.
-
-    Example:
-        >>> default_folder("quickstart").as_posix(), default_folder("mine/toy.yaml").as_posix()
-        ('runs/quickstart', 'runs/toy')
-    """
-    return Path("runs", Path(recipe).stem if str(recipe).endswith((".yaml", ".yml")) else str(recipe))
 
 
 def immunize(

@@ -417,7 +417,7 @@ class TestOthers:
         def stopped(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("holdfast.api.run_recipe", stopped)
+        monkeypatch.setattr("holdfast.experiments.runner.run_recipe", stopped)
         done = inside(capsys, "run", "quickstart", "--out", tmp_path, *more)
         assert done.returncode == 130
         assert words in done.stderr

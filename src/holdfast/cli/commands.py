@@ -53,16 +53,16 @@ class Run(TrackOption, Command):
 
     def __call__(self) -> int:
         """See `Command`."""
-        from holdfast import api
         from holdfast.experiments.recipe import Recipe, load
+        from holdfast.experiments.runner import default_folder, run_recipe
         from holdfast.report.terminal import show
 
         recipe = load(self.recipe, scale=self.scale, overrides=self.set, seed=self.seed)
         if self.gate and not isinstance(recipe, Recipe):
             raise HoldfastError(f"--gate: a {recipe.kind} has no verdict to exit with; leave it out.")
-        folder = self.out or api.default_folder(self.recipe)
+        folder = self.out or default_folder(self.recipe)
         with self.callbacks(folder) as callbacks:
-            result = api.run(
+            result = run_recipe(
                 recipe, folder=folder, data_dir=self.data_dir, device=self.device, overwrite=self.overwrite,
                 quiet=False, executor=self.executor, reuse=self.reuse, callbacks=callbacks,
             )  # fmt: skip

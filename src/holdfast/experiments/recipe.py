@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,20 +18,19 @@ from holdfast.experiments.linear.specs import StudySpec
 from holdfast.experiments.protocol import ProtocolSpec
 from holdfast.models import ModelSpec, is_code
 from holdfast.runtime.devices import MAX_THREADS
-from holdfast.runtime.documents import read_yaml
-from holdfast.runtime.validation import _text, readable, refuse_truth_as_number
+from holdfast.runtime.documents import read_yaml, recipe_names
+from holdfast.runtime.validation import readable, refuse_truth_as_number
 from holdfast.tasks import TaskSpec
 from holdfast.training import PretrainSpec
 
 Scale = Literal["smoke", "cpu", "paper"]
 
 
-class Recipe(BaseModel):
-    """A whole job: one model, one defense, one audit."""
+class _Common(BaseModel):
+    """What every recipe says."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["run"] = "run"
     title: str
     about: str = Field("", description="What it shows and how long it takes, for `holdfast recipes`.")
     seed: int = Field(0, ge=0)
@@ -39,6 +40,13 @@ class Recipe(BaseModel):
         le=MAX_THREADS,
         description="CPU threads of torch; null: its default. Sums depend on it in the last digit.",
     )
+    scales: dict[Scale, dict[str, Any]] = Field({}, description="Overrides by scale, each `dotted.key: value`.")
+
+
+class Recipe(_Common):
+    """A run: one model, one defense, one audit."""
+
+    kind: Literal["run"] = "run"
     model: ModelSpec
     pretrain: PretrainSpec | None = None
     benign: TaskSpec
@@ -46,7 +54,6 @@ class Recipe(BaseModel):
     transfer: TaskSpec | None = Field(None, description="A harmless task that the model should still learn.")
     defense: dict[str, Any] = Field(description="`name`, and its hyper-parameters.")
     audit: AuditSpec = AuditSpec()
-    scales: dict[Scale, dict[str, Any]] = Field({}, description="Overrides by scale, each `dotted.key: value`.")
 
     def build_defense(self) -> Defense:
         """Returns the defense with its hyper-parameters."""
@@ -60,15 +67,10 @@ class Recipe(BaseModel):
         return settings
 
 
-class StudyRecipe(StudySpec):
-    """A whole study: several linear defenses, measured alike."""
+class StudyRecipe(StudySpec, _Common):
+    """A study: several linear defenses, measured alike."""
 
     kind: Literal["study"]
-    title: str
-    about: str = Field("", description="What it shows and how long it takes, for `holdfast recipes`.")
-    seed: int = Field(0, ge=0)
-    threads: int | None = Field(None, ge=1, le=MAX_THREADS, description="CPU threads of torch; null: its default.")
-    scales: dict[Scale, dict[str, Any]] = Field({}, description="Overrides by scale, each `dotted.key: value`.")
 
     def build_methods(self) -> dict[str, LinearDefense]:
         """Returns the defenses by the name of their row."""
@@ -91,15 +93,10 @@ class StudyRecipe(StudySpec):
         return settings
 
 
-class ProtocolRecipe(ProtocolSpec):
-    """A whole protocol: fixed attacks on several models side by side."""
+class ProtocolRecipe(ProtocolSpec, _Common):
+    """A protocol: fixed attacks on several models side by side."""
 
     kind: Literal["protocol"]
-    title: str
-    about: str = Field("", description="What it shows and how long it takes, for `holdfast recipes`.")
-    seed: int = Field(0, ge=0)
-    threads: int | None = Field(None, ge=1, le=MAX_THREADS, description="CPU threads of torch; null: its default.")
-    scales: dict[Scale, dict[str, Any]] = Field({}, description="Overrides by scale, each `dotted.key: value`.")
 
     def build_defenses(self) -> dict[str, Defense]:
         """Returns the defenses by the name of their row."""
@@ -241,3 +238,17 @@ def _validate(settings: Mapping[str, Any], source: str, schema: type[_Schema]) -
                 "`holdfast immunize` and `holdfast audit` instead, if you trust it."
             )
     return found
+
+
+def _text(name: str) -> tuple[str, str]:
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise HoldfastError(f"No recipe at {name!r}: the file does not exist.")
+        try:
+            return repr(name), path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise HoldfastError(f"Recipe {name!r} is no text in UTF-8 ({error}).") from error
+    if name not in recipe_names():
+        raise HoldfastError(f"{unknown('recipe', name, recipe_names())} A file of your own ends in .yaml.")
+    return repr(name), (resources.files("holdfast") / "recipes" / f"{name}.yaml").read_text()

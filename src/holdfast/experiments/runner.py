@@ -12,7 +12,7 @@ from holdfast.errors import HoldfastError
 from holdfast.experiments.immunization import check_reuse, reuse_models
 from holdfast.experiments.linear.study import sources, study
 from holdfast.experiments.protocol import SettingSpec, check_kinds, immunizations, protocol
-from holdfast.experiments.recipe import AnyRecipe, ProtocolRecipe, Recipe, StudyRecipe
+from holdfast.experiments.recipe import AnyRecipe, ProtocolRecipe, Recipe, Scale, StudyRecipe, load
 from holdfast.experiments.setting import Setting
 from holdfast.experiments.workspace import Workspace
 from holdfast.models import ModelSpec, SplitModel, check_fits, load_model, load_task_for, read_by
@@ -62,45 +62,74 @@ class _Options:
 
 
 def run_recipe(
-    recipe: AnyRecipe,
+    recipe: AnyRecipe | Path | str,
     *,
-    folder: Path,
+    folder: Path | str | None = None,
+    scale: Scale = "cpu",
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
     data_dir: Path | str | None = None,
     device: str = "auto",
     overwrite: bool = False,
-    quiet: bool = False,
+    quiet: bool = True,
     executor: Executor | str = "serial",
-    reuse: Sequence[Path] = (),
+    reuse: Sequence[Path | str] = (),
     callbacks: Sequence[Callback] = (),
 ) -> RunResult:
     """Runs a recipe from data to report, or what is missing of it.
 
     Args:
-        recipe: see `holdfast.experiments.recipe.load`.
-        folder: gets `result.json`, `report.html`, `model.safetensors` and `checkpoints/`. If it already holds this very
-            recipe, the job continues where it was; if it holds another, it is refused.
-        data_dir: where tasks and weights are looked up.
+        recipe: the name of a packaged recipe, a YAML file, or what `holdfast.experiments.recipe.load` returned; then
+            `scale`, `overrides` and `seed` were given there.
+        folder: gets `result.json`, `report.html`, `model.safetensors` and `checkpoints/`; None: `runs/RECIPE`. If it
+            holds a part of this recipe's run, only what is missing is done; if it holds another job, it is refused.
+        scale: `smoke` (seconds), `cpu` (two cores) or `paper` (the full setting, for a GPU).
+        overrides: settings, such as `defense.iterations=50`.
+        seed: replaces the recipe's seed.
+        data_dir: where tasks and weights are looked up; None: `$HOLDFAST_DATA`.
         device: `auto`, or a torch device.
         overwrite: throw away what an earlier run left in the folder.
         quiet: show no progress.
-        executor: where jobs run: an audit's trials, a protocol's immunizations and attacks, a study's measurements.
+        executor: where jobs run; it does not change the result.
         reuse: folders of other protocols' runs, whose immunized models are taken where they are the very same.
         callbacks: are told of rounds and trials.
 
     Raises:
         HoldfastError: for input that cannot work; nothing in the folder is lost.
     """
+    if isinstance(recipe, AnyRecipe):
+        given = {"scale": scale != "cpu", "overrides": bool(overrides), "seed": seed is not None}
+        if any(given.values()):
+            raise HoldfastError(
+                f"{', '.join(name for name, own in given.items() if own)}: the recipe is loaded already; give it to "
+                "holdfast.experiments.recipe.load, or the recipe by name."
+            )
+        loaded, where = recipe, Path("runs", recipe.title)
+    elif not isinstance(recipe, str | Path):
+        raise HoldfastError(f"recipe is {recipe!r}; expected a name, a file, or what recipe.load(...) returned.")
+    else:
+        loaded, where = load(str(recipe), scale=scale, overrides=overrides, seed=seed), default_folder(recipe)
+    folder = where if folder is None else Path(folder)
+    owners = [Path(each) for each in reuse]
     chosen = executors.executor(executor)
-    if not isinstance(recipe, AnyRecipe):
-        raise HoldfastError(f"recipe is {recipe!r}; expected what holdfast.experiments.recipe.load(...) returns.")
-    if any(Path(other).resolve() == Path(folder).resolve() for other in reuse):
+    if any(other.resolve() == folder.resolve() for other in owners):
         raise HoldfastError(f"--reuse {str(folder)!r} is the run's own folder, and what it holds is used anyway.")
-    options = _Options(folder, data_dir, device, overwrite, quiet, chosen, reuse, callbacks)
-    if isinstance(recipe, ProtocolRecipe):
-        return _run_protocol(recipe, options)
-    if reuse:
+    options = _Options(folder, data_dir, device, overwrite, quiet, chosen, owners, callbacks)
+    if isinstance(loaded, ProtocolRecipe):
+        return _run_protocol(loaded, options)
+    if owners:
         raise HoldfastError("--reuse is for protocols; this recipe is a study or a run, and immunizes by itself.")
-    return _run_study(recipe, options) if isinstance(recipe, StudyRecipe) else _run_audited(recipe, options)
+    return _run_study(loaded, options) if isinstance(loaded, StudyRecipe) else _run_audited(loaded, options)
+
+
+def default_folder(recipe: Path | str) -> Path:
+    """Returns where a recipe is run if no folder is given.
+
+    Example:
+        >>> default_folder("quickstart").as_posix(), default_folder("mine/toy.yaml").as_posix()
+        ('runs/quickstart', 'runs/toy')
+    """
+    return Path("runs", Path(recipe).stem if str(recipe).endswith((".yaml", ".yml")) else str(recipe))
 
 
 def _run_audited(recipe: Recipe, options: _Options) -> RunResult:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.runtime.documents import recipe_names
 
 
 def plain(value: Any) -> Any:
@@ -56,20 +54,6 @@ def refuse_truth_as_number(raw: Any, made: Any, what: str, where: str = "") -> N
     elif isinstance(raw, list | tuple) and isinstance(made, list | tuple):
         for i, (value, inner) in enumerate(zip(raw, made, strict=False)):
             refuse_truth_as_number(value, inner, what, f"{where}.{i}".strip("."))
-
-
-def _text(name: str) -> tuple[str, str]:
-    path = Path(name).expanduser()
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise HoldfastError(f"No recipe at {name!r}: the file does not exist.")
-        try:
-            return repr(name), path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise HoldfastError(f"Recipe {name!r} is no text in UTF-8 ({error}).") from error
-    if name not in recipe_names():
-        raise HoldfastError(f"{unknown('recipe', name, recipe_names())} A file of your own ends in .yaml.")
-    return repr(name), (resources.files("holdfast") / "recipes" / f"{name}.yaml").read_text()
 
 
 def readable(error: ValidationError, what: str, schema: type[BaseModel] | None) -> HoldfastError:
