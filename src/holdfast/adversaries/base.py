@@ -60,7 +60,7 @@ class Adversary(ABC):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Returns every setting that the attack depends on, and as `kind` the name that the class is registered under."""
+        """Returns every setting that the attack depends on, and as `kind` the registered name of the class."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
