@@ -68,7 +68,7 @@ class TestEveryAdversary:
         ({"kind": "finetuning", "undo": ["reviv"]}, "did you mean 'revive'"),
         ({"kind": "finetuning", "burn_in": -1}, "burn_in is -1"),
         ({"kind": "finetuning", "replay": float("nan")}, "replay is nan"),
-        ({"kind": "probe", "steps": 3}, "Unknown setting of a probe"),
+        ({"kind": "probe", "steps": 3}, "Unknown setting of Probe"),
     ],
 )
 def test_refuses_to_build(config, message):

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from holdfast.adversaries import UNDO, FineTuning
-from holdfast.adversaries.undo.gradient_bypass import Flowing, Prepared, activations
-from holdfast.adversaries.undo.moves import nothing_to_undo
+from holdfast.adversaries.undo.feature_conditioning import Prepared
+from holdfast.adversaries.undo.gradient_bypass import Flowing, activations
+from holdfast.adversaries.undo.moves import not_applicable
 from holdfast.errors import HoldfastError
 from holdfast.models import ModelSpec, SplitModel, load_model, transplant
 from holdfast.tasks import ArrayTask, Batch
@@ -355,7 +356,7 @@ class TestRecalibrate:
         assert torch.equal(model.network.body[1].running_var, before)
 
     def test_says_when_there_is_nothing(self, benign):
-        assert "no BatchNorm" in nothing_to_undo("recalibrate", mlp(benign))
+        assert "no BatchNorm" in not_applicable(("recalibrate",), mlp(benign))
         attack = FineTuning(Strategy(), undo=("recalibrate",))
         assert "no BatchNorm" in attack.not_applicable(mlp(benign), benign)
 
@@ -455,7 +456,7 @@ class TestActivation:
     def test_infinite_inputs_and_other_shapes(self):
         assert Flowing(nn.Tanh())(torch.tensor([float("inf")])).tolist() == [1]
         assert Flowing(nn.MaxPool1d(2))(torch.ones(1, 1, 4)).shape == (1, 1, 2)
-        assert "no activation" in nothing_to_undo("activation", SplitModel(nn.Sequential(nn.Linear(2, 2)), "0"))
+        assert "no activation" in not_applicable(("activation",), SplitModel(nn.Sequential(nn.Linear(2, 2)), "0"))
 
 
 class Hidden(nn.Module):

@@ -258,7 +258,7 @@ class TestAudit:
     @pytest.fixture
     def planned(self, monkeypatch):
         """Lets an audit take `Plan` for a search."""
-        monkeypatch.setitem(batteries.SEARCHES, "pull-v1", Plan())
+        monkeypatch.setitem(batteries.SEARCHES._members, "pull-v1", Plan())
         monkeypatch.setattr(auditing, "Search", Plan)
         monkeypatch.setattr(batteries, "Search", Plan)
 

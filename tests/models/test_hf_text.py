@@ -346,7 +346,7 @@ class TestAudits:
     @pytest.fixture(autouse=True)
     def _three(self):
         three = (*(FineTuning(Strategy("head", scope, "adamw", 1e-2, 8)) for scope in ("all", "lora")), Probe("ridge"))
-        with patch.dict(BATTERIES, {"three": three}):
+        with patch.dict(BATTERIES._members, {"three": three}):
             yield
 
     def test_of_a_defended_model(self, original):
@@ -392,7 +392,7 @@ def test_the_command_line_takes_the_models_own_tokenizer(places, tmp_path, capsy
     model = ["hf:bert-classifier", "--original", "hf:bert-classifier", "--shots", "2"]
     folder = str(tmp_path / "a")
     one = (FineTuning(Strategy("head", "lora", "adamw", 1e-3, 8)),)
-    with patch.dict(BATTERIES, {"one": one}):
+    with patch.dict(BATTERIES._members, {"one": one}):
         for command in (["audit", *model, *settings, "--out", folder], ["replay", folder]):
             with pytest.raises(SystemExit) as done:
                 main(command)

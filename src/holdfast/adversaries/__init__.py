@@ -1,11 +1,22 @@
 """Adversaries: ways to fine-tune a released model, and the batteries that an audit runs."""
 
-from holdfast.adversaries.base import Adversary
-from holdfast.adversaries.batteries import BATTERIES, KINDS, SEARCHES, battery, build, listed
+from holdfast.adversaries.base import KINDS, Adversary
+from holdfast.adversaries.batteries import (
+    BATTERIES,
+    SEARCHES,
+    battery,
+    battery_config,
+    battery_name,
+    build,
+    list_adversaries,
+    list_batteries,
+    listed,
+    register_battery,
+)
 from holdfast.adversaries.finetuning import FineTuning
 from holdfast.adversaries.probes import Probe
 from holdfast.adversaries.search_space import Search
-from holdfast.adversaries.undo.moves import UNDO
+from holdfast.adversaries.undo.moves import UNDO, undo_move
 
 __all__ = [
     "BATTERIES",
@@ -17,6 +28,12 @@ __all__ = [
     "Probe",
     "Search",
     "battery",
+    "battery_config",
+    "battery_name",
     "build",
+    "list_adversaries",
+    "list_batteries",
     "listed",
+    "register_battery",
+    "undo_move",
 ]

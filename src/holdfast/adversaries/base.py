@@ -1,4 +1,4 @@
-"""The contract of an adversary: authors write `run`; the framework copies, counts steps and scores."""
+"""The contract of an adversary: its author writes `run`; the framework copies the model, counts steps and scores."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, final
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Final, Self, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, unknown
 from holdfast.models import SplitModel, both_splits
 from holdfast.results import Curve, Role
+from holdfast.runtime.registry import Registry
 from holdfast.runtime.run import Run
 from holdfast.tasks import Task
 
@@ -37,19 +38,19 @@ class Adversary(ABC):
 
     @property
     def trains_head_in_place(self) -> bool:
-        """Whether the head in the end is the released one, trained: then it may still know the benign task."""
+        """Whether the attack trains the released head, which may then still know the benign task."""
         return False
 
     @abstractmethod
     def run(
         self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device
     ) -> Iterator[Tensor]:
-        """Trains `model` in place, for ever: yields once where it starts from, then after every step.
+        """Trains `model` in place, without end: yields once at its starting point, then after every step.
 
         Args:
             model: a copy that belongs to this adversary.
             task: what it may learn from; its training split only.
-            benign: the model's own task, for who wants to mix in its training data; None if there is none to be had.
+            benign: the model's own task, whose training data may be mixed in; None if it is not available.
             generator: for its random choices; torch's global generators are seeded as well.
             device: where model and data are.
 
@@ -59,7 +60,22 @@ class Adversary(ABC):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Returns every setting: what somebody needs to repeat this attack."""
+        """Returns every setting that the attack depends on, and as `kind` the registered name of the class."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Returns the adversary that has this `config`. As it stands, for dataclasses whose fields are the settings.
+
+        Raises:
+            HoldfastError: for an unknown setting or value.
+        """
+        if not is_dataclass(cls):
+            raise HoldfastError(f"{cls.__name__} cannot be built from its settings; give the class a `from_config`.")
+        known = [f.name for f in fields(cls) if f.init]
+        for key in config:
+            if key not in (*known, "kind"):
+                raise unknown(f"setting of {cls.__name__}", key, known)
+        return cls(**{key: value for key, value in config.items() if key != "kind"})
 
     def not_applicable(self, model: SplitModel, task: Task) -> str | None:
         """Says why this adversary cannot start on a model and a task, or None if it can."""
@@ -95,34 +111,20 @@ class Adversary(ABC):
             benign: the model's own task, whose training data the adversary may use.
             pruning_thresholds: a score for each budget, below which the attack is given up; None, or none given: never.
                 The score on every second fold is compared, as a search sees it.
-            keep: is given the attacked copy in the end, for who wants more of it than scores.
-            score_benign: whether `benign` is scored in the end, see `benign_score_after`.
+            keep: called with the attacked copy at the end, to save or measure more than scores.
+            score_benign: whether `benign` is scored at the end, see `benign_score_after`.
 
         Returns:
             Scores and mean training losses at the budgets, up to the one at which it was given up.
         """
         if score_benign and benign is None:
             raise HoldfastError(f"{self.name}: the benign score after the attack needs the benign task (`benign`).")
-        victim = model.clone().to(run.device)
-        keep_head(victim)
-        if self.frozen_body:
-            victim, task = _head_on_features(victim, task)
+        victim, task = self._prepared(model, task, run.device)
         trace = Trace()
-        since: list[Tensor] = []
         with run.seeded("attack", self.name, seed) as generator:
-            work = self.run(victim, task, benign=benign, generator=generator, device=run.device)
-            for step, loss in enumerate(work):
-                if step:
-                    since.append(loss)
-                if step in budgets:
-                    trace.note(task.audit_outcomes(victim), torch.stack(since) if since else None)
-                    since = []
-                    floor = pruning_thresholds[len(trace.scores) - 1] if pruning_thresholds else None
-                    if floor is not None and _seen(trace.folds[-1]) < floor:
-                        break
-                if step >= budgets[-1]:
-                    break
-            # Last of all, so that whatever foreign code draws here changes no score.
+            losses = self.run(victim, task, benign=benign, generator=generator, device=run.device)
+            trace.follow(losses, lambda: task.audit_outcomes(victim), budgets, pruning_thresholds)
+            # Last of all, so that random draws of the model's own code change no score.
             after = benign_score_after(self, model, victim, benign) if score_benign and benign else None
         if keep is not None:
             keep(victim)
@@ -134,9 +136,7 @@ class Adversary(ABC):
 
         Convolutions, matrix products and attention count; element-wise work, optimizers and decompositions do not.
         """
-        victim = model.clone().to(run.device)
-        if self.frozen_body:
-            victim, task = _head_on_features(victim, task)
+        victim, task = self._prepared(model, task, run.device)
         with run.seeded("attack", self.name, 0) as generator, FlopCounterMode(display=False) as counter:
             work = self.run(victim, task, benign=benign, generator=generator, device=run.device)
             try:
@@ -147,14 +147,48 @@ class Adversary(ABC):
                 return None
             return float(counter.get_total_flops() - before)
 
+    def _prepared(self, model: SplitModel, task: Task, device: torch.device) -> tuple[SplitModel, Task]:
+        """A copy of the model and the task that the copy is trained on."""
+        victim = model.clone().to(device)
+        keep_head(victim)
+        return _head_on_features(victim, task) if self.frozen_body else (victim, task)
+
 
 @dataclass
 class Trace:
-    """What an attack has reached so far: scores, by fold as well, and losses, at each budget."""
+    """What an attack has reached so far: the score, the scores of the folds, and the loss at each budget."""
 
     scores: list[float | None] = field(default_factory=list)
     losses: list[float | None] = field(default_factory=list)
     folds: list[list[float] | None] = field(default_factory=list)
+
+    def follow(
+        self,
+        losses: Iterator[Tensor],
+        outcomes: Callable[[], Tensor],
+        budgets: Sequence[int],
+        thresholds: Sequence[float | None] = (),
+    ) -> None:
+        """Runs an attack to its last budget, or to the first budget at which it is given up.
+
+        Args:
+            losses: what `Adversary.run` yields.
+            outcomes: gives the task's `audit_outcomes` of the model as it is now.
+            budgets: steps at which to score, ascending.
+            thresholds: see `pruning_thresholds` of `Adversary.attack`.
+        """
+        since: list[Tensor] = []
+        for step, loss in enumerate(losses):
+            if step:
+                since.append(loss)
+            if step in budgets:
+                self.note(outcomes(), torch.stack(since) if since else None)
+                since = []
+                threshold = thresholds[len(self.scores) - 1] if thresholds else None
+                if threshold is not None and _seen_by_search(self.folds[-1]) < threshold:
+                    return
+            if step >= budgets[-1]:
+                return
 
     def note(self, outcomes: Tensor, losses: Tensor | None) -> None:
         """Adds a budget.
@@ -189,24 +223,24 @@ _KEPT = "_kept_head"
 
 
 def keep_head(model: SplitModel) -> None:
-    """Notes the head as it is now, as the one that an attacker can put back; see `benign_score_after`.
+    """Keeps a copy of the head as it is now, which the adversary can put back; see `benign_score_after`.
 
-    An adversary that changes what the head gets without changing the outputs (a map before it, other scales) calls it
-    again when that is done, and before it trains or replaces the head.
+    An adversary that changes the inputs of the head without changing its outputs (a map before it, other scales) calls
+    this again afterwards, before it trains or replaces the head.
     """
-    # Past nn.Module, which would make a layer of it that optimizers see.
+    # Not as an attribute: nn.Module would make it a layer, which optimizers see.
     model.__dict__[_KEPT] = copy.deepcopy(model.head).requires_grad_(False)
 
 
 def benign_score_after(adversary: Adversary, released: SplitModel, attacked: SplitModel, benign: Task) -> float | None:
-    """Returns the benign score that somebody has who attacked a model.
+    """Returns the benign score of a model after an attack.
 
-    The attacked body is scored with the head that the model was released with, which the attacker can always keep. If
-    the attack trained that head in place, the network as it is may be better: then the better of the two counts. An
-    attack that leaves the body alone leaves the benign score alone.
+    The attacked body is scored with the head of the released model, which the adversary can always keep. If the attack
+    trained that head in place, the network as it is may be better; then the better of the two counts. An attack on a
+    frozen body does not change the benign score.
 
     Args:
-        adversary: who attacked.
+        adversary: the adversary that ran.
         released: the model before the attack.
         attacked: the copy that was attacked; left as it is.
         benign: the model's own task.
@@ -224,7 +258,7 @@ def benign_score_after(adversary: Adversary, released: SplitModel, attacked: Spl
             found.append(_finite(benign.audit_score(attacked)))
         finally:
             attacked.put_head(own)
-    except Exception:  # the model's code is anybody's; the curve that it has up to here counts all the same
+    except Exception:  # code of another package may raise anything; the curve up to here still counts
         return None
     return max((score for score in found if score is not None), default=None)
 
@@ -250,12 +284,12 @@ def by_fold(outcomes: Tensor) -> list[float]:
     return [float(outcomes[order[k::FOLDS]].mean()) for k in range(min(FOLDS, len(outcomes)))]
 
 
-def _seen(folds: list[float] | None) -> float:
+def _seen_by_search(folds: list[float] | None) -> float:
     return -math.inf if folds is None else statistics.fmean(folds[::2])
 
 
 def _head_on_features(model: SplitModel, task: Task) -> tuple[SplitModel, Task]:
-    """A fresh head, all zero, and the task it sees."""
+    """A fresh head, all zero, and the task whose inputs are the features."""
     train, test = both_splits(model, task)
     head = nn.utils.skip_init(  # type: ignore[no-untyped-call]
         nn.Linear, train.shape[1], task.num_outputs, dtype=train.dtype, device=train.device
@@ -267,3 +301,10 @@ def _head_on_features(model: SplitModel, task: Task) -> tuple[SplitModel, Task]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+KINDS: Final[Registry[type[Adversary]]] = Registry("kind of adversary", "holdfast.adversaries")
+"""Classes of adversaries by the `kind` in their `config()`, from which `holdfast replay` builds them again.
+
+A new one is a file of this folder, or an entry point of the group `holdfast.adversaries`.
+"""

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from holdfast import training
-from holdfast.adversaries.base import Adversary, keep_head
-from holdfast.adversaries.undo.moves import IMPOSSIBLE, NEED_REFERENCE, OF_FEATURES, UNDO, bake, nothing_to_undo
+from holdfast.adversaries.base import KINDS, Adversary, keep_head
+from holdfast.adversaries.undo import moves
+from holdfast.adversaries.undo.moves import UNDO
+from holdfast.adversaries.undo.thaw import bake
 from holdfast.errors import HoldfastError, unknown
 from holdfast.models import SplitModel
 from holdfast.tasks import Task
 from holdfast.training import Strategy
 
 
+@KINDS.register("finetuning")
 @dataclass(frozen=True)
 class FineTuning(Adversary):
     """Fine-tuning by one strategy, perhaps after undoing what a defense may have done.
@@ -49,8 +52,7 @@ class FineTuning(Adversary):
 
     def __post_init__(self) -> None:
         for move in self.undo:
-            if move not in UNDO:
-                raise unknown("undo move", move, UNDO)
+            UNDO.lookup(move)
         if self.burn_in < 0:
             raise HoldfastError(f"burn_in is {self.burn_in}; expected at least 0.")
         if not 0 <= self.replay < float("inf"):
@@ -82,15 +84,7 @@ class FineTuning(Adversary):
 
     def not_applicable(self, model: SplitModel, task: Task) -> str | None:
         """See `Adversary.not_applicable`."""
-        reason = training.not_applicable(self.strategy, model, task)
-        if reason is not None or not self.undo:
-            return reason
-        reasons = {move: nothing_to_undo(move, model) for move in self.undo}
-        impossible = [r for move, r in reasons.items() if move in IMPOSSIBLE and r is not None]
-        if impossible:
-            return impossible[0]
-        # Of several moves, some may have nothing to do: the others are still worth trying.
-        return next(iter(reasons.values())) if None not in reasons.values() else None
+        return training.not_applicable(self.strategy, model, task) or moves.not_applicable(self.undo, model)
 
     def run(
         self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device
@@ -112,19 +106,20 @@ class FineTuning(Adversary):
     ) -> Callable[[], Tensor] | None:
         """Undoes, puts the model where the strategy starts from, and returns the loss on the benign task, if any."""
         renews = self.strategy.renews
-        reference = model.fresh() if renews or any(move in NEED_REFERENCE for move in self.undo) else None
+        thaws = (self.undo or self.strategy.scope == "all") and "thaw" not in self.undo
+        undo = [UNDO[name] for name in (*(("thaw",) if thaws else ()), *self.undo)]
+        reference = model.fresh() if renews or any(move.needs_reference for move in undo) else None
         if reference is not None:
             bake(reference)  # its layers are compared with those of a thawed model
-        moves = ["thaw"] if (self.undo or self.strategy.scope == "all") and "thaw" not in self.undo else []
-        for move in [*moves, *self.undo]:
-            if move in OF_FEATURES and renews and reference is not None:
+        for move in undo:
+            if move.of_features and renews and reference is not None:
                 training.renew_blocks(model, self.strategy, reference)  # features are those of the new blocks
-            UNDO[move](model, model if reference is None else reference, task, generator, device)
+            move(model, model if reference is None else reference, task, generator, device)
         keep_head(model)
         penalty = self._replayed(model, benign, generator, device)
         training.prepare(model, self.strategy, task, reference)
-        if "insert" in self.undo:
-            model.network.get_submodule(model.head_name.rpartition(".")[0]).requires_grad_(True)
+        for move in undo:
+            move.finish(model)
         return penalty
 
     def _replayed(

@@ -9,12 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from holdfast.adversaries.base import Adversary
+from holdfast.adversaries.base import KINDS, Adversary
 from holdfast.errors import HoldfastError, unknown
 from holdfast.models import SplitModel
 from holdfast.spectral.convergence import descend
@@ -31,6 +31,7 @@ RIDGES = (0.0, *(10.0**e for e in range(-24, 1, 2)))
 HELD_OUT = 0.2
 
 
+@KINDS.register("probe")
 @dataclass(frozen=True)
 class Probe(Adversary):
     """A linear probe on all of its samples at once.
@@ -83,18 +84,6 @@ class Probe(Adversary):
         if self.solver != "adam":
             del settings["learning_rate"]
         return {"kind": "probe", **settings}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """Returns the probe that has this `config`.
-
-        Raises:
-            HoldfastError: for a setting that there is not.
-        """
-        for key in config:
-            if key not in ("kind", "solver", "preparation", "learning_rate"):
-                raise unknown("setting of a probe", key, ("solver", "preparation", "learning_rate"))
-        return cls(**{k: v for k, v in config.items() if k != "kind"})
 
     def run(
         self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device

@@ -1,4 +1,4 @@
-"""A search for adversaries: Optuna looks through the joint space, and begins with what anybody would try first."""
+"""A search for adversaries: Optuna explores the joint space of settings, starting with the usual attacks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,23 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from holdfast.adversaries.base import Adversary
 from holdfast.adversaries.finetuning import FineTuning
-from holdfast.adversaries.undo.moves import UNDO
 from holdfast.training import Strategy
 
 NONE = "none"
 SCALES = ("fold", "balance", "rescale")
-"""The moves that undo every trick of scale at once: of statistics, of units, of layers."""
-MOVES: dict[str, tuple[str, ...]] = {NONE: (), "scales": SCALES, **{move: (move,) for move in UNDO}}
-"""What a search may undo, by name."""
+"""Moves that together undo wrong scales of statistics, units and layers."""
+MOVES: dict[str, tuple[str, ...]] = {
+    NONE: (),
+    "scales": SCALES,
+    **{
+        move: (move,)
+        for move in (
+            "thaw", "recalibrate", "fold", "rescale", "balance", "equalise", "revive", "shrink-perturb", "activation",
+            "whiten", "standardise", "reset-worst", "insert",
+        )
+    },
+}  # fmt: skip
+"""What a search may undo, by name. The list is fixed, as the trials of a published search depend on it."""
 
 SPACE: dict[str, BaseDistribution] = {
     "initialisation": CategoricalDistribution(("direct", "head", "last-block", "last-half")),
@@ -44,12 +53,12 @@ DEFAULT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Search:
-    """A seeded search; the same trials in the same order whatever they are run on.
+    """A seeded search: the same trials in the same order on any executor.
 
     Attributes:
-        openings: settings to begin with, each what differs from `DEFAULT`.
-        batch: trials that are proposed at once, and may be run at once; results are told in order.
-        repeated: how many of each model's best are then repeated, with every seed and on every model.
+        openings: the first trials, each given by what differs from `DEFAULT`.
+        batch: trials proposed at once, which may run in parallel; their results are reported in order.
+        repeated: how many of the best trials against each model are then repeated with every seed on every model.
     """
 
     openings: tuple[dict[str, Any], ...]
@@ -57,7 +66,7 @@ class Search:
     repeated: int = 3
 
     def config(self) -> dict[str, Any]:
-        """Returns what makes the search what it is; with a seed, it says every trial."""
+        """Returns the settings of the search, which determine every trial together with the seed."""
         return {
             "kind": "search",
             "openings": [{**DEFAULT, **o} for o in self.openings],
@@ -80,7 +89,7 @@ class Search:
 
 @dataclass
 class Searcher:
-    """A search under way: ask for settings, tell how they did."""
+    """A running search: ask for adversaries, then tell their results."""
 
     study: optuna.Study
     asked: list[optuna.trial.Trial] = field(default_factory=list)
@@ -91,7 +100,7 @@ class Searcher:
         return [adversary(trial.params) for trial in self.asked]
 
     def tell(self, values: Sequence[float | None]) -> None:
-        """Reports how the last proposals did, in their order; larger is better, None: it could not be run."""
+        """Reports the results of the last proposals, in their order; larger is better, None: it could not run."""
         for trial, value in zip(self.asked, values, strict=True):
             usable = value is not None and math.isfinite(value)
             state = optuna.trial.TrialState.COMPLETE if usable else optuna.trial.TrialState.FAIL
@@ -99,7 +108,7 @@ class Searcher:
 
 
 def adversary(params: dict[str, Any]) -> FineTuning:
-    """Builds what a point of the space stands for.
+    """Builds the adversary of a point of the space.
 
     Example:
         >>> adversary({**DEFAULT, "first": "equalise", "second": "equalise"}).undo
@@ -108,7 +117,7 @@ def adversary(params: dict[str, Any]) -> FineTuning:
     moves = dict.fromkeys([*MOVES[params["first"]], *MOVES[params["second"]]])
     strategy = Strategy(
         params["initialisation"], params["scope"], params["optimizer"],
-        # Three digits: what a name shows is what was run.
+        # Three digits, so that the name shows the exact rate.
         float(f"{params['learning_rate']:.2e}"), params["batch_size"], params["weight_decay"],
         gradient=params["gradient"],
     )  # fmt: skip
@@ -147,4 +156,4 @@ ADAPTIVE: Search = Search(
         {"scope": "norm"},
     )
 )
-"""What an informed adversary tries first: usual fine-tuning, then every undo move, then the search."""
+"""The search `adaptive-v1`: usual fine-tuning, then every undo move, then free exploration."""

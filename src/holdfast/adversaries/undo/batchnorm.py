@@ -7,10 +7,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from holdfast.adversaries.undo.introspection import samples
+from holdfast.adversaries.undo.moves import undo_move
 from holdfast.models import SplitModel
 from holdfast.tasks import Task
 
 
+def _layers(model: SplitModel) -> list[_BatchNorm]:
+    return [m for m in model.network.modules() if isinstance(m, _BatchNorm)]
+
+
+def _no_batchnorm(model: SplitModel) -> str | None:
+    return None if _layers(model) else "it has no BatchNorm to recalibrate"
+
+
+@undo_move("recalibrate", idle=_no_batchnorm)
 @torch.no_grad()
 def recalibrate(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
@@ -27,10 +37,6 @@ def recalibrate(
         _estimate(model, layers, task, generator, device)
     for layer in layers:
         _mend_statistics(layer)
-
-
-def _layers(model: SplitModel) -> list[_BatchNorm]:
-    return [m for m in model.network.modules() if isinstance(m, _BatchNorm)]
 
 
 def _mend_settings(layer: _BatchNorm) -> None:
@@ -70,6 +76,7 @@ def _estimate(
     model.train(training)
 
 
+@undo_move("fold", idle=_no_batchnorm)
 @torch.no_grad()
 def fold(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device

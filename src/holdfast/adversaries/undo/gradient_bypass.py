@@ -1,4 +1,4 @@
-"""Modules that an informed adversary puts into a released network."""
+"""Undoing vanished gradients: a part of each gradient passes every activation straight through."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from holdfast.adversaries.undo.feature_conditioning import Affine
+from holdfast.adversaries.undo.moves import undo_move
 from holdfast.models import SplitModel
+from holdfast.tasks import Task
 
 SLOPE = 0.1
 """How much of a gradient passes an activation straight through."""
@@ -42,65 +45,6 @@ class Flowing(nn.Module):
         return y + torch.nan_to_num(through - through.detach(), 0.0, 0.0, 0.0)
 
 
-class Prepared(nn.Sequential):
-    """A head behind a fixed affine map, both in the map's precision: layers `0` and `1`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the head's outputs, in the dtype of x."""
-        affine, head = self
-        outputs: Tensor = head(affine(x))
-        return outputs.to(x.dtype)
-
-
-class Affine(nn.Module):
-    """The fixed map z -> (z - centre) map on the axis of features: buffers, which no optimizer moves.
-
-    Args:
-        centre: shape (D,).
-        map: shape (D, D).
-        axis: of the features: 1 for maps over places, -1 for vectors.
-    """
-
-    def __init__(self, centre: Tensor, map: Tensor, axis: int) -> None:
-        super().__init__()
-        self.register_buffer("centre", centre)
-        self.register_buffer("map", map)
-        self.centre: Tensor
-        self.map: Tensor
-        self.axis = axis
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns mapped features of the same shape."""
-        z = x.to(self.map.dtype).movedim(self.axis, -1)
-        return ((z - self.centre) @ self.map).movedim(-1, self.axis)
-
-
-@torch.no_grad()
-def put_affine(model: SplitModel, centre: Tensor, map: Tensor) -> None:
-    """Puts a fixed affine map before the head and its inverse into the head: outputs stay what they were.
-
-    Args:
-        model: changed in place.
-        centre: subtracted from features, shape (D,).
-        map: invertible, shape (D, D); its dtype is that of the map and the head from then on.
-    """
-    old = model.head
-    conv = isinstance(old, nn.Conv2d)
-    weight = old.weight.flatten(1).to(map)
-    bias = torch.zeros_like(weight[:, 0]) if old.bias is None else old.bias.to(map)
-    head: nn.Linear | nn.Conv2d
-    width, outputs = weight.shape[1], weight.shape[0]
-    like: dict[str, Any] = {"device": map.device, "dtype": map.dtype}
-    kind: Any = nn.Conv2d if conv else nn.Linear
-    # skip_init: nothing is drawn, so that the global generator is left alone.
-    head = nn.utils.skip_init(kind, width, outputs, *((1,) if conv else ()), **like)  # type: ignore[no-untyped-call]
-    head.weight.copy_(torch.linalg.solve(map, weight.T).T.reshape_as(head.weight))
-    assert head.bias is not None
-    head.bias.copy_(bias + weight @ centre)
-    model.put_head(Prepared(Affine(centre, map, 1 if conv else -1), head))
-    model.head_name = f"{model.head_name}.1"
-
-
 _NEUTRAL = (
     nn.Identity, nn.Flatten, nn.Unflatten, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Upsample,
     nn.modules.dropout._DropoutNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
@@ -126,7 +70,14 @@ def activations(model: SplitModel) -> list[tuple[nn.Module, str]]:
     ]
 
 
-def swap_activations(model: SplitModel) -> None:
-    """Lets gradients pass every activation module; see `Flowing`."""
+def _nothing_to_pass(model: SplitModel) -> str | None:
+    return None if activations(model) else "it has no activation that is a module of its own"
+
+
+@undo_move("activation", idle=_nothing_to_pass)
+def activation(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Lets gradients pass every activation module, without a change of its outputs; see `Flowing`."""
     for parent, name in activations(model):
         setattr(parent, name, Flowing(getattr(parent, name)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from holdfast.models import SplitModel, is_normalisation
+from holdfast.models import Denoiser, SplitModel, is_normalisation
 from holdfast.tasks import Task
 
 BATCH = 250
@@ -117,3 +117,10 @@ def mend(model: SplitModel, reference: SplitModel) -> None:
                 else torch.full_like(parameter, neutral)
             )
             parameter.copy_(torch.where(parameter.isfinite(), parameter, fresh))
+
+
+def no_feature_vector(model: SplitModel) -> str | None:
+    """Says why a model has no vector of features before its head, or None if it has one."""
+    if isinstance(model, Denoiser):
+        return "it is a denoiser, whose head takes an image and no vector of features"
+    return None

@@ -20,6 +20,7 @@ from holdfast.adversaries.undo.introspection import (
     own_weights,
     some_samples,
 )
+from holdfast.adversaries.undo.moves import undo_move
 from holdfast.models import SplitModel, is_normalisation
 from holdfast.runtime.devices import widest
 from holdfast.tasks import Task
@@ -31,6 +32,7 @@ Factor = float | Tensor
 """One for a whole layer, or one for each of its units."""
 
 
+@undo_move("rescale", needs_reference=True)
 @torch.no_grad()
 def rescale(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
@@ -115,6 +117,7 @@ def _scale_normalisation(layer: nn.Module, like: nn.Module | None, tolerance: fl
     return wanted / size
 
 
+@undo_move("equalise", needs_reference=True)
 @torch.no_grad()
 def equalise(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from holdfast.adversaries.undo.introspection import counterpart, in_order, mend, some_samples
 from holdfast.adversaries.undo.layer_scaling import FACTOR, absorb, keep_slope
+from holdfast.adversaries.undo.moves import undo_move
 from holdfast.models import SplitModel, is_normalisation
 from holdfast.tasks import Task
 
@@ -17,6 +18,7 @@ ROUNDING = 1e-3
 """Outputs that differ by less, relative to the largest, are the same."""
 
 
+@undo_move("balance", needs_reference=True)
 @torch.no_grad()
 def balance(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device

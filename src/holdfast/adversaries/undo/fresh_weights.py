@@ -1,0 +1,79 @@
+"""Undoing damage of unknown kind: weights are replaced by fresh ones, or mixed with them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from holdfast.adversaries.undo.introspection import batch_statistics, counterpart, fresh_values, mend, own_weights
+from holdfast.adversaries.undo.layer_scaling import norm_of
+from holdfast.adversaries.undo.moves import undo_move
+from holdfast.models import SplitModel
+from holdfast.tasks import Task
+
+SHRINK, NOISE = 0.5, 0.5
+WORST = 2
+"""Layers that `reset-worst` initialises anew."""
+
+
+@undo_move("shrink-perturb", needs_reference=True)
+@torch.no_grad()
+def shrink_perturb(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Halves every weight and adds half of a fresh one: w <- 0.5 w + 0.5 fresh, the reference being the noise."""
+    mend(model, reference)
+    for name, layer in model.network.named_modules():
+        for key, weight in own_weights(layer).items():
+            weight.mul_(SHRINK).add_(fresh_values(layer, counterpart(reference, name), key), alpha=NOISE)
+
+
+@undo_move("reset-worst", needs_reference=True)
+def reset_worst(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Initialises the `WORST` layers anew whose weights and gradients deviate most from the reference.
+
+    By the logarithms of the norm of the weights and of their gradient, both against the reference and against the
+    median over layers: that a trained network as a whole has larger weights or smaller gradients is no anomaly.
+    """
+    mend(model, reference)
+    own, fresh = (_statistics(m, task, generator.clone_state(), device) for m in (model, reference))
+    holds_head = {n for n in own if not n or f"{model.head_name}.".startswith(f"{n}.")}
+    names = [n for n in own if n in fresh and n not in holds_head]
+    if not names:
+        return
+    anomaly = torch.zeros(len(names), dtype=torch.float64)
+    for i in range(2):
+        ratios = torch.tensor([own[n][i] - fresh[n][i] for n in names], dtype=torch.float64)
+        anomaly += (ratios - ratios.median()).abs()
+    worst = anomaly.argsort(descending=True, stable=True)[:WORST]
+    model.reinitialise([names[i] for i in worst], reference)
+
+
+def _statistics(
+    model: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> dict[str, tuple[float, float]]:
+    """Logarithms of the norms of each layer's weights and of their gradient under a fresh head."""
+    twin = model.clone()
+    twin.reset_head(task.num_outputs)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    batch = next(task.batches("train", 250, generator=generator, device=device))
+    with batch_statistics(twin, batch.x):
+        task.loss(twin, batch).backward()  # type: ignore[no-untyped-call]
+    tiny = 1e-300
+    return {
+        name: (
+            math.log(max(norm_of(weights.values()), tiny)),
+            math.log(max(norm_of(_finite(p.grad) for p in weights.values() if p.grad is not None), tiny)),
+        )
+        for name, layer in twin.network.named_modules()
+        if (weights := own_weights(layer))
+    }
+
+
+def _finite(gradient: Tensor) -> Tensor:
+    return torch.nan_to_num(gradient)
