@@ -149,7 +149,7 @@ class Adversary(ABC):
 
     def _prepared(self, model: SplitModel, task: Task, device: torch.device) -> tuple[SplitModel, Task]:
         """A copy of the model and the task that the copy is trained on."""
-        victim = model.clone().to(device)
+        victim = model.clone().to(device).eval()  # whatever mode the caller left it in, so that a replay is the same
         keep_head(victim)
         return _head_on_features(victim, task) if self.frozen_body else (victim, task)
 
