@@ -13,7 +13,7 @@ from holdfast.tasks import Task
 
 
 @dataclass
-class Record:
+class DefenseRecord:
     """What a defense notes while it works; it becomes the result's `immunization` part."""
 
     history: dict[str, list[int | float | None]] = field(default_factory=dict)
@@ -33,7 +33,9 @@ class Defense(ABC):
     citation: ClassVar[str]
 
     @abstractmethod
-    def immunize(self, model: SplitModel, benign: Task, restricted: Task, *, run: Run) -> tuple[SplitModel, Record]:
+    def immunize(
+        self, model: SplitModel, benign: Task, restricted: Task, *, run: Run
+    ) -> tuple[SplitModel, DefenseRecord]:
         """Immunizes a copy of a model.
 
         Args:
@@ -54,7 +56,7 @@ class Defense(ABC):
         """Returns itself with what "auto" stands for, for the task of a model, so that results say what was done."""
         return self
 
-    def told(self, record: Record, original: SplitModel, immunized: SplitModel) -> ImmunizationResult:
+    def told(self, record: DefenseRecord, original: SplitModel, immunized: SplitModel) -> ImmunizationResult:
         """Returns the record with what became of the weights, and puts it on the model as `immunization`.
 
         Args:
@@ -72,7 +74,7 @@ class Defense(ABC):
         immunized.immunization = found
         return found
 
-    def result(self, record: Record) -> ImmunizationResult:
+    def result(self, record: DefenseRecord) -> ImmunizationResult:
         """Returns the record as it goes into `result.json`."""
         return ImmunizationResult(
             defense=self.name,

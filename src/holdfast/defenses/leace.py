@@ -22,7 +22,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from holdfast.defenses.base import Defense, Record
+from holdfast.defenses.base import Defense, DefenseRecord
+from holdfast.defenses.registry import register_defense
 from holdfast.models import SplitModel, check_feature_width, check_fits, feature_precision, features
 from holdfast.results import Event
 from holdfast.runtime.run import Run
@@ -77,6 +78,7 @@ class Eraser:
         return cls(identity - removed, mean @ removed, q.shape[1])
 
 
+@register_defense
 @dataclass
 class LEACE(Defense):
     """Erases the restricted labels from a network's features; see the top of this file. Nothing is random.
@@ -91,7 +93,9 @@ class LEACE(Defense):
 
     keep_benign: bool = True
 
-    def immunize(self, model: SplitModel, benign: Task, restricted: Task, *, run: Run) -> tuple[SplitModel, Record]:
+    def immunize(
+        self, model: SplitModel, benign: Task, restricted: Task, *, run: Run
+    ) -> tuple[SplitModel, DefenseRecord]:
         """Puts the eraser before the head of a copy of the model; see `Defense.immunize`.
 
         Raises:
@@ -115,7 +119,7 @@ class LEACE(Defense):
             f"{change:.1%} of their size"
         )
         history: dict[str, list[int | float | None]] = {"erased": [eraser.rank], "output_change": [change]}
-        return immunized, Record(history=history, events=[Event(iteration=0, message=message)])
+        return immunized, DefenseRecord(history=history, events=[Event(iteration=0, message=message)])
 
 
 def _outputs(model: SplitModel, x: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.defenses.base import Record
+from holdfast.defenses.base import DefenseRecord
+from holdfast.defenses.registry import register_defense
 from holdfast.defenses.trainer import GuardedDefense, Immunization
 from holdfast.errors import HoldfastError, unknown
 from holdfast.models import SplitModel, check_fits
@@ -107,6 +108,7 @@ def ntl_loss(
     return benign - (alpha * restricted).clamp_max(clamp) * (beta * distance).clamp_max(clamp)
 
 
+@register_defense
 @dataclass
 class NTL(GuardedDefense):
     """NTL's hyper-parameters: the loss's are the paper's, and those of the training ours.
@@ -164,7 +166,9 @@ class NTL(GuardedDefense):
         if not 0 <= self.weight_decay < math.inf:
             raise HoldfastError(f"ntl: weight_decay is {self.weight_decay}; expected a number of at least 0.")
 
-    def immunize(self, model: SplitModel, benign: Task, restricted: Task, *, run: Run) -> tuple[SplitModel, Record]:
+    def immunize(
+        self, model: SplitModel, benign: Task, restricted: Task, *, run: Run
+    ) -> tuple[SplitModel, DefenseRecord]:
         """Trains a copy of the model with L; see `Defense.immunize`.
 
         With a folder in `run`, the state is saved every `guard_every` steps and a second call continues from there, to

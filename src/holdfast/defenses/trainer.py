@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from holdfast.defenses.base import Defense, Record
+from holdfast.defenses.base import Defense, DefenseRecord
 from holdfast.defenses.selection import validation_score
 from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel
@@ -131,7 +131,7 @@ class Immunization(ABC, Generic[Config]):
         self.model = model.clone().to(run.device)
         self.optimizers = self.make_optimizers()
         validated = ("validation_score",) if config.validate_every is not None else ()
-        self.record = Record(history={k: [] for k in ("iteration", *self.series, "benign_score", *validated)})
+        self.record = DefenseRecord(history={k: [] for k in ("iteration", *self.series, "benign_score", *validated)})
         self.round = 0
         processes = [] if process_group().count == 1 else [{"processes": process_group().count}]
         self.belongs_to = fingerprint(
@@ -169,7 +169,7 @@ class Immunization(ABC, Generic[Config]):
             Whether it put other weights into the model.
         """
 
-    def finish(self) -> tuple[SplitModel, Record]:
+    def finish(self) -> tuple[SplitModel, DefenseRecord]:
         """Does the rounds that are missing, and returns the result."""
         with self.run.seeded(self.config.name, "resume"):  # adversaries are made anew before they get their state
             self._resume()
@@ -438,7 +438,7 @@ class Immunization(ABC, Generic[Config]):
         self.optimizers = self.make_optimizers()
         for label, optimizer in self.optimizers.items():
             restore_optimizer(optimizer, _under(tensors, label))
-        self.record = Record(
+        self.record = DefenseRecord(
             meta["history"], [Event(**e) for e in meta["events"]], meta["completed"], meta["rollbacks"]
         )
         if meta["best"] is not None:

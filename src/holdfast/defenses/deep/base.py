@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.defenses.base import Record
+from holdfast.defenses.base import DefenseRecord
 from holdfast.defenses.deep.frozen_prefix import FrozenPrefix, Trained
 from holdfast.defenses.trainer import GuardedDefense, Immunization
 from holdfast.errors import HoldfastError, unknown
@@ -159,7 +159,9 @@ class DeepDefense(GuardedDefense):
         times the multiple (appendix C.2 of the paper).
         """
 
-    def immunize(self, model: SplitModel, benign: Task, restricted: Task, *, run: Run) -> tuple[SplitModel, Record]:
+    def immunize(
+        self, model: SplitModel, benign: Task, restricted: Task, *, run: Run
+    ) -> tuple[SplitModel, DefenseRecord]:
         """Trains the last blocks of a copy of the model; see `Defense.immunize`.
 
         With a folder in `run`, the state is saved every `guard_every` steps and a second call continues from there, to
@@ -226,7 +228,7 @@ class _Immunization(Immunization[DeepDefense]):
         super().__init__(config, model, benign, restricted, run, rate=config.learning_rate)
         self.model.eval()
 
-    def finish(self) -> tuple[SplitModel, Record]:
+    def finish(self) -> tuple[SplitModel, DefenseRecord]:
         """See `Immunization.finish`; parameters are as free as they were."""
         self._check_head_alone()
         model, record = super().finish()

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from holdfast.defenses.deep.base import DeepDefense, Seen
 from holdfast.defenses.linear.condition import CITATION
+from holdfast.defenses.registry import register_defense
 from holdfast.spectral.regularizers import r_ill_of_features, r_well_of_features
 
 
+@register_defense
 @dataclass
 class DeepCondition(DeepDefense):
     """Algorithm 1: R_well on the benign features, R_ill on the restricted ones, and the benign loss, together.
@@ -56,6 +58,7 @@ class DeepCondition(DeepDefense):
         return {"r_well": (self.lambda_well, self.well_multiple), "r_ill": (self.lambda_ill, self.ill_multiple)}
 
 
+@register_defense
 @dataclass
 class DeepRIll(DeepDefense):
     """The paper's first baseline: the body minimises R_ill of the restricted features alone; the head, the benign loss.
@@ -87,6 +90,7 @@ class DeepRIll(DeepDefense):
         return {"r_ill": (self.lambda_ill, self.ill_multiple)}
 
 
+@register_defense
 @dataclass
 class DeepOptKappa(DeepDefense):
     """Opt kappa: descends the benign loss and kappa(H_P) - kappa(H_H), or the difference of their logarithms.

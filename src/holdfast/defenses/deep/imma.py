@@ -11,8 +11,10 @@ from torch import Tensor
 
 from holdfast.defenses.deep.base import DeepDefense, Seen
 from holdfast.defenses.linear.imma import IMMA
+from holdfast.defenses.registry import register_defense
 
 
+@register_defense
 @dataclass
 class DeepIMMA(DeepDefense):
     """Bi-level optimization: below, a probe descends on the restricted loss; above, the body makes it end badly.

@@ -12,6 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from holdfast.defenses.deep.base import DeepDefense, Seen
+from holdfast.defenses.registry import register_defense
 from holdfast.losses import descended_probe, ridge_probe
 
 _OURS = "Holdfast, docs/probe-suppression.md"
@@ -47,6 +48,7 @@ class ProbeSuppression(DeepDefense):
         return {"explained": (self.weight, 1.0)}
 
 
+@register_defense
 @dataclass
 class RidgeProbeSuppression(ProbeSuppression):
     """Minimises R2, the share of the restricted labels' energy that the best linear probe explains.
@@ -71,6 +73,7 @@ class RidgeProbeSuppression(ProbeSuppression):
         return {"explained": ridge_probe(seen.restricted, seen.labels, self.ridge)}
 
 
+@register_defense
 @dataclass
 class SlowProbeSuppression(ProbeSuppression):
     """Minimises the share that gradient descent on a linear probe has explained after some steps.

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from holdfast.defenses.base import Defense, Record
+from holdfast.defenses.base import Defense, DefenseRecord
 from holdfast.errors import HoldfastError, unknown
 from holdfast.models import SplitModel, check_feature_width, check_fits, feature_precision, features
 from holdfast.results import Event
@@ -97,10 +97,12 @@ class LinearDefense(Defense):
             raise HoldfastError(f"{self.name}: ridge is {self.ridge}; expected a number above 0.")
 
     @abstractmethod
-    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, Record]:
+    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, DefenseRecord]:
         """Returns theta in coordinates, shape (s, s), invertible, and how it was found."""
 
-    def immunize(self, model: SplitModel, benign: Task, restricted: Task, *, run: Run) -> tuple[SplitModel, Record]:
+    def immunize(
+        self, model: SplitModel, benign: Task, restricted: Task, *, run: Run
+    ) -> tuple[SplitModel, DefenseRecord]:
         """Inserts the extractor into a copy of the model; see `Defense.immunize`.
 
         Raises:
@@ -176,12 +178,12 @@ class IterativeDefense(LinearDefense):
     def start(self, problem: LinearProblem, theta: Tensor, generator: torch.Generator) -> _Descent:
         """Returns the descent from theta; it owns whatever else is trained."""
 
-    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, Record]:
+    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, DefenseRecord]:
         """Descends and keeps an iterate; see `keep`."""
         generator = run.generator(self.name)
         first = _initial(self.initialisation, problem.width, generator).to(problem.frontier.basis.device)
         descent = self.start(problem, first, generator)
-        record = Record(history={name: [] for name in self.history_names})
+        record = DefenseRecord(history={name: [] for name in self.history_names})
         best: tuple[tuple[float, float], Tensor] | None = None
         for iteration in range(self.iterations + 1):
             if iteration:

@@ -16,8 +16,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from holdfast.defenses.base import Record
+from holdfast.defenses.base import DefenseRecord
 from holdfast.defenses.linear.base import GradientDescent, IterativeDefense, LinearProblem, _Descent
+from holdfast.defenses.registry import register_defense
 from holdfast.errors import HoldfastError, unknown
 from holdfast.results import Event
 from holdfast.runtime.run import Run
@@ -39,6 +40,7 @@ RESOLVED = 1e12
 CITATION = "Zheng, Bai, Bullins, Yeh, Model Immunization from a Condition Number Perspective, ICML 2025"
 
 
+@register_defense
 @dataclass
 class ConditionNumber(IterativeDefense):
     """Algorithm 1: R_well on the benign task, R_ill on the restricted one, and the benign loss, together.
@@ -93,7 +95,7 @@ class ConditionNumber(IterativeDefense):
         if self.step == "guaranteed" and self.batch_size is not None:
             raise HoldfastError(f"{self.name}: the guaranteed steps are of the whole tasks; leave batch_size out.")
 
-    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, Record]:
+    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, DefenseRecord]:
         """Descends, again with the next of `more_multiples` where the result is no immunization."""
         theta, record = super().extractor(problem, run=run)
         if self.keep != "definition" or self.step == "guaranteed" or not self.more_multiples:
@@ -114,6 +116,7 @@ class ConditionNumber(IterativeDefense):
         return _Algorithm1(self, problem, theta, generator)
 
 
+@register_defense
 @dataclass
 class RIllOnly(IterativeDefense):
     """The paper's first baseline: R_ill of the restricted task alone, by its plain gradient.

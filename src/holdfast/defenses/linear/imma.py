@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from holdfast.defenses.linear.base import GradientDescent, IterativeDefense, LinearProblem, _Descent
+from holdfast.defenses.registry import register_defense
 from holdfast.errors import HoldfastError
 
 
+@register_defense
 @dataclass
 class IMMA(IterativeDefense):
     """Bi-level optimization: below, a probe descends on the restricted loss; above, theta makes it end badly.

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.defenses.base import Record
+from holdfast.defenses.base import DefenseRecord
+from holdfast.defenses.registry import register_defense
 from holdfast.defenses.sophon.exact import MOMENTUM, ExactSimulation
 from holdfast.defenses.sophon.pool import Population
 from holdfast.defenses.sophon.simulation import Seen, Simulation, whole
@@ -30,6 +31,7 @@ from holdfast.tasks import Batch, Task
 from holdfast.training import ADAPTED, Initialisation, Precision, Scope, Strategy, not_applicable
 
 
+@register_defense
 @dataclass
 class Sophon(GuardedDefense):
     """SOPHON's hyper-parameters; defaults are the paper's (section 5.1.1) unless said otherwise.
@@ -251,7 +253,9 @@ class Sophon(GuardedDefense):
         """See `Defense.resolved`."""
         return replace(self, loss="dos" if benign.kind == "denoising" else "ice") if self.loss == "auto" else self
 
-    def immunize(self, model: SplitModel, benign: Task, restricted: Task, *, run: Run) -> tuple[SplitModel, Record]:
+    def immunize(
+        self, model: SplitModel, benign: Task, restricted: Task, *, run: Run
+    ) -> tuple[SplitModel, DefenseRecord]:
         """Runs Algorithm 1; see `Defense.immunize`.
 
         With a folder in `run`, the state is saved every `guard_every` rounds and a second call continues from there,
