@@ -23,6 +23,7 @@ from holdfast.defenses import (
 from holdfast.defenses.deep.base import _Immunization
 from holdfast.defenses.deep.condition import log_kappa
 from holdfast.defenses.deep.imma import probe_loss
+from holdfast.defenses.state import snapshot
 from holdfast.errors import HoldfastError
 from holdfast.losses import descended_probe, ridge_probe
 from holdfast.models import ModelSpec, SplitModel, features, load_model
@@ -215,15 +216,14 @@ def test_a_low_score_on_the_way_leaves_the_weights_with_an_average_as_well(train
     live = {}
 
     class Watched(_Immunization):
-        def acceptable(self, score):
-            return self.last
-
         def one_round(self, generator):
             values = super().one_round(generator)
-            live.update(self._snapshot())
+            live.update(snapshot(self.model))
             return values
 
-    Watched(config, trained, *images, Run(0, CPU)).finish()
+    watched = Watched(config, trained, *images, Run(0, CPU))
+    watched.guard.acceptable = lambda _: watched.last
+    watched.finish()
     state = plain.network.state_dict()
     assert all(torch.allclose(live[n], state[n], atol=1e-6) for n in live)
 

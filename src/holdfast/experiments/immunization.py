@@ -200,7 +200,7 @@ def _work(workshop: _ImmunizationContext, order: ImmunizationJob) -> tuple[Split
     seconds = time.perf_counter() - begin
     score = ground.benign.audit_score(model)
     notes = {
-        "result": order.defense.told(record, ground.original, model).model_dump(mode="json"),
+        "result": order.defense.attach_result(record, ground.original, model).model_dump(mode="json"),
         "benign": score if math.isfinite(score) else None,
         "seconds": round(seconds, 3),
     }
