@@ -58,8 +58,8 @@ class DeepDefense(DeepSettings):
         check_fits(model, restricted, own_task=False)
         if self.mixing and _of_token_ids(benign):
             raise HoldfastError(
-                f"{self.name}: mixing is {self.mixing}, and the inputs of {benign.name!r} are token ids, which cannot be "
-                "mixed; set mixing to 0."
+                f"{self.name}: mixing is {self.mixing}, and the inputs of {benign.name!r} are token ids, which cannot "
+                "be mixed; set mixing to 0."
             )
         for task in (benign, restricted):
             check_feature_width(model, task)
