@@ -417,7 +417,7 @@ class TestSentences:
         assert not any("run in every step" in event.message for event in record.events)
 
     def test_token_ids_have_no_mixtures(self, read):
-        with pytest.raises(HoldfastError, match="token ids, of which there are no mixtures"):
+        with pytest.raises(HoldfastError, match="token ids, which cannot be mixed"):
             RidgeProbeSuppression(mixing=1.0, **BRIEF).immunize(*read, run=Run(0, CPU))
 
     def test_what_none_stands_for(self, read, images):

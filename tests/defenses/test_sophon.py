@@ -18,7 +18,8 @@ from cases import DEFENSES
 from conftest import toy_task
 from holdfast.adversaries import FineTuning
 from holdfast.adversaries.batteries import BATTERIES
-from holdfast.defenses import Sophon, guard, state, trainer, validation
+from holdfast.defenses import Sophon, state, trainer, validation
+from holdfast.defenses.guard import BenignGuard
 from holdfast.defenses.sophon import sophon
 from holdfast.defenses.sophon.exact import MOMENTUM, ExactSimulation
 from holdfast.defenses.sophon.population import Population
@@ -83,7 +84,7 @@ class TestPhi:
             ({"loss": "none"}, "nothing is suppressed"),
             ({"precision": "fp8"}, "precision"),
             ({"second_order": True}, "exact meta-gradient is for adversaries"),
-            ({"second_order": True, "optimizers": ("sgd",), "lifetime": 2}, "goes without lifetime"),
+            ({"second_order": True, "optimizers": ("sgd",), "lifetime": 2}, "cannot be combined with lifetime"),
             ({"validate_every": 0}, "validate_every is 0"),
             ({"validation_steps": 1}, "validation_steps is 1"),
             ({"probe_batch": 1}, "at least 2 samples"),
@@ -677,7 +678,7 @@ class TestAveraging:
     @pytest.mark.parametrize("guard", [True, False])
     def test_looking_changes_nothing_unless_the_guard_acts(self, denoiser, digit_images, guard, monkeypatch):
         if not guard:
-            monkeypatch.setattr(guard.BenignGuard, "limit", 0.0)  # no state is a good one, and nobody minds
+            monkeypatch.setattr(BenignGuard, "limit", 0.0)  # no state is a good one, and nobody minds
         (seldom, once), (often, record) = (
             self.made(denoiser, digit_images, ema=0.7, guard=guard, guard_every=every) for every in (4, 1)
         )
@@ -735,14 +736,14 @@ class TestAveraging:
 
 class TestNothingAchieved:
     def test_a_model_that_is_as_it_was_is_not_called_complete(self, model, benign, restricted, run, monkeypatch):
-        monkeypatch.setattr(guard.BenignGuard, "limit", 2.0)
+        monkeypatch.setattr(BenignGuard, "limit", 2.0)
         made, record = Sophon(iterations=3, steps=1, guard_every=1).immunize(model, benign, restricted, run=run)
         assert made.facts().sha256 == model.facts().sha256
         assert not record.completed
         assert "the model is as it was" in record.events[-1].message
 
     def test_nor_is_a_state_that_nobody_examined(self, model, benign, restricted, run, monkeypatch):
-        monkeypatch.setattr(guard.BenignGuard, "limit", 2.0)
+        monkeypatch.setattr(BenignGuard, "limit", 2.0)
         settings = Sophon(iterations=2, steps=1, guard=False, validate_every=1)
         _, record = settings.immunize(model, benign, restricted, run=run)
         assert not record.completed
