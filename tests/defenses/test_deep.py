@@ -310,8 +310,8 @@ def test_an_epoch_is_of_the_shorter_set(images):
     benign, restricted = images
     assert benign.size("train") != restricted.size("train")
     shorter = min(round(0.9 * benign.size("train")), restricted.size("train"))
-    assert DeepCondition(epochs=3, batch_size=20).counted(*images).iterations == 3 * (shorter // 20)
-    assert DeepCondition(iterations=7).counted(*images).iterations == 7
+    assert DeepCondition(epochs=3, batch_size=20).with_steps(*images).iterations == 3 * (shorter // 20)
+    assert DeepCondition(iterations=7).with_steps(*images).iterations == 7
 
 
 def test_r_ill_alone_trains_the_body_by_nothing_else(trained, images):
