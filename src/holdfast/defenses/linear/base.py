@@ -1,4 +1,4 @@
-"""What all defenses by a linear extractor share: the problem in coordinates, the iteration, and theta in a network."""
+"""Defenses by a linear extractor theta: the problem in coordinates, the descent, and theta in a network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from holdfast.defenses.base import Defense, DefenseRecord
-from holdfast.errors import HoldfastError, unknown
 from holdfast.models import SplitModel, check_feature_width, check_fits, feature_precision, features
 from holdfast.results import Event
 from holdfast.runtime.run import Run
@@ -91,10 +90,9 @@ class LinearDefense(Defense):
     ridge: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.space not in SPACES:
-            raise unknown("space", self.space, SPACES)
-        if not 0 < self.ridge < math.inf:
-            raise HoldfastError(f"{self.name}: ridge is {self.ridge}; expected a number above 0.")
+        self.refuse_unknown("space", SPACES)
+        super().__post_init__()
+        self.refuse_not_above_zero("ridge")
 
     @abstractmethod
     def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, DefenseRecord]:
@@ -167,16 +165,13 @@ class IterativeDefense(LinearDefense):
             ("initialisation", ("identity", "random")),
             ("keep", ("definition", "rir", "last")),
         ):
-            if getattr(self, name) not in known:
-                raise unknown(name, str(getattr(self, name)), known)
-        if self.iterations < 1:
-            raise HoldfastError(f"{self.name}: iterations is {self.iterations}; expected at least 1.")
-        if not 0 < self.learning_rate < math.inf:
-            raise HoldfastError(f"{self.name}: learning_rate is {self.learning_rate}; expected a number above 0.")
+            self.refuse_unknown(name, known)
+        self.refuse_below_one("iterations")
+        self.refuse_not_above_zero("learning_rate")
 
     @abstractmethod
     def start(self, problem: LinearProblem, theta: Tensor, generator: torch.Generator) -> _Descent:
-        """Returns the descent from theta; it owns whatever else is trained."""
+        """Returns the descent from theta; it owns everything else that is trained."""
 
     def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, DefenseRecord]:
         """Descends and keeps an iterate; see `keep`."""
@@ -217,7 +212,7 @@ class IterativeDefense(LinearDefense):
 
 
 class _Descent(ABC):
-    """theta on its way; a subclass says by which gradient."""
+    """A descent of theta; a subclass says by which gradient."""
 
     theta: Tensor
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from holdfast.defenses.base import DefenseRecord
 from holdfast.defenses.linear.base import GradientDescent, IterativeDefense, LinearProblem, _Descent
 from holdfast.defenses.registry import register_defense
-from holdfast.errors import HoldfastError, unknown
+from holdfast.errors import HoldfastError
 from holdfast.results import Event
 from holdfast.runtime.run import Run
 from holdfast.spectral.least_squares import LeastSquares
@@ -35,7 +35,7 @@ from holdfast.spectral.regularizers import (
 )
 
 RESOLVED = 1e12
-"""The largest condition number of a Hessian that guaranteed steps go to: float64 tells no more beyond it."""
+"""The largest condition number of a Hessian that guaranteed steps may reach: float64 does not resolve more."""
 
 CITATION = "Zheng, Bai, Bullins, Yeh, Model Immunization from a Condition Number Perspective, ICML 2025"
 
@@ -78,20 +78,14 @@ class ConditionNumber(IterativeDefense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.step not in ("fixed", "guaranteed"):
-            raise unknown("step", str(self.step), ("fixed", "guaranteed"))
-        for name in ("lambda_well", "lambda_ill", "well_multiple", "ill_multiple"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise HoldfastError(f"{self.name}: {name} is {value}; expected a number of at least 0.")
+        self.refuse_unknown("step", ("fixed", "guaranteed"))
+        self.refuse_negative("lambda_well", "lambda_ill", "well_multiple", "ill_multiple")
         if not all(0 < m < math.inf for m in self.more_multiples):
             raise HoldfastError(f"{self.name}: more_multiples is {self.more_multiples}; expected numbers above 0.")
-        if not 0 < self.guarantee < 1:
-            raise HoldfastError(f"{self.name}: guarantee is {self.guarantee}; expected a share between 0 and 1.")
+        self.refuse_no_share("guarantee")
         if self.batch_size is not None and self.batch_size < 2:
             raise HoldfastError(f"{self.name}: batch_size is {self.batch_size}; expected at least 2, or none for all.")
-        if not 0 < self.batch_ridge < math.inf:
-            raise HoldfastError(f"{self.name}: batch_ridge is {self.batch_ridge}; expected a number above 0.")
+        self.refuse_not_above_zero("batch_ridge")
         if self.step == "guaranteed" and self.batch_size is not None:
             raise HoldfastError(f"{self.name}: the guaranteed steps are of the whole tasks; leave batch_size out.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,8 +36,7 @@ class FrontierDefense(LinearDefense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.stretch < math.inf:
-            raise HoldfastError(f"frontier: stretch is {self.stretch}; expected a number of at least 0.")
+        self.refuse_negative("stretch")
 
     def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, DefenseRecord]:
         """See `LinearDefense.extractor`."""

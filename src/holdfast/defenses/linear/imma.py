@@ -35,8 +35,7 @@ class IMMA(IterativeDefense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.inner_steps < 1:
-            raise HoldfastError(f"imma: inner_steps is {self.inner_steps}; expected at least 1.")
+        self.refuse_below_one("inner_steps")
 
     def start(self, problem: LinearProblem, theta: Tensor, generator: torch.Generator) -> _Descent:
         """See `IterativeDefense.start`.
