@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import holdfast
 from holdfast.cli.main import main
+from holdfast.defenses import DEFENSES, list_defenses
 
 collect_ignore = ["docstrings.py"]  # for the build of the site; the tests do without what it imports
 
@@ -36,7 +38,9 @@ def _quiet_surroundings(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     doctest_namespace |= {f.__name__: f for f in (stale_help, undocumented_names, files_in_contributing)}
     torch.set_num_threads(1)
-    yield
+    list_defenses()  # loaded before the copy is made
+    with patch.dict(DEFENSES._members):  # what an example registers ends with it
+        yield
     torch.set_num_threads(threads)
 
 

@@ -102,7 +102,7 @@ def talks(group: ProcessGroup, folder: Path) -> dict[str, object]:
 class _Forgets(_Immunization):
     """NTL that takes its own steps only."""
 
-    def pool_gradients(self) -> None:
+    def average_gradients(self) -> None:
         pass
 
 

@@ -137,10 +137,10 @@ def ridge_probe(features: Tensor, labels: Tensor, ridge: float = 0.01) -> Tensor
 
         R2 = tr(Y' Z (Z'Z + lambda I)^-1 Z'Y) / ||Y||^2,    lambda = ridge * ||Z||_F^2 / min(N, D).
 
-    No head occurs in it, so that a head that starts anew gains nothing by that. lambda is relative to the mean
+    It contains no head, so that a new head gains nothing. lambda is relative to the mean
     eigenvalue: scaling, shifting or rotating Z changes nothing. Shrinking one direction against the others does: what
     lies in directions of less energy than lambda counts little here, and a probe that whitens reads it all the same.
-    The smaller the ridge, the less there is to hide in, and the more samples it takes.
+    With a smaller ridge less can be hidden there, and more samples are needed.
 
     By the push-through identity Z (Z'Z + lambda I)^-1 Z' = ZZ' (ZZ' + lambda I)^-1, so the smaller of the two Gram
     matrices serves. R2 is at most min(N - 1, D) / (that + ridge), and noise is explained as well: the batch should have
@@ -152,7 +152,7 @@ def ridge_probe(features: Tensor, labels: Tensor, ridge: float = 0.01) -> Tensor
         ridge: relative strength of the regularisation, above 0.
 
     Returns:
-        A scalar of the dtype of ``features`` in [0, 1): 0 where the features say nothing, or are constant.
+        A scalar of the dtype of ``features`` in [0, 1): 0 where the features do not predict the labels.
 
     Raises:
         HoldfastError: if the ridge is not above 0, or all labels are the same.
@@ -173,7 +173,7 @@ def ridge_probe(features: Tensor, labels: Tensor, ridge: float = 0.01) -> Tensor
     strength = torch.where(energy > 0, ridge * energy / side, torch.ones_like(energy))
     gram = z @ z.T if len(z) <= z.shape[1] else z.T @ z
     right = y if len(z) <= z.shape[1] else z.T @ y
-    # Features that are no numbers give a result that is none, for whoever guards the training; not an exception.
+    # Non-finite features give nan, which the guard sees, and not an exception.
     factor, info = torch.linalg.cholesky_ex(gram + strength * torch.eye(side, dtype=z.dtype, device=z.device))
     solved = torch.cholesky_solve(right, factor)
     # In the N x N case: y' K (K + lambda)^-1 y = y'y - lambda y' (K + lambda)^-1 y.
@@ -201,10 +201,10 @@ def descended_probe(features: Tensor, labels: Tensor, steps: int) -> Tensor:
         steps: t, at least 1.
 
     Returns:
-        A scalar of the dtype of ``features`` in [0, 1]: 0 where the features say nothing, or are constant.
+        A scalar of the dtype of ``features`` in [0, 1]: 0 where the features do not predict the labels.
 
     Raises:
-        HoldfastError: if there is no step, or all labels are the same.
+        HoldfastError: if steps is below 1, or all labels are the same.
 
     Example:
         >>> labels = torch.tensor([0, 0, 1, 1])
@@ -213,7 +213,7 @@ def descended_probe(features: Tensor, labels: Tensor, steps: int) -> Tensor:
         [0.05, 0.43, 1.0]
     """
     if steps < 1:
-        raise HoldfastError(f"A probe is asked for after {steps} steps; expected at least 1.")
+        raise HoldfastError(f"The number of steps of a probe is {steps}; expected at least 1.")
     z, y = _centred(features, labels)
     gram = z @ z.T if len(z) <= z.shape[1] else z.T @ z
     right = y if len(z) <= z.shape[1] else z.T @ y
@@ -262,7 +262,7 @@ def distillation_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Ten
 
 @dataclass(frozen=True)
 class Objective:
-    """What a defender minimises at a simulated adversary: a loss of its logits, and what probes could still read.
+    """What a defender minimises at a simulated adversary: a loss of its logits, and what probes still explain.
 
     Attributes:
         loss: of logits and labels, at every step; None: none.

@@ -1,4 +1,4 @@
-"""The one fine-tuning loop: defenses simulate it, adversaries run it."""
+"""Fine-tuning, in one place: defenses simulate it, adversaries run it."""
 
 from __future__ import annotations
 
@@ -47,14 +47,15 @@ OPTIMIZERS: Final[dict[str, OptimizerFactory]] = {
 
 @dataclass(frozen=True)
 class Strategy:
-    """How somebody fine-tunes: the phi of SOPHON, section 2.2.
+    """How a model is fine-tuned: the phi of SOPHON, section 2.2.
 
     The paper's three are direct+all, initFC+all (`initialisation="head", scope="all"`) and initFC+FC (both "head").
 
     Attributes:
         initialisation: start from the whole model ("direct"), or with a part of it freshly initialised: the head
             ("head"), the head and the last block of the body ("last-block"), or the head and the second half of its
-            blocks ("last-half"); see `SplitModel.blocks`. The head as torch does, blocks as the architecture does.
+            blocks ("last-half"); see `SplitModel.blocks`. The head as torch initialises it,
+            blocks as the architecture does.
         scope: which parameters move, always with the head: "all"; "head", it alone; "last-block"; "norm", scale and
             shift of every normalisation layer; "lora", low-rank adapters beside every linear and convolutional layer;
             "lora-attention", only beside those of attention, as is usual for diffusion models. With "head" and
@@ -109,7 +110,7 @@ class Strategy:
     def settings(self) -> dict[str, Any]:
         """Returns the settings as plain values; `gradient`, `rank` and `precision` only where not the default.
 
-        Published batteries have hashes of these settings: one that comes later must not change them.
+        Published batteries have hashes of these settings, which a setting added later must not change.
 
         Example:
             >>> list(Strategy(gradient="sign").settings())[-2:]
@@ -168,7 +169,7 @@ def _no_blocks(strategy: Strategy, model: SplitModel) -> str | None:
 def prepare(
     model: SplitModel, strategy: Strategy, task: Task, reference: SplitModel | None = None
 ) -> list[nn.Parameter]:
-    """Puts a model where a strategy starts from, in place.
+    """Puts a model into the state that a strategy starts from, in place.
 
     A fresh head has one output a class and is drawn from torch's global generator.
 
@@ -217,12 +218,12 @@ def renewed(model: SplitModel, strategy: Strategy) -> Block:
 
 
 def trained_modules(model: SplitModel, strategy: Strategy) -> list[nn.Module]:
-    """Returns what is in training mode where only a part of the model is: see `Strategy.scope`."""
+    """Returns the modules in training mode where only a part of the model is trained; see `Strategy.scope`."""
     return _moved_modules(model, "last-block") if strategy.scope == "last-block" else []
 
 
 def _moved_modules(model: SplitModel, scope: Scope) -> list[nn.Module]:
-    """What moves beside the head, where it is neither everything nor adapters."""
+    """The modules trained beside the head, for scopes other than "all" and adapters."""
     if scope == "last-block":
         return [module for _, module in model.blocks()[-1]]
     return _normalisations(model) if scope == "norm" else []
@@ -240,9 +241,9 @@ LORA_ALPHA = 16
 
 
 def _adaptable(model: SplitModel, scope: Scope) -> list[str]:
-    """Layers of the body that peft can put an adapter beside: plain ones, whose output no other module takes apart.
+    """Layers of the body that peft can put an adapter beside: plain ones, whose weights no other module reads.
 
-    What is attention is told by the name of its class, as libraries call it.
+    Attention is recognised by the name of its class.
     """
     attention = [n for n, m in model.network.named_modules() if "attention" in type(m).__name__.lower()]
     names = []
@@ -263,7 +264,7 @@ def _adaptable(model: SplitModel, scope: Scope) -> list[str]:
 
 
 def _is_transposed(layer: nn.Module) -> bool:
-    """Whether it is the linear layer of GPT-2's code in transformers, which keeps its weight the other way round."""
+    """Whether it is the linear layer of GPT-2's code in transformers, which stores its weight transposed."""
     return (type(layer).__module__, type(layer).__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
@@ -285,7 +286,7 @@ def _add_adapters(model: SplitModel, strategy: Strategy) -> None:
 
 
 BURN_IN = 10.0
-"""By how much the learning rate is higher in the first steps of a burn-in."""
+"""The learning rate in a burn-in is so many times higher."""
 
 
 def optimizer_of(model: SplitModel, strategy: Strategy) -> torch.optim.Optimizer:
@@ -306,20 +307,20 @@ def finetune(
     optimizer: torch.optim.Optimizer | None = None,
     together: ProcessGroup | None = None,
 ) -> Iterator[Tensor]:
-    """Fine-tunes a model in place, endlessly: take as many steps as you want.
+    """Fine-tunes a model in place, without end: take as many steps as you want.
 
     Before every step the model is put in training mode (see `Strategy.scope`), so that the caller may score it in
     between.
 
     Args:
-        model: already where the strategy starts from (see `prepare`).
+        model: already in the state that the strategy starts from (see `prepare`).
         task: the data and the loss.
         strategy: optimizer, learning rate, batch size and scope.
         generator: draws the batches.
         device: where model and data are.
         burn_in: first steps, which are taken at `BURN_IN` times the learning rate.
         penalty: called once a step, in training mode; what it returns is added to the loss.
-        optimizer: goes on with this one, made by `optimizer_of` for this model and strategy; None: a new one.
+        optimizer: continues with this one, made by `optimizer_of` for this model and strategy; None: a new one.
         together: the processes that train one model, each on batches of its own; None: this one trains its own.
 
     Yields:
@@ -367,7 +368,7 @@ def reshape_gradient(parameters: Iterable[nn.Parameter], gradient: Gradient) -> 
     if gradient == "sign":
         torch._foreach_sign_(grads)
         return
-    # By the largest entry first: the squares of tiny gradients, which a defense may leave on purpose, are all 0.
+    # By the largest entry first: a defense may leave tiny gradients on purpose, whose squares are all 0.
     for length in (_largest, _norm):
         size = length(grads)
         if size > 0:
@@ -397,7 +398,7 @@ def pretrain(
     seed: int = 0,
     run: Run | None = None,
 ) -> SplitModel:
-    """Trains a copy of a model honestly on a task; if several processes were launched, together.
+    """Trains a copy of a model on a task; if several processes were launched, they train it together.
 
     Args:
         model: left as it is.

@@ -23,6 +23,7 @@ from holdfast.defenses import (
 from holdfast.defenses.deep.base import _Immunization
 from holdfast.defenses.deep.condition import log_kappa
 from holdfast.defenses.deep.imma import probe_loss
+from holdfast.defenses.state import snapshot
 from holdfast.errors import HoldfastError
 from holdfast.losses import descended_probe, ridge_probe
 from holdfast.models import ModelSpec, SplitModel, features, load_model
@@ -215,15 +216,14 @@ def test_a_low_score_on_the_way_leaves_the_weights_with_an_average_as_well(train
     live = {}
 
     class Watched(_Immunization):
-        def acceptable(self, score):
-            return self.last
-
         def one_round(self, generator):
             values = super().one_round(generator)
-            live.update(self._snapshot())
+            live.update(snapshot(self.model))
             return values
 
-    Watched(config, trained, *images, Run(0, CPU)).finish()
+    watched = Watched(config, trained, *images, Run(0, CPU))
+    watched.guard.acceptable = lambda _: watched.last
+    watched.finish()
     state = plain.network.state_dict()
     assert all(torch.allclose(live[n], state[n], atol=1e-6) for n in live)
 
@@ -310,8 +310,8 @@ def test_an_epoch_is_of_the_shorter_set(images):
     benign, restricted = images
     assert benign.size("train") != restricted.size("train")
     shorter = min(round(0.9 * benign.size("train")), restricted.size("train"))
-    assert DeepCondition(epochs=3, batch_size=20).counted(*images).iterations == 3 * (shorter // 20)
-    assert DeepCondition(iterations=7).counted(*images).iterations == 7
+    assert DeepCondition(epochs=3, batch_size=20).with_steps(*images).iterations == 3 * (shorter // 20)
+    assert DeepCondition(iterations=7).with_steps(*images).iterations == 7
 
 
 def test_r_ill_alone_trains_the_body_by_nothing_else(trained, images):
@@ -417,7 +417,7 @@ class TestSentences:
         assert not any("run in every step" in event.message for event in record.events)
 
     def test_token_ids_have_no_mixtures(self, read):
-        with pytest.raises(HoldfastError, match="token ids, of which there are no mixtures"):
+        with pytest.raises(HoldfastError, match="token ids, which cannot be mixed"):
             RidgeProbeSuppression(mixing=1.0, **BRIEF).immunize(*read, run=Run(0, CPU))
 
     def test_what_none_stands_for(self, read, images):

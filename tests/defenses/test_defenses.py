@@ -323,13 +323,13 @@ class TestSophon:
             assert norms == pytest.approx([largest] * 6, rel=1e-3)
 
     def test_every_loop_simulates_so_many_adversaries(self, model, benign, restricted, run, monkeypatch):
-        simulate, sizes = Simulation.go_on, []
+        simulate, sizes = Simulation.advance, []
 
         def counted(self, *arguments, **more):
             sizes.append(sum(float(g.abs().sum()) for g in self.gradient))
             return simulate(self, *arguments, **more)
 
-        monkeypatch.setattr(Simulation, "go_on", counted)
+        monkeypatch.setattr(Simulation, "advance", counted)
         Sophon(iterations=2, suppression_loops=2, tasks=3, steps=1).immunize(model, benign, restricted, run=run)
         assert len(sizes) == 2 * 2 * 3
         assert [s == 0 for s in sizes] == [True, False, False] * 4  # they add up, and each loop begins anew

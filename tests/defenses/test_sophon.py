@@ -18,12 +18,13 @@ from cases import DEFENSES
 from conftest import toy_task
 from holdfast.adversaries import FineTuning
 from holdfast.adversaries.batteries import BATTERIES
-from holdfast.defenses import Sophon, trainer
-from holdfast.defenses.selection import VALIDATION, validation_score
+from holdfast.defenses import Sophon, state, trainer, validation
+from holdfast.defenses.guard import BenignGuard
 from holdfast.defenses.sophon import sophon
 from holdfast.defenses.sophon.exact import MOMENTUM, ExactSimulation
-from holdfast.defenses.sophon.pool import Population
+from holdfast.defenses.sophon.population import Population
 from holdfast.defenses.sophon.simulation import Simulation
+from holdfast.defenses.validation import VALIDATION, validation_score
 from holdfast.errors import HoldfastError
 from holdfast.losses import Objective, distillation_loss, inverse_cross_entropy, ridge_probe
 from holdfast.models import SplitModel, load_model
@@ -83,11 +84,11 @@ class TestPhi:
             ({"loss": "none"}, "nothing is suppressed"),
             ({"precision": "fp8"}, "precision"),
             ({"second_order": True}, "exact meta-gradient is for adversaries"),
-            ({"second_order": True, "optimizers": ("sgd",), "lifetime": 2}, "goes without lifetime"),
+            ({"second_order": True, "optimizers": ("sgd",), "lifetime": 2}, "cannot be combined with lifetime"),
             ({"validate_every": 0}, "validate_every is 0"),
             ({"validation_steps": 1}, "validation_steps is 1"),
             ({"probe_batch": 1}, "at least 2 samples"),
-            ({"population": 2}, "nobody lives on"),
+            ({"population": 2}, "no adversary is continued"),
             ({"recovery_loops": 5, "guard": False}, "recovery_loops are the guard's"),
             ({"steps": 2, "gamma": (0.0, 0.0)}, "one above it"),
             ({"steps": 2, "gamma": (1.0, -1.0)}, "at least 0"),
@@ -306,25 +307,25 @@ class TestPopulation:
         strategy = Strategy(start, "all", "adam", 1e-2, EVERYTHING)
         torch.manual_seed(1)
         population = self.population(small, strategy, lifetime=10)
-        population.living.clear()
-        population._unborn.clear()  # the first life is as long as the others
+        population.adversaries.clear()
+        population._unused_slots.clear()  # the first life is as long as the others
         for _ in range(3):
-            population.loop(task, 1, 4, None, generator=stream())
-        lasting = population.living[0]
+            population.simulate(task, 1, 4, None, generator=stream())
+        lasting = population.adversaries[0]
         population.simulations[0]._move(lasting, 1.0)
 
         torch.manual_seed(1)
         once = Simulation(small, inverse_cross_entropy)
         adversary = once.start(strategy, task)
         once._simulate(adversary, task, 12, None, stream(), task)
-        assert lasting.loops == 3
+        assert lasting.loops_done == 3
         assert close(lasting.model.parameters(), adversary.model.parameters())
 
     def test_at_rest_it_moves_with_the_model_but_for_what_it_started_anew(self, small, task):
         population = self.population(small, Strategy("head", "all", "adam", 1e-2, 20), size=2, lifetime=8)
-        population.turn = 1  # the second one has a first life of several loops
-        population.loop(task, 1, 2, None, generator=stream())
-        adversary = population.living[1]
+        population.next_slot = 1  # the second one has a first life of several loops
+        population.simulate(task, 1, 2, None, generator=stream())
+        adversary = population.adversaries[1]
         simulation = population.simulations[0]
 
         def awake():
@@ -344,8 +345,8 @@ class TestPopulation:
         population = self.population(small, Strategy("head", batch_size=20), size=4, lifetime=8)
         lives = []
         for _ in range(40):
-            population.loop(task, 1, 1, None, generator=stream())
-            lives.append({slot: (a.loops, a.life) for slot, a in population.living.items()})
+            population.simulate(task, 1, 1, None, generator=stream())
+            lives.append({slot: (a.loops_done, a.max_loops) for slot, a in population.adversaries.items()})
         assert [lives[i].get(i, (1, 1))[1] for i in range(4)] == [1, 3, 5, 7]
         assert {life for later in lives[32:] for _, life in later.values()} == {8}
         assert len({loops for loops, _ in lives[-1].values()}) > 1
@@ -356,7 +357,7 @@ class TestPopulation:
             torch.manual_seed(0)
             population = self.population(small, Strategy(start, batch_size=20), size=5, lifetime=3, devices=devices)
             for _ in range(3):
-                seen = population.loop(task, 3, 2, None, generator=stream(4))
+                seen = population.simulate(task, 3, 2, None, generator=stream(4))
             return population.simulations[0].gradient, seen
 
         (one, seen), (two, seen_by_two) = gradients(()), gradients((CPU, CPU))
@@ -365,24 +366,24 @@ class TestPopulation:
 
     def test_adversaries_of_one_loop_have_different_heads(self, small, task):
         population = self.population(small, Strategy("head", batch_size=20), size=3, lifetime=9)
-        population._unborn.clear()
-        population.loop(task, 3, 1, None, generator=stream())
-        heads = [population.living[slot].model.head.weight for slot in range(3)]
+        population._unused_slots.clear()
+        population.simulate(task, 3, 1, None, generator=stream())
+        heads = [population.adversaries[slot].model.head.weight for slot in range(3)]
         assert not torch.allclose(heads[0], heads[1], atol=0.05)
         assert not torch.allclose(heads[1], heads[2], atol=0.05)
 
     def test_what_an_adversary_freezes_has_the_statistics_of_the_present_model(self, model, restricted):
         population = self.population(model, Strategy("head", "head", "adam", 1e-2, 20), lifetime=9)
-        population._unborn.clear()
-        population.loop(restricted, 1, 1, None, generator=stream())
+        population._unused_slots.clear()
+        population.simulate(restricted, 1, 1, None, generator=stream())
         model.train()
         x = next(restricted.sweep("train", 50, device=CPU)).x
         with torch.no_grad():
             for _ in range(20):
                 model(3 * x)
         model.eval()
-        population.loop(restricted, 1, 1, None, generator=stream())
-        lasting = population.living[0]
+        population.simulate(restricted, 1, 1, None, generator=stream())
+        lasting = population.adversaries[0]
         population.simulations[0]._move(lasting, 1.0)
         lasting.model.eval()
         assert torch.allclose(lasting.model.features(x), model.features(x), rtol=1e-4, atol=1e-5)
@@ -397,16 +398,16 @@ class TestPopulation:
         torch.manual_seed(0)
         whole = new()
         for i in range(4):
-            whole.loop(task, 2, 2, None, generator=stream(i))
+            whole.simulate(task, 2, 2, None, generator=stream(i))
         tensors, values = whole.saved()
         tensors = {n: v.clone() for n, v in tensors.items()}
         again = new()
         again.restore(task, tensors, json.loads(json.dumps(values)))
         for i in range(4, 12):  # past the ends of all lives
             torch.manual_seed(i)
-            seen = whole.loop(task, 2, 2, None, generator=stream(i))
+            seen = whole.simulate(task, 2, 2, None, generator=stream(i))
             torch.manual_seed(i)
-            assert again.loop(task, 2, 2, None, generator=stream(i)) == seen
+            assert again.simulate(task, 2, 2, None, generator=stream(i)) == seen
             assert all(
                 (a is None and b is None) or torch.equal(a, b)
                 for a, b in zip(whole.gradients(), again.gradients(), strict=True)
@@ -454,7 +455,7 @@ class TestRecovery:
         with torch.no_grad():
             going.model.head.weight.mul_(0.5)
         going.too_low("for a test")
-        assert all(torch.equal(v, going.good[n]) for n, v in going.model.network.state_dict().items())
+        assert all(torch.equal(v, going.guard.good[n]) for n, v in going.model.network.state_dict().items())
 
 
 class TestJointStep:
@@ -557,7 +558,7 @@ class TestValidation:
     def test_a_state_under_the_floor_is_not_examined(self, model, benign, restricted, run, monkeypatch):
         scores, examined = iter([0.9, 0.9, 0.1, 0.9]), iter([0.5, 0.4])  # the first one is the original's
         monkeypatch.setattr(type(benign), "score", lambda *_: next(scores))
-        monkeypatch.setattr(trainer, "validation_score", lambda *_, **__: next(examined))
+        monkeypatch.setattr(validation, "validation_score", lambda *_, **__: next(examined))
         settings = Sophon(iterations=3, steps=1, validate_every=1)
         _, record = settings.immunize(model, benign, restricted, run=run)
         assert record.history["validation_score"] == [0.5, None, 0.4]
@@ -576,7 +577,7 @@ class TestValidation:
             states.append(model.facts().sha256)
             return next(scores)
 
-        monkeypatch.setattr(trainer, "validation_score", scored)
+        monkeypatch.setattr(validation, "validation_score", scored)
         settings = Sophon(iterations=3, steps=1, validate_every=1, max_benign_drop=1.0)
         made, record = settings.immunize(model, benign, restricted, run=run)
         assert len(set(states)) == 3
@@ -586,7 +587,7 @@ class TestValidation:
 
     def test_nothing_of_the_examined_samples_is_trained_on(self, model, benign, restricted, run, monkeypatch):
         seen = []
-        monkeypatch.setattr(trainer, "validation_score", lambda model, task, *_, **__: seen.append(task) or 0.5)
+        monkeypatch.setattr(validation, "validation_score", lambda model, task, *_, **__: seen.append(task) or 0.5)
         learned, simulate = [], Simulation._simulate
         monkeypatch.setattr(
             Simulation,
@@ -602,7 +603,7 @@ class TestValidation:
         everything = {bytes(x.numpy().tobytes()) for x in restricted._x["train"]}
         assert not train & test
         assert train | test <= everything
-        assert len(test) == pytest.approx(trainer.VALIDATION_SHARE * len(everything), rel=0.1)
+        assert len(test) == pytest.approx(validation.VALIDATION_SHARE * len(everything), rel=0.1)
 
 
 class TestAscentOfADenoiser:
@@ -667,8 +668,8 @@ class TestAveraging:
     def test_it_is_that_of_all_rounds_and_training_does_not_see_it(self, denoiser, digit_images):
         states = [denoiser, *(self.made(denoiser, digit_images, iterations=n)[0] for n in (1, 2, 3))]
         expected = {n: v.clone() for n, v in denoiser.network.state_dict().items()}
-        for state in states[1:]:
-            for name, value in state.network.state_dict().items():
+        for later in states[1:]:
+            for name, value in later.network.state_dict().items():
                 expected[name] = 0.7 * expected[name] + 0.3 * value
         found, _ = self.made(denoiser, digit_images, iterations=3, ema=0.7)
         for name, value in found.network.state_dict().items():
@@ -677,7 +678,7 @@ class TestAveraging:
     @pytest.mark.parametrize("guard", [True, False])
     def test_looking_changes_nothing_unless_the_guard_acts(self, denoiser, digit_images, guard, monkeypatch):
         if not guard:
-            monkeypatch.setattr(trainer.Immunization, "limit", 0.0)  # no state is a good one, and nobody minds
+            monkeypatch.setattr(BenignGuard, "limit", 0.0)  # no state is a good one, and nobody minds
         (seldom, once), (often, record) = (
             self.made(denoiser, digit_images, ema=0.7, guard=guard, guard_every=every) for every in (4, 1)
         )
@@ -688,7 +689,9 @@ class TestAveraging:
     def test_what_was_examined_is_what_is_released(self, denoiser, digit_images, monkeypatch):
         examined = []
         monkeypatch.setattr(
-            trainer, "validation_score", lambda model, *_, **__: examined.append(model.facts().sha256) or -len(examined)
+            validation,
+            "validation_score",
+            lambda model, *_, **__: examined.append(model.facts().sha256) or -len(examined),
         )
         found, _ = self.made(denoiser, digit_images, ema=0.7, validate_every=2)
         assert len(set(examined)) == 2
@@ -702,7 +705,7 @@ class TestAveraging:
         monkeypatch.setattr(type(digit_images[0]), "score", lambda *_: next(scores))
         made, record = going.finish()
         assert ("brought back" if recovery else "halved") in record.events[0].message
-        assert all(torch.equal(v, going.average[n]) for n, v in made.network.state_dict().items())
+        assert all(torch.equal(v, going.average.state[n]) for n, v in made.network.state_dict().items())
         same = made.facts().sha256 == denoiser.facts().sha256
         assert same is not bool(recovery)
 
@@ -733,14 +736,14 @@ class TestAveraging:
 
 class TestNothingAchieved:
     def test_a_model_that_is_as_it_was_is_not_called_complete(self, model, benign, restricted, run, monkeypatch):
-        monkeypatch.setattr(trainer.Immunization, "limit", 2.0)
+        monkeypatch.setattr(BenignGuard, "limit", 2.0)
         made, record = Sophon(iterations=3, steps=1, guard_every=1).immunize(model, benign, restricted, run=run)
         assert made.facts().sha256 == model.facts().sha256
         assert not record.completed
         assert "the model is as it was" in record.events[-1].message
 
     def test_nor_is_a_state_that_nobody_examined(self, model, benign, restricted, run, monkeypatch):
-        monkeypatch.setattr(trainer.Immunization, "limit", 2.0)
+        monkeypatch.setattr(BenignGuard, "limit", 2.0)
         settings = Sophon(iterations=2, steps=1, guard=False, validate_every=1)
         _, record = settings.immunize(model, benign, restricted, run=run)
         assert not record.completed
@@ -769,7 +772,7 @@ class TestCheckpoints:
 
     def test_a_state_of_another_version_is_refused(self, model, benign, restricted, tmp_path, monkeypatch):
         settings = self.stop(model, benign, restricted, tmp_path)
-        monkeypatch.setattr(trainer, "FORMAT", 99)
+        monkeypatch.setattr(state, "FORMAT", 99)
         with pytest.raises(HoldfastError, match="another version of Holdfast"):
             settings.immunize(model, benign, restricted, run=Run(0, CPU, tmp_path))
 
@@ -785,7 +788,7 @@ class TestCheckpoints:
     ):
         saves = []
         monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
-        monkeypatch.setattr(trainer, "save_tensors", lambda path, tensors, meta: saves.append(meta["round"]))
+        monkeypatch.setattr(state, "save_tensors", lambda path, tensors, meta: saves.append(meta["round"]))
         settings = Sophon(iterations=4, steps=1, guard_every=100)
         settings.immunize(model, benign, restricted, run=Run(0, CPU, tmp_path))
         assert saves == [1, 2, 3, 4]

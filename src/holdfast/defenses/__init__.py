@@ -1,8 +1,6 @@
-"""Defenses: an open set, one file each; a new one adds its line to `DEFENSES`."""
+"""Defenses: an open set. A new defense is one new file here that registers its class with `@register_defense`."""
 
-from typing import Final
-
-from holdfast.defenses.base import Defense, Record
+from holdfast.defenses.base import Defense, DefenseRecord
 from holdfast.defenses.deep.base import DeepDefense
 from holdfast.defenses.deep.condition import DeepCondition, DeepOptKappa, DeepRIll
 from holdfast.defenses.deep.imma import DeepIMMA
@@ -14,25 +12,8 @@ from holdfast.defenses.linear.frontier import FrontierDefense, SignalFrontier
 from holdfast.defenses.linear.imma import IMMA
 from holdfast.defenses.linear.opt_kappa import OptKappa
 from holdfast.defenses.ntl import NTL
+from holdfast.defenses.registry import DEFENSES, build_defense, list_defenses, register_defense
 from holdfast.defenses.sophon.sophon import Sophon
-
-DEFENSES: Final[dict[str, type[Defense]]] = {
-    Sophon.name: Sophon,
-    NTL.name: NTL,
-    FrontierDefense.name: FrontierDefense,
-    SignalFrontier.name: SignalFrontier,
-    ConditionNumber.name: ConditionNumber,
-    RIllOnly.name: RIllOnly,
-    IMMA.name: IMMA,
-    OptKappa.name: OptKappa,
-    DeepCondition.name: DeepCondition,
-    DeepRIll.name: DeepRIll,
-    DeepIMMA.name: DeepIMMA,
-    DeepOptKappa.name: DeepOptKappa,
-    RidgeProbeSuppression.name: RidgeProbeSuppression,
-    SlowProbeSuppression.name: SlowProbeSuppression,
-    LEACE.name: LEACE,
-}
 
 __all__ = [
     "DEFENSES",
@@ -46,14 +27,17 @@ __all__ = [
     "DeepOptKappa",
     "DeepRIll",
     "Defense",
+    "DefenseRecord",
     "FrontierDefense",
     "LinearDefense",
     "LinearProblem",
     "OptKappa",
     "RIllOnly",
-    "Record",
     "RidgeProbeSuppression",
     "SignalFrontier",
     "SlowProbeSuppression",
     "Sophon",
+    "build_defense",
+    "list_defenses",
+    "register_defense",
 ]

@@ -1,11 +1,14 @@
-"""The contract of a defense: a model in, an immunized model out, and a record of how."""
+"""The contract of a defense: it takes a model and returns an immunized copy, with a record of the work."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from holdfast.errors import HoldfastError, unknown
 from holdfast.models import SplitModel
 from holdfast.results import Event, ImmunizationResult
 from holdfast.runtime.run import Run
@@ -13,8 +16,15 @@ from holdfast.tasks import Task
 
 
 @dataclass
-class Record:
-    """What a defense notes while it works; it becomes the result's `immunization` part."""
+class DefenseRecord:
+    """What a defense notes while it works; it becomes the `immunization` part of the result.
+
+    Attributes:
+        history: one value a round for each series, or None where there is none.
+        events: what the defense decided by itself, such as a return to an earlier state.
+        completed: False if the defense stopped early or did not reach its goal.
+        rollbacks: how many times the guard went back to the last good state.
+    """
 
     history: dict[str, list[int | float | None]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
@@ -25,20 +35,26 @@ class Record:
 class Defense(ABC):
     """Turns a model into an immunized one.
 
-    A subclass is a dataclass: its fields are the hyper-parameters that recipes and the command line set. It never
-    imports an adversary: a defense must not train on its own examiner.
+    A subclass is a dataclass: its fields are the hyper-parameters that recipes and the command line set. It checks
+    them in `__post_init__`, after `super().__post_init__()`. It never imports an adversary: a defense must not train
+    against the adversaries that audit it.
     """
 
     name: ClassVar[str]
     citation: ClassVar[str]
 
+    def __post_init__(self) -> None:  # noqa: B027 -- not every defense has something to check
+        """Checks the hyper-parameters; each subclass adds its own checks."""
+
     @abstractmethod
-    def immunize(self, model: SplitModel, benign: Task, restricted: Task, *, run: Run) -> tuple[SplitModel, Record]:
+    def immunize(
+        self, model: SplitModel, benign: Task, restricted: Task, *, run: Run
+    ) -> tuple[SplitModel, DefenseRecord]:
         """Immunizes a copy of a model.
 
         Args:
-            model: left as it is.
-            benign: what the model must stay good at; its training split is used.
+            model: is not changed.
+            benign: the task that the model must stay good at; its training split is used.
             restricted: the defender's half of the restricted task.
             run: seed, device, folder.
 
@@ -47,20 +63,20 @@ class Defense(ABC):
         """
 
     def config(self) -> dict[str, Any]:
-        """Returns every hyper-parameter, resolved."""
+        """Returns every hyper-parameter."""
         return asdict(self)  # type: ignore[call-overload, no-any-return]
 
     def resolved(self, benign: Task) -> Defense:
-        """Returns itself with what "auto" stands for, for the task of a model, so that results say what was done."""
+        """Returns the defense with the values that "auto" stands for on this task, so that results name them."""
         return self
 
-    def told(self, record: Record, original: SplitModel, immunized: SplitModel) -> ImmunizationResult:
-        """Returns the record with what became of the weights, and puts it on the model as `immunization`.
+    def attach_result(self, record: DefenseRecord, original: SplitModel, immunized: SplitModel) -> ImmunizationResult:
+        """Returns the result of an immunization, and stores it as `immunized.immunization`.
 
         Args:
-            record: of the defense.
-            original: what it was given.
-            immunized: what it made.
+            record: what the defense noted.
+            original: the model that it was given.
+            immunized: the model that it returned.
         """
         found = ImmunizationResult.model_validate(
             {
@@ -72,8 +88,8 @@ class Defense(ABC):
         immunized.immunization = found
         return found
 
-    def result(self, record: Record) -> ImmunizationResult:
-        """Returns the record as it goes into `result.json`."""
+    def result(self, record: DefenseRecord) -> ImmunizationResult:
+        """Returns the record in the form that `result.json` has."""
         return ImmunizationResult(
             defense=self.name,
             config=self.config(),
@@ -82,3 +98,35 @@ class Defense(ABC):
             completed=record.completed,
             rollbacks=record.rollbacks,
         )
+
+    def refuse_unknown(self, name: str, known: Collection[str]) -> None:
+        """Refuses a field that is not one of the known names."""
+        if getattr(self, name) not in known:
+            raise unknown(name, str(getattr(self, name)), known)
+
+    def refuse_below_one(self, *names: str) -> None:
+        """Refuses fields under 1; None is allowed."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise HoldfastError(f"{self.name}: {name} is {value}; expected at least 1.")
+
+    def refuse_not_above_zero(self, *names: str) -> None:
+        """Refuses fields that are not finite numbers above 0; None is allowed."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise HoldfastError(f"{self.name}: {name} is {value}; expected a number above 0.")
+
+    def refuse_negative(self, *names: str) -> None:
+        """Refuses fields that are not finite numbers of at least 0; None is allowed."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise HoldfastError(f"{self.name}: {name} is {value}; expected a number of at least 0.")
+
+    def refuse_no_share(self, *names: str) -> None:
+        """Refuses fields that are not strictly between 0 and 1."""
+        for name in names:
+            if not 0 < getattr(self, name) < 1:
+                raise HoldfastError(f"{self.name}: {name} is {getattr(self, name)}; expected a share between 0 and 1.")

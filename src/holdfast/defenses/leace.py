@@ -1,7 +1,7 @@
-"""LEACE: the restricted labels are erased from the features by the smallest change that leaves linear probes nothing.
+"""LEACE: the smallest change of the features after which linear probes cannot predict the restricted labels.
 
 Least-squares concept erasure (Belrose et al., *LEACE: Perfect linear concept erasure in closed form*, NeurIPS 2023,
-Theorem 4.3) is what people would use against linear probes. Let features x have mean mu and covariance Sigma, and their
+Theorem 4.3) is the standard defense against linear probes. Let features x have mean mu and covariance Sigma, and their
 cross-covariance with labels z be Sigma_xz. Among all affine maps r with Cov(r(x), z) = 0, after which no linear probe
 does better than a constant,
 
@@ -10,8 +10,8 @@ does better than a constant,
 has the least E |r(x) - x|^2, in every norm. With the centred features as U S V', and Q an orthonormal basis of the
 columns of U'z (z centred; at most C - 1 for C classes), a row x becomes x - (x - mu) V S^-1 Q Q' S V'.
 
-That holds for the samples that it was fitted on; of others, such as an adversary's, something may be left. And it is a
-layer before the head: who removes it has the original's features.
+This holds for the samples that it was fitted on; on others, such as an adversary's, probes may still find something.
+The map is a layer before the head: an adversary that removes it has the original's features.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from holdfast.defenses.base import Defense, Record
+from holdfast.defenses.base import Defense, DefenseRecord
+from holdfast.defenses.registry import register_defense
 from holdfast.models import SplitModel, check_feature_width, check_fits, feature_precision, features
 from holdfast.results import Event
 from holdfast.runtime.run import Run
@@ -77,13 +78,14 @@ class Eraser:
         return cls(identity - removed, mean @ removed, q.shape[1])
 
 
+@register_defense
 @dataclass
 class LEACE(Defense):
     """Erases the restricted labels from a network's features; see the top of this file. Nothing is random.
 
     Attributes:
-        keep_benign: fit the head anew, by least squares on the benign training data, to the outputs that it had; else
-            it stays as it is, and benign outputs change by all that was erased.
+        keep_benign: fit the head anew, by least squares on the benign training data, to the outputs that it had;
+            otherwise the head does not change, and benign outputs lose all that was erased.
     """
 
     name: ClassVar[str] = "leace"
@@ -91,7 +93,9 @@ class LEACE(Defense):
 
     keep_benign: bool = True
 
-    def immunize(self, model: SplitModel, benign: Task, restricted: Task, *, run: Run) -> tuple[SplitModel, Record]:
+    def immunize(
+        self, model: SplitModel, benign: Task, restricted: Task, *, run: Run
+    ) -> tuple[SplitModel, DefenseRecord]:
         """Puts the eraser before the head of a copy of the model; see `Defense.immunize`.
 
         Raises:
@@ -115,7 +119,7 @@ class LEACE(Defense):
             f"{change:.1%} of their size"
         )
         history: dict[str, list[int | float | None]] = {"erased": [eraser.rank], "output_change": [change]}
-        return immunized, Record(history=history, events=[Event(iteration=0, message=message)])
+        return immunized, DefenseRecord(history=history, events=[Event(iteration=0, message=message)])
 
 
 def _outputs(model: SplitModel, x: Tensor) -> Tensor:
@@ -130,7 +134,7 @@ def _refit(model: SplitModel, x: Tensor, outputs: Tensor, precision: float) -> N
     head = model.head
     centre = torch.zeros_like(x[0]) if head.bias is None else x.mean(0)
     level = torch.zeros_like(outputs[0]) if head.bias is None else outputs.mean(0)
-    # A direction that is there as rounding alone would get weights as large as it is small.
+    # A direction that is only rounding would get very large weights.
     problem = LeastSquares.of(x - centre, outputs - level, precision=precision)
     u, s, v = problem.svd
     weight = v @ ((u.T @ problem.target) / s[:, None])

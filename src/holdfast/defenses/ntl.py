@@ -1,31 +1,30 @@
 """NTL: non-transferable learning (Wang et al., ICLR 2022), the SOPHON paper's baseline B3.
 
-The model unlearns the restricted task as it stands; nothing prepares it for somebody who goes on training. Of batches
-(x_P, y_P) of the benign task and (x_H, y_H) of the restricted one, with features z and the one head of the model,
+The model unlearns the restricted task; fine-tuning is not simulated. For batches (x_P, y_P) of the benign task and
+(x_H, y_H) of the restricted one, with features z and the one head of the model,
 
     L = KL_P - min(c, a KL_H) * min(c, b MMD(z_P, z_H)),        a = b = 0.1, c = 1.
 
-KL is the divergence of the predictions from the labels: for one-hot labels, whose entropy is 0, the cross-entropy. So
-the restricted labels are classes of the benign head, as they are numbered.
+KL is the divergence of the predictions from the labels. One-hot labels have entropy 0, so that it is the cross-entropy.
+Restricted label i stands for class i of the benign head.
 
 **Where the gradient vanishes.** Let A = min(c, a KL_H) and B = min(c, b MMD). Then
 
     dL/dKL_H = -a B  up to KL_H = c/a,  0 above;        dL/dMMD = -b A  up to MMD = c/b,  0 above.
 
-1. Above KL_H = c/a (10 with the defaults) the restricted labels pull no more: confidently wrong is enough.
-2. Above MMD = c/b (10) the features move apart no more. A kernel's part of the MMD is below 2, so with five kernels it
-   never comes to that.
-3. Above both, only the benign loss is left. L is never more than c^2 below it: the restricted part cannot run away.
+1. Above KL_H = c/a (10 with the defaults) the restricted loss has no gradient: confidently wrong is enough.
+2. Above MMD = c/b (10) the features do not move further apart. Each kernel adds less than 2 to the MMD, so that five
+   kernels never reach this bound.
+3. Above both bounds, only the benign loss is left. L is at most c^2 below it: the restricted part is bounded.
 4. Where one factor is 0, the other has no gradient: while the features of the two tasks coincide (MMD = 0), the
-   restricted loss is not pushed up at all.
+   restricted loss does not rise at all.
 
-Nothing in L looks at what fine-tuning does. The features of the restricted task are moved, and an adversary who lowers
-KL_H again starts from a trained network all the same.
+L does not depend on what fine-tuning does. It moves the features of the restricted task, but an adversary that lowers
+KL_H again still starts from a trained network.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,9 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.defenses.base import Record
-from holdfast.defenses.trainer import GuardedDefense, Immunization
-from holdfast.errors import HoldfastError, unknown
+from holdfast.defenses.base import DefenseRecord
+from holdfast.defenses.guard import GuardedDefense
+from holdfast.defenses.registry import register_defense
+from holdfast.defenses.trainer import Immunization
+from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel, check_fits
 from holdfast.runtime.run import Run
 from holdfast.tasks import Task
@@ -45,7 +46,7 @@ from holdfast.training import OPTIMIZERS
 def squared_distances(z: Tensor) -> Tensor:
     """Returns ||z_i - z_j||^2, shape (N, N).
 
-    Features are centred first: the products of large numbers would otherwise swallow small distances.
+    Features are centred first: without it, small distances are lost in the rounding of large products.
     """
     z = z - z.detach().mean(0)
     square = z.square().sum(1)
@@ -68,7 +69,7 @@ def mmd(
         MMD = mean k(x, x') + mean k(y, y') - 2 mean k(x, y)
 
     over all pairs, a sample with itself included (the biased estimate): never negative, and below 2 m. It is the
-    squared norm of the difference of the mean embeddings; the literature on NTL leaves "squared" out.
+    squared norm of the difference of the mean embeddings; papers on NTL leave out "squared".
 
     Args:
         x: shape (N, D).
@@ -107,18 +108,20 @@ def ntl_loss(
     return benign - (alpha * restricted).clamp_max(clamp) * (beta * distance).clamp_max(clamp)
 
 
+@register_defense
 @dataclass
 class NTL(GuardedDefense):
-    """NTL's hyper-parameters: the loss's are the paper's, and those of the training ours.
+    """Hyper-parameters of NTL. Those of the loss are the paper's, those of the training are ours.
 
-    Both batches pass through the network together: BatchNorm normalises them alike, as it will when the model is used.
+    A round is a step of the optimizer. Both batches pass through the network together: BatchNorm normalises them alike,
+    as it will when the model is used.
 
-    The guard keeps the last state whose held-out benign score was good enough. A low score on the way is no reason to
-    go back, because L holds the benign loss, which repairs it; but at the end only a good state is returned.
+    A low benign score during training does not make the guard go back, because L contains the benign loss, which
+    repairs it. The result is always a state whose held-out benign score was good enough. See `GuardedDefense` for the
+    other settings.
 
     Attributes:
-        iterations: steps of the optimizer.
-        learning_rate: its rate.
+        learning_rate: of the optimizer.
         optimizer: a name of `holdfast.training.OPTIMIZERS`.
         weight_decay: at least 0.
         batch_size: samples of each of the two tasks in a step.
@@ -126,13 +129,7 @@ class NTL(GuardedDefense):
         beta: b, weight of the MMD (the paper: 0.1).
         clamp: c, upper bound of both factors (the paper: 1).
         kernels: Gaussian kernels of the MMD (the paper: 5).
-        multiplier: from one kernel's width to the next (the paper: 2).
-        guard: watch for non-finite values, after which it goes back and halves the rate, and for the benign score;
-            without it, a non-finite value ends the defense.
-        guard_every: steps between two looks at the benign score.
-        max_benign_drop: how far the held-out benign score may fall below the original's in a good state.
-        max_rollbacks: the guard gives up after as many; the last good state is then the result.
-        holdout: share of the benign training data kept back for the guard.
+        multiplier: ratio of one kernel's width to that of the one before (the paper: 2).
 
     Raises:
         HoldfastError: for a value out of range.
@@ -157,18 +154,18 @@ class NTL(GuardedDefense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.optimizer not in OPTIMIZERS:
-            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        self.refuse_unknown("optimizer", OPTIMIZERS)
         self.refuse_below_one("batch_size", "kernels")
         self.refuse_not_above_zero("learning_rate", "alpha", "beta", "clamp", "multiplier")
-        if not 0 <= self.weight_decay < math.inf:
-            raise HoldfastError(f"ntl: weight_decay is {self.weight_decay}; expected a number of at least 0.")
+        self.refuse_negative("weight_decay")
 
-    def immunize(self, model: SplitModel, benign: Task, restricted: Task, *, run: Run) -> tuple[SplitModel, Record]:
+    def immunize(
+        self, model: SplitModel, benign: Task, restricted: Task, *, run: Run
+    ) -> tuple[SplitModel, DefenseRecord]:
         """Trains a copy of the model with L; see `Defense.immunize`.
 
-        With a folder in `run`, the state is saved every `guard_every` steps and a second call continues from there, to
-        the same result.
+        With a folder in `run`, the state is saved every `guard_every` steps. A second call continues from there and
+        gives the same result.
 
         Raises:
             HoldfastError: if model and tasks do not fit, the restricted task has more classes than the head has
@@ -223,15 +220,13 @@ class _Immunization(Immunization[NTL]):
         optimizer = self.optimizers["optimizer"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        self.pool_gradients()
+        self.average_gradients()
         optimizer.step()
         values = {"restricted_loss": restricted_loss, "benign_loss": benign_loss, "mmd": distance}
         return {name: [float(value.detach())] for name, value in values.items()}
 
     def too_low(self, why: str) -> bool:
-        """See `Immunization.too_low`: only what is released must be good."""
-        if self.last:
-            self.restore_good()
-            self.say(f"{why}: the last good state is the result")
+        """See `Immunization.too_low`: only the result must be good."""
+        if self.go_back_at_the_end(why):
             self.record.completed = False
         return self.last

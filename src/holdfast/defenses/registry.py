@@ -1,16 +1,41 @@
-"""Every defense by its name."""
+"""The registered defenses, and how one is built from its name and settings."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from holdfast.defenses import DEFENSES, Defense
+from holdfast.defenses.base import Defense
 from holdfast.errors import unknown
+from holdfast.runtime.registry import Registry
 from holdfast.runtime.validation import plain, readable, refuse_truth_as_number
+
+Kind = TypeVar("Kind", bound=type[Defense])
+
+DEFENSES: Final[Registry[type[Defense]]] = Registry("defense", "holdfast.defenses")
+"""Every defense by its name, those of other packages among them."""
+
+
+def register_defense(kind: Kind) -> Kind:
+    """Registers a defense under its class attribute `name`; use it as a decorator, above `@dataclass`.
+
+    Raises:
+        HoldfastError: if another defense has this name.
+    """
+    return DEFENSES.register(kind.name)(kind)  # type: ignore[return-value]
+
+
+def list_defenses() -> list[str]:
+    """Returns the names of all defenses, sorted.
+
+    Example:
+        >>> list_defenses()[:4]
+        ['condition', 'deep-condition', 'deep-imma', 'deep-opt-kappa']
+    """
+    return list(DEFENSES)
 
 
 def build_defense(settings: Mapping[str, Any]) -> Defense:
@@ -24,10 +49,8 @@ def build_defense(settings: Mapping[str, Any]) -> Defense:
         5
     """
     options: dict[str, Any] = {str(key): plain(value) for key, value in settings.items()}
-    name = options.pop("name", None)
-    if not isinstance(name, str) or name not in DEFENSES:
-        raise unknown("defense", str(name), DEFENSES)
-    kind = DEFENSES[name]
+    name = str(options.pop("name", None))
+    kind = DEFENSES.lookup(name)
     known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in options:
         if key not in known:

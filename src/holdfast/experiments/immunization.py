@@ -220,7 +220,7 @@ def _immunize(context: _Context, wanted: ImmunizationJob) -> StoredModel:
     seconds = time.perf_counter() - begin
     score = setting.benign.audit_score(model)
     notes = {
-        "result": wanted.defense.told(record, setting.original, model).model_dump(mode="json"),
+        "result": wanted.defense.attach_result(record, setting.original, model).model_dump(mode="json"),
         "benign": score if math.isfinite(score) else None,
         "seconds": round(seconds, 3),
     }

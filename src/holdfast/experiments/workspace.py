@@ -264,7 +264,7 @@ class Workspace:
             if process_group().on_main_process(lambda: immunized.export(folder / "pipeline")) is not None:
                 self.run.say(f"Written for diffusers: {folder / 'pipeline'}")
         self.note_model("immunized", immunized, digest)
-        return immunized, defense.told(record, model, immunized)
+        return immunized, defense.attach_result(record, model, immunized)
 
     def audit(
         self,

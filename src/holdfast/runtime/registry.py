@@ -52,7 +52,8 @@ class Registry(Mapping[str, Member]):
             # A module that is imported again, as a doctest or under `__main__`, registers its member once more.
             if known is not None and _place(known) != _place(member):
                 raise HoldfastError(
-                    f"{_place(known)} and {_place(member)} are both registered as the {self.what} {name!r}; rename one."
+                    f"Two members of {self.package} are called {name!r}: {_place(known)} and {_place(member)}; "
+                    "rename one."
                 )
             self._members[name] = member
             return member
@@ -87,6 +88,13 @@ class Registry(Mapping[str, Member]):
         if self._loaded:
             return
         self._loaded = True  # before the imports, which may ask for members themselves
+        try:
+            self._import_members()
+        except BaseException:
+            self._loaded = False  # the next use tries again, and does not work with a part of the members
+            raise
+
+    def _import_members(self) -> None:
         folder = import_module(self.package)
         for module in pkgutil.walk_packages(folder.__path__, f"{self.package}."):
             import_module(module.name)
@@ -94,7 +102,6 @@ class Registry(Mapping[str, Member]):
             try:
                 point.load()
             except Exception as error:  # the code of another package may raise anything
-                self._loaded = False
                 package = point.dist.name if point.dist is not None else point.value
                 raise HoldfastError(
                     f"The package {package!r} offers a {self.what} ({point.name} = {point.value}) that cannot be "

@@ -12,11 +12,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from holdfast.defenses.deep.base import DeepDefense, Seen
+from holdfast.defenses.deep.base import DeepDefense
+from holdfast.defenses.deep.settings import FeatureBatch
 from holdfast.defenses.linear.condition import CITATION
+from holdfast.defenses.registry import register_defense
 from holdfast.spectral.regularizers import r_ill_of_features, r_well_of_features
 
 
+@register_defense
 @dataclass
 class DeepCondition(DeepDefense):
     """Algorithm 1: R_well on the benign features, R_ill on the restricted ones, and the benign loss, together.
@@ -24,7 +27,7 @@ class DeepCondition(DeepDefense):
     A batch should not have as many samples as there are features: such a Gram matrix is badly conditioned by chance.
 
     Attributes:
-        lambda_well: lambda_P; None: balanced (see `DeepDefense.weights`).
+        lambda_well: lambda_P; None: balanced (see `DeepSettings.weights`).
         lambda_ill: lambda_H; None: balanced.
         well_multiple: multiplies the balanced lambda_P. The paper searches over multiples and prints none.
         ill_multiple: multiplies the balanced lambda_H.
@@ -44,24 +47,25 @@ class DeepCondition(DeepDefense):
         super().__post_init__()
         self.refuse_negative("lambda_well", "lambda_ill", "well_multiple", "ill_multiple")
 
-    def regularizers(self, seen: Seen) -> dict[str, Tensor]:
-        """See `DeepDefense.regularizers`."""
+    def regularizers(self, batch: FeatureBatch) -> dict[str, Tensor]:
+        """See `DeepSettings.regularizers`."""
         return {
-            "r_well": r_well_of_features(seen.benign.double()),
-            "r_ill": r_ill_of_features(seen.restricted.double()),
+            "r_well": r_well_of_features(batch.benign.double()),
+            "r_ill": r_ill_of_features(batch.restricted.double()),
         }
 
     def weights(self) -> dict[str, tuple[float | None, float]]:
-        """See `DeepDefense.weights`."""
+        """See `DeepSettings.weights`."""
         return {"r_well": (self.lambda_well, self.well_multiple), "r_ill": (self.lambda_ill, self.ill_multiple)}
 
 
+@register_defense
 @dataclass
 class DeepRIll(DeepDefense):
     """The paper's first baseline: the body minimises R_ill of the restricted features alone; the head, the benign loss.
 
     Attributes:
-        lambda_ill: lambda_H; None: balanced (see `DeepDefense.weights`).
+        lambda_ill: lambda_H; None: balanced (see `DeepSettings.weights`).
         ill_multiple: multiplies the balanced lambda_H.
     """
 
@@ -78,22 +82,23 @@ class DeepRIll(DeepDefense):
         super().__post_init__()
         self.refuse_negative("lambda_ill", "ill_multiple")
 
-    def regularizers(self, seen: Seen) -> dict[str, Tensor]:
-        """See `DeepDefense.regularizers`."""
-        return {"r_ill": r_ill_of_features(seen.restricted.double())}
+    def regularizers(self, batch: FeatureBatch) -> dict[str, Tensor]:
+        """See `DeepSettings.regularizers`."""
+        return {"r_ill": r_ill_of_features(batch.restricted.double())}
 
     def weights(self) -> dict[str, tuple[float | None, float]]:
-        """See `DeepDefense.weights`."""
+        """See `DeepSettings.weights`."""
         return {"r_ill": (self.lambda_ill, self.ill_multiple)}
 
 
+@register_defense
 @dataclass
 class DeepOptKappa(DeepDefense):
     """Opt kappa: descends the benign loss and kappa(H_P) - kappa(H_H), or the difference of their logarithms.
 
     Attributes:
         log: take logarithms; the plain difference is the paper's baseline.
-        lambda_kappa: weight of the difference; None: balanced (see `DeepDefense.weights`).
+        lambda_kappa: weight of the difference; None: balanced (see `DeepSettings.weights`).
         kappa_multiple: multiplies the balanced weight.
     """
 
@@ -110,14 +115,14 @@ class DeepOptKappa(DeepDefense):
         super().__post_init__()
         self.refuse_negative("lambda_kappa", "kappa_multiple")
 
-    def regularizers(self, seen: Seen) -> dict[str, Tensor]:
-        """See `DeepDefense.regularizers`."""
-        benign, restricted = (log_kappa(z) for z in (seen.benign, seen.restricted))
+    def regularizers(self, batch: FeatureBatch) -> dict[str, Tensor]:
+        """See `DeepSettings.regularizers`."""
+        benign, restricted = (log_kappa(z) for z in (batch.benign, batch.restricted))
         difference = benign - restricted if self.log else benign.exp() - restricted.exp()
         return {"kappa_difference": difference}
 
     def weights(self) -> dict[str, tuple[float | None, float]]:
-        """See `DeepDefense.weights`."""
+        """See `DeepSettings.weights`."""
         return {"kappa_difference": (self.lambda_kappa, self.kappa_multiple)}
 
 

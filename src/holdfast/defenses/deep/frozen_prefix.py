@@ -1,4 +1,4 @@
-"""Where the training of a network's last blocks begins: at what the frozen ones answer, if they can be spared."""
+"""The frozen blocks of a network: their outputs are computed once, where that is possible."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from holdfast.tasks import Batch, Task
 from holdfast.tasks.base import Split
 
 _TRIED = 8
-"""Samples of each task on which it is tried whether frozen blocks can be spared."""
+"""Samples of each task on which it is tested whether the frozen blocks can be skipped."""
 
 
 class Trained(NamedTuple):
@@ -21,7 +21,7 @@ class Trained(NamedTuple):
 
     Attributes:
         benign: trained on.
-        held_out: its test split is what the guard looks at.
+        held_out: the guard scores its test split.
         restricted: trained on.
     """
 
@@ -31,14 +31,14 @@ class Trained(NamedTuple):
 
 
 class FrozenPrefix:
-    """The frozen blocks of a network, and tasks and models as they are behind them.
+    """The frozen blocks of a network, and the tasks and models that follow after them.
 
     Args:
         original: the network before any training, on its device and in evaluation mode.
         blocks: how many of the last ones are trained.
         plain: the tasks, on inputs.
-        cache_gib: keep what the frozen blocks answer if it takes at most so much memory.
-        say: is told where they have to run in every step, and why.
+        cache_gib: keep the outputs of the frozen blocks if they need at most so much memory.
+        say: called with the reason, where they have to run in every step.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class FrozenPrefix:
 
     @cached_property
     def prefix(self) -> Prefix | None:
-        """What the frozen blocks answer, if they can be spared."""
+        """The outputs of the frozen blocks, if the blocks can be skipped."""
         frozen = self.original.blocks()[: -self.blocks]
         batches = [next(task.sweep("train", _TRIED, device=self.original.device)) for task in self.plain[::2]]
         try:
@@ -60,7 +60,7 @@ class FrozenPrefix:
 
     @cached_property
     def kept(self) -> bool:
-        """Whether what they answer is computed once and kept, or anew for each batch."""
+        """Whether their outputs are computed once and kept, or again for each batch."""
         if self.prefix is None or not self.cache_gib:
             return False
         needed = sum(self.prefix.size(task, split) for task, split in self._needed()) / 2**30
@@ -71,7 +71,7 @@ class FrozenPrefix:
 
     @cached_property
     def tasks(self) -> Trained:
-        """The tasks; if activations are kept, the split that is needed is of them."""
+        """The tasks; if activations are kept, the split in use consists of them."""
         prefix = self.prefix
         if prefix is None or not self.kept:
             return self.plain
@@ -81,11 +81,11 @@ class FrozenPrefix:
         return (self.plain.benign, "train"), (self.plain.held_out, "test"), (self.plain.restricted, "train")
 
     def enter(self, batch: Batch) -> Batch:
-        """Returns a batch of `tasks` as `runner` takes it: what enters the first trained block, if that can be had."""
+        """Returns a batch of `tasks` as `runner` takes it: what enters the first trained block, if possible."""
         return batch if self.prefix is None or self.kept else Batch(self.prefix.activations(batch.x), batch.y)
 
     def runner(self, model: SplitModel) -> SplitModel | Rest:
-        """Returns what computes a model's outputs from batches that have entered."""
+        """Returns the module that computes a model's outputs from batches that have entered."""
         return model if self.prefix is None else Rest(self.prefix, model)
 
     def score_held_out(self, model: SplitModel) -> float:

@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.defenses.deep.base import DeepDefense, Seen
+from holdfast.defenses.deep.base import DeepDefense
+from holdfast.defenses.deep.settings import FeatureBatch
 from holdfast.defenses.linear.imma import IMMA
+from holdfast.defenses.registry import register_defense
 
 
+@register_defense
 @dataclass
 class DeepIMMA(DeepDefense):
     """Bi-level optimization: below, a probe descends on the restricted loss; above, the body makes it end badly.
@@ -24,7 +27,7 @@ class DeepIMMA(DeepDefense):
 
     Attributes:
         inner_steps: J, the simulated probe's steps.
-        lambda_inner: weight of what theta ascends; None: balanced (see `DeepDefense.weights`).
+        lambda_inner: weight of what theta ascends; None: balanced (see `DeepSettings.weights`).
         inner_multiple: multiplies the balanced weight.
     """
 
@@ -42,12 +45,12 @@ class DeepIMMA(DeepDefense):
         self.refuse_below_one("inner_steps")
         self.refuse_negative("lambda_inner", "inner_multiple")
 
-    def regularizers(self, seen: Seen) -> dict[str, Tensor]:
-        """See `DeepDefense.regularizers`."""
-        return {"probe_ascent": -probe_loss(seen.restricted, seen.labels, self.inner_steps)}
+    def regularizers(self, batch: FeatureBatch) -> dict[str, Tensor]:
+        """See `DeepSettings.regularizers`."""
+        return {"probe_ascent": -probe_loss(batch.restricted, batch.labels, self.inner_steps)}
 
     def weights(self) -> dict[str, tuple[float | None, float]]:
-        """See `DeepDefense.weights`."""
+        """See `DeepSettings.weights`."""
         return {"probe_ascent": (self.lambda_inner, self.inner_multiple)}
 
 

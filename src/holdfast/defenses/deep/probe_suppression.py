@@ -11,7 +11,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from holdfast.defenses.deep.base import DeepDefense, Seen
+from holdfast.defenses.deep.base import DeepDefense
+from holdfast.defenses.deep.settings import FeatureBatch
+from holdfast.defenses.registry import register_defense
 from holdfast.losses import descended_probe, ridge_probe
 
 _OURS = "Holdfast, docs/probe-suppression.md"
@@ -43,10 +45,11 @@ class ProbeSuppression(DeepDefense):
         self.refuse_not_above_zero("weight")
 
     def weights(self) -> dict[str, tuple[float | None, float]]:
-        """See `DeepDefense.weights`."""
+        """See `DeepSettings.weights`."""
         return {"explained": (self.weight, 1.0)}
 
 
+@register_defense
 @dataclass
 class RidgeProbeSuppression(ProbeSuppression):
     """Minimises R2, the share of the restricted labels' energy that the best linear probe explains.
@@ -66,11 +69,12 @@ class RidgeProbeSuppression(ProbeSuppression):
         super().__post_init__()
         self.refuse_not_above_zero("ridge")
 
-    def regularizers(self, seen: Seen) -> dict[str, Tensor]:
-        """See `DeepDefense.regularizers`."""
-        return {"explained": ridge_probe(seen.restricted, seen.labels, self.ridge)}
+    def regularizers(self, batch: FeatureBatch) -> dict[str, Tensor]:
+        """See `DeepSettings.regularizers`."""
+        return {"explained": ridge_probe(batch.restricted, batch.labels, self.ridge)}
 
 
+@register_defense
 @dataclass
 class SlowProbeSuppression(ProbeSuppression):
     """Minimises the share that gradient descent on a linear probe has explained after some steps.
@@ -90,6 +94,6 @@ class SlowProbeSuppression(ProbeSuppression):
         super().__post_init__()
         self.refuse_below_one("steps")
 
-    def regularizers(self, seen: Seen) -> dict[str, Tensor]:
-        """See `DeepDefense.regularizers`."""
-        return {"explained": descended_probe(seen.restricted, seen.labels, self.steps)}
+    def regularizers(self, batch: FeatureBatch) -> dict[str, Tensor]:
+        """See `DeepSettings.regularizers`."""
+        return {"explained": descended_probe(batch.restricted, batch.labels, self.steps)}

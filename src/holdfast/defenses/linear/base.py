@@ -1,4 +1,4 @@
-"""What all defenses by a linear extractor share: the problem in coordinates, the iteration, and theta in a network."""
+"""Defenses by a linear extractor theta: the problem in coordinates, the descent, and theta in a network."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from holdfast.defenses.base import Defense, Record
-from holdfast.errors import HoldfastError, unknown
+from holdfast.defenses.base import Defense, DefenseRecord
 from holdfast.models import SplitModel, check_feature_width, check_fits, feature_precision, features
 from holdfast.results import Event
 from holdfast.runtime.run import Run
@@ -91,16 +90,17 @@ class LinearDefense(Defense):
     ridge: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.space not in SPACES:
-            raise unknown("space", self.space, SPACES)
-        if not 0 < self.ridge < math.inf:
-            raise HoldfastError(f"{self.name}: ridge is {self.ridge}; expected a number above 0.")
+        self.refuse_unknown("space", SPACES)
+        super().__post_init__()
+        self.refuse_not_above_zero("ridge")
 
     @abstractmethod
-    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, Record]:
+    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, DefenseRecord]:
         """Returns theta in coordinates, shape (s, s), invertible, and how it was found."""
 
-    def immunize(self, model: SplitModel, benign: Task, restricted: Task, *, run: Run) -> tuple[SplitModel, Record]:
+    def immunize(
+        self, model: SplitModel, benign: Task, restricted: Task, *, run: Run
+    ) -> tuple[SplitModel, DefenseRecord]:
         """Inserts the extractor into a copy of the model; see `Defense.immunize`.
 
         Raises:
@@ -165,23 +165,20 @@ class IterativeDefense(LinearDefense):
             ("initialisation", ("identity", "random")),
             ("keep", ("definition", "rir", "last")),
         ):
-            if getattr(self, name) not in known:
-                raise unknown(name, str(getattr(self, name)), known)
-        if self.iterations < 1:
-            raise HoldfastError(f"{self.name}: iterations is {self.iterations}; expected at least 1.")
-        if not 0 < self.learning_rate < math.inf:
-            raise HoldfastError(f"{self.name}: learning_rate is {self.learning_rate}; expected a number above 0.")
+            self.refuse_unknown(name, known)
+        self.refuse_below_one("iterations")
+        self.refuse_not_above_zero("learning_rate")
 
     @abstractmethod
     def start(self, problem: LinearProblem, theta: Tensor, generator: torch.Generator) -> _Descent:
-        """Returns the descent from theta; it owns whatever else is trained."""
+        """Returns the descent from theta; it owns everything else that is trained."""
 
-    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, Record]:
+    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, DefenseRecord]:
         """Descends and keeps an iterate; see `keep`."""
         generator = run.generator(self.name)
         first = _initial(self.initialisation, problem.width, generator).to(problem.frontier.basis.device)
         descent = self.start(problem, first, generator)
-        record = Record(history={name: [] for name in self.history_names})
+        record = DefenseRecord(history={name: [] for name in self.history_names})
         best: tuple[tuple[float, float], Tensor] | None = None
         for iteration in range(self.iterations + 1):
             if iteration:
@@ -215,7 +212,7 @@ class IterativeDefense(LinearDefense):
 
 
 class _Descent(ABC):
-    """theta on its way; a subclass says by which gradient."""
+    """A descent of theta; a subclass says by which gradient."""
 
     theta: Tensor
 

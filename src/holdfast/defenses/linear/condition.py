@@ -16,9 +16,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from holdfast.defenses.base import Record
+from holdfast.defenses.base import DefenseRecord
 from holdfast.defenses.linear.base import GradientDescent, IterativeDefense, LinearProblem, _Descent
-from holdfast.errors import HoldfastError, unknown
+from holdfast.defenses.registry import register_defense
+from holdfast.errors import HoldfastError
 from holdfast.results import Event
 from holdfast.runtime.run import Run
 from holdfast.spectral.least_squares import LeastSquares
@@ -34,11 +35,12 @@ from holdfast.spectral.regularizers import (
 )
 
 RESOLVED = 1e12
-"""The largest condition number of a Hessian that guaranteed steps go to: float64 tells no more beyond it."""
+"""The largest condition number of a Hessian that guaranteed steps may reach: float64 does not resolve more."""
 
 CITATION = "Zheng, Bai, Bullins, Yeh, Model Immunization from a Condition Number Perspective, ICML 2025"
 
 
+@register_defense
 @dataclass
 class ConditionNumber(IterativeDefense):
     """Algorithm 1: R_well on the benign task, R_ill on the restricted one, and the benign loss, together.
@@ -76,24 +78,18 @@ class ConditionNumber(IterativeDefense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.step not in ("fixed", "guaranteed"):
-            raise unknown("step", str(self.step), ("fixed", "guaranteed"))
-        for name in ("lambda_well", "lambda_ill", "well_multiple", "ill_multiple"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise HoldfastError(f"{self.name}: {name} is {value}; expected a number of at least 0.")
+        self.refuse_unknown("step", ("fixed", "guaranteed"))
+        self.refuse_negative("lambda_well", "lambda_ill", "well_multiple", "ill_multiple")
         if not all(0 < m < math.inf for m in self.more_multiples):
             raise HoldfastError(f"{self.name}: more_multiples is {self.more_multiples}; expected numbers above 0.")
-        if not 0 < self.guarantee < 1:
-            raise HoldfastError(f"{self.name}: guarantee is {self.guarantee}; expected a share between 0 and 1.")
+        self.refuse_no_share("guarantee")
         if self.batch_size is not None and self.batch_size < 2:
             raise HoldfastError(f"{self.name}: batch_size is {self.batch_size}; expected at least 2, or none for all.")
-        if not 0 < self.batch_ridge < math.inf:
-            raise HoldfastError(f"{self.name}: batch_ridge is {self.batch_ridge}; expected a number above 0.")
+        self.refuse_not_above_zero("batch_ridge")
         if self.step == "guaranteed" and self.batch_size is not None:
             raise HoldfastError(f"{self.name}: the guaranteed steps are of the whole tasks; leave batch_size out.")
 
-    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, Record]:
+    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, DefenseRecord]:
         """Descends, again with the next of `more_multiples` where the result is no immunization."""
         theta, record = super().extractor(problem, run=run)
         if self.keep != "definition" or self.step == "guaranteed" or not self.more_multiples:
@@ -114,6 +110,7 @@ class ConditionNumber(IterativeDefense):
         return _Algorithm1(self, problem, theta, generator)
 
 
+@register_defense
 @dataclass
 class RIllOnly(IterativeDefense):
     """The paper's first baseline: R_ill of the restricted task alone, by its plain gradient.

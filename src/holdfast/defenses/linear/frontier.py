@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from holdfast.defenses.base import Record
+from holdfast.defenses.base import DefenseRecord
 from holdfast.defenses.linear.base import LinearDefense, LinearProblem
+from holdfast.defenses.registry import register_defense
 from holdfast.errors import HoldfastError
 from holdfast.runtime.run import Run
 
 _OURS = "Holdfast, docs/frontier.md (after Zheng et al., ICML 2025)"
 
 
+@register_defense
 @dataclass
 class FrontierDefense(LinearDefense):
     """The closed-form optimum of linear immunization; see `holdfast.spectral.frontier`.
@@ -35,14 +36,14 @@ class FrontierDefense(LinearDefense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.stretch < math.inf:
-            raise HoldfastError(f"frontier: stretch is {self.stretch}; expected a number of at least 0.")
+        self.refuse_negative("stretch")
 
-    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, Record]:
+    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, DefenseRecord]:
         """See `LinearDefense.extractor`."""
         return _noted(problem, problem.frontier.stretch(self.stretch, rotate=self.rotate))
 
 
+@register_defense
 @dataclass
 class SignalFrontier(LinearDefense):
     """Protects the directions that carry benign labels and slows all others down; see `holdfast.spectral.frontier`.
@@ -68,12 +69,12 @@ class SignalFrontier(LinearDefense):
                 f"signal-frontier: epsilon is {self.epsilon}; expected a number above 0 and at most 1, or none."
             )
 
-    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, Record]:
+    def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, DefenseRecord]:
         """See `LinearDefense.extractor`."""
         return _noted(problem, problem.frontier.protect_signal(self.epsilon, rotate=self.rotate))
 
 
-def _noted(problem: LinearProblem, theta: Tensor) -> tuple[Tensor, Record]:
+def _noted(problem: LinearProblem, theta: Tensor) -> tuple[Tensor, DefenseRecord]:
     ratios = problem.ratios(theta)
     values = {"ratio_restricted": ratios.restricted, "ratio_benign": ratios.benign, "rir": ratios.rir}
-    return theta, Record(history={name: [value] for name, value in values.items()})
+    return theta, DefenseRecord(history={name: [value] for name, value in values.items()})

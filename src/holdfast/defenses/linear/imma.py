@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from holdfast.defenses.linear.base import GradientDescent, IterativeDefense, LinearProblem, _Descent
+from holdfast.defenses.registry import register_defense
 from holdfast.errors import HoldfastError
 
 
+@register_defense
 @dataclass
 class IMMA(IterativeDefense):
     """Bi-level optimization: below, a probe descends on the restricted loss; above, theta makes it end badly.
@@ -33,8 +35,7 @@ class IMMA(IterativeDefense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.inner_steps < 1:
-            raise HoldfastError(f"imma: inner_steps is {self.inner_steps}; expected at least 1.")
+        self.refuse_below_one("inner_steps")
 
     def start(self, problem: LinearProblem, theta: Tensor, generator: torch.Generator) -> _Descent:
         """See `IterativeDefense.start`.

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from holdfast.defenses.linear.base import GradientDescent, IterativeDefense, LinearProblem, _Descent
 from holdfast.defenses.linear.condition import CITATION
+from holdfast.defenses.registry import register_defense
 from holdfast.spectral.least_squares import LeastSquares
 
 
+@register_defense
 @dataclass
 class OptKappa(IterativeDefense):
     """Descends kappa(H_P(theta)) - kappa(H_H(theta)), or the difference of their logarithms.

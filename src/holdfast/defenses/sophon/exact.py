@@ -1,8 +1,8 @@
-"""The exact meta-gradient of SOPHON's Eq. 4, through the graph of all simulated steps: for small K, and to check with.
+"""The exact meta-gradient of SOPHON's Eq. 4, through the graph of all simulated steps: for small K, and for tests.
 
 With phi_k = phi_(k-1) - eta v_k and v_k = mu v_(k-1) + grad L(phi_(k-1)), every term gamma_k L_alpha(phi_k) depends on
-theta through all earlier steps: its gradient has Hessian-vector products, and its graph grows with K. That is why
-SOPHON, and the default here, stay with the first order.
+theta through all earlier steps: its gradient has Hessian-vector products, and its graph grows with K. SOPHON, and the
+default here, therefore use the first order.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from holdfast.defenses.sophon.simulation import Seen, Simulated, Simulation
+from holdfast.defenses.sophon.simulation import SimulatedAdversary, Simulation, SimulationOutcome
 from holdfast.tasks import Batch, Task
 
 MOMENTUM: Final = {"sgd": 0.0, "momentum": 0.9, "nesterov": 0.9}
-"""Optimizers whose step has a derivative everywhere, and their momentum. Adam's relatives divide by a root: where a
-gradient is 0, that has no derivative."""
+"""Optimizers with a differentiable step, and their momentum. Adam and its relatives divide by a root, which has no
+derivative where a gradient is 0."""
 
 
 class ExactSimulation(Simulation):
-    """As `Simulation`, with the exact gradient of Eq. 4; everything moves, by an optimizer of `MOMENTUM`."""
+    """As `Simulation`, with the exact gradient of Eq. 4. Adversaries train everything, with one of `MOMENTUM`."""
 
     def _simulate(
         self,
-        adversary: Simulated,
+        adversary: SimulatedAdversary,
         task: Task,
         steps: int,
         gamma: tuple[float, ...] | None,
         generator: torch.Generator,
         evaluation: Task,
-    ) -> Seen:
+    ) -> SimulationOutcome:
         strategy, loss = adversary.strategy, self.objective.loss
         assert loss is not None
-        learner = _Learner(adversary.model, task).train()
-        named = {n: p for n, p in learner.named_parameters() if p.requires_grad}
+        loss_module = _LossModule(adversary.model, task).train()
+        named = {n: p for n, p in loss_module.named_parameters() if p.requires_grad}
         unseen = evaluation.batches("train", strategy.batch_size, generator=generator, device=self.device)
         training = task.batches("train", strategy.batch_size, generator=generator, device=self.device)
         momentum = MOMENTUM[strategy.optimizer]
@@ -46,7 +46,7 @@ class ExactSimulation(Simulation):
         objective = total = torch.zeros((), device=self.device)
         for k in range(steps):
             with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no second derivative
-                loss_here = functional_call(learner, phi, next(training))
+                loss_here = functional_call(loss_module, phi, next(training))
                 grads = torch.autograd.grad(loss_here, list(phi.values()), create_graph=True, allow_unused=True)
             for (n, value), gradient in zip(list(phi.items()), grads, strict=True):
                 decayed = (
@@ -63,10 +63,10 @@ class ExactSimulation(Simulation):
         parameters = list(adversary.model.parameters())
         grads = torch.autograd.grad(objective, [parameters[i] for i in adversary.shared], allow_unused=True)
         self._accumulate(dict(zip(adversary.shared, grads, strict=True)), 1.0)
-        return Seen(float(total) / steps, evaluation.score_of(logits, batch))
+        return SimulationOutcome(float(total) / steps, evaluation.score_of(logits, batch))
 
 
-class _Learner(nn.Module):
+class _LossModule(nn.Module):
     """The loss on a batch as a module, so that its parameters can be replaced by functions of others."""
 
     def __init__(self, model: nn.Module, task: Task) -> None:

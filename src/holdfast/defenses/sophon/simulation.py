@@ -4,13 +4,13 @@ The paper's objective, Eq. 4, is the sum over adversaries i and steps k of gamma
 parameters of adversary i after k simulated steps from theta. Fine-tuning maps theta to phi_ik; taking the Jacobian of
 this map as the identity, the gradient with respect to theta is about the sum of gamma_ik (grad L)(phi_ik).
 
-So nothing needs the graph of the earlier steps: each gradient is added to a buffer and dropped, and memory does not
-grow with K. For a part that was initialised anew, the head or the last blocks, the Jacobian with respect to the
-released one is exactly zero: such simulations add no gradient to it. A parameter that none of the simulations reached
-has no gradient at all, rather than one of zeros, with which Adam would still move it by the moments of earlier loops.
+So the graph of earlier steps is not needed: each gradient is added to a buffer and dropped, and memory does not grow
+with K. For a part that was initialised anew, the head or the last blocks, the Jacobian with respect to the released
+part is exactly zero: such simulations add no gradient to it. A parameter that no simulation reached has no gradient
+(None). With a gradient of zeros, Adam would still move it, by the moments of earlier loops.
 
-A simulated adversary may live for several loops. Between them theta moves, and the adversary with it: kept is how far
-it has come, phi - theta, which is what a Jacobian of the identity says. So long horizons cost K steps a loop.
+A simulated adversary may continue for several suppression loops. Between them theta moves, and the adversary with it:
+the difference phi - theta is kept, as a Jacobian of the identity implies. A long horizon then costs K steps a loop.
 """
 
 from __future__ import annotations
@@ -32,25 +32,26 @@ from holdfast.tasks import Task
 from holdfast.training import Strategy, finetune, optimizer_of, prepare, renewed, trained_modules
 
 
-class Seen(NamedTuple):
-    """What a simulation saw: the mean suppression loss of its steps, and the adversary's score at the end."""
+class SimulationOutcome(NamedTuple):
+    """The mean suppression loss over the steps of a simulation, and the adversary's score at the end."""
 
     loss: float
     score: float
 
 
 @dataclass
-class Simulated:
+class SimulatedAdversary:
     """A simulated adversary.
 
     Attributes:
-        model: its copy of the model. While it rests, what it shares with the model is stored as the difference.
-        head: the head that the copy came with; a fresh one may be in its place.
+        model: its copy of the model. Between two loops, the parameters that it shares with the model are stored as
+            differences from the model's.
+        head: the original head of the copy; a fresh one may replace it.
         strategy: how it fine-tunes.
         optimizer: its own, with its moments.
-        shared: indices of the parameters that it did not start anew; those of the model get a gradient.
-        loops: for how many loops it has lived.
-        life: after how many of them it ends.
+        shared: indices of the parameters that did not start anew; the gradient reaches these parameters of the model.
+        loops_done: suppression loops that it has been simulated in.
+        max_loops: after so many, another adversary replaces it.
     """
 
     model: SplitModel
@@ -58,8 +59,8 @@ class Simulated:
     strategy: Strategy
     optimizer: torch.optim.Optimizer
     shared: list[int]
-    loops: int = 0
-    life: int = 1
+    loops_done: int = 0
+    max_loops: int = 1
 
 
 class Simulation:
@@ -70,9 +71,9 @@ class Simulation:
     Args:
         model: the model being immunized; never written to.
         objective: what the defender minimises; or its suppression loss alone.
-        bf16: compute in bfloat16 where torch's autocast deems it safe.
+        bf16: compute in bfloat16 where torch's autocast considers it safe.
         compiled: let torch.compile make the adversaries' forward passes.
-        device: where adversaries live and the gradient is collected; None: with the model.
+        device: of the adversaries and of the gradient buffer; None: the model's.
     """
 
     def __init__(
@@ -103,14 +104,14 @@ class Simulation:
         """Returns the meta-gradient of each parameter; None where no simulation since `zero` reached it."""
         return [g if i in self._reached else None for i, g in enumerate(self.gradient)]
 
-    def take(self, other: Simulation) -> None:
+    def add_gradient_of(self, other: Simulation) -> None:
         """Adds the gradient that another simulation of the same model has collected on its device."""
         self._accumulate(dict(enumerate(other.gradients())), 1.0)
 
-    def start(self, strategy: Strategy, task: Task) -> Simulated:
-        """Returns a new adversary where its strategy starts from; fresh parts are drawn from torch's global generator.
+    def start(self, strategy: Strategy, task: Task) -> SimulatedAdversary:
+        """Returns a new adversary in the state that its strategy starts from.
 
-        It reuses the memory of the one that was given to `release`, if any.
+        Fresh parts are drawn from torch's global generator. The memory of a released adversary is used again.
         """
         copy, head = self._spare if self._spare is not None else self._copy()
         self._spare = None
@@ -122,10 +123,10 @@ class Simulation:
             fresh |= {id(p) for p in head.parameters()}
         shared = [i for i, p in enumerate(copy.parameters()) if i in self._free and id(p) not in fresh]
         prepare(copy, strategy, task)
-        return Simulated(copy, head, strategy, optimizer_of(copy, strategy), shared)
+        return SimulatedAdversary(copy, head, strategy, optimizer_of(copy, strategy), shared)
 
-    def release(self, adversary: Simulated) -> None:
-        """Ends an adversary's life; the next one gets its memory."""
+    def release(self, adversary: SimulatedAdversary) -> None:
+        """Takes an adversary back; the next one gets its memory."""
         self._spare = adversary.model, adversary.head
 
     def _copy(self) -> tuple[SplitModel, nn.Module]:
@@ -134,8 +135,8 @@ class Simulation:
         body = (p for n, m in copy.network.named_modules() if m is not copy.head for p in m.parameters(recurse=False))
         if any(id(p) in head for p in body):
             raise HoldfastError(
-                f"{copy.name}: its head shares weights with its body, and a simulated adversary could not start the "
-                "one anew without the other; untie them."
+                f"{copy.name}: its head shares weights with its body, so that a simulated adversary cannot start one "
+                "anew without the other; untie them."
             )
         if self.compiled:
             copy.network.compile()
@@ -150,8 +151,8 @@ class Simulation:
         *,
         generator: torch.Generator,
         evaluation: Task | None = None,
-    ) -> Seen:
-        """Simulates one adversary that lives for this loop alone, and adds its weighted gradients to the buffer.
+    ) -> SimulationOutcome:
+        """Simulates one adversary for a single loop, and adds its weighted gradients to the buffer.
 
         Args:
             task: defender's half of the restricted task; fine-tuning batches R and evaluation batches T come from it.
@@ -159,7 +160,7 @@ class Simulation:
             steps: K.
             gamma: one weight a step, or None for 1.
             generator: draws R and T.
-            evaluation: where T comes from instead, so that what the adversary learned by heart does not count.
+            evaluation: where T comes from instead, so that samples that the adversary memorised do not count.
 
         Returns:
             The mean suppression loss over the K steps, not finite if any step's was not, and the adversary's score on
@@ -170,34 +171,34 @@ class Simulation:
         self.release(adversary)
         return seen
 
-    def go_on(
+    def advance(
         self,
-        adversary: Simulated,
+        adversary: SimulatedAdversary,
         task: Task,
         steps: int,
         gamma: tuple[float, ...] | None,
         *,
         generator: torch.Generator,
         evaluation: Task | None = None,
-    ) -> Seen:
-        """As `run`, with an adversary that is new or at rest, and that is put to rest afterwards."""
-        if adversary.loops:
+    ) -> SimulationOutcome:
+        """As `run`, for an adversary that is new or was advanced before, and can be advanced again."""
+        if adversary.loops_done:
             self._move(adversary, 1.0)
-            self._refresh(adversary)
+            self._update_statistics(adversary)
         seen = self._simulate(adversary, task, steps, gamma, generator, evaluation or task)
         self._move(adversary, -1.0)
-        adversary.loops += 1
+        adversary.loops_done += 1
         return seen
 
     def _simulate(
         self,
-        adversary: Simulated,
+        adversary: SimulatedAdversary,
         task: Task,
         steps: int,
         gamma: tuple[float, ...] | None,
         generator: torch.Generator,
         evaluation: Task,
-    ) -> Seen:
+    ) -> SimulationOutcome:
         model, strategy, objective = adversary.model, adversary.strategy, self.objective
         parameters = list(model.parameters())
         frozen = [p for i in adversary.shared if not (p := parameters[i]).requires_grad]
@@ -213,26 +214,26 @@ class Simulation:
                 next(training)
                 if objective.loss is not None:
                     batch = next(unseen)
-                    with _free(frozen):
-                        logits = whole(model(batch.x))
+                    with _requiring_gradients(frozen):
+                        logits = full_precision(model(batch.x))
                         total += self._add(adversary, objective.loss(logits, batch.y), weights[k])
             if objective.loss is None:
                 batch = next(unseen)
                 with torch.no_grad():
-                    logits = whole(model(batch.x))
+                    logits = full_precision(model(batch.x))
             score = evaluation.score_of(logits, batch)
             if objective.probe_weight:
                 probed = next(
                     evaluation.batches("train", objective.probe_batch, generator=generator, device=self.device)
                 )
-                if len(torch.unique(probed.y)) > 1:  # a batch of one class has nothing to tell apart
-                    with _free(frozen):
-                        share = ridge_probe(whole(model.features(probed.x)), probed.y, objective.ridge)
+                if len(torch.unique(probed.y)) > 1:  # a probe needs two classes
+                    with _requiring_gradients(frozen):
+                        share = ridge_probe(full_precision(model.features(probed.x)), probed.y, objective.ridge)
                         weight = objective.probe_weight
                         total += weight * steps * self._add(adversary, share, weight * sum(weights))
-        return Seen(float(total) / steps, score)
+        return SimulationOutcome(float(total) / steps, score)
 
-    def _add(self, adversary: Simulated, loss: Tensor, weight: float) -> Tensor:
+    def _add(self, adversary: SimulatedAdversary, loss: Tensor, weight: float) -> Tensor:
         """Adds the gradient of a loss at an adversary to the buffer; returns the loss without its graph."""
         parameters = list(adversary.model.parameters())
         grads = torch.autograd.grad(loss, [parameters[i] for i in adversary.shared], allow_unused=True)
@@ -246,14 +247,14 @@ class Simulation:
             torch._foreach_add_([self.gradient[i] for i in found], list(found.values()), alpha=weight)
 
     @torch.no_grad()
-    def _move(self, adversary: Simulated, sign: float) -> None:
-        """Adds the model's parameters to those that the adversary shares with it, or takes them away."""
+    def _move(self, adversary: SimulatedAdversary, sign: float) -> None:
+        """Adds the model's parameters to the adversary's shared ones (sign 1), or subtracts them (sign -1)."""
         parameters, own = list(self.model.parameters()), list(adversary.model.parameters())
         for i in adversary.shared:
             own[i].add_(parameters[i].to(self.device), alpha=sign)
 
-    def _refresh(self, adversary: Simulated) -> None:
-        """Where only a part is trained, the rest is in evaluation mode, with the statistics of today's model."""
+    def _update_statistics(self, adversary: SimulatedAdversary) -> None:
+        """Where only a part is trained, the rest is in evaluation mode: it gets the model's present statistics."""
         model = adversary.model
         trained = {id(b) for m in trained_modules(model, adversary.strategy) for b in m.buffers()}
         if adversary.strategy.scope in ("head", "last-block"):
@@ -262,15 +263,15 @@ class Simulation:
                 if id(buffer) not in trained and name in theirs:
                     buffer.copy_(theirs[name])
 
-    def saved(self, adversary: Simulated) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Returns the tensors and counts from which `restored` makes an adversary at rest again."""
+    def saved(self, adversary: SimulatedAdversary) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Returns the tensors and counts from which `restored` makes an adversary again, between two loops."""
         tensors = {f"model/{n}": v for n, v in adversary.model.network.state_dict().items()}
         tensors |= {f"optimizer/{n}": v for n, v in optimizer_tensors(adversary.optimizer).items()}
-        return tensors, {"loops": adversary.loops, "life": adversary.life}
+        return tensors, {"loops": adversary.loops_done, "life": adversary.max_loops}  # names of the format
 
     def restored(
         self, strategy: Strategy, task: Task, tensors: Mapping[str, Tensor], counts: Mapping[str, int]
-    ) -> Simulated:
+    ) -> SimulatedAdversary:
         """Returns an adversary as it was `saved`."""
         adversary = self.start(strategy, task)
         own = adversary.model.network.state_dict()
@@ -279,13 +280,13 @@ class Simulation:
                 own[name.removeprefix("model/")].copy_(value)
         moments = {n.removeprefix("optimizer/"): v for n, v in tensors.items() if n.startswith("optimizer/")}
         restore_optimizer(adversary.optimizer, moments)
-        adversary.loops, adversary.life = counts["loops"], counts["life"]
+        adversary.loops_done, adversary.max_loops = counts["loops"], counts["life"]
         return adversary
 
 
 @contextmanager
-def _free(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """What the adversary does not train still has a meta-gradient."""
+def _requiring_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Parameters that the adversary does not train still have a meta-gradient."""
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
@@ -295,6 +296,6 @@ def _free(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def whole(values: Tensor) -> Tensor:
+def full_precision(values: Tensor) -> Tensor:
     """Returns half-precision values in float32, in which losses are computed, and others as they are."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

@@ -1,0 +1,99 @@
+"""The distance of benign outputs and features from the original's, which keeps the model useful."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holdfast.defenses.deep.frozen_prefix import FrozenPrefix
+from holdfast.defenses.deep.settings import PreservationSettings
+from holdfast.losses import distillation_loss
+from holdfast.models import SplitModel
+from holdfast.runtime.devices import autocast
+from holdfast.tasks import Batch, Task
+from holdfast.training import Precision
+
+STATISTICS = 2000
+"""Benign samples by which the scale of each feature is measured."""
+
+
+class Preservation:
+    """The penalty on outputs and features that differ from the original's.
+
+    Args:
+        config: weights of the distances.
+        precision: of forward passes.
+        original: the model before any training.
+        frozen: its frozen blocks.
+        benign: the benign task.
+        device: where models and batches are.
+    """
+
+    def __init__(
+        self,
+        config: PreservationSettings,
+        precision: Precision,
+        original: SplitModel,
+        frozen: FrozenPrefix,
+        benign: Task,
+        device: torch.device,
+    ) -> None:
+        self.config, self.original, self.frozen, self.benign = config, original, frozen, benign
+        self.precision, self.device = precision, device
+
+    def penalty(
+        self, model: SplitModel, benign: Batch, logits: Tensor, features: Tensor, generator: torch.Generator
+    ) -> Tensor | float:
+        """Returns the weighted distances on a batch, with their graph.
+
+        Args:
+            model: the one that is trained.
+            benign: a batch that has entered (see `FrozenPrefix.enter`).
+            logits: the model's on this batch.
+            features: likewise.
+            generator: draws the mixtures.
+        """
+        config = self.config
+        total: Tensor | float = 0.0
+        ours, theirs = self.frozen.runner(model), self.frozen.runner(self.original)
+        if config.distillation or config.matching:
+            with autocast(self.device, self.precision == "bf16"), torch.no_grad():
+                wanted, kept = theirs.with_features(benign.x)
+            if config.distillation:
+                total = total + config.distillation * self._distance(logits.float(), wanted.float())
+            total = total + config.matching * self._apart(features, kept)
+        if config.mixing:
+            share = torch.rand(len(benign.x), *[1] * (benign.x.dim() - 1), generator=generator).to(benign.x)
+            other = benign.x[torch.randperm(len(benign.x), generator=generator).to(benign.x.device)]
+            mixed = share * benign.x + (1 - share) * other
+            with autocast(self.device, self.precision == "bf16"):
+                features = ours.with_features(mixed)[1]
+                with torch.no_grad():
+                    kept = theirs.with_features(mixed)[1]
+            total = total + config.mixing * self._apart(features, kept)
+        return total
+
+    def _distance(self, outputs: Tensor, wanted: Tensor) -> Tensor:
+        if self.benign.kind != "classification":
+            return F.mse_loss(outputs, wanted)
+        return distillation_loss(outputs, wanted, self.config.temperature)
+
+    def _apart(self, features: Tensor, wanted: Tensor) -> Tensor:
+        return ((features.float() - wanted.float()) / self.spread).square().mean()
+
+    @cached_property
+    def spread(self) -> Tensor:
+        """Standard deviation of each of the original's features on benign samples; of dead ones, the mean of all."""
+        run, found, seen = self.frozen.runner(self.original), [], 0
+        with torch.no_grad():
+            for batch in self.frozen.tasks.benign.sweep("train", 250, device=self.device):
+                found.append(run.with_features(self.frozen.enter(batch).x)[1].float())
+                seen += len(batch.x)
+                if seen >= STATISTICS:
+                    break
+        deviation = torch.cat(found).std(0)
+        mean = deviation.mean().clamp_min(torch.finfo(deviation.dtype).tiny)
+        return torch.where(deviation > 1e-3 * mean, deviation, mean)

@@ -1,0 +1,199 @@
+"""The hyper-parameters of SOPHON in three groups: simulated adversaries, suppression, reinforcement.
+
+`Sophon` inherits from all of them and from `GuardedDefense`, so that recipes name each setting directly. Defaults are
+the paper's (section 5.1.1) unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from holdfast.defenses.base import Defense
+from holdfast.defenses.sophon.exact import MOMENTUM
+from holdfast.errors import HoldfastError, unknown
+from holdfast.losses import LOSSES
+from holdfast.training import ADAPTED, Initialisation, Scope, Strategy
+
+
+@dataclass
+class SimulationSettings(Defense):
+    """The simulated adversaries: how many, how they fine-tune, and for how long.
+
+    Attributes:
+        tasks: N, the number of adversaries that one suppression loop simulates (the paper: one per GPU, three).
+        steps: K, steps of each adversary in a suppression loop.
+        gamma: weights of Eq. 4, one a step; None: all 1 (the paper does not give them).
+        initialisations: what adversaries start from; each draws one. The paper simulates "direct" and "head";
+            "last-block" and "last-half" are ours (see `Strategy`).
+        scopes: what they train; each draws one. The paper: everything.
+        optimizers: each draws one. The paper simulates Adam.
+        learning_rates: each draws one.
+        batch_sizes: each draws one.
+        strategies: the whole of Phi as a list, instead of all combinations of the five settings above. Ours.
+        population: adversaries that exist at the same time and are simulated in turn, at least `tasks`; None: `tasks`.
+        lifetime: suppression loops, of `steps` each, that an adversary continues for before a new one replaces it; 1:
+            each loop draws new ones, as in the paper.
+        disjoint: adversaries train on one half of the defender's data and are evaluated on the other, so that
+            memorised samples do not count; False: both on all of it, as in the paper.
+        second_order: the exact meta-gradient instead of the first-order one: for a small K, without Adam's relatives.
+    """
+
+    tasks: int = 1
+    steps: int = 50
+    gamma: tuple[float, ...] | None = None
+    initialisations: tuple[Initialisation, ...] = ("direct", "head")
+    scopes: tuple[Scope, ...] = ("all",)
+    optimizers: tuple[str, ...] = ("adam",)
+    learning_rates: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+    batch_sizes: tuple[int, ...] = (50, 100, 150, 200, 250)
+    strategies: tuple[Strategy, ...] | None = None
+    population: int | None = None
+    lifetime: int = 1
+    disjoint: bool = False
+    second_order: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.refuse_below_one("tasks", "steps", "lifetime")
+        for name in ("initialisations", "scopes", "optimizers", "learning_rates", "batch_sizes"):
+            if not getattr(self, name):
+                raise HoldfastError(f"sophon: {name} is empty; give at least one.")
+        self._check_population()
+        self._check_gamma()
+        phi = self.phi()  # checks each strategy now, not in the middle of the work
+        if self.second_order:
+            _check_differentiable(phi)
+
+    def _check_population(self) -> None:
+        population = self.population
+        if population is not None and self.lifetime == 1:
+            raise HoldfastError(
+                f"sophon: population is {population} and lifetime 1, so that no adversary is continued; set lifetime "
+                "to 2 or more, or leave population out."
+            )
+        if population is not None and population < self.tasks:
+            raise HoldfastError(
+                f"sophon: population is {population} and tasks {self.tasks}: each loop needs as many adversaries."
+            )
+
+    def _check_gamma(self) -> None:
+        gamma = self.gamma
+        if gamma is None:
+            return
+        if not (all(0 <= g < math.inf for g in gamma) and any(gamma)):
+            raise HoldfastError(f"sophon: gamma is {gamma}; expected finite numbers of at least 0, and one above it.")
+        if len(gamma) != self.steps:
+            raise HoldfastError(
+                f"sophon: gamma has {len(gamma)} weights and there are {self.steps} steps; give one a step."
+            )
+
+    def phi(self) -> list[Strategy]:
+        """Returns every strategy that may be simulated: the paper's Phi.
+
+        Raises:
+            HoldfastError: for adapters, which the released model does not have.
+        """
+        if self.strategies is not None:
+            phi = list(self.strategies)
+        else:
+            phi = [
+                Strategy(initialisation, scope, optimizer, rate, size)
+                for initialisation in self.initialisations
+                for scope in self.scopes
+                for optimizer in self.optimizers
+                for rate in self.learning_rates
+                for size in self.batch_sizes
+            ]
+        if not phi:
+            raise HoldfastError("sophon: strategies is empty; give at least one, or leave it out.")
+        if any(strategy.scope in ADAPTED for strategy in phi):
+            raise HoldfastError(
+                "sophon: adapters (lora) cannot be simulated: they are not in the model that is immunized. Scope 'all' "
+                "is the stronger adversary."
+            )
+        return phi
+
+
+def _check_differentiable(phi: list[Strategy]) -> None:
+    """Refuses strategies through whose steps `ExactSimulation` cannot differentiate."""
+    for strategy in phi:
+        plain = strategy.gradient == "raw" and strategy.precision == "float32"
+        if strategy.optimizer not in MOMENTUM or strategy.scope != "all" or not plain:
+            raise HoldfastError(
+                f"sophon: the exact meta-gradient is for adversaries that train everything with "
+                f"{', '.join(MOMENTUM)}, by the raw gradient, in float32; got {strategy}. Set optimizers, or "
+                "second_order: false."
+            )
+
+
+@dataclass
+class SuppressionSettings(Defense):
+    """Suppression: what the defender minimises along the simulated fine-tuning, and the step that it takes.
+
+    Attributes:
+        loss: suppression loss. For classifiers "ice" (Eq. 11), "klu" (Eq. 13), or "ce-ascent", the unstable baseline;
+            for denoisers "dos" (Eq. 16), or "mse-ascent", the unstable baseline; "none", if there is a `probe_weight`.
+            By default ("auto"), "ice" for classifiers and "dos" for denoisers.
+        suppression_loops: l_FTS, suppression loops a round.
+        suppression_lr: alpha, learning rate of suppression's Adam.
+        joint_weight: add the meta-gradient, times this, to the gradient of the reinforcement loss in each of its loops,
+            and take one step with both, instead of one step with each of two Adams. Adam divides by the size of its own
+            gradient, so that with two of them suppression moves each weight as far, whatever it costs the benign task.
+            Ours; None: two Adams, as in the paper.
+        clip: the norm of the meta-gradient is clipped to this (published code; the value is ours); None: never.
+        probe_weight: weight of `ridge_probe` on the adversaries' features, beside the suppression loss; 0: none, as in
+            the paper.
+        probe_ridge: see `ridge_probe`.
+        probe_batch: samples that this probe is fitted on.
+    """
+
+    loss: Literal["auto", "ice", "klu", "ce-ascent", "dos", "mse-ascent", "none"] = "auto"
+    suppression_loops: int = 1
+    suppression_lr: float = 3e-4
+    joint_weight: float | None = None
+    clip: float | None = 1.0
+    probe_weight: float = 0.0
+    probe_ridge: float = 0.01
+    probe_batch: int = 250
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in (*LOSSES, "auto", "none"):
+            raise unknown("suppression loss", self.loss, [*LOSSES, "auto", "none"])
+        self.refuse_below_one("suppression_loops", "probe_batch")
+        self.refuse_not_above_zero("suppression_lr", "joint_weight", "clip", "probe_ridge")
+        self.refuse_negative("probe_weight")
+        if self.loss == "none" and not self.probe_weight:
+            raise HoldfastError("sophon: loss is 'none' and probe_weight is 0, so nothing is suppressed; give one.")
+        if self.probe_batch < 2:
+            raise HoldfastError(f"sophon: probe_batch is {self.probe_batch}; a probe needs at least 2 samples.")
+
+
+@dataclass
+class ReinforcementSettings(Defense):
+    """Reinforcement: training on the benign task.
+
+    Attributes:
+        reinforcement_loops: l_NTR, reinforcement loops a round; each is one step.
+        reinforcement_lr: beta, learning rate of reinforcement's Adam.
+        reinforcement_batch: samples a reinforcement loop (the paper does not give it).
+        distillation: weight of KL(original || model) on benign batches, for denoisers of the squared difference of
+            their outputs, beside the reinforcement loss; 0: none, as in the paper.
+        temperature: of that distillation.
+        recovery_loops: where the benign score is too low, the guard first tries so many reinforcement loops; 0: none.
+    """
+
+    reinforcement_loops: int = 1
+    reinforcement_lr: float = 5e-4
+    reinforcement_batch: int = 200
+    distillation: float = 0.0
+    temperature: float = 2.0
+    recovery_loops: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.refuse_below_one("reinforcement_batch")
+        self.refuse_not_above_zero("reinforcement_lr", "temperature")
+        self.refuse_negative("distillation", "recovery_loops")
