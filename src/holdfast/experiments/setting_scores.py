@@ -16,7 +16,6 @@ from holdfast.auditing.statistics import Comparison
 from holdfast.experiments.immunization import Made
 from holdfast.results import Curve, ImmunizationResult, Role
 from holdfast.results.tables import Cell
-from holdfast.results.terms import words
 from holdfast.tasks import Task
 
 SCRATCH: Final = "scratch"
@@ -68,8 +67,7 @@ class Measure:
         """Returns how the audit scores of a task are shown."""
         if task.higher_is_better:
             return cls(task.audit_unit)
-        guess = words(task.audit_unit).guess if task.kind == "denoising" else cls.guess
-        return cls("mean squared error", task.chance, guess)
+        return cls("mean squared error", task.chance, task.baseline)
 
     @property
     def percent(self) -> bool:

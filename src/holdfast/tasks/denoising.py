@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +22,14 @@ from typing import Any, ClassVar, Final, Self
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.results import TaskFacts
-from holdfast.runtime.devices import device_of
 from holdfast.tasks.arrays import Array
-from holdfast.tasks.base import Batch, Kind, Split
-from holdfast.tasks.classification import SCORE_BATCH, ArrayTask
+from holdfast.tasks.base import Batch, Split
+from holdfast.tasks.classification import ArrayTask
+from holdfast.tasks.in_memory import SCORE_BATCH, InMemoryTask
 
 BLOCK = 500
 """Test images whose fixed noise is drawn together."""
@@ -187,8 +187,13 @@ class DenoisingTask(ArrayTask):
         ((2, 8, 8), (1, 8, 8), 0.23)
     """
 
-    kind: Kind = "denoising"
+    kind = "denoising"
     higher_is_better = False
+    baseline = "a linear denoiser"
+    answers_with = "noise"
+    labels_are_classes = False
+    no_features = "a denoiser has no features that a probe could be fitted on"
+    suppression_losses = ("dos", "mse-ascent")
     min_classes: ClassVar[int] = 1
     labelled: ClassVar[bool] = False
 
@@ -279,13 +284,12 @@ class DenoisingTask(ArrayTask):
         """Returns the labels that the images came with: int64, shape (N,); all 0 if they had none."""
         return self._y[split]
 
-    def _by_class(self, seed: int, split: Split = "train") -> list[Tensor]:
-        """All images as one class, shuffled: halves, few-shot samples and held-out parts are of images."""
-        generator = torch.Generator().manual_seed(seed)
-        return [torch.randperm(len(self._y[split]), generator=generator)]
-
-    def _group(self, index: int) -> str:
-        return "the whole task, which counts as one class,"
+    # Labels play no part: halves, few-shot samples and held-out parts are of images.
+    _by_class = InMemoryTask._by_class
+    _group = InMemoryTask._group
+    smoothed_loss_of = InMemoryTask.smoothed_loss_of
+    distance = InMemoryTask.distance
+    batch_skill = InMemoryTask.batch_skill
 
     def batches(
         self, split: Split, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device
@@ -325,10 +329,6 @@ class DenoisingTask(ArrayTask):
         """See `Task.targets`: the noise, shape (N, C H W)."""
         return y.flatten(1).to(torch.float64)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns the mean squared error of the predicted noise over batch and pixels (the paper's L_MSE)."""
-        return self.loss_of(model(batch.x), batch)
-
     def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
         """See `Task.loss_of`."""
         return F.mse_loss(outputs, batch.y.to(outputs.dtype))
@@ -337,18 +337,20 @@ class DenoisingTask(ArrayTask):
         """See `Task.score_of`: the mean squared error."""
         return float(self.loss_of(outputs.detach(), batch))
 
-    @torch.no_grad()
-    def outcomes(self, model: nn.Module, split: Split = "test") -> Tensor:
-        """See `Task.outcomes`: the mean squared error of each image."""
-        training = model.training
-        model.eval()
-        parts = [
-            (model(batch.x) - batch.y).flatten(1).double().square().mean(1).cpu()
-            for batch in self.sweep(split, SCORE_BATCH, device=device_of(model))
-        ]
-        model.train(training)
-        found = torch.cat(parts)
-        return found if bool(found.isfinite().all()) else torch.full_like(found, torch.nan)
+    def outcomes_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Returns the mean squared error of each image."""
+        return (outputs - batch.y).flatten(1).double().square().mean(1).cpu()
+
+    def counts(self, split: Split) -> list[int]:
+        """See `InMemoryTask.counts`; nothing where images came without labels."""
+        return super().counts(split) if len(self.class_names) > 1 else []
+
+    def same_answers(self, other: Self, pairs: Sequence[tuple[Hashable, Hashable]]) -> bool:
+        """See `InMemoryTask.same_answers`: the same images are the same task."""
+        return True
+
+    def check_classes(self) -> None:
+        """See `Task.check_classes`: a class without images is no loss."""
 
     def with_inputs(self, train: Tensor, test: Tensor) -> Self:
         """Refused: features of noised images are others for every noise.

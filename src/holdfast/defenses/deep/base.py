@@ -19,14 +19,12 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.defenses.base import Record
 from holdfast.defenses.deep.frozen_prefix import FrozenPrefix, Trained
 from holdfast.defenses.trainer import GuardedDefense, Immunization
 from holdfast.errors import HoldfastError, unknown
-from holdfast.losses import distillation_loss
 from holdfast.models import SplitModel, check_feature_width, check_fits
 from holdfast.results import Event
 from holdfast.runtime.devices import autocast
@@ -177,10 +175,10 @@ class DeepDefense(GuardedDefense):
             )
         for task in (benign, restricted):
             check_feature_width(model, task)
-        if self.classes and restricted.kind != "classification":
+        if self.classes and not restricted.labels_are_classes:
             raise HoldfastError(
-                f"{self.name}: the restricted task {restricted.name!r} is one of {restricted.kind}; a probe that "
-                "tells classes apart is what is simulated, so that classification is expected."
+                f"{self.name}: it simulates a probe that tells classes apart, and {restricted.described} has none; "
+                "give it a task of classification."
             )
         count = len(model.blocks())
         if count < self.blocks:
@@ -352,9 +350,7 @@ class _Immunization(Immunization[DeepDefense]):
                 )
 
     def _benign_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        if self.benign.kind != "classification":
-            return self.benign.loss_of(logits, batch)
-        return F.cross_entropy(logits, batch.y, label_smoothing=self.config.label_smoothing)
+        return self.benign.smoothed_loss_of(logits, batch, self.config.label_smoothing)
 
     # Holding what the model does.
 
@@ -381,9 +377,7 @@ class _Immunization(Immunization[DeepDefense]):
         return total
 
     def _distance(self, outputs: Tensor, wanted: Tensor) -> Tensor:
-        if self.benign.kind != "classification":
-            return F.mse_loss(outputs, wanted)
-        return distillation_loss(outputs, wanted, self.config.temperature)
+        return self.benign.distance(outputs, wanted, self.config.temperature)
 
     def _apart(self, features: Tensor, wanted: Tensor) -> Tensor:
         return ((features.float() - wanted.float()) / self.spread).square().mean()

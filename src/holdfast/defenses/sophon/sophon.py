@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.defenses.base import Record
@@ -21,7 +20,7 @@ from holdfast.defenses.sophon.pool import Population
 from holdfast.defenses.sophon.simulation import Seen, Simulation, whole
 from holdfast.defenses.trainer import GuardedDefense, Immunization
 from holdfast.errors import HoldfastError, unknown
-from holdfast.losses import LOSSES, OF_DENOISING, Objective, distillation_loss
+from holdfast.losses import LOSSES, Objective
 from holdfast.models import SplitModel, check_fits
 from holdfast.runtime.devices import autocast
 from holdfast.runtime.distributed import process_group
@@ -230,26 +229,26 @@ class Sophon(GuardedDefense):
         Raises:
             HoldfastError: saying which, and what to set.
         """
-        kinds = {benign.kind, restricted.kind}
-        if len(kinds) > 1 or not kinds <= {"classification", "denoising"}:
+        fitting = restricted.suppression_losses
+        if not fitting or benign.suppression_losses != fitting:
             raise HoldfastError(
-                f"sophon: the benign task is one of {benign.kind}, the restricted one of {restricted.kind}; expected "
+                f"sophon: no suppression loss fits both {benign.described} and {restricted.described}; expected "
                 "classification or denoising, the same for both."
             )
-        of_denoising = benign.kind == "denoising"
-        if self.loss in LOSSES and (self.loss in OF_DENOISING) != of_denoising:
-            fitting = [name for name in LOSSES if (name in OF_DENOISING) == of_denoising]
+        if self.loss in LOSSES and self.loss not in fitting:
             raise HoldfastError(
-                f"sophon: the loss {self.loss!r} is not for {benign.kind}; set loss to {' or '.join(fitting)}."
+                f"sophon: the loss {self.loss!r} is not for {restricted.described}; set loss to {' or '.join(fitting)}."
             )
-        if of_denoising and self.probe_weight:
+        if self.probe_weight and restricted.no_features is not None:
             raise HoldfastError(
-                "sophon: probe_weight is of probes that classify features, and a denoiser has none; set it to 0."
+                f"sophon: probe_weight is the weight of probes on features, and {restricted.no_features}; set it to 0."
             )
 
     def resolved(self, benign: Task) -> Sophon:
         """See `Defense.resolved`."""
-        return replace(self, loss="dos" if benign.kind == "denoising" else "ice") if self.loss == "auto" else self
+        if self.loss != "auto" or not benign.suppression_losses:  # `check_kinds` refuses a task without
+            return self
+        return replace(self, loss=benign.suppression_losses[0])
 
     def immunize(self, model: SplitModel, benign: Task, restricted: Task, *, run: Run) -> tuple[SplitModel, Record]:
         """Runs Algorithm 1; see `Defense.immunize`.
@@ -379,11 +378,7 @@ class _Immunization(Immunization[Sophon]):
         with torch.no_grad():
             wanted = whole(self.teacher(batch.x))
         outputs = whole(self.model(batch.x))
-        distance = (
-            F.mse_loss(outputs, wanted)
-            if self.benign.kind == "denoising"
-            else distillation_loss(outputs, wanted, self.config.temperature)
-        )
+        distance = self.benign.distance(outputs, wanted, self.config.temperature)
         return self.benign.loss_of(outputs, batch) + self.config.distillation * distance
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
