@@ -212,7 +212,7 @@ class DenoisingTask(ArrayTask):
         super().__init__(name, x_train, y_train, x_test, y_test, class_names)
 
     @classmethod
-    def of(cls, task: ArrayTask, schedule: Schedule | None = None) -> Self:
+    def of(cls, task: InMemoryTask, schedule: Schedule | None = None) -> Self:
         """Returns the denoising of a task's images.
 
         Raises:

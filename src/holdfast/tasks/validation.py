@@ -204,5 +204,6 @@ def _same(a: _Seen, b: _Seen) -> bool:
     if not first or first != second or a.task.kind != b.task.kind:
         return False
     assert isinstance(a.task, InMemoryTask)
+    assert isinstance(b.task, InMemoryTask)
     left, right = dict(a.pairs("train")), dict(b.pairs("train"))
     return a.task.same_answers(b.task, [(left[key], right[key]) for key in first])
