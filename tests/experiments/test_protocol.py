@@ -421,8 +421,8 @@ class TestErrors:
             ),
             (
                 {"one": BASE["settings"]["digits"], "two": REGRESSION},
-                "the restricted task 'b:y' of setting 'two' is scored by explained variance, and the restricted task 'digits[5-9]' "
-                "of setting 'one' by accuracy",
+                "the restricted task 'b:y' of setting 'two' is scored by explained variance, and the restricted task "
+                "'digits[5-9]' of setting 'one' by accuracy",
             ),
         ],
     )

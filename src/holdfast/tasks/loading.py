@@ -38,9 +38,9 @@ def list_tasks() -> tuple[str, ...]:
 def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Task:
     """Loads a task by name or path.
 
-    A name is looked up among the named tasks (`digits`, `phrases-topic`; see `list_tasks`), then here, then as `NAME.npz`,
-    `NAME.parquet`, `NAME.csv` or a folder `NAME` in the data folder, then downloaded by torchvision or Hugging Face's
-    datasets if one of them knows it. A setting that its source has no use for is refused.
+    A name is looked up among the named tasks (`digits`, `phrases-topic`; see `list_tasks`), then here, then as
+    `NAME.npz`, `NAME.parquet`, `NAME.csv` or a folder `NAME` in the data folder, then downloaded by torchvision or
+    Hugging Face's datasets if one of them knows it. A setting that its source has no use for is refused.
 
     Args:
         task: `digits`, `digits[0-4]`, `cifar10`, `path/to/data.npz`, `table.csv@target=label`, ... or a `TaskSpec`.
@@ -69,9 +69,7 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ta
         narrowed = ("kind", "seed", "test_fraction", "train_limit", "test_limit", "image_size", "channels")
         _refuse_idle(spec, f"{loaded.described}, which is not over arrays in memory", *narrowed)
         if classes is not None:
-            raise HoldfastError(
-                f"Task {spec.data!r}: {loaded.described} is not over arrays in memory; leave [...] out."
-            )
+            raise HoldfastError(f"Task {spec.data!r}: {source} is not over arrays in memory; leave [...] out.")
         return loaded
     return _narrowed(loaded, spec, classes)
 
@@ -83,9 +81,7 @@ def _narrowed(loaded: InMemoryTask, spec: TaskSpec, classes: str | None) -> InMe
         loaded = DenoisingTask.of(loaded, None if spec.schedule is None else Schedule.named(spec.schedule))
     if classes is not None:
         if not isinstance(loaded, ArrayTask):
-            raise HoldfastError(
-                f"Task {spec.data!r}: {loaded.described} has no classes to choose from; leave [...] out."
-            )
+            raise HoldfastError(f"Task {spec.data!r}: {spec.kind} has no classes to choose from; leave [...] out.")
         loaded = _chosen(loaded, spec.data, classes)
     # What limits leave out need not be resized.
     if spec.train_limit is not None:
@@ -269,9 +265,7 @@ def _place(source: str, folder: Path | None) -> Path | None:
 
 def _check_alone(source: str) -> None:
     if Path(source).is_dir():
-        raise HoldfastError(
-            f"{source!r} is both the name of a task and a folder here; write ./{source} for the folder."
-        )
+        raise HoldfastError(f"{source!r} is both a named task and a folder here; write ./{source} for the folder.")
 
 
 _OF_TABLES = ("target", "drop", "encoding", "bins", "fill", "rows")

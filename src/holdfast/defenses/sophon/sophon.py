@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -248,7 +248,8 @@ class Sophon(GuardedDefense):
         """See `Defense.resolved`."""
         if self.loss != "auto" or not benign.suppression_losses:  # `check_kinds` refuses a task without
             return self
-        return Sophon(**{**vars(self), "loss": benign.suppression_losses[0]})
+        settings: dict[str, Any] = {"loss": benign.suppression_losses[0]}
+        return replace(self, **settings)
 
     def immunize(self, model: SplitModel, benign: Task, restricted: Task, *, run: Run) -> tuple[SplitModel, Record]:
         """Runs Algorithm 1; see `Defense.immunize`.

@@ -3,8 +3,8 @@
     @TASKS.register("wine")
     def wine() -> ArrayTask: ...
 
-A function that makes a task of sentences takes a tokenizer and a length, as `phrases_topic` does. Files of other packages
-register through entry points of the group `holdfast.tasks`; see `Registry`.
+A function that makes a task of sentences takes a tokenizer and a length, as `phrases_topic` does. Files of other
+packages register through entry points of the group `holdfast.tasks`; see `Registry`.
 """
 
 from __future__ import annotations
