@@ -17,7 +17,7 @@ class Registry(Mapping[str, Member]):
     """The members of an open set, by name.
 
     A member of Holdfast's own is one file of `package`: every module of the folder is imported on first use. Another
-    package declares an entry point of the group, whose value is a module that registers its members:
+    package declares an entry point of the group `package`, whose value is a module that registers its members:
 
         [project.entry-points."holdfast.defenses"]
         noise = "my_package.noise"
