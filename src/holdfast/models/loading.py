@@ -24,8 +24,8 @@ from holdfast.models.split_model import SplitModel, _channels_last
 from holdfast.models.weights import read_weights
 from holdfast.runtime.storage import load_tensors
 from holdfast.tasks import Schedule, Task, Vocabulary, located
-from holdfast.tasks.denoising import SCHEDULES
 from holdfast.tasks.paths import DATA_VARIABLE, place
+from holdfast.tasks.schedule import SCHEDULES
 
 Values = tuple[float, ...]
 
@@ -433,7 +433,7 @@ def _build(
     if spec.name not in BUILTIN:
         raise unknown("model", spec.name, [*BUILTIN, "timm:NAME", "hf:NAME", "diffusers:NAME", "file.py:FUNCTION"])
     builder, head, norm = BUILTIN[spec.name]
-    known = [p.name for p in inspect.signature(builder).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = inspect.getfullargspec(builder).kwonlyargs
     for option in spec.options:
         if option not in known:
             raise unknown(f"option of model {spec.name!r}:", option, known)

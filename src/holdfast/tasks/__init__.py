@@ -2,11 +2,12 @@
 
 from holdfast.tasks.base import Batch, Task
 from holdfast.tasks.classification import ArrayTask
-from holdfast.tasks.denoising import DenoisingTask, Schedule
+from holdfast.tasks.denoising import DenoisingTask
 from holdfast.tasks.in_memory import InMemoryTask
 from holdfast.tasks.loading import is_text, list_tasks, load_task
 from holdfast.tasks.named import TASKS
 from holdfast.tasks.regression import RegressionTask
+from holdfast.tasks.schedule import Schedule
 from holdfast.tasks.spec import TaskSpec, parse_spec
 from holdfast.tasks.text import TextTask
 from holdfast.tasks.tokenizers import Tokenizer, Vocabulary, load_tokenizer, located
