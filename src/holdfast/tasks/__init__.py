@@ -1,4 +1,4 @@
-"""Tasks: data, an honest learner's loss, a score. One file a kind; `named/` holds the tasks with a name."""
+"""Tasks: data, the loss of honest training, a score. One file a kind; `named/` holds the tasks with a name."""
 
 from holdfast.tasks.base import Batch, Task
 from holdfast.tasks.classification import ArrayTask

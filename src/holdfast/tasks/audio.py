@@ -1,9 +1,9 @@
-"""Sounds as pictures: log-mel spectrograms of one second, uint8, so that any network for grey images can hear.
+"""Sounds as images: log-mel spectrograms of one second, uint8, which any network for grey images can read.
 
 The usual front end of speech recognition. Power spectra of windows of 32 ms, one every 16 ms, are summed in 40
 triangular bands that are equally wide on the mel scale, m(f) = 2595 log10(1 + f / 700), from 0 to 4000 Hz, and the
 logarithm is taken. 255 is the loudest point of a sound and 0 is 80 dB below: how loud a recording is plays no part.
-Windows are of a time, not of so many samples, and no band is above 4000 Hz, so that recordings at any rate from 8 kHz
+Windows have a length in time, not in samples, and no band is above 4000 Hz, so that recordings at any rate from 8 kHz
 on give the same picture.
 """
 
@@ -159,11 +159,11 @@ def _sounds_of(path: Path) -> dict[str, Array]:
 
 
 def is_sounds(path: Path) -> bool:
-    """Whether an `.npz` holds sounds; False for a file that is none."""
+    """Whether an `.npz` holds sounds; False for any other file."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {"pcm", "offsets"} <= set(archive.files)
-    except (*UNREADABLE, AttributeError, TypeError):  # a single array is no archive
+    except (*UNREADABLE, AttributeError, TypeError):  # a single array is not an archive
         return False
 
 

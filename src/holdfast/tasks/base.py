@@ -1,4 +1,4 @@
-"""The contract of a task: one domain, the loss that an honest learner minimises there, and the score reported."""
+"""The contract of a task: data of one domain, the loss that honest training minimises, and the score."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 
 class Task(ABC):
-    """One domain: data, an honest learner's loss, a score.
+    """One domain: data, the loss that honest training minimises, a score.
 
     Tasks are immutable: every method that narrows one (`halves`, `few_shot`, ...) returns a new task.
 
@@ -44,7 +44,7 @@ class Task(ABC):
         labels_are_classes: whether targets are int64 class labels of shape (N,), and outputs are logits of the classes.
         no_features: why samples have no vector of features, on which a linear probe could be fitted; None: they have.
         suppression_losses: names in `holdfast.losses.LOSSES` that fit the task, the default one first; a defense that
-            needs one refuses the task if there is none.
+            needs one refuses a task without any.
         vocabulary: what the inputs mean, if they are token ids.
     """
 
@@ -84,7 +84,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns the scalar that an honest learner minimises, with its graph."""
+        """Returns the loss that honest training minimises: a scalar with its graph."""
 
     @abstractmethod
     def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:

@@ -44,7 +44,7 @@ class ArrayTask(InMemoryTask):
     suppression_losses: ClassVar[tuple[str, ...]] = ("ice", "klu", "ce-ascent")
     min_classes: ClassVar[int] = 2
     labelled: ClassVar[bool] = True
-    """Whether files without labels are of no use."""
+    """Whether a file must hold labels."""
 
     def __init__(
         self,

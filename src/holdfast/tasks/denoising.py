@@ -227,10 +227,10 @@ class DenoisingTask(ArrayTask):
         return True
 
     def check_classes(self) -> None:
-        """See `Task.check_classes`: a class without images is no loss."""
+        """See `Task.check_classes`: a class without images does no harm."""
 
     def with_inputs(self, train: Tensor, test: Tensor) -> Self:
-        """Refused: features of noised images are others for every noise.
+        """Refused: the features of a noised image change with its noise.
 
         Raises:
             HoldfastError: always.

@@ -100,7 +100,7 @@ class InMemoryTask(Task):
             raise self._bad(f"training inputs are {x['train'].shape[1:]}, test inputs {x['test'].shape[1:]}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_resident": {}}  # copies on a device; who gets this has one of its own
+        return {**self.__dict__, "_resident": {}}  # copies on a device stay in this process
 
     def _with(
         self, name: str, x: dict[str, Tensor], y: dict[str, Tensor], classes: Sequence[str] | None = None

@@ -212,7 +212,7 @@ def _load_path(path: Path, spec: TaskSpec) -> InMemoryTask:
 
 
 def _refuse_for_table(spec: TaskSpec, source: str) -> None:
-    """Refuses what is only for tables, for a source that is none."""
+    """Refuses settings of tables for another source."""
     if spec.kind == "regression":
         raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {source} holds classes.")
     _refuse_idle(spec, source, *_OF_TABLES)

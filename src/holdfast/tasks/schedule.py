@@ -50,8 +50,8 @@ class Schedule:
         left = made.alphas_cumprod
         if not len(left) or not bool(((left >= 0) & (left < 1)).all()):  # NaN is neither
             raise HoldfastError(
-                f"The noise schedule {dict(config or {})} is none: it needs at least one step, and alpha-bar from 0 to "
-                "below 1 at each. Mend num_train_timesteps, beta_start and beta_end."
+                f"The noise schedule {dict(config or {})} is not valid: it needs at least one step, and alpha-bar from 0 "
+                "to below 1 at each. Mend num_train_timesteps, beta_start and beta_end."
             )
         kept = {k: v for k, v in made.config.items() if not k.startswith("_")}
         object.__setattr__(self, "config", json.loads(json.dumps({"_class_name": name, **kept})))
@@ -131,5 +131,5 @@ def _scheduler(config: Mapping[str, Any]) -> Any:
         ) from error
     try:
         return DDPMScheduler.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    except Exception as error:  # the configuration may be anybody's, and so is what it raises
+    except Exception as error:  # a configuration from elsewhere may raise anything
         raise HoldfastError(f"The noise schedule {dict(config)} is of no use to diffusers: {error}.") from error

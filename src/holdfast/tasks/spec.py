@@ -48,12 +48,12 @@ class TaskSpec(BaseModel):
         "onehot", description="How text columns of a CSV become numbers: onehot or ordinal."
     )
     bins: int | None = Field(
-        None, ge=2, le=100, description="Classes of a CSV are so many ranges of a numeric target, equally full."
+        None, ge=2, le=100, description="Number of classes of a CSV: ranges of a numeric target, equally full."
     )
     fill: bool = Field(
         False, description="Empty cells of a CSV become 0, or a text of their own; regression always does that."
     )
-    rows: int | None = Field(None, ge=2, description="Train on the first so many rows of a CSV, test on the rest.")
+    rows: int | None = Field(None, ge=2, description="Train on this many first rows of a CSV, test on the rest.")
     image_size: int | None = Field(None, ge=1, description="Resize images to this many pixels a side.")
     channels: int | None = Field(None, description="Make images grey (1) or colour (3).")
     train_limit: int | None = Field(None, ge=1, description="Train on about this many samples only.")

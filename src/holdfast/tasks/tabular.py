@@ -55,9 +55,9 @@ def load_csv(
         target: the column that holds the label; its distinct values, sorted, are the classes.
         drop: columns to leave out.
         encoding: see `load_csv_regression`.
-        bins: the target is a number, and its classes are so many ranges, each with about as many rows.
+        bins: number of classes of a numeric target: ranges with about equally many rows.
         fill: empty numeric cells become 0 and empty text cells a value of their own; False: they are refused.
-        rows: the first so many rows are for training and all others for testing.
+        rows: number of first rows that are for training; all others are for testing.
         test_fraction: share of the rows to test on, in (0, 1).
         seed: of the split.
 

@@ -1,6 +1,7 @@
 """Made-up sentences with three kinds of labels: text without a file, for examples and tests of recipes.
 
-A few frames are filled with words. The sentences are no sample of a language: a result on them is not one on text.
+A few frames are filled with words. The sentences do not represent a language: a result on them says
+nothing about real text.
 """
 
 from __future__ import annotations
