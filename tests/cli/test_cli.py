@@ -204,7 +204,7 @@ class TestImmunizeAndAudit:
     def test_denoisers_and_classifiers_are_not_mixed_up(self, denoiser, tmp_path, capsys):
         folder = denoiser.export(tmp_path / "original")
         done = inside(capsys, "immunize", folder, *self.COMMON, "--out", tmp_path / "made")
-        refused(done, "is a denoiser, and the kind of task 'digits[0-4]' is classification", "kind=denoising")
+        refused(done, "is a denoiser: it answers with one noise a sample, and the classification task 'digits[0-4]'", "kind=denoising")
         done = inside(
             capsys, "feasibility", "--benign", "digits[0-4]@kind=denoising", "--restricted",
             "digits[5-9]@kind=denoising", "--out", tmp_path / "f",
