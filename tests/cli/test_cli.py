@@ -204,12 +204,16 @@ class TestImmunizeAndAudit:
     def test_denoisers_and_classifiers_are_not_mixed_up(self, denoiser, tmp_path, capsys):
         folder = denoiser.export(tmp_path / "original")
         done = inside(capsys, "immunize", folder, *self.COMMON, "--out", tmp_path / "made")
-        refused(done, "is a denoiser, and the kind of task 'digits[0-4]' is classification", "kind=denoising")
+        refused(
+            done,
+            "is a denoiser: it answers with one noise a sample, and the classification task 'digits[0-4]'",
+            "kind=denoising",
+        )
         done = inside(
             capsys, "feasibility", "--benign", "digits[0-4]@kind=denoising", "--restricted",
             "digits[5-9]@kind=denoising", "--out", tmp_path / "f",
         )  # fmt: skip
-        refused(done, "is denoising", "SOPHON is the defense for denoisers")
+        refused(done, "the denoising task", "SOPHON is the defense for denoisers")
 
     def test_exit_3_where_the_model_does_not_resist(self, files, tmp_path, capsys):
         """The original, audited as if it were immunized, on samples so few that it has an advantage."""

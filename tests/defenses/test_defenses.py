@@ -122,7 +122,7 @@ class TestOfDenoisers:
 
 @pytest.mark.parametrize("name", [n for n, d in REGISTRY.items() if d is not Sophon])
 def test_what_is_for_classification_refuses_a_denoiser(name, denoiser, digit_images, run):
-    with pytest.raises(HoldfastError, match=r"is denoising: .* SOPHON is the defense|is for classification"):
+    with pytest.raises(HoldfastError, match=r"denoising task .* SOPHON is the defense|is for classification"):
         REGISTRY[name]().immunize(denoiser, *digit_images, run=run)
 
 

@@ -642,7 +642,7 @@ class TestKinds:
         ("settings", "words"),
         [
             ({"loss": "ice"}, "set loss to dos or mse-ascent"),
-            ({"probe_weight": 0.5}, "a denoiser has none; set it to 0"),
+            ({"probe_weight": 0.5}, "a denoiser has no features"),
         ],
     )
     def test_what_a_denoiser_cannot_take_is_refused(self, denoiser, digit_images, run, settings, words):

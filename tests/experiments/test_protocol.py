@@ -417,13 +417,13 @@ class TestErrors:
         [
             (
                 {"one": {**REGRESSION, "benign": {"data": "digits[0-4]"}}},
-                "the benign task 'digits[0-4]' of setting 'one' is for classification, and the restricted task 'b:y' "
-                "of setting 'one' for regression",
+                "the benign task 'digits[0-4]' of setting 'one' is scored by accuracy, and the restricted task 'b:y' "
+                "of setting 'one' by explained variance",
             ),
             (
                 {"one": BASE["settings"]["digits"], "two": REGRESSION},
-                "the restricted task 'b:y' of setting 'two' is for regression, and the restricted task 'digits[5-9]' "
-                "of setting 'one' for classification",
+                "the restricted task 'b:y' of setting 'two' is scored by explained variance, and the restricted task "
+                "'digits[5-9]' of setting 'one' by accuracy",
             ),
         ],
     )

@@ -193,7 +193,7 @@ class TestGroups:
             group_spectra(trained, benign, restricted, **settings)
 
     def test_refuses_denoisers(self, denoiser, digit_images):
-        with pytest.raises(HoldfastError, match="is denoising"):
+        with pytest.raises(HoldfastError, match="the denoising task"):
             group_spectra(denoiser, *digit_images)
 
     def test_what_counts_as_immunized(self):

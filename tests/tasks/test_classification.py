@@ -13,7 +13,7 @@ from torch import nn
 
 from conftest import toy_task
 from holdfast.errors import HoldfastError
-from holdfast.tasks import ArrayTask, TaskSpec, classification, load_task
+from holdfast.tasks import ArrayTask, TaskSpec, in_memory, load_task
 
 CPU = torch.device("cpu")
 X, Y = np.arange(24, dtype=np.float32).reshape(6, 4), np.array([0, 1, 0, 1, 0, 1])
@@ -250,8 +250,8 @@ class TestNarrowing:
 
     def test_what_limits_leave_out_is_not_resized(self, monkeypatch):
         whole = load_task("digits@image_size=16,channels=3")
-        resized, honest = [], classification.resize
-        monkeypatch.setattr(classification, "resize", lambda x, *how: resized.append(len(x)) or honest(x, *how))
+        resized, honest = [], in_memory.resize
+        monkeypatch.setattr(in_memory, "resize", lambda x, *how: resized.append(len(x)) or honest(x, *how))
         few = load_task("digits@image_size=16,channels=3,train_limit=60,test_limit=20,seed=3")
         assert resized == [few.size("train"), few.size("test")]
         assert few.facts() == whole.limit_train(60, 3).limit_test(20, 3).facts()

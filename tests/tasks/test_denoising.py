@@ -12,7 +12,8 @@ from torch import nn
 import reference
 from holdfast.errors import HoldfastError
 from holdfast.tasks import ArrayTask, DenoisingTask, Schedule, TaskSpec, load_task
-from holdfast.tasks.denoising import BLOCK, SCHEDULES
+from holdfast.tasks.denoising import BLOCK
+from holdfast.tasks.schedule import SCHEDULES
 
 CPU = torch.device("cpu")
 

@@ -320,7 +320,7 @@ class TestPlaces:
     def test_embedded_data_and_a_folder_of_that_name(self, tmp_path, monkeypatch):
         (tmp_path / "digits").mkdir()
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(HoldfastError, match=r"both embedded data and a folder here; write ./digits"):
+        with pytest.raises(HoldfastError, match=r"both a named task and a folder here; write ./digits"):
             load_task("digits")
 
     @pytest.mark.parametrize("folder", ["a@b", "a[1]", "a@b[0-1]"])

@@ -15,13 +15,14 @@ from test_downloads import fake_datasets
 from holdfast.errors import HoldfastError
 from holdfast.tasks import TaskSpec, TextTask, Vocabulary, is_text, load_task, load_tokenizer, located
 from holdfast.tasks.downloads import TEXTS
-from holdfast.tasks.loading import parse_spec
+from holdfast.tasks.spec import parse_spec
 from holdfast.tasks.splits import halves
-from holdfast.tasks.synthetic_text import PHRASES
 from texts import save_tokenizer, write_reviews
 
 VOCABULARY = Vocabulary("toy", 8, 0, "0" * 64)
 SENTENCES = [("train", "b", "two words"), ("train", "a", "one"), ("test", "b", "three words here"), ("dev", "a", "no")]
+
+PHRASES = ("phrases-topic", "phrases-mood", "phrases-form")
 
 
 def offline(*_, **__):

@@ -196,7 +196,8 @@ def stacks(members: Sequence[Member], limit: int = 32) -> list[list[Member]]:
 def _key(member: Member) -> tuple[Any, ...] | None:
     """What members of one stack have in common; None for who must be alone."""
     adversary, model, task = member.adversary, member.model, member.task
-    own = type(task).loss is not ArrayTask.loss or type(task).outcomes is not ArrayTask.outcomes
+    parts = ("loss", "loss_of", "outcomes", "outcomes_of", "_entered")
+    own = any(getattr(type(task), name, None) is not getattr(ArrayTask, name) for name in parts)
     if own or not _plain(adversary) or not _flows(model, images=len(task.input_shape) == 3):
         return None
     assert isinstance(adversary, FineTuning)

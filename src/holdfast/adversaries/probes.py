@@ -76,7 +76,7 @@ class Probe(Adversary):
 
     def not_applicable(self, model: SplitModel, task: Task) -> str | None:
         """See `Adversary.not_applicable`."""
-        return "a denoiser has no features that a probe could be fitted on" if task.kind == "denoising" else None
+        return task.no_features
 
     def config(self) -> dict[str, Any]:
         """See `Adversary.config`."""

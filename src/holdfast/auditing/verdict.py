@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from holdfast.results import ROLES, BudgetRow, Curve, Flag, Interval, Role, Side, Thresholds, Verdict, VerdictLabel
-from holdfast.results.terms import Words, words
+from holdfast.results.terms import Words
 
 ROUNDING = 1e-9
 """Differences of accuracies are exact to about 1e-16; a verdict must not hang on the last digit."""
@@ -29,7 +29,7 @@ def judge(
     chance: float,
     limits: Thresholds,
     threat_model: str,
-    unit: str = "accuracy",
+    spoken: Words | None = None,
     flags: Sequence[Flag] = (),
     retained: tuple[float | None, Interval | None] = (None, None),
     areas: tuple[float | None, float | None] = (None, None),
@@ -51,7 +51,7 @@ def judge(
         chance: score of a constant guess on the restricted task.
         limits: every number that the verdict hangs on.
         threat_model: what the verdict holds for, in words.
-        unit: what the scores are.
+        spoken: how to speak of the scores.
         flags: red flags of the model and of the audit.
         retained: what is left of the original's advantage, and its interval.
         areas: mean advantage over steps, of the immunized model and of the original.
@@ -60,7 +60,7 @@ def judge(
     """
     share, share_interval = retained
     after = [r for r in rows if r.budget]
-    reasons = reasons_invalid(rows, benign, chance, limits, words(unit), reported_benign=reported_benign)
+    reasons = reasons_invalid(rows, benign, chance, limits, spoken, reported_benign=reported_benign)
     reasons += reasons_lost(curves)
 
     def verdict(label: VerdictLabel, sentence: str, why: list[str]) -> Verdict:

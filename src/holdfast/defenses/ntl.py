@@ -171,8 +171,8 @@ class NTL(GuardedDefense):
             HoldfastError: if model and tasks do not fit, the restricted task has more classes than the head has
                 outputs, or the folder holds the state of another immunization.
         """
-        if benign.kind != "classification" or restricted.kind != "classification":
-            raise HoldfastError(f"ntl: it is for classification; got {benign.kind} and {restricted.kind}.")
+        if not (benign.labels_are_classes and restricted.labels_are_classes):
+            raise HoldfastError(f"ntl: it is for classification; got {benign.described} and {restricted.described}.")
         check_fits(model, benign, own_task=True)
         check_fits(model, restricted, own_task=False)
         if restricted.num_outputs > model.num_outputs:

@@ -196,19 +196,19 @@ def check_kinds(settings: Mapping[str, SettingSpec], tasks: Mapping[TaskSpec, Ta
         HoldfastError: naming the task that differs from the first.
     """
     found = [
-        (f"the {role} task {tasks[spec].name!r} of setting {name!r}", tasks[spec].kind)
+        (f"the {role} task {tasks[spec].name!r} of setting {name!r}", tasks[spec].audit_unit)
         for name, setting in settings.items()
         for role, spec in (
             ("restricted", setting.restricted), ("benign", setting.benign), ("transfer", setting.transfer),
         )
         if spec is not None
     ]  # fmt: skip
-    first, kind = found[0]
+    first, unit = found[0]
     for place, other in found:
-        if other != kind:
+        if other != unit:
             raise HoldfastError(
-                f"A protocol has one kind of task, because its tables have one unit; {place} is for {other}, and "
-                f"{first} for {kind}. Write a protocol for each kind."
+                f"A protocol has one kind of task, because its tables have one unit; {place} is scored by "
+                f"{other}, and {first} by {unit}. Write a protocol for each kind."
             )
 
 

@@ -18,7 +18,7 @@ from holdfast.results import AuditResult, Curve, Role, RunResult, read_result
 from holdfast.runtime.devices import cpu_threads, resolve_device
 from holdfast.runtime.run import Run
 from holdfast.runtime.validation import readable
-from holdfast.tasks import ArrayTask
+from holdfast.tasks import Task
 from holdfast.tasks.splits import halves
 
 
@@ -46,7 +46,7 @@ class _Source:
 
     immunized: SplitModel
     original: SplitModel
-    tasks: dict[str, ArrayTask]
+    tasks: dict[str, Task]
 
 
 def replay(

@@ -16,7 +16,6 @@ from holdfast.experiments.immunization import ImmunizedModel
 from holdfast.experiments.setting import ORIGINAL, SCRATCH, role_of
 from holdfast.results import Curve, ImmunizationResult
 from holdfast.results.tables import Cell
-from holdfast.results.terms import words
 from holdfast.tasks import Task
 
 Printed = float | tuple[float, float]
@@ -65,8 +64,7 @@ class Measure:
         """Returns how the audit scores of a task are shown."""
         if task.higher_is_better:
             return cls(task.audit_unit)
-        guess = words(task.audit_unit).guess if task.kind == "denoising" else cls.guess
-        return cls("mean squared error", task.chance, guess)
+        return cls("mean squared error", task.chance, task.baseline)
 
     @property
     def percent(self) -> bool:

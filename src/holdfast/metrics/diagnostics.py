@@ -257,10 +257,7 @@ def _score(model: SplitModel, task: Task, batch: Batch) -> float:
     logits = model(batch.x)
     if not bool(logits.isfinite().all()):
         return float("nan")
-    if task.kind == "classification":
-        return float((logits.argmax(1) == batch.y).double().mean())
-    error, spread = ((v.double().square().mean()) for v in (logits - batch.y, batch.y - batch.y.mean(0)))
-    return max(0.0, 1 - float(error / spread)) if spread > 0 else 0.0
+    return task.batch_skill(logits, batch)
 
 
 def _gradients(

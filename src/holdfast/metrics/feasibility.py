@@ -13,7 +13,7 @@ from holdfast.results.tables import Figure, Lines, Map
 from holdfast.spectral.convergence import predicted_tau
 from holdfast.spectral.frontier import Frontier, angles
 from holdfast.spectral.least_squares import LeastSquares
-from holdfast.tasks import Task, TextTask
+from holdfast.tasks import Task
 
 POSSIBLE, MARGINAL = 10.0, 2.0
 NOISE_FACTOR = 3.0
@@ -108,7 +108,7 @@ def check(model: SplitModel | None, benign: Task, restricted: Task, *, ridge: fl
     if model is not None:
         check_fits(model, benign, own_task=True)
         check_fits(model, restricted, own_task=False)
-    elif any(isinstance(task, TextTask) for task in (benign, restricted)):
+    elif any(task.vocabulary is not None for task in (benign, restricted)):
         raise HoldfastError("The inputs themselves are token ids, which are no features; name a model that reads them.")
     elif benign.input_shape != restricted.input_shape:
         raise HoldfastError(

@@ -175,10 +175,10 @@ def check_groups(benign: Task, restricted: Task, *, groups: int, samples: int) -
         )
     sources: tuple[tuple[Task, Split], ...] = ((benign, "test"), (restricted, "train"))
     for task, split in sources:
-        if task.kind == "denoising":
+        if task.no_features is not None:
             raise HoldfastError(
-                f"Task {task.name!r} is denoising: what a denoiser's head takes is an image, and a probe's condition "
-                "number is of tasks whose samples have a vector of features. Leave it out."
+                f"A probe's condition number needs a vector of features a sample. Of {task.described} there is none: "
+                f"{task.no_features}. Leave it out."
             )
         size = task.size(split)
         if size < samples:

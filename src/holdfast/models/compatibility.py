@@ -14,7 +14,7 @@ from holdfast.models.families.diffusion import Denoiser
 from holdfast.models.introspection import first_line
 from holdfast.models.split_model import SplitModel
 from holdfast.models.transplant import _hooks, _kind, _plain_layers, _plain_name, _plain_tensors, _published, _rounded
-from holdfast.tasks import DenoisingTask, Task, TextTask
+from holdfast.tasks import DenoisingTask, Task
 
 
 def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = True, trainable: bool = True) -> None:
@@ -36,11 +36,12 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
         raise HoldfastError(
             f"{model.name} has no trainable parameters; un-freeze what may be trained (requires_grad_)."
         )
-    if isinstance(model, Denoiser) != (task.kind == "denoising"):
+    if model.answers_with != task.answers_with:
         what = "is a denoiser" if isinstance(model, Denoiser) else "is no denoiser"
         raise HoldfastError(
-            f"{model.name} {what}, and the kind of task {task.name!r} is {task.kind}. A denoiser's tasks are given as "
-            "NAME@kind=denoising (kind: denoising in a recipe); a model for them is `unet` or a diffusers folder."
+            f"{model.name} {what}: it answers with one {model.answers_with} a sample, and {task.described} needs one "
+            f"{task.answers_with}. A denoiser's tasks are given as NAME@kind=denoising (kind: denoising in a "
+            "recipe); a model for them is `unet` or a diffusers folder."
         )
     if isinstance(model, Denoiser) and isinstance(task, DenoisingTask) and own_task:
         model.check_schedule(task.schedule, task.name)
@@ -98,7 +99,7 @@ def _check_normalisation(model: SplitModel, task: Task) -> None:
 def _check_vocabulary(model: SplitModel, task: Task) -> None:
     """Refuses token ids that mean something else to the model, or nothing."""
     own = model.vocabulary
-    given = task.vocabulary if isinstance(task, TextTask) else None
+    given = task.vocabulary
     if own is None or (given is not None and own.agrees(given)):
         return
     if given is None:

@@ -199,12 +199,12 @@ def check_feature_width(model: SplitModel | None, task: Task) -> None:
         task: the model's own.
 
     Raises:
-        HoldfastError: if a sample's features are more numbers than the head takes, or the task is denoising.
+        HoldfastError: if a sample's features are more numbers than the head takes, or the task has no features.
     """
-    if task.kind == "denoising":
+    if task.no_features is not None:
         raise HoldfastError(
-            f"Task {task.name!r} is denoising: linear extractors and spectra are of tasks whose samples have a vector "
-            "of features, and what a denoiser's head takes is an image. SOPHON is the defense for denoisers."
+            f"Linear extractors and spectra need a vector of features a sample. Of {task.described} there is none: "
+            f"{task.no_features}. SOPHON is the defense for denoisers."
         )
     if model is None:
         return

@@ -78,7 +78,7 @@ def match_outputs(model: SplitModel, names: Sequence[str] | None, task: Task) ->
         HoldfastError: if there is a name too many or too few, or other layers than the head have a part in the outputs.
     """
     classes = getattr(task, "class_names", None)
-    if names is None or classes is None or task.kind != "classification":
+    if names is None or classes is None or not task.labels_are_classes:
         return None
     if len(names) != model.num_outputs:
         raise HoldfastError(

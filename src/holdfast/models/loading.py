@@ -23,9 +23,9 @@ from holdfast.models.labels import match_outputs, names_in, names_of, real_names
 from holdfast.models.split_model import SplitModel, _channels_last
 from holdfast.models.weights import read_weights
 from holdfast.runtime.storage import load_tensors
-from holdfast.tasks import Schedule, Task, TextTask, Vocabulary, located
-from holdfast.tasks.denoising import SCHEDULES
+from holdfast.tasks import Schedule, Task, Vocabulary, located
 from holdfast.tasks.paths import DATA_VARIABLE, place
+from holdfast.tasks.schedule import SCHEDULES
 
 Values = tuple[float, ...]
 
@@ -163,10 +163,10 @@ def check_options(spec: ModelSpec, task: Task) -> None:
             f"{spec.name}: num_labels puts a fresh head in the place of the model's own, and there is none such with "
             "`weights` or `config`; leave it out."
         )
-    if (spec.mean or spec.std) and isinstance(task, TextTask):
+    if (spec.mean or spec.std) and task.vocabulary is not None:
         raise HoldfastError(f"{spec.name} reads text, which is not normalised; leave mean and std out.")
-    if spec.classes is not None and (spec.keep_outputs is not None or task.kind != "classification"):
-        why = "keep_outputs says" if spec.keep_outputs is not None else f"a task of {task.kind} has none:"
+    if spec.classes is not None and (spec.keep_outputs is not None or not task.labels_are_classes):
+        why = "keep_outputs says" if spec.keep_outputs is not None else f"{task.described} has no classes:"
         raise HoldfastError(f"{spec.name}: {why} which outputs stand for which classes; leave `classes` out.")
 
 
@@ -188,7 +188,7 @@ def _on_normalisation(spec: ModelSpec, built: _Built, task: Task) -> tuple[str, 
 
 def _name_outputs(found: SplitModel, spec: ModelSpec, config: Any, task: Task) -> None:
     """Matches outputs with classes by name, and has the names saved with the model."""
-    if task.kind != "classification":
+    if not task.labels_are_classes:
         return
     if spec.keep_outputs is None and not found.fresh_head:
         names = spec.classes or _told_names(spec, found.network, config)
@@ -211,7 +211,7 @@ def _name_outputs(found: SplitModel, spec: ModelSpec, config: Any, task: Task) -
 
 def _for_text(spec: ModelSpec, task: Task) -> ModelSpec:
     """A transformers model whose task is text reads the task's ids, unless its weights already say which it reads."""
-    read = task.vocabulary if isinstance(task, TextTask) and spec.name.startswith("hf:") else None
+    read = task.vocabulary if spec.name.startswith("hf:") else None
     if read is None or "vocabulary" in spec.options:
         return spec
     return spec.model_copy(update={"options": {**spec.options, "vocabulary": asdict(read)}})
@@ -433,7 +433,7 @@ def _build(
     if spec.name not in BUILTIN:
         raise unknown("model", spec.name, [*BUILTIN, "timm:NAME", "hf:NAME", "diffusers:NAME", "file.py:FUNCTION"])
     builder, head, norm = BUILTIN[spec.name]
-    known = [p.name for p in inspect.signature(builder).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = inspect.getfullargspec(builder).kwonlyargs
     for option in spec.options:
         if option not in known:
             raise unknown(f"option of model {spec.name!r}:", option, known)

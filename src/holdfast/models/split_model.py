@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from holdfast.models.wrappers import plain
 from holdfast.results import ImmunizationResult, ModelFacts
 from holdfast.runtime.devices import device_of, dtype_of, widest
 from holdfast.runtime.storage import save_tensors, tensors_sha256
-from holdfast.tasks import Task, TextTask, Vocabulary
+from holdfast.tasks import Task, Vocabulary
 
 
 class SplitModel(nn.Module):
@@ -58,6 +58,9 @@ class SplitModel(nn.Module):
         >>> model.num_outputs, model.features(torch.zeros(3, 4)).shape
         (2, torch.Size([3, 8]))
     """
+
+    answers_with: ClassVar[str] = "vector"
+    """Which tasks it is for; see `Task.answers_with`."""
 
     def __init__(
         self,
@@ -122,7 +125,7 @@ class SplitModel(nn.Module):
             >>> SplitModel.of(network, load_task("digits[0-4]")).head_name
             '3'
         """
-        ids = task.vocabulary.size if isinstance(task, TextTask) and task.vocabulary is not None else None
+        ids = None if task.vocabulary is None else task.vocabulary.size
         found = plain(network, name, head)
         network, head = found.network, found.head or head
         seen = outline(network, task.input_shape, name, ids=ids)
@@ -346,18 +349,18 @@ class SplitModel(nn.Module):
             assert layer.bias is not None
             layer.bias.copy_(layer.bias.to(projection) @ projection + shift)
 
-    def expect_extractor(self, kind: bool | str) -> None:
+    def expect_extractor(self, extractor: bool | str) -> None:
         """Makes room for the extractor that saved weights have; one that is there already stays.
 
         Args:
-            kind: as `spec` has it: True for a linear one, "affine" for an eraser, False for none.
+            extractor: as `spec` has it: True for a linear one, "affine" for an eraser, False for none.
         """
-        if not kind:
+        if not extractor:
             return
         if not self.has_extractor:
             self.add_extractor()
         layer = self._extractor_layer()
-        if kind == "affine" and layer.bias is None:
+        if extractor == "affine" and layer.bias is None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
             if self.spec is not None:
                 self.spec = {**self.spec, "extractor": "affine"}

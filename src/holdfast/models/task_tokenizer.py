@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from holdfast.models.loading import ModelSpec, spec_of
-from holdfast.tasks import ArrayTask, TaskSpec, is_text, load_task
-from holdfast.tasks.loading import parse_spec
+from holdfast.tasks import Task, TaskSpec, is_text, load_task, parse_spec
 
 
 def read_by(
@@ -35,8 +34,6 @@ def read_by(
     return task if tokenizer is None else spec.model_copy(update={"tokenizer": tokenizer})
 
 
-def load_task_for(
-    task: str | TaskSpec, model: str | ModelSpec | None, *, data_dir: Path | str | None = None
-) -> ArrayTask:
+def load_task_for(task: str | TaskSpec, model: str | ModelSpec | None, *, data_dir: Path | str | None = None) -> Task:
     """Loads a task as a model reads it: see `read_by` and `load_task`."""
     return load_task(read_by(task, model, data_dir=data_dir), data_dir=data_dir)

@@ -208,17 +208,17 @@ def _spread(hook: Any) -> bool:
 def _nested(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, str]]:
     for parent in list(network.modules()):
         for child, layer in list(parent._modules.items()):
-            if layer is not None and (kind := _wrapper(layer)) is not None:
-                yield parent, child, layer, kind
+            if layer is not None and (wrapper := _wrapper(layer)) is not None:
+                yield parent, child, layer, wrapper
 
 
 def _unwrap_nested(network: nn.Module, name: str, notes: list[str], _: str | None) -> nn.Module:
-    kinds = []
+    wrappers = []
     while found := list(_nested(network)):  # one may be inside another
-        for parent, child, layer, kind in found:
+        for parent, child, layer, wrapper in found:
             parent._modules[child] = _inside(layer)
-            kinds.append(kind)
-    notes.append(f"Layers of {name} were wrapped in {' and '.join(dict.fromkeys(kinds))}; what is inside is taken.")
+            wrappers.append(wrapper)
+    notes.append(f"Layers of {name} were wrapped in {' and '.join(dict.fromkeys(wrappers))}; what is inside is taken.")
     return network
 
 

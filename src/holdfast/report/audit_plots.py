@@ -12,7 +12,6 @@ from holdfast.report.plots import NEUTRAL, STYLES, Plot, figure_of, label_text, 
 from holdfast.report.wording import below, points, span
 from holdfast.results import ROLES, AuditResult, BudgetRow, Curve, Interval, Role, SideEffect
 from holdfast.results.tables import Cell
-from holdfast.results.terms import words
 
 BANDS: dict[Role, str] = {"immunized": "rgba(26,133,201,0.22)", "original": "rgba(213,94,0,0.16)"}
 """The colours of `STYLES`, for areas."""
@@ -31,7 +30,7 @@ def best_plot(audit: AuditResult) -> Plot:
     ends = _ends(audit.by_budget)
     label = (
         f"Line chart: {audit.unit} of the best adversary on {audit.restricted_task} against fine-tuning steps. "
-        f"After {audit.budgets[-1]} steps: {ends}. {words(audit.unit).chance.capitalize()}: {_percent(audit.chance)}."
+        f"After {audit.budgets[-1]} steps: {ends}. {audit.spoken.chance.capitalize()}: {_percent(audit.chance)}."
     )
     return plot_of("best", figure, label)
 
@@ -222,7 +221,7 @@ def _role_trace(role: Role, budgets: Sequence[int], cells: Sequence[Cell], notes
 
 
 def _chance(audit: AuditResult) -> Any:
-    name = words(audit.unit).chance
+    name = audit.spoken.chance
     return go.Scatter(
         x=[audit.budgets[0], audit.budgets[-1]],
         y=[audit.chance, audit.chance],

@@ -23,7 +23,6 @@ from holdfast.report.plots import STYLES, figure_plot, history_plot, measures_er
 from holdfast.results import ROLES, AuditResult, RunResult
 from holdfast.results.image_grid import strips
 from holdfast.results.tables import Cell, Pictures, Table
-from holdfast.results.terms import words
 from holdfast.runtime.storage import write_atomic
 
 LONG_BATTERY, SHOWN_ROWS, SHOWN_PANELS = 12, 6, 8
@@ -92,7 +91,7 @@ def _about_audit(result: RunResult, audit: AuditResult, order: Sequence[str], fo
         "keepers": wording.keepers(audit),
         "stopped": wording.stopped(result.tables),
         "selection": wording.selection(audit),
-        "spoken": words(audit.unit),
+        "spoken": audit.spoken,
         "samples": wording.samples(audit),
         "below": wording.below(audit),
         "untried": wording.not_covered(audit),

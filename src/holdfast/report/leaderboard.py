@@ -86,7 +86,7 @@ class Entry:
         if cell.mean is None or cell.sd is None:
             return None
         half = float(stdtrit(cell.n - 1, 0.975)) * cell.sd / math.sqrt(cell.n)
-        if self.audit.unit == "accuracy" and self.audit.test_samples:
+        if self.audit.spoken.is_share and self.audit.test_samples:
             samples = max(cell.mean * (1 - cell.mean), 0) / self.audit.test_samples
             half = math.hypot(half, float(ndtri(0.975)) * math.sqrt(samples))
         return Interval(low=cell.mean - half, high=cell.mean + half)

@@ -13,7 +13,6 @@ import yaml
 from holdfast.errors import HoldfastError
 from holdfast.report import wording
 from holdfast.results import AuditResult, RunResult
-from holdfast.results.terms import words
 
 BEGIN, END = "<!-- holdfast:begin -->", "<!-- holdfast:end -->"
 META_BEGIN, META_END = "# holdfast:begin", "# holdfast:end"
@@ -153,7 +152,7 @@ def _section(result: RunResult, file_sha256: str | None) -> str:
         *([] if verdict.label != "invalid" else ["\n".join(f"- {_text(reason)}" for reason in verdict.reasons)]),
         f"**{'What was tried' if verdict.label == 'invalid' else 'It holds for'}:** {_text(verdict.threat_model)}",
         _numbers(result, audit),
-        *filter(None, [words(audit.unit).note]),
+        *filter(None, [audit.spoken.note]),
         "### Red flags",
         "\n".join(f"- **{_text(f.name)}** ({f.severity}): {_text(f.found)} {_text(f.remedy)}" for f in audit.flags)
         or "None was raised.",

@@ -12,7 +12,6 @@ from holdfast.report import wording
 from holdfast.results import AuditResult, Curve, Interval, RunResult
 from holdfast.results.tables import Cell
 from holdfast.results.tables import Table as Tabular
-from holdfast.results.terms import words
 from holdfast.runtime.distributed import speaks
 
 LEAST = 14
@@ -196,7 +195,7 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
     table.add_row("advantage", *(_points(row.advantage) for row in audited.by_budget))
     table.add_row("95 % band", *(_band(row.interval) for row in audited.by_budget))
     Console().print(table)
-    if note := words(audited.unit).note:
+    if note := audited.spoken.note:
         console.print(note)
     before, after = (Cell.of([score]) for score in (audited.benign.original, audited.benign.immunized))
     kept = wording.kept(audited)

@@ -16,7 +16,6 @@ from holdfast.auditing.verdict import count
 from holdfast.auditing.verdict import doubts as doubts_of
 from holdfast.results import AuditResult, BudgetRow, Cost, Interval, Role, RunResult
 from holdfast.results.tables import Cell, Table
-from holdfast.results.terms import words
 
 MINUS = "\N{MINUS SIGN}"
 NEVER = "never within the budget"
@@ -75,7 +74,7 @@ CAUSES = (
 
 def doubts(audit: AuditResult) -> list[str]:
     """Why the original may not be the model that its owner means; said before everything else."""
-    return doubts_of(audit.benign, audit.verdict.thresholds, words(audit.unit), audit.reported_benign)
+    return doubts_of(audit.benign, audit.verdict.thresholds, audit.spoken, audit.reported_benign)
 
 
 def kept(audit: AuditResult) -> str:
@@ -167,7 +166,7 @@ def not_covered(audit: AuditResult) -> list[str]:
     missing = [
         description
         for word, description in METHODS.items()
-        if word not in used and not (word == "probe" and audit.unit == "skill")  # a denoiser has no features for them
+        if word not in used and not (word == "probe" and not audit.spoken.has_features)
     ]
     if not audit.search:
         missing.append("a search for adversaries against this very model (battery adaptive-v1)")
@@ -179,7 +178,7 @@ def not_covered(audit: AuditResult) -> list[str]:
 def caveats(audit: AuditResult) -> list[str]:
     """Says how far the numbers of an audit can be trusted."""
     seeds, tested = len(audit.seeds), audit.test_samples
-    found = [selection(audit) + f" A real adversary has no {words(audit.unit).answers} and would choose worse: the "
+    found = [selection(audit) + f" A real adversary has no {audit.spoken.answers} and would choose worse: the "
              "audit errs on the adversary's side, on the controls as well."]  # fmt: skip
     failed = [c for c in audit.curves if c.failure is not None]
     if failed:
@@ -220,7 +219,7 @@ def caveats(audit: AuditResult) -> list[str]:
         "whose SHA-256 is below."
     )
     if tested:
-        alone = f" by about ± {100 * math.sqrt(0.25 / tested):.1f} points" if audit.unit == "accuracy" else ""
+        alone = f" by about ± {100 * math.sqrt(0.25 / tested):.1f} points" if audit.spoken.is_share else ""
         score = "a score near 50%" if alone else "scores"
         found.append(
             f"The test split has {tested} samples. That alone makes {score} uncertain{alone}"
@@ -231,8 +230,8 @@ def caveats(audit: AuditResult) -> list[str]:
 
 def samples(audit: AuditResult) -> str:
     """What an adversary had to train on."""
-    each = "" if audit.shots is None or audit.unit == "skill" else f" ({audit.shots} a class)"
-    return f"{audit.adversary_samples} {words(audit.unit).samples}{each}"
+    each = "" if audit.shots is None or not audit.spoken.by_class else f" ({audit.shots} a class)"
+    return f"{audit.adversary_samples} {audit.spoken.samples}{each}"
 
 
 def below(audit: AuditResult) -> str:

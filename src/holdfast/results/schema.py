@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from holdfast.errors import HoldfastError
 from holdfast.results.tables import Cell, Figure, ResultModel, Table
+from holdfast.results.terms import Words, words
 from holdfast.runtime.documents import read_json
 
 SCHEMA_VERSION = "1"
@@ -285,6 +286,7 @@ class AuditResult(ResultModel):
     test_samples: int
     chance: float
     unit: str = Field("accuracy", description="What the scores are; all are at most 1, and larger is better.")
+    words: Words | None = Field(None, description="How to speak of the scores; null: as follows from the unit.")
     reported: float | None = Field(
         None, description="The restricted score after the last budget that the model's publisher claims."
     )
@@ -307,6 +309,11 @@ class AuditResult(ResultModel):
         if any(not {*ROLES} <= {*named} for r in self.by_budget for named in (r.best, r.best_adversary)):
             raise ValueError(f"each row of an audit needs {', '.join(ROLES)}")
         return self
+
+    @property
+    def spoken(self) -> Words:
+        """How to speak of the scores."""
+        return words(self.unit) if self.words is None else self.words
 
 
 class Event(ResultModel):

@@ -1,48 +1,51 @@
-"""What scores and gains are called, by kind of score."""
+"""How reports speak of scores."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
+from pydantic import Field
 
-@dataclass(frozen=True)
-class Words:
-    """What is called otherwise where something else than accuracy is compared.
+from holdfast.results.tables import ResultModel
 
-    Attributes:
-        guess: who reaches the score that is called chance.
-        chance: that score, in a legend.
-        samples: what an adversary trains on.
-        answers: what a real adversary has none of.
-        note: what the unit means, if it needs saying.
+
+class Words(ResultModel):
+    """What a report says of the scores of a kind of task; the defaults are for classification.
+
+    A task has them (`Task.words`), and a result carries those that do not follow from its unit.
     """
 
-    guess: str = "guessing"
-    chance: str = "chance"
-    samples: str = "labelled samples"
-    answers: str = "test labels"
-    note: str = ""
+    guess: str = Field("guessing", description="What reaches the score that is called chance.")
+    chance: str = Field("chance", description="That score, in a legend.")
+    samples: str = Field("labelled samples", description="What an adversary trains on.")
+    answers: str = Field("test labels", description="What a real adversary does not have.")
+    note: str = Field("", description="What the unit means, if it needs saying.")
+    by_class: bool = Field(True, description="Whether few-shot samples are counted for each class.")
+    is_share: bool = Field(False, description="Whether a score is the share of the test samples that are right.")
+    has_features: bool = Field(True, description="Whether a probe can be fitted on features.")
 
 
-WORDS: Final = {
+KNOWN: Final = {
+    "accuracy": Words(is_share=True),
     "skill": Words(
-        "a linear denoiser",
-        "linear denoiser",
-        "images",
-        "test images",
-        "Skill is 1 minus the mean squared error of the predicted noise over that of the best linear denoiser: 100% is "
-        "perfect, 0% as good as a linear one, and a model that answers nothing is far below.",
-    )
+        guess="a linear denoiser",
+        chance="linear denoiser",
+        samples="images",
+        answers="test images",
+        note="Skill is 1 minus the mean squared error of the predicted noise over that of the best linear denoiser: "
+        "100% is perfect, 0% as good as a linear one, and a model that answers nothing is far below.",
+        by_class=False,
+        has_features=False,
+    ),
 }
-"""By the unit of an audit; all others are spoken of as accuracies are."""
+"""By the unit of an audit: of the kinds of Holdfast itself, and of results that carry no words."""
 
 
 def words(unit: str) -> Words:
-    """Returns how to speak of scores in a unit.
+    """Returns how to speak of scores in a unit that is known; else the defaults.
 
     Example:
         >>> words("accuracy").guess, words("skill").guess
         ('guessing', 'a linear denoiser')
     """
-    return WORDS.get(unit, Words())
+    return KNOWN.get(unit, Words())

@@ -24,7 +24,8 @@ class Registry(Mapping[str, Member]):
 
     Args:
         what: one member, for messages: "defense".
-        package: the folder with the members, as `holdfast.defenses`; also the group of entry points.
+        package: the folder with the members, as `holdfast.defenses`.
+        group: of entry points; None: `package`.
 
     Example:
         >>> shapes: Registry[type] = Registry("shape", "holdfast.shapes")
@@ -35,8 +36,8 @@ class Registry(Mapping[str, Member]):
         (True, ['square'])
     """
 
-    def __init__(self, what: str, package: str) -> None:
-        self.what, self.package = what, package
+    def __init__(self, what: str, package: str, *, group: str | None = None) -> None:
+        self.what, self.package, self.group = what, package, group or package
         self._members: dict[str, Member] = {}
         self._loaded = False
 
@@ -98,7 +99,7 @@ class Registry(Mapping[str, Member]):
         folder = import_module(self.package)
         for module in pkgutil.walk_packages(folder.__path__, f"{self.package}."):
             import_module(module.name)
-        for point in entry_points(group=self.package):
+        for point in entry_points(group=self.group):
             try:
                 point.load()
             except Exception as error:  # the code of another package may raise anything

@@ -1,17 +1,23 @@
-"""Tasks: data, an honest learner's loss, a score. One file per kind, and a catalog of names."""
+"""Tasks: data, the loss of honest training, a score. One file a kind; `named/` holds the tasks with a name."""
 
 from holdfast.tasks.base import Batch, Task
 from holdfast.tasks.classification import ArrayTask
-from holdfast.tasks.denoising import DenoisingTask, Schedule
-from holdfast.tasks.loading import TaskSpec, is_text, load_task
+from holdfast.tasks.denoising import DenoisingTask
+from holdfast.tasks.in_memory import InMemoryTask
+from holdfast.tasks.loading import is_text, list_tasks, load_task
+from holdfast.tasks.named import TASKS
 from holdfast.tasks.regression import RegressionTask
+from holdfast.tasks.schedule import Schedule
+from holdfast.tasks.spec import TaskSpec, parse_spec
 from holdfast.tasks.text import TextTask
 from holdfast.tasks.tokenizers import Tokenizer, Vocabulary, load_tokenizer, located
 
 __all__ = [
+    "TASKS",
     "ArrayTask",
     "Batch",
     "DenoisingTask",
+    "InMemoryTask",
     "RegressionTask",
     "Schedule",
     "Task",
@@ -20,7 +26,9 @@ __all__ = [
     "Tokenizer",
     "Vocabulary",
     "is_text",
+    "list_tasks",
     "load_task",
     "load_tokenizer",
     "located",
+    "parse_spec",
 ]

@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 
 UNREADABLE = (ValueError, OSError, EOFError, BadZipFile, NotImplementedError, MemoryError, zlib.error)
-"""What numpy raises where a file is no archive of plain arrays."""
+"""What numpy raises for a file that is not an archive of plain arrays."""
 
 
 def value_range(a: Array) -> str:

@@ -1,9 +1,9 @@
-"""Sounds as pictures: log-mel spectrograms of one second, uint8, so that any network for grey images can hear.
+"""Sounds as images: log-mel spectrograms of one second, uint8, which any network for grey images can read.
 
 The usual front end of speech recognition. Power spectra of windows of 32 ms, one every 16 ms, are summed in 40
 triangular bands that are equally wide on the mel scale, m(f) = 2595 log10(1 + f / 700), from 0 to 4000 Hz, and the
 logarithm is taken. 255 is the loudest point of a sound and 0 is 80 dB below: how loud a recording is plays no part.
-Windows are of a time, not of so many samples, and no band is above 4000 Hz, so that recordings at any rate from 8 kHz
+Windows have a length in time, not in samples, and no band is above 4000 Hz, so that recordings at any rate from 8 kHz
 on give the same picture.
 """
 
@@ -104,34 +104,8 @@ def load_sounds(
     Raises:
         HoldfastError: if an array is missing, or of another shape than the sounds.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except UNREADABLE as error:
-        raise HoldfastError(f"{str(path)!r} cannot be read as an .npz of plain arrays: {error}.") from error
-    if "rate" not in arrays:
-        raise HoldfastError(f"{str(path)!r} holds sounds (pcm, offsets) and no `rate`, their samples a second.")
-    pcm, offsets, rates = arrays["pcm"], arrays["offsets"], arrays["rate"]
-    if rates.size != 1 or rates.dtype.kind not in "uif" or not 1 <= float(rates.reshape(())) < 1e9:
-        raise HoldfastError(f"{str(path)!r}: rate is {rates.tolist()}; expected one number, samples a second.")
-    rate = int(rates.reshape(()))
-    if pcm.ndim != 1 or pcm.dtype.kind not in "uif" or offsets.dtype.kind not in "ui":
-        raise HoldfastError(
-            f"{str(path)!r}: pcm is {pcm.dtype} of shape {pcm.shape}, offsets {offsets.dtype}; expected all sounds in "
-            "one row of numbers, and whole numbers for where they begin."
-        )
-    offsets = offsets.astype(np.int64)  # differences of unsigned numbers are never below 0
-    if (
-        offsets.ndim != 1
-        or len(offsets) < 3
-        or offsets[0] < 0
-        or (np.diff(offsets) < 1).any()
-        or offsets[-1] > len(pcm)
-    ):
-        raise HoldfastError(
-            f"{str(path)!r}: offsets has shape {offsets.shape}, and pcm {pcm.shape}; expected where each sound begins, "
-            "ascending, and at last where the last one ends."
-        )
+    arrays = _sounds_of(path)
+    pcm, offsets, rate = arrays["pcm"], arrays["offsets"], int(arrays["rate"].reshape(()))
     count, name = len(offsets) - 1, target or "y"
     labels = {k for k, v in arrays.items() if v.shape == (count,) and v.dtype.kind in "ui" and k != "offsets"}
     if name not in labels:
@@ -152,12 +126,44 @@ def load_sounds(
     return made.noted(f"file {path}", *notes, drawn="is_test" not in arrays)
 
 
+def _sounds_of(path: Path) -> dict[str, Array]:
+    """The arrays of an `.npz` of sounds, with `pcm`, `offsets` and `rate` checked."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except UNREADABLE as error:
+        raise HoldfastError(f"{str(path)!r} cannot be read as an .npz of plain arrays: {error}.") from error
+    if "rate" not in arrays:
+        raise HoldfastError(f"{str(path)!r} holds sounds (pcm, offsets) and no `rate`, their samples a second.")
+    pcm, offsets, rates = arrays["pcm"], arrays["offsets"], arrays["rate"]
+    if rates.size != 1 or rates.dtype.kind not in "uif" or not 1 <= float(rates.reshape(())) < 1e9:
+        raise HoldfastError(f"{str(path)!r}: rate is {rates.tolist()}; expected one number, samples a second.")
+    if pcm.ndim != 1 or pcm.dtype.kind not in "uif" or offsets.dtype.kind not in "ui":
+        raise HoldfastError(
+            f"{str(path)!r}: pcm is {pcm.dtype} of shape {pcm.shape}, offsets {offsets.dtype}; expected all sounds in "
+            "one row of numbers, and whole numbers for where they begin."
+        )
+    arrays["offsets"] = offsets = offsets.astype(np.int64)  # differences of unsigned numbers are never below 0
+    if (
+        offsets.ndim != 1
+        or len(offsets) < 3
+        or offsets[0] < 0
+        or (np.diff(offsets) < 1).any()
+        or offsets[-1] > len(pcm)
+    ):
+        raise HoldfastError(
+            f"{str(path)!r}: offsets has shape {offsets.shape}, and pcm {pcm.shape}; expected where each sound begins, "
+            "ascending, and at last where the last one ends."
+        )
+    return arrays
+
+
 def is_sounds(path: Path) -> bool:
-    """Whether an `.npz` holds sounds; False for a file that is none."""
+    """Whether an `.npz` holds sounds; False for any other file."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {"pcm", "offsets"} <= set(archive.files)
-    except (*UNREADABLE, AttributeError, TypeError):  # a single array is no archive
+    except (*UNREADABLE, AttributeError, TypeError):  # a single array is not an archive
         return False
 
 

@@ -1,18 +1,22 @@
-"""The contract of a task: one domain, the loss that an honest learner minimises there, and the score reported."""
+"""The contract of a task: data of one domain, the loss that honest training minimises, and the score."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.results import TaskFacts
+from holdfast.results.terms import Words, words
+
+if TYPE_CHECKING:
+    from holdfast.tasks.tokenizers import Vocabulary
 
 Split = Literal["train", "test"]
-Kind = Literal["classification", "regression", "denoising"]
 
 
 class Batch(NamedTuple):
@@ -23,21 +27,35 @@ class Batch(NamedTuple):
 
 
 class Task(ABC):
-    """One domain: data, an honest learner's loss, a score.
+    """One domain: data, the loss that honest training minimises, a score.
 
     Tasks are immutable: every method that narrows one (`halves`, `few_shot`, ...) returns a new task.
 
     Attributes:
         name: as a person would say it, with whatever narrowed it: `digits[5-9]`.
-        kind: what is predicted.
+        kind: what is predicted, in a word. It is for people: code asks for one of the attributes below.
         higher_is_better: whether a larger score is a better one.
         input_shape: shape of one input, without the batch axis.
         num_outputs: classes, width of the target, or channels of an image.
-        chance: the score of a constant guess on the test split; see `DenoisingTask` for what that is there.
+        chance: the score of `baseline` on the test split.
+        baseline: what reaches `chance`.
+        answers_with: what a model must return for a sample: one "vector", or the "noise" of an image. It must be the
+            `answers_with` of the model's class.
+        labels_are_classes: whether targets are int64 class labels of shape (N,), and outputs are logits of the classes.
+        no_features: why samples have no vector of features, on which a linear probe could be fitted; None: they have.
+        suppression_losses: names in `holdfast.losses.LOSSES` that fit the task, the default one first; a defense that
+            needs one refuses a task without any.
+        vocabulary: what the inputs mean, if they are token ids.
     """
 
     name: str
-    kind: Kind
+    kind: str
+    baseline: str = "a constant guess"
+    answers_with: ClassVar[str] = "vector"
+    labels_are_classes: ClassVar[bool] = False
+    no_features: ClassVar[str | None] = None
+    suppression_losses: ClassVar[tuple[str, ...]] = ()
+    vocabulary: Vocabulary | None = None
     higher_is_better: bool
     input_shape: tuple[int, ...]
     num_outputs: int
@@ -66,11 +84,31 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns the scalar that an honest learner minimises, with its graph."""
+        """Returns the loss that honest training minimises: a scalar with its graph."""
 
     @abstractmethod
     def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Returns the same loss where the model's outputs on the batch are there already."""
+
+    def smoothed_loss_of(self, outputs: Tensor, batch: Batch, smoothing: float) -> Tensor:
+        """Returns `loss_of` with smoothed labels; where labels cannot be smoothed, `loss_of` itself."""
+        return self.loss_of(outputs, batch)
+
+    def distance(self, outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+        """Returns how far outputs are from those of another model, for distillation; a scalar with its graph.
+
+        Args:
+            outputs: of the model that learns.
+            wanted: of the other.
+            temperature: of class distributions; it has no effect on other outputs.
+        """
+        return F.mse_loss(outputs, wanted)
+
+    def batch_skill(self, outputs: Tensor, batch: Batch) -> float:
+        """Returns how good outputs are on one batch, from 0 to 1: by default the share of variance explained."""
+        y = batch.y
+        error, spread = ((v.double().square().mean()) for v in (outputs.reshape(y.shape) - y, y - y.mean(0)))
+        return max(0.0, 1 - float(error / spread)) if spread > 0 else 0.0
 
     @abstractmethod
     def score_of(self, outputs: Tensor, batch: Batch) -> float:
@@ -91,6 +129,24 @@ class Task(ABC):
     def output_shape(self) -> tuple[int, ...]:
         """Shape of a model's output for one input."""
         return (self.num_outputs,)
+
+    @property
+    def described(self) -> str:
+        """The task with its kind, for messages."""
+        return f"the {self.kind} task {self.name!r}"
+
+    def check_classes(self) -> None:
+        """Refuses a task with classes that have no training samples.
+
+        Raises:
+            HoldfastError: naming the first such class.
+        """
+        return
+
+    @property
+    def words(self) -> Words:
+        """How reports speak of the scores; results carry them, so that a report can be made without this class."""
+        return words(self.audit_unit)
 
     @property
     def audit_unit(self) -> str:
@@ -123,7 +179,7 @@ class Task(ABC):
 
     @abstractmethod
     def few_shot(self, shots: int, seed: int) -> Self:
-        """Keeps `shots` training samples a class, chosen by `seed`."""
+        """Keeps `shots` training samples a class, or in all where there are no classes, chosen by `seed`."""
 
     @abstractmethod
     def holdout(self, fraction: float, seed: int) -> tuple[Self, Self]:

@@ -6,153 +6,30 @@ standard normal noise. The forward process is
     x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) epsilon,
 
 and the model is to predict epsilon from x_t and t. The SOPHON paper writes its loss as a squared norm; the numbers that
-it prints (0.990 for a model that answers next to nothing) are means over pixels, as everybody's are, and so are ours.
+it prints (0.990 for a model that predicts almost no noise) are means over pixels, and so are ours.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar, Final, Self
+from collections.abc import Hashable, Iterator, Sequence
+from typing import ClassVar, Self
 
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from holdfast.errors import HoldfastError, unknown
+from holdfast.errors import HoldfastError
 from holdfast.results import TaskFacts
-from holdfast.runtime.devices import device_of
 from holdfast.tasks.arrays import Array
-from holdfast.tasks.base import Batch, Kind, Split
-from holdfast.tasks.classification import SCORE_BATCH, ArrayTask
+from holdfast.tasks.base import Batch, Split
+from holdfast.tasks.classification import ArrayTask
+from holdfast.tasks.in_memory import SCORE_BATCH, InMemoryTask
+from holdfast.tasks.schedule import Schedule
 
 BLOCK = 500
 """Test images whose fixed noise is drawn together."""
-
-SCHEDULES: Final = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-"""Noise schedules by the name that diffusers gives them, each with its default range."""
-
-SCHEDULERS: Final = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
-"""Schedulers of diffusers with the forward process above; others add noise in other ways, or at other steps."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The noise of the forward process, as the configuration of a scheduler of diffusers.
-
-    Attributes:
-        config: what `DDPMScheduler.from_config` takes; by default 1,000 steps, with beta from 1e-4 to 0.02 in equal
-            steps (Ho et al. 2020, section 4).
-
-    Raises:
-        HoldfastError: if it is the configuration of something else.
-
-    Example:
-        >>> schedule = Schedule()
-        >>> len(schedule.alpha_bar), round(schedule.alpha_bar[0].item(), 4), schedule.alpha_bar[-1].item() < 1e-4
-        (1000, 0.9999, True)
-    """
-
-    config: Mapping[str, Any]
-
-    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
-        if not isinstance(config, Mapping | None):
-            raise HoldfastError(f"{config!r} is no configuration of a scheduler.")
-        name = (config or {}).get("_class_name", SCHEDULERS[0])
-        if name not in SCHEDULERS:
-            raise unknown("scheduler", str(name), SCHEDULERS)
-        made = _scheduler(config or {})
-        left = made.alphas_cumprod
-        if not len(left) or not bool(((left >= 0) & (left < 1)).all()):  # NaN is neither
-            raise HoldfastError(
-                f"The noise schedule {dict(config or {})} is none: it needs at least one step, and alpha-bar from 0 to "
-                "below 1 at each. Mend num_train_timesteps, beta_start and beta_end."
-            )
-        kept = {k: v for k, v in made.config.items() if not k.startswith("_")}
-        object.__setattr__(self, "config", json.loads(json.dumps({"_class_name": name, **kept})))
-
-    @classmethod
-    def named(cls, source: str) -> Schedule:
-        """Returns a schedule of `SCHEDULES`, or the one in a diffusers folder or a `scheduler_config.json`.
-
-        Raises:
-            HoldfastError: for what is no such name, or a file that is no scheduler's configuration.
-        """
-        if not isinstance(source, str):
-            raise unknown("noise schedule", str(source), SCHEDULES)
-        if source in SCHEDULES:
-            return cls({"beta_schedule": source})
-        path = Path(source).expanduser()
-        places = (path, path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json")
-        file = next((place for place in places if place.is_file()), None)
-        if file is None:
-            raise HoldfastError(f"{unknown('noise schedule', source, SCHEDULES)} A diffusers folder would do as well.")
-        try:
-            config = json.loads(file.read_bytes())
-            if not isinstance(config, dict) or not str(config.get("_class_name", "")).endswith("Scheduler"):
-                raise ValueError("it names no scheduler")
-        except (ValueError, OSError, RecursionError) as error:
-            raise HoldfastError(f"{str(file)!r} is no scheduler's configuration: {error}.") from error
-        return cls(config)
-
-    @cached_property
-    def alpha_bar(self) -> Tensor:
-        """alpha-bar_t for t = 0, ..., T - 1: float32, shape (T,), on the CPU."""
-        found: Tensor = _scheduler(self.config).alphas_cumprod
-        return found.float()
-
-    @property
-    def steps(self) -> int:
-        """T."""
-        return len(self.alpha_bar)
-
-    @property
-    def restorable(self) -> int:
-        """Steps that leave something of an image; all T, unless the schedule ends in noise alone."""
-        return int((self.alpha_bar > 0).sum())
-
-    def noised(self, images: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Returns x_t, with the time step as one more channel.
-
-        Args:
-            images: x_0 in [-1, 1], shape (N, C, H, W).
-            t: time steps from 0 to T - 1, shape (N,), int64.
-            noise: epsilon, like the images.
-
-        Returns:
-            Shape (N, C + 1, H, W); the last channel is t everywhere. So whatever handles a model's inputs handles
-            these.
-        """
-        alpha_bar = self.alpha_bar.to(images.device)[t].view(-1, 1, 1, 1)
-        mixed = alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise
-        return torch.cat([mixed, t.to(mixed).view(-1, 1, 1, 1).expand(-1, 1, *mixed.shape[2:])], 1)
-
-    def describe(self) -> str:
-        """Returns the schedule in a few words."""
-        c = self.config
-        return f"{c['beta_schedule']}, {self.steps} steps, beta {c['beta_start']:g} to {c['beta_end']:g}"
-
-    def same_noise(self, other: Schedule) -> bool:
-        """Whether both make the same x_t."""
-        return self.steps == other.steps and bool(torch.allclose(self.alpha_bar, other.alpha_bar, rtol=1e-4, atol=1e-6))
-
-
-def _scheduler(config: Mapping[str, Any]) -> Any:
-    try:
-        from diffusers import DDPMScheduler
-    except ImportError as error:
-        raise HoldfastError(
-            "Denoising needs the package diffusers, which is not installed: pip install 'holdfast[generation]'."
-        ) from error
-    try:
-        return DDPMScheduler.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    except Exception as error:  # the configuration may be anybody's, and so is what it raises
-        raise HoldfastError(f"The noise schedule {dict(config)} is of no use to diffusers: {error}.") from error
 
 
 class DenoisingTask(ArrayTask):
@@ -187,8 +64,13 @@ class DenoisingTask(ArrayTask):
         ((2, 8, 8), (1, 8, 8), 0.23)
     """
 
-    kind: Kind = "denoising"
+    kind = "denoising"
     higher_is_better = False
+    baseline = "a linear denoiser"
+    answers_with = "noise"
+    labels_are_classes = False
+    no_features = "a denoiser has no features that a probe could be fitted on"
+    suppression_losses = ("dos", "mse-ascent")
     min_classes: ClassVar[int] = 1
     labelled: ClassVar[bool] = False
 
@@ -207,7 +89,7 @@ class DenoisingTask(ArrayTask):
         super().__init__(name, x_train, y_train, x_test, y_test, class_names)
 
     @classmethod
-    def of(cls, task: ArrayTask, schedule: Schedule | None = None) -> Self:
+    def of(cls, task: InMemoryTask, schedule: Schedule | None = None) -> Self:
         """Returns the denoising of a task's images.
 
         Raises:
@@ -279,13 +161,12 @@ class DenoisingTask(ArrayTask):
         """Returns the labels that the images came with: int64, shape (N,); all 0 if they had none."""
         return self._y[split]
 
-    def _by_class(self, seed: int, split: Split = "train") -> list[Tensor]:
-        """All images as one class, shuffled: halves, few-shot samples and held-out parts are of images."""
-        generator = torch.Generator().manual_seed(seed)
-        return [torch.randperm(len(self._y[split]), generator=generator)]
-
-    def _group(self, index: int) -> str:
-        return "the whole task, which counts as one class,"
+    # Labels play no part: halves, few-shot samples and held-out parts are of images.
+    _by_class = InMemoryTask._by_class
+    _group = InMemoryTask._group
+    smoothed_loss_of = InMemoryTask.smoothed_loss_of
+    distance = InMemoryTask.distance
+    batch_skill = InMemoryTask.batch_skill
 
     def batches(
         self, split: Split, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device
@@ -325,10 +206,6 @@ class DenoisingTask(ArrayTask):
         """See `Task.targets`: the noise, shape (N, C H W)."""
         return y.flatten(1).to(torch.float64)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns the mean squared error of the predicted noise over batch and pixels (the paper's L_MSE)."""
-        return self.loss_of(model(batch.x), batch)
-
     def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
         """See `Task.loss_of`."""
         return F.mse_loss(outputs, batch.y.to(outputs.dtype))
@@ -337,21 +214,23 @@ class DenoisingTask(ArrayTask):
         """See `Task.score_of`: the mean squared error."""
         return float(self.loss_of(outputs.detach(), batch))
 
-    @torch.no_grad()
-    def outcomes(self, model: nn.Module, split: Split = "test") -> Tensor:
-        """See `Task.outcomes`: the mean squared error of each image."""
-        training = model.training
-        model.eval()
-        parts = [
-            (model(batch.x) - batch.y).flatten(1).double().square().mean(1).cpu()
-            for batch in self.sweep(split, SCORE_BATCH, device=device_of(model))
-        ]
-        model.train(training)
-        found = torch.cat(parts)
-        return found if bool(found.isfinite().all()) else torch.full_like(found, torch.nan)
+    def outcomes_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Returns the mean squared error of each image."""
+        return (outputs - batch.y).flatten(1).double().square().mean(1).cpu()
+
+    def counts(self, split: Split) -> list[int]:
+        """See `InMemoryTask.counts`; nothing where images came without labels."""
+        return super().counts(split) if len(self.class_names) > 1 else []
+
+    def same_answers(self, other: Self, pairs: Sequence[tuple[Hashable, Hashable]]) -> bool:
+        """See `InMemoryTask.same_answers`: the same images are the same task."""
+        return True
+
+    def check_classes(self) -> None:
+        """See `Task.check_classes`: a class without images does no harm."""
 
     def with_inputs(self, train: Tensor, test: Tensor) -> Self:
-        """Refused: features of noised images are others for every noise.
+        """Refused: the features of a noised image change with its noise.
 
         Raises:
             HoldfastError: always.

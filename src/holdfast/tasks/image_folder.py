@@ -1,7 +1,7 @@
 """A folder of images, one folder a class: `ROOT/CLASS/*.png`, or `ROOT/train/CLASS/*` and `ROOT/test/CLASS/*`.
 
 Many data sets have a third folder with images for validation. It is left alone where there is one for testing, and is
-tested on where there is none, as in ImageNet. What is in a file is the business of `holdfast.tasks.image_files`.
+tested on where there is none, as in ImageNet. `holdfast.tasks.image_files` reads the files.
 """
 
 from __future__ import annotations

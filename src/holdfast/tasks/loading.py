@@ -1,154 +1,47 @@
-"""From a name to a task: the embedded default, the data folder, then the library that knows the name."""
+"""From a name to a task: a named task, the data folder, then the library that knows the name."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.audio import is_sounds, load_sounds
+from holdfast.tasks.base import Task
 from holdfast.tasks.classification import ArrayTask
-from holdfast.tasks.denoising import DenoisingTask, Schedule
+from holdfast.tasks.denoising import DenoisingTask
 from holdfast.tasks.downloads import DOWNLOADS, TEXTS, download, download_text
 from holdfast.tasks.image_folder import load_folder
+from holdfast.tasks.in_memory import InMemoryTask
+from holdfast.tasks.named import TASKS, is_sentences
 from holdfast.tasks.npz_files import load_npz
 from holdfast.tasks.paths import DATA_VARIABLE, place
-from holdfast.tasks.synthetic_text import PHRASES, load_phrases
-from holdfast.tasks.text import LENGTH, TextTask
+from holdfast.tasks.schedule import Schedule
+from holdfast.tasks.spec import TaskSpec, parse_classes, parse_spec, split_off
+from holdfast.tasks.text import LENGTH
 from holdfast.tasks.tokenizers import Tokenizer, load_tokenizer
 
-MAX_CLASSES = 100_000
-_NAME = re.compile(r"^(?P<source>[^\[\]]+)(\[(?P<classes>[^\[\]]*)\])?$")
 
+def list_tasks() -> tuple[str, ...]:
+    """Returns the names that `load_task` knows without a file of yours, sorted.
 
-class TaskSpec(BaseModel):
-    """Which data a task is over, as a recipe writes it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    data: str = Field(
-        description="NAME, or a path to an .npz, .csv, .parquet or an image folder; [0-4,7] behind it keeps classes."
-    )
-    target: str | None = Field(
-        None, description="Label column of a table, or the column to predict; of an .npz of sounds, the labels (y)."
-    )
-    text: tuple[str, ...] = Field(
-        (), description="Columns of a table that hold sentences; A+B on a command line. Makes a CSV a text task."
-    )
-    tokenizer: str | None = Field(
-        None,
-        description="Of text: a folder, package:NAME/FOLDER, a name on the Hub, or `words`. By default that of an "
-        "hf: model.",
-    )
-    length: int | None = Field(None, ge=1, description=f"Of text: tokens a sentence; null: {LENGTH}.")
-    kind: Literal["classification", "regression", "denoising"] = Field(
-        "classification",
-        description="What is predicted: a class, of a CSV also a number (regression), of noised images the noise.",
-    )
-    schedule: str | None = Field(
-        None,
-        description="Of denoising: linear (null), scaled_linear, squaredcos_cap_v2, sigmoid, or a diffusers folder.",
-    )
-    drop: tuple[str, ...] = Field((), description="Columns of a CSV to leave out; A+B on a command line.")
-    encoding: Literal["onehot", "ordinal"] = Field(
-        "onehot", description="How text columns of a CSV become numbers: onehot or ordinal."
-    )
-    bins: int | None = Field(
-        None, ge=2, le=100, description="Classes of a CSV are so many ranges of a numeric target, equally full."
-    )
-    fill: bool = Field(
-        False, description="Empty cells of a CSV become 0, or a text of their own; regression always does that."
-    )
-    rows: int | None = Field(None, ge=2, description="Train on the first so many rows of a CSV, test on the rest.")
-    image_size: int | None = Field(None, ge=1, description="Resize images to this many pixels a side.")
-    channels: int | None = Field(None, description="Make images grey (1) or colour (3).")
-    train_limit: int | None = Field(None, ge=1, description="Train on about this many samples only.")
-    test_limit: int | None = Field(None, ge=1, description="Score on about this many test samples only.")
-    test_fraction: float = Field(
-        0.25,
-        ge=0,
-        lt=1,
-        description="Test share where the source has no split; 0 (regression): test on the training rows.",
-    )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of that split.")
-
-    @field_validator("drop", "text", mode="before")
-    @classmethod
-    def _columns(cls, value: object) -> object:
-        return tuple(filter(None, value.split("+"))) if isinstance(value, str) else value
-
-
-def parse_spec(text: str) -> TaskSpec:
-    """Reads a task as people write it on a command line: `NAME[0-4]@key=value,key=value`.
-
-    Raises:
-        HoldfastError: for an unknown key (with a suggestion) or a value of the wrong type.
+    The rest are data sets that are downloaded on first use.
 
     Example:
-        >>> spec = parse_spec("digits[0-4]@image_size=16,channels=3")
-        >>> spec.data, spec.image_size, spec.channels
-        ('digits[0-4]', 16, 3)
+        >>> names = list_tasks()
+        >>> "digits" in names, "cifar10" in names, "phrases-mood" in names
+        (True, True, True)
     """
-    data, settings = _parted(text)
-    found = {}
-    for item in filter(None, settings.split(",")):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals:
-            raise HoldfastError(f"Task {text!r}: {item!r} has no '='; write NAME@key=value,key=value.")
-        if key not in TaskSpec.model_fields or key == "data":
-            raise unknown(f"setting in task {text!r}:", key, set(TaskSpec.model_fields) - {"data"})
-        found[key] = value
-    try:
-        return TaskSpec.model_validate({"data": data, **found})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise HoldfastError(f"Task {text!r}: {first['loc'][0]} is {first['input']!r}: {first['msg']}.") from error
+    return tuple(sorted({*TASKS, *DOWNLOADS, *TEXTS}))
 
 
-def _parted(text: str) -> tuple[str, str]:
-    """The data and the settings; a path that exists may hold an `@` itself."""
-    ends = [i for i, sign in enumerate(text) if sign == "@"]
-    for end in (len(text), *reversed(ends)):
-        data = text[:end]
-        if "@" in data and (_exists(data) or (data.endswith("]") and _exists(data.rpartition("[")[0]))):
-            return text[:end], text[end + 1 :]
-    data, _, settings = text.partition("@")
-    return data, settings
-
-
-def _exists(path: str) -> bool:
-    try:
-        return bool(path) and Path(path).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # a name too long, a null byte, an unknown user
-        return False
-
-
-def _split_off(data: str) -> tuple[str, str | None]:
-    """The source and the classes in brackets behind it; a path that exists may end in brackets itself."""
-    data = data.strip()
-    if _exists(data):
-        return data, None
-    before, bracket, classes = data.rpartition("[")
-    if bracket and data.endswith("]") and _exists(before):
-        return before, classes[:-1]
-    match = _NAME.match(data)
-    if match is None:
-        raise HoldfastError(f"Task {data!r} is no name; expected NAME or NAME[0-4,7].")
-    return match["source"], match["classes"]
-
-
-def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> ArrayTask:
+def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Task:
     """Loads a task by name or path.
 
-    A name is looked up among the embedded data (`digits`, `phrases-topic`), then here, then as `NAME.npz`,
-    `NAME.parquet`, `NAME.csv` or a folder `NAME` in the data folder, then downloaded by torchvision or Hugging Face's
-    datasets if one of them knows it. A setting that its source has no use for is refused.
+    A name is looked up among the named tasks (`digits`, `phrases-topic`; see `list_tasks`), then here, then as
+    `NAME.npz`, `NAME.parquet`, `NAME.csv` or a folder `NAME` in the data folder, then downloaded by torchvision or
+    Hugging Face's datasets if one of them knows it. A setting that its source has no use for is refused.
 
     Args:
         task: `digits`, `digits[0-4]`, `cifar10`, `path/to/data.npz`, `table.csv@target=label`, ... or a `TaskSpec`.
@@ -164,19 +57,32 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ar
         ('digits[5-9]', 5, (1, 8, 8))
     """
     spec = parse_spec(task) if isinstance(task, str) else task
-    source, classes = _split_off(spec.data)
+    source, classes = split_off(spec.data)
     if spec.schedule is not None and spec.kind != "denoising":
         raise HoldfastError(f"Task {spec.data!r}: schedule is for kind=denoising, and its kind is {spec.kind}.")
     folder = _folder(data_dir)
     if is_text(spec, data_dir=data_dir):
-        loaded: ArrayTask = _load_text(source, spec, folder)
+        loaded = _load_text(source, spec, folder)
     else:
         _refuse_text_settings(spec)
         loaded = _load(source, spec, folder)
+    if not isinstance(loaded, InMemoryTask):
+        narrowed = ("kind", "seed", "test_fraction", "train_limit", "test_limit", "image_size", "channels")
+        _refuse_idle(spec, f"{loaded.described}, which is not over arrays in memory", *narrowed)
+        if classes is not None:
+            raise HoldfastError(f"Task {spec.data!r}: {source} is not over arrays in memory; leave [...] out.")
+        return loaded
+    return _narrowed(loaded, spec, classes)
+
+
+def _narrowed(loaded: InMemoryTask, spec: TaskSpec, classes: str | None) -> InMemoryTask:
+    """The part of a source that the spec asks for."""
     _refuse_idle_split(spec, loaded)
     if spec.kind == "denoising":
         loaded = DenoisingTask.of(loaded, None if spec.schedule is None else Schedule.named(spec.schedule))
     if classes is not None:
+        if not isinstance(loaded, ArrayTask):
+            raise HoldfastError(f"Task {spec.data!r}: {spec.kind} has no classes to choose from; leave [...] out.")
         loaded = _chosen(loaded, spec.data, classes)
     # What limits leave out need not be resized.
     if spec.train_limit is not None:
@@ -192,11 +98,11 @@ def is_text(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> bool
     """Says whether a task's data are sentences, which need a tokenizer; see `load_task`."""
     spec = parse_spec(task) if isinstance(task, str) else task
     try:
-        source, _ = _split_off(spec.data)
+        source, _ = split_off(spec.data)
     except HoldfastError:  # loading says so
         return False
-    if source in PHRASES or source in EMBEDDED:
-        return source in PHRASES
+    if source in TASKS:
+        return is_sentences(source)
     path = _place(source, _folder(data_dir))
     return source in TEXTS if path is None else _holds_text(path, spec)
 
@@ -221,19 +127,19 @@ def _refuse_text_settings(spec: TaskSpec) -> None:
         if getattr(spec, key):
             raise HoldfastError(
                 f"Task {spec.data!r}: {key} is for text, and its data is none; expected a .parquet file, a .csv file "
-                f"with `text`, or one of {', '.join((*PHRASES, *TEXTS))}."
+                f"with `text`, or one of {', '.join((*filter(is_sentences, TASKS), *TEXTS))}."
             )
 
 
-def _load_text(source: str, spec: TaskSpec, folder: Path | None) -> TextTask:
+def _load_text(source: str, spec: TaskSpec, folder: Path | None) -> Task:
     if spec.kind != "classification" or spec.image_size is not None or spec.channels is not None:
         raise HoldfastError(f"Task {spec.data!r}: text is for classification; leave kind, image_size and channels out.")
     tokenizer, length = _tokenizer(spec, folder), spec.length or LENGTH
     _refuse_idle(spec, "text", "drop", "encoding", "bins", "fill", "rows")
-    if source in PHRASES:
+    if source in TASKS:
         _refuse_idle(spec, source, "text", "target")
         _check_alone(source)
-        return load_phrases(source, tokenizer, length)
+        return TASKS[source](tokenizer=tokenizer, length=length)
     path = _place(source, folder)
     if path is None:
         _refuse_idle(spec, source, "text", "target")
@@ -260,52 +166,59 @@ def _tokenizer(spec: TaskSpec, folder: Path | None) -> Tokenizer:
     return load_tokenizer(spec.tokenizer.removeprefix("hf:"), folder)
 
 
-def _load(source: str, spec: TaskSpec, folder: Path | None) -> ArrayTask:
+def _load(source: str, spec: TaskSpec, folder: Path | None) -> Task:
     if spec.test_fraction == 0 and spec.kind != "regression":
         raise HoldfastError(f"Task {spec.data!r}: test_fraction is 0; for {spec.kind} it must be above 0.")
-    kind = DenoisingTask if spec.kind == "denoising" else ArrayTask
-    if source in EMBEDDED:
-        if spec.kind == "regression":
-            raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {source} holds classes.")
-        _refuse_idle(spec, source, *_OF_TABLES)
+    if source in TASKS:
+        _refuse_for_table(spec, source)
         _check_alone(source)
-        return EMBEDDED[source]()
+        return TASKS[source]()
     path = _place(source, folder)
     if path is not None:
-        if spec.kind == "regression" and path.suffix != ".csv":
-            raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {path.name!r} holds classes.")
-        if path.is_dir():
-            _refuse_idle(spec, "a folder", *_OF_TABLES)
-            return load_folder(
-                path,
-                image_size=spec.image_size,
-                channels=spec.channels,
-                test_fraction=spec.test_fraction,
-                seed=spec.seed,
-                limits=(spec.train_limit, spec.test_limit),
-                kind=kind,
-            )
-        if path.suffix == ".npz":
-            return _load_npz(path, spec, kind)
-        if path.suffix == ".csv":
-            return _load_table(path, spec)
-        raise HoldfastError(f"{str(path)!r}: data is read from .npz, .csv, .parquet or a folder of images.")
+        return _load_path(path, spec)
     if source in DOWNLOADS:
-        if spec.kind == "regression":
-            raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {source} holds classes.")
-        _refuse_idle(spec, source, *_OF_TABLES)
+        _refuse_for_table(spec, source)
         return download(source, folder, image_size=spec.image_size, channels=spec.channels)
     if "/" in source or source.endswith((".npz", ".csv", ".parquet")):
         raise HoldfastError(f"No data at {source!r}: the file does not exist.")
     ways = f"put {source}.npz into " + (
         f"{str(folder)!r}" if folder else f"a folder named by --data-dir or ${DATA_VARIABLE}"
     )
-    here = [p.stem for kind in ("npz", "parquet") for p in folder.glob(f"*.{kind}")] if folder else []
-    known = unknown("task", source, [*EMBEDDED, *PHRASES, *DOWNLOADS, *TEXTS, *here])
+    here = [p.stem for ending in ("npz", "parquet") for p in folder.glob(f"*.{ending}")] if folder else []
+    known = unknown("task", source, [*list_tasks(), *here])
     raise HoldfastError(f"{known} For data of your own, {ways}, or give a path.")
 
 
-def _load_table(path: Path, spec: TaskSpec) -> ArrayTask:
+def _load_path(path: Path, spec: TaskSpec) -> InMemoryTask:
+    if spec.kind == "regression" and path.suffix != ".csv":
+        raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {path.name!r} holds classes.")
+    made = DenoisingTask if spec.kind == "denoising" else ArrayTask
+    if path.is_dir():
+        _refuse_idle(spec, "a folder", *_OF_TABLES)
+        return load_folder(
+            path,
+            image_size=spec.image_size,
+            channels=spec.channels,
+            test_fraction=spec.test_fraction,
+            seed=spec.seed,
+            limits=(spec.train_limit, spec.test_limit),
+            kind=made,
+        )
+    if path.suffix == ".npz":
+        return _load_npz(path, spec, made)
+    if path.suffix == ".csv":
+        return _load_table(path, spec)
+    raise HoldfastError(f"{str(path)!r}: data is read from .npz, .csv, .parquet or a folder of images.")
+
+
+def _refuse_for_table(spec: TaskSpec, source: str) -> None:
+    """Refuses settings of tables for another source."""
+    if spec.kind == "regression":
+        raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {source} holds classes.")
+    _refuse_idle(spec, source, *_OF_TABLES)
+
+
+def _load_table(path: Path, spec: TaskSpec) -> InMemoryTask:
     from holdfast.tasks.tabular import load_csv, load_csv_regression  # with pandas, which most tasks do not need
 
     idle = ("image_size", "channels", *(("bins",) if spec.kind == "regression" else ()))
@@ -353,7 +266,7 @@ def _place(source: str, folder: Path | None) -> Path | None:
 
 def _check_alone(source: str) -> None:
     if Path(source).is_dir():
-        raise HoldfastError(f"{source!r} is both embedded data and a folder here; write ./{source} for the folder.")
+        raise HoldfastError(f"{source!r} is both a named task and a folder here; write ./{source} for the folder.")
 
 
 _OF_TABLES = ("target", "drop", "encoding", "bins", "fill", "rows")
@@ -366,7 +279,7 @@ def _refuse_idle(spec: TaskSpec, what: str, *keys: str) -> None:
             raise HoldfastError(f"Task {spec.data!r}: {key} has no effect on {what}; leave it out.")
 
 
-def _refuse_idle_split(spec: TaskSpec, task: ArrayTask) -> None:
+def _refuse_idle_split(spec: TaskSpec, task: InMemoryTask) -> None:
     if task.drawn:
         return
     _refuse_idle(spec, "data that has its own split", "test_fraction")
@@ -376,7 +289,7 @@ def _refuse_idle_split(spec: TaskSpec, task: ArrayTask) -> None:
 
 def _chosen(task: ArrayTask, text: str, classes: str) -> ArrayTask:
     """Numbers in brackets are names, where all classes are called by numbers; else they are positions from 0 on."""
-    wanted = _parse_classes(text, classes)
+    wanted = parse_classes(text, classes)
     if not all(re.fullmatch(r"\d{1,9}", name) for name in task.class_names):
         return task.subset(wanted)
     numbers = [int(name) for name in task.class_names]
@@ -388,39 +301,3 @@ def _chosen(task: ArrayTask, text: str, classes: str) -> ArrayTask:
             f"Task {text!r}: there is no class called {missing[0]}; its classes are {', '.join(task.class_names[:20])}."
         )
     return task.subset([numbers.index(c) for c in wanted], wanted)
-
-
-def _parse_classes(text: str, classes: str) -> list[int]:
-    found: list[int] = []
-    for part in classes.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
-        if match is None:
-            raise HoldfastError(f"Task {text!r}: {part!r} is no class or range of classes; write [0-4] or [0,3,5-7].")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise HoldfastError(f"Task {text!r}: the range {part!r} runs backwards.")
-        if last - first >= MAX_CLASSES:
-            raise HoldfastError(
-                f"Task {text!r}: the range {part!r} names {last - first + 1} classes; expected at most {MAX_CLASSES}."
-            )
-        found.extend(range(first, last + 1))
-    return found
-
-
-def _digits() -> ArrayTask:
-    """scikit-learn's 8x8 digits (1,797 images); every fourth image of each class is for testing."""
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    x = np.round(raw.images * (255 / 16)).astype(np.uint8)
-    rank = np.zeros(len(x), dtype=int)
-    for c in range(10):
-        rank[raw.target == c] = np.arange(np.sum(raw.target == c))
-    test = rank % 4 == 3
-    names = [str(c) for c in range(10)]
-    task = ArrayTask("digits", x[~test], raw.target[~test], x[test], raw.target[test], names)
-    return task.noted("embedded data of scikit-learn")
-
-
-EMBEDDED: dict[str, Callable[[], ArrayTask]] = {"digits": _digits}
-"""Data that comes with the dependencies."""

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.runtime.devices import device_of, dtype_of
+from holdfast.runtime.devices import dtype_of
 from holdfast.tasks.arrays import Array
-from holdfast.tasks.base import Batch, Kind, Split
-from holdfast.tasks.classification import SCORE_BATCH, ArrayTask
+from holdfast.tasks.base import Batch
+from holdfast.tasks.in_memory import InMemoryTask
 
 
-class RegressionTask(ArrayTask):
+class RegressionTask(InMemoryTask):
     """Regression of one number from feature vectors.
 
     Standardise the targets: scores are mean squared errors, and the audit's limits are in the same unit.
@@ -35,7 +35,7 @@ class RegressionTask(ArrayTask):
         ('regression', 1, 0.25)
     """
 
-    kind: Kind = "regression"
+    kind = "regression"
     higher_is_better = False
 
     def __init__(
@@ -49,13 +49,7 @@ class RegressionTask(ArrayTask):
         self.name = name
         x: dict[str, Array] = {"train": self._vectors(x_train, "x_train"), "test": self._vectors(x_test, "x_test")}
         y: dict[str, Array] = {"train": self._numbers(y_train, "y_train"), "test": self._numbers(y_test, "y_test")}
-        for split, inputs in x.items():
-            if len(inputs) != len(y[split]):
-                raise self._bad(f"x_{split} has {len(inputs)} samples, y_{split} {len(y[split])} targets")
-            if len(inputs) == 0:
-                raise self._bad(f"the {split} split is empty; give it at least one sample")
-        if x["train"].shape[1:] != x["test"].shape[1:]:
-            raise self._bad(f"training inputs are {x['train'].shape[1:]}, test inputs {x['test'].shape[1:]}")
+        self._check_lengths(x, y, "targets")
         if not (y["test"] - y["train"].mean()).any():
             raise self._bad("the targets are constant; there is nothing to predict")
         self.class_names = ["value"]
@@ -77,27 +71,19 @@ class RegressionTask(ArrayTask):
         return a
 
     def _set(self, x: dict[str, Tensor], y: dict[str, Tensor]) -> None:
-        self._x, self._y = x, y
-        self._resident: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
-        self.input_shape = tuple(x["train"].shape[1:])
+        super()._set(x, y)
         self.num_outputs = 1
         self.chance = float((y["test"] - y["train"].mean()).square().mean())
 
-    def _by_class(self, seed: int, split: Split = "train") -> list[Tensor]:
-        """All samples as one class, shuffled: halves, few-shot samples and held-out parts are of rows."""
-        generator = torch.Generator().manual_seed(seed)
-        return [torch.randperm(len(self._y[split]), generator=generator)]
+    def _entered(self, model: nn.Module, x: Tensor) -> Tensor:
+        return x.to(dtype_of(model))
 
     def targets(self, y: Tensor) -> Tensor:
         """See `Task.targets`: the values, shape (N, 1)."""
         return y[:, None].to(torch.float64)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns the mean squared error over the batch."""
-        return self.loss_of(model(_like(model, batch.x)), batch)
-
     def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """See `Task.loss_of`."""
+        """See `Task.loss_of`: the mean squared error."""
         found = outputs.squeeze(-1)
         return F.mse_loss(found, batch.y.to(found.dtype))
 
@@ -105,20 +91,6 @@ class RegressionTask(ArrayTask):
         """See `Task.score_of`: the mean squared error."""
         return float(self.loss_of(outputs.detach(), batch))
 
-    @torch.no_grad()
-    def outcomes(self, model: nn.Module, split: Split = "test") -> Tensor:
-        """See `Task.outcomes`: squared errors."""
-        training = model.training
-        model.eval()
-        x, y = self._on(split, device_of(model))
-        parts = []
-        for start in range(0, len(y), SCORE_BATCH):
-            outputs = model(_like(model, x[start : start + SCORE_BATCH])).squeeze(-1)
-            parts.append((outputs.to("cpu", torch.float64) - y[start : start + SCORE_BATCH].cpu()).square())
-        model.train(training)
-        found = torch.cat(parts)
-        return found if bool(found.isfinite().all()) else torch.full_like(found, torch.nan)
-
-
-def _like(model: nn.Module, values: Tensor) -> Tensor:
-    return values.to(dtype_of(model))
+    def outcomes_of(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Returns squared errors."""
+        return (outputs.squeeze(-1).to("cpu", torch.float64) - batch.y.cpu()).square()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from holdfast.tasks.base import Task
 
 HALVES_SEED = 0
-"""Seed of the split into defender's and adversary's half. It is the same for everybody, whatever their run's seed, so
+"""Seed of the split into defender's and adversary's half. It is the same in every run, whatever the run's seed, so
 that a defender and an auditor who never met do not share restricted training data, even if their classes differ."""
 
 

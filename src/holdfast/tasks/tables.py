@@ -24,7 +24,7 @@ SPLITS = {
 
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _MOSTLY = 0.9
-"""A column of texts of which so many are numbers is meant to be numeric."""
+"""From this share of numbers on, a column of texts is meant to be numeric."""
 
 _NO_VALUE = ("?", "-", "--", ".", "*", "na", "n/a", "n.a.", "nan", "null", "none", "unknown", "missing", "(empty)")
 """Words, in small letters, that stand for a number that is not known."""

@@ -55,9 +55,9 @@ def load_csv(
         target: the column that holds the label; its distinct values, sorted, are the classes.
         drop: columns to leave out.
         encoding: see `load_csv_regression`.
-        bins: the target is a number, and its classes are so many ranges, each with about as many rows.
+        bins: number of classes of a numeric target: ranges with about equally many rows.
         fill: empty numeric cells become 0 and empty text cells a value of their own; False: they are refused.
-        rows: the first so many rows are for training and all others for testing.
+        rows: number of first rows that are for training; all others are for testing.
         test_fraction: share of the rows to test on, in (0, 1).
         seed: of the split.
 
@@ -70,10 +70,7 @@ def load_csv(
     table = _without(path, table, drop, target)
     table, split = _split_off(path, table, target, rows, notes)
     if fill:
-        filled = int(table.drop(columns=target).isna().sum().sum())
-        notes += [f"{filled} empty cells were filled"] if filled else []
-        texts = [c for c in table.columns if not pd.api.types.is_numeric_dtype(table[c]) and c != target]
-        table = table.fillna({c: "(empty)" if c in texts else 0 for c in table.columns if c != target})
+        table = _filled(table, target, notes)
     empty = table.columns[table.isna().any()]
     if len(empty):
         row = table.index[table[empty[0]].isna()][0] + 2
@@ -103,6 +100,14 @@ def load_csv(
     name = path.stem if bins is None else f"{path.stem}:{target}"
     made = ArrayTask(name, values[~test], y[~test], values[test], y[test], names)
     return made.noted(f"file {path}", *notes, drawn=split is None and rows is None)
+
+
+def _filled(table: pd.DataFrame, target: str, notes: list[str]) -> pd.DataFrame:
+    """Gives empty cells of the columns beside the target a value."""
+    filled = int(table.drop(columns=target).isna().sum().sum())
+    notes += [f"{filled} empty cells were filled"] if filled else []
+    texts = [c for c in table.columns if not pd.api.types.is_numeric_dtype(table[c]) and c != target]
+    return table.fillna({c: "(empty)" if c in texts else 0 for c in table.columns if c != target})
 
 
 def _classes(path: Path, labels: pd.Series, bins: int | None, notes: list[str]) -> tuple[np.ndarray, list[str]]:

@@ -57,7 +57,7 @@ class TextTask(ArrayTask):
         *,
         vocabulary: Vocabulary,
     ) -> None:
-        self.vocabulary: Vocabulary | None = vocabulary
+        self.vocabulary = vocabulary
         super().__init__(name, x_train, y_train, x_test, y_test, class_names)
 
     def _inputs(self, values: npt.ArrayLike, label: str) -> Array:

@@ -18,7 +18,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.defenses.base import DefenseRecord
@@ -63,10 +62,10 @@ class DeepDefense(DeepSettings):
             )
         for task in (benign, restricted):
             check_feature_width(model, task)
-        if self.classes and restricted.kind != "classification":
+        if self.classes and not restricted.labels_are_classes:
             raise HoldfastError(
-                f"{self.name}: the restricted task {restricted.name!r} is one of {restricted.kind}; a probe that "
-                "classifies is simulated, so that classification is expected."
+                f"{self.name}: it simulates a probe that tells classes apart, and {restricted.described} has none; "
+                "give it a task of classification."
             )
         count = len(model.blocks())
         if count < self.blocks:
@@ -241,9 +240,7 @@ class _Immunization(Immunization[DeepSettings]):
                 )
 
     def _benign_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        if self.benign.kind != "classification":
-            return self.benign.loss_of(logits, batch)
-        return F.cross_entropy(logits, batch.y, label_smoothing=self.config.label_smoothing)
+        return self.benign.smoothed_loss_of(logits, batch, self.config.label_smoothing)
 
     def _balance(self) -> dict[str, float]:
         """The weight of each term; see `DeepSettings.weights`."""

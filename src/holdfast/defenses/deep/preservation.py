@@ -5,12 +5,10 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.defenses.deep.frozen_prefix import FrozenPrefix
 from holdfast.defenses.deep.settings import PreservationSettings
-from holdfast.losses import distillation_loss
 from holdfast.models import SplitModel
 from holdfast.runtime.devices import autocast
 from holdfast.tasks import Batch, Task
@@ -77,9 +75,7 @@ class Preservation:
         return total
 
     def _distance(self, outputs: Tensor, wanted: Tensor) -> Tensor:
-        if self.benign.kind != "classification":
-            return F.mse_loss(outputs, wanted)
-        return distillation_loss(outputs, wanted, self.config.temperature)
+        return self.benign.distance(outputs, wanted, self.config.temperature)
 
     def _apart(self, features: Tensor, wanted: Tensor) -> Tensor:
         return ((features.float() - wanted.float()) / self.spread).square().mean()

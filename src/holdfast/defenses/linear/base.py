@@ -247,8 +247,8 @@ class GradientDescent(_Descent):
         self._optimizer.step()
 
 
-def _initial(kind: str, width: int, generator: torch.Generator) -> Tensor:
-    if kind == "identity":
+def _initial(start: str, width: int, generator: torch.Generator) -> Tensor:
+    if start == "identity":
         return torch.eye(width, dtype=torch.float64)
     bound = 1 / math.sqrt(width)  # torch.nn.Linear's default
     return (2 * torch.rand(width, width, generator=generator, dtype=torch.float64) - 1) * bound

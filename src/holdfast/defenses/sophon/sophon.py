@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.defenses.base import DefenseRecord
@@ -24,7 +23,7 @@ from holdfast.defenses.sophon.settings import ReinforcementSettings, SimulationS
 from holdfast.defenses.sophon.simulation import Simulation, SimulationOutcome, full_precision
 from holdfast.defenses.trainer import Immunization
 from holdfast.errors import HoldfastError
-from holdfast.losses import LOSSES, OF_DENOISING, Objective, distillation_loss
+from holdfast.losses import LOSSES, Objective
 from holdfast.models import SplitModel, check_fits
 from holdfast.runtime.devices import autocast
 from holdfast.runtime.distributed import process_group
@@ -91,26 +90,27 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
         Raises:
             HoldfastError: saying which, and what to set.
         """
-        kinds = {benign.kind, restricted.kind}
-        if len(kinds) > 1 or not kinds <= {"classification", "denoising"}:
+        fitting = restricted.suppression_losses
+        if not fitting or benign.suppression_losses != fitting:
             raise HoldfastError(
-                f"sophon: the benign task is one of {benign.kind}, the restricted one of {restricted.kind}; expected "
+                f"sophon: no suppression loss fits both {benign.described} and {restricted.described}; expected "
                 "classification or denoising, the same for both."
             )
-        of_denoising = benign.kind == "denoising"
-        if self.loss in LOSSES and (self.loss in OF_DENOISING) != of_denoising:
-            fitting = [name for name in LOSSES if (name in OF_DENOISING) == of_denoising]
+        if self.loss in LOSSES and self.loss not in fitting:
             raise HoldfastError(
-                f"sophon: the loss {self.loss!r} is not for {benign.kind}; set loss to {' or '.join(fitting)}."
+                f"sophon: the loss {self.loss!r} is not for {restricted.described}; set loss to {' or '.join(fitting)}."
             )
-        if of_denoising and self.probe_weight:
+        if self.probe_weight and restricted.no_features is not None:
             raise HoldfastError(
-                "sophon: probe_weight is of probes that classify features, and a denoiser has none; set it to 0."
+                f"sophon: probe_weight is the weight of probes on features, and {restricted.no_features}; set it to 0."
             )
 
     def resolved(self, benign: Task) -> Sophon:
         """See `Defense.resolved`."""
-        return replace(self, loss="dos" if benign.kind == "denoising" else "ice") if self.loss == "auto" else self
+        if self.loss != "auto" or not benign.suppression_losses:  # `check_kinds` refuses a task without
+            return self
+        settings: dict[str, Any] = {"loss": benign.suppression_losses[0]}
+        return replace(self, **settings)
 
     def immunize(
         self, model: SplitModel, benign: Task, restricted: Task, *, run: Run
@@ -242,11 +242,7 @@ class _Immunization(Immunization[Sophon]):
         with torch.no_grad():
             wanted = full_precision(self.teacher(batch.x))
         outputs = full_precision(self.model(batch.x))
-        distance = (
-            F.mse_loss(outputs, wanted)
-            if self.benign.kind == "denoising"
-            else distillation_loss(outputs, wanted, self.config.temperature)
-        )
+        distance = self.benign.distance(outputs, wanted, self.config.temperature)
         return self.benign.loss_of(outputs, batch) + self.config.distillation * distance
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -29,7 +29,7 @@ ALGORITHM_1: Final = (ConditionNumber.name, f"deep-{ConditionNumber.name}")
 """Defenses that are the paper's method, for linear and for deep extractors."""
 
 PAPERS: Final = frozenset(
-    f"{deep}{kind.name}" for kind in (ConditionNumber, RIllOnly, IMMA, OptKappa) for deep in ("", "deep-")
+    f"{deep}{defense.name}" for defense in (ConditionNumber, RIllOnly, IMMA, OptKappa) for deep in ("", "deep-")
 )
 """Defenses that the paper compares."""
 
@@ -150,19 +150,19 @@ def _about(
         if label not in models:
             continue
         own, original = models[label], models[ORIGINAL]
-        kind = effect(own, original)
-        groups.setdefault(kind, []).append(probe)
-        if kind == "held back":
+        seen = effect(own, original)
+        groups.setdefault(seen, []).append(probe)
+        if seen == "held back":
             gaps[probe] = (original.score(original.epochs[-1]) or 0.0) - (own.score(own.epochs[-1]) or 0.0)
     parts = [
-        f"{text} {_named(groups[kind], probes) if len(groups) > 1 else 'every one'}"
-        for kind, text in (
+        f"{text} {_named(groups[seen], probes) if len(groups) > 1 else 'every one'}"
+        for seen, text in (
             ("held back", "still lower at the end than on the original:"),
             ("slowed", "slower at first, and as good in the end:"),
             ("not slowed", "not slowed, so that they walk through:"),
             (None, "without a finite score:"),
         )
-        if kind in groups
+        if seen in groups
     ]
     text = f"Linear probes on {label}: {'; '.join(parts)}."
     if not gaps:

@@ -52,6 +52,8 @@ class Denoiser(SplitModel):
         (torch.Size([5, 1, 8, 8]), 'conv_out')
     """
 
+    answers_with = "noise"
+
     def __init__(
         self,
         network: nn.Module,

@@ -294,8 +294,8 @@ def _is_causal(config: Any) -> bool:
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    kind = config.model_type
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    name = config.model_type
+    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def _its_pooling(place: str) -> str | None:

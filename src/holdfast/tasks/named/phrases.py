@@ -1,6 +1,7 @@
-"""Made-up sentences with three kinds of labels: text that needs no file, for examples and for trying recipes out.
+"""Made-up sentences with three kinds of labels: text without a file, for examples and tests of recipes.
 
-They are filled into a few frames and say nothing about language: a result on them is not one on text.
+A few frames are filled with words. The sentences do not represent a language: a result on them says
+nothing about real text.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Final
 
 import numpy as np
 
+from holdfast.tasks.named import TASKS
 from holdfast.tasks.text import LENGTH, TextTask, text_task
 from holdfast.tasks.tokenizers import Tokenizer
 
@@ -34,38 +36,47 @@ _FRAMES: Final[_Words] = {
     "command": ("call the {thing} {mood} !", "tell them that the {thing} is {mood} !", "keep this {thing} {mood} !"),
 }
 _LABELS: Final[dict[str, _Words]] = {"topic": _THINGS, "mood": _MOODS, "form": _FRAMES}
-PHRASES: Final = tuple(f"phrases-{label}" for label in _LABELS)
-"""Names of the tasks: the same kind of sentences, labelled by topic, mood or form."""
-
 _TRAIN, _TEST = 480, 240
 
 
-def load_phrases(name: str, tokenizer: Tokenizer, length: int = LENGTH) -> TextTask:
-    """Returns one of `PHRASES`; each has sentences of its own, drawn once and for all.
+@TASKS.register("phrases-topic")
+def phrases_topic(tokenizer: Tokenizer, length: int = LENGTH) -> TextTask:
+    """Returns sentences labelled by what they are about."""
+    return _phrases("topic", tokenizer, length)
 
-    Args:
-        name: of the task.
-        tokenizer: makes the ids.
-        length: tokens a sentence.
+
+@TASKS.register("phrases-mood")
+def phrases_mood(tokenizer: Tokenizer, length: int = LENGTH) -> TextTask:
+    """Returns sentences labelled as good or bad.
 
     Example:
         >>> from holdfast.tasks.tokenizers import load_tokenizer
-        >>> task = load_phrases("phrases-mood", load_tokenizer("words"), length=12)
+        >>> task = phrases_mood(load_tokenizer("words"), length=12)
         >>> task.class_names, task.size("train"), task.input_shape
         (['bad', 'good'], 480, (12,))
     """
-    rng = np.random.default_rng(PHRASES.index(name))
-    wanted = list(_LABELS[name.removeprefix("phrases-")])
+    return _phrases("mood", tokenizer, length)
+
+
+@TASKS.register("phrases-form")
+def phrases_form(tokenizer: Tokenizer, length: int = LENGTH) -> TextTask:
+    """Returns sentences labelled as questions, statements or commands."""
+    return _phrases("form", tokenizer, length)
+
+
+def _phrases(label: str, tokenizer: Tokenizer, length: int) -> TextTask:
+    """Each task has sentences of its own, drawn by a seed that never changes."""
+    rng = np.random.default_rng(list(_LABELS).index(label))
+    wanted = list(_LABELS[label])
 
     def sentence() -> tuple[str, dict[str, str]]:
-        picked = {label: str(rng.choice(list(words))) for label, words in _LABELS.items()}
-        thing, mood, frame = (str(rng.choice(_LABELS[label][kind])) for label, kind in picked.items())
+        picked = {axis: str(rng.choice(list(words))) for axis, words in _LABELS.items()}
+        thing, mood, frame = (str(rng.choice(_LABELS[axis][group])) for axis, group in picked.items())
         return frame.format(thing=thing, mood=mood), picked
 
     def part(count: int) -> tuple[list[str], list[int]]:
         drawn = [sentence() for _ in range(count)]
-        label = name.removeprefix("phrases-")
         return [text for text, _ in drawn], [wanted.index(picked[label]) for _, picked in drawn]
 
-    made = text_task(name, part(_TRAIN), part(_TEST), wanted, tokenizer=tokenizer, length=length)
+    made = text_task(f"phrases-{label}", part(_TRAIN), part(_TEST), wanted, tokenizer=tokenizer, length=length)
     return made.noted("embedded sentences")

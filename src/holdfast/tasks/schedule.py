@@ -1,0 +1,135 @@
+"""Noise schedules of diffusion models: how much of an image is left after each step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from holdfast.errors import HoldfastError, unknown
+
+SCHEDULES: Final = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+"""Noise schedules by the name that diffusers gives them, each with its default range."""
+
+SCHEDULERS: Final = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
+"""Schedulers of diffusers with the forward process above; others add noise in other ways, or at other steps."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise of the forward process, as the configuration of a scheduler of diffusers.
+
+    Attributes:
+        config: what `DDPMScheduler.from_config` takes; by default 1,000 steps, with beta from 1e-4 to 0.02 in equal
+            steps (Ho et al. 2020, section 4).
+
+    Raises:
+        HoldfastError: if it is the configuration of something else.
+
+    Example:
+        >>> schedule = Schedule()
+        >>> len(schedule.alpha_bar), round(schedule.alpha_bar[0].item(), 4), schedule.alpha_bar[-1].item() < 1e-4
+        (1000, 0.9999, True)
+    """
+
+    config: Mapping[str, Any]
+
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        if not isinstance(config, Mapping | None):
+            raise HoldfastError(f"{config!r} is no configuration of a scheduler.")
+        name = (config or {}).get("_class_name", SCHEDULERS[0])
+        if name not in SCHEDULERS:
+            raise unknown("scheduler", str(name), SCHEDULERS)
+        made = _scheduler(config or {})
+        left = made.alphas_cumprod
+        if not len(left) or not bool(((left >= 0) & (left < 1)).all()):  # NaN is neither
+            raise HoldfastError(
+                f"The noise schedule {dict(config or {})} is not valid: it needs at least one step, and alpha-bar from "
+                "0 to below 1 at each. Mend num_train_timesteps, beta_start and beta_end."
+            )
+        kept = {k: v for k, v in made.config.items() if not k.startswith("_")}
+        object.__setattr__(self, "config", json.loads(json.dumps({"_class_name": name, **kept})))
+
+    @classmethod
+    def named(cls, source: str) -> Schedule:
+        """Returns a schedule of `SCHEDULES`, or the one in a diffusers folder or a `scheduler_config.json`.
+
+        Raises:
+            HoldfastError: for what is no such name, or a file that is no scheduler's configuration.
+        """
+        if not isinstance(source, str):
+            raise unknown("noise schedule", str(source), SCHEDULES)
+        if source in SCHEDULES:
+            return cls({"beta_schedule": source})
+        path = Path(source).expanduser()
+        places = (path, path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json")
+        file = next((place for place in places if place.is_file()), None)
+        if file is None:
+            raise HoldfastError(f"{unknown('noise schedule', source, SCHEDULES)} A diffusers folder would do as well.")
+        try:
+            config = json.loads(file.read_bytes())
+            if not isinstance(config, dict) or not str(config.get("_class_name", "")).endswith("Scheduler"):
+                raise ValueError("it names no scheduler")
+        except (ValueError, OSError, RecursionError) as error:
+            raise HoldfastError(f"{str(file)!r} is no scheduler's configuration: {error}.") from error
+        return cls(config)
+
+    @cached_property
+    def alpha_bar(self) -> Tensor:
+        """alpha-bar_t for t = 0, ..., T - 1: float32, shape (T,), on the CPU."""
+        found: Tensor = _scheduler(self.config).alphas_cumprod
+        return found.float()
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.alpha_bar)
+
+    @property
+    def restorable(self) -> int:
+        """Steps that leave something of an image; all T, unless the schedule ends in noise alone."""
+        return int((self.alpha_bar > 0).sum())
+
+    def noised(self, images: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Returns x_t, with the time step as one more channel.
+
+        Args:
+            images: x_0 in [-1, 1], shape (N, C, H, W).
+            t: time steps from 0 to T - 1, shape (N,), int64.
+            noise: epsilon, like the images.
+
+        Returns:
+            Shape (N, C + 1, H, W); the last channel is t everywhere. So whatever handles a model's inputs handles
+            these.
+        """
+        alpha_bar = self.alpha_bar.to(images.device)[t].view(-1, 1, 1, 1)
+        mixed = alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise
+        return torch.cat([mixed, t.to(mixed).view(-1, 1, 1, 1).expand(-1, 1, *mixed.shape[2:])], 1)
+
+    def describe(self) -> str:
+        """Returns the schedule in a few words."""
+        c = self.config
+        return f"{c['beta_schedule']}, {self.steps} steps, beta {c['beta_start']:g} to {c['beta_end']:g}"
+
+    def same_noise(self, other: Schedule) -> bool:
+        """Whether both make the same x_t."""
+        return self.steps == other.steps and bool(torch.allclose(self.alpha_bar, other.alpha_bar, rtol=1e-4, atol=1e-6))
+
+
+def _scheduler(config: Mapping[str, Any]) -> Any:
+    try:
+        from diffusers import DDPMScheduler
+    except ImportError as error:
+        raise HoldfastError(
+            "Denoising needs the package diffusers, which is not installed: pip install 'holdfast[generation]'."
+        ) from error
+    try:
+        return DDPMScheduler.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    except Exception as error:  # a configuration from elsewhere may raise anything
+        raise HoldfastError(f"The noise schedule {dict(config)} is of no use to diffusers: {error}.") from error

@@ -1,0 +1,165 @@
+"""How people write a task: `NAME[0-4]@key=value`, or the keys of a recipe."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from holdfast.errors import HoldfastError, unknown
+from holdfast.tasks.text import LENGTH
+
+MAX_CLASSES = 100_000
+_NAME = re.compile(r"^(?P<source>[^\[\]]+)(\[(?P<classes>[^\[\]]*)\])?$")
+
+
+class TaskSpec(BaseModel):
+    """Which data a task is over, as a recipe writes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str = Field(
+        description="NAME, or a path to an .npz, .csv, .parquet or an image folder; [0-4,7] behind it keeps classes."
+    )
+    target: str | None = Field(
+        None, description="Label column of a table, or the column to predict; of an .npz of sounds, the labels (y)."
+    )
+    text: tuple[str, ...] = Field(
+        (), description="Columns of a table that hold sentences; A+B on a command line. Makes a CSV a text task."
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="Of text: a folder, package:NAME/FOLDER, a name on the Hub, or `words`. By default that of an "
+        "hf: model.",
+    )
+    length: int | None = Field(None, ge=1, description=f"Of text: tokens a sentence; null: {LENGTH}.")
+    kind: Literal["classification", "regression", "denoising"] = Field(
+        "classification",
+        description="What is predicted: a class, of a CSV also a number (regression), of noised images the noise.",
+    )
+    schedule: str | None = Field(
+        None,
+        description="Of denoising: linear (null), scaled_linear, squaredcos_cap_v2, sigmoid, or a diffusers folder.",
+    )
+    drop: tuple[str, ...] = Field((), description="Columns of a CSV to leave out; A+B on a command line.")
+    encoding: Literal["onehot", "ordinal"] = Field(
+        "onehot", description="How text columns of a CSV become numbers: onehot or ordinal."
+    )
+    bins: int | None = Field(
+        None, ge=2, le=100, description="Number of classes of a CSV: ranges of a numeric target, equally full."
+    )
+    fill: bool = Field(
+        False, description="Empty cells of a CSV become 0, or a text of their own; regression always does that."
+    )
+    rows: int | None = Field(None, ge=2, description="Train on this many first rows of a CSV, test on the rest.")
+    image_size: int | None = Field(None, ge=1, description="Resize images to this many pixels a side.")
+    channels: int | None = Field(None, description="Make images grey (1) or colour (3).")
+    train_limit: int | None = Field(None, ge=1, description="Train on about this many samples only.")
+    test_limit: int | None = Field(None, ge=1, description="Score on about this many test samples only.")
+    test_fraction: float = Field(
+        0.25,
+        ge=0,
+        lt=1,
+        description="Test share where the source has no split; 0 (regression): test on the training rows.",
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of that split.")
+
+    @field_validator("drop", "text", mode="before")
+    @classmethod
+    def _columns(cls, value: object) -> object:
+        return tuple(filter(None, value.split("+"))) if isinstance(value, str) else value
+
+
+def parse_spec(text: str) -> TaskSpec:
+    """Reads a task as people write it on a command line: `NAME[0-4]@key=value,key=value`.
+
+    Raises:
+        HoldfastError: for an unknown key (with a suggestion) or a value of the wrong type.
+
+    Example:
+        >>> spec = parse_spec("digits[0-4]@image_size=16,channels=3")
+        >>> spec.data, spec.image_size, spec.channels
+        ('digits[0-4]', 16, 3)
+    """
+    data, settings = _parted(text)
+    found = {}
+    for item in filter(None, settings.split(",")):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise HoldfastError(f"Task {text!r}: {item!r} has no '='; write NAME@key=value,key=value.")
+        if key not in TaskSpec.model_fields or key == "data":
+            raise unknown(f"setting in task {text!r}:", key, set(TaskSpec.model_fields) - {"data"})
+        found[key] = value
+    try:
+        return TaskSpec.model_validate({"data": data, **found})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise HoldfastError(f"Task {text!r}: {first['loc'][0]} is {first['input']!r}: {first['msg']}.") from error
+
+
+def _parted(text: str) -> tuple[str, str]:
+    """The data and the settings; a path that exists may hold an `@` itself."""
+    ends = [i for i, sign in enumerate(text) if sign == "@"]
+    for end in (len(text), *reversed(ends)):
+        data = text[:end]
+        if "@" in data and (_exists(data) or (data.endswith("]") and _exists(data.rpartition("[")[0]))):
+            return text[:end], text[end + 1 :]
+    data, _, settings = text.partition("@")
+    return data, settings
+
+
+def _exists(path: str) -> bool:
+    try:
+        return bool(path) and Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # a name too long, a null byte, an unknown user
+        return False
+
+
+def split_off(data: str) -> tuple[str, str | None]:
+    """Returns the source and the classes in brackets behind it; a path that exists may end in brackets itself.
+
+    Raises:
+        HoldfastError: for brackets in other places.
+
+    Example:
+        >>> split_off("digits[0-4]")
+        ('digits', '0-4')
+    """
+    data = data.strip()
+    if _exists(data):
+        return data, None
+    before, bracket, classes = data.rpartition("[")
+    if bracket and data.endswith("]") and _exists(before):
+        return before, classes[:-1]
+    match = _NAME.match(data)
+    if match is None:
+        raise HoldfastError(f"Task {data!r} is no name; expected NAME or NAME[0-4,7].")
+    return match["source"], match["classes"]
+
+
+def parse_classes(text: str, classes: str) -> list[int]:
+    """Returns the numbers of classes in brackets; `text` is the whole task, for messages.
+
+    Raises:
+        HoldfastError: for what is not a number or a range.
+
+    Example:
+        >>> parse_classes("digits[0-2,7]", "0-2,7")
+        [0, 1, 2, 7]
+    """
+    found: list[int] = []
+    for part in classes.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
+        if match is None:
+            raise HoldfastError(f"Task {text!r}: {part!r} is no class or range of classes; write [0-4] or [0,3,5-7].")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise HoldfastError(f"Task {text!r}: the range {part!r} runs backwards.")
+        if last - first >= MAX_CLASSES:
+            raise HoldfastError(
+                f"Task {text!r}: the range {part!r} names {last - first + 1} classes; expected at most {MAX_CLASSES}."
+            )
+        found.extend(range(first, last + 1))
+    return found

@@ -1,0 +1,148 @@
+"""A kind of task of another package: it is one file, and everything else takes it as it is."""
+
+from __future__ import annotations
+
+import sys
+from textwrap import dedent
+
+import pytest
+import torch
+from torch import nn
+
+import holdfast
+from holdfast.adversaries import FineTuning
+from holdfast.errors import HoldfastError
+from holdfast.models import SplitModel
+from holdfast.tasks import TASKS, list_tasks, load_task
+
+KIND = '''
+    """Tags: each sample has any number of them, and the score is the share of tags that are told rightly."""
+
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    from holdfast.results.terms import Words
+    from holdfast.tasks import TASKS, InMemoryTask
+
+
+    class TagsTask(InMemoryTask):
+        kind = "tagging"
+        higher_is_better = True
+        audit_unit = "share of tags"
+        words = Words(guess="the commonest tags", samples="tagged samples", by_class=False)
+
+        def __init__(self, name, x_train, y_train, x_test, y_test, tags):
+            self.name, self.class_names = name, list(tags)
+            x = {"train": self._inputs(x_train, "x_train"), "test": self._inputs(x_test, "x_test")}
+            y = {"train": np.asarray(y_train, np.int64), "test": np.asarray(y_test, np.int64)}
+            self._check_lengths(x, y, "rows of tags")
+            self._set(*({s: torch.from_numpy(a) for s, a in part.items()} for part in (x, y)))
+
+        def _set(self, x, y):
+            super()._set(x, y)
+            self.num_outputs = y["train"].shape[1]
+            common = (y["train"].double().mean(0) > 0.5).long()
+            self.chance = float((y["test"] == common).double().mean())
+
+        def targets(self, y):
+            return y.to(torch.float64)
+
+        def loss_of(self, outputs, batch):
+            return F.binary_cross_entropy_with_logits(outputs, batch.y.to(outputs.dtype))
+
+        def outcomes_of(self, outputs, batch):
+            return ((outputs > 0) == (batch.y > 0)).double().mean(1)
+
+        def score_of(self, outputs, batch):
+            return float(self.outcomes_of(outputs.detach(), batch).mean())
+
+
+    def _tags(name, seed):
+        rng = np.random.default_rng(0)
+        own = np.random.default_rng(seed)
+        directions = own.normal(size=(8, 3))
+        x = rng.normal(size=(160, 8)) + seed
+        y = (x - seed) @ directions > 0
+        return TagsTask(name, x[:120], y[:120], x[120:], y[120:], ["red", "round", "large"])
+
+
+    @TASKS.register("tags-seen")
+    def seen():
+        return _tags("tags-seen", 1)
+
+
+    @TASKS.register("tags-hidden")
+    def hidden():
+        return _tags("tags-hidden", 2)
+'''
+
+
+@pytest.fixture
+def tags(tmp_path, monkeypatch):
+    """The package `tagging`, installed: a module, and the facts with its entry point."""
+    list_tasks()  # Holdfast's own register once, before what is patched here is undone
+    (tmp_path / "tagging.py").write_text(dedent(KIND))
+    facts = tmp_path / "tagging-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: tagging\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[holdfast.tasks]\ntags = tagging\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(TASKS, "_members", dict(TASKS._members))
+    monkeypatch.setattr(TASKS, "_loaded", False)
+    yield load_task("tags-seen"), load_task("tags-hidden")
+    sys.modules.pop("tagging", None)
+
+
+@pytest.fixture
+def reader(tags):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    model = SplitModel(network, "2", name="tagger")
+    return holdfast.pretrain(model, tags[0], steps=60)
+
+
+def test_it_is_loaded_by_name(tags):
+    benign, restricted = tags
+    assert {"tags-seen", "tags-hidden"} <= set(list_tasks())
+    assert (benign.kind, benign.num_outputs, benign.audit_unit) == ("tagging", 3, "share of tags")
+    assert load_task("tags-seen@train_limit=30,test_limit=10").size("test") == 10
+    assert benign.facts().sha256 != restricted.facts().sha256
+    with pytest.raises(HoldfastError, match="has no classes to choose from"):
+        load_task("tags-seen[0-1]")
+
+
+@pytest.mark.trains
+class TestUse:
+    @pytest.mark.parametrize("defense", ["condition", "deep-condition"])
+    def test_it_is_immunized_and_audited_and_reported(self, tags, reader, defense, tmp_path, monkeypatch):
+        benign, restricted = tags
+        immunized = holdfast.immunize(reader, benign=benign, restricted=restricted, defense=defense, iterations=4)
+        assert immunized.facts().sha256 != reader.facts().sha256
+        tune = FineTuning(holdfast.Strategy("direct", "all", "adam", 1e-2, 16))
+        monkeypatch.setitem(holdfast.BATTERIES, "tags-v1", (tune, holdfast.Probe()))
+        result = holdfast.audit(
+            immunized, original=reader, benign=benign, restricted=restricted, battery="tags-v1", seeds=2, shots=40,
+            budgets=(0, 5, 20), folder=tmp_path / "out",
+        )  # fmt: skip
+        assert (result.unit, result.words) == ("share of tags", benign.words)
+        assert result.benign.original == pytest.approx(benign.score(reader))
+        scores = [curve.scores[-1] for curve in result.curves if curve.role == "original"]
+        assert len(scores) == 4
+        assert all(0.5 < score <= 1 for score in scores)
+        # As on a machine where the package is not installed: the result alone is enough.
+        sys.modules.pop("tagging")
+        holdfast.write_report(holdfast.read_result(tmp_path / "out"), tmp_path / "again.html")
+        report = (tmp_path / "again.html").read_text()
+        assert "tagged samples" in report
+        assert "a class)" not in report
+
+    def test_what_is_for_classes_refuses_it(self, tags, reader):
+        benign, restricted = tags
+        for defense, message in (
+            ("ntl", "it is for classification; got the tagging task 'tags-seen'"),
+            ("sophon", "no suppression loss fits both the tagging task"),
+            ("ridge-probe", "the tagging task 'tags-hidden' has none"),
+        ):
+            with pytest.raises(HoldfastError, match=message):
+                holdfast.immunize(reader, benign=benign, restricted=restricted, defense=defense)
