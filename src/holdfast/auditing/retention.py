@@ -13,7 +13,6 @@ from typing import Any
 
 from holdfast.auditing.red_flags import best_scores, raised
 from holdfast.auditing.statistics import Comparison
-from holdfast.auditing.verdict import count
 from holdfast.results import Curve, Flag, Keeping, Role, Side
 from holdfast.results.tables import Cell
 

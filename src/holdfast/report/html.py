@@ -87,6 +87,7 @@ def _about_audit(result: RunResult, audit: AuditResult, order: Sequence[str], fo
         "replay": wording.replay_command(result, folder),
         "strongest": wording.strongest(audit),
         "doubts": wording.doubts(audit),
+        "reasons": wording.reasons(audit),
         "causes": wording.CAUSES,
         "kept": wording.kept(audit),
         "keepers": wording.keepers(audit),

@@ -139,7 +139,9 @@ def _metric(kind: str, name: str, value: float | None) -> dict[str, Any] | None:
 
 def _audit(result: RunResult) -> AuditResult:
     if result.audit is None:
-        raise HoldfastError(f"{result.title!r} was not audited (its kind is {result.kind!r}); a card would be a claim.")
+        raise HoldfastError(
+            f"{result.title!r} was not audited (it is a result of {result.job!r}); a card would be a claim."
+        )
     return result.audit
 
 
@@ -150,7 +152,7 @@ def _section(result: RunResult, file_sha256: str | None) -> str:
         BEGIN,
         "## Resistance to fine-tuning",
         f"**Verdict: {verdict.label}.** {_text(verdict.sentence)}",
-        *([] if verdict.label != "invalid" else ["\n".join(f"- {_text(reason)}" for reason in verdict.reasons)]),
+        *([] if verdict.label != "invalid" else ["\n".join(f"- {_text(reason)}" for reason in wording.reasons(audit))]),
         f"**{'What was tried' if verdict.label == 'invalid' else 'It holds for'}:** {_text(verdict.threat_model)}",
         _numbers(result, audit),
         *filter(None, [words(audit.unit).note]),
@@ -183,7 +185,7 @@ def _numbers(result: RunResult, audit: AuditResult) -> str:
          _known(None if verdict.retained is None else f"{verdict.retained:.0%}")
          + _within(wording.share_span(verdict.retained_interval))),
         ("Steps to the target score, against scratch", _cost(audit)),
-        *((f"Lost on a harmless task ({_text(e.task)}, {e.kind})",
+        *((f"Lost on a harmless task ({_text(e.task)}, {e.task_role})",
            f"{_known(wording.points(e.lost))} points" + _within(wording.span(e.interval))) for e in audit.side_effects),
         ("Battery", f"{_text(audit.battery)}: {len(audit.adversaries)} adversaries, {len(audit.seeds)} seeds, "
                     f"{audit.adversary_samples} samples, budgets {', '.join(map(str, audit.budgets))}"),

@@ -1,6 +1,7 @@
 """Results: what `result.json` holds, typed; the words and images that belong to it."""
 
 from holdfast.results.provenance import provenance
+from holdfast.results.reasons import InvalidCode, Reason, ReasonCode, ThreatModel
 from holdfast.results.schema import (
     ROLES,
     SCHEMA_VERSION,
@@ -45,6 +46,7 @@ __all__ = [
     "Flag",
     "ImmunizationResult",
     "Interval",
+    "InvalidCode",
     "Keeping",
     "Lines",
     "Map",
@@ -53,6 +55,8 @@ __all__ = [
     "Pictures",
     "Provenance",
     "Reading",
+    "Reason",
+    "ReasonCode",
     "Role",
     "RunResult",
     "SearchTrial",
@@ -60,6 +64,7 @@ __all__ = [
     "SideEffect",
     "Table",
     "TaskFacts",
+    "ThreatModel",
     "Thresholds",
     "Verdict",
     "VerdictLabel",

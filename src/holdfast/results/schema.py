@@ -13,12 +13,12 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from holdfast.errors import HoldfastError
+from holdfast.results.reasons import Reason, Role, ThreatModel
 from holdfast.results.tables import Cell, Figure, ResultModel, Table
 from holdfast.runtime.documents import read_json
 
 SCHEMA_VERSION = "1"
 
-Role = Literal["immunized", "original", "scratch"]
 VerdictLabel = Literal["resists", "partial", "fails", "invalid"]
 
 ROLES: tuple[Role, ...] = ("immunized", "original", "scratch")
@@ -141,7 +141,7 @@ class SideEffect(ResultModel):
     """How well the models still learn a harmless task."""
 
     task: str
-    kind: Literal["benign", "transfer"]
+    task_role: Literal["benign", "transfer"] = Field(alias="kind", description="Which of the two tasks it is.")
     by_budget: list[BudgetRow]
     lost: float | None = Field(description="Original minus immunized, best of battery at the last budget.")
     interval: Interval | None
@@ -242,12 +242,14 @@ class Thresholds(ResultModel):
 
 
 class Verdict(ResultModel):
-    """The audit's answer: a label, a sentence for people, and every reason."""
+    """The audit's answer: a label, what decided it, and every reason; codes for programs, sentences for people."""
 
     label: VerdictLabel
-    sentence: str
-    reasons: list[str]
-    threat_model: str
+    decision: Reason | None = Field(None, description="What decided the label; None in results of earlier versions.")
+    sentence: str = Field(description="`decision` in English.")
+    reasons: list[Reason] = Field(description="Every reason, as a code with its figures.")
+    tried: ThreatModel | None = Field(None, description="What was tried; None in results of earlier versions.")
+    threat_model: str = Field(description="`tried` in English.")
     thresholds: Thresholds
     retained: float | None = Field(
         description="Sum over budgets of the immunized model's positive advantage over that of the original's."
@@ -416,7 +418,9 @@ class RunResult(ResultModel):
     """The content of `result.json`."""
 
     schema_version: Literal["1"] = "1"
-    kind: Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
+    job: Literal["run", "immunize", "audit", "feasibility", "study", "protocol"] = Field(
+        alias="kind", description="What made it: a command, or a study or a protocol that `run` ran."
+    )
     title: str
     recipe: dict[str, Any]
     seed: int
