@@ -187,11 +187,12 @@ def _check(immunized: SplitModel, original: SplitModel, tasks: dict[On, Task]) -
 
 def _attack(plan: Search | Sequence[Adversary], runner: TrialRunner, restricted: Task, spec: AuditSpec) -> _Attacked:
     """Runs the battery, or searches for one and runs what was found."""
-    context, searched = runner.context, []
+    context = runner.context
+    searched: list[SearchTrial] = []
     if isinstance(plan, Search):
         searched, plan = search(plan, spec.trials, runner)
     adversaries, refused = _applicable(spec.battery, plan, context.immunized, restricted)
-    trials = repetitions(adversaries, range(spec.seeds), transplanted=context.inside is not None)
+    trials = repetitions(adversaries, range(spec.seeds), transplanted=context.transplanted is not None)
     curves = runner.run(trials, f"Auditing ({spec.battery})")
     configs = {t.name: {**t.adversary.config(), **({"transplanted": True} if t.transplanted else {})} for t in trials}
     return _Attacked(curves, adversaries, refused, searched, configs)

@@ -15,6 +15,7 @@ from holdfast.auditing.red_flags import best_scores, raised
 from holdfast.auditing.statistics import Comparison
 from holdfast.results import Curve, Flag, Keeping, Role, Side
 from holdfast.results.tables import Cell
+from holdfast.results.terms import count
 
 BENIGN_AFTER = "benign after"
 """Column of the battery's table."""

@@ -1,7 +1,7 @@
 """Results: what `result.json` holds, typed; the words and images that belong to it."""
 
 from holdfast.results.provenance import provenance
-from holdfast.results.reasons import InvalidCode, Reason, ReasonCode, ThreatModel
+from holdfast.results.reasons import InvalidCode, Reason, ReasonCode, Role, ThreatModel
 from holdfast.results.schema import (
     ROLES,
     SCHEMA_VERSION,
@@ -18,7 +18,6 @@ from holdfast.results.schema import (
     ModelFacts,
     Provenance,
     Reading,
-    Role,
     RunResult,
     SearchTrial,
     Side,
