@@ -177,8 +177,8 @@ class TestSentence:
             "on the original.",
         ]
         assert said.threat_model == (
-            "An adversary with 6 labelled samples, at most 20 fine-tuning steps and one of the 7 strategies of b that gave "
-            "scores (1 of 8 gave none), who sees test scores and keeps the best; 2 seeds. Nothing is claimed about more "
+            "An adversary with 6 labelled samples, at most 20 fine-tuning steps and one of the 7 strategies of b that "
+            "gave scores (1 of 8 gave none), who sees test scores and keeps the best; 2 seeds. Nothing is claimed about more "
             "data, longer training or other methods."
         )
 
@@ -238,7 +238,7 @@ class TestCodes:
         scores = dict.fromkeys(("immunized", "original", "scratch"), 0.5)
         found = Reason(code=code, measured=0.1, needed=0.2, guess=0.1, reported=0.3, retained=0.2, names=["X"],
                        budget=1, scores=scores)  # fmt: skip
-        assert len(english.reason(found)) > 3
+        assert english.reason(found) != ""
 
 
 class TestInvalid:

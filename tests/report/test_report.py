@@ -104,7 +104,7 @@ def make_audit(
     ]  # fmt: skip
     return AuditResult(
         battery="test-v1",
-        adversaries=dict.fromkeys(names, {**settings_of(kind), "scope": scope}),
+        adversaries={name: {**settings_of(kind), "scope": scope} for name in names},
         not_applicable={"whole-body probe": "the model has no body"},
         budgets=BUDGETS,
         seeds=list(range(seeds)),
