@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from holdfast.adversaries import BATTERIES, Adversary, Search, battery
-from holdfast.auditing.red_flags import flags_of_curves, red_flags
-from holdfast.auditing.retention import BENIGN_AFTER, benign_after, flags_of_collapse, keeping
+from holdfast.auditing.curve_flags import flags_of_curves
+from holdfast.auditing.red_flags import red_flags
+from holdfast.auditing.retention import BENIGN_AFTER, benign_after, flags_of_collapse, keep_benign
 from holdfast.auditing.search import search
 from holdfast.auditing.statistics import Comparison, costs
 from holdfast.auditing.trials import SEARCH_SEED, On, Trial, TrialContext, TrialRunner, few_of, repetitions
@@ -241,7 +242,7 @@ def _result(
         flags=raised,
         curves=curves,
         by_budget=rows,
-        keeping=keeping(curves, side, spec.thresholds.max_benign_drop_after_attack, comparison),
+        keeping=keep_benign(curves, side, spec.thresholds.max_benign_drop_after_attack, comparison),
         cost_target=(target := _target(comparison, chance)),
         costs=_costs(attacked, comparison, target, context),
         search=attacked.searched,

@@ -58,7 +58,7 @@ def render(result: RunResult, folder: Path) -> str:
     return environment().get_template("report.html.j2").render(
         result=result,
         audit=audit,
-        **({} if audit is None else _about_audit(result, audit, order, folder)),
+        **({} if audit is None else _audit_values(result, audit, order, folder)),
         grids=[(name, Grid.of_table(name, t, order)) for name, t in result.tables.items() if shown(name)],
         figures=[
             (f.title, Gallery.of(f) if isinstance(f, Pictures) else figure_plot(name, f))
@@ -73,7 +73,7 @@ def render(result: RunResult, folder: Path) -> str:
     )  # fmt: skip
 
 
-def _about_audit(result: RunResult, audit: AuditResult, order: Sequence[str], folder: Path) -> dict[str, Any]:
+def _audit_values(result: RunResult, audit: AuditResult, order: Sequence[str], folder: Path) -> dict[str, Any]:
     return {
         "key": wording.key_numbers(audit),
         "best": best_plot(audit),
@@ -90,7 +90,7 @@ def _about_audit(result: RunResult, audit: AuditResult, order: Sequence[str], fo
         "reasons": wording.reasons(audit),
         "causes": wording.CAUSES,
         "kept": wording.kept(audit),
-        "keepers": wording.keepers(audit),
+        "keepers": wording.benign_keepers(audit),
         "stopped": wording.stopped(result.tables),
         "selection": wording.selection(audit),
         "spoken": words(audit.unit),

@@ -205,7 +205,7 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
         + (f" {kept}" if kept else "")
     )
     if audited.keeping is not None:
-        console.print(wording.keepers(audited))
+        console.print(wording.benign_keepers(audited))
     _show_costs(audited, console)
     for effect in audited.side_effects:
         which = "Benign task learned anew" if effect.task_role == "benign" else "Transfer task"

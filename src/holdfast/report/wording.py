@@ -94,7 +94,7 @@ def kept(audit: AuditResult) -> str:
     return f"After the best attack ({strongest(audit)}) it is {score}."
 
 
-def keepers(audit: AuditResult) -> str:
+def benign_keepers(audit: AuditResult) -> str:
     """What is best among the adversaries who keep the benign task; empty if no limit was given."""
     found = audit.keeping
     if found is None:

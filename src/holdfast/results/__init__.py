@@ -1,11 +1,12 @@
 """Results: what `result.json` holds, typed; the words and images that belong to it."""
 
-from holdfast.results.provenance import provenance
+from holdfast.results.provenance import ModelFacts, Provenance, Reading, TaskFacts, provenance
 from holdfast.results.reasons import InvalidCode, Reason, ReasonCode, Role, ThreatModel
 from holdfast.results.schema import (
     ROLES,
     SCHEMA_VERSION,
     AuditResult,
+    BenignKeeping,
     BudgetRow,
     Cost,
     Curve,
@@ -14,15 +15,10 @@ from holdfast.results.schema import (
     Flag,
     ImmunizationResult,
     Interval,
-    Keeping,
-    ModelFacts,
-    Provenance,
-    Reading,
     RunResult,
     SearchTrial,
     Side,
     SideEffect,
-    TaskFacts,
     Thresholds,
     Verdict,
     VerdictLabel,
@@ -35,6 +31,7 @@ __all__ = [
     "ROLES",
     "SCHEMA_VERSION",
     "AuditResult",
+    "BenignKeeping",
     "BudgetRow",
     "Cell",
     "Cost",
@@ -46,7 +43,6 @@ __all__ = [
     "ImmunizationResult",
     "Interval",
     "InvalidCode",
-    "Keeping",
     "Lines",
     "Map",
     "ModelFacts",
