@@ -178,8 +178,8 @@ class TestSentence:
         ]
         assert said.threat_model == (
             "An adversary with 6 labelled samples, at most 20 fine-tuning steps and one of the 7 strategies of b that "
-            "gave scores (1 of 8 gave none), who sees test scores and keeps the best; 2 seeds. Nothing is claimed about "
-            "more data, longer training or other methods."
+            "gave scores (1 of 8 gave none), who sees test scores and keeps the best; 2 seeds. Nothing is claimed "
+            "about more data, longer training or other methods."
         )
 
     def test_resists_names_the_highest_advantage_and_the_highest_end_of_the_band(self):

@@ -324,8 +324,8 @@ def _side_effects(tasks: dict[On, Task], runner: TrialRunner, spec: AuditSpec) -
     for on in ("benign", "transfer"):
         if on not in tasks:
             continue
-        learners, refused = _applicable(SIDE_EFFECTS, BATTERIES[SIDE_EFFECTS], runner.context.immunized, tasks[on])
-        trials = [Trial(role, a, s, on) for s in range(spec.seeds) for role in ROLES for a in learners]
+        harmless, refused = _applicable(SIDE_EFFECTS, BATTERIES[SIDE_EFFECTS], runner.context.immunized, tasks[on])
+        trials = [Trial(role, a, s, on) for s in range(spec.seeds) for role in ROLES for a in harmless]
         curves = runner.run(trials, f"Side effects ({tasks[on].name})")
         comparison = Comparison.of(curves, derive_seed(runner.context.run.seed, "bootstrap", on))
         lost, interval = comparison.advantage("original", "immunized")[-1], comparison.band("original", "immunized")[-1]

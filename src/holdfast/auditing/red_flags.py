@@ -79,8 +79,8 @@ OF_FRESH: Final[tuple[Part, ...]] = ("evaluation", "gradients")
 def flags_of_code(released: SplitModel, original: SplitModel, *, benign: Task, run: Run) -> list[Flag]:
     """Returns what is suspicious about the code of a released model.
 
-    Attacks reach only the tensors that training moves. Code can store knowledge elsewhere, and can detect training; then
-    all attacks may be on a decoy. Inside the original's code neither is possible.
+    Attacks reach only the tensors that training moves. Code can store knowledge elsewhere, and can detect
+    training; then all attacks may be on a decoy. Inside the original's code neither is possible.
     """
     flags = []
     differences = architecture_differences(released, original)
@@ -350,7 +350,7 @@ def _hidden(released: Inspection, original: Inspection, fresh: Inspection) -> It
         yield raised(
             "Hidden weights",
             "critical",
-            f"It holds {more} numbers more than the original that are no parameters (the original's parameters: "
+            f"Beyond parameters, it holds {more} numbers more than the original (the original's parameters: "
             f"{original.parameters[0]}).",
         )
     everything, trainable = released.parameters

@@ -1,7 +1,8 @@
 """What is left of the benign task after an attack: which adversaries keep it, and the best of these.
 
 Most people who fine-tune a released model for a restricted task want its other abilities as well. An adversary that
-keeps them is the stronger one. A model whose abilities are lost in any fine-tuning has not become resistant by that: see `flags_of_collapse`.
+keeps them is the stronger one. A model whose abilities are lost in any fine-tuning has not become resistant by that:
+see `flags_of_collapse`.
 """
 
 from __future__ import annotations

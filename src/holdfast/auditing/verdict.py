@@ -133,7 +133,7 @@ def reasons_invalid(
     *,
     reported_benign: float | None = None,
 ) -> list[Reason]:
-    """Returns every reason why nothing can be said about a model, in either direction; empty if there is none.
+    """Returns every reason why the audit shows nothing about a model, in either direction; empty if there is none.
 
     Args:
         rows: the audit by budget, ascending.
@@ -200,7 +200,7 @@ def reasons_lost(curves: Sequence[Curve]) -> list[Reason]:
         members = list(dict.fromkeys(c.adversary for c in curves if c.role == role))
         usable = _usable(curves, role)
         lost = [name for name in members if name not in usable]
-        # All of them is said by another reason.
+        # Another reason covers the loss of all of them.
         if usable and len(lost) >= MAX_LOST * len(members):
             found[role] = len(lost), len(members)
             names |= dict.fromkeys(lost)
@@ -208,7 +208,7 @@ def reasons_lost(curves: Sequence[Curve]) -> list[Reason]:
 
 
 def reasons_unproven(curves: Sequence[Curve]) -> list[Reason]:
-    """Returns every reason why adversaries who did not succeed are no evidence of resistance; empty if there is none.
+    """Returns every reason why adversaries that did not succeed are not evidence of resistance; empty if there is none.
 
     Args:
         curves: all curves on the restricted task.

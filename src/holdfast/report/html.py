@@ -34,7 +34,7 @@ def write_report(result: RunResult, path: Path) -> None:
     """Writes the report on a result: one HTML file that needs no network and can be sent as it is.
 
     Args:
-        result: of any kind; what it lacks is said in the report, not left out in silence.
+        result: of any job; the report names what it lacks.
         path: the file, in the run's folder; it appears whole or not at all.
     """
     write_atomic(path, render(result, path.parent))

@@ -94,7 +94,9 @@ def _with_front_matter(readme: str, result: RunResult) -> tuple[str, str]:
     except yaml.YAMLError as error:
         raise HoldfastError(f"The README's front matter is not valid YAML: {error}") from error
     if not isinstance(known, dict):
-        raise HoldfastError("The README's front matter is no mapping; expected `key: value` lines between two `---`.")
+        raise HoldfastError(
+            "The README's front matter is not a mapping; expected `key: value` lines between two `---`."
+        )
     ours = {key: value for key, value in _metadata(result).items() if key not in known}
     block = yaml.safe_dump(ours, sort_keys=False, allow_unicode=True, width=100) if ours else ""
     own = f"{META_BEGIN}\n{block}{META_END}\n" if block else ""

@@ -75,7 +75,7 @@ CAUSES = (
 
 
 def doubts(audit: AuditResult) -> list[str]:
-    """Why the original may not be the model that its owner means; said before everything else."""
+    """Why the original may not be the model that its owner means; shown before everything else."""
     found = doubts_of(audit.benign, audit.verdict.thresholds, audit.reported_benign)
     return [english.reason(each, audit.unit) for each in found]
 
