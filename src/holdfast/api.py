@@ -8,6 +8,7 @@ from typing import Any, TypedDict, Unpack
 
 from pydantic import ValidationError
 
+from holdfast.adversaries import Adversary
 from holdfast.auditing.audit import AuditSpec
 from holdfast.defenses import Defense
 from holdfast.defenses.registry import build_defense
@@ -32,7 +33,7 @@ class AuditOptions(TypedDict, total=False):
     """Options of an audit; `AuditSpec` has their defaults.
 
     Attributes:
-        battery: the name of a battery.
+        battery: the name of a battery, or a list of adversaries.
         budgets: fine-tuning steps at which to score; ascending, the first 0.
         seeds: repetitions: other samples, batches and fresh weights each.
         shots: the adversary's training samples a class; None: its whole half.
@@ -44,7 +45,7 @@ class AuditOptions(TypedDict, total=False):
         thresholds: limits of the verdict; those that are not named have their defaults.
     """
 
-    battery: str
+    battery: str | Sequence[Adversary]
     budgets: Sequence[int]
     seeds: int
     shots: int | None

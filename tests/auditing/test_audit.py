@@ -65,7 +65,7 @@ class TestAudit:
             fresh = trained.fresh()
         result = audit(fresh, trained, benign=benign, restricted=restricted, spec=BRIEF, run=run)
         assert result.verdict.label == "invalid"
-        assert any("broken" in r for r in result.verdict.reasons)
+        assert "benign-dropped" in [r.code for r in result.verdict.reasons]
 
     def test_two_untrained_models_get_no_verdict(self, trained, benign, restricted, run):
         fresh = []
@@ -74,7 +74,7 @@ class TestAudit:
                 fresh.append(trained.fresh())
         said = audit(*fresh, benign=benign, restricted=restricted, spec=BRIEF, run=run).verdict
         assert said.label == "invalid"
-        assert any("does not know its benign task" in r for r in said.reasons)
+        assert "unskilled-original" in [r.code for r in said.reasons]
 
     def test_scratch_is_neither_the_original_nor_the_same_for_each_seed(
         self, trained, benign, restricted, run, monkeypatch
@@ -208,7 +208,7 @@ class TestAudit:
         after = audit(trained, trained, **settings, spec=BRIEF.model_copy(update={"thresholds": lax}))
         assert after.curves == itself.curves
         assert after.verdict.thresholds == lax
-        assert "no advantage to remove" in " ".join(after.verdict.reasons)
+        assert "no-original-advantage" in [r.code for r in after.verdict.reasons]
 
     def test_workers_change_nothing(self, trained, benign, restricted, run, itself, two_workers):
         sides = {"benign": benign, "restricted": restricted, "spec": BRIEF, "run": run}
@@ -241,7 +241,7 @@ class TestSideEffects:
     def test_of_a_model_that_nothing_was_done_to(self, trained, benign, restricted, run):
         result = audit(trained, trained.clone(), benign=benign, restricted=restricted, spec=self.SPEC, run=run)
         (side,) = result.side_effects
-        assert (side.task, side.kind, side.lost) == ("digits[0-4]", "benign", 0.0)
+        assert (side.task, side.task_role, side.lost) == ("digits[0-4]", "benign", 0.0)
         assert (side.interval.low, side.interval.high) == (0.0, 0.0)
         assert [r.budget for r in side.by_budget] == [0, 5, 20]
         assert {c.task for c in result.curves} == {"restricted"}  # the verdict is about those alone
@@ -256,7 +256,7 @@ class TestSideEffects:
                     module.bias.fill_(-1.0)
         transfer = load_task("digits[2-6]")
         result = audit(dead, trained, benign=benign, restricted=restricted, transfer=transfer, spec=self.SPEC, run=run)
-        assert [(s.task, s.kind) for s in result.side_effects] == [
+        assert [(s.task, s.task_role) for s in result.side_effects] == [
             ("digits[0-4]", "benign"), ("digits[2-6]", "transfer"),
         ]  # fmt: skip
         for side in result.side_effects:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.auditing.red_flags import REMEDIES, compare, flags_of_code, flags_of_curves, red_flags
+from holdfast.auditing.curve_flags import flags_of_curves
+from holdfast.auditing.red_flags import REMEDIES, compare, flags_of_code, red_flags
 from holdfast.defenses.registry import build_defense
 from holdfast.experiments.recipe import load as load_recipe
 from holdfast.metrics.diagnostics import inspect, rms

@@ -11,7 +11,7 @@ from torch import nn
 
 from holdfast.adversaries import FineTuning, Probe
 from holdfast.adversaries.batched import Member, attack_together, stacks
-from holdfast.auditing.retention import benign_after, flags_of_collapse, keeping
+from holdfast.auditing.retention import benign_after, flags_of_collapse, keep_benign
 from holdfast.auditing.statistics import Comparison
 from holdfast.models import SplitModel
 from holdfast.results import Curve, Side
@@ -116,7 +116,7 @@ def audit(immunized, original=(0.9, 0.6)):
 class TestKeeping:
     def test_the_best_of_those_within_the_limit(self):
         curves = audit(immunized=(0.5, 0.88))
-        found = keeping(curves, SIDE, 0.05, Comparison.of(curves))
+        found = keep_benign(curves, SIDE, 0.05, Comparison.of(curves))
         assert found.adversaries == {"immunized": ["gentle"], "original": ["strong"]}
         last = found.by_budget[-1]
         assert last.best_adversary["immunized"] == "gentle"
@@ -125,11 +125,11 @@ class TestKeeping:
 
     def test_none_within_the_limit(self):
         curves = audit(immunized=(0.5, 0.5))
-        assert keeping(curves, SIDE, 0.05, Comparison.of(curves)).by_budget == []
+        assert keep_benign(curves, SIDE, 0.05, Comparison.of(curves)).by_budget == []
 
     def test_without_a_limit_or_a_measurement(self):
         curves = audit(immunized=(0.5, 0.88))
-        assert keeping(curves, SIDE, None, Comparison.of(curves)) is None
+        assert keep_benign(curves, SIDE, None, Comparison.of(curves)) is None
         assert benign_after([c.model_copy(update={"benign_after": None}) for c in curves]) == {}
 
 

@@ -244,7 +244,7 @@ class TestRecipe:
         folder = tmp_path / "out"
         first = run_recipe(load(str(path)), folder=folder, device="cpu", quiet=True)
         assert read_result(folder).numbers() == first.numbers()
-        assert first.kind == "study"
+        assert first.job == "study"
         again = run_recipe(load(str(path)), folder=folder, device="cpu", quiet=True)
         assert again.provenance == first.provenance
         page = (folder / "report.html").read_text()

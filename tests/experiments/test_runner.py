@@ -146,7 +146,7 @@ class TestRecipe:
         assert not result.immunization.completed
         assert result.audit.verdict.label == "invalid"
         assert result.audit.benign.immunized is None
-        assert any("No adversary has a finite score on: immunized" in r for r in result.audit.verdict.reasons)
+        assert any(r.code == "no-finite-score" and "immunized" in r.names for r in result.audit.verdict.reasons)
         assert read_result(tmp_path).audit == result.audit
         assert "Invalid" in (tmp_path / "report.html").read_text()
 
@@ -291,7 +291,7 @@ class TestVerbs:
         )  # fmt: skip
         stored = read_result(tmp_path / "audit")
         assert stored.audit == result
-        assert stored.kind == "audit"
+        assert stored.job == "audit"
         assert (tmp_path / "audit" / "report.html").stat().st_size > 10_000
 
     def test_the_record_is_on_the_model_and_on_its_copies(self, trained, benign, restricted, tmp_path):

@@ -210,9 +210,7 @@ class TestRefusals:
             load_model("unet", load_task("digits[0-4]@kind=denoising,image_size=9"))
         with pytest.raises(HoldfastError, match="U-Net is for denoising"):
             load_model("unet", load_task("digits[0-4]"))
-        with pytest.raises(
-            HoldfastError, match=r"is a denoiser: .* task 'digits.0-4.' needs one vector"
-        ):
+        with pytest.raises(HoldfastError, match=r"is a denoiser: .* task 'digits.0-4.' needs one vector"):
             load_released(str(folder), None, load_task("digits[0-4]"))
 
     def test_an_extractor(self, denoiser):

@@ -105,7 +105,7 @@ def test_only_its_section_is_replaced():
         (f"{END} text {BEGIN}", "odd set of markers"),
         (f"{BEGIN}{END}{BEGIN}{END}", "odd set of markers"),
         ("---\n[1\n---\n", "not valid YAML"),
-        ("---\n- a\n---\n", "is no mapping"),
+        ("---\n- a\n---\n", "is not a mapping"),
     ],
 )
 def test_a_readme_that_cannot_be_kept_is_refused(readme, words):

@@ -88,6 +88,7 @@ def make_audit(
     seeds: int = 3,
     lost: dict[tuple[str, Role], int] | None = None,
     kind: str = "finetuning",
+    scope: str = "all",
     flags: Sequence[Flag] = (),
     searched: int = 0,
 ) -> AuditResult:
@@ -103,7 +104,7 @@ def make_audit(
     ]  # fmt: skip
     return AuditResult(
         battery="test-v1",
-        adversaries=dict.fromkeys(names, settings_of(kind)),
+        adversaries={name: {**settings_of(kind), "scope": scope} for name in names},
         not_applicable={"whole-body probe": "the model has no body"},
         budgets=BUDGETS,
         seeds=list(range(seeds)),
@@ -265,7 +266,7 @@ def test_verdict_is_first_and_said_in_word_glyph_and_colour(label: VerdictLabel)
     assert f"<title>{label.capitalize()}: " in source
     text = Page(source).text
     assert f"Verdict: {label}." in text
-    assert all(reason in text for reason in audit.verdict.reasons)
+    assert all(reason.text in text for reason in audit.verdict.reasons)
     assert ("not evidence for or against" in text) == (label == "invalid")
 
 
@@ -431,7 +432,7 @@ def test_what_was_not_tried_follows_from_what_was() -> None:
     assert "whole-body probe : the model has no body" in text
     assert "errs on the adversary's side" in text
     assert "100 samples. That alone makes a score near 50% uncertain by about ± 5.0 points" in text
-    assert "low-rank adapters" not in page(audit=make_audit(kind="lora")).text
+    assert "low-rank adapters" not in page(audit=make_audit(kind="finetuning", scope="lora")).text
 
 
 def test_figures_hold_the_results() -> None:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from test_report import make_audit, make_result
 
 from holdfast.errors import HoldfastError
+from holdfast.report.wording import reasons
 from holdfast.results import RunResult, json_schema, read_result
 from holdfast.results.tables import Cell
 
@@ -78,3 +79,22 @@ def test_an_audit_that_lacks_a_part_is_damaged(change, why, tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(content))
     with pytest.raises(HoldfastError, match=f"damaged.*{why}"):
         read_result(tmp_path)
+
+
+def test_reasons_of_an_earlier_version_are_sentences_and_still_read(tmp_path):
+    content = make_result(audit=make_audit()).model_dump(mode="json")
+    old = content["audit"]["verdict"]
+    del old["decision"], old["tried"]
+    old["reasons"] = ["The benign score fell."]
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    audit = read_result(tmp_path).audit
+    assert [(r.code, r.text) for r in audit.verdict.reasons] == [("text", "The benign score fell.")]
+    assert reasons(audit) == ["The benign score fell."]
+
+
+@pytest.mark.parametrize("result", [make_result(audit=make_audit(), kind="audit")])
+def test_the_keys_of_former_versions_stay(result):
+    content = json.loads(result.model_dump_json())
+    assert (content["kind"], content["audit"]["side_effects"][1]["kind"]) == ("audit", "transfer")
+    assert "job" not in content
+    assert json.loads(RunResult.model_validate(content).model_dump_json()) == content

@@ -5,22 +5,37 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
 
-from holdfast.adversaries import BATTERIES, Adversary, Search, battery
-from holdfast.auditing.red_flags import flags_of_curves, red_flags
-from holdfast.auditing.retention import BENIGN_AFTER, benign_after, flags_of_collapse, keeping
+from holdfast.adversaries import BATTERIES, Adversary, Search, battery, battery_config, battery_name
+from holdfast.auditing.curve_flags import flags_of_curves
+from holdfast.auditing.red_flags import red_flags
+from holdfast.auditing.retention import BENIGN_AFTER, benign_after, flags_of_collapse, keep_benign
 from holdfast.auditing.search import search
 from holdfast.auditing.statistics import Comparison, costs
 from holdfast.auditing.trials import SEARCH_SEED, On, Trial, TrialContext, TrialRunner, few_of, repetitions
-from holdfast.auditing.verdict import ROUNDING, count, judge, ran_nowhere
+from holdfast.auditing.verdict import ROUNDING, judge, without_scores
 from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel, architecture_differences, check_fits, transplant
-from holdfast.results import ROLES, AuditResult, Curve, Flag, Role, SearchTrial, Side, SideEffect, Thresholds
+from holdfast.results import (
+    ROLES,
+    AuditResult,
+    Cost,
+    Curve,
+    Flag,
+    Role,
+    SearchTrial,
+    Side,
+    SideEffect,
+    ThreatModel,
+    Thresholds,
+)
 from holdfast.results.tables import Cell, Table
-from holdfast.results.terms import words
+from holdfast.results.terms import count, words
 from holdfast.runtime import executors
 from holdfast.runtime.executors import Executor
 from holdfast.runtime.journal import Journal
@@ -28,10 +43,10 @@ from holdfast.runtime.run import Run, derive_seed, fingerprint
 from holdfast.tasks import Task
 
 SIDE_EFFECTS = "side-effects-v1"
-"""The battery that harmless learners are: what people who mean no harm would do."""
+"""The battery for side effects: what a user who means no harm would do."""
 
 FORMAT = 2
-"""Of what the journal holds of a trial; 2: with the benign score after the attack."""
+"""Version of a trial in the journal; 2: with the benign score after the attack."""
 
 TARGET = 0.9
 """Costs are compared at this share of what scratch gains over guessing with its whole budget."""
@@ -40,9 +55,11 @@ TARGET = 0.9
 class AuditSpec(BaseModel):
     """What an audit does, as a recipe writes it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    battery: str = Field("quick-v1", description="Name of the battery.")
+    battery: str | tuple[Adversary, ...] = Field(
+        "quick-v1", description="Name of the battery; from Python also the adversaries themselves."
+    )
     budgets: tuple[int, ...] = Field((0, 5, 10, 20, 50, 100), description="Fine-tuning steps at which to score.")
     seeds: int = Field(5, ge=1, description="Repetitions: other samples, batches and fresh weights each.")
     trials: int = Field(48, ge=1, description="Of a search (adaptive-v1), for each model; other batteries ignore it.")
@@ -61,9 +78,18 @@ class AuditSpec(BaseModel):
 
     @field_validator("battery")
     @classmethod
-    def _known(cls, value: str) -> str:
+    def _known(cls, value: str | tuple[Adversary, ...]) -> str | tuple[Adversary, ...]:
         battery(value)
         return value
+
+    @field_serializer("battery")
+    def _battery_settings(self, value: str | tuple[Adversary, ...]) -> Any:
+        return value if isinstance(value, str) else battery_config(value)
+
+    @property
+    def battery_name(self) -> str:
+        """What results call the battery."""
+        return battery_name(self.battery)
 
     @field_validator("budgets")
     @classmethod
@@ -100,7 +126,7 @@ def audit(
         spec: battery, budgets, seeds, thresholds.
         run: seed, device, folder.
         executor: where trials run; it does not change their results.
-        flags: what is suspicious about the data, see `holdfast.tasks.validation`; they come before those of the model.
+        flags: what is suspicious about the data, see `holdfast.tasks.validation`; listed before those of the model.
 
     Returns:
         Curves, a summary by budget and the verdict.
@@ -111,94 +137,138 @@ def audit(
     tasks: dict[On, Task] = {"restricted": restricted, "benign": benign}
     if transfer is not None:
         tasks["transfer"] = transfer
-    for model in (immunized, original):
-        # A defense may destroy the model that it was given. That is a result, and the verdict says so.
-        # Nor need anything be trainable in it: an adversary un-freezes what was frozen.
-        for on, task in tasks.items():
-            check_fits(model, task, own_task=on == "benign", finite=model is original, trainable=False)
+    _check(immunized, original, tasks)
     plan = battery(spec.battery)
     inside = transplant(immunized, original) if architecture_differences(immunized, original) else None
     context = TrialContext(
         immunized, original, inside, _samples(tasks, spec, run), benign, spec.budgets, run, spec.stacked
     )
     runner = TrialRunner(context, _journal(context, plan, spec), executors.executor(executor))
-    searched: list[SearchTrial] = []
-    seeds = range(spec.seeds)
     with runner.executor.kept():
-        if isinstance(plan, Search):
-            searched, found = search(plan, spec.trials, runner)
-            applicable, not_applicable = _applicable(spec.battery, found, immunized, restricted)
-        else:
-            applicable, not_applicable = _applicable(spec.battery, plan, immunized, restricted)
-        trials = repetitions(applicable, seeds, transplanted=inside is not None)
-        curves = runner.run(trials, f"Auditing ({spec.battery})")
+        attacked = _attack(plan, runner, restricted, spec)
         side_effects = _side_effects(tasks, runner, spec) if spec.side_effects else []
-    configs = {t.name: {**t.adversary.config(), **({"transplanted": True} if t.transplanted else {})} for t in trials}
-    comparison = Comparison.of(
-        curves,
-        derive_seed(run.seed, "bootstrap"),
-        both_ways=not searched,
-        floor=-math.inf if restricted.higher_is_better else restricted.audit_chance,
-    )
-    rows = comparison.rows()
     side = _side(immunized, original, benign, run)
     with run.seeded("scratch", 0):
         fresh = original.fresh()
     raised = [*flags, *red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)]
-    raised += flags_of_curves(curves, configs)
-    raised += flags_of_collapse(curves, configs, side, restricted.audit_chance)
-    samples = context.samples["restricted", 0].size("train")
-    target = _target(comparison, restricted.audit_chance)
-    sizes = {c.adversary: c.batch_size for c in curves}
-    flops = {
-        a.name: a.flops_per_step(original, context.samples["restricted", 0], run=run, benign=benign) for a in applicable
-    }
+    raised += flags_of_curves(attacked.curves, attacked.configs)
+    raised += flags_of_collapse(attacked.curves, attacked.configs, side, restricted.audit_chance)
+    return _result(attacked, context, spec, restricted, side, raised, side_effects, warnings=flags)
+
+
+@dataclass(frozen=True)
+class _Attacked:
+    """What the battery did.
+
+    Attributes:
+        curves: on the restricted task, of every model.
+        adversaries: those that could start.
+        not_applicable: why the others could not.
+        searched: trials of the search that found them, if there was one.
+        configs: settings of every adversary, by name.
+    """
+
+    curves: list[Curve]
+    adversaries: list[Adversary]
+    not_applicable: dict[str, str]
+    searched: list[SearchTrial]
+    configs: dict[str, dict[str, Any]]
+
+    def threat_model(self, spec: AuditSpec, samples: int) -> ThreatModel:
+        """What was tried; an adversary without a score on any model was not."""
+        failed = without_scores(self.curves)
+        return ThreatModel(
+            battery=spec.battery_name,
+            strategies=len(self.adversaries),
+            scored=sum(a.name not in failed for a in self.adversaries),
+            searched=len(self.searched) // len(ROLES),
+            samples=samples,
+            steps=spec.budgets[-1],
+            seeds=spec.seeds,
+        )
+
+
+def _check(immunized: SplitModel, original: SplitModel, tasks: dict[On, Task]) -> None:
+    for model in (immunized, original):
+        # A defense may destroy the model that it was given. That is a result, and the verdict reports it.
+        # Nothing need be trainable either: an adversary un-freezes what was frozen.
+        for on, task in tasks.items():
+            check_fits(model, task, own_task=on == "benign", finite=model is original, trainable=False)
+
+
+def _attack(plan: Search | Sequence[Adversary], runner: TrialRunner, restricted: Task, spec: AuditSpec) -> _Attacked:
+    """Runs the battery, or searches for one and runs what was found."""
+    context = runner.context
+    searched: list[SearchTrial] = []
+    if isinstance(plan, Search):
+        searched, plan = search(plan, spec.trials, runner)
+    adversaries, refused = _applicable(spec.battery_name, plan, context.immunized, restricted)
+    trials = repetitions(adversaries, range(spec.seeds), transplanted=context.transplanted is not None)
+    curves = runner.run(trials, f"Auditing ({spec.battery_name})")
+    configs = {t.name: {**t.adversary.config(), **({"transplanted": True} if t.transplanted else {})} for t in trials}
+    return _Attacked(curves, adversaries, refused, searched, configs)
+
+
+def _result(
+    attacked: _Attacked,
+    context: TrialContext,
+    spec: AuditSpec,
+    restricted: Task,
+    side: Side,
+    raised: list[Flag],
+    side_effects: list[SideEffect],
+    *,
+    warnings: Sequence[Flag],
+) -> AuditResult:
+    """Summarises the curves, and decides."""
+    run, benign, curves = context.run, context.benign, attacked.curves
+    chance, unit, sample = restricted.audit_chance, restricted.audit_unit, context.samples["restricted", 0]
+    floor = -math.inf if restricted.higher_is_better else chance
+    bootstrap = derive_seed(run.seed, "bootstrap")
+    comparison = Comparison.of(curves, bootstrap, both_ways=not attacked.searched, floor=floor)
+    rows = comparison.rows()
+    verdict = judge(
+        rows, curves, benign=side, chance=chance, limits=spec.thresholds, flags=raised, spoken=restricted.words,
+        tried=attacked.threat_model(spec, sample.size("train")), reported_benign=spec.reported_benign,
+        warnings=warnings, retained=comparison.share(),
+        areas=(comparison.area("immunized"), comparison.area("original")),
+    )  # fmt: skip
     return AuditResult(
-        battery=spec.battery,
-        adversaries=configs,
-        not_applicable=not_applicable,
+        battery=spec.battery_name,
+        adversaries=attacked.configs,
+        not_applicable=attacked.not_applicable,
         budgets=list(spec.budgets),
-        seeds=list(seeds),
+        seeds=list(range(spec.seeds)),
         shots=spec.shots,
         benign_task=benign.name,
         restricted_task=restricted.name,
-        adversary_samples=samples,
+        adversary_samples=sample.size("train"),
         test_samples=restricted.size("test"),
-        chance=restricted.audit_chance,
-        unit=restricted.audit_unit,
-        words=None if restricted.words == words(restricted.audit_unit) else restricted.words,
+        chance=chance,
+        unit=unit,
+        words=None if restricted.words == words(unit) else restricted.words,
         reported=spec.reported,
         reported_benign=spec.reported_benign,
         benign=side,
         flags=raised,
         curves=curves,
         by_budget=rows,
-        keeping=keeping(curves, side, spec.thresholds.max_benign_drop_after_attack, comparison),
-        cost_target=target,
-        costs=[] if target is None else costs(comparison, target, sizes, flops),
-        search=searched,
+        keeping=keep_benign(curves, side, spec.thresholds.max_benign_drop_after_attack, comparison),
+        cost_target=(target := _target(comparison, chance)),
+        costs=_costs(attacked, comparison, target, context),
+        search=attacked.searched,
         side_effects=side_effects,
-        verdict=judge(
-            rows,
-            curves,
-            benign=side,
-            chance=restricted.audit_chance,
-            limits=spec.thresholds,
-            spoken=restricted.words,
-            flags=raised,
-            reported_benign=spec.reported_benign,
-            warnings=flags,
-            threat_model=_threat_model(
-                spec,
-                [a.name for a in applicable],
-                curves,
-                len(searched) // len(ROLES),
-                f"{samples} {restricted.words.samples}",
-            ),
-            retained=comparison.share(),
-            areas=(comparison.area("immunized"), comparison.area("original")),
-        ),
+        verdict=verdict,
     )
+
+
+def _costs(attacked: _Attacked, comparison: Comparison, target: float | None, context: TrialContext) -> list[Cost]:
+    sizes = {c.adversary: c.batch_size for c in attacked.curves}
+    sample, original = context.samples["restricted", 0], context.original
+    flops = {
+        a.name: a.flops_per_step(original, sample, run=context.run, benign=context.benign) for a in attacked.adversaries
+    }
+    return [] if target is None else costs(comparison, target, sizes, flops)
 
 
 def _applicable(
@@ -214,7 +284,7 @@ def _applicable(
 
 
 def _samples(tasks: dict[On, Task], spec: AuditSpec, run: Run) -> dict[tuple[On, int], Task]:
-    """What each seed's learner gets of each task."""
+    """What each seed's adversary gets of each task."""
     return {
         (on, seed): few_of(task, spec.shots, run, seed)
         for on, task in tasks.items()
@@ -227,7 +297,7 @@ def _journal(context: TrialContext, plan: Search | Sequence[Adversary], spec: Au
         context.run.path("trials.jsonl"),
         {
             "seed": context.run.seed,
-            "battery": plan.config() if isinstance(plan, Search) else {a.name: a.config() for a in plan},
+            "battery": battery_config(plan),
             "format of trials": FORMAT,
             "budgets": spec.budgets,
             "stacked": spec.stacked,
@@ -253,27 +323,6 @@ def _side(immunized: SplitModel, original: SplitModel, benign: Task, run: Run) -
     return Side(original=finite["original"], immunized=finite["immunized"], chance=benign.audit_chance)
 
 
-def _threat_model(
-    spec: AuditSpec, strategies: Sequence[str], curves: Sequence[Curve], searched: int, samples: str
-) -> str:
-    """Says what was tried; a strategy that has no score anywhere was not."""
-    gone = ran_nowhere(curves)
-    ran = [name for name in strategies if name not in gone]
-    which = "the one strategy" if len(ran) == 1 else f"one of the {len(ran)} strategies"
-    chosen = (
-        f"{which} that a search ({spec.battery}, {count(searched, 'trial')} a model) found"
-        if searched
-        else f"{which} of {spec.battery}"
-    )
-    if len(ran) < len(strategies):
-        chosen += f" that gave scores ({len(strategies) - len(ran)} of {len(strategies)} gave none)"
-    return (
-        f"An adversary with {samples}, at most {count(spec.budgets[-1], 'fine-tuning step')} and "
-        f"{chosen}, who sees test scores and keeps the best; "
-        f"{count(spec.seeds, 'seed')}. Nothing is claimed about more data, longer training or other methods."
-    )
-
-
 def _target(comparison: Comparison, chance: float) -> float | None:
     """The score whose cost is compared: most of what scratch gains with the whole budget."""
     reached = float(comparison.scores["scratch"].mean(0)[-1])
@@ -286,15 +335,15 @@ def _side_effects(tasks: dict[On, Task], runner: TrialRunner, spec: AuditSpec) -
     for on in ("benign", "transfer"):
         if on not in tasks:
             continue
-        learners, refused = _applicable(SIDE_EFFECTS, BATTERIES[SIDE_EFFECTS], runner.context.immunized, tasks[on])
-        trials = [Trial(role, a, s, on) for s in range(spec.seeds) for role in ROLES for a in learners]
+        harmless, refused = _applicable(SIDE_EFFECTS, BATTERIES[SIDE_EFFECTS], runner.context.immunized, tasks[on])
+        trials = [Trial(role, a, s, on) for s in range(spec.seeds) for role in ROLES for a in harmless]
         curves = runner.run(trials, f"Side effects ({tasks[on].name})")
         comparison = Comparison.of(curves, derive_seed(runner.context.run.seed, "bootstrap", on))
         lost, interval = comparison.advantage("original", "immunized")[-1], comparison.band("original", "immunized")[-1]
         found.append(
             SideEffect(
                 task=tasks[on].name,
-                kind=on,
+                task_role=on,
                 by_budget=comparison.rows(),
                 lost=float(lost) if math.isfinite(lost) else None,
                 interval=interval,

@@ -1,8 +1,8 @@
-"""What is left of the benign task after an attack: who keeps it, and what is best among those who do.
+"""What is left of the benign task after an attack: which adversaries keep it, and the best of these.
 
-Most people who fine-tune a released model for a restricted task want its other abilities as well. An adversary who
-keeps them is the stronger one. And a model whose abilities are gone as soon as somebody fine-tunes it has not become
-resistant by that: see `flags_of_collapse`.
+Most people who fine-tune a released model for a restricted task want its other abilities as well. An adversary that
+keeps them is the stronger one. A model whose abilities are lost in any fine-tuning has not become resistant by that:
+see `flags_of_collapse`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from holdfast.auditing.red_flags import best_scores, raised
+from holdfast.auditing.curve_flags import best_scores
+from holdfast.auditing.red_flags import raised
 from holdfast.auditing.statistics import Comparison
-from holdfast.auditing.verdict import count
-from holdfast.results import Curve, Flag, Keeping, Role, Side
+from holdfast.results import BenignKeeping, Curve, Flag, Role, Side
 from holdfast.results.tables import Cell
+from holdfast.results.terms import count
 
 BENIGN_AFTER = "benign after"
 """Column of the battery's table."""
@@ -46,10 +47,10 @@ def benign_after(curves: Sequence[Curve]) -> dict[tuple[Role, str], Cell]:
     return {key: Cell.of(scores) for key, scores in found.items()} if measured else {}
 
 
-def keeping(curves: Sequence[Curve], benign: Side, limit: float | None, whole: Comparison) -> Keeping | None:
-    """Compares the models once more, with those adversaries only who keep the benign task.
+def keep_benign(curves: Sequence[Curve], benign: Side, limit: float | None, whole: Comparison) -> BenignKeeping | None:
+    """Compares the models once more, with only the adversaries that keep the benign task.
 
-    From scratch all of them count: there is nothing to keep, and an attacker who trains a model from scratch beside the
+    From scratch all of them count: there is nothing to keep, and a user who trains a model from scratch beside the
     released one has both.
 
     Args:
@@ -71,13 +72,13 @@ def keeping(curves: Sequence[Curve], benign: Side, limit: float | None, whole: C
         for role, score in before.items()
     }
     if not kept["immunized"]:
-        return Keeping(limit=limit, adversaries=kept, by_budget=[])
+        return BenignKeeping(limit=limit, adversaries=kept, by_budget=[])
     batteries = {
         role: battery if role == "scratch" else battery.only(kept[role])
         for role, battery in whole.batteries.items()
         if role == "scratch" or kept[role]
     }
-    return Keeping(limit=limit, adversaries=kept, by_budget=replace(whole, batteries=batteries).rows())
+    return BenignKeeping(limit=limit, adversaries=kept, by_budget=replace(whole, batteries=batteries).rows())
 
 
 def flags_of_collapse(
@@ -101,7 +102,7 @@ def flags_of_collapse(
             return 0.0
         return (cell.mean - benign.chance) / (own - benign.chance)
 
-    # Who trains the head alone leaves the body as it was: that says nothing about a model whose weights move.
+    # Training the head alone leaves the body as it was: it does not show what happens when weights move.
     gentle = [
         name
         for name, c in adversaries.items()

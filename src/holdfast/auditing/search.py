@@ -36,7 +36,7 @@ def search(plan: Search, trials: int, runner: TrialRunner) -> tuple[list[SearchT
     best: dict[str, Adversary] = {}
     for each in searches:
         best |= each.best(plan.repeated)
-    return [trial for each in searches for trial in each.told(plan.repeated)], list(best.values())
+    return [trial for each in searches for trial in each.marked(plan.repeated)], list(best.values())
 
 
 class RoleSearch:
@@ -54,7 +54,7 @@ class RoleSearch:
         self.curves: list[Curve] = []
 
     def propose(self, count: int) -> list[Trial]:
-        """Asks for adversaries; those that cannot start, or come again, are no new trial."""
+        """Asks for adversaries; one that cannot start, or that was proposed before, is not a new trial."""
         self.proposed = self.searcher.ask(count)
         self.reasons = {a.name: a.not_applicable(self.victim, self.task) for a in self.proposed}
         fit = {a.name: a for a in self.proposed if self.reasons[a.name] is None}
@@ -84,7 +84,7 @@ class RoleSearch:
         ranked = sorted((t for t in self.trials if t.score is not None), key=lambda t: -(t.score or 0.0))
         return {name: self.known[name] for name in list(dict.fromkeys(t.adversary for t in ranked))[:count]}
 
-    def told(self, count: int) -> list[SearchTrial]:
+    def marked(self, count: int) -> list[SearchTrial]:
         """All trials, the best of them marked."""
         chosen = self.best(count)
         return [t.model_copy(update={"confirmed": t.adversary in chosen}) for t in self.trials]
@@ -110,7 +110,7 @@ def _value(curve: Curve, budgets: int) -> float | None:
 
 
 def _pruning_thresholds(curves: Sequence[Curve], budgets: int) -> tuple[float | None, ...]:
-    """The median at each budget of those that got there; the first budget, 0, and few trials give none."""
+    """The median at each budget of the trials that reached it; budget 0 and fewer than four trials give none."""
     found: list[float | None] = [None]
     for k in range(budgets - 1):
         there = [b[k] for c in curves if len(b := _running_best(c)) > k]

@@ -255,7 +255,7 @@ class Comparison:
 def costs(
     comparison: Comparison, target: float, batch_sizes: Mapping[str, int], flops: Mapping[str, float | None]
 ) -> list[Cost]:
-    """Returns what each model costs an attacker until it scores as high as a target.
+    """Returns what each model costs an adversary until it scores as high as a target.
 
     Each adversary's mean curve over seeds and the whole test split counts, with straight lines between budgets; the
     cheapest adversary may be another one for steps, samples and operations.
@@ -301,7 +301,7 @@ def _steps_to(target: float, budgets: Sequence[int], curve: Array) -> float | No
 def _quantile(drawn: Array) -> float:
     """The quantile of the largest deviation over budgets, in standard deviations; at least the pointwise one."""
     deviation = drawn.std(0, ddof=1)
-    moving = deviation > ROUNDING  # what does not move has no say in c, and rounding is no movement
+    moving = deviation > ROUNDING  # a constant does not affect c, and rounding is not movement
     if not moving.any():
         return float(ndtri((1 + CONFIDENCE) / 2))
     largest = np.abs((drawn - drawn.mean(0))[:, moving] / deviation[moving]).max(1)

@@ -127,7 +127,7 @@ def _bind(result: RunResult, folder: Path, weights: Path | None) -> str | None:
     from holdfast.runtime.storage import load_tensors, tensors_sha256
 
     if "immunized" not in result.provenance.models:
-        raise HoldfastError(f"{str(folder)!r} holds no immunized model (its kind is {result.kind!r}).")
+        raise HoldfastError(f"{str(folder)!r} holds no immunized model (its kind is {result.job!r}).")
     source = result.recipe.get("source") or {}
     named = [source.get("weights"), source.get("model")]
     places = [weights] if weights else [folder / "model.safetensors", *(Path(n) for n in named if n)]

@@ -75,9 +75,7 @@ def replay(
     """
     result = read_result(folder)
     if result.audit is None:
-        raise HoldfastError(
-            f"{str(folder)!r} holds no audit (its kind is {result.kind!r}); there is nothing to replay."
-        )
+        raise HoldfastError(f"{str(folder)!r} holds no audit (its kind is {result.job!r}); there is nothing to replay.")
     recorded = _recorded(result.audit, adversary, role, seed)
     run = Run(result.seed, resolve_device(result.provenance.device if device is None else device))
     with cpu_threads(result.provenance.threads if threads is None else threads):
@@ -128,7 +126,7 @@ def _recorded(audit: AuditResult, adversary: str | None, role: Role, seed: int) 
 
 
 def _load(folder: Path, result: RunResult, run: Run, data_dir: Path | str | None) -> _Source:
-    return (_load_run if result.kind == "run" else _load_audit)(folder, result, run, data_dir)
+    return (_load_run if result.job == "run" else _load_audit)(folder, result, run, data_dir)
 
 
 def _load_run(folder: Path, result: RunResult, run: Run, data_dir: Path | str | None) -> _Source:

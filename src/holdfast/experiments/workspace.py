@@ -303,7 +303,7 @@ class Workspace:
         folder = self.run.folder
         assert folder is not None
         result = RunResult(
-            kind=self.kind,
+            job=self.kind,
             title=self.title,
             recipe=self.recipe,
             seed=self.run.seed,

@@ -142,7 +142,7 @@ def side_effect_plots(audit: AuditResult) -> list[tuple[SideEffect, Plot]]:
             f"Line chart: learning the harmless task {effect.task}. After {effect.by_budget[-1].budget} steps: "
             f"{_ends(effect.by_budget)}."
         )
-        found.append((effect, plot_of(f"side-{effect.kind}", figure, label)))
+        found.append((effect, plot_of(f"side-{effect.task_role}", figure, label)))
     return found
 
 

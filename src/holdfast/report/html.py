@@ -33,7 +33,7 @@ def write_report(result: RunResult, path: Path) -> None:
     """Writes the report on a result: one HTML file that needs no network and can be sent as it is.
 
     Args:
-        result: of any kind; what it lacks is said in the report, not left out in silence.
+        result: of any job; the report names what it lacks.
         path: the file, in the run's folder; it appears whole or not at all.
     """
     write_atomic(path, render(result, path.parent))
@@ -57,7 +57,7 @@ def render(result: RunResult, folder: Path) -> str:
     return environment().get_template("report.html.j2").render(
         result=result,
         audit=audit,
-        **({} if audit is None else _about_audit(result, audit, order, folder)),
+        **({} if audit is None else _audit_values(result, audit, order, folder)),
         grids=[(name, Grid.of_table(name, t, order)) for name, t in result.tables.items() if shown(name)],
         figures=[
             (f.title, Gallery.of(f) if isinstance(f, Pictures) else figure_plot(name, f))
@@ -72,7 +72,7 @@ def render(result: RunResult, folder: Path) -> str:
     )  # fmt: skip
 
 
-def _about_audit(result: RunResult, audit: AuditResult, order: Sequence[str], folder: Path) -> dict[str, Any]:
+def _audit_values(result: RunResult, audit: AuditResult, order: Sequence[str], folder: Path) -> dict[str, Any]:
     return {
         "key": wording.key_numbers(audit),
         "best": best_plot(audit),
@@ -86,9 +86,10 @@ def _about_audit(result: RunResult, audit: AuditResult, order: Sequence[str], fo
         "replay": wording.replay_command(result, folder),
         "strongest": wording.strongest(audit),
         "doubts": wording.doubts(audit),
+        "reasons": wording.reasons(audit),
         "causes": wording.CAUSES,
         "kept": wording.kept(audit),
-        "keepers": wording.keepers(audit),
+        "keepers": wording.benign_keepers(audit),
         "stopped": wording.stopped(result.tables),
         "selection": wording.selection(audit),
         "spoken": audit.spoken,

@@ -153,7 +153,7 @@ def collect(folder: Path) -> Leaderboard:
             board.damaged.append((where, str(error)))
             continue
         if result.audit is None:
-            board.others.append((where, result.kind))
+            board.others.append((where, result.job))
         else:
             board.entries.append(Entry(where, result, result.audit))
     return board

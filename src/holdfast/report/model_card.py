@@ -93,7 +93,9 @@ def _with_front_matter(readme: str, result: RunResult) -> tuple[str, str]:
     except yaml.YAMLError as error:
         raise HoldfastError(f"The README's front matter is not valid YAML: {error}") from error
     if not isinstance(known, dict):
-        raise HoldfastError("The README's front matter is no mapping; expected `key: value` lines between two `---`.")
+        raise HoldfastError(
+            "The README's front matter is not a mapping; expected `key: value` lines between two `---`."
+        )
     ours = {key: value for key, value in _metadata(result).items() if key not in known}
     block = yaml.safe_dump(ours, sort_keys=False, allow_unicode=True, width=100) if ours else ""
     own = f"{META_BEGIN}\n{block}{META_END}\n" if block else ""
@@ -138,7 +140,9 @@ def _metric(kind: str, name: str, value: float | None) -> dict[str, Any] | None:
 
 def _audit(result: RunResult) -> AuditResult:
     if result.audit is None:
-        raise HoldfastError(f"{result.title!r} was not audited (its kind is {result.kind!r}); a card would be a claim.")
+        raise HoldfastError(
+            f"{result.title!r} was not audited (it is a result of {result.job!r}); a card would be a claim."
+        )
     return result.audit
 
 
@@ -149,7 +153,7 @@ def _section(result: RunResult, file_sha256: str | None) -> str:
         BEGIN,
         "## Resistance to fine-tuning",
         f"**Verdict: {verdict.label}.** {_text(verdict.sentence)}",
-        *([] if verdict.label != "invalid" else ["\n".join(f"- {_text(reason)}" for reason in verdict.reasons)]),
+        *([] if verdict.label != "invalid" else ["\n".join(f"- {_text(reason)}" for reason in wording.reasons(audit))]),
         f"**{'What was tried' if verdict.label == 'invalid' else 'It holds for'}:** {_text(verdict.threat_model)}",
         _numbers(result, audit),
         *filter(None, [audit.spoken.note]),
@@ -182,7 +186,7 @@ def _numbers(result: RunResult, audit: AuditResult) -> str:
          _known(None if verdict.retained is None else f"{verdict.retained:.0%}")
          + _within(wording.share_span(verdict.retained_interval))),
         ("Steps to the target score, against scratch", _cost(audit)),
-        *((f"Lost on a harmless task ({_text(e.task)}, {e.kind})",
+        *((f"Lost on a harmless task ({_text(e.task)}, {e.task_role})",
            f"{_known(wording.points(e.lost))} points" + _within(wording.span(e.interval))) for e in audit.side_effects),
         ("Battery", f"{_text(audit.battery)}: {len(audit.adversaries)} adversaries, {len(audit.seeds)} seeds, "
                     f"{audit.adversary_samples} samples, budgets {', '.join(map(str, audit.budgets))}"),

@@ -214,7 +214,7 @@ def _short(value: float | None) -> str:
 
 
 def measures_errors(immunization: ImmunizationResult) -> bool:
-    """Whether the scores that a defense noted are errors, as of denoisers: smaller is better, and 1 is no limit."""
+    """Whether the scores that a defense noted are errors, as of denoisers: smaller is better, and they may exceed 1."""
     return immunization.config.get("loss") in OF_DENOISING
 
 

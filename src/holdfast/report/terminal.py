@@ -42,9 +42,9 @@ def show(result: RunResult, folder: Path) -> None:
         console.print(f"{result.feasibility.label.upper()}. {result.feasibility.sentence}")
         for reason in result.feasibility.reasons:
             console.print(f"  - {reason}")
-    if result.kind == "study":
+    if result.job == "study":
         _show_study(result, console)
-    if result.kind == "protocol":
+    if result.job == "protocol":
         _show_protocol(result, console)
     replay = wording.replay_command(result, folder)
     if replay is not None:
@@ -204,12 +204,12 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
         + (f" {kept}" if kept else "")
     )
     if audited.keeping is not None:
-        console.print(wording.keepers(audited))
+        console.print(wording.benign_keepers(audited))
     _show_costs(audited, console)
     for effect in audited.side_effects:
-        kind = "Benign task learned anew" if effect.kind == "benign" else "Transfer task"
+        which = "Benign task learned anew" if effect.task_role == "benign" else "Transfer task"
         lost = "not finite" if effect.lost is None else f"{_points(effect.lost)} points{_within(effect.interval)}"
-        console.print(f"{kind} ({effect.task}): lost against the original: {lost}.")
+        console.print(f"{which} ({effect.task}): lost against the original: {lost}.")
         for name, reason in {**effect.not_applicable, **effect.failures}.items():
             console.print(f"  - without a score: {name}: {reason}.")
     for flag in audited.flags:
@@ -217,7 +217,7 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
     verdict = audited.verdict
     console.print(f"\nVerdict: {verdict.label.upper()}. {verdict.sentence}")
     if verdict.label == "invalid":
-        for reason in verdict.reasons:
+        for reason in wording.reasons(audited):
             console.print(f"  - {reason}")
     elif verdict.retained is not None:
         of = "" if verdict.retained_interval is None else f" (95 %: {wording.share_span(verdict.retained_interval)})"

@@ -6,27 +6,29 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from holdfast.auditing.retention import benign_after
-from holdfast.auditing.verdict import count
 from holdfast.auditing.verdict import doubts as doubts_of
-from holdfast.results import AuditResult, BudgetRow, Cost, Interval, Role, RunResult
+from holdfast.results import AuditResult, BudgetRow, Cost, Interval, Role, RunResult, english
 from holdfast.results.tables import Cell, Table
+from holdfast.results.terms import count
 
 MINUS = "\N{MINUS SIGN}"
 NEVER = "never within the budget"
 
-METHODS = {
-    "lora": "low-rank adapters (LoRA)",
-    "probe": "linear probes on prepared features",
-    "undo": "undoing the defense before fine-tuning (rescaling, recalibration, revived units, ...)",
-    "distil": "distillation",
+METHODS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+    "low-rank adapters (LoRA)": lambda config: config.get("scope") == "lora",
+    "linear probes on prepared features": lambda config: config.get("kind") == "probe",
+    "undoing the defense before fine-tuning (rescaling, recalibration, revived units, ...)": lambda config: bool(
+        config.get("undo")
+    ),
+    "distillation": lambda config: config.get("kind") == "distillation",
 }
-"""What a battery may lack, by a word that an adversary's settings would contain if it had it."""
+"""What a battery may lack, and how an adversary's settings show that it has it."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,14 @@ CAUSES = (
 
 
 def doubts(audit: AuditResult) -> list[str]:
-    """Why the original may not be the model that its owner means; said before everything else."""
-    return doubts_of(audit.benign, audit.verdict.thresholds, audit.spoken, audit.reported_benign)
+    """Why the original may not be the model that its owner means; shown before everything else."""
+    found = doubts_of(audit.benign, audit.verdict.thresholds, audit.reported_benign)
+    return [english.reason(each, audit.spoken) for each in found]
+
+
+def reasons(audit: AuditResult) -> list[str]:
+    """The reasons of the verdict as sentences."""
+    return [english.reason(each, audit.spoken) for each in audit.verdict.reasons]
 
 
 def kept(audit: AuditResult) -> str:
@@ -86,7 +94,7 @@ def kept(audit: AuditResult) -> str:
     return f"After the best attack ({strongest(audit)}) it is {score}."
 
 
-def keepers(audit: AuditResult) -> str:
+def benign_keepers(audit: AuditResult) -> str:
     """What is best among the adversaries who keep the benign task; empty if no limit was given."""
     found = audit.keeping
     if found is None:
@@ -123,7 +131,7 @@ def replay_command(result: RunResult, folder: Path) -> str | None:
     """The command that repeats the best adversary on the immunized model; None where a folder does not suffice."""
     if result.audit is None or strongest(result.audit) not in result.audit.adversaries:
         return None
-    if result.kind != "run" and "source" not in result.recipe:
+    if result.job != "run" and "source" not in result.recipe:
         return None
     name = strongest(result.audit)
     return shlex.join(["holdfast", "replay", str(folder), "--adversary", name, "--role", "immunized", "--seed",
@@ -162,11 +170,11 @@ def not_covered(audit: AuditResult) -> list[str]:
     settings = [f"{key.replace('_', ' ')} {_listed(values)}" for key, values in tried.items() if values]
     if settings:
         found.append(f"Other settings. Tried were only: {'; '.join(settings)}; and not every combination of them.")
-    used = json.dumps([audit.adversaries], default=str).lower()
     missing = [
         description
-        for word, description in METHODS.items()
-        if word not in used and not (word == "probe" and not audit.spoken.has_features)
+        for description, uses in METHODS.items()
+        if not any(map(uses, audit.adversaries.values()))
+        and not ("probes" in description and not audit.spoken.has_features)
     ]
     if not audit.search:
         missing.append("a search for adversaries against this very model (battery adaptive-v1)")

@@ -17,7 +17,7 @@ TILE, GAP = 96, 2
 """Pixels of a tile, about, as pictures are enlarged by a whole number to stay sharp; and between two tiles."""
 
 GROUND, CROSS = (128, 128, 128, 255), (200, 30, 30, 255)
-"""Of a tile whose picture is no picture: seen on a light and on a dark page."""
+"""Colour of a tile without a picture: visible on a light and on a dark page."""
 
 
 def draw(
@@ -86,7 +86,7 @@ def picture(figure: Pictures) -> Image.Image:
     """Returns the whole grid as an image.
 
     Raises:
-        HoldfastError: if what a result holds is no PNG.
+        HoldfastError: if the result holds something other than a PNG.
     """
     try:
         image = Image.open(io.BytesIO(base64.b64decode(figure.png)), formats=["PNG"])

@@ -8,8 +8,76 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from holdfast.results.schema import ModelFacts, Provenance, TaskFacts
+from pydantic import Field
+
+from holdfast.results.tables import ResultModel
 from holdfast.runtime.launcher import command_line
+
+
+class Reading(ResultModel):
+    """What was read of a task's data, for people who want to know whether it is what they meant."""
+
+    source: str
+    kind: str
+    shape: list[int] = Field(description="Of one input: channels, height and width of an image; else its length.")
+    low: float = Field(description="Smallest value of all inputs, before images are scaled to [0, 1].")
+    high: float
+    class_names: list[str] = Field(description="Empty where there are no classes.")
+    samples: dict[str, list[int]] = Field(description="By split, the samples of each class.")
+    notes: list[str] = Field([], description="What was left out or converted, and what is odd.")
+    warnings: list[str] = Field([], description="Samples that are where they should not be.")
+
+    def sentence(self, facts: TaskFacts) -> str:
+        """Returns sizes, classes, shape and range on one line."""
+        parts = [f"{facts.train} training and {facts.test} test samples"]
+        if self.class_names:
+            shown = ", ".join(self.class_names[:5]) + (", ..." if len(self.class_names) > 5 else "")
+            parts.append(f"{len(self.class_names)} classes ({shown})")
+        if self.samples.get("train"):
+            low, high = min(self.samples["train"]), max(self.samples["train"])
+            parts.append(f"{low} training samples each" if low == high else f"{low} to {high} training samples each")
+        what = "tokens" if facts.tokenizer else "inputs"
+        parts.append(f"{what} {'x'.join(map(str, self.shape))} from {self.low:.4g} to {self.high:.4g}")
+        return ", ".join(parts)
+
+
+class TaskFacts(ResultModel):
+    """Which data it was: enough to recognise the same data."""
+
+    name: str
+    sha256: str
+    train: int
+    test: int
+    classes: int
+    tokenizer: str | None = Field(None, description="Of text: what made the token ids.")
+    read: Reading | None = Field(None, description="What was read; None in results of former versions.")
+
+
+class ModelFacts(ResultModel):
+    """Which model it was. `sha256` is over names, dtypes, shapes and values; `file_sha256` over the saved file."""
+
+    name: str
+    parameters: int
+    sha256: str
+    file_sha256: str | None = None
+    notes: list[str] = Field([], description="How it was read, and what was changed to make it a plain network.")
+
+
+class Provenance(ResultModel):
+    """Where the numbers come from."""
+
+    command: list[str]
+    started: str
+    holdfast: str
+    python: str
+    platform: str
+    packages: dict[str, str]
+    git_commit: str | None
+    device: str
+    threads: int
+    processes: int = Field(1, description="How many were launched; batches are drawn and gradients averaged by each.")
+    tasks: dict[str, TaskFacts]
+    models: dict[str, ModelFacts]
 
 
 def provenance(

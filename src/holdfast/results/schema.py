@@ -13,13 +13,14 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from holdfast.errors import HoldfastError
+from holdfast.results.provenance import Provenance
+from holdfast.results.reasons import Reason, Role, ThreatModel
 from holdfast.results.tables import Cell, Figure, ResultModel, Table
 from holdfast.results.terms import Words, words
 from holdfast.runtime.documents import read_json
 
 SCHEMA_VERSION = "1"
 
-Role = Literal["immunized", "original", "scratch"]
 VerdictLabel = Literal["resists", "partial", "fails", "invalid"]
 
 ROLES: tuple[Role, ...] = ("immunized", "original", "scratch")
@@ -142,21 +143,19 @@ class SideEffect(ResultModel):
     """How well the models still learn a harmless task."""
 
     task: str
-    kind: Literal["benign", "transfer"]
+    task_role: Literal["benign", "transfer"] = Field(alias="kind", description="Which of the two tasks it is.")
     by_budget: list[BudgetRow]
     lost: float | None = Field(description="Original minus immunized, best of battery at the last budget.")
     interval: Interval | None
-    not_applicable: dict[str, str] = Field({}, description="Learners that could not be run, and why.")
-    failures: dict[str, str] = Field({}, description="What the immunized model's code raised, by learner and seed.")
+    not_applicable: dict[str, str] = Field({}, description="Adversaries that could not be run, and why.")
+    failures: dict[str, str] = Field({}, description="What the immunized model's code raised, by adversary and seed.")
 
 
-class Keeping(ResultModel):
-    """The audit once more, for those adversaries only who keep the benign task."""
+class BenignKeeping(ResultModel):
+    """The audit once more, with only the adversaries that keep the benign task."""
 
     limit: float = Field(description="Benign score that an attack may cost the attacked model, mean over seeds.")
-    adversaries: dict[Role, list[str]] = Field(
-        description="Those who stay within it, on the models that know the task."
-    )
+    adversaries: dict[Role, list[str]] = Field(description="Those within the limit, on the models that know the task.")
     by_budget: list[BudgetRow] = Field(
         description="Best of them, and best of all from scratch; empty if none keeps the immunized model's benign task."
     )
@@ -243,12 +242,14 @@ class Thresholds(ResultModel):
 
 
 class Verdict(ResultModel):
-    """The audit's answer: a label, a sentence for people, and every reason."""
+    """The audit's answer: a label, what decided it, and every reason; codes for programs, sentences for people."""
 
     label: VerdictLabel
-    sentence: str
-    reasons: list[str]
-    threat_model: str
+    decision: Reason | None = Field(None, description="What decided the label; None in results of earlier versions.")
+    sentence: str = Field(description="`decision` in English.")
+    reasons: list[Reason] = Field(description="Every reason, as a code with its figures.")
+    tried: ThreatModel | None = Field(None, description="What was tried; None in results of earlier versions.")
+    threat_model: str = Field(description="`tried` in English.")
     thresholds: Thresholds
     retained: float | None = Field(
         description="Sum over budgets of the immunized model's positive advantage over that of the original's."
@@ -295,7 +296,7 @@ class AuditResult(ResultModel):
     flags: list[Flag] = Field([], description="Signs that the resistance, or the audit, is not what it seems.")
     curves: list[Curve]
     by_budget: list[BudgetRow]
-    keeping: Keeping | None = Field(None, description="With `max_benign_drop_after_attack`; None: without it.")
+    keeping: BenignKeeping | None = Field(None, description="With `max_benign_drop_after_attack`; None: without it.")
     cost_target: float | None = Field(None, description="The score whose cost is compared.")
     costs: list[Cost] = Field([])
     side_effects: list[SideEffect] = Field([])
@@ -317,7 +318,7 @@ class AuditResult(ResultModel):
 
 
 class Event(ResultModel):
-    """Something a defense did of its own accord and must not do in silence."""
+    """Something that a defense changed by itself and reports."""
 
     iteration: int
     message: str
@@ -353,77 +354,13 @@ class ImmunizationResult(ResultModel):
         return None
 
 
-class Reading(ResultModel):
-    """What was read of a task's data, for people who want to know whether it is what they meant."""
-
-    source: str
-    kind: str
-    shape: list[int] = Field(description="Of one input: channels, height and width of an image; else its length.")
-    low: float = Field(description="Smallest value of all inputs, before images are scaled to [0, 1].")
-    high: float
-    class_names: list[str] = Field(description="Empty where there are no classes.")
-    samples: dict[str, list[int]] = Field(description="By split, the samples of each class.")
-    notes: list[str] = Field([], description="What was left out or converted, and what is odd.")
-    warnings: list[str] = Field([], description="Samples that are where they should not be.")
-
-    def sentence(self, facts: TaskFacts) -> str:
-        """Returns sizes, classes, shape and range on one line."""
-        parts = [f"{facts.train} training and {facts.test} test samples"]
-        if self.class_names:
-            shown = ", ".join(self.class_names[:5]) + (", ..." if len(self.class_names) > 5 else "")
-            parts.append(f"{len(self.class_names)} classes ({shown})")
-        if self.samples.get("train"):
-            low, high = min(self.samples["train"]), max(self.samples["train"])
-            parts.append(f"{low} training samples each" if low == high else f"{low} to {high} training samples each")
-        what = "tokens" if facts.tokenizer else "inputs"
-        parts.append(f"{what} {'x'.join(map(str, self.shape))} from {self.low:.4g} to {self.high:.4g}")
-        return ", ".join(parts)
-
-
-class TaskFacts(ResultModel):
-    """Which data it was: enough to tell whether somebody else has the same."""
-
-    name: str
-    sha256: str
-    train: int
-    test: int
-    classes: int
-    tokenizer: str | None = Field(None, description="Of text: what made the token ids.")
-    read: Reading | None = Field(None, description="What was read; None in results of former versions.")
-
-
-class ModelFacts(ResultModel):
-    """Which model it was. `sha256` is over names, dtypes, shapes and values; `file_sha256` over the saved file."""
-
-    name: str
-    parameters: int
-    sha256: str
-    file_sha256: str | None = None
-    notes: list[str] = Field([], description="How it was read, and what was changed to make it a plain network.")
-
-
-class Provenance(ResultModel):
-    """Where the numbers come from."""
-
-    command: list[str]
-    started: str
-    holdfast: str
-    python: str
-    platform: str
-    packages: dict[str, str]
-    git_commit: str | None
-    device: str
-    threads: int
-    processes: int = Field(1, description="How many were launched; batches are drawn and gradients averaged by each.")
-    tasks: dict[str, TaskFacts]
-    models: dict[str, ModelFacts]
-
-
 class RunResult(ResultModel):
     """The content of `result.json`."""
 
     schema_version: Literal["1"] = "1"
-    kind: Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
+    job: Literal["run", "immunize", "audit", "feasibility", "study", "protocol"] = Field(
+        alias="kind", description="What made it: a command, or a study or a protocol that `run` ran."
+    )
     title: str
     recipe: dict[str, Any]
     seed: int

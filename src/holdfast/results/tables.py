@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class ResultModel(BaseModel):
     """A part of `result.json`: frozen, and without fields that it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
+    )
 
 
 class Cell(ResultModel):

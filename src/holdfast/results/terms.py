@@ -49,3 +49,14 @@ def words(unit: str) -> Words:
         ('guessing', 'a linear denoiser')
     """
     return KNOWN.get(unit, Words())
+
+
+def count(number: int, noun: str) -> str:
+    """Returns a number with its noun.
+
+    Example:
+        >>> count(1, "step"), count(20, "step"), count(2, "adversary")
+        ('1 step', '20 steps', '2 adversaries')
+    """
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
