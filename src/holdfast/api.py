@@ -62,7 +62,7 @@ def immunize(
     chosen = _chosen(defense, options)
     _check_objects({"model": model}, {"benign": benign, "restricted": restricted})
     threads = checked_threads(threads)
-    model = model.made_plain()
+    model = model.unwrapped()
     job = Job.start("immunize", f"{chosen.name} on {model.name}", seed, device, folder, quiet)
     job.note_tasks({"benign": benign, "restricted": restricted})
     job.claim({"defense": {"name": chosen.name, **chosen.config()}, "model": model.facts().sha256})
@@ -149,7 +149,7 @@ def audit(
     refuse_truth_as_number(options, spec, "audit")
     _refuse_idle(spec, transfer is not None)
     threads, chosen = checked_threads(threads), executors.executor(executor)
-    model, original = model.made_plain(), original.made_plain()
+    model, original = model.unwrapped(), original.unwrapped()
     job = Job.start("audit", f"Audit of {model.name} on {restricted.name}", seed, device, folder, quiet)
     facts = {"model": model.facts().sha256, "original": original.facts().sha256}
     job.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
@@ -196,7 +196,7 @@ def feasibility(
     """
     _check_objects({} if model is None else {"model": model}, {"benign": benign, "restricted": restricted})
     threads = checked_threads(threads)
-    model = None if model is None else model.made_plain()
+    model = None if model is None else model.unwrapped()
     check(model, benign, restricted, ridge=ridge, q=q)
     on = "inputs" if model is None else model.name
     job = Job.start("feasibility", f"{benign.name} against {restricted.name} on {on}", 0, device, folder, quiet)

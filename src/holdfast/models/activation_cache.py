@@ -28,7 +28,7 @@ AGREEMENT = 1e-4
 _BATCH = 250
 
 
-class Prefix:
+class FrozenActivations:
     """Activations that a network's frozen blocks make, and a way to run the rest from them.
 
     Args:
@@ -150,7 +150,7 @@ class Prefix:
         return task.with_inputs(kept, missing) if split == "train" else task.with_inputs(missing, kept)
 
 
-class Rest(nn.Module):
+class FromActivations(nn.Module):
     """A model as a function of activations, so that a task on activations can score it.
 
     Args:
@@ -158,7 +158,7 @@ class Rest(nn.Module):
         model: what is run from them; shared, not copied.
     """
 
-    def __init__(self, prefix: Prefix, model: SplitModel) -> None:
+    def __init__(self, prefix: FrozenActivations, model: SplitModel) -> None:
         super().__init__()
         self.prefix, self.model = prefix, model
 

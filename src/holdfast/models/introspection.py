@@ -49,6 +49,18 @@ class Appended(nn.Module):
 
 
 @dataclass(frozen=True)
+class AppendedFactory:
+    """Builds a network anew and appends a head to it; see `SplitModel.of`."""
+
+    factory: Callable[[], nn.Module]
+    num_outputs: int
+
+    def __call__(self) -> nn.Module:
+        """Returns the network with an identity as its head."""
+        return Appended(self.factory(), self.num_outputs)
+
+
+@dataclass(frozen=True)
 class Outline:
     """What one pass of made-up inputs shows of a network.
 

@@ -28,7 +28,7 @@ WRAPPERS = ("module", "_orig_mod")
 
 
 @dataclass(frozen=True)
-class Plain:
+class Unwrapped:
     """A plain network.
 
     Attributes:
@@ -42,7 +42,7 @@ class Plain:
     head: str | None = None
 
 
-def plain(network: nn.Module, name: str, head: str | None = None) -> Plain:
+def unwrapped(network: nn.Module, name: str, head: str | None = None) -> Unwrapped:
     """Takes a network out of its wrappers, merges adapters into it and casts half precision to float32.
 
     Args:
@@ -55,7 +55,7 @@ def plain(network: nn.Module, name: str, head: str | None = None) -> Plain:
 
     Example:
         >>> wrapped = nn.DataParallel(nn.Sequential(nn.Linear(2, 2)).half())
-        >>> found = plain(wrapped, "mine", "module.0")
+        >>> found = unwrapped(wrapped, "mine", "module.0")
         >>> found.head, found.network[0].weight.dtype, wrapped.module[0].weight.dtype
         ('0', torch.float32, torch.float16)
         >>> found.notes[1]
@@ -70,12 +70,12 @@ def plain(network: nn.Module, name: str, head: str | None = None) -> Plain:
     _refuse(inner, name)
     todo = [change for change in _CHANGES if change.needed(inner, head)]
     if not todo:
-        return Plain(inner, tuple(notes), head)
+        return Unwrapped(inner, tuple(notes), head)
     inner = duplicate(inner)
     for change in todo:
         inner = change.make(inner, name, notes, head)
         head = None if head is None else _renamed(inner, head)
-    return Plain(inner, tuple(notes), head)
+    return Unwrapped(inner, tuple(notes), head)
 
 
 @dataclass(frozen=True)

@@ -22,21 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
+from holdfast.models import wrappers
 from holdfast.models.families import source_files
+from holdfast.models.family import CODE, FAMILIES, Built, Family, Values, register
 from holdfast.models.introspection import first_line
+from holdfast.models.labels import names_of
+from holdfast.models.spec import ModelSpec
 from holdfast.models.split_model import SplitModel
-
-OTHERS = ("timm:", "hf:", "diffusers:")
-
-
-def is_code(name: str) -> bool:
-    """Whether a model's name says where a function is, and not what timm or Hugging Face call it.
-
-    Example:
-        >>> is_code("nets.py:small"), is_code("mine.nets:small"), is_code("timm:resnet18"), is_code("cnn")
-        (True, True, False, False)
-    """
-    return ":" in name and not name.startswith(OTHERS)
 
 
 @dataclass(frozen=True)
@@ -111,7 +103,7 @@ class Code:
             if _is_file(self.source) or not f"{self.source}.".startswith(f"{missing}."):
                 raise self._failed("cannot be imported", error) from error
             near = difflib.get_close_matches(
-                self.source.lower(), [o.removesuffix(":") for o in OTHERS], n=1, cutoff=0.5
+                self.source.lower(), [f.removesuffix(":NAME") for f in FAMILIES if f.endswith(":NAME")], n=1, cutoff=0.5
             )
             raise HoldfastError(
                 f"{self.label!r}: there is no module {missing!r} here; "
@@ -339,3 +331,73 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
         return list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # of something written in C
         return []
+
+
+@register(CODE)
+class CodeFamily(Family):
+    """Networks that a function of the user's code returns."""
+
+    def build(
+        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
+    ) -> Built:
+        """See `Family.build`; this runs the code."""
+        code = Code.named(spec.name)
+        made = code.build(input_shape, num_outputs, spec.options)
+        norm: tuple[Values | None, Values | None] | None
+        head: str | None = None
+        if isinstance(made, SplitModel):
+            split = made.unwrapped()
+            network, head, notes = split.network, split.head_name, split.notes
+            mean, std = (None if v is None else tuple(v.flatten().tolist()) for v in (split.mean, split.std))
+            norm = (mean, std)
+        else:
+            found = wrappers.unwrapped(made, code.label, spec.head)
+            network, notes = found.network, found.notes
+            norm = _own_normalisation(network) if len(input_shape) == 3 else None
+        return Built(
+            network,
+            spec.model_copy(update={"name": code.label}),
+            head,
+            norm or (None, None),
+            foreign=True,
+            code=code.sha256,
+            factory=_CodeFactory(code, input_shape, num_outputs, spec.options),
+            notes=notes,
+        )
+
+    def output_names(self, spec: ModelSpec, built: Built, network: nn.Module) -> tuple[str, ...] | None:
+        """See `Family.output_names`."""
+        return names_of(network)
+
+
+@dataclass(frozen=True)
+class _CodeFactory:
+    """Calls the user's function again, and initialises the layers whose weights it loads."""
+
+    code: Code
+    input_shape: tuple[int, ...]
+    num_outputs: int
+    options: dict[str, Any]
+
+    def __call__(self) -> nn.Module:
+        state = torch.get_rng_state()
+        twice = [self._network() for _ in "ab"]
+        if any(renewed := loaded_layers(*twice)):
+            torch.set_rng_state(state)  # the function may have set its own seed instead of ours
+            renew(twice[1], renewed, self.code.label)
+        return twice[1]
+
+    def _network(self) -> nn.Module:
+        made = self.code.build(self.input_shape, self.num_outputs, self.options)
+        return wrappers.unwrapped(made.network if isinstance(made, SplitModel) else made, self.code.label).network
+
+
+def _own_normalisation(network: nn.Module) -> tuple[Values, Values] | None:
+    """Mean and std in a network's configuration, as timm's have it; None if there are none, or they are unusable."""
+    for attribute in ("pretrained_cfg", "default_cfg"):
+        config = getattr(network, attribute, None)
+        values = [config.get(key) if isinstance(config, Mapping) else None for key in ("mean", "std")]
+        if all(isinstance(v, list | tuple) and v for v in values):
+            mean, std = (tuple(map(float, v)) for v in values if v is not None)
+            return mean, std
+    return None
