@@ -27,8 +27,8 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
         own_task: whether the model's outputs must be this task's classes (its benign task), or may be more (a
             restricted task that a fresh head will serve).
         finite: whether its outputs must be finite.
-        trainable: whether it must have parameters that may be trained. Who immunizes a model respects what its owner
-            froze; an adversary does not, so that an audit asks for none.
+        trainable: whether it must have parameters that may be trained. A defense respects what the model's owner
+            froze; an adversary does not, so an audit needs none.
 
     Raises:
         HoldfastError: no trainable parameters, inputs of another shape, another class count, non-finite outputs.
@@ -47,7 +47,7 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
         model.check_schedule(task.schedule, task.name)
     _check_vocabulary(model, task)
     _check_normalisation(model, task)
-    # Of a copy: somebody's forward pass may change the model, or draw random numbers.
+    # Of a copy: the user's forward pass may change the model, or draw random numbers.
     probe = model.clone().eval()
     batch = next(iter(task.batches("test", 2, device=model.device)))
     try:
@@ -55,7 +55,7 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
             logits = probe(batch.x)
     except HoldfastError:
         raise
-    except Exception as error:  # the code may be anybody's, and so is what it raises
+    except Exception as error:  # the user's code may raise anything
         raise HoldfastError(
             f"{model.name} cannot take the inputs of task {task.name!r}, shape {task.input_shape}: "
             f"{first_line(error)}. For images, set the task's image_size and channels to what the model "
@@ -114,8 +114,8 @@ def architecture_differences(model: SplitModel, original: SplitModel) -> list[st
     """Returns in which ways a model is more than other weights for the original's architecture; empty if it is not.
 
     Compared are the names and shapes of all tensors and whether each is a parameter, the kinds of all layers, their
-    settings, hooks and functions of their own, the head, and the input normalisation. An inserted extractor is no
-    difference: it is a defense's, and part of what is audited.
+    settings, hooks and functions of their own, the head, and the input normalisation. An inserted extractor is not a
+    difference: a defense inserted it, and it is part of what is audited.
 
     Returns:
         A sentence for each difference.

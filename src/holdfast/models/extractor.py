@@ -42,7 +42,7 @@ class ExtractorNetwork(SplitNetwork):
     def insert_extractor(self, theta: Tensor) -> float:
         """Puts the linear map z -> z theta before the head and its inverse into the head: outputs stay what they were.
 
-        What is inserted is one layer named like the head with `.0` behind it, and the head becomes `.1`. A second
+        The inserted layer has the head's name with `.0` appended, and the head becomes `.1`. A second
         extractor is merged into the first.
 
         Args:

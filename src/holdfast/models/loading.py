@@ -33,7 +33,7 @@ def load_model(
         model: a name, a `ModelSpec`, or the path of a `model.safetensors` that Holdfast saved (it carries its spec).
             `hf:NAME` (a folder, a name on the Hub, or `package:NAME/FOLDER`) and `diffusers:NAME` come with their
             weights, and read text if the task is text; `file.py:function`
-            and `module:function` run somebody's code, which you must trust.
+            and `module:function` run code, which you must trust.
         task: its input shape and number of classes size the model.
         data_dir: also searched for relative weight files.
         device: where the model is put.
@@ -226,7 +226,7 @@ def _spec_of_file(name: str, weights: Path | str | None, head: str | None, data_
 
 
 def _refuse_place(name: str) -> None:
-    """Says of a file or folder that is no model what to write instead."""
+    """Refuses a file or folder that is not a model, and says what to write instead."""
     path = Path(name).expanduser()
     if name.endswith(".py"):
         raise HoldfastError(

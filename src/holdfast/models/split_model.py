@@ -186,7 +186,7 @@ class SplitModel(ExtractorNetwork):
     def facts(self, file_sha256: str | None = None) -> ModelFacts:
         """Returns name, size and a hash of the weights (and buffers), for the provenance of a result.
 
-        Tensors that a state dict leaves out are hashed as well, and so is the source of somebody's own code.
+        Tensors that a state dict leaves out are hashed as well, and so is the source of the user's code.
         """
         state = {**dict(every_tensor(self.network)), **self.network.state_dict()}
         digest = tensors_sha256(state, self.code or "")

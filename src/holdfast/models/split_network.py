@@ -14,10 +14,10 @@ from holdfast.runtime.devices import device_of, dtype_of
 
 
 class SplitNetwork(nn.Module):
-    """Input normalisation, a network, and the name of its last layer; the base of `SplitModel`, which see.
+    """Input normalisation, a network, and the name of its last layer; the base of `SplitModel`.
 
     Args:
-        network: see `SplitModel`; as are the others.
+        network: see `SplitModel`.
         head: dotted name of the head.
         name: for messages.
         mean: of the input normalisation.

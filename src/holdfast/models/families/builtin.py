@@ -280,8 +280,8 @@ class _Attention(nn.Module):
 class _EncoderLayer(nn.Module):
     """A post-norm transformer layer with ReLU, its tensors named as in `nn.TransformerEncoderLayer`.
 
-    PyTorch's own has a fast path in evaluation that reads the weights past the layers that hold them: whatever
-    somebody put into a layer's place, such as a low-rank adapter, would be trained and then not be scored.
+    PyTorch's own has a fast path in evaluation that reads the weights past the layers that hold them: a module
+    that replaces a layer, such as a low-rank adapter, would be trained and then not be scored.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:

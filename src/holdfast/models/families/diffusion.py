@@ -247,7 +247,7 @@ def architecture(config: Mapping[str, Any]) -> nn.Module:
 
     try:
         return in_order(UNet2DModel.from_config(dict(config)))
-    except Exception as error:  # the configuration may be anybody's, and so is what it raises
+    except Exception as error:  # the configuration may hold anything
         raise HoldfastError(f"No U-Net can be built from its configuration: {first_line(error)}.") from error
 
 
@@ -261,7 +261,7 @@ def pretrained(place: str) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
         The network, the configuration of its scheduler, and what a reader should know.
 
     Raises:
-        HoldfastError: if there is no such model, or it is no unconditional U-Net.
+        HoldfastError: if there is no such model, or it is not an unconditional U-Net.
     """
     from diffusers import DDPMScheduler, UNet2DModel
 
@@ -286,7 +286,7 @@ def pretrained(place: str) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
             output_loading_info=True,
         )
         scheduler = DDPMScheduler.load_config(place, subfolder="scheduler" if inside else None, local_files_only=local)
-    except Exception as error:  # what a network, a cache and files of anybody's raise
+    except Exception as error:  # a network, a cache and unknown files may raise anything
         raise HoldfastError(
             f"diffusers:{place} cannot be loaded as an UNet2DModel in safetensors with a scheduler: "
             f"{first_line(error)}."

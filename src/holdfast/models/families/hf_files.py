@@ -20,7 +20,7 @@ an architecture do without."""
 
 
 def check_config(name: str, config: Mapping[str, Any]) -> None:
-    """Refuses a configuration that says more than the architecture; anybody may have written it.
+    """Refuses a configuration that says more than the architecture; it may come from an untrusted file.
 
     Raises:
         HoldfastError: naming the entry.

@@ -37,7 +37,7 @@ OPTIONS: Final = ("config", "pooling", "num_labels", "vocabulary")
 
 
 class Pooled(nn.Module):
-    """An encoder, pooling over what is no padding, and a linear head.
+    """An encoder, pooling over all positions but padding, and a linear head.
 
     Args:
         body: maps `input_ids` and `attention_mask` to something with `last_hidden_state`, shape (N, L, width).
@@ -56,7 +56,7 @@ class Pooled(nn.Module):
         >>> body = BertModel(BertConfig(**sizes), add_pooling_layer=False).eval()
         >>> network = Pooled(body, 8, 3, pooling="mean", pad=0)
         >>> short, long = network(torch.tensor([[5, 6, 0, 0], [5, 6, 7, 8]]))
-        >>> torch.allclose(short, network(torch.tensor([[5, 6]]))[0], atol=1e-5)  # what is behind the end is not seen
+        >>> torch.allclose(short, network(torch.tensor([[5, 6]]))[0], atol=1e-5)  # padding is not seen
         True
     """
 
@@ -116,7 +116,7 @@ def _read(ids: Tensor, pad: int, cuts: bool) -> tuple[Tensor, Tensor]:
 
 
 def seen(ids: Tensor, pad: int) -> Tensor:
-    """Returns which positions belong to a sentence: all up to the last that is no padding, and always the first.
+    """Returns which positions belong to a sentence: all up to the last one before the padding, and always the first.
 
     Where the end token serves as padding, it may also stand inside a sentence.
 
@@ -239,7 +239,7 @@ def _own(name: str, place: str, config: Any, num_labels: int | None, vocabulary:
 def _from_config(
     name: str, config: Mapping[str, Any], pooling: str | None, num_outputs: int, vocabulary: Vocabulary
 ) -> Pooled | Masked:
-    """Fresh weights by a configuration, which anybody may have written; nothing is read or fetched."""
+    """Fresh weights by a configuration, which may be untrusted; nothing is read or fetched."""
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     check_config(name, config)

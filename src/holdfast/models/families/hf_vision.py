@@ -34,7 +34,7 @@ def pretrained(name: str, num_labels: int | None = None) -> tuple[nn.Module, dic
 
     Args:
         name: a folder that `save_pretrained` wrote, or a name on the Hub (which needs a network, or its cache).
-        num_labels: put a fresh head with so many outputs in the place of its own, if its own has another number.
+        num_labels: replace the head by a fresh one with so many outputs, if its own has another number.
 
     Returns:
         The network and its configuration, from which `architecture` rebuilds it.
@@ -110,7 +110,7 @@ def architecture(name: str, config: dict[str, Any]) -> nn.Module:
 
     Args:
         name: for messages.
-        config: what `pretrained` returned; if it comes from a file, anybody may have written it.
+        config: what `pretrained` returned; if it comes from a file, it is untrusted.
 
     Raises:
         HoldfastError: if no image classifier can be made from the configuration.

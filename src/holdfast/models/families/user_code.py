@@ -1,4 +1,4 @@
-"""Models from somebody's own code: `package.module:function`, or `path/to/file.py:function`.
+"""Models from the user's code: `package.module:function`, or `path/to/file.py:function`.
 
 This runs the code. It is for code that you trust as much as this program itself.
 """
@@ -68,14 +68,14 @@ class Code:
         return f"{Path(self.source).name if _is_file(self.source) else self.source}:{self.function}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Whoever unpickles this needs the module before the network, whose classes are from there.
+        # The process that unpickles this needs the module before the network, whose classes it defines.
         return _imported, (self.source, self.function)
 
     @property
     def sha256(self) -> str:
         """Hash of the source file and of what it imports from beside it; of the module's name, where there is none.
 
-        See `holdfast.models.families.source_files`. Files that the code reads by itself are not seen.
+        See `holdfast.models.families.source_files`. Files that the code opens are not included.
         """
         path = getattr(self.module(), "__file__", None)
         return (
@@ -216,7 +216,7 @@ def _kind(made: Any) -> str:
 
 
 def _mend(made: Any, label: str) -> str:
-    """What to do about something that was returned in the place of a network."""
+    """What to do about something that was returned instead of a network."""
     if isinstance(made, type):
         return " Let it return an object of the class, not the class itself."
     if made is None:
@@ -252,7 +252,7 @@ _IMPORTED: dict[str, str] = {}
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Puts torch's settings back that somebody's code changed for all: they are not for what comes after it."""
+    """Restores torch's global settings, which the user's code may change: they must not affect what runs later."""
     before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device()
     try:
         yield
@@ -270,7 +270,7 @@ def _imported(source: str, function: str) -> Code:
 
 
 _FOLDERS: set[Path] = set()
-"""From which files were run, and what stands beside them imported."""
+"""Folders from which files were run, and modules beside them imported."""
 
 
 @contextlib.contextmanager
@@ -314,7 +314,7 @@ def _from_file(path: Path) -> ModuleType:
 def _refuse_twins(path: Path) -> None:
     """Refuses a file beside which stands a module of a name that was imported from beside another file.
 
-    Python keeps one module a name: this file would be given the other's, and nobody would see it.
+    Python keeps one module a name: this file would silently get the other's.
     """
     for twin in sorted(path.parent.iterdir()):
         taken = Path(getattr(sys.modules.get(twin.stem), "__file__", None) or "")
