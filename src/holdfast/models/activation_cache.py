@@ -2,8 +2,8 @@
 
 Which layers come before which others, a module does not tell. So nothing is cut: the network runs as it is, but every
 frozen module answers at once. The last of them answers with the kept activations; those before it with what they
-answered to one sample, repeated for the batch; nothing reads these. A skip connection around the last of them would read
-it, and then the outputs differ: that is tried once, on some samples, and such a network is not taken.
+answered to one sample, repeated for the batch; nothing reads these. A skip connection around the last of them would
+read it, and then the outputs differ: that is tried once, on some samples, and such a network is not taken.
 
 Later blocks may read the inputs themselves: which words are padding, for one. Where they do, the inputs are kept too.
 """

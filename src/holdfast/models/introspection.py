@@ -199,8 +199,8 @@ _BOOKKEEPING = frozenset(vars(nn.Module()))
 def every_tensor(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yields every tensor that a module holds, each once: parameters, buffers, and what is in plain attributes.
 
-    Lists, dictionaries and modules in them are searched too: a network in a list is not a sub-module, and `parameters()`
-    does not yield its tensors.
+    Lists, dictionaries and modules in them are searched too: a network in a list is not a sub-module, and
+    `parameters()` does not yield its tensors.
 
     Example:
         >>> layer = nn.Linear(2, 2, bias=False)

@@ -54,6 +54,8 @@ class SplitModel(ExtractorNetwork):
         HoldfastError: if the head is missing or is of another kind, or mean and std do not fit together.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> model = SplitModel(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), head="2")
         >>> model.num_outputs, model.features(torch.zeros(3, 4)).shape
         (2, torch.Size([3, 8]))
