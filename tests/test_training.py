@@ -155,10 +155,10 @@ class TestBlocks:
         ],
     )
     def test_of_known_architectures(self, name, shape, expected):
-        from holdfast.models.loading import _build
+        from holdfast.models.family import family_of
 
         spec = ModelSpec(name=name)
-        built = _build(spec, shape, 4)
+        built = family_of(spec.name).build(spec, shape, 4, None)
         network, head = built.network, built.head
         blocks = SplitModel(network, head).blocks()
         weighted = [next(n for n, m in block if any(p.dim() > 1 for p in m.parameters())) for block in blocks]

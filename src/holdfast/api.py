@@ -96,7 +96,7 @@ def immunize(
     chosen = _chosen(defense, options)
     _check_objects({"model": model}, {"benign": benign, "restricted": restricted})
     threads = checked_threads(threads)
-    model = model.made_plain()
+    model = model.unwrapped()
     title = f"{chosen.name} on {model.name}"
     workspace = Workspace.start("immunize", title, seed, device, folder, quiet, callbacks=callbacks)
     workspace.note_tasks({"benign": benign, "restricted": restricted})
@@ -186,7 +186,7 @@ def audit(
     refuse_truth_as_number(settings, spec, "audit")
     refuse_unused(spec, transfer is not None)
     threads, chosen = checked_threads(threads), executors.executor(executor)
-    model, original = model.made_plain(), original.made_plain()
+    model, original = model.unwrapped(), original.unwrapped()
     title = f"Audit of {model.name} on {restricted.name}"
     workspace = Workspace.start("audit", title, seed, device, folder, quiet, callbacks=callbacks)
     facts = {"model": model.facts().sha256, "original": original.facts().sha256}
@@ -234,7 +234,7 @@ def feasibility(
     """
     _check_objects({} if model is None else {"model": model}, {"benign": benign, "restricted": restricted})
     threads = checked_threads(threads)
-    model = None if model is None else model.made_plain()
+    model = None if model is None else model.unwrapped()
     check(model, benign, restricted, ridge=ridge, q=q)
     on = "inputs" if model is None else model.name
     workspace = Workspace.start(

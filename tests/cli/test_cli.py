@@ -173,7 +173,7 @@ class TestImmunizeAndAudit:
         assert "5 steps" in done.stdout
 
     def test_a_diffusers_folder_is_immunized_and_the_folder_that_comes_out_audited(self, denoiser, tmp_path, capsys):
-        folder = denoiser.export(tmp_path / "original")
+        folder = denoiser.save_pretrained(tmp_path / "original")
         tasks = (
             "--benign", "digits[0-4]@kind=denoising,test_limit=20", "--device", "cpu",
             "--restricted", "digits[5-9]@kind=denoising,test_limit=20",
@@ -202,7 +202,7 @@ class TestImmunizeAndAudit:
         assert "best linear denoiser" in inside(capsys, "card", tmp_path / "audit").stdout
 
     def test_denoisers_and_classifiers_are_not_mixed_up(self, denoiser, tmp_path, capsys):
-        folder = denoiser.export(tmp_path / "original")
+        folder = denoiser.save_pretrained(tmp_path / "original")
         done = inside(capsys, "immunize", folder, *self.COMMON, "--out", tmp_path / "made")
         refused(
             done,

@@ -221,7 +221,7 @@ def test_what_cannot_work_costs_nothing(pictures, message, tmp_path):
 
 
 def test_samples_of_another_size_cost_nothing(tmp_path):
-    load_model(ModelSpec(name="unet", options={"widths": [8]}), load_task("digits@kind=denoising")).export(
+    load_model(ModelSpec(name="unet", options={"widths": [8]}), load_task("digits@kind=denoising")).save_pretrained(
         tmp_path / "p"
     )
     larger = {**BASE["settings"]["digits"], "model": {"name": f"diffusers:{tmp_path / 'p'}"}}

@@ -50,7 +50,7 @@ class TestSample:
     @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
     def test_a_released_folder_gives_the_same_in_plain_diffusers(self, tmp_path, prediction, pipeline, ours, theirs):
         model = denoiser(prediction_type=prediction)
-        loaded = pipeline.from_pretrained(model.export(tmp_path))
+        loaded = pipeline.from_pretrained(model.save_pretrained(tmp_path))
         loaded.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(7)
         expected = loaded(batch_size=3, generator=generator, output_type="pt", **theirs).images

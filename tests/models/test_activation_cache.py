@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.models import ModelSpec, Prefix, Rest, SplitModel, load_model
+from holdfast.models import FromActivations, FrozenActivations, ModelSpec, SplitModel, load_model
 from holdfast.tasks import load_task
 
 SAMPLES = {"cnn": "digits[0-4]", "mlp": "digits[0-4]", "cifar_resnet": "digits[0-4]@image_size=16,channels=3"}
@@ -23,7 +23,7 @@ def built(name: str) -> tuple[SplitModel, object, torch.Tensor]:
 def test_the_rest_of_a_network_computes_what_the_whole_does(name, trained):
     model, _, x = built(name)
     trained = min(trained, len(model.blocks()) - 1)
-    prefix = Prefix(model, model.blocks()[:-trained], x)
+    prefix = FrozenActivations(model, model.blocks()[:-trained], x)
     logits, features = prefix.outputs(model, prefix.activations(x))
     wanted, expected = model.with_features(x)
     assert torch.allclose(logits, wanted, atol=1e-5)
@@ -35,7 +35,7 @@ def test_the_rest_of_a_network_computes_what_the_whole_does(name, trained):
 def test_gradients_are_those_of_the_whole(name):
     model, _, x = built(name)
     moved = [p for _, m in model.blocks()[-1] for p in m.parameters()]
-    prefix = Prefix(model, model.blocks()[:-1], x)
+    prefix = FrozenActivations(model, model.blocks()[:-1], x)
     found = torch.autograd.grad(prefix.outputs(model, prefix.activations(x))[0].square().sum(), moved)
     wanted = torch.autograd.grad(model(x).square().sum(), moved)
     for one, other in zip(found, wanted, strict=True):
@@ -44,7 +44,7 @@ def test_gradients_are_those_of_the_whole(name):
 
 def test_a_changed_rest_is_what_runs_and_the_whole_is_left_as_it_was():
     model, _, x = built("cnn")
-    prefix = Prefix(model, model.blocks()[:-1], x)
+    prefix = FrozenActivations(model, model.blocks()[:-1], x)
     before = model(x)
     with torch.no_grad():
         model.head.weight.mul_(2)
@@ -56,7 +56,7 @@ def test_a_changed_rest_is_what_runs_and_the_whole_is_left_as_it_was():
 
 def test_frozen_modules_do_not_run():
     model, _, x = built("cifar_resnet")
-    prefix = Prefix(model, model.blocks()[:-1], x)
+    prefix = FrozenActivations(model, model.blocks()[:-1], x)
     kept = prefix.activations(x)
     ran: list[str] = []
     for name, module in model.network.named_modules():
@@ -69,11 +69,11 @@ def test_frozen_modules_do_not_run():
 
 def test_a_task_on_activations_scores_as_the_task_does():
     model, task, x = built("cnn")
-    prefix = Prefix(model, model.blocks()[:-1], x)
+    prefix = FrozenActivations(model, model.blocks()[:-1], x)
     kept = prefix.task(task, "test")
-    assert kept.score(Rest(prefix, model)) == task.score(model)
+    assert kept.score(FromActivations(prefix, model)) == task.score(model)
     assert next(kept.sweep("train", 5, device=torch.device("cpu"))).x.isnan().all()
-    assert prefix.task(task, "train").score(Rest(prefix, model), "train") == task.score(model, "train")
+    assert prefix.task(task, "train").score(FromActivations(prefix, model), "train") == task.score(model, "train")
     assert (kept.size("train"), kept.size("test")) == (task.size("train"), task.size("test"))
     per_sample = torch.tensor(prefix.shape).prod().item() * 4
     assert prefix.size(task, "test") == per_sample * task.size("test")
@@ -102,13 +102,13 @@ def test_a_network_whose_answers_cannot_be_kept_is_refused(network, why):
     torch.manual_seed(0)
     model = SplitModel(network(), "head").eval()
     with pytest.raises(ValueError, match=why):
-        Prefix(model, model.blocks()[:2], torch.rand(3, 1, 8, 8))
+        FrozenActivations(model, model.blocks()[:2], torch.rand(3, 1, 8, 8))
 
 
 def test_nothing_frozen_is_refused():
     model, _, x = built("cnn")
     with pytest.raises(ValueError, match="no block"):
-        Prefix(model, [], x)
+        FrozenActivations(model, [], x)
 
 
 class TestSentences:
@@ -126,7 +126,7 @@ class TestSentences:
         model, task = read
         x = next(task.sweep("train", 40, device=torch.device("cpu"))).x
         assert len({int((row != 0).sum()) for row in x}) > 1
-        prefix = Prefix(model, model.blocks()[:-1], x)
+        prefix = FrozenActivations(model, model.blocks()[:-1], x)
         logits, found = prefix.outputs(model, prefix.activations(x))
         assert torch.allclose(logits, model(x), atol=1e-5)
         assert torch.allclose(found, model.features(x), atol=1e-5)
@@ -134,8 +134,10 @@ class TestSentences:
 
     def test_a_task_on_activations_scores_as_the_task_does(self, read):
         model, task = read
-        prefix = Prefix(model, model.blocks()[:-1], next(task.sweep("train", 2, device=torch.device("cpu"))).x)
-        assert prefix.task(task, "test").score(Rest(prefix, model)) == task.score(model)
+        prefix = FrozenActivations(
+            model, model.blocks()[:-1], next(task.sweep("train", 2, device=torch.device("cpu"))).x
+        )
+        assert prefix.task(task, "test").score(FromActivations(prefix, model)) == task.score(model)
 
 
 class Residual(nn.Module):
@@ -152,7 +154,7 @@ class Residual(nn.Module):
 def test_inputs_are_kept_where_later_blocks_read_them():
     torch.manual_seed(0)
     model, x = SplitModel(Residual(), "head").eval(), torch.rand(5, 1, 8, 8)
-    prefix = Prefix(model, model.blocks()[:1], x)
+    prefix = FrozenActivations(model, model.blocks()[:1], x)
     assert prefix.activations(x).shape == (5, 128)
     assert torch.allclose(prefix.outputs(model, prefix.activations(x))[0], model(x), atol=1e-5)
 
@@ -161,7 +163,7 @@ def test_samples_that_are_all_the_same_try_nothing():
     torch.manual_seed(0)
     model = SplitModel(Skipping(), "head").eval()
     with pytest.raises(ValueError, match="all the same"):
-        Prefix(model, model.blocks()[:2], torch.rand(1, 1, 8, 8).expand(4, 1, 8, 8))
+        FrozenActivations(model, model.blocks()[:2], torch.rand(1, 1, 8, 8).expand(4, 1, 8, 8))
 
 
 def test_somebodys_patch_of_a_frozen_layer_stays():
@@ -173,6 +175,6 @@ def test_somebodys_patch_of_a_frozen_layer_stays():
         return plain(*args)
 
     layer.forward = patched
-    prefix = Prefix(model, model.blocks()[:-1], x)
+    prefix = FrozenActivations(model, model.blocks()[:-1], x)
     prefix.outputs(model, prefix.activations(x))
     assert vars(layer)["forward"] is patched

@@ -209,8 +209,8 @@ class TestTable:
                         name[5:], num_classes=10, **({"img_size": 32} if fixed else {}), **given
                     )
                 else:
-                    from holdfast.models.families.builtin import BUILTIN
+                    from holdfast.models import FAMILIES
 
-                    network = BUILTIN[name][0]((3, 32, 32), 10, **given)
+                    network = FAMILIES[name].builder((3, 32, 32), 10, **given)
             count = sum(p.numel() for p in network.parameters()) / 1e6
             assert count == pytest.approx(millions, abs=0.0051), name

@@ -61,7 +61,7 @@ def edited(path, **change):
 
 class TestFolders:
     def test_what_holdfast_writes_diffusers_opens_and_samples_alike(self, denoiser, tmp_path):
-        folder = denoiser.export(tmp_path / "pipeline")
+        folder = denoiser.save_pretrained(tmp_path / "pipeline")
         plain = diffusers.DDPMPipeline.from_pretrained(folder)
         assert np.abs(image(plain) - image(denoiser.pipeline())).max() < 1e-5
         assert (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file()
@@ -82,7 +82,7 @@ class TestFolders:
         folder = tmp_path / "ddim"
         diffusers.DDIMPipeline(network(), diffusers.DDIMScheduler()).save_pretrained(folder)
         model = load_released(str(folder), None, task)
-        model.export(tmp_path / "again")
+        model.save_pretrained(tmp_path / "again")
         assert isinstance(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again"), diffusers.DDIMPipeline)
         assert isinstance(load_model("unet", task).pipeline(ddim=True), diffusers.DDIMPipeline)
 
@@ -292,7 +292,7 @@ class TestReading:
     def test_what_the_tensors_do_not_say_is_part_of_what_a_denoiser_is(self, task):
         one, other = (Denoiser(network(), scheduler={"prediction_type": k}) for k in ("epsilon", "v_prediction"))
         assert one.facts().sha256 == other.facts().sha256
-        assert one.reading() != other.reading()
+        assert one.input_settings() != other.input_settings()
         assert architecture_differences(one, other) == [
             "Its scheduler's prediction_type is epsilon instead of v_prediction."
         ]

@@ -179,7 +179,7 @@ class TestFolders:
 
     def test_a_folder_of_something_else(self, vit, tmp_path, denoiser):
         folder, _ = vit
-        denoiser.export(tmp_path / "ddpm")
+        denoiser.save_pretrained(tmp_path / "ddpm")
         task = task_of(["cat", "dog", "sea lion"])
         with pytest.raises(HoldfastError, match=r"holds a diffusers pipeline.*diffusers:"):
             load_released(f"hf:{tmp_path}/ddpm", None, task)

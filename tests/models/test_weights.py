@@ -204,7 +204,7 @@ class TestSaving:
             model.save(tmp_path)
 
     def test_export_of_a_denoiser(self, denoiser, tmp_path):
-        assert denoiser.export(f"{tmp_path}/x/y") == tmp_path / "x" / "y"
+        assert denoiser.save_pretrained(f"{tmp_path}/x/y") == tmp_path / "x" / "y"
         assert (tmp_path / "x" / "y" / "model_index.json").is_file()
 
 

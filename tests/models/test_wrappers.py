@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel, load_model
-from holdfast.models.wrappers import plain
+from holdfast.models.wrappers import unwrapped
 
 X = torch.rand(3, 1, 8, 8)
 
@@ -45,7 +45,7 @@ class TestWrappers:
         wrapped = wrap(network())
         prefix = "_orig_mod" if wrap is compiled else "module"
         named = SplitModel(wrapped, f"{prefix}.3")
-        model = SplitModel.of(wrapped, benign) if by == "of" else named.made_plain()
+        model = SplitModel.of(wrapped, benign) if by == "of" else named.unwrapped()
         assert list(model.network.state_dict()) == ["1.weight", "1.bias", "3.weight", "3.bias"]
         assert model.head_name == "3"
         assert torch.equal(model(X), network()(X))
@@ -88,7 +88,7 @@ class TestWrappers:
         assert torch.equal(model(X), network()(X) * 2)
 
     def test_a_plain_one_is_the_very_same(self, trained, benign):
-        assert trained.made_plain() is trained
+        assert trained.unwrapped() is trained
         inner = network()
         assert SplitModel.of(inner, benign).network is inner
 
@@ -110,7 +110,7 @@ class TestPrecision:
         mixed.register_buffer("counter", torch.tensor(3))
         mixed.register_parameter("again", mixed[1].weight)
         mixed.aside = [torch.ones(2, dtype=torch.float16)]
-        made = plain(mixed, "mine").network
+        made = unwrapped(mixed, "mine").network
         assert made.again is made[1].weight
         assert made[1].weight.dtype == made[3].bias.dtype == made.aside[0].dtype == torch.float32
         assert made.counter.dtype == torch.int64
@@ -121,7 +121,7 @@ class TestPrecision:
     def test_an_extractor_in_float64_stays(self, trained):
         model = trained.clone()
         model.insert_extractor(torch.eye(64, dtype=torch.float64) * 2)
-        assert model.made_plain() is model
+        assert model.unwrapped() is model
 
     @pytest.mark.trains
     def test_the_attack_is_that_on_the_same_weights_in_float32(self, benign, restricted, run):
@@ -130,7 +130,7 @@ class TestPrecision:
 
         half = network().half()
         attack = FineTuning(Strategy("head", "all", "adam", 1e-2, 50))
-        models = [SplitModel(half, "3").made_plain(), SplitModel(copy.deepcopy(half).float(), "3")]
+        models = [SplitModel(half, "3").unwrapped(), SplitModel(copy.deepcopy(half).float(), "3")]
         curves = [attack.attack(m, restricted, budgets=(0, 5), run=run) for m in models]
         assert curves[0].scores == curves[1].scores
         assert curves[0].finite
@@ -138,7 +138,7 @@ class TestPrecision:
     def test_what_is_written_gives_the_same_outputs_again(self, benign, tmp_path):
         model = load_model("cnn", benign)
         model.network.half()
-        model = model.made_plain().eval()
+        model = model.unwrapped().eval()
         model.save(str(tmp_path / "deep" / "m.safetensors"))
         again = load_model(str(tmp_path / "deep" / "m.safetensors"), benign).eval()
         assert again.dtype == torch.float32
@@ -171,7 +171,7 @@ class TestAdapters:
         assert not torch.allclose(wanted, network()(X), atol=1e-2)
         for model in (
             SplitModel.of(adapted, benign),
-            SplitModel(adapted, "base_model.model.3.modules_to_save.default").made_plain(),
+            SplitModel(adapted, "base_model.model.3.modules_to_save.default").unwrapped(),
         ):
             assert list(model.network.state_dict()) == list(network().state_dict())
             assert model.head_name == "3"
@@ -194,7 +194,7 @@ class TestNorms:
     def test_a_head_that_is_computed_becomes_plain(self, benign):
         inner = network()
         inner[3] = parametrizations.weight_norm(inner[3])
-        model = SplitModel(inner, "3").made_plain()
+        model = SplitModel(inner, "3").unwrapped()
         assert torch.allclose(model(X), inner(X))
         model.insert_extractor(torch.eye(8, dtype=torch.float64) * 4)
         assert torch.allclose(model(X), inner(X), atol=1e-5)
@@ -262,7 +262,7 @@ def lazy():
         (lambda: network().to("meta"), "'1.weight' has no values.*meta device"),
     ],
 )
-def test_what_cannot_be_made_plain(benign, build, message):
+def test_what_cannot_be_unwrapped(benign, build, message):
     made = build()
     with pytest.raises(HoldfastError, match=f"mine: .*{message}"):
         SplitModel.of(made, benign, name="mine")

@@ -285,7 +285,7 @@ class TestPlaces:
         assert load_task("cars.npz").facts().sha256 == own
 
     def test_the_same_rule_for_folders_and_weights(self, both):
-        from holdfast.models.loading import _find
+        from holdfast.models.spec import find_weights
 
         here, there = both
         for folder in both:
@@ -295,13 +295,13 @@ class TestPlaces:
         with pytest.raises(HoldfastError, match="is both"):
             located("words")
         with pytest.raises(HoldfastError, match="is both"):
-            _find("w/m.safetensors", None)
-        assert _find("./w/m.safetensors", None) == Path("w/m.safetensors")
+            find_weights("w/m.safetensors", None)
+        assert find_weights("./w/m.safetensors", None) == Path("w/m.safetensors")
         assert located("./words") == "words"
         (here / "w" / "m.safetensors").unlink()
-        assert _find("w/m.safetensors", None) == there / "w" / "m.safetensors"
+        assert find_weights("w/m.safetensors", None) == there / "w" / "m.safetensors"
         with pytest.raises(HoldfastError, match="No weights at"):
-            _find("./w/m.safetensors", None)
+            find_weights("./w/m.safetensors", None)
 
     def test_the_data_folder_may_be_here(self, both):
         here, _ = both

@@ -313,7 +313,7 @@ def _journal(context: TrialContext, plan: Search | Sequence[Adversary], spec: Au
 def _settings(model: SplitModel) -> str:
     """Hash of what the hash of its tensors does not see, and scores depend on."""
     layers = re.sub(r"0x[0-9a-fA-F]+", "", repr(model.network))  # an address is another one each time
-    return fingerprint([model.head_name, layers, model.reading()])
+    return fingerprint([model.head_name, layers, model.input_settings()])
 
 
 def _side(immunized: SplitModel, original: SplitModel, benign: Task, run: Run) -> Side:

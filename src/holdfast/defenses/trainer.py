@@ -76,7 +76,7 @@ class Immunization(ABC, Generic[Config]):
                     config.config(),
                     run.seed,
                     model.facts().sha256,
-                    model.reading(),
+                    model.input_settings(),
                     [n for n, p in model.named_parameters() if p.requires_grad],
                     benign.facts().sha256,
                     restricted.facts().sha256,

@@ -20,7 +20,7 @@ from holdfast.auditing.audit import audit as run_audit
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError
 from holdfast.experiments.model_store import ModelJobs, StoredModel, model_store
-from holdfast.models import SplitModel
+from holdfast.models import Denoiser, SplitModel
 from holdfast.report import write_report
 from holdfast.results import (
     AuditResult,
@@ -261,7 +261,8 @@ class Workspace:
         if self.run.folder is not None:
             folder = self.run.folder
             digest = process_group().on_main_process(lambda: immunized.save(folder / "model.safetensors"))
-            if process_group().on_main_process(lambda: immunized.export(folder / "pipeline")) is not None:
+            if isinstance(immunized, Denoiser):
+                process_group().on_main_process(lambda: immunized.save_pretrained(folder / "pipeline"))
                 self.run.say(f"Written for diffusers: {folder / 'pipeline'}")
         self.note_model("immunized", immunized, digest)
         return immunized, defense.attach_result(record, model, immunized)

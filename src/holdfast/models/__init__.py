@@ -1,22 +1,26 @@
-"""Models: a network split into a body and a head; built-in ones, timm's, Hugging Face's, and anybody's code."""
+"""Models: a network split into a body and a head; built-in ones, timm's, Hugging Face's, and the user's code."""
 
-from holdfast.models.activation_cache import Prefix, Rest
+from holdfast.models.activation_cache import FromActivations, FrozenActivations
 from holdfast.models.blocks import is_normalisation
 from holdfast.models.compatibility import architecture_differences, check_fits
 from holdfast.models.families.diffusion import Denoiser
-from holdfast.models.families.user_code import is_code
+from holdfast.models.family import FAMILIES, Built, Family, is_code, list_models, register
 from holdfast.models.features import both_splits, check_feature_width, feature_batches, feature_precision, features
 from holdfast.models.introspection import every_tensor
-from holdfast.models.loading import ModelSpec, load_model, load_released
+from holdfast.models.loading import load_model, load_released
+from holdfast.models.spec import ModelSpec
 from holdfast.models.split_model import SplitModel
 from holdfast.models.task_tokenizer import load_task_for, read_by
 from holdfast.models.transplant import foreign_code, transplant
 
 __all__ = [
+    "FAMILIES",
+    "Built",
     "Denoiser",
+    "Family",
+    "FromActivations",
+    "FrozenActivations",
     "ModelSpec",
-    "Prefix",
-    "Rest",
     "SplitModel",
     "architecture_differences",
     "both_splits",
@@ -29,9 +33,11 @@ __all__ = [
     "foreign_code",
     "is_code",
     "is_normalisation",
+    "list_models",
     "load_model",
     "load_released",
     "load_task_for",
     "read_by",
+    "register",
     "transplant",
 ]

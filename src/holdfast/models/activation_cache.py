@@ -2,8 +2,8 @@
 
 Which layers come before which others, a module does not tell. So nothing is cut: the network runs as it is, but every
 frozen module answers at once. The last of them answers with the kept activations; those before it with what they
-answered to one sample, repeated for the batch, which nobody reads. A skip connection around the last of them would read
-it, and then the outputs differ: that is tried once, on some samples, and such a network is not taken.
+answered to one sample, repeated for the batch; nothing reads these. A skip connection around the last of them would
+read it, and then the outputs differ: that is tried once, on some samples, and such a network is not taken.
 
 Later blocks may read the inputs themselves: which words are padding, for one. Where they do, the inputs are kept too.
 """
@@ -28,7 +28,7 @@ AGREEMENT = 1e-4
 _BATCH = 250
 
 
-class Prefix:
+class FrozenActivations:
     """Activations that a network's frozen blocks make, and a way to run the rest from them.
 
     Args:
@@ -133,7 +133,7 @@ class Prefix:
         finally:
             for name, layer in layers.items():
                 del layer.forward
-                if name in own:  # somebody patched it before
+                if name in own:  # it was patched before
                     layer.forward = own[name]
 
     def size(self, task: Task, split: Split) -> int:
@@ -142,7 +142,7 @@ class Prefix:
         return task.size(split) * self._templates[self._last].element_size() * width
 
     def task(self, task: Task, split: Split) -> Task:
-        """Returns a task on activations in one split; in the other, which takes no memory, inputs are no numbers."""
+        """Returns a task on activations in one split; in the other, which takes no memory, inputs are NaN."""
         parts = [self.activations(b.x).cpu() for b in task.sweep(split, _BATCH, device=self._model.device)]
         kept = torch.cat(parts)
         other = task.size("test" if split == "train" else "train")
@@ -150,7 +150,7 @@ class Prefix:
         return task.with_inputs(kept, missing) if split == "train" else task.with_inputs(missing, kept)
 
 
-class Rest(nn.Module):
+class FromActivations(nn.Module):
     """A model as a function of activations, so that a task on activations can score it.
 
     Args:
@@ -158,7 +158,7 @@ class Rest(nn.Module):
         model: what is run from them; shared, not copied.
     """
 
-    def __init__(self, prefix: Prefix, model: SplitModel) -> None:
+    def __init__(self, prefix: FrozenActivations, model: SplitModel) -> None:
         super().__init__()
         self.prefix, self.model = prefix, model
 

@@ -11,7 +11,7 @@ a module if
 Every other module that holds a weight (a parameter of two axes or more) begins a block. One without weights, such as a
 normalisation, an activation or pooling, belongs to the block before it; what comes before the first weight, to the
 first block. So a block of a plain network is a layer with what follows it, and of a residual network or a transformer
-a residual block. Parameters that an opened module owns by itself, such as a class token, are in no block.
+a residual block. An opened module's own parameters, such as a class token, are in no block.
 """
 
 from __future__ import annotations

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
+from holdfast.models.extractor import layers_without_extractor, name_without_extractor, tensors_without_extractor
 from holdfast.models.families.diffusion import Denoiser
 from holdfast.models.introspection import first_line
 from holdfast.models.split_model import SplitModel
-from holdfast.models.transplant import _hooks, _kind, _plain_layers, _plain_name, _plain_tensors, _published, _rounded
+from holdfast.models.transplant import count_hooks, is_published
 from holdfast.tasks import DenoisingTask, Task
 
 
@@ -26,8 +27,8 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
         own_task: whether the model's outputs must be this task's classes (its benign task), or may be more (a
             restricted task that a fresh head will serve).
         finite: whether its outputs must be finite.
-        trainable: whether it must have parameters that may be trained. Who immunizes a model respects what its owner
-            froze; an adversary does not, so that an audit asks for none.
+        trainable: whether it must have parameters that may be trained. A defense respects what the model's owner
+            froze; an adversary does not, so an audit needs none.
 
     Raises:
         HoldfastError: no trainable parameters, inputs of another shape, another class count, non-finite outputs.
@@ -47,7 +48,7 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
         model.check_schedule(task.schedule, task.name)
     _check_vocabulary(model, task)
     _check_normalisation(model, task)
-    # Of a copy: somebody's forward pass may change the model, or draw random numbers.
+    # Of a copy: the user's forward pass may change the model, or draw random numbers.
     probe = model.clone().eval()
     batch = next(iter(task.batches("test", 2, device=model.device)))
     try:
@@ -55,7 +56,7 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
             logits = probe(batch.x)
     except HoldfastError:
         raise
-    except Exception as error:  # the code may be anybody's, and so is what it raises
+    except Exception as error:  # the user's code may raise anything
         raise HoldfastError(
             f"{model.name} cannot take the inputs of task {task.name!r}, shape {task.input_shape}: "
             f"{first_line(error)}. For images, set the task's image_size and channels to what the model "
@@ -114,8 +115,8 @@ def architecture_differences(model: SplitModel, original: SplitModel) -> list[st
     """Returns in which ways a model is more than other weights for the original's architecture; empty if it is not.
 
     Compared are the names and shapes of all tensors and whether each is a parameter, the kinds of all layers, their
-    settings, hooks and functions of their own, the head, and the input normalisation. An inserted extractor is no
-    difference: it is a defense's, and part of what is audited.
+    settings, hooks and functions of their own, the head, and the input normalisation. An inserted extractor is not a
+    difference: a defense inserted it, and it is part of what is audited.
 
     Returns:
         A sentence for each difference.
@@ -127,7 +128,7 @@ def architecture_differences(model: SplitModel, original: SplitModel) -> list[st
         ["Layer '1' is Tanh instead of ReLU."]
     """
     found = []
-    own, theirs = _plain_tensors(model), _plain_tensors(original)
+    own, theirs = tensors_without_extractor(model), tensors_without_extractor(original)
     found += [f"Only the original has the tensor {n!r}." for n in theirs if n not in own]
     found += [f"Only {model.name} has the tensor {n!r}." for n in own if n not in theirs]
     for name in (n for n in own if n in theirs):
@@ -136,8 +137,8 @@ def architecture_differences(model: SplitModel, original: SplitModel) -> list[st
             found.append(f"{name!r} is {tuple(mine.shape)} instead of {tuple(other.shape)}.")
         if isinstance(mine, nn.Parameter) != isinstance(other, nn.Parameter):
             found.append(f"{name!r} is {_kind(mine)} instead of {_kind(other)}.")
-    found += _layer_differences(_plain_layers(model), _plain_layers(original), model.name)
-    if _plain_name(model, model.head_name) != _plain_name(original, original.head_name):
+    found += _layer_differences(layers_without_extractor(model), layers_without_extractor(original), model.name)
+    if name_without_extractor(model, model.head_name) != name_without_extractor(original, original.head_name):
         found.append(f"Its head is {model.head_name!r} instead of {original.head_name!r}.")
     for name in ("mean", "std"):
         values, others = (_rounded(getattr(m, name)) for m in (model, original))
@@ -146,6 +147,14 @@ def architecture_differences(model: SplitModel, original: SplitModel) -> list[st
     if isinstance(model, Denoiser) and isinstance(original, Denoiser) and model.predicts != original.predicts:
         found.append(f"Its scheduler's prediction_type is {model.predicts} instead of {original.predicts}.")
     return found
+
+
+def _kind(tensor: Tensor) -> str:
+    return "a parameter" if isinstance(tensor, nn.Parameter) else "no parameter"
+
+
+def _rounded(values: Tensor | None) -> list[float] | None:
+    return None if values is None else [round(v, 6) for v in values.flatten().tolist()]
 
 
 def _layer_differences(own: dict[str, nn.Module], theirs: dict[str, nn.Module], whose: str) -> list[str]:
@@ -158,7 +167,7 @@ def _layer_differences(own: dict[str, nn.Module], theirs: dict[str, nn.Module], 
             same = mine.__qualname__ == other.__qualname__
             spelled = [f"{t.__module__}.{t.__qualname__}" if same else t.__qualname__ for t in (mine, other)]
             found.append(f"{label} is {spelled[0]} instead of {spelled[1]}{', another of that name' * same}.")
-        if _hooks(own[name]) > _hooks(theirs[name]):
+        if count_hooks(own[name]) > count_hooks(theirs[name]):
             found.append(f"{label} has hooks: code that runs beside its own.")
         if mine is other:
             found += _other_settings(label, _settings(own[name]), _settings(theirs[name]))
@@ -176,7 +185,7 @@ def _other_settings(label: str, own: dict[str, str], theirs: dict[str, str]) -> 
 def _settings(layer: nn.Module) -> dict[str, str]:
     """What a layer's code may depend on beside its tensors: plain attributes, shortened; objects by their type."""
     skip = {*vars(nn.Module()), "name_or_path"}  # from where transformers loaded weights
-    private = "_" if _published(type(layer)) else "\0"  # transformers keep how weights were loaded in such
+    private = "_" if is_published(type(layer)) else "\0"  # transformers keep how weights were loaded in such
     return {k: _spelled(v) for k, v in vars(layer).items() if k not in skip and not k.startswith(private)}
 
 

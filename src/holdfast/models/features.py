@@ -58,7 +58,7 @@ class FeatureCache:
         return sum(map(size_of, self._kept.values()))
 
     def get(self, key: Key) -> XY | None:
-        """Returns what was put under a key, if it is still here; it is shared, so nobody may write into it."""
+        """Returns what was put under a key, if it is still here; it is shared, so do not write into it."""
         found = self._kept.get(key)
         if found is None:
             self.misses += 1

@@ -1,4 +1,4 @@
-"""Networks from anybody: what they return, which of their layers is the head, and where their tensors are."""
+"""Networks of any origin: what they return, which of their layers is the head, and where their tensors are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Appended(nn.Module):
-    """A network without a head of its own: all of it is the body, and a linear layer behind it the head.
+    """A network without a head of its own: all of it is the body, and a linear layer after it is the head.
 
     The layer is the identity at first, so that nothing that the network says is changed.
 
@@ -46,6 +46,18 @@ class Appended(nn.Module):
         """Returns logits of shape (N, num_outputs)."""
         logits: Tensor = self.head(logits_of(self.body(x)))
         return logits
+
+
+@dataclass(frozen=True)
+class AppendedFactory:
+    """Builds a network anew and appends a head to it; see `SplitModel.of`."""
+
+    factory: Callable[[], nn.Module]
+    num_outputs: int
+
+    def __call__(self) -> nn.Module:
+        """Returns the network with an identity as its head."""
+        return Appended(self.factory(), self.num_outputs)
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,7 @@ def outline(network: nn.Module, input_shape: tuple[int, ...], name: str, *, ids:
 def _explained(name: str, input_shape: tuple[int, ...], look: Callable[[], Outline]) -> Outline:
     try:
         return look()
-    except Exception as error:  # the code is anybody's, and so is what it raises
+    except Exception as error:  # the user's code may raise anything
         raise HoldfastError(
             f"{name} cannot take inputs of shape {input_shape}: {first_line(error)}. For images, set the task's "
             "image_size and channels to what the model expects; for text, its length."
@@ -187,8 +199,8 @@ _BOOKKEEPING = frozenset(vars(nn.Module()))
 def every_tensor(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yields every tensor that a module holds, each once: parameters, buffers, and what is in plain attributes.
 
-    Lists, dictionaries and modules in them are looked into: a network in a list is no sub-module, and nobody who asks
-    for its parameters sees them.
+    Lists, dictionaries and modules in them are searched too: a network in a list is not a sub-module, and
+    `parameters()` does not yield its tensors.
 
     Example:
         >>> layer = nn.Linear(2, 2, bias=False)

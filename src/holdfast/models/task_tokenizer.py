@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from holdfast.models.loading import ModelSpec, spec_of
+from holdfast.models.spec import ModelSpec, spec_of
 from holdfast.tasks import Task, TaskSpec, is_text, load_task, parse_spec
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from holdfast.models.introspection import every_tensor
+from holdfast.models.extractor import tensors_without_extractor
 from holdfast.models.split_model import SplitModel
 
 PUBLISHED = ("torch", "torchvision", "timm", "transformers", "diffusers", "holdfast")
@@ -36,12 +36,12 @@ def foreign_code(model: SplitModel) -> list[str]:
     return [
         f"{name!r} ({type(layer).__name__})"
         for name, layer in layers.items()
-        if not _published(type(layer)) or _hooks(layer) or _own_functions(layer)
+        if not is_published(type(layer)) or count_hooks(layer) or _own_functions(layer)
     ]
 
 
-def _published(*any_of: Any) -> bool:
-    """Whether one of these classes and functions is what a published package has under its name."""
+def is_published(*any_of: Any) -> bool:
+    """Whether one of these classes and functions is what one of the `PUBLISHED` packages has under its name."""
     return any(_found(thing) is thing for thing in any_of)
 
 
@@ -56,57 +56,18 @@ def _found(thing: Any) -> Any:
 def _own_functions(layer: nn.Module) -> bool:
     """Whether an attribute of the object hides a method of its class, or is a function from elsewhere."""
     return any(
-        callable(getattr(type(layer), name, None)) or (callable(value) and not _published(type(value), value))
+        callable(getattr(type(layer), name, None)) or (callable(value) and not is_published(type(value), value))
         for name, value in vars(layer).items()
         if not (name == "factory" and isinstance(layer, SplitModel))  # it runs for the scratch control only
     )
 
 
-def _hooks(layer: nn.Module) -> int:
+def count_hooks(layer: nn.Module) -> int:
+    """Returns how many hooks run with a layer."""
     kinds = (
         layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks,
     )  # fmt: skip
     return sum(map(len, kinds))
-
-
-def _kind(tensor: Tensor) -> str:
-    return "a parameter" if isinstance(tensor, nn.Parameter) else "no parameter"
-
-
-def _plain_name(model: SplitModel, name: str) -> str | None:
-    """The name of a tensor or layer as it would be without an extractor; None if it is the extractor's."""
-    if not model.has_extractor:
-        return name
-    both = model.head_name.removesuffix(".1")
-    if name in (both, f"{both}.0") or name.startswith(f"{both}.0."):
-        return None
-    return both + name.removeprefix(model.head_name) if name.startswith(model.head_name) else name
-
-
-def _plain_tensors(model: SplitModel) -> dict[str, Tensor]:
-    """Every tensor, as it would be without an extractor, which is merged into the head."""
-    # Tensors that are shared have all their names in the state dict, and one among the others.
-    tensors = {**dict(every_tensor(model.network)), **model.network.state_dict(keep_vars=True)}
-    if model.has_extractor:
-        inserted = model.network.get_submodule(model.head_name.removesuffix("1") + "0")
-        assert isinstance(inserted.weight, Tensor)
-        head = model.head.weight
-        merged = nn.Parameter((head.flatten(1) @ inserted.weight.flatten(1)).detach().reshape(head.shape))
-        tensors[f"{model.head_name}.weight"] = merged
-        if isinstance(inserted.bias, Tensor) and model.head.bias is not None:  # of an eraser
-            shifted = (model.head.bias + head.flatten(1) @ inserted.bias).detach()
-            tensors[f"{model.head_name}.bias"] = nn.Parameter(shifted)
-    named = ((_plain_name(model, name), tensor) for name, tensor in tensors.items())
-    return {name: tensor for name, tensor in named if name is not None}
-
-
-def _plain_layers(model: SplitModel) -> dict[str, nn.Module]:
-    named = ((_plain_name(model, name), layer) for name, layer in model.network.named_modules())
-    return {name: layer for name, layer in named if name is not None}
-
-
-def _rounded(values: Tensor | None) -> list[float] | None:
-    return None if values is None else [round(v, 6) for v in values.flatten().tolist()]
 
 
 @torch.no_grad()
@@ -142,7 +103,7 @@ def transplant(model: SplitModel, original: SplitModel) -> SplitModel | None:
     grown = original.clone()
     own = grown.network.state_dict(keep_vars=True)  # the tensors themselves: writing to them writes to the copy
     needed = {name: tensor for name, tensor in own.items() if tensor.is_floating_point()}
-    found = _matching({**_plain_tensors(model), **_computed(model)}, needed)
+    found = _matching({**tensors_without_extractor(model), **_computed(model)}, needed)
     if found is None:
         return None
     for name, tensor in needed.items():

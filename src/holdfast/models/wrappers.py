@@ -1,8 +1,8 @@
-"""What a network is wrapped in, and how its numbers are stored: made plain, or refused with the way out.
+"""Wrappers around a network, and the precision of its weights: removed, or refused with what to do.
 
-Attacks copy a network, replace its last layer and train its weights with gradients in float32. What other tools put
-around a network (compilers, data parallelism, adapters) or in the place of its numbers (half precision, quantisation)
-would change what is measured, or fail far from its cause.
+Adversaries copy a network, replace its last layer and train its weights with gradients in float32. What other tools put
+around a network (compilers, data parallelism, adapters) or do to its numbers (half precision, quantisation) would
+change what is measured, or fail far from its cause.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from holdfast.errors import HoldfastError
 from holdfast.models.introspection import duplicate, every_tensor, first_line, is_head
 
 HALF = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-"""Precisions in which fine-tuning by itself fails: steps of an optimiser are rounded away or overflow."""
+"""Precisions in which fine-tuning fails for reasons of its own: optimiser steps are rounded away or overflow."""
 
 WRAPPERS = ("module", "_orig_mod")
 """Names that `torch.nn.DataParallel` and the like, and `torch.compile`, put before those of the network inside."""
 
 
 @dataclass(frozen=True)
-class Plain:
-    """A plain network.
+class Unwrapped:
+    """A network without wrappers, in full precision.
 
     Attributes:
-        network: the very network that was given where it is plain already; else what is inside it, or a copy.
+        network: the network that was given, where nothing had to change; else what is inside it, or a copy.
         notes: what was done, in sentences.
         head: the dotted name of the layer that was asked for, as it is now; None if none was, or it is gone.
     """
@@ -42,7 +42,7 @@ class Plain:
     head: str | None = None
 
 
-def plain(network: nn.Module, name: str, head: str | None = None) -> Plain:
+def unwrapped(network: nn.Module, name: str, head: str | None = None) -> Unwrapped:
     """Takes a network out of its wrappers, merges adapters into it and casts half precision to float32.
 
     Args:
@@ -55,7 +55,7 @@ def plain(network: nn.Module, name: str, head: str | None = None) -> Plain:
 
     Example:
         >>> wrapped = nn.DataParallel(nn.Sequential(nn.Linear(2, 2)).half())
-        >>> found = plain(wrapped, "mine", "module.0")
+        >>> found = unwrapped(wrapped, "mine", "module.0")
         >>> found.head, found.network[0].weight.dtype, wrapped.module[0].weight.dtype
         ('0', torch.float32, torch.float16)
         >>> found.notes[1]
@@ -70,12 +70,12 @@ def plain(network: nn.Module, name: str, head: str | None = None) -> Plain:
     _refuse(inner, name)
     todo = [change for change in _CHANGES if change.needed(inner, head)]
     if not todo:
-        return Plain(inner, tuple(notes), head)
+        return Unwrapped(inner, tuple(notes), head)
     inner = duplicate(inner)
     for change in todo:
         inner = change.make(inner, name, notes, head)
         head = None if head is None else _renamed(inner, head)
-    return Plain(inner, tuple(notes), head)
+    return Unwrapped(inner, tuple(notes), head)
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def _uncompile(network: nn.Module, name: str, notes: list[str], _: str | None) -
 
 
 def _adapter_layers(network: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Layers that PEFT put in the place of the network's own: parent, name, layer; the innermost last."""
+    """Layers that PEFT put in place of the network's own: parent, name, layer; the innermost last."""
     tuners, others = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
     kinds = tuple(
         kind

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from holdfast.models import Prefix, Rest, SplitModel
+from holdfast.models import FromActivations, FrozenActivations, SplitModel
 from holdfast.tasks import Batch, Task
 from holdfast.tasks.base import Split
 
@@ -47,12 +47,12 @@ class FrozenPrefix:
         self.original, self.blocks, self.plain, self.cache_gib, self.say = original, blocks, plain, cache_gib, say
 
     @cached_property
-    def prefix(self) -> Prefix | None:
-        """The outputs of the frozen blocks, if the blocks can be skipped."""
+    def prefix(self) -> FrozenActivations | None:
+        """What the frozen blocks answer, if they can be spared."""
         frozen = self.original.blocks()[: -self.blocks]
         batches = [next(task.sweep("train", _TRIED, device=self.original.device)) for task in self.plain[::2]]
         try:
-            return Prefix(self.original, frozen, torch.cat([batch.x for batch in batches]))
+            return FrozenActivations(self.original, frozen, torch.cat([batch.x for batch in batches]))
         except ValueError as error:
             if frozen:
                 self.say(f"the frozen blocks run in every step: {error}")
@@ -84,9 +84,9 @@ class FrozenPrefix:
         """Returns a batch of `tasks` as `runner` takes it: what enters the first trained block, if possible."""
         return batch if self.prefix is None or self.kept else Batch(self.prefix.activations(batch.x), batch.y)
 
-    def runner(self, model: SplitModel) -> SplitModel | Rest:
-        """Returns the module that computes a model's outputs from batches that have entered."""
-        return model if self.prefix is None else Rest(self.prefix, model)
+    def runner(self, model: SplitModel) -> SplitModel | FromActivations:
+        """Returns what computes a model's outputs from batches that have entered."""
+        return model if self.prefix is None else FromActivations(self.prefix, model)
 
     def score_held_out(self, model: SplitModel) -> float:
         """Returns a model's score on the held-out benign data."""

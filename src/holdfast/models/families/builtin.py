@@ -2,16 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.models.families.diffusion import unet
+from holdfast.errors import HoldfastError, unknown
+from holdfast.models.families import diffusion
+from holdfast.models.family import FAMILIES, Built, Family, Values, for_channels
+from holdfast.models.spec import ModelSpec
+from holdfast.tasks import Schedule, Task
+from holdfast.tasks.schedule import SCHEDULES
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MNIST = ((0.1307,), (0.3081,))
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
 
+@dataclass(frozen=True, repr=False)
+class BuiltIn(Family):
+    """One architecture that is built in.
+
+    Attributes:
+        builder: takes `input_shape` and `num_outputs`, and options by keyword only.
+        head: dotted name of the head.
+        norm: mean and std of the input normalisation by default; None: none.
+    """
+
+    builder: Callable[..., nn.Module]
+    head: str
+    norm: tuple[Values, Values] | None = None
+
+    def __repr__(self) -> str:
+        return f"{self.builder.__module__}.{self.builder.__qualname__}"
+
+    def build(
+        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
+    ) -> Built:
+        """See `Family.build`."""
+        known = inspect.getfullargspec(self.builder).kwonlyargs
+        for option, value in spec.options.items():
+            if option not in known:
+                raise unknown(f"option of model {spec.name!r}:", option, known)
+            if isinstance(value, int) and value < 1:
+                raise HoldfastError(f"Model {spec.name!r}: {option} is {value}; expected at least 1.")
+        try:
+            network = self.builder(input_shape, num_outputs, **spec.options)
+        except (RuntimeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+            raise HoldfastError(
+                f"Model {spec.name!r} cannot be built for inputs of shape {input_shape} with {spec.options}: {error}."
+            ) from error
+        norm = for_channels(self.norm, input_shape) if self.norm and len(input_shape) == 3 else (None, None)
+        return Built(network, spec, self.head, norm)
+
+    def released_options(self, name: str, task: Task, *, own_head: bool) -> dict[str, Any]:
+        """See `Family.released_options`; always refused."""
+        self.build(ModelSpec(name=name), task.input_shape, task.num_outputs, None)
+        raise HoldfastError(
+            f"{name!r} is an architecture without weights; add its weights (.safetensors), or give a "
+            "model.safetensors that Holdfast saved."
+        )
+
+
+class BuiltInUNet(BuiltIn):
+    """The U-Net, with the schedule of its noise."""
+
+    def build(
+        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
+    ) -> Built:
+        """See `Family.build`. Weights travel and a folder does not: a schedule's configuration replaces its folder."""
+        network = super().build(spec, input_shape, num_outputs, data_dir).network
+        wanted = spec.options.get("schedule", "linear")
+        schedule = Schedule(wanted) if isinstance(wanted, Mapping) else Schedule.named(wanted)
+        if wanted not in SCHEDULES:
+            spec = spec.model_copy(update={"options": {**spec.options, "schedule": schedule.config}})
+        return Built(network, spec, self.head, scheduler=schedule.config)
+
+
+def built_in(
+    name: str, head: str, norm: tuple[Values, Values] | None = None, family: type[BuiltIn] = BuiltIn
+) -> Callable[[Builder], Builder]:
+    """Returns a decorator that registers an architecture; see `BuiltIn`."""
+
+    def added(builder: Builder) -> Builder:
+        FAMILIES.register(name)(family(builder, head, norm))
+        return builder
+
+    return added
+
+
+built_in("unet", diffusion.HEAD, family=BuiltInUNet)(diffusion.unet)
+
+
+@built_in("mlp", "head")
 class MLP(nn.Module):
     """Hidden layers of equal width with ReLU; images are flattened.
 
@@ -40,6 +129,7 @@ class MLP(nn.Module):
         return logits
 
 
+@built_in("cnn", "head", ((0.5,), (0.5,)))
 class CNN(nn.Module):
     """Two stages of 3x3 convolutions, each ending in pooling, and one hidden layer; for images of 4 to 64 pixels.
 
@@ -100,6 +190,7 @@ class _ResidualBlock(nn.Module):
         return F.relu(x + residual)
 
 
+@built_in("cifar_resnet", "linear", IMAGENET)
 class CifarResNet(nn.Module):
     """The CIFAR residual network of He et al. 2016, section 4.2, with parameter-free shortcuts.
 
@@ -134,6 +225,7 @@ class CifarResNet(nn.Module):
         return logits
 
 
+@built_in("mnist_cnn", "fc2", MNIST)
 class MnistCNN(nn.Module):
     """Two 5x5 convolutions with pooling and a hidden layer, as in PyTorch's first MNIST example; from 16 pixels on.
 
@@ -188,8 +280,8 @@ class _Attention(nn.Module):
 class _EncoderLayer(nn.Module):
     """A post-norm transformer layer with ReLU, its tensors named as in `nn.TransformerEncoderLayer`.
 
-    PyTorch's own has a fast path in evaluation that reads the weights past the layers that hold them: whatever
-    somebody put into a layer's place, such as a low-rank adapter, would be trained and then not be scored.
+    PyTorch's own has a fast path in evaluation that reads the weights past the layers that hold them: a module
+    that replaces a layer, such as a low-rank adapter, would be trained and then not be scored.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
@@ -206,6 +298,7 @@ class _EncoderLayer(nn.Module):
         return out
 
 
+@built_in("cifar_vit", "mlp_head.1", IMAGENET)
 class CifarViT(nn.Module):
     """A vision transformer for small images: class token, learned positions, post-norm layers with ReLU.
 
@@ -257,6 +350,7 @@ class CifarViT(nn.Module):
 _VGG = {11: "A", 13: "B", 16: "D", 19: "E"}
 
 
+@built_in("cifar_vgg", "head", IMAGENET)
 class CifarVGG(nn.Module):
     """VGG's convolutions, pooled to one position, and two small hidden layers; for images from 32 pixels on.
 
@@ -305,6 +399,7 @@ class CifarVGG(nn.Module):
         return logits
 
 
+@built_in("small_caformer", "head.fc.fc2", IMAGENET)
 def small_caformer(
     input_shape: tuple[int, ...],
     num_outputs: int,
@@ -336,20 +431,3 @@ def small_caformer(
         norm_layers=[metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2,
     )
     return network
-
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-MNIST = ((0.1307,), (0.3081,))
-
-Builder = Callable[..., nn.Module]
-BUILTIN: dict[str, tuple[Builder, str, tuple[tuple[float, ...], tuple[float, ...]] | None]] = {
-    "mlp": (MLP, "head", None),
-    "cnn": (CNN, "head", ((0.5,), (0.5,))),
-    "cifar_resnet": (CifarResNet, "linear", IMAGENET),
-    "cifar_vit": (CifarViT, "mlp_head.1", IMAGENET),
-    "cifar_vgg": (CifarVGG, "head", IMAGENET),
-    "small_caformer": (small_caformer, "head.fc.fc2", IMAGENET),
-    "mnist_cnn": (MnistCNN, "fc2", MNIST),
-    "unet": (unet, "conv_out", None),
-}
-"""Builder, name of the head, and (mean, std) of the input normalisation by default."""

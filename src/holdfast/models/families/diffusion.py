@@ -11,10 +11,12 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
+from holdfast.models.family import Built, Family, register
 from holdfast.models.introspection import first_line
+from holdfast.models.spec import ModelSpec
 from holdfast.models.split_model import SplitModel
 from holdfast.runtime.storage import writable_folder
-from holdfast.tasks import Schedule
+from holdfast.tasks import Schedule, located
 
 HEAD: Final = "conv_out"
 """The last layer of a U-Net of diffusers."""
@@ -125,9 +127,9 @@ class Denoiser(SplitModel):
             )
         )  # fmt: skip
 
-    def reading(self) -> list[Any]:
-        """See `SplitModel.reading`: also by which schedule, and what the network's answers stand for."""
-        return [*super().reading(), self.schedule.config]
+    def input_settings(self) -> list[Any]:
+        """See `SplitModel.input_settings`: also by which schedule, and what the network's answers stand for."""
+        return [*super().input_settings(), self.schedule.config]
 
     def add_extractor(self) -> None:
         """Refused: between a U-Net's body and its last convolution there is an image, and no vector of features.
@@ -167,7 +169,7 @@ class Denoiser(SplitModel):
             return DDIMPipeline(self.network, DDIMScheduler.from_config(config))
         return DDPMPipeline(self.network, DDPMScheduler.from_config(config))
 
-    def export(self, folder: Path | str) -> Path:
+    def save_pretrained(self, folder: Path | str) -> Path:
         """Writes a folder that `DDPMPipeline.from_pretrained` opens (or DDIM's, if that is the scheduler)."""
         folder = writable_folder(Path(folder))
         self.pipeline().save_pretrained(folder)
@@ -247,7 +249,7 @@ def architecture(config: Mapping[str, Any]) -> nn.Module:
 
     try:
         return in_order(UNet2DModel.from_config(dict(config)))
-    except Exception as error:  # the configuration may be anybody's, and so is what it raises
+    except Exception as error:  # the configuration may hold anything
         raise HoldfastError(f"No U-Net can be built from its configuration: {first_line(error)}.") from error
 
 
@@ -261,7 +263,7 @@ def pretrained(place: str) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
         The network, the configuration of its scheduler, and what a reader should know.
 
     Raises:
-        HoldfastError: if there is no such model, or it is no unconditional U-Net.
+        HoldfastError: if there is no such model, or it is not an unconditional U-Net.
     """
     from diffusers import DDPMScheduler, UNet2DModel
 
@@ -286,7 +288,7 @@ def pretrained(place: str) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
             output_loading_info=True,
         )
         scheduler = DDPMScheduler.load_config(place, subfolder="scheduler" if inside else None, local_files_only=local)
-    except Exception as error:  # what a network, a cache and files of anybody's raise
+    except Exception as error:  # a network, a cache and unknown files may raise anything
         raise HoldfastError(
             f"diffusers:{place} cannot be loaded as an UNet2DModel in safetensors with a scheduler: "
             f"{first_line(error)}."
@@ -329,3 +331,32 @@ def plain_config(network: nn.Module) -> dict[str, Any]:
     """Returns the configuration of a U-Net, as it goes into a file."""
     config: Any = network.config
     return dict(json.loads(json.dumps({k: v for k, v in dict(config).items() if not k.startswith("_")})))
+
+
+@register("diffusers:NAME")
+class DiffusersFamily(Family):
+    """Pipelines of diffusers, by a folder or a name on the Hub."""
+
+    def build(
+        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
+    ) -> Built:
+        """See `Family.build`."""
+        unused = [o for o in spec.options if o not in ("config", "scheduler")]
+        if unused:
+            raise unknown(f"option of model {spec.name!r}:", unused[0], ["config", "scheduler"])
+        if "config" in spec.options:
+            network = architecture(spec.options["config"])
+            return Built(network, spec, scheduler=spec.options.get("scheduler") or {})
+        place = located(spec.name.removeprefix("diffusers:"), data_dir)
+        network, scheduler, notes = pretrained(place)
+        rebuild = spec.model_copy(
+            update={
+                "name": f"diffusers:{Path(place).name}" if Path(place).is_dir() else spec.name,
+                "options": {"config": plain_config(network), "scheduler": Schedule(scheduler).config},
+            }
+        )
+        return Built(network, rebuild, scheduler=scheduler, loaded=spec.weights is None, notes=notes)
+
+    def name_of_folder(self, folder: Path) -> ModelSpec | None:
+        """See `Family.name_of_folder`."""
+        return ModelSpec(name=f"diffusers:{folder}") if is_pipeline(str(folder)) else None

@@ -7,11 +7,12 @@ comes with a model is run.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -19,9 +20,14 @@ from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.models import wrappers
-from holdfast.models.families.hf_vision import _NOT_ARCHITECTURE, _configuration, _plain, _quiet, _some, _unusable
+from holdfast.models.families import hf_vision
+from holdfast.models.families.hf_files import check_config, configuration, listed, plain_config, quiet, unusable
 from holdfast.models.introspection import first_line, logits_of
+from holdfast.runtime.storage import load_tensors, save_tensors, write_atomic
 from holdfast.tasks import Vocabulary, load_tokenizer
+
+if TYPE_CHECKING:
+    from holdfast.models.split_model import SplitModel
 
 OWN = "own"
 POOLINGS: Final = ("mean", "cls", "last", OWN)
@@ -31,7 +37,7 @@ OPTIONS: Final = ("config", "pooling", "num_labels", "vocabulary")
 
 
 class Pooled(nn.Module):
-    """An encoder, pooling over what is no padding, and a linear head.
+    """An encoder, pooling over all positions but padding, and a linear head.
 
     Args:
         body: maps `input_ids` and `attention_mask` to something with `last_hidden_state`, shape (N, L, width).
@@ -50,7 +56,7 @@ class Pooled(nn.Module):
         >>> body = BertModel(BertConfig(**sizes), add_pooling_layer=False).eval()
         >>> network = Pooled(body, 8, 3, pooling="mean", pad=0)
         >>> short, long = network(torch.tensor([[5, 6, 0, 0], [5, 6, 7, 8]]))
-        >>> torch.allclose(short, network(torch.tensor([[5, 6]]))[0], atol=1e-5)  # what is behind the end is not seen
+        >>> torch.allclose(short, network(torch.tensor([[5, 6]]))[0], atol=1e-5)  # padding is not seen
         True
     """
 
@@ -110,7 +116,7 @@ def _read(ids: Tensor, pad: int, cuts: bool) -> tuple[Tensor, Tensor]:
 
 
 def seen(ids: Tensor, pad: int) -> Tensor:
-    """Returns which positions belong to a sentence: all up to the last that is no padding, and always the first.
+    """Returns which positions belong to a sentence: all up to the last one before the padding, and always the first.
 
     Where the end token serves as padding, it may also stand inside a sentence.
 
@@ -165,7 +171,7 @@ def build(name: str, place: str, options: Mapping[str, Any], num_outputs: int) -
     if options.get("config") is not None:
         network = _from_config(name, options["config"], pooling, num_outputs, vocabulary)
         return Built(network, {**options, "pooling": _pooling_of(network)}, vocabulary, fresh_head=True)
-    config = _configuration(place)
+    config = configuration(place)
     _check_vocabulary(name, place, config, vocabulary)
     own = _is_classifier(config) if pooling is None else pooling == OWN
     if not own and options.get("num_labels") not in (None, num_outputs):
@@ -196,10 +202,10 @@ def _pooled(
     body, found = _loaded(name, AutoModel, place)
     missing = [key for key in found["missing_keys"] if not key.startswith("pooler.")]
     if missing:
-        raise HoldfastError(f"hf:{name} has no weights for {_some(missing)}; it is no trained encoder.")
+        raise HoldfastError(f"hf:{name} has no weights for {listed(missing)}; it is no trained encoder.")
     chosen = pooling or _its_pooling(place) or ("last" if _is_causal(config) else "mean")
     network = Pooled(_without_pooler(body), config.hidden_size, num_outputs, pooling=chosen, pad=vocabulary.pad)
-    return network, _plain(config), True, found["notes"]
+    return network, plain_config(config), not _has_head(network, place), found["notes"]
 
 
 def _own(name: str, place: str, config: Any, num_labels: int | None, vocabulary: Vocabulary) -> _Found:
@@ -212,10 +218,10 @@ def _own(name: str, place: str, config: Any, num_labels: int | None, vocabulary:
     model, found = _loaded(name, AutoModelForSequenceClassification, place, **more)
     if found["missing_keys"] and not fresh:
         raise HoldfastError(
-            f"hf:{name} has no weights for {_some(found['missing_keys'])}; it is no trained classifier. Leave pooling "
+            f"hf:{name} has no weights for {listed(found['missing_keys'])}; it is no trained classifier. Leave pooling "
             "out, or set mean, cls or last, for a head that is new."
         )
-    plain = _plain(model.config)
+    plain = plain_config(model.config)
     score = getattr(model, "score", None)
     if not isinstance(score, nn.Linear):
         return Masked(model, vocabulary.pad), plain, fresh, found["notes"]
@@ -233,12 +239,10 @@ def _own(name: str, place: str, config: Any, num_labels: int | None, vocabulary:
 def _from_config(
     name: str, config: Mapping[str, Any], pooling: str | None, num_outputs: int, vocabulary: Vocabulary
 ) -> Pooled | Masked:
-    """Fresh weights by a configuration, which anybody may have written; nothing is read or fetched."""
+    """Fresh weights by a configuration, which may be untrusted; nothing is read or fetched."""
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-    strange = [k for k in config if k in _NOT_ARCHITECTURE or k.startswith("_")]
-    if strange:
-        raise HoldfastError(f"hf:{name}: the configuration has {strange[0]!r}, which is no setting of an architecture.")
+    check_config(name, config)
     try:
         made = AutoConfig.for_model(**config)
         _refuse_pairs(name, made)
@@ -260,14 +264,14 @@ def _from_config(
 
 def _loaded(name: str, kind: Any, place: str, **more: Any) -> tuple[nn.Module, dict[str, Any]]:
     try:
-        with _quiet():
+        with quiet():
             network, found = kind.from_pretrained(
                 place, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True,
                 local_files_only=Path(place).is_dir(), **more,
             )  # fmt: skip
     except Exception as error:  # what hundreds of models, a network and a cache raise
-        raise _unusable(name, error) from error
-    merged = wrappers.plain(network, f"hf:{name}")
+        raise unusable(name, error) from error
+    merged = wrappers.unwrapped(network, f"hf:{name}")
     return merged.network, {**found, "notes": merged.notes}
 
 
@@ -301,10 +305,9 @@ def _is_causal(config: Any) -> bool:
 def _its_pooling(place: str) -> str | None:
     """How a sentence encoder's own files say that it is pooled; None if they do not, or in a way that is unknown."""
     path = Path(place) / "1_Pooling" / "config.json"
-    modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
     try:
         said = json.loads(path.read_bytes())
-        return next((pooling for mode, pooling in modes.items() if said.get(mode) is True), None)
+        return next((pooling for pooling, mode in _MODES.items() if said.get(mode) is True), None)
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -342,3 +345,88 @@ def _check_size(name: str, config: Any, vocabulary: Vocabulary) -> None:
             f"hf:{name} knows {config.vocab_size} tokens, and the tokenizer {vocabulary.name!r} has {vocabulary.size}; "
             "give the task the model's own tokenizer."
         )
+
+
+# Written for transformers
+
+_HEAD = "head.safetensors"
+_MODES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
+
+
+def write(network: Pooled | Masked, folder: Path, names: dict[int, str]) -> None:
+    """Writes a language model as transformers do.
+
+    A sequence classifier is written as one. Transformers have no class for any other pooled model: its body is written
+    for `AutoModel`, its pooling as sentence encoders say it (`1_Pooling/config.json`), and its head as
+    `head.safetensors`, which Holdfast reads.
+    """
+    whole: Any = network.model if isinstance(network, Masked) else _scorer(network, names)
+    if whole is not None:
+        hf_vision.write(whole, folder, names)
+        return
+    assert isinstance(network, Pooled)
+    hf_vision.write(network.body, folder, names)
+    save_tensors(folder / _HEAD, network.head.state_dict(), {})
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    said = {"word_embedding_dimension": network.head.in_features}
+    said |= {mode: pooling == network.pooling for pooling, mode in _MODES.items()}
+    write_atomic(folder / "1_Pooling" / "config.json", json.dumps(said, indent=2))
+
+
+def _scorer(network: Pooled, names: dict[int, str]) -> Any:
+    """A causal model's own classifier with these weights, which scores the last token; None if there is no such class.
+
+    Its head has no bias.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    body: Any = network.body
+    if network.pooling != "last" or not _is_causal(body.config) or bool(network.head.bias.any()):
+        return None
+    config = copy.deepcopy(body.config)
+    config.id2label, config.pad_token_id = names, network.pad
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except ValueError:  # no classifier of this kind
+        return None
+    score = getattr(model, "score", None)
+    if not isinstance(score, nn.Linear) or score.bias is not None:
+        return None
+    setattr(model, model.base_model_prefix, body)
+    score.weight = network.head.weight
+    return model
+
+
+def _has_head(network: Pooled, place: str) -> bool:
+    """Loads the head that `write` left beside a body, if it is for as many classes."""
+    path = Path(place) / _HEAD
+    if not path.is_file():
+        return False
+    found, _ = load_tensors(path)
+    own = network.head.state_dict()
+    if found.keys() != own.keys() or any(found[name].shape != tensor.shape for name, tensor in own.items()):
+        return False
+    network.head.load_state_dict(found)
+    return True
+
+
+def write_tokenizer(model: SplitModel, folder: Path) -> None:
+    """Writes the tokenizer of a language model, found where the model was loaded from or by its name.
+
+    Raises:
+        HoldfastError: if it is not found, or it is another one.
+    """
+    assert model.vocabulary is not None
+    for place in filter(None, (model.tokenizer, model.vocabulary.name)):
+        try:
+            found = load_tokenizer(place)
+        except HoldfastError:
+            continue
+        if found.fast is not None and found.vocabulary.agrees(model.vocabulary):
+            found.fast.save_pretrained(folder)
+            return
+    raise HoldfastError(
+        f"{model.name}: its tokenizer {model.vocabulary.name!r} is not found, and a folder for transformers needs one. "
+        "Set model.tokenizer to a folder with its tokenizer.json; or write the model with save(FILE)."
+    )

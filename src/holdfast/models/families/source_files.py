@@ -1,4 +1,4 @@
-"""Which source files somebody's code is made of: the one that is named, and what it imports from beside it."""
+"""The source files of the user's code: the one that is named, and what it imports from the folders around it."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _imports(file: Path, module: str) -> Iterator[tuple[str, ...]]:
     """The dotted names that a source imports; of `from a import b` both `a` and `a.b`, for b may be a module."""
     try:
         tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):  # it is hashed as it is; whoever imports it is told
+    except (SyntaxError, ValueError):  # it is hashed as it is; importing it raises the error
         return
     package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(tree):

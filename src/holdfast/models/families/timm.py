@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import timm
+from safetensors.torch import save_file
 from torch import nn
 
 from holdfast.errors import HoldfastError, unknown
+from holdfast.models.family import Built, Family, for_channels, register
 from holdfast.models.introspection import first_line
+from holdfast.models.labels import names_of
+from holdfast.models.spec import ModelSpec
+from holdfast.runtime.storage import write_atomic
+from holdfast.tasks import Task
+
+if TYPE_CHECKING:
+    from holdfast.models.split_model import SplitModel
 
 REFUSED_OPTIONS = {
     "checkpoint_path": "would open a file that may be a pickle",
-    "cache_dir": "is timm's own affair",
+    "cache_dir": "is set by timm alone",
     "state_dict": "would bring weights in",
     "features_only": "leaves no head",
     "out_indices": "leaves no head",
@@ -21,10 +31,102 @@ REFUSED_OPTIONS = {
     "exportable": "is a global setting of timm",
     "no_jit": "is a global setting of timm",
 }
-"""Arguments of `timm.create_model` that are no setting of the architecture, and why; beside them those of
+"""Arguments of `timm.create_model` that are not settings of the architecture, and why; beside them those of
 `_SOURCES`, which configure where weights come from. Nothing that loads weights may reach the scratch control."""
 
 _SOURCES = ("pretrained_cfg", "pretrained_tag", "pretrained_strict", "pretrained_filter_fn", "pretrained_model_args")
+
+
+@register("timm:NAME")
+class TimmFamily(Family):
+    """Models by their name in timm."""
+
+    def build(
+        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
+    ) -> Built:
+        """See `Family.build`."""
+        # What is rebuilt later, for the scratch control or from a saved file, must not fetch pretrained weights again.
+        rebuild = spec.model_copy(update={"options": {k: v for k, v in spec.options.items() if k != "pretrained"}})
+        options = (rebuild if spec.weights else spec).options
+        network, head, norm = build_timm(spec.name.removeprefix("timm:"), input_shape, num_outputs, options)
+        return Built(network, rebuild, head, for_channels(norm, input_shape))
+
+    def for_task(self, spec: ModelSpec, task: Task) -> ModelSpec:
+        """See `Family.for_task`."""
+        if spec.weights is not None and spec.options.get("pretrained"):
+            raise HoldfastError(
+                f"{spec.name}: its weights are {spec.weights!r}, and `pretrained` asks for others; leave one out."
+            )
+        return spec
+
+    def released_options(self, name: str, task: Task, *, own_head: bool) -> dict[str, Any]:
+        """See `Family.released_options`."""
+        if own_head:
+            check_own_head(name.removeprefix("timm:"), task.num_outputs)
+        return {"pretrained": True}
+
+    def output_names(self, spec: ModelSpec, built: Built, network: nn.Module) -> tuple[str, ...] | None:
+        """See `Family.output_names`."""
+        return names_of(network) if spec.options.get("pretrained") else None
+
+    def name_of_folder(self, folder: Path) -> ModelSpec | None:
+        """See `Family.name_of_folder`."""
+        config = _config(folder)
+        if not isinstance(config.get("architecture"), str) or "model_type" in config:
+            return None
+        described, own = config.get("pretrained_cfg", {}), config.get("model_args", {})
+        kept = {k: v for k, v in own.items() if k not in ("num_classes", "in_chans", "img_size")}
+        names = config.get("label_names")
+        return ModelSpec(
+            name=f"timm:{config['architecture']}",
+            weights=str(folder / "model.safetensors"),
+            options=kept,
+            mean=described.get("mean"),
+            std=described.get("std"),
+            classes=tuple(map(str, names)) if isinstance(names, list) else None,
+        )
+
+    def save_pretrained(self, model: SplitModel, folder: Path) -> None:
+        """Writes what `timm.create_model("local-dir:FOLDER", pretrained=True)` reads."""
+        network: Any = model.network
+        spec = model.spec or {}
+        shape = getattr(model.factory, "input_shape", None)
+        config = dict(network.pretrained_cfg)
+        size = shape or (network.in_chans, *config["input_size"][1:])
+        arguments = {**spec["options"], "in_chans": size[0]}
+        if config.get("fixed_input_size"):
+            arguments["img_size"] = list(size[1:])
+        for key, values in (("mean", model.mean), ("std", model.std)):
+            found = None if values is None else values.flatten().tolist()
+            if found is not None:
+                config[key] = found * (size[0] if len(found) == 1 else 1)
+        names = spec.get("classes")
+        kept = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "pool_size", "first_conv", "classifier")
+        described = {
+            "architecture": spec["name"].removeprefix("timm:").partition(".")[0],
+            "num_classes": model.num_outputs,
+            "num_features": network.num_features,
+            "model_args": arguments,
+            **({"label_names": list(names)} if names else {}),
+            "pretrained_cfg": {
+                **{key: config[key] for key in kept if config.get(key) is not None},
+                "num_classes": model.num_outputs,
+                "input_size": list(size),
+                "fixed_input_size": bool(config.get("fixed_input_size")),
+                "custom_load": False,
+            },
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write_atomic(folder / "config.json", json.dumps(described, indent=2))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def build_timm(
@@ -46,6 +148,8 @@ def build_timm(
         HoldfastError: if timm does not know the name, rejects an option, or names no classifier; and for an option that
             loads weights from elsewhere.
     """
+    import timm
+
     if not timm.is_model(name):
         raise unknown("timm model", name, timm.list_models())
     if len(input_shape) != 3:
@@ -82,6 +186,8 @@ def check_own_head(name: str, num_outputs: int) -> None:
     Raises:
         HoldfastError: if so, or if timm does not know the name or has no weights for it.
     """
+    import timm
+
     if not timm.is_model(name):
         raise unknown("timm model", name, timm.list_models())
     config = timm.get_pretrained_cfg(name)

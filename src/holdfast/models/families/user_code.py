@@ -1,4 +1,4 @@
-"""Models from somebody's own code: `package.module:function`, or `path/to/file.py:function`.
+"""Models from the user's code: `package.module:function`, or `path/to/file.py:function`.
 
 This runs the code. It is for code that you trust as much as this program itself.
 """
@@ -22,21 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
+from holdfast.models import wrappers
 from holdfast.models.families import source_files
+from holdfast.models.family import CODE, FAMILIES, Built, Family, Values, register
 from holdfast.models.introspection import first_line
+from holdfast.models.labels import names_of
+from holdfast.models.spec import ModelSpec
 from holdfast.models.split_model import SplitModel
-
-OTHERS = ("timm:", "hf:", "diffusers:")
-
-
-def is_code(name: str) -> bool:
-    """Whether a model's name says where a function is, and not what timm or Hugging Face call it.
-
-    Example:
-        >>> is_code("nets.py:small"), is_code("mine.nets:small"), is_code("timm:resnet18"), is_code("cnn")
-        (True, True, False, False)
-    """
-    return ":" in name and not name.startswith(OTHERS)
 
 
 @dataclass(frozen=True)
@@ -76,14 +68,14 @@ class Code:
         return f"{Path(self.source).name if _is_file(self.source) else self.source}:{self.function}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Whoever unpickles this needs the module before the network, whose classes are from there.
+        # The process that unpickles this needs the module before the network, whose classes it defines.
         return _imported, (self.source, self.function)
 
     @property
     def sha256(self) -> str:
         """Hash of the source file and of what it imports from beside it; of the module's name, where there is none.
 
-        See `holdfast.models.families.source_files`. Files that the code reads by itself are not seen.
+        See `holdfast.models.families.source_files`. Files that the code opens are not included.
         """
         path = getattr(self.module(), "__file__", None)
         return (
@@ -111,7 +103,7 @@ class Code:
             if _is_file(self.source) or not f"{self.source}.".startswith(f"{missing}."):
                 raise self._failed("cannot be imported", error) from error
             near = difflib.get_close_matches(
-                self.source.lower(), [o.removesuffix(":") for o in OTHERS], n=1, cutoff=0.5
+                self.source.lower(), [f.removesuffix(":NAME") for f in FAMILIES if f.endswith(":NAME")], n=1, cutoff=0.5
             )
             raise HoldfastError(
                 f"{self.label!r}: there is no module {missing!r} here; "
@@ -224,7 +216,7 @@ def _kind(made: Any) -> str:
 
 
 def _mend(made: Any, label: str) -> str:
-    """What to do about something that was returned in the place of a network."""
+    """What to do about something that was returned instead of a network."""
     if isinstance(made, type):
         return " Let it return an object of the class, not the class itself."
     if made is None:
@@ -260,7 +252,7 @@ _IMPORTED: dict[str, str] = {}
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Puts torch's settings back that somebody's code changed for all: they are not for what comes after it."""
+    """Restores torch's global settings, which the user's code may change: they must not affect what runs later."""
     before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device()
     try:
         yield
@@ -278,7 +270,7 @@ def _imported(source: str, function: str) -> Code:
 
 
 _FOLDERS: set[Path] = set()
-"""From which files were run, and what stands beside them imported."""
+"""Folders from which files were run, and modules beside them imported."""
 
 
 @contextlib.contextmanager
@@ -322,7 +314,7 @@ def _from_file(path: Path) -> ModuleType:
 def _refuse_twins(path: Path) -> None:
     """Refuses a file beside which stands a module of a name that was imported from beside another file.
 
-    Python keeps one module a name: this file would be given the other's, and nobody would see it.
+    Python keeps one module a name: this file would silently get the other's.
     """
     for twin in sorted(path.parent.iterdir()):
         taken = Path(getattr(sys.modules.get(twin.stem), "__file__", None) or "")
@@ -339,3 +331,73 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
         return list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # of something written in C
         return []
+
+
+@register(CODE)
+class CodeFamily(Family):
+    """Networks that a function of the user's code returns."""
+
+    def build(
+        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
+    ) -> Built:
+        """See `Family.build`; this runs the code."""
+        code = Code.named(spec.name)
+        made = code.build(input_shape, num_outputs, spec.options)
+        norm: tuple[Values | None, Values | None] | None
+        head: str | None = None
+        if isinstance(made, SplitModel):
+            split = made.unwrapped()
+            network, head, notes = split.network, split.head_name, split.notes
+            mean, std = (None if v is None else tuple(v.flatten().tolist()) for v in (split.mean, split.std))
+            norm = (mean, std)
+        else:
+            found = wrappers.unwrapped(made, code.label, spec.head)
+            network, notes = found.network, found.notes
+            norm = _own_normalisation(network) if len(input_shape) == 3 else None
+        return Built(
+            network,
+            spec.model_copy(update={"name": code.label}),
+            head,
+            norm or (None, None),
+            foreign=True,
+            code=code.sha256,
+            factory=_CodeFactory(code, input_shape, num_outputs, spec.options),
+            notes=notes,
+        )
+
+    def output_names(self, spec: ModelSpec, built: Built, network: nn.Module) -> tuple[str, ...] | None:
+        """See `Family.output_names`."""
+        return names_of(network)
+
+
+@dataclass(frozen=True)
+class _CodeFactory:
+    """Calls the user's function again, and initialises the layers whose weights it loads."""
+
+    code: Code
+    input_shape: tuple[int, ...]
+    num_outputs: int
+    options: dict[str, Any]
+
+    def __call__(self) -> nn.Module:
+        state = torch.get_rng_state()
+        twice = [self._network() for _ in "ab"]
+        if any(renewed := loaded_layers(*twice)):
+            torch.set_rng_state(state)  # the function may have set its own seed instead of ours
+            renew(twice[1], renewed, self.code.label)
+        return twice[1]
+
+    def _network(self) -> nn.Module:
+        made = self.code.build(self.input_shape, self.num_outputs, self.options)
+        return wrappers.unwrapped(made.network if isinstance(made, SplitModel) else made, self.code.label).network
+
+
+def _own_normalisation(network: nn.Module) -> tuple[Values, Values] | None:
+    """Mean and std in a network's configuration, as timm's have it; None if there are none, or they are unusable."""
+    for attribute in ("pretrained_cfg", "default_cfg"):
+        config = getattr(network, attribute, None)
+        values = [config.get(key) if isinstance(config, Mapping) else None for key in ("mean", "std")]
+        if all(isinstance(v, list | tuple) and v for v in values):
+            mean, std = (tuple(map(float, v)) for v in values if v is not None)
+            return mean, std
+    return None
