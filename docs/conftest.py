@@ -18,8 +18,10 @@ import pytest
 import torch
 
 import holdfast
+from holdfast.adversaries import BATTERIES, KINDS
 from holdfast.cli.main import main
-from holdfast.defenses import DEFENSES, list_defenses
+from holdfast.defenses import DEFENSES
+from holdfast.tasks import TASKS
 
 collect_ignore = ["docstrings.py"]  # for the build of the site; the tests do without what it imports
 
@@ -38,8 +40,10 @@ def _quiet_surroundings(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     doctest_namespace |= {f.__name__: f for f in (stale_help, undocumented_names, files_in_contributing)}
     torch.set_num_threads(1)
-    list_defenses()  # loaded before the copy is made
-    with patch.dict(DEFENSES._members):  # what an example registers ends with it
+    with contextlib.ExitStack() as registered:  # what an example registers ends with it
+        for registry in (DEFENSES, KINDS, BATTERIES, TASKS):
+            len(registry)  # loaded before the copy is made
+            registered.enter_context(patch.dict(registry._members))
         yield
     torch.set_num_threads(threads)
 

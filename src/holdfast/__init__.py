@@ -9,8 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from holdfast.adversaries import BATTERIES, Adversary, FineTuning, Probe
+if TYPE_CHECKING:  # what type checkers and editors see; the names themselves are loaded by `__getattr__`
+    from holdfast.adversaries import BATTERIES, Adversary, FineTuning, Probe, list_adversaries, list_batteries
     from holdfast.api import audit, feasibility, immunize, run
     from holdfast.defenses import (
         DEFENSES,
@@ -30,95 +30,57 @@ if TYPE_CHECKING:
         SignalFrontier,
         SlowProbeSuppression,
         Sophon,
+        list_defenses,
     )
     from holdfast.errors import HoldfastError
-    from holdfast.models import Denoiser, ModelSpec, SplitModel, load_model
+    from holdfast.experiments.measurements.base import list_measurements
+    from holdfast.models import Denoiser, ModelSpec, SplitModel, list_models, load_model
     from holdfast.report import write_report
     from holdfast.results import AuditResult, Feasibility, RunResult, read_result
     from holdfast.runtime.callbacks import Callback, Tracker
     from holdfast.spectral.frontier import Frontier
     from holdfast.spectral.least_squares import LeastSquares
     from holdfast.spectral.spectrum import condition_number
-    from holdfast.tasks import ArrayTask, DenoisingTask, RegressionTask, Schedule, Task, TaskSpec, TextTask, load_task
+    from holdfast.tasks import (
+        ArrayTask,
+        DenoisingTask,
+        RegressionTask,
+        Schedule,
+        Task,
+        TaskSpec,
+        TextTask,
+        list_tasks,
+        load_task,
+    )
     from holdfast.tasks.splits import halves
     from holdfast.training import Strategy, pretrain
 
-__all__ = [
-    "BATTERIES",
-    "DEFENSES",
-    "IMMA",
-    "LEACE",
-    "NTL",
-    "Adversary",
-    "ArrayTask",
-    "AuditResult",
-    "Callback",
-    "ConditionNumber",
-    "DeepCondition",
-    "DeepIMMA",
-    "DeepOptKappa",
-    "DeepRIll",
-    "Defense",
-    "Denoiser",
-    "DenoisingTask",
-    "Feasibility",
-    "FineTuning",
-    "Frontier",
-    "FrontierDefense",
-    "HoldfastError",
-    "LeastSquares",
-    "ModelSpec",
-    "OptKappa",
-    "Probe",
-    "RIllOnly",
-    "RegressionTask",
-    "RidgeProbeSuppression",
-    "RunResult",
-    "Schedule",
-    "SignalFrontier",
-    "SlowProbeSuppression",
-    "Sophon",
-    "SplitModel",
-    "Strategy",
-    "Task",
-    "TaskSpec",
-    "TextTask",
-    "Tracker",
-    "__version__",
-    "audit",
-    "condition_number",
-    "feasibility",
-    "halves",
-    "immunize",
-    "load_model",
-    "load_task",
-    "pretrain",
-    "read_result",
-    "run",
-    "write_report",
-]
-
 _HOME = {
     "api": ("audit", "feasibility", "immunize", "run"),
-    "adversaries": ("BATTERIES", "Adversary", "FineTuning", "Probe"),
+    "adversaries": ("BATTERIES", "Adversary", "FineTuning", "Probe", "list_adversaries", "list_batteries"),
     "defenses": (
         "DEFENSES", "IMMA", "LEACE", "NTL", "ConditionNumber", "DeepCondition", "DeepIMMA", "DeepOptKappa", "DeepRIll",
         "Defense", "FrontierDefense", "OptKappa", "RIllOnly", "RidgeProbeSuppression", "SignalFrontier",
-        "SlowProbeSuppression", "Sophon",
+        "SlowProbeSuppression", "Sophon", "list_defenses",
     ),
     "errors": ("HoldfastError",),
-    "models": ("Denoiser", "ModelSpec", "SplitModel", "load_model"),
+    "experiments.measurements.base": ("list_measurements",),
+    "models": ("Denoiser", "ModelSpec", "SplitModel", "list_models", "load_model"),
     "report": ("write_report",),
     "runtime.callbacks": ("Callback", "Tracker"),
     "results": ("AuditResult", "Feasibility", "RunResult", "read_result"),
     "spectral.frontier": ("Frontier",),
     "spectral.least_squares": ("LeastSquares",),
     "spectral.spectrum": ("condition_number",),
-    "tasks": ("ArrayTask", "DenoisingTask", "RegressionTask", "Schedule", "Task", "TaskSpec", "TextTask", "load_task"),
+    "tasks": (
+        "ArrayTask", "DenoisingTask", "RegressionTask", "Schedule", "Task", "TaskSpec", "TextTask", "list_tasks",
+        "load_task",
+    ),
     "tasks.splits": ("halves",),
     "training": ("Strategy", "pretrain"),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
+__all__ = ["__version__", *sorted(_MODULE)]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

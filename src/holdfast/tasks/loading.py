@@ -23,17 +23,17 @@ from holdfast.tasks.text import LENGTH
 from holdfast.tasks.tokenizers import Tokenizer, load_tokenizer
 
 
-def list_tasks() -> tuple[str, ...]:
-    """Returns the names that `load_task` knows without a file of yours, sorted.
+def list_tasks() -> list[str]:
+    """Returns the names that `load_task` knows without a file of yours.
 
-    The rest are data sets that are downloaded on first use.
+    Some are data sets that are downloaded on first use.
 
     Example:
         >>> names = list_tasks()
         >>> "digits" in names, "cifar10" in names, "phrases-mood" in names
         (True, True, True)
     """
-    return tuple(sorted({*TASKS, *DOWNLOADS, *TEXTS}))
+    return sorted({*TASKS, *DOWNLOADS, *TEXTS})
 
 
 def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Task:

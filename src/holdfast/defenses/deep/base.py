@@ -4,7 +4,7 @@
 
 theta are the weights of the last blocks of the body, omega those of the head, Z the features that the head receives,
 and R_i the terms of a defense. The earlier blocks are frozen, and their outputs are computed once
-(`holdfast.models.activation_cache`). The network is always in evaluation mode: the regularized features are those that a probe
+(`holdfast.models.activation_cache`). The network is always in evaluation mode: features are those that a probe
 gets, BatchNorm keeps the original's statistics, and dropout is off.
 """
 

@@ -70,3 +70,8 @@ class Measurement(BaseModel, ABC):
 
 
 MEASUREMENTS: Registry[type[Measurement]] = Registry("measurement", "holdfast.experiments.measurements")
+
+
+def list_measurements() -> list[str]:
+    """Returns the names of all measurements that a protocol can ask for."""
+    return list(MEASUREMENTS)
