@@ -38,9 +38,9 @@ if TYPE_CHECKING:  # what type checkers and editors see; the names themselves ar
     from holdfast.report import write_report
     from holdfast.results import AuditResult, Feasibility, RunResult, read_result
     from holdfast.runtime.callbacks import Callback, Tracker
+    from holdfast.spectral.condition_numbers import condition_number
     from holdfast.spectral.frontier import Frontier
     from holdfast.spectral.least_squares import LeastSquares
-    from holdfast.spectral.spectrum import condition_number
     from holdfast.tasks import (
         ArrayTask,
         DenoisingTask,

@@ -19,10 +19,10 @@ from holdfast.metrics.feasibility import assess, check
 from holdfast.models import SplitModel
 from holdfast.results import AuditResult, Feasibility, Thresholds
 from holdfast.runtime import executors
+from holdfast.runtime.argument_checks import plain, readable, refuse_truth_as_number
 from holdfast.runtime.callbacks import Callback
 from holdfast.runtime.devices import checked_threads, cpu_threads
 from holdfast.runtime.executors import Executor
-from holdfast.runtime.validation import plain, readable, refuse_truth_as_number
 from holdfast.tasks import Task
 from holdfast.tasks.splits import halves
 

@@ -16,8 +16,8 @@ from holdfast.metrics.diagnostics import inspect, rms
 from holdfast.models import ModelSpec, SplitModel, every_tensor, load_model
 from holdfast.results import Curve
 from holdfast.tasks import ArrayTask, TaskSpec, load_task
+from holdfast.tasks.data_checks import HELD, SHARED
 from holdfast.tasks.splits import halves
-from holdfast.tasks.validation import HELD, SHARED
 from holdfast.training import pretrain
 from shams import NORM_OF, SHAMS, Detached, Foreign, InTraining, Lie, Rounded, foreign, make, zoo_tasks
 

@@ -22,7 +22,7 @@ from holdfast.results import (
     Side,
     ThreatModel,
     Thresholds,
-    english,
+    reason_texts,
 )
 from holdfast.results.tables import Cell
 from holdfast.results.terms import words
@@ -50,7 +50,7 @@ def twice(*curves):
 
 def texts(reasons, unit="accuracy"):
     """The reasons as people read them."""
-    return [english.reason(each, words(unit)) for each in reasons]
+    return [reason_texts.reason(each, words(unit)) for each in reasons]
 
 
 def decide(curves, *, benign=GOOD, chance=CHANCE, flags=(), warnings=(), reported_benign=None, **limits):
@@ -225,7 +225,7 @@ class TestCodes:
     )
     def test_what_decided(self, said, code, label):
         assert (said.decision.code, said.label) == (code, label)
-        assert english.reason(said.decision) == said.sentence
+        assert reason_texts.reason(said.decision) == said.sentence
 
     def test_the_documentation_lists_every_one(self):
         page = (Path(__file__).parents[2] / "docs" / "audit.md").read_text()
@@ -239,7 +239,7 @@ class TestCodes:
         scores = dict.fromkeys(("immunized", "original", "scratch"), 0.5)
         found = Reason(code=code, measured=0.1, needed=0.2, guess=0.1, reported=0.3, retained=0.2, names=["X"],
                        budget=1, scores=scores)  # fmt: skip
-        assert english.reason(found) != ""
+        assert reason_texts.reason(found) != ""
 
 
 class TestInvalid:

@@ -21,7 +21,7 @@ from holdfast.defenses import (
     SlowProbeSuppression,
 )
 from holdfast.defenses.deep.base import _Immunization
-from holdfast.defenses.deep.condition import log_kappa
+from holdfast.defenses.deep.condition_number import log_kappa
 from holdfast.defenses.deep.imma import probe_loss
 from holdfast.defenses.state import snapshot
 from holdfast.errors import HoldfastError

@@ -18,7 +18,7 @@ from holdfast.defenses import (
     RIllOnly,
     SignalFrontier,
 )
-from holdfast.defenses.linear.condition import eigenpairs
+from holdfast.defenses.linear.condition_number import eigenpairs
 from holdfast.defenses.linear.opt_kappa import kappa_gradient
 from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel, features, load_model

@@ -16,7 +16,7 @@ from holdfast.auditing.trials import few_of
 from holdfast.errors import HoldfastError
 from holdfast.experiments.immunization import ImmunizedModel
 from holdfast.experiments.measurements.attack_curves import Attack
-from holdfast.experiments.measurements.conditioning import Conditioning, lay_out
+from holdfast.experiments.measurements.condition_numbers import Conditioning, lay_out
 from holdfast.experiments.measurements.probe_curves import effect, probe_outcome
 from holdfast.experiments.measurements.transfer import transfer_attacks
 from holdfast.experiments.recipe import ProtocolRecipe, load
@@ -358,7 +358,7 @@ class TestResume:
         def never(*_):
             raise AssertionError("was measured before")
 
-        monkeypatch.setattr("holdfast.experiments.measurements.conditioning._measure", never)
+        monkeypatch.setattr("holdfast.experiments.measurements.condition_numbers._measure", never)
         monkeypatch.setattr("holdfast.experiments.measurements.attack_curves._attack", never)
         assert run(copied).numbers() == read_result(folder).numbers()
 

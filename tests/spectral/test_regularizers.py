@@ -10,6 +10,7 @@ from torch import Tensor
 
 import reference
 from holdfast.errors import HoldfastError
+from holdfast.spectral.condition_numbers import spectrum
 from holdfast.spectral.preconditioning import PreconditionedLinear, Preconditioner
 from holdfast.spectral.regularizers import (
     ill_gradient,
@@ -21,7 +22,6 @@ from holdfast.spectral.regularizers import (
     well_gradient,
     well_step_bound,
 )
-from holdfast.spectral.spectrum import spectrum
 
 DRAWN = settings(deadline=None, max_examples=60)
 OF_MATRIX = {False: r_well, True: r_ill}

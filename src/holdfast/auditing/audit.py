@@ -126,7 +126,7 @@ def audit(
         spec: battery, budgets, seeds, thresholds.
         run: seed, device, folder.
         executor: where trials run; it does not change their results.
-        flags: what is suspicious about the data, see `holdfast.tasks.validation`; listed before those of the model.
+        flags: what is suspicious about the data, see `holdfast.tasks.data_checks`; listed before those of the model.
 
     Returns:
         Curves, a summary by budget and the verdict.

@@ -19,7 +19,7 @@ from holdfast.results import (
     Thresholds,
     Verdict,
     VerdictLabel,
-    english,
+    reason_texts,
 )
 from holdfast.results.terms import Words
 
@@ -82,9 +82,9 @@ def judge(
         scores = {r.budget: {role: r.best[role].mean for role in ROLES} for r in rows if r.budget}
         reasons = [Reason(code="compared", budget=budget, scores=means) for budget, means in scores.items()]
     return Verdict(
-        label=label, decision=decision, sentence=english.reason(decision, spoken), tried=tried,
+        label=label, decision=decision, sentence=reason_texts.reason(decision, spoken), tried=tried,
         reasons=[*reasons, *(_flag("data-warning", f) for f in warnings)],
-        threat_model=english.threat_model(tried, spoken), thresholds=limits,
+        threat_model=reason_texts.threat_model(tried, spoken), thresholds=limits,
         retained=retained[0], retained_interval=retained[1], area=areas[0], original_area=areas[1],
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from holdfast.cli.options import Command, ComputeOptions, ModelOptions, TrackOption, argument, option, repeated
+from holdfast.cli.base import Command, ComputeOptions, ModelOptions, TrackOption, argument, option, repeated
 from holdfast.errors import HoldfastError, unknown
 
 RESISTS, DOES_NOT_RESIST, INVALID = 0, 3, 4

@@ -10,8 +10,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from holdfast.cli.base import Command, HelpFormatter, add_arguments
 from holdfast.cli.commands import Audit, Feasibility, Immunize, Recipes, Run
-from holdfast.cli.options import Command, HelpFormatter, add_arguments
 from holdfast.cli.results import Card, Leaderboard, Replay, Report
 from holdfast.errors import HoldfastError
 from holdfast.runtime.launcher import processes

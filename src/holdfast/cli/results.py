@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from holdfast.cli.options import Command, argument, option
+from holdfast.cli.base import Command, argument, option
 from holdfast.errors import HoldfastError
 
 if TYPE_CHECKING:

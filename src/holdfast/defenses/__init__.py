@@ -2,12 +2,12 @@
 
 from holdfast.defenses.base import Defense, DefenseRecord
 from holdfast.defenses.deep.base import DeepDefense
-from holdfast.defenses.deep.condition import DeepCondition, DeepOptKappa, DeepRIll
+from holdfast.defenses.deep.condition_number import DeepCondition, DeepOptKappa, DeepRIll
 from holdfast.defenses.deep.imma import DeepIMMA
 from holdfast.defenses.deep.probe_suppression import RidgeProbeSuppression, SlowProbeSuppression
 from holdfast.defenses.leace import LEACE
 from holdfast.defenses.linear.base import LinearDefense, LinearProblem
-from holdfast.defenses.linear.condition import ConditionNumber, RIllOnly
+from holdfast.defenses.linear.condition_number import ConditionNumber, RIllOnly
 from holdfast.defenses.linear.frontier import FrontierDefense, SignalFrontier
 from holdfast.defenses.linear.imma import IMMA
 from holdfast.defenses.linear.opt_kappa import OptKappa

@@ -27,8 +27,8 @@ from holdfast.defenses.registry import register_defense
 from holdfast.models import SplitModel, check_feature_width, check_fits, feature_precision, features
 from holdfast.results import Event
 from holdfast.runtime.run import Run
+from holdfast.spectral.condition_numbers import EPS
 from holdfast.spectral.least_squares import LeastSquares
-from holdfast.spectral.spectrum import EPS
 from holdfast.tasks import Task
 
 LOST = 1e-10

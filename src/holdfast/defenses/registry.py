@@ -10,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from holdfast.defenses.base import Defense
 from holdfast.errors import unknown
+from holdfast.runtime.argument_checks import plain, readable, refuse_truth_as_number
 from holdfast.runtime.registry import Registry
-from holdfast.runtime.validation import plain, readable, refuse_truth_as_number
 
 Kind = TypeVar("Kind", bound=type[Defense])
 

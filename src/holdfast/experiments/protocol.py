@@ -29,7 +29,7 @@ from holdfast.experiments.measurements.attack_curves import (
     steps_per_epoch,
 )
 from holdfast.experiments.measurements.base import MEASUREMENTS, Measured, Measurement
-from holdfast.experiments.measurements.conditioning import Conditioning
+from holdfast.experiments.measurements.condition_numbers import Conditioning
 from holdfast.experiments.measurements.probe_curves import ProbeCurves
 from holdfast.experiments.measurements.samples import Samples
 from holdfast.experiments.measurements.transfer import Transfer, transfer_attacks
@@ -38,9 +38,9 @@ from holdfast.experiments.setting_scores import Measure, PaperSpec, Row, Setting
 from holdfast.experiments.tables import tabulate
 from holdfast.models import ModelSpec
 from holdfast.results.tables import Outcome
+from holdfast.runtime.argument_checks import readable
 from holdfast.runtime.executors import Executor
 from holdfast.runtime.run import Run
-from holdfast.runtime.validation import readable
 from holdfast.tasks import Task, TaskSpec
 from holdfast.training import Precision, PretrainSpec
 

@@ -17,9 +17,9 @@ from holdfast.errors import HoldfastError, unknown
 from holdfast.experiments.linear.specs import StudySpec
 from holdfast.experiments.protocol import ProtocolSpec
 from holdfast.models import ModelSpec, is_code
+from holdfast.runtime.argument_checks import readable, refuse_truth_as_number
 from holdfast.runtime.devices import MAX_THREADS
 from holdfast.runtime.documents import read_yaml, recipe_names
-from holdfast.runtime.validation import readable, refuse_truth_as_number
 from holdfast.tasks import TaskSpec
 from holdfast.training import PretrainSpec
 

@@ -15,9 +15,9 @@ from holdfast.errors import HoldfastError, unknown
 from holdfast.experiments.recipe import Recipe
 from holdfast.models import SplitModel, check_fits, load_model, load_released, load_task_for, transplant
 from holdfast.results import AuditResult, Curve, Role, RunResult, read_result
+from holdfast.runtime.argument_checks import readable
 from holdfast.runtime.devices import cpu_threads, resolve_device
 from holdfast.runtime.run import Run
-from holdfast.runtime.validation import readable
 from holdfast.tasks import Task
 from holdfast.tasks.splits import halves
 

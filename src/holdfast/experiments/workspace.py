@@ -45,7 +45,7 @@ from holdfast.runtime.launcher import command_line
 from holdfast.runtime.run import Run, fingerprint
 from holdfast.runtime.storage import writable_folder, write_atomic
 from holdfast.tasks import Task
-from holdfast.tasks.validation import validate
+from holdfast.tasks.data_checks import validate
 from holdfast.training import PretrainSpec, pretrain
 
 Kind = Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]

@@ -27,9 +27,9 @@ from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel, check_feature_width
 from holdfast.models.introspection import first_line
 from holdfast.runtime.run import derive_seed
+from holdfast.spectral.condition_numbers import spectrum
 from holdfast.spectral.frontier import Frontier
 from holdfast.spectral.least_squares import LeastSquares
-from holdfast.spectral.spectrum import spectrum
 from holdfast.tasks import Task
 from holdfast.tasks.base import Split
 

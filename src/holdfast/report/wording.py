@@ -13,7 +13,7 @@ from typing import Any
 
 from holdfast.auditing.retention import benign_after
 from holdfast.auditing.verdict import doubts as doubts_of
-from holdfast.results import AuditResult, BudgetRow, Cost, Interval, Role, RunResult, english
+from holdfast.results import AuditResult, BudgetRow, Cost, Interval, Role, RunResult, reason_texts
 from holdfast.results.tables import Cell, Table
 from holdfast.results.terms import count
 
@@ -77,12 +77,12 @@ CAUSES = (
 def doubts(audit: AuditResult) -> list[str]:
     """Why the original may not be the model that its owner means; shown before everything else."""
     found = doubts_of(audit.benign, audit.verdict.thresholds, audit.reported_benign)
-    return [english.reason(each, audit.spoken) for each in found]
+    return [reason_texts.reason(each, audit.spoken) for each in found]
 
 
 def reasons(audit: AuditResult) -> list[str]:
     """The reasons of the verdict as sentences."""
-    return [english.reason(each, audit.spoken) for each in audit.verdict.reasons]
+    return [reason_texts.reason(each, audit.spoken) for each in audit.verdict.reasons]
 
 
 def kept(audit: AuditResult) -> str:

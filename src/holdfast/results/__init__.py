@@ -1,7 +1,7 @@
 """Results: what `result.json` holds, typed; the words and images that belong to it."""
 
 from holdfast.results.provenance import ModelFacts, Provenance, Reading, TaskFacts, provenance
-from holdfast.results.reasons import InvalidCode, Reason, ReasonCode, Role, ThreatModel
+from holdfast.results.reason_codes import InvalidCode, Reason, ReasonCode, Role, ThreatModel
 from holdfast.results.schema import (
     ROLES,
     SCHEMA_VERSION,

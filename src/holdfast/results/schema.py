@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from holdfast.errors import HoldfastError
 from holdfast.results.provenance import Provenance
-from holdfast.results.reasons import Reason, Role, ThreatModel
+from holdfast.results.reason_codes import Reason, Role, ThreatModel
 from holdfast.results.tables import Cell, Figure, ResultModel, Table
 from holdfast.results.terms import Words, words
 from holdfast.runtime.documents import read_json

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from holdfast.errors import HoldfastError
+from holdfast.runtime.argument_checks import whole_number
 from holdfast.runtime.distributed import own_device, process_group
-from holdfast.runtime.validation import whole_number
 
 MAX_THREADS = 1024
 """More than any network here gains from; a mistyped number should not start so many threads."""

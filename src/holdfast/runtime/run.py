@@ -19,10 +19,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from holdfast.runtime.argument_checks import whole_number
 from holdfast.runtime.callbacks import Callback
 from holdfast.runtime.devices import resolve_device
 from holdfast.runtime.distributed import speaks
-from holdfast.runtime.validation import whole_number
 
 
 def derive_seed(seed: int, *purpose: object) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import HoldfastError
-from holdfast.spectral.spectrum import EPS, Spectrum, _matrix, check_finite
+from holdfast.spectral.condition_numbers import EPS, Spectrum, _matrix, check_finite
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from holdfast.errors import HoldfastError
-from holdfast.spectral.spectrum import check_finite
+from holdfast.spectral.condition_numbers import check_finite
 
 
 class Preconditioner:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from holdfast.errors import HoldfastError
+from holdfast.spectral.condition_numbers import published_condition_number
 from holdfast.spectral.least_squares import LeastSquares
-from holdfast.spectral.spectrum import published_condition_number
 
 
 @dataclass(frozen=True)

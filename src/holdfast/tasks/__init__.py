@@ -1,11 +1,11 @@
 """Tasks: data, the loss of honest training, a score. One file a kind; `named/` holds the tasks with a name."""
 
 from holdfast.tasks.base import Batch, Task
+from holdfast.tasks.builtin import TASKS
 from holdfast.tasks.classification import ArrayTask
 from holdfast.tasks.denoising import DenoisingTask
 from holdfast.tasks.in_memory import InMemoryTask
 from holdfast.tasks.loading import is_text, list_tasks, load_task
-from holdfast.tasks.named import TASKS
 from holdfast.tasks.regression import RegressionTask
 from holdfast.tasks.schedule import Schedule
 from holdfast.tasks.spec import TaskSpec, parse_spec

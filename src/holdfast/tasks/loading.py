@@ -9,12 +9,12 @@ from pathlib import Path
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.audio import is_sounds, load_sounds
 from holdfast.tasks.base import Task
+from holdfast.tasks.builtin import TASKS, is_sentences
 from holdfast.tasks.classification import ArrayTask
 from holdfast.tasks.denoising import DenoisingTask
 from holdfast.tasks.downloads import DOWNLOADS, TEXTS, download, download_text
 from holdfast.tasks.image_folder import load_folder
 from holdfast.tasks.in_memory import InMemoryTask
-from holdfast.tasks.named import TASKS, is_sentences
 from holdfast.tasks.npz_files import load_npz
 from holdfast.tasks.paths import DATA_VARIABLE, place
 from holdfast.tasks.schedule import Schedule

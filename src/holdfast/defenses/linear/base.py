@@ -15,10 +15,10 @@ from holdfast.defenses.base import Defense, DefenseRecord
 from holdfast.models import SplitModel, check_feature_width, check_fits, feature_precision, features
 from holdfast.results import Event
 from holdfast.runtime.run import Run
+from holdfast.spectral.condition_numbers import EPS
 from holdfast.spectral.frontier import SPACES, Frontier, SpaceName
 from holdfast.spectral.least_squares import LeastSquares
 from holdfast.spectral.rir import Ratios, relative_immunization_ratio
-from holdfast.spectral.spectrum import EPS
 from holdfast.tasks import Task
 
 LOGIT_TOLERANCE = 1e-5

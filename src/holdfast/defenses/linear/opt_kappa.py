@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.defenses.linear.base import GradientDescent, IterativeDefense, LinearProblem, _Descent
-from holdfast.defenses.linear.condition import CITATION
+from holdfast.defenses.linear.condition_number import CITATION
 from holdfast.defenses.registry import register_defense
 from holdfast.spectral.least_squares import LeastSquares
 

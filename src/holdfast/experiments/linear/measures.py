@@ -13,11 +13,11 @@ from torch import Tensor
 
 from holdfast.experiments.linear.specs import StudySpec, StudyTable
 from holdfast.models import SplitModel, feature_precision, features
+from holdfast.spectral.condition_numbers import EPS, PUBLISHED_FLOOR
 from holdfast.spectral.convergence import measured_tau, norm_ratios, predicted_tau
 from holdfast.spectral.frontier import Frontier
 from holdfast.spectral.least_squares import LeastSquares
 from holdfast.spectral.rir import published_kappa, published_ratio, ratios_behind, relative_immunization_ratio
-from holdfast.spectral.spectrum import EPS, PUBLISHED_FLOOR
 from holdfast.tasks import Task
 
 Role = Literal["restricted", "benign"]

@@ -10,7 +10,7 @@ from typing import Any
 from holdfast.experiments.linear.measures import CONVERGENCE, HELD_OUT, MAIN, PUBLISHED, Pairs, finite
 from holdfast.experiments.linear.specs import IDENTITY, StudySpec, StudyTable
 from holdfast.results.tables import Cell, Figure, Lines, Map, Table
-from holdfast.spectral.spectrum import PUBLISHED_FLOOR
+from holdfast.spectral.condition_numbers import PUBLISHED_FLOOR
 
 
 def study_tables(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from holdfast.runtime.registry import Registry
 from holdfast.tasks.base import Task
 
-TASKS: Registry[Callable[..., Task]] = Registry("task", "holdfast.tasks.named", group="holdfast.tasks")
+TASKS: Registry[Callable[..., Task]] = Registry("task", "holdfast.tasks.builtin", group="holdfast.tasks")
 
 
 def is_sentences(name: str) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from holdfast.tasks.builtin import TASKS
 from holdfast.tasks.classification import ArrayTask
-from holdfast.tasks.named import TASKS
 
 
 @TASKS.register("digits")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from holdfast.defenses.deep.base import DeepDefense
 from holdfast.defenses.deep.settings import FeatureBatch
-from holdfast.defenses.linear.condition import CITATION
+from holdfast.defenses.linear.condition_number import CITATION
 from holdfast.defenses.registry import register_defense
 from holdfast.spectral.regularizers import r_ill_of_features, r_well_of_features
 

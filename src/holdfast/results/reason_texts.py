@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from holdfast.results.reasons import Reason, ThreatModel
+from holdfast.results.reason_codes import Reason, ThreatModel
 from holdfast.results.terms import Words, count
 
 

@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from holdfast.tasks.named import TASKS
+from holdfast.tasks.builtin import TASKS
 from holdfast.tasks.text import LENGTH, TextTask, text_task
 from holdfast.tasks.tokenizers import Tokenizer
 

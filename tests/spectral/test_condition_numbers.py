@@ -10,8 +10,7 @@ from torch import Tensor
 
 import reference
 from holdfast.errors import HoldfastError
-from holdfast.spectral.least_squares import LeastSquares, common_subspace
-from holdfast.spectral.spectrum import (
+from holdfast.spectral.condition_numbers import (
     EPS,
     condition_number,
     extreme_pairs,
@@ -19,6 +18,7 @@ from holdfast.spectral.spectrum import (
     published_condition_number,
     spectrum,
 )
+from holdfast.spectral.least_squares import LeastSquares, common_subspace
 
 DRAWN = settings(deadline=None, max_examples=50)
 METHODS = ("qr", "gram")

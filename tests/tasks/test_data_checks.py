@@ -12,8 +12,8 @@ import holdfast
 from holdfast.errors import HoldfastError
 from holdfast.results import TaskFacts
 from holdfast.tasks import ArrayTask, DenoisingTask, RegressionTask, load_task, located
+from holdfast.tasks.data_checks import HELD, SHARED, validate
 from holdfast.tasks.paths import place
-from holdfast.tasks.validation import HELD, SHARED, validate
 
 
 def images(seed: int, count: int = 40, classes: int = 2) -> tuple[np.ndarray, np.ndarray]:
