@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
-from test_report import FLAGS, NASTY, Page, browser, make_audit, make_immunization, make_result, visit
+from test_report import Page, browser, visit
 
 from holdfast.errors import HoldfastError
 from holdfast.report.leaderboard import collect, write_leaderboard
 from holdfast.results.tables import Cell
+from made_results import FLAGS, NASTY, make_audit, make_immunization, make_result
 
 assert browser  # the fixture
 

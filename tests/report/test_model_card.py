@@ -7,10 +7,10 @@ import subprocess
 
 import pytest
 import yaml
-from test_report import FLAGS, NASTY, make_audit, make_immunization, make_result
 
 from holdfast.errors import HoldfastError
 from holdfast.report.model_card import BEGIN, END, card, hashes, put
+from made_results import FLAGS, NASTY, make_audit, make_immunization, make_result
 
 FILE = "9a" * 32
 

@@ -7,12 +7,12 @@ import jsonschema
 import pytest
 from hypothesis import given
 from pydantic import ValidationError
-from test_report import make_audit, make_result
 
 from holdfast.errors import HoldfastError
 from holdfast.report.wording import reasons
 from holdfast.results import RunResult, json_schema, read_result
 from holdfast.results.tables import Cell
+from made_results import make_audit, make_result
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=8))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from holdfast.results.tables import ResultModel
 
@@ -56,6 +56,10 @@ class Reason(ResultModel):
     scores: dict[Role, float | None] = Field({}, description="Best of the battery on each model.")
     lost: dict[Role, tuple[int, int]] = Field({}, description="Adversaries without a score, and all, by control.")
     text: str = Field("", description="A flag's finding and remedy, or the sentence of an earlier version.")
+
+    @model_serializer(mode="wrap")
+    def _only_own_figures(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if value not in (None, [], {}, "")}
 
     @model_validator(mode="before")
     @classmethod
