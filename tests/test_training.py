@@ -209,7 +209,7 @@ class TestStarts:
     def test_an_extractor_starts_as_the_identity(self, model, benign):
         model.insert_extractor(torch.eye(64, dtype=torch.float64) * 2)
         prepare(model, Strategy("last-block"), benign)
-        assert torch.equal(model._extractor_layer().weight, torch.eye(64, dtype=torch.float64))
+        assert torch.equal(model.extractor_layer().weight, torch.eye(64, dtype=torch.float64))
 
     def test_says_when_it_cannot(self, benign):
         class Odd(nn.Module):

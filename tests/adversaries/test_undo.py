@@ -128,7 +128,7 @@ class TestBeforeTheHead:
         moved = {n for n, p in model.network.named_parameters() if p.requires_grad}
         assert moved == {"head.0.weight", "head.1.weight", "head.1.bias"}
         next(work)
-        assert not torch.equal(model._extractor_layer().weight, torch.eye(64, dtype=torch.float64))
+        assert not torch.equal(model.extractor_layer().weight, torch.eye(64, dtype=torch.float64))
 
 
 class TestScales:

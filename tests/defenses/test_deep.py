@@ -88,7 +88,7 @@ class TestDescendedProbe:
         y = torch.tensor([0, 1, 0, 1])
         assert descended_probe(torch.ones(4, 3), y, 10).item() == 0
         assert descended_probe(torch.full((4, 3), torch.nan), y, 10).isnan()
-        with pytest.raises(HoldfastError, match="0 steps"):
+        with pytest.raises(HoldfastError, match="is 0; expected at least 1"):
             descended_probe(torch.rand(4, 3), y, 0)
         with pytest.raises(HoldfastError, match="2 classes"):
             descended_probe(torch.rand(4, 3), torch.zeros(4, dtype=torch.int64), 1)

@@ -136,15 +136,15 @@ class TestInANetwork:
             z, y = features(immunized, restricted, "train")
             assert left(z, y) < 1e-3 * left(features(model, restricted, "train")[0], y)  # float32 features
 
-    def test_survives_the_disk_the_shelf_and_another_process(self, trained, benign, restricted, run, tmp_path):
+    def test_survives_the_disk_the_store_and_another_process(self, trained, benign, restricted, run, tmp_path):
         immunized, _ = LEACE().immunize(trained, benign, restricted, run=run)
         assert immunized.spec["extractor"] == "affine"
         immunized.save(tmp_path / "model.safetensors")
         loaded = load_model(str(tmp_path / "model.safetensors"), benign)
         assert loaded.facts().sha256 == immunized.facts().sha256
-        shelf = ModelStore(tmp_path / "shelf")
-        shelf.keep({"a": 1}, immunized, {})
-        assert shelf.take({"a": 1}, trained)[0].facts().sha256 == immunized.facts().sha256
+        store = ModelStore(tmp_path / "store")
+        store.put({"a": 1}, immunized, {})
+        assert store.get({"a": 1}, trained)[0].facts().sha256 == immunized.facts().sha256
         assert not immunized.fresh().has_extractor
         assert [name for name, _ in immunized.blocks()[-1]][-1] == "head.0"
 

@@ -492,7 +492,7 @@ class TestReuse:
     def test_the_same_models_are_taken_and_it_is_said(self, folder, result, tmp_path, monkeypatch, capsys):
         for kind in (Sophon, NTL):
             monkeypatch.setattr(kind, "immunize", lambda *_, **__: pytest.fail("immunized again"))
-        found = run_recipe(recipe(), folder=tmp_path, device="cpu", reuse=[folder])
+        found = run_recipe(recipe(), folder=tmp_path, device="cpu", quiet=False, reuse=[folder])
         said = " ".join(capsys.readouterr().err.split())
         assert "Reusing the original from" in said
         assert "Reusing SOPHON, seed 0, in 'digits' from" in said
@@ -509,7 +509,7 @@ class TestReuse:
     def test_what_is_not_there_is_made_and_named(self, folder, tmp_path, capsys):
         other = {"NTL": DEFENSES["NTL"], "longer": {**DEFENSES["NTL"], "iterations": 1}}
         changes = {"defenses": other, "attacks": {}, "seeds": 1}
-        found = run_recipe(recipe(**changes), folder=tmp_path, device="cpu", reuse=[folder])
+        found = run_recipe(recipe(**changes), folder=tmp_path, device="cpu", quiet=False, reuse=[folder])
         assert [row["from"].split(" from")[0] for row in found.tables["immunization"].rows] == [
             "reused", "here",
         ]  # fmt: skip

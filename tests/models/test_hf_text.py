@@ -360,7 +360,7 @@ class TestAudits:
         )  # fmt: skip
         assert not result.not_applicable
         assert {c.role for c in result.curves if c.task == "restricted"} == {"immunized", "original", "scratch"}
-        assert {effect.kind for effect in result.side_effects} == {"benign", "transfer"}
+        assert {effect.task_role for effect in result.side_effects} == {"benign", "transfer"}
         assert all(c.scores[-1] is not None for c in result.curves)
 
     def test_no_red_flag_for_an_innocent_model(self, original):

@@ -115,15 +115,14 @@ def test_it_is_loaded_by_name(tags):
 @pytest.mark.trains
 class TestUse:
     @pytest.mark.parametrize("defense", ["condition", "deep-condition"])
-    def test_it_is_immunized_and_audited_and_reported(self, tags, reader, defense, tmp_path, monkeypatch):
+    def test_it_is_immunized_and_audited_and_reported(self, tags, reader, defense, tmp_path):
         benign, restricted = tags
         immunized = holdfast.immunize(reader, benign=benign, restricted=restricted, defense=defense, iterations=4)
         assert immunized.facts().sha256 != reader.facts().sha256
         tune = FineTuning(holdfast.Strategy("direct", "all", "adam", 1e-2, 16))
-        monkeypatch.setitem(holdfast.BATTERIES, "tags-v1", (tune, holdfast.Probe()))
         result = holdfast.audit(
-            immunized, original=reader, benign=benign, restricted=restricted, battery="tags-v1", seeds=2, shots=40,
-            budgets=(0, 5, 20), folder=tmp_path / "out",
+            immunized, original=reader, benign=benign, restricted=restricted, battery=[tune, holdfast.Probe()],
+            seeds=2, shots=40, budgets=(0, 5, 20), folder=tmp_path / "out",
         )  # fmt: skip
         assert (result.unit, result.words) == ("share of tags", benign.words)
         assert result.benign.original == pytest.approx(benign.score(reader))
