@@ -1,4 +1,4 @@
-"""Registries: open sets whose members register where they are defined, here and in other packages."""
+"""Registries: extensible sets whose members register themselves, in Holdfast and in other packages."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ Member = TypeVar("Member")
 
 
 class Registry(Mapping[str, Member]):
-    """The members of an open set, by name.
+    """The members of an extensible set, by name.
 
-    A member of Holdfast's own is one file of `package`: every module of the folder is imported on first use. Another
-    package declares an entry point of the group `package`, whose value is a module that registers its members:
+    Each built-in member is a module in the folder `package`, whose modules are all imported on first use. Other packages
+    declare an entry point in the group `package` that names a module which registers members:
 
         [project.entry-points."holdfast.defenses"]
         noise = "my_package.noise"
 
     Args:
-        what: one member, for messages: "defense".
-        package: the folder with the members, as `holdfast.defenses`; also the group of entry points.
+        what: noun for one member in messages, such as "defense".
+        package: package with the members, such as `holdfast.defenses`; also the group of entry points.
 
     Example:
         >>> shapes: Registry[type] = Registry("shape", "holdfast.shapes")
         >>> @shapes.register("square")
         ... class Square: ...
-        >>> shapes._loaded = True  # there is no such folder
+        >>> shapes._loaded = True  # the package does not exist
         >>> shapes["square"] is Square, list(shapes)
         (True, ['square'])
     """
@@ -44,12 +44,12 @@ class Registry(Mapping[str, Member]):
         """Returns a decorator that registers a member.
 
         Raises:
-            HoldfastError: if another member has this name.
+            HoldfastError: if another member has the same name.
         """
 
         def added(member: Member) -> Member:
             known = self._members.get(name)
-            # A module that is imported again, as a doctest or under `__main__`, registers its member once more.
+            # A module imported twice, as a doctest or as `__main__`, registers its member again.
             if known is not None and _place(known) != _place(member):
                 raise HoldfastError(
                     f"{_place(known)} and {_place(member)} are both registered as the {self.what} {name!r}; rename one."
@@ -63,7 +63,7 @@ class Registry(Mapping[str, Member]):
         """Returns a member by name.
 
         Raises:
-            HoldfastError: for a name that is not registered; the message lists those that are nearest.
+            HoldfastError: if the name is not registered; the message suggests the nearest name.
         """
         self._load()
         if name not in self._members:
@@ -83,17 +83,17 @@ class Registry(Mapping[str, Member]):
         return len(self._members)
 
     def _load(self) -> None:
-        """Imports every module that may register a member."""
+        """Imports every module that may register members."""
         if self._loaded:
             return
-        self._loaded = True  # before the imports, which may ask for members themselves
+        self._loaded = True  # before the imports, which may look up members themselves
         folder = import_module(self.package)
         for module in pkgutil.walk_packages(folder.__path__, f"{self.package}."):
             import_module(module.name)
         for point in entry_points(group=self.package):
             try:
                 point.load()
-            except Exception as error:  # the code of another package may raise anything
+            except Exception as error:  # other packages may raise anything
                 self._loaded = False
                 package = point.dist.name if point.dist is not None else point.value
                 raise HoldfastError(
