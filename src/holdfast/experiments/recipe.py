@@ -248,7 +248,7 @@ def _text(name: str) -> tuple[str, str]:
         try:
             return repr(name), path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise HoldfastError(f"Recipe {name!r} is no text in UTF-8 ({error}).") from error
+            raise HoldfastError(f"Recipe {name!r} is not UTF-8 text ({error}).") from error
     if name not in recipe_names():
         raise HoldfastError(f"{unknown('recipe', name, recipe_names())} A file of your own ends in .yaml.")
     return repr(name), (resources.files("holdfast") / "recipes" / f"{name}.yaml").read_text()

@@ -1,1 +1,1 @@
-"""Where and how things run: device, seeds, jobs, executors, several processes, files."""
+"""Running: devices, seeds, jobs, executors, several processes, files."""

@@ -1,4 +1,4 @@
-"""Settings that a person wrote: checked, and explained when they are wrong."""
+"""Checks settings written by users and explains errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from holdfast.errors import HoldfastError, unknown
 
 
 def plain(value: Any) -> Any:
-    """Returns settings as JSON would have them: numbers of NumPy, paths, ranges and tuples become plain ones.
+    """Converts settings to JSON types: NumPy numbers, paths, ranges and tuples become plain values.
 
     Example:
         >>> plain({"seeds": np.int64(3), "budgets": range(0, 20, 10)})
@@ -33,12 +33,12 @@ def plain(value: Any) -> Any:
 
 
 def refuse_truth_as_number(raw: Any, made: Any, what: str, where: str = "") -> None:
-    """Refuses `true` where a number is wanted: Python, and pydantic after it, would take it for 1.
+    """Refuses `true` where a number is expected, which Python and pydantic would take for 1.
 
     Args:
-        raw: settings as they were given.
-        made: what was validated.
-        what: whose settings they are; begins the message.
+        raw: settings as given.
+        made: the validated settings.
+        what: owner of the settings; begins the message.
         where: dotted key of `raw`.
 
     Raises:
@@ -57,12 +57,12 @@ def refuse_truth_as_number(raw: Any, made: Any, what: str, where: str = "") -> N
 
 
 def readable(error: ValidationError, what: str, schema: type[BaseModel] | None) -> HoldfastError:
-    """Turns pydantic's errors into one message that names each key, what was wrong, and the nearest known key.
+    """Turns pydantic's errors into one message that names each key, its error, and the nearest known key.
 
     Args:
-        error: what a model or dataclass refused.
-        what: whose settings they are; begins the message.
-        schema: the model, whose keys are suggested for unknown ones.
+        error: raised by a model or dataclass.
+        what: owner of the settings; begins the message.
+        schema: model whose keys are suggested for unknown ones.
     """
     parts = []
     for item in error.errors():
@@ -80,7 +80,7 @@ def readable(error: ValidationError, what: str, schema: type[BaseModel] | None) 
 
 
 def _keys_near(schema: type[BaseModel], place: Sequence[int | str]) -> list[str]:
-    """The keys that an unknown one may have been meant for: those beside it, if one is like it, else all."""
+    """Candidates for an unknown key: its siblings if one is similar, else all keys."""
     kind: Any = schema
     for part in place[:-1]:
         fields = getattr(kind, "model_fields", {})
@@ -95,7 +95,7 @@ def _keys_near(schema: type[BaseModel], place: Sequence[int | str]) -> list[str]
 
 
 def _inside(annotation: Any) -> Any:
-    """The schema in an annotation such as `dict[str, Schema]` or `Schema | None`; None if there is none."""
+    """Returns the schema in an annotation such as `dict[str, Schema]` or `Schema | None`; None without one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     found = [_inside(each) for each in getattr(annotation, "__args__", ())]
@@ -117,10 +117,10 @@ def whole_number(name: str, value: Any, least: int = 0, most: int | None = None)
     """Returns a whole number as Python's own type.
 
     Args:
-        name: of the setting, for the message.
+        name: name of the setting, for the message.
         value: NumPy's integers and floats such as 5.0 are whole numbers; True is not.
-        least: the smallest that is allowed.
-        most: the largest; None: there is none.
+        least: smallest allowed value.
+        most: largest allowed value; None: no limit.
 
     Raises:
         HoldfastError: if it is not a whole number, or out of range.

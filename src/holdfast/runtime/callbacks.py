@@ -1,4 +1,4 @@
-"""Callbacks: code of a user's that is told what happens while a defense or an audit runs; and experiment trackers."""
+"""Callbacks: user code that is called while a defense or an audit runs; and experiment trackers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 class Callback:
-    """Is told what happens; override what you need. It must not change what it is given.
+    """Receives rounds and trials. Override the methods you need; they must not change their arguments.
 
-    Callbacks are called in the process that started the job. Rounds of a defense that runs in a worker process, as
-    the immunizations of a protocol with `--executor processes`, are not reported.
+    Callbacks run in the process that started the command. The rounds of a defense in a worker process, such as an
+    immunization of a protocol with `--executor processes`, are not reported.
 
     Example:
         >>> class Printer(Callback):
@@ -27,16 +27,16 @@ class Callback:
     """
 
     def on_round(self, defense: str, round: int, values: Mapping[str, float]) -> None:
-        """Is called after each round of a defense.
+        """Called after each round of a defense.
 
         Args:
-            defense: its name.
-            round: that was finished, from 1 on.
-            values: what was measured in it, by the names of the record's history.
+            defense: name of the defense.
+            round: number of the finished round, from 1 on.
+            values: measurements of the round, under the names used in the record's history.
         """
 
     def on_trial(self, curve: Any) -> None:
-        """Is called after each trial of an audit, and each attack of a protocol, that was not finished before.
+        """Called after each newly finished trial of an audit or attack of a protocol.
 
         Args:
             curve: a `holdfast.results.Curve`.
@@ -46,15 +46,15 @@ class Callback:
 class Tracker(Callback):
     """Logs rounds and trials to an experiment tracker that Accelerate knows.
 
-    Use it as a context manager, so that everything is written in the end.
+    Use it as a context manager: the tracker is closed at the end of the block.
 
     Args:
         name: one of `TRACKERS`; its package must be installed.
-        run_name: what the tracker calls the run.
-        folder: where trackers that write files put them.
+        run_name: name of the run in the tracker.
+        folder: where trackers that write files write them.
 
     Raises:
-        HoldfastError: for another name, or a package that is not installed.
+        HoldfastError: if the name is unknown or its package is not installed.
     """
 
     def __init__(self, name: str, run_name: str, folder: Path) -> None:
@@ -65,11 +65,11 @@ class Tracker(Callback):
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        PartialState()  # trackers ask it which process writes
+        PartialState()  # trackers read from it which process writes
         place = {"tensorboard": {"logging_dir": str(folder)}, "mlflow": {"logging_dir": str(folder)}}.get(name, {})
         named = {"experiment_name": run_name} if name == "mlflow" else {"run_name": run_name}
         self.tracker = LOGGER_TYPE_TO_CLASS[name](**named, **place)
-        if hasattr(self.tracker, "start"):  # older versions of Accelerate start by themselves
+        if hasattr(self.tracker, "start"):  # older versions of Accelerate start trackers themselves
             self.tracker.start()
         self.trials = 0
 
@@ -84,7 +84,7 @@ class Tracker(Callback):
         self.tracker.log({f"{defense}/{name}": value for name, value in values.items()}, step=round)
 
     def on_trial(self, curve: Any) -> None:
-        """Logs the score after the last budget, at the number of trials that were finished; see `Callback.on_trial`."""
+        """Logs the score after the last budget, with the number of finished trials as step; see `Callback.on_trial`."""
         self.trials += 1
         if curve.scores[-1] is not None:
             self.tracker.log({f"{curve.role}/{curve.adversary}": curve.scores[-1]}, step=self.trials)

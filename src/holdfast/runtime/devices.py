@@ -15,14 +15,14 @@ from holdfast.runtime.argument_checks import whole_number
 from holdfast.runtime.distributed import own_device, process_group
 
 MAX_THREADS = 1024
-"""More than any network here gains from; a mistyped number should not start so many threads."""
+"""Upper limit, so that a mistyped number does not start thousands of threads."""
 
 
 def checked_threads(count: Any) -> int | None:
     """Returns a number of CPU threads, or None for torch's own choice.
 
     Raises:
-        HoldfastError: for anything but a whole number from 1 to `MAX_THREADS`.
+        HoldfastError: if it is not a whole number from 1 to `MAX_THREADS`.
     """
     return None if count is None else whole_number("threads", count, 1, MAX_THREADS)
 
@@ -33,11 +33,11 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     Args:
         name: `auto` (the accelerator that Accelerate finds, else the CPU) or a torch device such as `cpu`, `cuda:1`.
 
-    Of several processes, each gets the device that its launcher chose for it.
+    With several processes, each gets the device that the launcher assigned to it.
 
     Raises:
-        HoldfastError: if torch does not know the device or this machine does not have it; or, of several processes, if
-            it is another than the launcher's.
+        HoldfastError: if torch does not know the device, if this machine lacks it, or if a launcher assigned this
+            process another device.
 
     Example:
         >>> resolve_device("cpu")
@@ -53,8 +53,8 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
         given = own_device()
         if name not in (given.type, str(given)):
             raise HoldfastError(
-                f"Device {name!r} was asked for, and the launcher gave this process {str(given)!r}. Leave --device "
-                "out; to compute on the CPU, set ACCELERATE_USE_CPU=true."
+                f"Device is {name!r}, but the launcher assigned {str(given)!r} to this process. Leave --device out; to "
+                "compute on the CPU, set ACCELERATE_USE_CPU=true."
             )
         return given
     try:
@@ -67,13 +67,13 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Returns where a module's tensors are, even if they are all buffers; without any, the CPU."""
+    """Returns the device of a module's tensors, including buffers; the CPU for a module without tensors."""
     first = next(itertools.chain(module.parameters(), module.buffers()), None)
     return torch.device("cpu") if first is None else first.device
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """Returns the precision of a module's weights, even if they are all buffers; without any, torch's default.
+    """Returns the precision of a module's weights, including buffers; torch's default for a module without any.
 
     Example:
         >>> dtype_of(nn.Linear(2, 2).double()), dtype_of(nn.ReLU())
@@ -84,7 +84,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def place_of_float64(device: torch.device) -> torch.device:
-    """Returns where to compute in float64 what is on a device: there, or on the CPU if the device has none (mps).
+    """Returns the device for float64 computations on a device's tensors: itself, or the CPU if it lacks float64 (mps).
 
     Example:
         >>> place_of_float64(torch.device("cuda", 1)), place_of_float64(torch.device("mps"))
@@ -94,17 +94,17 @@ def place_of_float64(device: torch.device) -> torch.device:
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """Returns the most precise floating-point type that a device has."""
+    """Returns the most precise floating-point type that a device supports."""
     return torch.float64 if place_of_float64(device) == device else torch.float32
 
 
 def autocast(device: torch.device, bf16: bool, *, cache: bool = True) -> contextlib.AbstractContextManager[Any]:
-    """Returns a context in which networks compute in bfloat16 where torch deems it safe, or one that changes nothing.
+    """Returns a context of bfloat16 autocast, or one that changes nothing.
 
     Args:
         device: where the network is.
-        bf16: False changes nothing: weights compute in their own precision, and a caller's autocast stays in force.
-        cache: keep weights in bfloat16 from one use to the next; not where they are changed in place in between.
+        bf16: whether to autocast; if False, a caller's own autocast stays in force.
+        cache: reuse the bfloat16 copies of weights. Set False if weights change in place inside the block.
 
     Example:
         >>> with autocast(torch.device("cpu"), bf16=True):
@@ -116,10 +116,10 @@ def autocast(device: torch.device, bf16: bool, *, cache: bool = True) -> context
 
 @contextlib.contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Lets torch use so many CPU threads inside the block; None changes nothing.
+    """Sets torch's number of CPU threads inside the block; None changes nothing.
 
     Raises:
-        HoldfastError: for a number that is not from 1 to `MAX_THREADS`.
+        HoldfastError: if the number is not from 1 to `MAX_THREADS`.
     """
     count = checked_threads(count)
     before = torch.get_num_threads()

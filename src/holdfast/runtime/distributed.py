@@ -1,12 +1,12 @@
-"""Several processes that do one job, as `accelerate launch` starts them: who is who, what is averaged, who writes.
+"""Several processes that share the work, started by `accelerate launch`: ranks, averaged gradients, broadcasts.
 
-The only file that knows Accelerate. Every process runs the same program on the same data. In training each draws
-batches of its own, and gradients are averaged before each step, so that all hold the same weights at all times.
-Whatever else decides something is decided by the main process, and only the main process writes files. Without a
-launcher there is one process, and nothing here does anything.
+Accelerate's process functions are used here only. Every process runs the same program on the same data. In training,
+each process draws its own batches, and gradients are averaged before each step, so all processes hold the same weights.
+The main process makes all other decisions and writes all files. Without a launcher there is one process, and the
+functions here do nothing.
 
-A process that fails ends: the launcher then ends the others. What `on_main_process` and shared jobs raise is raised
-by all.
+If a process fails, it exits and the launcher stops the others. An error in `on_main_process` or in a shared job is
+raised in all processes.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from holdfast.runtime.launcher import processes
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
-"""How long a process waits for the others: the longest job that one of them may do alone. It is no safety net, the
-launcher is: it ends all processes as soon as one has failed."""
+"""How long a process waits for the others: the longest job that one may do alone. Failures do not take that long: the
+launcher stops all processes as soon as one fails."""
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of one job, seen from one of them.
+    """The processes that share the work, seen from one of them.
 
-    Every method but `own` is called by all of them, in the same order.
+    All processes must call every method except `own`, in the same order.
 
     Attributes:
-        rank: which of them this is, from 0 on.
-        count: how many there are.
+        rank: number of this process, from 0 on.
+        count: number of processes.
 
     Example:
         >>> group = process_group()
-        >>> group.count, group.main, group.broadcast_object(0.5), group.gather("mine")
-        (1, True, 0.5, ['mine'])
+        >>> group.count, group.main, group.broadcast_object(0.5), group.gather("a")
+        (1, True, 0.5, ['a'])
     """
 
     rank: int = 0
@@ -55,11 +55,11 @@ class ProcessGroup:
 
     @property
     def main(self) -> bool:
-        """Whether this one decides, and writes files."""
+        """Whether this is the main process, which decides and writes files."""
         return self.rank == 0
 
     def own(self, *purpose: object) -> tuple[object, ...]:
-        """Returns a purpose for `Run.seeded` whose draws are this process's own; the main one's are those of one alone.
+        """Returns a purpose for `Run.seeded` that is distinct in each process; the main process's is unchanged.
 
         Example:
             >>> ProcessGroup(0, 2).own("pretrain"), ProcessGroup(1, 2).own("pretrain")
@@ -68,12 +68,12 @@ class ProcessGroup:
         return purpose if self.main else (*purpose, "process", self.rank)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replaces gradients by their mean over all processes: with batches of one size, that of all batches together.
+        """Replaces gradients by their mean over all processes, which for batches of one size is that of the joint batch.
 
-        A gradient that some processes have and others have not counts as 0 there; one that nobody has stays None.
+        A gradient that is None in some processes counts as 0 there; one that is None in all of them stays None.
 
         Args:
-            parameters: the same everywhere; those that need no gradient are passed over.
+            parameters: the same in all processes; those without `requires_grad` are skipped.
         """
         if self.count == 1:
             return
@@ -98,7 +98,7 @@ class ProcessGroup:
         self._flat([b for b in module.buffers() if b.is_floating_point()], lambda whole: reduce(whole, "mean"))
 
     def broadcast_state(self, module: nn.Module) -> None:
-        """Gives all processes the main one's weights and buffers, to the last bit."""
+        """Copies the main process's weights and buffers to all processes, bit by bit."""
         if self.count == 1:
             return
         from accelerate.utils import broadcast
@@ -108,7 +108,7 @@ class ProcessGroup:
     @staticmethod
     @torch.no_grad()
     def _flat(tensors: list[Tensor], change: Callable[[Tensor], Tensor]) -> None:
-        """Sends tensors through a collective operation, in place; one message a precision."""
+        """Sends tensors through a collective operation, in place; one message for each dtype."""
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             own = [t for t in tensors if t.dtype == dtype]
             changed = change(torch.cat([t.reshape(-1) for t in own]))
@@ -116,7 +116,7 @@ class ProcessGroup:
                 tensor.copy_(part.view(tensor.shape))
 
     def broadcast_object(self, value: T) -> T:
-        """Returns the main process's value, for decisions that rounding might turn elsewhere."""
+        """Returns the main process's value, for decisions that rounding could make differ between processes."""
         if self.count == 1:
             return value
         from accelerate.utils import broadcast_object_list
@@ -126,7 +126,7 @@ class ProcessGroup:
         return held[0]  # type: ignore[no-any-return]
 
     def gather(self, value: T) -> list[T]:
-        """Returns everybody's value, by rank; it is pickled."""
+        """Returns the values of all processes, by rank; they are pickled."""
         if self.count == 1:
             return [value]
         from accelerate.utils import gather_object
@@ -134,13 +134,13 @@ class ProcessGroup:
         return list(gather_object([value]))
 
     def on_main_process(self, work: Callable[[], T]) -> T:
-        """Lets the main process alone do something, such as writing a file, while the others wait.
+        """Runs `work` in the main process only, for example to write a file, while the others wait.
 
         Returns:
-            In all processes, what `work` returned.
+            The result of `work`, in all processes.
 
         Raises:
-            Exception: in all processes, what it raised.
+            Exception: raised by `work`, in all processes.
         """
         if self.count == 1:
             return work()
@@ -152,16 +152,16 @@ class ProcessGroup:
         return value  # type: ignore[no-any-return]
 
     def share(self, work: Callable[[int], T], jobs: int) -> Iterator[tuple[int, T]]:
-        """Does independent jobs, each in one process as if it were alone, and yields all results in all processes.
+        """Distributes independent jobs over the processes and yields all results in all processes.
 
-        They go in waves of one job a process, so that what is finished can be kept soon.
+        Jobs run in waves of one per process, so that finished results can be stored early. Each process works alone.
 
         Args:
-            work: does the job of an index; what it returns is pickled.
-            jobs: their number.
+            work: computes the job of an index; its result is pickled.
+            jobs: number of jobs.
 
         Raises:
-            Exception: in all processes, what one of the jobs raised.
+            Exception: raised by one of the jobs, in all processes.
         """
         if self.count == 1:
             yield from ((index, work(index)) for index in range(jobs))
@@ -180,30 +180,30 @@ class ProcessGroup:
 
 
 def outcome(work: Callable[[], Any]) -> tuple[bool, Any]:
-    """Returns (True, what work returned) or (False, what it raised), in a form that pickle can bring elsewhere."""
+    """Returns (True, result) or (False, exception), both picklable."""
     try:
         return True, work()
     except Exception as error:
         try:
-            pickle.loads(pickle.dumps(error))  # some classes of errors can be written and not read
+            pickle.loads(pickle.dumps(error))  # some exception classes can be pickled but not unpickled
         except Exception:
             return False, RuntimeError(f"{type(error).__name__}: {error}")
         return False, error
 
 
 def process_group() -> ProcessGroup:
-    """Returns the processes that this one works with now: those that were launched, or inside `alone` itself."""
+    """Returns the processes that this one works with: all that were launched, or inside `alone` only itself."""
     return ProcessGroup() if _alone else _launched()
 
 
 def speaks() -> bool:
-    """Whether this process speaks to the person at the terminal, even for a job that it does alone."""
+    """Whether this process prints to the terminal, even for a job that it runs alone."""
     return _launched().main
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Inside the block this process works by itself, and writes its own files; the others do something else."""
+    """Inside the block this process works by itself and writes its own files."""
     global _alone  # noqa: PLW0603
     _alone += 1
     try:
@@ -221,7 +221,7 @@ def _launched() -> ProcessGroup:
         _refuse_a_launcher_that_started_one()
         return ProcessGroup()
     state = _state()
-    atexit.register(state.destroy_process_group)  # else its threads may still run when Python ends, and abort it
+    atexit.register(state.destroy_process_group)  # else its threads may outlive Python and abort it
     return ProcessGroup(state.process_index, state.num_processes)
 
 
@@ -229,16 +229,16 @@ def _refuse_a_launcher_that_started_one() -> None:
     alone_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     if alone_on_cpu and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         raise HoldfastError(
-            "`accelerate launch --cpu --num_processes N` starts one process, whatever N is, unless it is given MPI. "
+            "`accelerate launch --cpu --num_processes N` starts one process for every N, unless it is given MPI. "
             "For several on CPUs: accelerate launch --multi_gpu --num_processes N -m holdfast ... (no GPU is needed), "
             "or torchrun --nproc-per-node N -m holdfast ..."
         )
 
 
 def own_device() -> torch.device:
-    """Returns the device that Accelerate gives to this process: an accelerator of its own if there is one."""
+    """Returns the device that Accelerate assigns to this process: an accelerator if there is one."""
     device = torch.device(_state().device)
-    return torch.device("cpu") if device.type == "cpu" else device  # Accelerate numbers CPUs, and tensors do not
+    return torch.device("cpu") if device.type == "cpu" else device  # Accelerate numbers CPUs, torch does not
 
 
 def _state() -> Any:
@@ -247,8 +247,8 @@ def _state() -> Any:
 
     if processes() == 1:
         return PartialState()
-    # Its functions' defaults are the group of processes that exists when they are imported, as the first optimizer does
-    # somewhere. That group would never end, nor would its threads, which abort Python when they outlive it.
+    # torch binds the process group that exists at import time into its functions' defaults, and creating an optimizer
+    # imports them. That group would never be destroyed, and threads that outlive Python abort it.
     import torch.distributed.nn.functional
 
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()

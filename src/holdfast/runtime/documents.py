@@ -14,7 +14,7 @@ import yaml
 from holdfast.errors import HoldfastError
 
 MAX_NODES = 100_000
-"""Values in a document with its aliases written out; a few lines of aliases can stand for billions."""
+"""Most values in a document after its aliases are expanded; a few lines of aliases can expand to billions."""
 
 
 def recipe_names() -> list[str]:
@@ -32,7 +32,7 @@ def recipe_names() -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the scalars of YAML 1.2's core schema, and without its silence about repeated keys."""
+    """PyYAML's safe loader with the scalars of YAML 1.2's core schema, and an error for repeated keys."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own attribute
 
@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _check(self, node: yaml.Node, sizes: dict[int, int]) -> int:
-        """Returns how many values a node stands for; refuses repeated keys and aliases that never end."""
+        """Returns the number of values in a node; refuses repeated keys and recursive aliases."""
         size = sizes.get(id(node))
         if size == 0:
             raise HoldfastError(
@@ -103,18 +103,18 @@ def read_yaml(text: str, what: str) -> Any:
 
     Args:
         text: one document.
-        what: begins the message of an error.
+        what: beginning of an error message.
 
     Raises:
-        HoldfastError: if it is not valid, has a key twice, a number that is not finite, or a list inside itself.
+        HoldfastError: if it is not valid, repeats a key, contains a number that is not finite, or contains itself.
 
     Example:
         >>> read_yaml("{seed: 010, rate: 1e-3, name: no, ratio: 1:30}", "It")
         {'seed': 10, 'rate': 0.001, 'name': 'no', 'ratio': '1:30'}
-        >>> read_yaml("{seeds: 20, seeds: 3}", "Recipe 'mine.yaml'")
+        >>> read_yaml("{seeds: 20, seeds: 3}", "Recipe 'my.yaml'")
         Traceback (most recent call last):
             ...
-        holdfast.errors.HoldfastError: Recipe 'mine.yaml' is not valid YAML: the key 'seeds' is given twice, in line 1
+        holdfast.errors.HoldfastError: Recipe 'my.yaml' is not valid YAML: the key 'seeds' is given twice, in line 1
         and in line 1; keep one.
     """
     try:
@@ -127,7 +127,7 @@ def read_yaml(text: str, what: str) -> Any:
 
 
 def read_json(text: str | bytes) -> Any:
-    """Parses JSON, and refuses what Python's parser accepts without being asked: a key twice, and NaN.
+    """Parses JSON, and refuses repeated keys and NaN, which Python's parser accepts.
 
     Args:
         text: one document.
@@ -160,7 +160,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _refuse_not_finite(value: Any, where: str = "") -> None:
-    """No setting is infinite or NaN, and as a limit or a rate either would switch something off in silence."""
+    """Refuses infinity and NaN: as a limit or a rate, either would silently disable something."""
     if isinstance(value, float) and not math.isfinite(value):
         raise HoldfastError(f"{where or 'it'} is {value}; expected a finite number")
     inside: Iterable[tuple[Any, Any]] = ()

@@ -1,8 +1,8 @@
 """Executors: independent jobs one after another, in local processes, or on Ray, with the same results.
 
 Jobs share one context, which may be large (models, data): it is pickled once and sent to each worker once. A worker
-gets the caller's torch settings, because numbers depend on them. One that dies takes no result with it: its job alone
-is begun again, `ATTEMPTS` times in all. What a job itself raises is raised to the caller.
+gets the caller's torch settings, because results depend on them. If a worker dies, only its current job is run again,
+at most `ATTEMPTS` times in all. An exception of a job is raised in the caller.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Executor(ABC):
     """Runs independent jobs.
 
     Attributes:
-        name: as it was asked for.
-        workers: how many at a time; None: as many as there are cores for.
-        threads: CPU threads of torch in each worker; None: as many as the caller has when it calls `run`.
+        name: the name that was requested.
+        workers: number of workers; None: as many as the cores allow.
+        threads: CPU threads of torch in each worker; None: as many as the caller uses when it calls `run`.
     """
 
     name: str
@@ -44,23 +44,23 @@ class Executor(ABC):
     def run(
         self, work: Callable[[Context, Job], Result], context: Context, jobs: Sequence[Job]
     ) -> Iterator[tuple[int, Result]]:
-        """Does every job once, and yields its index and result when it is finished, in any order.
+        """Runs every job once and yields index and result of each as it finishes, in any order.
 
         Args:
-            work: a function of a module; it must not depend on the order of jobs, nor change the context.
-            context: what all jobs need; pickled, so that every worker has a copy.
-            jobs: small, picklable; `str` names one in errors.
+            work: a module-level function; it must not depend on the order of jobs or change the context.
+            context: input that all jobs share; pickled, so every worker has a copy.
+            jobs: inputs of the jobs, small and picklable; errors name a job by its `str`.
 
         Raises:
-            HoldfastError: if something cannot be pickled, or workers die of the same job `ATTEMPTS` times.
+            HoldfastError: if something cannot be pickled, or the workers of one job die `ATTEMPTS` times.
         """
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Lets workers that one `run` in here has started serve the next one; a new process takes seconds to start.
+        """Keeps workers alive between calls of `run` inside the block; starting a process takes seconds.
 
         Example:
-            >>> workers = executor("serial")  # of "processes:2" there would be two processes in all
+            >>> workers = executor("serial")  # "processes:2" would start two processes in all
             >>> with workers.kept():
             ...     squares = sorted(workers.run(pow, 2, [1, 2, 3]))
             ...     cubes = sorted(workers.run(pow, 3, [1, 2, 3]))
@@ -75,12 +75,12 @@ def executor(name: str | Executor, *, threads: int | None = None) -> Executor:
 
     Args:
         name: `serial`; `processes` or `ray`, with `:N` for N workers; or `ray://HOST:PORT`, a cluster. An executor is
-            returned as it is.
+            returned unchanged.
         threads: see `Executor`.
 
     Raises:
-        HoldfastError: for an unknown name, a number of workers that is none, if Ray is not installed, or for anything
-            but `serial` in one of several processes.
+        HoldfastError: if the name or the number of workers is not valid, if Ray is not installed, or if several
+            processes were launched and the executor is not `serial`.
 
     Example:
         >>> sorted(executor("serial").run(pow, 2, [1, 2, 3]))
@@ -94,7 +94,7 @@ def executor(name: str | Executor, *, threads: int | None = None) -> Executor:
         return Serial(name, 1, threads)
     if process_group().count > 1:
         raise HoldfastError(
-            f"Executor {name!r}: {process_group().count} processes were launched, and share the trials already. Leave "
+            f"Executor {name!r}: {process_group().count} processes were launched and already share the trials. Leave "
             "--executor out, or start a single process."
         )
     from holdfast.runtime.local_processes import Processes
@@ -113,7 +113,7 @@ def executor(name: str | Executor, *, threads: int | None = None) -> Executor:
 
 @dataclass(frozen=True)
 class Serial(Executor):
-    """One job after another, here; if several processes were launched for the work, each does its share."""
+    """Runs jobs one after another in this process; if several processes were launched, each runs its share."""
 
     def run(
         self, work: Callable[[Context, Job], Result], context: Context, jobs: Sequence[Job]

@@ -1,9 +1,9 @@
-"""Jobs: independent pieces of a long computation. What a store holds already is not computed again.
+"""Jobs: independent units of a long computation. A result that the store holds is not computed again.
 
-Everything that takes long here is a list of jobs: pretraining, immunizations, trials of an audit, attacks and
-measurements of a protocol, pieces of a study. A job is the inputs of a function and a key; the function must not depend
-on anything else but the context that all jobs share. `run_jobs` computes what the store lacks, wherever the executor
-does it, and keeps every result at once, so that a killed run continues where it was.
+All long computations are lists of jobs: pretraining, immunizations, trials of an audit, attacks and measurements of a
+protocol, measurements of a study. A job has a key and the inputs of a function; the function may depend only on them
+and on the context that all jobs share. `run_jobs` computes the missing results on an executor and stores each at once,
+so that an interrupted run can continue.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Job(Generic[Inputs]):
-    """One piece of work.
+    """One unit of a computation.
 
     Attributes:
-        key: names its result among all results in the store. Together with what the store is for it says everything
-            that the result depends on.
-        inputs: what the function gets; small and picklable.
-        label: names the job for a person, in errors and behind the progress bar.
+        key: name of its result in the store. Key and store together determine everything that the result depends on.
+        inputs: argument of the function; small and picklable.
+        label: readable name, for errors and the progress bar.
     """
 
     key: str
@@ -44,28 +43,28 @@ class Job(Generic[Inputs]):
 
 
 class Store(Protocol[Value]):
-    """Where finished results are."""
+    """Keeps finished results."""
 
     def missing(self, keys: Sequence[str]) -> list[str]:
         """Returns the keys without a result, in order.
 
         Raises:
-            HoldfastError: if a result that is there is damaged; no other result is computed first.
+            HoldfastError: if a stored result is damaged; this is checked before anything is computed.
         """
 
     def put(self, key: str, value: Value) -> None:
-        """Keeps a result; when this returns, it survives a kill."""
+        """Stores a result durably: it survives a kill once this returns."""
 
     def get(self, key: str) -> Value:
-        """Returns a result that is there."""
+        """Returns a stored result."""
 
 
 class JournalStore(Store[Value]):
-    """Results as entries of a journal: pydantic models, or what JSON holds.
+    """Stores results, pydantic models or JSON values, as entries of a journal.
 
     Args:
-        journal: a file, or memory.
-        readers: by key: makes a result of its entry, and raises a ValueError, TypeError or KeyError if it cannot.
+        journal: on disk or in memory.
+        readers: by key, a function from the entry to the result; raises a ValueError, TypeError or KeyError on failure.
     """
 
     def __init__(self, journal: Journal, readers: Mapping[str, Callable[[Any], Value]]) -> None:
@@ -96,27 +95,27 @@ def run_jobs(
     together: Callable[[Sequence[Inputs]], Sequence[Sequence[int]]] | None = None,
     finished: Callable[[Value], None] | None = None,
 ) -> list[Value]:
-    """Computes what the store lacks, and returns the results of all jobs in order.
+    """Computes the missing results and returns the results of all jobs in order.
 
     Args:
-        function: of a module, so that other processes can import it; gets the context and a job's inputs.
-        context: what all jobs need; it travels once to each worker.
-        jobs: those of one key are computed once.
-        store: has what was finished before, and keeps each result as soon as it is there.
-        run: whose progress display is used.
-        executor: where jobs run; it does not change results. None: here, by all launched processes together, for a job
-            that they share among themselves.
-        description: of the progress display; None: no display, since the jobs have their own.
-        together: groups the inputs of all jobs, by their indices, into batches that are computed together, whatever of
-            them was done before; `function` then gets the inputs of a batch and returns as many results. Of a batch
-            that is there in part, only what is missing is kept.
-        finished: is given each result that was computed now, after it was kept.
+        function: a module-level function, so that other processes can import it; takes the context and a job's inputs.
+        context: input that all jobs share; sent once to each worker.
+        jobs: the jobs; those with the same key are computed once.
+        store: holds earlier results and receives each new one as soon as it is computed.
+        run: provides the progress display.
+        executor: where jobs run; it does not change results. None: in this process, where all launched processes
+            compute each job together.
+        description: text of the progress display; None: no display, for jobs that have their own.
+        together: maps the inputs of all jobs to batches of indices that are always computed together, even if some
+            results exist; `function` then takes the inputs of a batch and returns as many results. Results that
+            already exist are not replaced.
+        finished: called with each new result after it is stored.
 
     Returns:
-        What the store gives back, whether a result was computed now or before.
+        The results as read from the store, whether new or old.
 
     Raises:
-        HoldfastError: if a kept result is damaged, or workers die of the same job several times.
+        HoldfastError: if a stored result is damaged, or the workers of one job die several times.
 
     Example:
         >>> kept = JournalStore(Journal(None, {}), {"3": int, "4": int})
@@ -157,7 +156,7 @@ def _computed(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What travels to a worker of a batch."""
+    """Inputs of a batch of jobs, as sent to a worker."""
 
     values: tuple[Any, ...]
     label: str

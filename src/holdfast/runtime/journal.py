@@ -1,4 +1,4 @@
-"""The journal of a long job: one line for each finished piece, so that a second call does only what is missing."""
+"""Journals: one line for each finished job, so that a second call computes only what is missing."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ T = TypeVar("T")
 
 
 class Journal:
-    """A durable list of finished pieces of work: one JSON line each, written through to the disk.
+    """A durable list of finished jobs: one JSON line each, flushed to disk.
 
-    The first line names what the work belongs to, and the command that began it. A journal of other work is refused,
-    not mixed; a last line torn by a kill is dropped, and its piece of work done again. Of several processes all hold
-    the entries, and the main one writes them.
+    The first line describes what the entries depend on and the command that started the journal. A journal with another
+    description is refused. An incomplete last line, left by a kill, is dropped, and its job runs again. With several
+    processes, all hold the entries and the main one writes them.
 
     Args:
         path: the file; None keeps the entries in memory.
         belongs_to: JSON-able description of the battery, data, models and seed that the entries depend on.
-        what: what kind of work it is, for messages: `audit`, `study`, ...
+        what: kind of computation, for messages: `audit`, `study`, ...
 
     Raises:
-        HoldfastError: if the file belongs to other work; the message names the fields that differ.
+        HoldfastError: if the file has another description; the message names the fields that differ.
     """
 
     def __init__(self, path: Path | None, belongs_to: Mapping[str, Any], what: str = "job") -> None:
@@ -82,14 +82,14 @@ class Journal:
         )
 
     def read(self, key: str, reader: Callable[[Any], T]) -> T:
-        """Reads an entry back; another program, or a person, may have written to the file.
+        """Returns an entry after checking it: the file may have been edited.
 
         Args:
-            key: of an entry that is there.
-            reader: makes what is wanted from the entry, and raises a ValueError, TypeError or KeyError if it cannot.
+            key: of an existing entry.
+            reader: function from the entry to the result; raises a ValueError, TypeError or KeyError on failure.
 
         Raises:
-            HoldfastError: if the reader refuses the entry; the message names file and key.
+            HoldfastError: if the reader fails; the message names file and key.
         """
         try:
             return reader(self.entries[key])
@@ -98,10 +98,10 @@ class Journal:
             raise self._damaged(self.path, f"{key}: {why}") from error
 
     def missing(self, readers: Mapping[str, Callable[[Any], object]]) -> list[str]:
-        """Returns the keys without an entry. The other entries are read, so that damage is found before any work.
+        """Returns the keys without an entry, and reads the other entries, so that damage is found before any computation.
 
         Args:
-            readers: see `read`, by key.
+            readers: by key; see `read`.
         """
         for key, reader in readers.items():
             if key in self.entries:
@@ -109,13 +109,13 @@ class Journal:
         return [key for key in readers if key not in self.entries]
 
     def add(self, key: str, value: Any) -> None:
-        """Stores one finished piece of work; when this returns, it survives a kill.
+        """Stores the result of one job durably: it survives a kill once this returns.
 
         Raises:
-            HoldfastError: naming the file, if it cannot be written: the disk is full, or the folder is gone.
+            HoldfastError: if the file cannot be written, because the disk is full or the folder is gone.
         """
         if self.path is not None and process_group().main:
-            with _explained(self.path), self.path.open("r+b") as handle:  # does not make a file that was taken away
+            with _explained(self.path), self.path.open("r+b") as handle:  # r+: do not recreate a deleted file
                 handle.seek(0, os.SEEK_END)
                 handle.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
                 handle.flush()
@@ -124,22 +124,22 @@ class Journal:
 
 
 def _checked_line(line: Any, values: dict[str, Any], *, first: bool) -> dict[str, Any]:
-    """Refuses a line that is no entry, and an entry that contradicts an earlier one, which `values` holds."""
+    """Refuses a line that is not an entry, or that contradicts an earlier entry in `values`."""
     if not isinstance(line, dict):
-        raise ValueError("it is no mapping")
+        raise ValueError("it is not a mapping")
     if first:
         if not isinstance(line["belongs_to"], dict):
-            raise ValueError("it should say what the work belongs to")
+            raise ValueError("it does not say what the entries belong to")
         return line
     if not {"key", "value"} <= line.keys() or not isinstance(line["key"], str):
         raise ValueError("it lacks its key or its value")
     if values.setdefault(line["key"], line["value"]) != line["value"]:
-        raise ValueError(f"{line['key']} is there twice, with different values; did two commands write here at once?")
+        raise ValueError(f"{line['key']} occurs twice, with different values; did two commands write here at once?")
     return line
 
 
 def begun_with(head: Mapping[str, Any]) -> str:
-    """Names the command that began a piece of work, as its file says.
+    """Names the command that started a job, from the first line of its file.
 
     Example:
         >>> begun_with({"command": ["holdfast", "run", "my recipe.yaml"]})

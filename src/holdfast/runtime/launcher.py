@@ -1,4 +1,4 @@
-"""How this process was started: by which command, and whether beside others. Needs no torch, so that help is fast."""
+"""How this process was started. Does not import torch, so that help is fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE
 
 
 def processes() -> int:
-    """Returns how many processes torchrun, Accelerate or MPI say that they started.
+    """Returns the number of processes that torchrun, Accelerate or MPI started.
 
     Example:
         >>> processes()
@@ -20,6 +20,6 @@ def processes() -> int:
 
 
 def command_line() -> list[str]:
-    """Returns the command that this process is, as a person would repeat it."""
+    """Returns this process's command, in the form in which a user would repeat it."""
     program = Path(sys.argv[0]).name
     return ["holdfast" if program == "__main__.py" else program, *sys.argv[1:]]

@@ -1,7 +1,7 @@
-"""Worker processes of this machine.
+"""Worker processes on this machine.
 
-Each has a pipe of its own. So one that is killed at any moment, as by a system that runs out of memory, takes no result
-with it and disturbs no other; what it had begun is begun again.
+Each worker has its own pipe. If one is killed, for example because memory ran out, no result is lost, the others go on,
+and its current job is run again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from holdfast.runtime.workers import (
 
 @dataclass(frozen=True)
 class Processes(Executor):
-    """Processes of this machine. They are not forked: a forked torch may wait for threads that it does not have."""
+    """Worker processes, spawned rather than forked: a forked torch may wait for threads that do not exist in the child."""
 
     _idle: list[_Worker] = field(default_factory=list, init=False, repr=False, compare=False)
     _keepers: list[object] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -111,7 +111,7 @@ class Processes(Executor):
                 worker.stop()
 
     def _done(self, worker: _Worker) -> None:
-        """Ends a worker that has no more jobs, or keeps it for the next run."""
+        """Stops a worker without jobs, or keeps it for the next run."""
         if self._keepers:
             worker.send(b"")
             self._idle.append(worker)
@@ -121,7 +121,7 @@ class Processes(Executor):
 
 @dataclass
 class _Worker:
-    """A process as its parent sees it: its end of the pipe, and the one job that it has."""
+    """A worker process, seen from its parent: one end of the pipe, and the current job."""
 
     process: SpawnProcess
     connection: Connection
@@ -136,35 +136,35 @@ class _Worker:
         try:
             with _interrupts_blocked():
                 process.start()
-        except RuntimeError as error:  # this is itself a worker, which imports the script that started it
+        except RuntimeError as error:  # this is itself a worker, importing the script that started it
             raise HoldfastError(f"Processes were to be started while a worker was starting. {_GUARD}") from error
         finally:
             theirs.close()
         return cls(process, ours, job)
 
     def send(self, *parcels: bytes) -> None:
-        with contextlib.suppress(OSError):  # if it is dead, the next look at the pipe says so
+        with contextlib.suppress(OSError):  # a dead worker is noticed at the next read
             for parcel in parcels:
                 self.connection.send_bytes(parcel)
 
     def stop(self) -> None:
-        """Ends it at once: a worker has nothing that is worth keeping."""
+        """Kills the worker; it holds no state worth keeping."""
         self.process.kill()
         self.process.join()
         self.connection.close()
 
     def died(self) -> str:
-        """Says why its end of the pipe is closed.
+        """Returns why the worker closed its pipe.
 
         Raises:
-            HoldfastError: if it failed before it could ask for work, as it would again.
+            HoldfastError: if it failed before it asked for work, since a new one would fail again.
         """
         self.process.join(timeout=10)
         code = self.process.exitcode
         self.stop()
         if code is not None and code >= 0 and not self.ready:
             raise HoldfastError(
-                f"A worker process ended before it could begin (exit code {code}); what it said stands above. {_GUARD}"
+                f"A worker process ended before its first job (exit code {code}); its output is above. {_GUARD}"
             )
         if code == -signal.SIGKILL:
             return "killed, as the system does when memory runs out: use fewer workers, such as processes:1"
@@ -174,18 +174,18 @@ class _Worker:
 
 
 _GUARD = (
-    "A worker imports the script that it serves, so what a script does must stand under "
+    "A worker imports the script that started it, so the script's own actions belong under "
     "`if __name__ == \"__main__\":`; or use the executor 'serial'."
 )
 
 
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """A process that is started here never sees Ctrl-C, which is for the parent; the parent's own is only delayed."""
+    """Blocks Ctrl-C while a worker starts: workers never receive it, and the parent only later."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # multiprocessing starts it with its first process, and unblocks SIGINT then
+    resource_tracker.ensure_running()  # multiprocessing would start it later, and unblock SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -194,18 +194,18 @@ def _interrupts_blocked() -> Iterator[None]:
 
 
 def _serve(connection: Connection) -> None:
-    """What a worker process does: asks for a context, does one job after another, and waits for the next context.
+    """Main loop of a worker: receives a context, runs its jobs one after another, and waits for the next context.
 
-    An empty message says that a context has no more jobs; it is ended from outside.
+    An empty message ends the jobs of a context. The parent kills the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with contextlib.suppress(EOFError, OSError):  # the parent has gone
+    with contextlib.suppress(EOFError, OSError):  # the parent has exited
         connection.send_bytes(b"ready")
         while True:
             _serve_one_context(connection)
             gc.collect()
-            torch.cuda.empty_cache()  # others need the memory while this one waits; nothing where no GPU is in use
+            torch.cuda.empty_cache()  # free GPU memory for the others while this worker waits
 
 
 def _serve_one_context(connection: Connection) -> None:
@@ -222,7 +222,7 @@ def _serve_one_context(connection: Connection) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when its parent has ended, however that came: nobody waits for its job any more."""
+    """Exits when the parent has exited, for whatever reason: its job is no longer needed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""Ray, local or a cluster; the only file that knows it."""
+"""Ray, local or on a cluster. No other file uses Ray."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from holdfast.runtime.workers import (
 )
 
 IN_FLIGHT = 1000
-"""Jobs handed to Ray at a time; it copes badly with many more, and a cluster grows by what it sees waiting."""
+"""Jobs submitted to Ray at a time: it handles many more badly, but a cluster needs waiting jobs in order to grow."""
 
 
 @dataclass(frozen=True)
 class RayCluster(Executor):
-    """Ray: a local one that is started and shut down here, or a cluster."""
+    """Runs jobs on a local Ray, which is started and shut down here, or on a cluster."""
 
     _keeper: list[contextlib.ExitStack] = field(default_factory=list, init=False, repr=False, compare=False)
     _cores: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -51,18 +51,20 @@ class RayCluster(Executor):
     ) -> Iterator[tuple[int, Result]]:
         """See `Executor.run`."""
         import ray
-        from ray import cloudpickle  # also takes what a script or a notebook defines, which no other machine can import
+        from ray import (
+            cloudpickle,
+        )  # it also pickles definitions of scripts and notebooks, which other machines cannot import
 
         threads = self.threads or torch.get_num_threads()
         packed = pack((Surroundings.here(threads), work, context), cloudpickle.dumps, "the models and tasks")
         parcels = [pack(job, cloudpickle.dumps, str(job)) for job in jobs]
         with self._connected(worker_count(self.workers, threads, len(jobs)) * threads):
-            # A job that asks for more cores than any machine has would wait for ever.
+            # A job that requests more cores than any machine has would wait forever.
             cores = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
             remote = ray.remote(_ray_job).options(
                 num_cpus=min(threads, cores) if cores else threads, max_retries=ATTEMPTS - 1
             )
-            # In a list, so that a worker asks for it only if it has not seen it before.
+            # In a list, so that Ray does not fetch it for workers that hold it already.
             shared, key = [ray.put(packed)], uuid.uuid4().hex
             waiting, running = deque(range(len(jobs))), dict[Any, int]()
             try:
@@ -75,7 +77,7 @@ class RayCluster(Executor):
                         yield index, unpack(_fetch(reference, jobs[index]))
             finally:
                 for reference in running:
-                    with contextlib.suppress(Exception):  # it may have ended, or the cluster may be gone
+                    with contextlib.suppress(Exception):  # the job may have ended, or the cluster may be gone
                         ray.cancel(reference, force=True)
 
     @contextlib.contextmanager
@@ -94,7 +96,7 @@ class RayCluster(Executor):
 
     @contextlib.contextmanager
     def _connected(self, cores: int) -> Iterator[None]:
-        """Starts or joins Ray, and leaves it afterwards; one that the caller has started is used and left alone."""
+        """Starts or joins Ray, and leaves it afterwards; a Ray started by the caller is used and stays up."""
         import ray
 
         if not self._keeper:
@@ -102,7 +104,7 @@ class RayCluster(Executor):
                 yield
             return
         if self._cores and self._cores[0] < cores and not self.name.startswith("ray://"):
-            self._keeper[0].close()  # it has fewer workers than this run has work for
+            self._keeper[0].close()  # it has fewer workers than this run needs
             self._cores.clear()
         if not ray.is_initialized():
             self._keeper[0].enter_context(self._started(cores))
@@ -114,7 +116,7 @@ class RayCluster(Executor):
         import ray
 
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-        # Local workers should import what can be imported here; and nobody is asked, or told, about usage statistics.
+        # Local workers import from the same paths, and Ray's usage statistics are off.
         path = os.pathsep.join(p or str(Path.cwd()) for p in sys.path)
         environment = {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         try:
@@ -126,7 +128,7 @@ class RayCluster(Executor):
                         ray.init("local", num_cpus=cores, include_dashboard=False, **quiet)
         except (ConnectionError, ImportError, RuntimeError, OSError, ValueError) as error:
             raise HoldfastError(
-                f"Executor {self.name!r}: Ray cannot be reached or started ({type(error).__name__}: {error}). Of a "
+                f"Executor {self.name!r}: Ray cannot be reached or started ({type(error).__name__}: {error}). For a "
                 "cluster, give the client port (ray://HOST:10001), and its token in RAY_AUTH_TOKEN if it has one."
             ) from error
         try:
@@ -136,7 +138,7 @@ class RayCluster(Executor):
 
 
 def _ray_job(shared: list[Any], key: str, parcel: bytes) -> bytes:
-    """What a Ray worker does for one job; it keeps the context of the last one."""
+    """Runs one job in a Ray worker, which caches the context of the last one."""
     import ray
     from ray import cloudpickle
 
@@ -157,7 +159,9 @@ def _fetch(reference: Any, job: object) -> bytes:
 
     try:
         message: bytes = ray.get(reference)
-    except ray.exceptions.RayTaskError as error:  # jobs' own errors come as messages: this is Holdfast not starting
+    except (
+        ray.exceptions.RayTaskError
+    ) as error:  # errors of jobs arrive as messages, so here Holdfast itself failed to start
         raise HoldfastError(
             f"A Ray worker cannot run Holdfast ({_last_line(error)}); every machine of the cluster needs the Python "
             "environment of this one."

@@ -1,8 +1,7 @@
-"""Where and how things run: device, seeds, progress, and the folder that makes a long job resumable.
+"""A run: seed, device, progress display, and the folder from which it can be resumed.
 
-Every random choice is drawn from a generator whose seed is derived from the
-run's seed and the *purpose* of the choice, so that no random state needs saving: a resumed job asks for the same
-purposes and gets the same numbers.
+Every random choice uses a generator seeded by the run's seed and the *purpose* of the choice. No random state needs
+saving: a resumed run asks for the same purposes and gets the same numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from holdfast.runtime.distributed import speaks
 
 
 def derive_seed(seed: int, *purpose: object) -> int:
-    """Returns a seed in [0, 2**63) for one purpose; different purposes give independent streams.
+    """Returns a seed in [0, 2**63) for one purpose; different purposes have independent streams.
 
     Example:
         >>> derive_seed(0, "audit", 3) == derive_seed(0, "audit", 3) != derive_seed(0, "audit", 4)
@@ -43,14 +42,14 @@ def fingerprint(value: Any) -> str:
 
 @dataclass
 class Run:
-    """One job: its seed, device, folder and progress display, handed to every stage.
+    """Seed, device, folder and progress display, passed to every stage.
 
     Args:
-        seed: all randomness of the job derives from it.
+        seed: source of all randomness.
         device: see `resolve_device`.
-        folder: where checkpoints go; None keeps everything in memory, and then nothing can be resumed.
-        quiet: show no progress.
-        callbacks: are told of rounds and trials, in this process only.
+        folder: for checkpoints; None keeps everything in memory, and the run cannot be resumed.
+        quiet: do not show progress.
+        callbacks: called after rounds and trials, in this process only.
     """
 
     seed: int = 0
@@ -64,7 +63,7 @@ class Run:
         self.seed = whole_number("seed", self.seed)
 
     def __reduce__(self) -> tuple[type[Run], tuple[int, torch.device, Path | None, bool]]:
-        """In another process it is quiet: a terminal has room for one display."""
+        """Makes the copy in a worker process quiet, since only one process can draw on the terminal."""
         return Run, (self.seed, self.device, self.folder, True)
 
     def generator(self, *purpose: object) -> torch.Generator:
@@ -76,14 +75,14 @@ class Run:
         """Seeds torch's global generators (dropout, initialisers) inside the block and restores them after it.
 
         Yields:
-            A generator for the same purpose, for what takes one explicitly.
+            A generator for the same purpose, for functions that take one.
         """
         devices = [self.device] if self.device.type == "cuda" else []
         cudnn = torch.backends.cudnn
         before = cudnn.deterministic, cudnn.benchmark
         with torch.random.fork_rng(devices=devices):
             seed = derive_seed(self.seed, "global", *purpose)
-            # Without a GPU in use, `torch.manual_seed` takes the call stack down for later, which costs a millisecond.
+            # While no GPU is in use, `torch.manual_seed` records the call stack for later, which costs a millisecond.
             (torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed)(seed)
             cudnn.deterministic, cudnn.benchmark = True, False
             try:
@@ -92,22 +91,22 @@ class Run:
                 cudnn.deterministic, cudnn.benchmark = before
 
     def finished_round(self, defense: str, round: int, values: Mapping[str, float]) -> None:
-        """Tells the callbacks of a round; see `Callback.on_round`."""
+        """Calls `Callback.on_round` of all callbacks."""
         for callback in self.callbacks:
             callback.on_round(defense, round, values)
 
     def finished_trial(self, curve: Any) -> None:
-        """Tells the callbacks of a trial; see `Callback.on_trial`."""
+        """Calls `Callback.on_trial` of all callbacks."""
         for callback in self.callbacks:
             callback.on_trial(curve)
 
     def path(self, *parts: str) -> Path | None:
-        """Returns a path inside `checkpoints/` of the run's folder, or None without a folder."""
+        """Returns a path in the run folder's `checkpoints/`, or None without a folder."""
         return None if self.folder is None else self.folder.joinpath("checkpoints", *parts)
 
     @contextlib.contextmanager
     def progress(self, description: str, total: int, done: int = 0) -> Iterator[Ticker]:
-        """Shows a bar with the time left on a terminal, and one line per stage elsewhere."""
+        """Shows a progress bar with the time left on a terminal, else one line per stage."""
         if self.quiet or not speaks():
             yield Ticker()
         elif not self.console.is_terminal:
@@ -122,7 +121,7 @@ class Run:
                 yield Ticker(bar, bar.add_task(description, total=total, completed=done, note=""))
 
     def say(self, message: str) -> None:
-        """Prints one line to the person at the terminal, unless quiet."""
+        """Prints one line, unless quiet."""
         if not self.quiet and speaks():
             self.console.print(message, highlight=False, markup=False)
 
@@ -135,7 +134,7 @@ class Ticker:
     task: TaskID | None = None
 
     def tick(self, note: str = "") -> None:
-        """Counts one unit of work; `note` replaces the text behind the bar."""
+        """Counts one unit; `note` replaces the text behind the bar."""
         if self.bar is not None and self.task is not None:
             self.bar.advance(self.task)
             if note:

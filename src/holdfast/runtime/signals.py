@@ -1,4 +1,4 @@
-"""SIGTERM stops a command as Ctrl-C does: what is finished is kept, and a message says how to continue."""
+"""SIGTERM stops a command like Ctrl-C: finished results are kept, and a message says how to continue."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from holdfast.runtime.launcher import processes
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived: from `kill`, a container that is stopped, or a queue whose time is over."""
+    """SIGTERM arrived, for example from `kill`, a stopped container, or a queue's time limit."""
 
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Raises `Terminated` in here when SIGTERM arrives.
+    """Raises `Terminated` in the block when SIGTERM arrives.
 
-    A caller's own handler is left in place, and so is a SIGTERM that is ignored. One of several launched processes ends
-    at once, as without this: it may wait for the others inside a call that no exception can interrupt, and its
-    launcher would then wait half a minute before it kills it.
+    Does nothing if the caller has a handler or ignores SIGTERM, or if several processes were launched. Those exit at
+    once: one may be waiting for the others in a call that no exception can interrupt, and the launcher would wait half a
+    minute before killing it.
 
     Example:
         >>> with contextlib.suppress(Terminated), sigterm_raises():
@@ -40,7 +40,7 @@ def sigterm_raises() -> Iterator[None]:
 
 @contextlib.contextmanager
 def sigterm_kept() -> Iterator[None]:
-    """Puts the handler of SIGTERM back that a library replaces in here, as `ray.init` does."""
+    """Restores the SIGTERM handler that a library, such as `ray.init`, replaces in the block."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -50,7 +50,7 @@ def sigterm_kept() -> Iterator[None]:
 
 
 def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()  # Python sets handlers there alone
+    return threading.current_thread() is threading.main_thread()  # Python allows handlers only there
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

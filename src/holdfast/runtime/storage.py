@@ -1,4 +1,4 @@
-"""Files that are whole or absent: tensors, weights and their hashes, the state of optimizers."""
+"""Atomic files: tensors, weights and their hashes, optimizer states."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from holdfast.errors import HoldfastError
 
 
 def writable_folder(folder: Path) -> Path:
-    """Makes a folder and proves that it can be written to.
+    """Creates a folder and checks that it is writable.
 
     Raises:
-        HoldfastError: if it cannot, before any work is spent.
+        HoldfastError: if it is not.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def writable_folder(folder: Path) -> Path:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Writes a whole file or nothing: a reader, or a resumed job, never sees half of it."""
+    """Writes a file atomically: a reader or a resumed run never sees half of it."""
     with _replacing(path) as temporary, temporary.open("wb") as handle:
         handle.write(data.encode() if isinstance(data, str) else data)
         handle.flush()
@@ -49,26 +49,26 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Writes tensors and a JSON-able mapping as one safetensors file, atomically.
 
-    The mapping travels in the header, so that both are of the same moment.
+    The mapping is stored in the header, so that both are always consistent.
     """
     own, seen = {}, set[int]()
     for name, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()
         memory = value.untyped_storage().data_ptr()
-        own[name] = value.clone() if memory in seen else value  # safetensors writes no two tensors of one memory
+        own[name] = value.clone() if memory in seen else value  # safetensors refuses tensors that share memory
         seen.add(memory)
     with _replacing(path) as temporary:
         save_file(own, temporary, metadata={"holdfast": json.dumps(meta)})
-        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
 
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path`; what the block leaves there replaces it, unless the block fails."""
+    """Yields a temporary path beside `path`, which replaces `path` unless the block fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with _explained(path):
-        if path.exists() and not path.is_file():  # a folder, or a device: replacing /dev/null would break the machine
-            raise OSError(errno.EINVAL, "it is there, and is not a regular file")
+        if path.exists() and not path.is_file():  # a folder or a device, such as /dev/null
+            raise OSError(errno.EINVAL, "it exists and is not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -82,7 +82,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads what `save_tensors` wrote, or any safetensors file; nothing in it can be executed.
 
     Returns:
-        The tensors on the CPU, and the mapping (empty for a file of another origin).
+        The tensors on the CPU, and the mapping (empty for a file from elsewhere).
 
     Raises:
         HoldfastError: if the file is missing or is not safetensors; a pickle is named as such and refused.
@@ -95,10 +95,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt", device="cpu") as handle:
             meta = json.loads((handle.metadata() or {}).get("holdfast", "{}"))
             if not isinstance(meta, dict):
-                raise ValueError("its header is no mapping")
+                raise ValueError("its header is not a mapping")
             return {name: handle.get_tensor(name) for name in handle.keys()}, meta  # noqa: SIM118
     except (SafetensorError, ValueError, RecursionError) as error:
-        # Only now: the first bytes of a good file are a number, and may look like anything.
+        # Only after a failure: a good file begins with a number, which may look like any format.
         if beginning[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
             raise HoldfastError(
                 f"{str(path)!r} is a pickle (a torch.save file), which can run code when it is opened; refused. "
@@ -110,15 +110,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _other_format(beginning: bytes) -> str | None:
-    """What a file is that is not safetensors, by its first bytes; None if it may be safetensors."""
+    """Describes a file of another format by its first bytes; None if it may be safetensors."""
     text = beginning.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     known = {
-        b"version https://git-lfs": "it is a Git LFS pointer, a few lines in the place of the weights; fetch them with "
-        "`git lfs pull`",
-        b"<": "it is a web page (HTML or XML), such as a download leaves that failed",
-        b"{": "it is JSON; of weights in several files, the index is called NAME.safetensors.index.json",
-        b"gguf": "it is GGUF, weights that were quantised for inference; give the model as it was before",
-        b"\x89hdf": "it is HDF5 (Keras), and weights of PyTorch are expected",
+        b"version https://git-lfs": "it is a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
+        b"<": "it is a web page (HTML or XML), as left by a failed download",
+        b"{": "it is JSON; the index of weights in several files is called NAME.safetensors.index.json",
+        b"gguf": "it is GGUF, quantised for inference; give the model from before quantisation",
+        b"\x89hdf": "it is HDF5 (Keras); expected weights of PyTorch",
         b"\x1f\x8b": "it is compressed (gzip); unpack it first",
     }
     if not beginning:
@@ -127,7 +126,7 @@ def _other_format(beginning: bytes) -> str | None:
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor], also: str = "") -> str:
-    """Returns a hash over names, dtypes, shapes and values: the same however often they are written anew.
+    """Returns a hash over names, dtypes, shapes and values, which does not depend on the file.
 
     Example:
         >>> a, b = torch.zeros(2), torch.ones(3)
@@ -136,7 +135,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor], also: str = "") -> str:
 
     Args:
         tensors: by name.
-        also: text that is hashed with them.
+        also: text to include in the hash.
     """
     digest = hashlib.sha256(also.encode())
     for name in sorted(tensors):
@@ -147,18 +146,18 @@ def tensors_sha256(tensors: Mapping[str, Tensor], also: str = "") -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns an optimizer's state as named tensors, for `save_tensors`; settings such as rates are not in it."""
+    """Returns an optimizer's state as named tensors, for `save_tensors`; settings such as learning rates are not included."""
     state = optimizer.state_dict()["state"]
     return {f"{i}/{key}": value for i, entries in state.items() for key, value in entries.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts what `optimizer_tensors` returned into an optimizer over the same parameters.
+    """Loads the result of `optimizer_tensors` into an optimizer over the same parameters.
 
-    Fused optimizers walk a parameter and its moments in memory order, so each moment gets its parameter's layout.
+    Fused optimizers read a parameter and its moments in memory order, so each moment gets its parameter's layout.
 
     Raises:
-        HoldfastError: if a moment is of no parameter, or of another shape.
+        HoldfastError: if a moment matches no parameter, or has another shape.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
@@ -166,7 +165,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         index, _, key = name.partition("/")
         if int(index) >= len(parameters) or (value.dim() and value.shape != parameters[int(index)].shape):
             raise HoldfastError(
-                f"The optimizer's state {name!r} of shape {tuple(value.shape)} fits none of its parameters."
+                f"The optimizer's state {name!r} of shape {tuple(value.shape)} does not match any of its parameters."
             )
         like = parameters[int(index)]
         laid_out = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
@@ -176,12 +175,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Says which file could not be written, and what is kept; the system's own error often does not."""
+    """Turns a write error into one that names the file and says how to continue."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise HoldfastError(
-            f"Cannot write {str(path)!r}: {reason}. What was finished before is kept: when there is room, and the "
-            "folder is there and writable, the same command continues."
+            f"Cannot write {str(path)!r}: {reason}. Finished results are kept. When the folder is writable and has "
+            "room, the same command continues."
         ) from error

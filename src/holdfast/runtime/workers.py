@@ -1,4 +1,4 @@
-"""What crosses to a worker process and back: the context, a job, its result; and what numbers depend on beside them."""
+"""Messages to and from worker processes, and the settings that results depend on."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Dumps = Callable[[Any], bytes]
 
 
 ATTEMPTS = 3
-"""How often a job is begun before it is blamed for the death of its workers."""
+"""How often a job is tried before its workers' deaths are blamed on it."""
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a job's numbers depend on beside the job."""
+    """Process-wide settings that a job's results depend on."""
 
     threads: int
     dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
@@ -34,20 +34,20 @@ class Surroundings:
 
     @classmethod
     def here(cls, threads: int) -> Surroundings:
-        """Returns this process's, with another number of threads."""
+        """Returns this process's settings, with another number of threads."""
         return cls(threads)
 
     def apply(self) -> None:
-        """Makes this process like the one that it works for.
+        """Applies the settings to this process.
 
         Raises:
-            HoldfastError: if it cannot be, because it has other versions.
+            HoldfastError: if this process has other versions of packages.
         """
         for name, wanted in self.versions.items():
             if version(name) != wanted:
                 raise HoldfastError(
-                    f"The worker on {socket.gethostname()} has {name} {version(name)}, and {wanted} is needed: results "
-                    "must not depend on where they were computed. Install the same versions everywhere."
+                    f"The worker on {socket.gethostname()} has {name} {version(name)} instead of {wanted}, and results "
+                    "must not depend on the machine. Install the same versions everywhere."
                 )
         torch.set_num_threads(self.threads)
         torch.set_default_dtype(self.dtype)
@@ -56,43 +56,43 @@ class Surroundings:
 
 
 def worker_count(asked: int | None, threads: int, jobs: int) -> int:
-    """Returns how many workers to start: as many as asked for, or as there are cores for, and not more than jobs."""
+    """Returns the number of workers to start: as requested, or as the cores allow; never more than jobs."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(asked or max(1, cores // threads), jobs)
 
 
 def pack(value: Any, dumps: Dumps, what: str) -> bytes:
-    """Pickles to bytes: torch's own way to share tensors between processes runs out of file descriptors."""
+    """Pickles to bytes, since torch's sharing of tensors between processes runs out of file descriptors."""
     try:
         return dumps(value)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise HoldfastError(
-            f"Another process cannot get {what}: {error}. Define classes and functions at the top of a module (no "
+            f"Cannot send {what} to another process: {error}. Define classes and functions at the top of a module (no "
             "lambda, no inner function), or use the executor 'serial'."
         ) from error
 
 
 def open_context(packed: bytes) -> tuple[Any, Any]:
-    """Makes this process like the one that it works for, and returns the function and its context."""
+    """Applies the caller's settings, and returns the function and its context."""
     surroundings, work, context = pickle.loads(packed)
     surroundings.apply()
     return work, context
 
 
 def answer(shared: tuple[Any, Any] | Exception, parcel: bytes, dumps: Dumps) -> bytes:
-    """Does one job; returns a pickle of (True, result), or of (False, what was raised)."""
+    """Runs one job; returns a pickle of (True, result) or (False, exception)."""
     try:
         if isinstance(shared, Exception):
             raise shared
         work, context = shared
         return dumps((True, work(context, pickle.loads(parcel))))
     except BaseException as error:
-        # The traceback stays behind, so its text goes along.
+        # Tracebacks cannot be pickled, so send the text.
         note = "In a worker: " + "".join(traceback.format_exception(error))
         error.add_note(note)
         try:
             message = dumps((False, error))
-            pickle.loads(message)  # some classes of errors can be written and not read
+            pickle.loads(message)  # some exception classes can be pickled but not unpickled
         except Exception:
             stand_in = RuntimeError(f"{type(error).__name__}: {error}")
             stand_in.add_note(note)
@@ -101,7 +101,7 @@ def answer(shared: tuple[Any, Any] | Exception, parcel: bytes, dumps: Dumps) -> 
 
 
 def unpack(message: bytes) -> Any:
-    """Returns the result in a message of `answer`, or raises what the job raised."""
+    """Returns the result in a message of `answer`, or raises the job's exception."""
     done, value = pickle.loads(message)
     if not done:
         raise value
@@ -111,6 +111,6 @@ def unpack(message: bytes) -> Any:
 def lost_too_often(job: object, why: str) -> HoldfastError:
     """Returns the error for a job whose workers died `ATTEMPTS` times."""
     return HoldfastError(
-        f"Job {str(job)!r} was begun {ATTEMPTS} times, and each time its worker was lost; the last one was {why}. "
-        "What is finished is kept."
+        f"Job {str(job)!r} was tried {ATTEMPTS} times, and each time its worker died; the last one was {why}. "
+        "Finished results are kept."
     )
