@@ -27,7 +27,7 @@ import holdfast
 from holdfast.runtime.documents import recipe_names
 
 FILE = Path(__file__).with_name("golden.json")
-APART = {"provenance", "timing", "seconds", "recipe", "png", "reasons", "doubts", "threat_model", "sentence"}
+APART = {"provenance", "timing", "seconds", "recipe", "png", "words", "reasons", "decision", "tried"}
 """Keys whose values depend on the moment or the machine, or are sentences; the numbers behind those are elsewhere."""
 
 

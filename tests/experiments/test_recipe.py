@@ -124,7 +124,7 @@ def test_not_yaml(tmp_path):
     with pytest.raises(HoldfastError, match="not valid YAML"):
         load(str(path))
     path.write_bytes(b"title: \xff")
-    with pytest.raises(HoldfastError, match="no text in UTF-8"):
+    with pytest.raises(HoldfastError, match="is not UTF-8 text"):
         load(str(path))
     path.write_text("just words")
     with pytest.raises(HoldfastError, match="no mapping"):

@@ -68,7 +68,7 @@ class ProcessGroup:
         return purpose if self.main else (*purpose, "process", self.rank)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replaces gradients by their mean over all processes, which for batches of one size is that of the joint batch.
+        """Replaces gradients by their mean over all processes: for batches of one size that of the joint batch.
 
         A gradient that is None in some processes counts as 0 there; one that is None in all of them stays None.
 

@@ -98,7 +98,7 @@ class Journal:
             raise self._damaged(self.path, f"{key}: {why}") from error
 
     def missing(self, readers: Mapping[str, Callable[[Any], object]]) -> list[str]:
-        """Returns the keys without an entry, and reads the other entries, so that damage is found before any computation.
+        """Returns the keys without an entry; reads the others, so that damage is found before any computation.
 
         Args:
             readers: by key; see `read`.

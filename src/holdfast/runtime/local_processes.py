@@ -39,7 +39,7 @@ from holdfast.runtime.workers import (
 
 @dataclass(frozen=True)
 class Processes(Executor):
-    """Worker processes, spawned rather than forked: a forked torch may wait for threads that do not exist in the child."""
+    """Worker processes, spawned and not forked: a forked torch may wait for threads that its child lacks."""
 
     _idle: list[_Worker] = field(default_factory=list, init=False, repr=False, compare=False)
     _keepers: list[object] = field(default_factory=list, init=False, repr=False, compare=False)

@@ -20,8 +20,8 @@ def sigterm_raises() -> Iterator[None]:
     """Raises `Terminated` in the block when SIGTERM arrives.
 
     Does nothing if the caller has a handler or ignores SIGTERM, or if several processes were launched. Those exit at
-    once: one may be waiting for the others in a call that no exception can interrupt, and the launcher would wait half a
-    minute before killing it.
+    once: one may be waiting for the others in a call that no exception can interrupt, and the launcher would wait half
+    a minute before killing it.
 
     Example:
         >>> with contextlib.suppress(Terminated), sigterm_raises():

@@ -146,7 +146,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor], also: str = "") -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns an optimizer's state as named tensors, for `save_tensors`; settings such as learning rates are not included."""
+    """Returns an optimizer's state as named tensors, without settings such as learning rates."""
     state = optimizer.state_dict()["state"]
     return {f"{i}/{key}": value for i, entries in state.items() for key, value in entries.items()}
 
