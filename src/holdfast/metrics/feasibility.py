@@ -60,20 +60,7 @@ def assess(
         frontier, common = ridged, 0
     noise = _noise(model, benign)
     leak = frontier.leak()
-    extractors = {
-        "identity": torch.eye(len(frontier.mu)).to(frontier.basis),
-        "whitening": frontier.stretch(0.0),
-        "stretch": frontier.stretch(),
-        "signal frontier": frontier.protect_signal(),
-    }
-    tau = {
-        name: {
-            "benign": _finite(predicted_tau(frontier.benign.through(theta), q)),
-            "restricted": _finite(predicted_tau(frontier.restricted.through(theta), q)),
-        }
-        for name, theta in extractors.items()
-    }
-    bound = frontier.bound
+    tau, bound = _steps(frontier, q), frontier.bound
     label = _label(bound, noise, few=common < whole[0].features / 2)
     found = Feasibility(
         label=label,
@@ -97,6 +84,23 @@ def assess(
         tau=tau,
     )
     return found, _figures(frontier)
+
+
+def _steps(frontier: Frontier, q: float) -> dict[str, dict[str, float | None]]:
+    """Predicted steps of a probe on each task behind each of the frontier's extractors."""
+    extractors = {
+        "identity": torch.eye(len(frontier.mu)).to(frontier.basis),
+        "whitening": frontier.stretch(0.0),
+        "stretch": frontier.stretch(),
+        "signal frontier": frontier.protect_signal(),
+    }
+    return {
+        name: {
+            "benign": _finite(predicted_tau(frontier.benign.through(theta), q)),
+            "restricted": _finite(predicted_tau(frontier.restricted.through(theta), q)),
+        }
+        for name, theta in extractors.items()
+    }
 
 
 def check(model: SplitModel | None, benign: Task, restricted: Task, *, ridge: float, q: float) -> None:

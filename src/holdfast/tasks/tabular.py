@@ -95,8 +95,7 @@ def load_csv(
     train = table.loc[~test, numeric]
     parts = [(table[numeric] - train.mean()) / train.std(ddof=0).replace(0, 1)]
     parts += [pd.get_dummies(table[[c]]) for c in table.columns if c not in numeric]
-    x = pd.concat(parts, axis=1).astype(float)
-    values = x.to_numpy(dtype=np.float32)
+    values = pd.concat(parts, axis=1).astype(float).to_numpy(dtype=np.float32)
     name = path.stem if bins is None else f"{path.stem}:{target}"
     made = ArrayTask(name, values[~test], y[~test], values[test], y[test], names)
     return made.noted(f"file {path}", *notes, drawn=split is None and rows is None)
