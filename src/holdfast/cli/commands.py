@@ -59,7 +59,7 @@ class Run(TrackOption, Command):
 
         recipe = load(self.recipe, scale=self.scale, overrides=self.set, seed=self.seed)
         if self.gate and not isinstance(recipe, Recipe):
-            raise HoldfastError(f"--gate: a {recipe.kind} has no verdict to exit with; leave it out.")
+            raise HoldfastError(f"--gate: a {recipe.job} has no verdict to exit with; leave it out.")
         folder = self.out or default_folder(self.recipe)
         with self.callbacks(folder) as callbacks:
             result = run_recipe(

@@ -26,7 +26,7 @@ StoredModel = tuple[SplitModel, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class ModelStore:
-    """Finished models of one kind in a folder, each named by the hash of its cache key."""
+    """Finished models in a folder, each named by the hash of its cache key."""
 
     folder: Path
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,6 +24,7 @@ from holdfast.tasks import TaskSpec
 from holdfast.training import PretrainSpec
 
 Scale = Literal["smoke", "cpu", "paper"]
+JobName = Literal["run", "study", "protocol"]
 
 
 class _Common(BaseModel):
@@ -46,6 +47,7 @@ class _Common(BaseModel):
 class Recipe(_Common):
     """A run: one model, one defense, one audit."""
 
+    job: ClassVar[JobName] = "run"
     kind: Literal["run"] = "run"
     model: ModelSpec
     pretrain: PretrainSpec | None = None
@@ -70,6 +72,7 @@ class Recipe(_Common):
 class StudyRecipe(StudySpec, _Common):
     """A study: several linear defenses, measured alike."""
 
+    job: ClassVar[JobName] = "study"
     kind: Literal["study"]
 
     def build_methods(self) -> dict[str, LinearDefense]:
@@ -78,7 +81,7 @@ class StudyRecipe(StudySpec, _Common):
         for row, settings in self.methods.items():
             defense = build_defense(settings)
             if not isinstance(defense, LinearDefense):
-                linear = [name for name, kind in DEFENSES.items() if issubclass(kind, LinearDefense)]
+                linear = [name for name, defense in DEFENSES.items() if issubclass(defense, LinearDefense)]
                 raise HoldfastError(
                     f"Method {row!r}: a study compares linear extractors, and {defense.name} is none; expected one of "
                     f"{', '.join(linear)}."
@@ -96,6 +99,7 @@ class StudyRecipe(StudySpec, _Common):
 class ProtocolRecipe(ProtocolSpec, _Common):
     """A protocol: fixed attacks on several models side by side."""
 
+    job: ClassVar[JobName] = "protocol"
     kind: Literal["protocol"]
 
     def build_defenses(self) -> dict[str, Defense]:
@@ -154,14 +158,14 @@ def load(name: str, *, scale: Scale = "cpu", overrides: Sequence[str] = (), seed
     _assign_all(settings, chosen, source, "--set")
     if seed is not None:
         settings["seed"] = seed
-    kind = settings.get("kind", "run")
-    if kind not in ("run", "study", "protocol"):
-        raise HoldfastError(f"Recipe {source}: {unknown('kind', str(kind), ['run', 'study', 'protocol'])}")
-    if kind == "study":
+    wanted = settings.get("kind", "run")
+    if wanted not in ("run", "study", "protocol"):
+        raise HoldfastError(f"Recipe {source}: {unknown('kind', str(wanted), ['run', 'study', 'protocol'])}")
+    if wanted == "study":
         study = _validate(settings, source, StudyRecipe)
         study.build_methods()
         return study
-    if kind == "protocol":
+    if wanted == "protocol":
         protocol = _validate(settings, source, ProtocolRecipe)
         protocol.build_defenses()
         for setting in protocol.settings.values():

@@ -56,7 +56,7 @@ class _Options:
     def workspace(self, recipe: AnyRecipe) -> Workspace:
         """Returns the workspace of a recipe."""
         return Workspace.start(
-            recipe.kind, recipe.title, recipe.seed, self.device, self.folder, self.quiet, recipe.resolved(),
+            recipe.job, recipe.title, recipe.seed, self.device, self.folder, self.quiet, recipe.resolved(),
             self.overwrite, self.callbacks,
         )  # fmt: skip
 

@@ -48,7 +48,7 @@ from holdfast.tasks import Task
 from holdfast.tasks.data_checks import validate
 from holdfast.training import PretrainSpec, pretrain
 
-Kind = Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
+JobName = Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
 
 OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints", "pipeline", "pictures")
 """What a job makes in its folder, beside `job.json`, which marks the folder as one of ours."""
@@ -61,7 +61,7 @@ REPLACED = ".holdfast-replaced"
 class Workspace:
     """What the verbs share: a run, its folder, and the facts that go into the result."""
 
-    kind: Kind
+    job: JobName
     title: str
     run: Run
     recipe: dict[str, Any]
@@ -74,7 +74,7 @@ class Workspace:
     @classmethod
     def start(
         cls,
-        kind: Kind,
+        job: JobName,
         title: str,
         seed: int,
         device: str,
@@ -95,11 +95,11 @@ class Workspace:
         run = Run(seed, resolve_device(device), where, quiet, callbacks=callbacks)
         if where is not None:
             process_group().on_main_process(lambda: _opened(where, overwrite))
-        return cls(kind, title, run, recipe or {}, datetime.now(UTC).isoformat(timespec="seconds"))
+        return cls(job, title, run, recipe or {}, datetime.now(UTC).isoformat(timespec="seconds"))
 
     def claim(self, settings: dict[str, Any]) -> None:
         """Marks the folder as this job's, or refuses it if it is another's."""
-        if self.kind not in ("run", "study", "protocol"):
+        if self.job not in ("run", "study", "protocol"):
             self.recipe = settings
         if self.run.folder is None:
             return
@@ -108,10 +108,10 @@ class Workspace:
         # Training depends on how many processes do it; trials, and what is computed in closed form, do not.
         several = (
             {"processes": process_group().count}
-            if process_group().count > 1 and self.kind in ("run", "immunize")
+            if process_group().count > 1 and self.job in ("run", "immunize")
             else {}
         )
-        mine = json.loads(json.dumps({"kind": self.kind, "seed": self.run.seed, "data": data, **several, **settings}))
+        mine = json.loads(json.dumps({"kind": self.job, "seed": self.run.seed, "data": data, **several, **settings}))
         process_group().on_main_process(lambda: self._mark(folder, mine))
         if not all(process_group().gather((folder / "job.json").exists())):
             raise HoldfastError(
@@ -143,7 +143,7 @@ class Workspace:
 
     def _elsewhere(self) -> str:
         other = "choose another folder with --out"
-        return f"{other}, or throw the old one away with --overwrite" if self.kind in ("run", "protocol") else other
+        return f"{other}, or throw the old one away with --overwrite" if self.job in ("run", "protocol") else other
 
     def finished(self) -> RunResult | None:
         """Returns the folder's result, if the job was completed before, and says so; its report is written anew."""
@@ -304,7 +304,7 @@ class Workspace:
         folder = self.run.folder
         assert folder is not None
         result = RunResult(
-            job=self.kind,
+            job=self.job,
             title=self.title,
             recipe=self.recipe,
             seed=self.run.seed,

@@ -127,18 +127,18 @@ class ExtractorNetwork(SplitNetwork):
             assert layer.bias is not None
             layer.bias.copy_(layer.bias.to(projection) @ projection + shift)
 
-    def expect_extractor(self, kind: bool | str) -> None:
+    def expect_extractor(self, extractor: bool | str) -> None:
         """Makes room for the extractor that saved weights have; one that is there already stays.
 
         Args:
-            kind: as `spec` has it: True for a linear one, "affine" for an eraser, False for none.
+            extractor: as `spec` has it: True for a linear one, "affine" for an eraser, False for none.
         """
-        if not kind:
+        if not extractor:
             return
         if not self.has_extractor:
             self.add_extractor()
         layer = self.extractor_layer()
-        if kind == "affine" and layer.bias is None:
+        if extractor == "affine" and layer.bias is None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
             if self.spec is not None:
                 self.spec = {**self.spec, "extractor": "affine"}

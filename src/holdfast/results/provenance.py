@@ -18,7 +18,7 @@ class Reading(ResultModel):
     """What was read of a task's data, for people who want to know whether it is what they meant."""
 
     source: str
-    kind: str
+    task_kind: str = Field(alias="kind", description="Kind of the task.")
     shape: list[int] = Field(description="Of one input: channels, height and width of an image; else its length.")
     low: float = Field(description="Smallest value of all inputs, before images are scaled to [0, 1].")
     high: float

@@ -113,7 +113,7 @@ class _Seen:
         low, high = task.value_range()
         read = Reading(
             source=task.source,
-            kind=task.kind,
+            task_kind=task.kind,
             shape=list(task._x["train"].shape[1:]),
             low=low,
             high=high,

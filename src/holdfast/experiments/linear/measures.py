@@ -106,7 +106,7 @@ def domain_of(task: Task, model: SplitModel | None, held_out: bool) -> Domain:
 def measured_entry(spec: StudySpec, held_out: bool, curves: int, entry: Any) -> dict[str, Any]:
     """Makes the measurements of an extractor of their entry in the journal; refuses any that are not as `measure`'s."""
     names = {*MAIN, *PUBLISHED, *CONVERGENCE, *(HELD_OUT if held_out else ())}
-    series = {f"{kind}norm_ratios_{role}" for kind in ("", "published_") for role in ROLES} if curves else set()
+    series = {f"{variant}norm_ratios_{role}" for variant in ("", "published_") for role in ROLES} if curves else set()
     found = dict(entry)
     if found.keys() != names | series:
         raise ValueError(f"it lacks or adds {sorted(found.keys() ^ (names | series))}")

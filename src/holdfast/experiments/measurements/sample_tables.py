@@ -60,15 +60,17 @@ def _figures(
 ) -> Iterator[tuple[str, Figure]]:
     spec, run = context.spec, context.run
     noise = derive_seed(run.seed, "pictures", "noise")
-    for kind, task in (("restricted", images.restricted), ("benign", images.benign)):
-        mine = {s.model: made for s, (made, _) in samples_of.items() if (s.adversary is None) == (kind == "benign")}
+    for task_role, task in (("restricted", images.restricted), ("benign", images.benign)):
+        mine = {
+            s.model: made for s, (made, _) in samples_of.items() if (s.adversary is None) == (task_role == "benign")
+        }
         if not mine:
             continue
-        state = "as the models were released" if kind == "benign" else "after the attack"
+        state = "as the models were released" if task_role == "benign" else "after the attack"
         real, levels = shown_images(task, spec, run), spec.levels(task.schedule.steps)
         for level in levels:
             share = task.schedule.alpha_bar[level].item()
-            yield f"restored_{kind}" + (f"_{level}" if len(levels) > 1 else ""), draw(
+            yield f"restored_{task_role}" + (f"_{level}" if len(levels) > 1 else ""), draw(
                 f"{where}Noise taken away from {task.name}, {state}",
                 {"test images": real, "with noise": noised(real, level, task.schedule, seed=noise)}
                 | {model: made[f"restored {level}"] for model, made in mine.items()},
@@ -77,7 +79,7 @@ def _figures(
                 across=ACROSS,
             )  # fmt: skip
         yield (
-            f"samples_{kind}",
+            f"samples_{task_role}",
             draw(
                 f"{where}Samples, {state}: they should look like {task.name}",
                 {"test images": drawn_images(task, "test", spec.samples, run)}
@@ -94,10 +96,10 @@ def _rows(
     """The floor, then a row for each model."""
     images, count, run = context.images[setting], context.spec.measured, context.run
     found: dict[str, dict[str, Distance]] = {"training images": {}}
-    for kind, task in (("restricted", images.restricted), ("benign", images.benign)):
+    for task_role, task in (("restricted", images.restricted), ("benign", images.benign)):
         train, test = (images.features(drawn_images(task, s, count, run)) for s in _SPLITS)
         if len(train) >= LEAST:
-            found["training images"][kind] = kernel_distance(train, test)
+            found["training images"][task_role] = kernel_distance(train, test)
     for subject, (_, distance) in samples_of.items():
         if distance is not None:
             found.setdefault(subject.model, {})["benign" if subject.adversary is None else "restricted"] = distance
@@ -134,9 +136,9 @@ _SPLITS: Final[Sequence[Split]] = ("train", "test")
 
 def _cells(distances: Mapping[str, Distance]) -> dict[str, str | Cell]:
     cells: dict[str, str | Cell] = {}
-    for kind in ("restricted", "benign"):
-        distance = distances.get(kind)
-        for name, value in ((kind, 0), (f"{kind}_error", 1)):
+    for task_role in ("restricted", "benign"):
+        distance = distances.get(task_role)
+        for name, value in ((task_role, 0), (f"{task_role}_error", 1)):
             one = math.nan if distance is None else 1000 * distance[value]
             cells[name] = Cell.of([] if distance is None else [one if math.isfinite(one) else None])
     return cells
