@@ -125,7 +125,7 @@ def _chosen(defense: str | Defense, options: Mapping[str, Any]) -> Defense:
 
 
 def _check_objects(models: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
-    """Refuses what is no model or task of Holdfast's, with the function that makes one of it."""
+    """Refuses objects that are not models or tasks, and names the function that makes one."""
     for name, model in models.items():
         if not isinstance(model, SplitModel):
             raise HoldfastError(

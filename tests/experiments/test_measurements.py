@@ -346,7 +346,7 @@ class TestSideEffects:
         assert "benign" in found.tables["conditioning"].rows[0]
         most = max(row["transfer rise"].mean for (model, _), row in rows.items() if model == "LEACE")
         (text,) = (f for f in found.findings if f.startswith("Side effects"))
-        assert f"({abs(most):.3g} {'lost' if most >= 0 else 'gained'}; of 3 learners" in text
+        assert f"({abs(most):.3g} {'lost' if most >= 0 else 'gained'}; of 3 attacks" in text
 
 
 class TestResume:

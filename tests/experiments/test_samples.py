@@ -258,9 +258,9 @@ def test_a_quarter_of_the_noise_by_default():
             Distance(8.0, 0.1),
             "Samples of D as released are farther from benign test images than the original's (4 times as",
         ),
-        (Distance(2.1, 0.1), "are no farther from benign test images than the original's, within two standard errors"),
-        (Distance(1.0, 0.1), "are no farther from benign test images"),
-        (Distance(math.nan, math.nan), "are no pictures: they are not finite"),
+        (Distance(2.1, 0.1), "are not farther from benign test images than the original's, within two standard errors"),
+        (Distance(1.0, 0.1), "are not farther from benign test images"),
+        (Distance(math.nan, math.nan), "are not pictures: they are not finite"),
     ],
 )
 def test_findings_say_whether_released_models_still_make_pictures(distance, said):

@@ -274,7 +274,7 @@ class TestRefusals:
         assert load_released(f"hf:{places / 'bert'}", None, reviews(places), own_head=False).num_outputs == 2
 
     def test_ids_are_no_features(self, places):
-        with pytest.raises(HoldfastError, match="token ids, which are no features; name a model"):
+        with pytest.raises(HoldfastError, match="token ids, which are not features; name a model"):
             feasibility(reviews(places), reviews(places))
 
 

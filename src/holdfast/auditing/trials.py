@@ -30,7 +30,7 @@ TRANSPLANTED = ", in the original's code"
 
 
 def few_of(task: Task, shots: int | None, run: Run, seed: int) -> Task:
-    """Returns what a repetition's learner gets of a task: all of its training split, or so many samples a class."""
+    """Returns what the adversary of a repetition gets of a task: all of its training split, or so many samples a class."""
     return task if shots is None else task.few_shot(shots, derive_seed(run.seed, "shots", seed))
 
 
@@ -151,7 +151,7 @@ class TrialContext:
     def curve(self, trial: Trial) -> Curve:
         """Runs a trial; where the immunized model's own code fails, the curve says so and has no scores.
 
-        So it is in a search, which proposes what nobody has tried before, with any model.
+        In a search that holds for every model, since a search proposes settings that were never tried.
         """
         task, model = self.samples[trial.on, trial.seed], self._attacked(trial)
         scored = trial.on == "restricted" and trial.role != "scratch"
@@ -172,7 +172,7 @@ class TrialContext:
                 if (side := (trial.role, trial.transplanted)) not in self.untouched:
                     self.untouched[side] = benign_score_after(trial.adversary, model, model, self.benign)
                 found = found.model_copy(update={"benign_after": self.untouched[side]})
-        except Exception as error:  # it may be anybody's code, and so is what it raises
+        except Exception as error:  # the user's code may raise anything
             if trial.role != "immunized" and trial.seed != SEARCH_SEED:
                 raise
             none: list[None] = [None] * len(self.budgets)

@@ -121,7 +121,7 @@ def _about_crossing(
 def _below_chance(label: str, setting: SettingScores, rows: Sequence[Row], epoch: int) -> list[str]:
     """Attacks that leave the model clearly under chance, where they do not leave the original there as well."""
     if not setting.measure.percent:
-        return []  # an error above the reference's is that of a bad model: there is no answer to avoid
+        return []  # an error above the reference's is that of a bad model: so there is nothing to avoid
     ends = {(r.model, r.attack): r.score(epoch) for r in rows if r.curves}
     found = []
     for (model, attack), end in ends.items():

@@ -219,7 +219,7 @@ def _assign(settings: dict[str, Any], dotted: str, value: Any, source: str) -> N
     for key in parents:
         inner = here.get(key) or {}
         if not isinstance(inner, dict):
-            raise HoldfastError(f"Recipe {source}: {dotted!r} goes through {key!r}, which is no mapping.")
+            raise HoldfastError(f"Recipe {source}: {dotted!r} goes through {key!r}, which is not a mapping.")
         here[key] = {**inner}  # a mapping of its own: with YAML's aliases, one may stand in several places
         here = here[key]
     here[leaf] = copy.deepcopy(value)

@@ -87,7 +87,7 @@ class Workspace:
         """Returns a workspace that may use its folder.
 
         Raises:
-            HoldfastError: if the folder holds what is not ours, or the device is not to be had.
+            HoldfastError: if the folder holds files that Holdfast did not make, or the device is not available.
         """
         if folder is not None and (not isinstance(folder, str | Path) or not str(folder)):
             raise HoldfastError(f"folder is {folder!r}; expected a path.")
@@ -98,7 +98,7 @@ class Workspace:
         return cls(job, title, run, recipe or {}, datetime.now(UTC).isoformat(timespec="seconds"))
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Marks the folder as this job's, or refuses it if it is another's."""
+        """Marks the folder as this job's, or refuses it if it belongs to another job."""
         if self.job not in ("run", "study", "protocol"):
             self.recipe = settings
         if self.run.folder is None:
@@ -127,7 +127,7 @@ class Workspace:
         try:
             found = read_json(path.read_bytes())
             if not isinstance(found, dict):
-                raise ValueError("it is no mapping")
+                raise ValueError("it is not a mapping")
             command = {"command": found.pop("command", None)}
         except (ValueError, RecursionError) as error:
             raise HoldfastError(

@@ -1,4 +1,4 @@
-"""What a model shows before anybody attacks it: scales, gradients, dead units, its two modes, and state that moves.
+"""What a model shows before an attack: scales, gradients, dead units, its two modes, and state that moves.
 
 Nothing is judged here; `holdfast.auditing.red_flags` does that: it compares the released model with the original and a
 fresh one. The code of a model is the publisher's: what it raises becomes a finding, and nothing here changes the model.
@@ -140,7 +140,7 @@ def inspect(
         with run.seeded("inspect", name):
             try:
                 measures[name](model.clone().to(run.device).requires_grad_(True))
-            except Exception as error:  # the code is anybody's, and so is what it raises
+            except Exception as error:  # the user's code may raise anything
                 found.failures[name] = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return found
 
@@ -215,7 +215,7 @@ class _Watch:
             sigma = torch.linalg.svdvals(torch.nan_to_num(weight))
             self.in_a_row[name] = float(sigma[0] / sigma[-1].clamp_min(torch.finfo(torch.float64).tiny))
         self._linear[id(output)] = output, layer.weight
-        if not self._first:  # what the first layer gets is data: pixels that are always black are nobody's fault
+        if not self._first:  # the first layer gets data: pixels that are always black are not dead units
             active = inputs != 0
             units = active.movedim(1 if isinstance(layer, nn.Conv2d) else -1, 0).flatten(1).any(1)
             samples = active.flatten(1).any(1)
@@ -326,7 +326,7 @@ def _derivatives(model: SplitModel, task: Task, batch: Batch, found: Inspection)
         try:
             errors = _errors(model.clone().double(), task, few, training)
         except Exception:
-            # Code that is not to be had in float64; the long step is then the one that counts.
+            # Code that does not run in float64; the long step then counts.
             errors = _errors(model.clone(), task, few, training)
         for name, error in errors.items():
             found.false_gradients[f"{name} ({'training' if training else 'evaluation'} mode)"] = error

@@ -113,7 +113,9 @@ def check(model: SplitModel | None, benign: Task, restricted: Task, *, ridge: fl
         check_fits(model, benign, own_task=True)
         check_fits(model, restricted, own_task=False)
     elif any(task.vocabulary is not None for task in (benign, restricted)):
-        raise HoldfastError("The inputs themselves are token ids, which are no features; name a model that reads them.")
+        raise HoldfastError(
+            "The inputs themselves are token ids, which are not features; name a model that reads them."
+        )
     elif benign.input_shape != restricted.input_shape:
         raise HoldfastError(
             f"Inputs of {benign.name!r} have shape {benign.input_shape}, those of {restricted.name!r} "

@@ -1,7 +1,7 @@
 """What a denoiser makes: samples, pictures with their noise taken away, and how far a set of them is from another.
 
 Pictures are float tensors of shape (N, C, H, W) in [0, 1], and NaN where a network gave no number. Samples come from
-diffusers' own pipelines, so that whoever loads a released folder with that library sees the same ones.
+diffusers' own pipelines, so that a person who loads a released folder with that library sees the same ones.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def noised(pictures: Tensor, t: int, schedule: Schedule, *, seed: int) -> Tensor
         seed: of the noise.
 
     Raises:
-        HoldfastError: if there is no such step, or it leaves nothing of the pictures.
+        HoldfastError: if there is no such step, or nothing of the pictures is left at it.
 
     Example:
         >>> noised(torch.ones(1, 1, 2, 2), 0, Schedule(), seed=0).mean() > 0.95

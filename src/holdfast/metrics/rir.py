@@ -11,7 +11,7 @@ is (i), which should be large, over (ii), which should be at most 1. As in the p
 **Precision.** In float32 every direction that a network does not use is still there, as rounding, and kappa is that of
 the rounding. So the networks are copied and run in float64, and singular values are those of X~ itself: X~'X~ would
 square the condition number. What remains is counted: a group whose rank is another one behind the immunized network has
-its kappa over other directions, and a ratio of the two is no ratio of like with like.
+its kappa over other directions, and a ratio of the two does not compare like with like.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def _in_float64(model: SplitModel) -> SplitModel:
 def _features(model: SplitModel, x: Tensor) -> Tensor:
     try:
         found = model.features(x)
-    except Exception as error:  # the code is anybody's, and so is what it raises
+    except Exception as error:  # the user's code may raise anything
         raise HoldfastError(
             f"{model.name} cannot compute in float64 ({first_line(error)}), and in float32 the condition number is "
             "that of its rounding; let its code follow the precision of its weights."

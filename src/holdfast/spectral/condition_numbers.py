@@ -61,7 +61,7 @@ def spectrum(x: Tensor, *, samples: int | None = None) -> Spectrum:
         samples: N in the tolerance, where x stands for a larger matrix with the same singular values.
 
     Raises:
-        HoldfastError: if x is no matrix or has values that are not finite.
+        HoldfastError: if x is not a matrix or has values that are not finite.
 
     Example:
         >>> found = spectrum(torch.tensor([[3.0, 0.0, 0.0], [0.0, 1.5, 0.0]]))

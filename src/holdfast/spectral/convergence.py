@@ -2,7 +2,7 @@
 
 Gradient descent from w = 0 with step eta on 1/2 ||X w - Y||_F^2 leaves, of the loss that any probe can remove,
 sum_i (1 - eta lambda_i)^(2t) ||u_i'Y||^2, where lambda_i and u_i are the squared singular values and left singular
-vectors of X. So the condition number bounds the slowest direction, and what a learner feels is the label energy in slow
+vectors of X. So the condition number bounds the slowest direction, and what a probe feels is the label energy in slow
 directions. tau_q is the first t at which a share q of the removable loss is gone, with eta = 1 / lambda_max.
 """
 

@@ -84,7 +84,7 @@ def scratch_plan(plan: Sequence[Attack], model: SplitModel, task: Task) -> list[
     """Returns training from scratch once for all attacks that do the same to fresh weights, and those attacks.
 
     Whether a model was released plays no part from scratch, so attacks that differ only in where they start are one.
-    Training the head alone on random features is no way to train a model, nor is a probe: for them there is none.
+    Training the head alone on random features, or a probe on them, does not train a model: they have none.
 
     Args:
         plan: the attacks.
@@ -260,8 +260,8 @@ def _kept(trial: AttackTrial, task: str, entry: Any) -> Curve:
 def rescaled(curve: Curve, ratio: float) -> Curve:
     """Returns a curve of 1 - error / chance with a chance that is 1 / `ratio` times as large.
 
-    A guess knows the learner's samples, so that chance is another one for each half and each seed. Errors of several
-    seeds have one mean, and can be shown, only if one chance is behind all of their scores.
+    A constant guess depends on the training samples, so that chance differs between halves and seeds. Errors of several
+    seeds can be averaged and shown only if all of their scores refer to one chance.
     """
 
     def moved(score: float | None) -> float | None:

@@ -167,7 +167,7 @@ def _cell(values: Iterable[float | None], printed: Printed | None) -> Cell:
 
 
 def _in_percent(cell: Cell) -> Cell:
-    """The other columns are no shares, so that the table cannot be shown in percent as a whole."""
+    """The other columns are not shares, so the table as a whole cannot be shown in percent."""
     values = {k: None if (v := getattr(cell, k)) is None else 100 * v for k in ("mean", "sd", "paper", "paper_sd")}
     return cell.model_copy(update=values)
 
@@ -220,7 +220,7 @@ def _about(label: str, found: Sequence[GroupRatios]) -> str:
     first, second, rir = parts
     one, two, three = (cell.mean or 0.0 for cell in parts)
     checks = [
-        "(i) is above 1" if one > 1 else "(i) is not above 1: the restricted probe is no worse conditioned",
+        "(i) is above 1" if one > 1 else "(i) is not above 1: the restricted probe is not worse conditioned",
         "(ii) at most 1" if two <= 1 + 1e-9 else "(ii) is above 1: the benign probe is worse conditioned, too",
         "RIR above 1" if three > 1 else "RIR is not above 1",
     ]

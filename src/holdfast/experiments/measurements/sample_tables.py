@@ -116,7 +116,7 @@ def _about_samples(samples_of: Mapping[PicturedModel, ModelSamples]) -> list[str
             continue
         noise = 2 * math.hypot(distance.error, original.error)
         if not math.isfinite(distance.value):
-            found.append(f"Samples of {model} as released are no pictures: they are not finite.")
+            found.append(f"Samples of {model} as released are not pictures: they are not finite.")
         elif distance.value - original.value > noise:
             times = f" ({distance.value / original.value:.3g} times as far)" if original.value > 0 else ""
             found.append(
@@ -125,7 +125,7 @@ def _about_samples(samples_of: Mapping[PicturedModel, ModelSamples]) -> list[str
             )
         else:
             found.append(
-                f"Samples of {model} as released are no farther from benign test images than the original's, within "
+                f"Samples of {model} as released are not farther from benign test images than the original's, within "
                 "two standard errors."
             )
     return found

@@ -164,15 +164,15 @@ def _about(
     task: Task,
     measure: Measure,
 ) -> str:
-    """The learner who loses most."""
+    """Names the attack that loses most."""
     finite = {attack: gap for attack, (gap, _, _) in lost.items() if gap is not None}
     if len(finite) < len(lost):
-        return f"Side effects of {model}: some learner of {task.name} has no finite score on it."
+        return f"Side effects of {model}: an attack that learns {task.name} has no finite score on it."
     attack = max(finite, key=lambda name: finite[name])
     _, own, first = lost[attack]
     gap = measure.difference(finite[attack]) or 0.0
     amount = f"{100 * abs(gap):.1f} points" if measure.percent else f"{abs(gap):.3g}"
-    worst = f"of {len(lost)} learners, who loses most" if len(lost) > 1 else "the only learner"
+    worst = f"of {len(lost)} attacks, the one that loses most" if len(lost) > 1 else "the only attack"
     return (
         f"Side effects of {model}: on {task.name}, harmless, {attack} is at {measure.text(measure.value(own))} and on "
         f"the original at {measure.text(measure.value(first))} ({amount} {'lost' if gap >= 0 else 'gained'}; {worst})."
