@@ -30,7 +30,7 @@ TRANSPLANTED = ", in the original's code"
 
 
 def few_of(task: Task, shots: int | None, run: Run, seed: int) -> Task:
-    """Returns what the adversary of a repetition gets of a task: all of its training split, or so many samples a class."""
+    """Returns what an adversary gets of a task in one repetition: the training split, or so many samples a class."""
     return task if shots is None else task.few_shot(shots, derive_seed(run.seed, "shots", seed))
 
 

@@ -1,8 +1,8 @@
 """Figure 3 of the ICML 2025 paper: how fast linear probes learn on each model of a protocol, by every kind of probe.
 
-A condition number is about gradient descent on raw features. So the figures are of that first, and the findings say which
-probes are slowed and which are not affected: a probe that whitens the features, standardises them, uses Adam, or solves
-the least squares at once does not descend on that Hessian.
+A condition number is about gradient descent on raw features. So the figures are of that first, and the findings say
+which probes are slowed and which are not affected: a probe that whitens the features, standardises them, uses Adam,
+or solves the least squares at once does not descend on that Hessian.
 """
 
 from __future__ import annotations
