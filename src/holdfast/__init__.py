@@ -71,7 +71,7 @@ _HOME = {
     "results": ("AuditResult", "Feasibility", "RunResult", "read_result"),
     "spectral.frontier": ("Frontier",),
     "spectral.least_squares": ("LeastSquares",),
-    "spectral.spectrum": ("condition_number",),
+    "spectral.condition_numbers": ("condition_number",),
     "tasks": (
         "ArrayTask", "DenoisingTask", "RegressionTask", "Schedule", "Task", "TaskSpec", "TextTask", "list_tasks",
         "load_task",

@@ -128,7 +128,10 @@ class TestTimm:
     def test_an_extractor_is_merged_and_the_model_stays(self, images, tmp_path):
         model = with_extractor(loaded(TIMM, images))
         before, digest = answers(model, images), model.facts().sha256
-        folder = model.save_pretrained(tmp_path / "out")
+        with pytest.raises(HoldfastError, match=r"merge_extractor=True writes it .* without its immunization"):
+            model.save_pretrained(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        folder = model.save_pretrained(tmp_path / "out", merge_extractor=True)
         network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         x = (inputs(images) - model.mean) / model.std
         with torch.no_grad():
@@ -145,7 +148,7 @@ class TestVision:
         if extractor:
             model = with_extractor(model.clone())
         before = answers(model, digits)
-        folder = model.save_pretrained(tmp_path / "out")
+        folder = model.save_pretrained(tmp_path / "out", merge_extractor=extractor)
         network, found = transformers.AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
         assert not found["missing_keys"]
         assert not found["unexpected_keys"]
@@ -174,7 +177,7 @@ class TestText:
         if extractor:
             model = with_extractor(model)
         before, ids = answers(model, task), inputs(task)
-        folder = model.save_pretrained(tmp_path / "out")
+        folder = model.save_pretrained(tmp_path / "out", merge_extractor=extractor)
         network, found = transformers.AutoModelForSequenceClassification.from_pretrained(
             folder, output_loading_info=True
         )

@@ -163,7 +163,7 @@ class TestWorkers:
     @pytest.mark.parametrize("name", ["processes:1", RAY])
     def test_a_job_that_kills_every_worker_is_named(self, run_on, tmp_path, name):
         found = []
-        with pytest.raises(HoldfastError, match=f"Job '2' was begun {ATTEMPTS} times.*memory"):  # noqa: PT012
+        with pytest.raises(HoldfastError, match=f"Job '2' was tried {ATTEMPTS} times.*memory"):  # noqa: PT012
             for each in run_on(name, dies_always, tmp_path, [0, 1, 2]):
                 found.append(each)
         assert sorted(found) == [(0, 0), (1, 1)]  # what was finished before is not lost
@@ -204,7 +204,7 @@ class TestWorkers:
     @pytest.mark.parametrize("name", ELSEWHERE)
     def test_what_cannot_be_sent(self, run_on, name):
         model = SplitModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), "0", factory=Unsendable())
-        with pytest.raises(HoldfastError, match="Another process cannot get the models and tasks: it holds a socket"):
+        with pytest.raises(HoldfastError, match=r"Cannot send the models and tasks .*: it holds a socket"):
             list(run_on(name, shifted, model, [1]))
 
 
@@ -307,7 +307,7 @@ class TestScripts:
         done = script(tmp_path, "go()")
         assert done.returncode == 1
         last = done.stderr.strip().splitlines()[-1]
-        assert 'must stand under `if __name__ == "__main__":`' in last, done.stderr
+        assert 'belong under `if __name__ == "__main__":`' in last, done.stderr
 
 
 def children(pid: int) -> set[int]:

@@ -96,10 +96,10 @@ class TestFiles:
     @pytest.mark.parametrize("write", [write_atomic, lambda path, _: save_tensors(path, {"a": torch.zeros(2)}, {})])
     def test_what_cannot_be_written_is_named(self, tmp_path, write, monkeypatch):
         (tmp_path / "folder").mkdir()
-        with pytest.raises(HoldfastError, match=r"Cannot write '.*folder': it is there, and is not a regular file"):
+        with pytest.raises(HoldfastError, match=r"Cannot write '.*folder': it exists and is not a regular file"):
             write(tmp_path / "folder", "text")
         os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(HoldfastError, match=r"Cannot write '.*pipe': it is there, and is not a regular file"):
+        with pytest.raises(HoldfastError, match=r"Cannot write '.*pipe': it exists and is not a regular file"):
             write(tmp_path / "pipe", "text")
         with pytest.raises(HoldfastError, match="File name too long"):
             write(tmp_path / ("n" * 300), "text")
@@ -111,7 +111,7 @@ class TestFiles:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr("pathlib.Path.replace", full)
-        with pytest.raises(HoldfastError, match=r"Cannot write '.*new': No space left on device.*What was finished"):
+        with pytest.raises(HoldfastError, match=r"Cannot write '.*new': No space left on device.*Finished results"):
             write(tmp_path / "new", "text")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "pipe"]
 
@@ -156,7 +156,7 @@ class TestJournal:
         journal.add("a", 1)
         assert Journal(path, {"seed": 1}, "study").entries == {"a": 1}
         journal.add("a", 2)
-        with pytest.raises(HoldfastError, match=r"line 4: a is there twice.*pieces of the study"):
+        with pytest.raises(HoldfastError, match=r"line 4: a occurs twice.*pieces of the study"):
             Journal(path, {"seed": 1}, "study")
 
     def test_a_refusal_names_the_work_and_its_command(self, tmp_path, monkeypatch):
@@ -191,7 +191,7 @@ class TestJournal:
         journal = Journal(tmp_path / "j.jsonl", {})
         journal.add("a", 1)
         journal.path = Path("/dev/full")
-        with pytest.raises(HoldfastError, match=r"Cannot write '/dev/full': No space left on device.*is kept"):
+        with pytest.raises(HoldfastError, match=r"Cannot write '/dev/full': No space left on device.*are kept"):
             journal.add("b", 2)
         assert journal.entries == {"a": 1}
 

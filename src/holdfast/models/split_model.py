@@ -221,27 +221,34 @@ class SplitModel(ExtractorNetwork):
         save_tensors(path, self.network.state_dict(), {"model": self.spec} if self.spec else {})
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    def save_pretrained(self, folder: Path | str) -> Path:
+    def save_pretrained(self, folder: Path | str, *, merge_extractor: bool = False) -> Path:
         """Writes the model as its own library does, so that the library reads it without Holdfast.
 
         Models of `hf:` become a folder for `from_pretrained` of transformers, with the tokenizer or preprocessor;
         models of `timm:` one for `timm.create_model("local-dir:FOLDER", pretrained=True)`; denoisers one for
         `from_pretrained` of a diffusers pipeline. Weights are written to the bit.
 
-        An inserted extractor or eraser, which no library knows, is merged into the head (see `without_extractor`).
-        Outputs stay the same up to rounding, but the body is then the original's: to release a model that the
-        extractor protects, use `save`.
+        No library knows an extractor or eraser that a defense inserted before the head. To merge it into the head
+        keeps the outputs, up to rounding, and undoes the immunization: the body is then the original's. So that is
+        refused, unless you ask for it.
 
         Args:
             folder: made where it does not exist.
+            merge_extractor: write the model without its extractor, see `without_extractor`.
 
         Returns:
             The folder.
 
         Raises:
-            HoldfastError: if no library reads such a model, or its extractor cannot be merged.
+            HoldfastError: if no library reads such a model, or it has an extractor that is not, or cannot be, merged.
         """
         family = family_of(str(self.spec["name"])) if self.spec is not None else Family()
+        if self.has_extractor and not merge_extractor:
+            raise HoldfastError(
+                f"{self.name}: a defense inserted a layer before the head, which no other library knows. Write the "
+                "model with save(FILE), which Holdfast reads; merge_extractor=True writes it without that layer, and "
+                "so without its immunization."
+            )
         model = self.without_extractor()
         folder = writable_folder(Path(folder))
         family.save_pretrained(model, folder)

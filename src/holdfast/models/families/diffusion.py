@@ -169,8 +169,8 @@ class Denoiser(SplitModel):
             return DDIMPipeline(self.network, DDIMScheduler.from_config(config))
         return DDPMPipeline(self.network, DDPMScheduler.from_config(config))
 
-    def save_pretrained(self, folder: Path | str) -> Path:
-        """Writes a folder that `DDPMPipeline.from_pretrained` opens (or DDIM's, if that is the scheduler)."""
+    def save_pretrained(self, folder: Path | str, *, merge_extractor: bool = False) -> Path:
+        """Writes a folder that `DDPMPipeline.from_pretrained` opens (or DDIM's); a denoiser has no extractor to merge."""
         folder = writable_folder(Path(folder))
         self.pipeline().save_pretrained(folder)
         return folder
