@@ -1,4 +1,4 @@
-"""What `test_team.py` lets two processes do under `accelerate launch`: each writes what it found as JSON."""
+"""What `test_distributed.py` lets two processes do under `accelerate launch`: each writes what it found as JSON."""
 
 from __future__ import annotations
 

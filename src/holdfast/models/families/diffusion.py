@@ -170,7 +170,7 @@ class Denoiser(SplitModel):
         return DDPMPipeline(self.network, DDPMScheduler.from_config(config))
 
     def save_pretrained(self, folder: Path | str, *, merge_extractor: bool = False) -> Path:
-        """Writes a folder that `DDPMPipeline.from_pretrained` opens (or DDIM's); a denoiser has no extractor to merge."""
+        """Writes a folder that `DDPMPipeline.from_pretrained` opens (or DDIM's). A denoiser has no extractor."""
         folder = writable_folder(Path(folder))
         self.pipeline().save_pretrained(folder)
         return folder
