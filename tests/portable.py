@@ -1,7 +1,7 @@
 """`make test-portable`: the tests that train, as on other processors and with other numbers of threads.
 
 Another instruction set rounds otherwise, and training makes a large difference of the last digit. What a test says of a
-trained model must hold in spite of that. Arguments go to pytest: `python tests/portable.py tests/auditing/test_shams.py`.
+trained model must hold in spite of that. Arguments go to pytest: `python tests/portable.py FILE`.
 """
 
 from __future__ import annotations

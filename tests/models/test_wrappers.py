@@ -150,7 +150,7 @@ class TestPrecision:
         half = SplitModel(network().half(), "3", name="mine")
         holdfast.feasibility(benign, restricted, model=half, folder=tmp_path, device="cpu")
         facts = holdfast.read_result(tmp_path).provenance.models["original"]
-        assert facts.notes == ["mine is stored in float16; it is attacked, and written, in float32."]
+        assert facts.notes == ["mine is stored in float16; it is attacked and written in float32."]
         assert facts.notes[0] in (tmp_path / "report.html").read_text()
         assert half.network[3].weight.dtype == torch.float16
 

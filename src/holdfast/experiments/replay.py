@@ -194,4 +194,6 @@ def _check_hashes(result: RunResult, source: _Source) -> None:
     other = [f"the {name} (SHA-256 {now[:12]}... instead of {then[:12]}...)" for name, (now, then) in found.items()
              if now != then]  # fmt: skip
     if other:
-        raise HoldfastError(f"Not what was audited: {', '.join(other)}. A trial is repeated on the very same only.")
+        raise HoldfastError(
+            f"Not what was audited: {', '.join(other)}. A trial can only be repeated on the same weights and data."
+        )

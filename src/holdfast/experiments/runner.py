@@ -91,7 +91,7 @@ def run_recipe(
         overwrite: throw away what an earlier run left in the folder.
         quiet: show no progress.
         executor: where jobs run; it does not change the result.
-        reuse: folders of other protocols' runs, whose immunized models are taken where they are the very same.
+        reuse: folders of other protocols' runs, whose immunized models are taken if they are the same.
         callbacks: are told of rounds and trials.
 
     Raises:

@@ -38,7 +38,7 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
             f"{model.name} has no trainable parameters; un-freeze what may be trained (requires_grad_)."
         )
     if model.answers_with != task.answers_with:
-        what = "is a denoiser" if isinstance(model, Denoiser) else "is no denoiser"
+        what = "is a denoiser" if isinstance(model, Denoiser) else "is not a denoiser"
         raise HoldfastError(
             f"{model.name} {what}: it answers with one {model.answers_with} a sample, and {task.described} needs one "
             f"{task.answers_with}. A denoiser's tasks are given as NAME@kind=denoising (kind: denoising in a "

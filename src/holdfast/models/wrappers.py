@@ -59,7 +59,7 @@ def unwrapped(network: nn.Module, name: str, head: str | None = None) -> Unwrapp
         >>> found.head, found.network[0].weight.dtype, wrapped.module[0].weight.dtype
         ('0', torch.float32, torch.float16)
         >>> found.notes[1]
-        'mine is stored in float16; it is attacked, and written, in float32.'
+        'mine is stored in float16; it is attacked and written in float32.'
     """
     notes: list[str] = []
     inner = network
@@ -344,7 +344,7 @@ def _widen(network: nn.Module, name: str, notes: list[str], _: str | None) -> nn
         for tensor in found:
             tensor.data = tensor.data.float()  # in place: tied weights stay tied
             tensor.grad = None
-    notes.append(f"{name} is stored in {stored}; it is attacked, and written, in float32.")
+    notes.append(f"{name} is stored in {stored}; it is attacked and written in float32.")
     return network
 
 

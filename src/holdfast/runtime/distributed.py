@@ -229,7 +229,7 @@ def _refuse_a_launcher_that_started_one() -> None:
     alone_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     if alone_on_cpu and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         raise HoldfastError(
-            "`accelerate launch --cpu --num_processes N` starts one process for every N, unless it is given MPI. "
+            "`accelerate launch --cpu --num_processes N` starts a single process, whatever N is, unless it has MPI. "
             "For several on CPUs: accelerate launch --multi_gpu --num_processes N -m holdfast ... (no GPU is needed), "
             "or torchrun --nproc-per-node N -m holdfast ..."
         )

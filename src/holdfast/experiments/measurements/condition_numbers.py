@@ -207,7 +207,7 @@ def _findings(setting: SettingScores, ratios: Mapping[str, Sequence[GroupRatios]
         if changed:
             text += (
                 f" The rank of the features changed ({'; '.join(changed)} groups), so that these condition numbers are "
-                "over other directions than the original's, and their ratios are not of like with like."
+                "over other directions than the original's, and their ratios do not compare like with like."
             )
         found.append(text)
     return found

@@ -159,7 +159,7 @@ def _about(
         for seen, text in (
             ("held back", "still lower at the end than on the original:"),
             ("slowed", "slower at first, and as good in the end:"),
-            ("not slowed", "not slowed, so that they walk through:"),
+            ("not slowed", "not slowed:"),
             (None, "without a finite score:"),
         )
         if seen in groups

@@ -126,7 +126,7 @@ ModelSamples = tuple[dict[str, Tensor], Distance | None]
 
 
 def drawn_images(task: DenoisingTask, split: Split, count: int, run: Run, use: str = "measured") -> Tensor:
-    """So many images of a split, the same for every model."""
+    """Returns `count` images of a split, the same for every model."""
     order = torch.randperm(task.size(split), generator=run.generator("pictures", use, split))
     return (task.images(split)[order[:count]] + 1) / 2
 
