@@ -28,51 +28,7 @@ from holdfast.adversaries import (
 from holdfast.errors import HoldfastError
 from holdfast.experiments.replay import replay
 from holdfast.training import Strategy
-
-PACKAGE = '''
-from dataclasses import asdict, dataclass
-
-import torch
-
-from holdfast.adversaries import KINDS, Adversary, FineTuning, register_battery, undo_move
-from holdfast.training import Strategy
-
-
-@KINDS.register("head-descent")
-@dataclass(frozen=True)
-class HeadDescent(Adversary):
-    """Plain gradient descent on the head, on all samples."""
-
-    rate: float = 0.1
-    name: str = "head descent"
-    batch_size = 10**6
-
-    def run(self, model, task, *, benign, generator, device):
-        model.put_head(torch.nn.Linear(model.head.in_features, task.num_outputs))
-        model.eval()
-        yield torch.zeros(())
-        for batch in task.batches("train", self.batch_size, generator=generator, device=device):
-            loss = task.loss(model, batch)
-            gradients = torch.autograd.grad(loss, list(model.head.parameters()))
-            with torch.no_grad():
-                for parameter, gradient in zip(model.head.parameters(), gradients):
-                    parameter.sub_(self.rate * gradient)
-            yield loss.detach()
-
-    def config(self):
-        return {"kind": "head-descent", **asdict(self)}
-
-
-@undo_move("negate")
-def negate(model, reference, task, generator, device):
-    with torch.no_grad():
-        model.head.weight.neg_()
-
-
-register_battery(
-    "descent-v1", (HeadDescent(0.5), FineTuning(Strategy("direct", "all", "sgd", 0.05, 10), undo=("negate",)))
-)
-'''
+from plugins import HEAD_DESCENT
 
 
 @pytest.fixture
@@ -86,7 +42,7 @@ def registries(monkeypatch):
 @pytest.fixture
 def package(tmp_path, monkeypatch, registries):
     """An installed package that declares its module for adversaries and for undo moves."""
-    (tmp_path / "descent.py").write_text(PACKAGE)
+    (tmp_path / "descent.py").write_text(HEAD_DESCENT)
     info = tmp_path / "descent-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: descent\nVersion: 1.0\n")

@@ -11,32 +11,7 @@ import holdfast
 from holdfast.defenses import DEFENSES, Sophon, build_defense, list_defenses, register_defense
 from holdfast.errors import HoldfastError
 from holdfast.runtime.registry import Registry
-
-NOISE = """
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-
-from holdfast.defenses import Defense, register_defense
-from holdfast.defenses.base import DefenseRecord
-
-
-@register_defense
-@dataclass
-class Noise(Defense):
-    name: ClassVar[str] = "noise"
-    citation: ClassVar[str] = "a test"
-
-    scale: float = 0.1
-
-    def immunize(self, model, benign, restricted, *, run):
-        immunized = model.clone().to(run.device)
-        with run.seeded("noise"), torch.no_grad():
-            for parameter in immunized.parameters():
-                parameter.add_(self.scale * torch.randn_like(parameter))
-        return immunized.eval(), DefenseRecord()
-"""
+from plugins import NOISE
 
 
 @pytest.fixture

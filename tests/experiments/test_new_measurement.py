@@ -11,44 +11,13 @@ from holdfast.errors import HoldfastError
 from holdfast.experiments.measurements.base import MEASUREMENTS
 from holdfast.experiments.recipe import ProtocolRecipe
 from holdfast.experiments.runner import run_recipe
-
-CODE = """
-from holdfast.errors import HoldfastError
-from holdfast.experiments.measurements.base import MEASUREMENTS, Measurement
-from holdfast.results.tables import Cell, Outcome, Table
-from holdfast.runtime.jobs import Job, JournalStore, run_jobs
-from holdfast.runtime.journal import Journal
-
-
-@MEASUREMENTS.register("weight-norm")
-class WeightNorm(Measurement):
-    order: int = 2
-
-    def check(self, settings):
-        if self.order < 1:
-            raise HoldfastError(f"weight-norm: order is {self.order}; expected at least 1.")
-
-    def measure(self, protocol):
-        models = protocol.context.models
-        jobs = [Job(str(place), place, str(place)) for place in models]
-        run = protocol.context.run
-        journal = Journal(run.path("weight-norm.jsonl"), {"order": self.order})
-        store = JournalStore(journal, {j.key: float for j in jobs})
-        found = run_jobs(norm, (self.order, models), jobs, store, run=run, executor=protocol.executor)
-        rows = [{"model": place[1], "norm": Cell.of([value])} for place, value in zip(models, found)]
-        return Outcome({"weight_norm": Table(title="Norm of all weights", rows=rows)}, {}, ["Norms were taken."])
-
-
-def norm(context, place):
-    order, models = context
-    return sum(float(p.detach().norm(order) ** order) for p in models[place].parameters()) ** (1 / order)
-"""
+from plugins import WEIGHT_NORM
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """The package is installed for one test: a module, and metadata with its entry point."""
-    (tmp_path / "weight_norm.py").write_text(CODE)
+    (tmp_path / "weight_norm.py").write_text(WEIGHT_NORM)
     info = tmp_path / "weight_norm-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: weight-norm\nVersion: 1.0\n")

@@ -14,75 +14,14 @@ from holdfast.adversaries import FineTuning
 from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel
 from holdfast.tasks import TASKS, list_tasks, load_task
-
-KIND = '''
-    """Tags: each sample has any number of them, and the score is the share of tags that are told rightly."""
-
-    import numpy as np
-    import torch
-    import torch.nn.functional as F
-
-    from holdfast.results.terms import Words
-    from holdfast.tasks import TASKS, InMemoryTask
-
-
-    class TagsTask(InMemoryTask):
-        kind = "tagging"
-        higher_is_better = True
-        audit_unit = "share of tags"
-        words = Words(guess="the commonest tags", samples="tagged samples", by_class=False)
-
-        def __init__(self, name, x_train, y_train, x_test, y_test, tags):
-            self.name, self.class_names = name, list(tags)
-            x = {"train": self._inputs(x_train, "x_train"), "test": self._inputs(x_test, "x_test")}
-            y = {"train": np.asarray(y_train, np.int64), "test": np.asarray(y_test, np.int64)}
-            self._check_lengths(x, y, "rows of tags")
-            self._set(*({s: torch.from_numpy(a) for s, a in part.items()} for part in (x, y)))
-
-        def _set(self, x, y):
-            super()._set(x, y)
-            self.num_outputs = y["train"].shape[1]
-            common = (y["train"].double().mean(0) > 0.5).long()
-            self.chance = float((y["test"] == common).double().mean())
-
-        def targets(self, y):
-            return y.to(torch.float64)
-
-        def loss_of(self, outputs, batch):
-            return F.binary_cross_entropy_with_logits(outputs, batch.y.to(outputs.dtype))
-
-        def outcomes_of(self, outputs, batch):
-            return ((outputs > 0) == (batch.y > 0)).double().mean(1)
-
-        def score_of(self, outputs, batch):
-            return float(self.outcomes_of(outputs.detach(), batch).mean())
-
-
-    def _tags(name, seed):
-        rng = np.random.default_rng(0)
-        own = np.random.default_rng(seed)
-        directions = own.normal(size=(8, 3))
-        x = rng.normal(size=(160, 8)) + seed
-        y = (x - seed) @ directions > 0
-        return TagsTask(name, x[:120], y[:120], x[120:], y[120:], ["red", "round", "large"])
-
-
-    @TASKS.register("tags-seen")
-    def seen():
-        return _tags("tags-seen", 1)
-
-
-    @TASKS.register("tags-hidden")
-    def hidden():
-        return _tags("tags-hidden", 2)
-'''
+from plugins import TAGS
 
 
 @pytest.fixture
 def tags(tmp_path, monkeypatch):
     """The package `tagging`, installed: a module, and the facts with its entry point."""
     list_tasks()  # Holdfast's own register once, before what is patched here is undone
-    (tmp_path / "tagging.py").write_text(dedent(KIND))
+    (tmp_path / "tagging.py").write_text(dedent(TAGS))
     facts = tmp_path / "tagging-1.0.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: tagging\nVersion: 1.0\n")
