@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from holdfast.errors import HoldfastError
-from holdfast.tasks import TaskSpec, load_task
+from holdfast.tasks import RegressionTask, TaskSpec, load_task
 
 HEADER = "size,colour,kind,price,empty\n"
 
@@ -91,3 +91,13 @@ def test_real_houses_have_the_same_inputs_for_quality_and_price(data_dir):
     quality, price = load("OverallQual", "SalePrice"), load("SalePrice", "OverallQual")
     assert torch.equal(quality._x["train"], price._x["train"])
     assert price._y["train"].bincount().min() > 350
+
+
+def test_the_skill_on_a_batch_compares_each_output_with_its_own_target():
+    x, y = np.eye(4), np.array([0.0, 1.0, 2.0, 5.0])
+    task = RegressionTask("numbers", x, y, x, y)
+    batch = next(task.sweep("test", 4, device=torch.device("cpu")))
+    assert task.batch_skill(batch.y.reshape(4, 1), batch) == 1.0  # outputs are (N, 1), targets (N,)
+    halfway = (batch.y + batch.y.mean()).reshape(4, 1) / 2
+    assert task.batch_skill(halfway, batch) == pytest.approx(0.75)
+    assert task.batch_skill(batch.y.flip(0).reshape(4, 1), batch) < 0.5

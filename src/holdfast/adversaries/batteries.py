@@ -28,7 +28,7 @@ def register_battery(name: str, adversaries: Sequence[Adversary] | Search) -> No
         adversaries: with different names.
 
     Raises:
-        HoldfastError: for a name that another battery has, or adversaries that are no battery.
+        HoldfastError: for a name that another battery has, or a list that `battery` refuses.
     """
     if name == CUSTOM:
         raise HoldfastError(f"{CUSTOM!r} names the batteries that are given as a list; give this battery another name.")

@@ -27,7 +27,7 @@ class GuardedDefense(Defense):
         holdout: share of the benign training data kept back for the guard.
         ema: decay, a round, of an exponential moving average of the weights. The guard measures the average, validation
             examines it, and it is the result, as is usual for diffusion models; training continues from the weights
-            themselves. None: there is no average.
+            themselves. None: nothing is averaged.
         validate_every: rounds between two validations by short adversaries (see `VALIDATION`). The result is then the
             good state in which they reached least, not the last one. They are scored on a fifth of the defender's
             restricted data, which is kept back for them. None: no validation.

@@ -94,7 +94,7 @@ def noised(pictures: Tensor, t: int, schedule: Schedule, *, seed: int) -> Tensor
         seed: of the noise.
 
     Raises:
-        HoldfastError: if there is no such step, or nothing of the pictures is left at it.
+        HoldfastError: if the step does not exist, or leaves only noise.
 
     Example:
         >>> noised(torch.ones(1, 1, 2, 2), 0, Schedule(), seed=0).mean() > 0.95

@@ -37,7 +37,7 @@ def reset_worst(
     """Initialises the `WORST` layers anew whose weights and gradients deviate most from the reference.
 
     By the logarithms of the norm of the weights and of their gradient, both against the reference and against the
-    median over layers: that a trained network as a whole has larger weights or smaller gradients is no anomaly.
+    median over layers: that a trained network as a whole has larger weights or smaller gradients is normal.
     """
     mend(model, reference)
     own, fresh = (_statistics(m, task, generator.clone_state(), device) for m in (model, reference))

@@ -62,7 +62,7 @@ def bake(model: SplitModel) -> None:
 
 
 def _hidden(model: SplitModel) -> dict[tuple[str, str], Tensor]:
-    """Floating-point tensors that are no parameters, by (module, name)."""
+    """Floating-point tensors other than parameters, by (module, name)."""
     return {
         (name, key): value
         for name, module in model.network.named_modules()
