@@ -31,6 +31,9 @@ _DEEP = {"iterations": 3, "batch_size": 20, "guard_every": 1, "max_benign_drop":
 DEFENSES: dict[str, Defense] = {
     "sophon-ice": Sophon(**_BRIEF),
     "sophon-klu": Sophon(loss="klu", **_BRIEF),
+    "sophon-released": Sophon(
+        loss="released", initialisations=("head",), optimizers=("sgd",), head_gradient=True, **_BRIEF
+    ),
     "sophon-many": Sophon(tasks=3, suppression_loops=2, reinforcement_loops=2, gamma=(0.1, 0.3, 0.6), **_BRIEF),
     "sophon-ce-ascent": Sophon(loss="ce-ascent", **_BRIEF),
     "sophon-every-optimizer": Sophon(optimizers=tuple(OPTIMIZERS), **_BRIEF),

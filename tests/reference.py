@@ -33,6 +33,12 @@ def ice_gradient(logits: Tensor, labels: Tensor) -> Tensor:
     return gradient / len(logits)
 
 
+def released_ice(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of SOPHON's released code: the cross-entropy of 1 - z."""
+    odds = (1 - logits).exp()
+    return torch.stack([(odds[n].sum() / odds[n, labels[n]]).log() for n in range(len(labels))]).mean()
+
+
 def klu(logits: Tensor) -> Tensor:
     """SOPHON, Eq. 13."""
     total = torch.zeros((), dtype=logits.dtype)

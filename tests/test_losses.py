@@ -14,6 +14,7 @@ from holdfast.losses import (
     denial_of_service,
     inverse_cross_entropy,
     kl_from_uniform,
+    released_inverse_cross_entropy,
     ridge_probe,
     squared_error_ascent,
 )
@@ -34,6 +35,7 @@ def test_values_equal_the_equations(case):
     logits, labels = case
     assert torch.allclose(inverse_cross_entropy(logits, labels), reference.ice(logits, labels), rtol=1e-7, atol=1e-12)
     assert torch.allclose(kl_from_uniform(logits), reference.klu(logits), rtol=1e-8, atol=1e-12)
+    assert torch.allclose(released_inverse_cross_entropy(logits, labels), reference.released_ice(logits, labels))
 
 
 @given(logits_and_labels())
@@ -108,6 +110,17 @@ def test_never_negative_and_zero_where_the_defender_wants_to_be(name):
     assert LOSSES[name](goal, label).abs() < 1e-6
     torch.manual_seed(0)
     assert all(LOSSES[name](3 * torch.randn(1, 3), label) > -1e-6 for _ in range(50))
+
+
+def test_the_released_loss_pulls_nine_times_as_hard_at_ten_equal_logits_and_does_not_stop_there():
+    def pull(loss, z):
+        z = torch.tensor([z], requires_grad=True)
+        return torch.autograd.grad(loss(z, torch.tensor([0])), z)[0][0, 0].item()
+
+    equal, wrong = [0.0] * 10, [-3.0, *[0.0] * 9]
+    assert pull(released_inverse_cross_entropy, equal) == pytest.approx(0.9)
+    assert pull(inverse_cross_entropy, equal) == pytest.approx(0.1)
+    assert pull(released_inverse_cross_entropy, wrong) > 20 * pull(inverse_cross_entropy, wrong)
 
 
 def test_ascent_has_the_gradient_that_grows_with_the_error():

@@ -52,6 +52,34 @@ def inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.softplus(logits.gather(-1, label).squeeze(-1) - others).mean()
 
 
+def released_inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of SOPHON's released code, CE(1 - z), in place of Eq. 11.
+
+    A softmax does not see the 1, so it is CE(-z): the mean of logsumexp(-z) + z_y. Its minimum is where the label's
+    logit is far *below* all others, so it keeps pushing where Eq. 11 is satisfied. With C equal logits its gradient at
+    the label is 1 - 1/C, that of Eq. 11 is 1/C: nine times as much with ten classes.
+
+    Args:
+        logits: shape (N, C), floating point, C >= 2.
+        labels: shape (N,), int64 in [0, C).
+
+    Returns:
+        A scalar of the dtype of ``logits``, at least 0.
+
+    Raises:
+        HoldfastError: if there are fewer than two classes.
+
+    Example:
+        >>> import torch
+        >>> z = torch.tensor([[2.0, 0.0, 1.0]])
+        >>> released_inverse_cross_entropy(z, torch.tensor([0])) == F.cross_entropy(1 - z, torch.tensor([0]))
+        tensor(True)
+    """
+    if logits.shape[-1] < 2:
+        raise HoldfastError(f"Inverse cross-entropy needs at least 2 classes, got logits {tuple(logits.shape)}.")
+    return F.cross_entropy(1 - logits, labels)
+
+
 def kl_from_uniform(logits: Tensor, labels: Tensor | None = None) -> Tensor:
     """KLU, Eq. 13: the mean of -(1/C) sum over j of log(C p_j); it ignores labels.
 
@@ -280,6 +308,7 @@ class Objective:
 LOSSES: Final[dict[str, SuppressionLoss]] = {
     "ice": inverse_cross_entropy,
     "klu": kl_from_uniform,
+    "released": released_inverse_cross_entropy,
     "ce-ascent": cross_entropy_ascent,
     "dos": denial_of_service,
     "mse-ascent": squared_error_ascent,

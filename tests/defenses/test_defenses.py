@@ -89,7 +89,7 @@ class TestSophonResumes:
         """What a simulation left behind must not decide what the next one draws."""
         narrow, settings = (
             load_task("digits[5-7]"),
-            dataclasses.replace(DEFENSES[name], initialisations=("head",)),
+            dataclasses.replace(DEFENSES[name], initialisations=("head",), head_gradient=False),
         )
         whole, _ = settings.immunize(model, benign, narrow, run=Run(0, CPU))
         with pytest.raises(Killed):

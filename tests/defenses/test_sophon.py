@@ -94,6 +94,7 @@ class TestPhi:
             ({"steps": 2, "gamma": (1.0, -1.0)}, "at least 0"),
             ({"second_order": True, "strategies": (Strategy(optimizer="sgd", gradient="sign"),)}, "raw gradient"),
             ({"second_order": True, "strategies": (Strategy(optimizer="sgd", precision="bf16"),)}, "in float32"),
+            ({"head_gradient": True, "lifetime": 2}, "head_gradient is for adversaries of one loop"),
         ],
     )
     def test_refuses_what_cannot_work(self, settings, match):
@@ -112,6 +113,22 @@ class TestSimulation:
         names = [n for n, _ in small.network.named_parameters()]
         reached = {int(n.split(".")[0]) for n, g in zip(names, simulation.gradients(), strict=True) if g is not None}
         assert sorted(reached) == moved
+
+    def test_as_in_the_published_code_the_gradient_at_a_fresh_head_moves_the_released_one(self, small, task):
+        def gradients(**how):
+            torch.manual_seed(1)
+            simulation = Simulation(small, inverse_cross_entropy, **how)
+            simulation.run(task, Strategy("head", batch_size=10), 2, None, generator=stream())
+            return simulation.gradients()
+
+        plain, published = gradients(), gradients(head_gradient=True)
+        assert close(plain[:4], published[:4])
+        assert plain[4:] == [None, None]
+        assert [g.shape for g in published[4:]] == [p.shape for p in small.head.parameters()]
+
+    def test_a_gradient_at_a_head_of_another_width_moves_no_released_one(self, model, benign, run):
+        with pytest.raises(HoldfastError, match="a head of 3 outputs to one of 5"):
+            Sophon(head_gradient=True).immunize(model, benign, load_task("digits[7-9]"), run=run)
 
     @pytest.mark.parametrize("scope", ["head", "last-block"])
     def test_what_the_adversary_freezes_is_moved_all_the_same(self, small, task, scope):
@@ -652,7 +669,7 @@ class TestKinds:
     def test_kinds_are_not_mixed(self, model, denoiser, benign, restricted, digit_images, run):
         with pytest.raises(HoldfastError, match="the same for both"):
             Sophon().immunize(denoiser, digit_images[0], restricted, run=run)
-        with pytest.raises(HoldfastError, match="set loss to ice or klu or ce-ascent"):
+        with pytest.raises(HoldfastError, match="set loss to ice or klu or released or ce-ascent"):
             Sophon(loss="dos").immunize(model, benign, restricted, run=run)
 
 

@@ -266,6 +266,14 @@ class TestNarrowing:
         with pytest.raises(HoldfastError, match="no images"):
             toy_task(2).as_images(8)
 
+    def test_inverted(self):
+        plain, inverted = load_task("digits[0-4]"), load_task("digits[0-4]@invert=true")
+        assert torch.equal(inverted._x["train"], 255 - plain._x["train"])
+        assert inverted.facts().sha256 != plain.facts().sha256
+        assert inverted.inverted().facts() == plain.facts()
+        with pytest.raises(HoldfastError, match="no images of 0 to 255; leave invert out"):
+            toy_task(2).inverted()
+
     def test_chance_is_the_largest_class(self):
         task = ArrayTask("t", X, Y, X[:5], [0, 0, 0, 0, 1])
         assert task.chance == 0.8

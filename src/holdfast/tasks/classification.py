@@ -41,7 +41,7 @@ class ArrayTask(InMemoryTask):
     kind = "classification"
     higher_is_better = True
     labels_are_classes = True
-    suppression_losses: ClassVar[tuple[str, ...]] = ("ice", "klu", "ce-ascent")
+    suppression_losses: ClassVar[tuple[str, ...]] = ("ice", "klu", "released", "ce-ascent")
     min_classes: ClassVar[int] = 2
     labelled: ClassVar[bool] = True
     """Whether a file must hold labels."""

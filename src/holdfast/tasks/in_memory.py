@@ -289,6 +289,16 @@ class InMemoryTask(Task):
         x = {s: resize(v, size, channels) for s, v in self._x.items()}
         return self._with(self.name, x, self._y)
 
+    def inverted(self) -> Self:
+        """Inverts the pixels of images: 255 - x.
+
+        Raises:
+            HoldfastError: if the inputs are no images of uint8.
+        """
+        if len(self.input_shape) != 3 or any(v.dtype != torch.uint8 for v in self._x.values()):
+            raise self._bad(f"inputs of shape {self.input_shape} are no images of 0 to 255; leave invert out")
+        return self._with(self.name, {s: 255 - v for s, v in self._x.items()}, self._y)
+
     def with_inputs(self, train: Tensor, test: Tensor) -> Self:
         """See `Task.with_inputs`."""
         for split, x in (("train", train), ("test", test)):

@@ -67,7 +67,7 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ta
         _refuse_text_settings(spec)
         loaded = _load(source, spec, folder)
     if not isinstance(loaded, InMemoryTask):
-        narrowed = ("kind", "seed", "test_fraction", "train_limit", "test_limit", "image_size", "channels")
+        narrowed = ("kind", "seed", "test_fraction", "train_limit", "test_limit", "image_size", "channels", "invert")
         _refuse_idle(spec, f"{loaded.described}, which is not over arrays in memory", *narrowed)
         if classes is not None:
             raise HoldfastError(f"Task {spec.data!r}: {source} is not over arrays in memory; leave [...] out.")
@@ -91,7 +91,7 @@ def _narrowed(loaded: InMemoryTask, spec: TaskSpec, classes: str | None) -> InMe
         loaded = loaded.limit_test(spec.test_limit, spec.seed)
     if spec.image_size is not None or spec.channels is not None:
         loaded = loaded.as_images(spec.image_size, spec.channels)
-    return loaded
+    return loaded.inverted() if spec.invert else loaded
 
 
 def is_text(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> bool:
@@ -135,7 +135,7 @@ def _load_text(source: str, spec: TaskSpec, folder: Path | None) -> Task:
     if spec.kind != "classification" or spec.image_size is not None or spec.channels is not None:
         raise HoldfastError(f"Task {spec.data!r}: text is for classification; leave kind, image_size and channels out.")
     tokenizer, length = _tokenizer(spec, folder), spec.length or LENGTH
-    _refuse_idle(spec, "text", "drop", "encoding", "bins", "fill", "rows")
+    _refuse_idle(spec, "text", "invert", "drop", "encoding", "bins", "fill", "rows")
     if source in TASKS:
         _refuse_idle(spec, source, "text", "target")
         _check_alone(source)
@@ -221,7 +221,7 @@ def _refuse_for_table(spec: TaskSpec, source: str) -> None:
 def _load_table(path: Path, spec: TaskSpec) -> InMemoryTask:
     from holdfast.tasks.tabular import load_csv, load_csv_regression  # with pandas, which most tasks do not need
 
-    idle = ("image_size", "channels", *(("bins",) if spec.kind == "regression" else ()))
+    idle = ("image_size", "channels", "invert", *(("bins",) if spec.kind == "regression" else ()))
     _refuse_idle(spec, "a table", *idle)
     if spec.kind == "regression":
         return load_csv_regression(

@@ -56,6 +56,7 @@ class TaskSpec(BaseModel):
     rows: int | None = Field(None, ge=2, description="Train on this many first rows of a CSV, test on the rest.")
     image_size: int | None = Field(None, ge=1, description="Resize images to this many pixels a side.")
     channels: int | None = Field(None, description="Make images grey (1) or colour (3).")
+    invert: bool = Field(False, description="Invert the pixels of images: 255 - x.")
     train_limit: int | None = Field(None, ge=1, description="Train on about this many samples only.")
     test_limit: int | None = Field(None, ge=1, description="Score on about this many test samples only.")
     test_fraction: float = Field(

@@ -37,6 +37,8 @@ class SimulationSettings(Defense):
             each loop draws new ones, as in the paper.
         disjoint: adversaries train on one half of the defender's data and are evaluated on the other, so that
             memorised samples do not count; False: both on all of it, as in the paper.
+        head_gradient: the gradient at an adversary's fresh head counts for the head of the released model, as in the
+            published code; False: it counts for nothing, as the derivative is zero.
         second_order: the exact meta-gradient instead of the first-order one: for a small K, without Adam's relatives.
     """
 
@@ -52,6 +54,7 @@ class SimulationSettings(Defense):
     population: int | None = None
     lifetime: int = 1
     disjoint: bool = False
+    head_gradient: bool = False
     second_order: bool = False
 
     def __post_init__(self) -> None:
@@ -62,6 +65,11 @@ class SimulationSettings(Defense):
                 raise HoldfastError(f"sophon: {name} is empty; give at least one.")
         self._check_population()
         self._check_gamma()
+        if self.head_gradient and (self.lifetime > 1 or self.second_order):
+            raise HoldfastError(
+                "sophon: head_gradient is for adversaries of one loop and the first-order meta-gradient; leave "
+                "lifetime and second_order out."
+            )
         phi = self.phi()  # checks each strategy now, not in the middle of the work
         if self.second_order:
             _check_differentiable(phi)
@@ -133,8 +141,9 @@ class SuppressionSettings(Defense):
     """Suppression: what the defender minimises along the simulated fine-tuning, and the step that it takes.
 
     Attributes:
-        loss: suppression loss. For classifiers "ice" (Eq. 11), "klu" (Eq. 13), or "ce-ascent", the unstable baseline;
-            for denoisers "dos" (Eq. 16), or "mse-ascent", the unstable baseline; "none", if there is a `probe_weight`.
+        loss: suppression loss. For classifiers "ice" (Eq. 11), "klu" (Eq. 13), "released" (what the published code
+            has for Eq. 11), or "ce-ascent", the unstable baseline; for denoisers "dos" (Eq. 16), or "mse-ascent", the
+            unstable baseline; "none", if there is a `probe_weight`.
             By default ("auto"), "ice" for classifiers and "dos" for denoisers.
         suppression_loops: l_FTS, suppression loops a round.
         suppression_lr: alpha, learning rate of suppression's Adam.
@@ -149,7 +158,7 @@ class SuppressionSettings(Defense):
         probe_batch: samples that this probe is fitted on.
     """
 
-    loss: Literal["auto", "ice", "klu", "ce-ascent", "dos", "mse-ascent", "none"] = "auto"
+    loss: Literal["auto", "ice", "klu", "released", "ce-ascent", "dos", "mse-ascent", "none"] = "auto"
     suppression_loops: int = 1
     suppression_lr: float = 3e-4
     joint_weight: float | None = None

@@ -73,6 +73,7 @@ class Simulation:
         objective: what the defender minimises; or its suppression loss alone.
         bf16: compute in bfloat16 where torch's autocast considers it safe.
         compiled: let torch.compile make the adversaries' forward passes.
+        head_gradient: see `SimulationSettings.head_gradient`.
         device: of the adversaries and of the gradient buffer; None: the model's.
     """
 
@@ -83,12 +84,13 @@ class Simulation:
         *,
         bf16: bool = False,
         compiled: bool = False,
+        head_gradient: bool = False,
         device: torch.device | None = None,
     ) -> None:
         self.model = model
         self.device = device if device is not None else model.device
         self.objective = objective if isinstance(objective, Objective) else Objective(objective)
-        self.bf16, self.compiled = bf16, compiled
+        self.bf16, self.compiled, self.head_gradient = bf16, compiled, head_gradient
         self.gradient = [torch.zeros_like(p, device=self.device) for p in model.parameters()]
         self._reached: set[int] = set()
         self._state = list(model.network.state_dict().values())
@@ -119,7 +121,7 @@ class Simulation:
         for own, source in zip(copy.network.state_dict().values(), self._state, strict=True):
             own.copy_(source)
         fresh = {id(p) for _, layer in renewed(copy, strategy) for p in layer.parameters()}
-        if strategy.initialisation != "direct":
+        if strategy.initialisation != "direct" and not self.head_gradient:
             fresh |= {id(p) for p in head.parameters()}
         shared = [i for i, p in enumerate(copy.parameters()) if i in self._free and id(p) not in fresh]
         prepare(copy, strategy, task)

@@ -131,6 +131,11 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
             )
         check_fits(model, benign, own_task=True)
         check_fits(model, restricted, own_task=False)
+        if self.head_gradient and model.num_outputs != restricted.num_outputs:
+            raise HoldfastError(
+                f"sophon: head_gradient adds the gradient at a head of {restricted.num_outputs} outputs to one of "
+                f"{model.num_outputs}; leave it out, or choose tasks with as many classes."
+            )
         for strategy in self.phi():
             reason = not_applicable(strategy, model, restricted)
             if reason is not None:
@@ -160,6 +165,7 @@ class _Immunization(Immunization[Sophon]):
             lifetime=config.lifetime,
             devices=_devices(run.device) if config.tasks > 1 else (),
             kind=ExactSimulation if config.second_order else Simulation,
+            head_gradient=config.head_gradient,
             bf16=config.precision == "bf16",
             compiled=config.compile,
         )
