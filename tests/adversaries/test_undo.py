@@ -7,13 +7,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from conftest import toy_task
 from holdfast.adversaries import UNDO, FineTuning
 from holdfast.adversaries.undo.feature_conditioning import Prepared
 from holdfast.adversaries.undo.gradient_bypass import Flowing, activations
 from holdfast.adversaries.undo.moves import not_applicable
 from holdfast.errors import HoldfastError
 from holdfast.models import ModelSpec, SplitModel, load_model, transplant
-from holdfast.tasks import ArrayTask, Batch
+from holdfast.tasks import ArrayTask, Batch, load_task
 from holdfast.training import Strategy
 from shams import NORM_OF, make, zoo_tasks
 
@@ -356,7 +357,7 @@ class TestRecalibrate:
         assert torch.equal(model.network.body[1].running_var, before)
 
     def test_says_when_there_is_nothing(self, benign):
-        assert "no BatchNorm" in not_applicable(("recalibrate",), mlp(benign))
+        assert "no BatchNorm" in not_applicable(("recalibrate",), mlp(benign), benign)
         attack = FineTuning(Strategy(), undo=("recalibrate",))
         assert "no BatchNorm" in attack.not_applicable(mlp(benign), benign)
 
@@ -453,10 +454,12 @@ class TestActivation:
         assert y.tolist() == [[0, 1]]
         assert torch.allclose(x.grad, torch.tensor([[0.1, 1.1]]))
 
-    def test_infinite_inputs_and_other_shapes(self):
+    def test_infinite_inputs_and_other_shapes(self, benign):
         assert Flowing(nn.Tanh())(torch.tensor([float("inf")])).tolist() == [1]
         assert Flowing(nn.MaxPool1d(2))(torch.ones(1, 1, 4)).shape == (1, 1, 2)
-        assert "no activation" in not_applicable(("activation",), SplitModel(nn.Sequential(nn.Linear(2, 2)), "0"))
+        assert "no activation" in not_applicable(
+            ("activation",), SplitModel(nn.Sequential(nn.Linear(2, 2)), "0"), benign
+        )
 
 
 class Hidden(nn.Module):
@@ -624,6 +627,72 @@ def broken(kind, trained, task):
         for m in model.network.modules():
             m.register_forward_hook(lambda m, i, o: o * 1.0)
     return model
+
+
+class TestInputs:
+    @pytest.mark.parametrize("normalised", [True, False])
+    def test_inverted(self, normalised, trained, benign):
+        model = trained.clone()
+        if normalised:
+            model.mean, model.std = torch.full((1, 1, 1), 0.3), torch.full((1, 1, 1), 0.2)
+        before, x = model.clone().eval(), inputs(benign)
+        undo("invert-inputs", model, benign)
+        assert torch.allclose(model.eval()(x), before(1 - x), atol=1e-4)
+        undo("invert-inputs", model, benign)
+        assert torch.allclose(model(x), before(x), atol=1e-4)
+
+    def test_renormalised_the_network_gets_mean_0_and_deviation_1(self, trained, benign):
+        model, seen = trained.clone(), []
+        undo("renormalise-inputs", model, benign)
+        model.network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model(next(benign.sweep("train", benign.size("train"), device=CPU)).x)
+        assert seen[0].mean().abs() < 1e-4
+        assert seen[0].std() == pytest.approx(1, abs=1e-3)
+
+    def test_enlarged_where_the_network_takes_it(self, benign):
+        convolutional, flat = load_model("cifar_resnet", load_task("digits[0-4]@channels=3")), mlp(benign)
+        seen: list[torch.Size] = []
+        colour = load_task("digits[0-4]@channels=3")
+        undo("enlarge-inputs", convolutional, colour)
+        convolutional.network.conv1.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+        convolutional.clone()(inputs(colour, 2))
+        assert seen == [(2, 3, 16, 16)]
+        before = flat.eval()(inputs(benign))
+        undo("enlarge-inputs", flat, benign)
+        assert torch.equal(flat(inputs(benign)), before)
+
+    @pytest.mark.parametrize("move", ["invert-inputs", "renormalise-inputs", "enlarge-inputs"])
+    def test_are_for_images(self, move):
+        task = toy_task(2)
+        model = SplitModel(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), "2")
+        assert "changes how images are shown" in FineTuning(Strategy(), undo=(move,)).not_applicable(model, task)
+
+    @pytest.mark.trains
+    def test_a_model_that_gives_up_on_bright_images_learns_from_inverted_ones(self, trained, restricted, run):
+        """Nothing passes a gate that is shut by brightness, and no gradient comes back."""
+        model = SplitModel(nn.Sequential(Gate(), trained.network), f"1.{trained.head_name}")
+        bright = restricted.inverted()
+        score = {
+            undo: max(FineTuning(Strategy("direct", "all", "adam", 1e-3, 50), undo=undo)
+                      .attack(model, bright, budgets=(0, 40), run=run).scores)
+            for undo in ((), ("invert-inputs",))
+        }  # fmt: skip
+        assert score[()] < 0.35
+        assert score["invert-inputs",] > 0.6
+
+
+class Gate(nn.Module):
+    """Passes dark images alone."""
+
+    def forward(self, x):
+        return x * (x.mean((1, 2, 3), keepdim=True) < 0.5)
+
+
+def test_a_negated_head_answers_the_least_likely_class(trained, benign):
+    before, x = trained.eval()(inputs(benign)), inputs(benign)
+    model = undo("negate-head", trained.clone(), benign)
+    assert torch.allclose(model.eval()(x), -before, atol=1e-5)
+    assert torch.equal(model(x).argmax(1), before.argmin(1))
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ class FineTuning(Adversary):
 
     def not_applicable(self, model: SplitModel, task: Task) -> str | None:
         """See `Adversary.not_applicable`."""
-        return training.not_applicable(self.strategy, model, task) or moves.not_applicable(self.undo, model)
+        return training.not_applicable(self.strategy, model, task) or moves.not_applicable(self.undo, model, task)
 
     def run(
         self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device

@@ -43,6 +43,7 @@ class UndoMove:
         needs_reference: whether it compares with a fresh model; if not, it may be given the model itself.
         of_features: whether it depends on the features of the last layer of the body; if the strategy renews that
             layer, the move comes after it.
+        of_images: whether it changes how images are shown; it cannot be made where inputs are something else.
         idle: says why the move would do nothing on a model, or None. Other moves may still be worth trying.
         impossible: says why the move cannot be made on a model, or None. Then the adversary cannot start.
         finish: called after the strategy has chosen which weights are trained.
@@ -52,6 +53,7 @@ class UndoMove:
     make: Make
     needs_reference: bool = False
     of_features: bool = False
+    of_images: bool = False
     idle: Reason = _never
     impossible: Reason = _never
     finish: Callable[[SplitModel], None] = _nothing
@@ -65,8 +67,10 @@ class UndoMove:
         """Makes the move."""
         self.make(model, reference, task, generator, device)
 
-    def cannot(self, model: SplitModel) -> str | None:
-        """Says why the move cannot be made on a model, or None if it can."""
+    def cannot(self, model: SplitModel, task: Task) -> str | None:
+        """Says why the move cannot be made on a model and a task, or None if it can."""
+        if self.of_images and (len(task.input_shape) != 3 or task.answers_with != "vector"):
+            return f"{self.name} changes how images are shown, and {task.described} has none to classify"
         reason = model.not_renewable() if self.needs_reference else None
         return self.impossible(model) if reason is None else f"{self.name} compares with a fresh model, and {reason}"
 
@@ -80,6 +84,7 @@ def undo_move(
     *,
     needs_reference: bool = False,
     of_features: bool = False,
+    of_images: bool = False,
     idle: Reason = _never,
     impossible: Reason = _never,
     finish: Callable[[SplitModel], None] = _nothing,
@@ -91,19 +96,19 @@ def undo_move(
     """
 
     def registered(make: Make) -> Make:
-        UNDO.register(name)(UndoMove(name, make, needs_reference, of_features, idle, impossible, finish))
+        UNDO.register(name)(UndoMove(name, make, needs_reference, of_features, of_images, idle, impossible, finish))
         return make
 
     return registered
 
 
-def not_applicable(moves: tuple[str, ...], model: SplitModel) -> str | None:
+def not_applicable(moves: tuple[str, ...], model: SplitModel, task: Task) -> str | None:
     """Says why several moves cannot be made in a row on a model, or why none has anything to do; None if they can.
 
     Of several moves, some may have nothing to do: the others are still worth trying.
     """
     for move in moves:
-        if (reason := UNDO[move].cannot(model)) is not None:
+        if (reason := UNDO[move].cannot(model, task)) is not None:
             return reason
     reasons = [UNDO[move].idle(model) for move in moves]
     return reasons[0] if reasons and None not in reasons else None

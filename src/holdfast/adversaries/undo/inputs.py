@@ -1,0 +1,79 @@
+"""Undoing what depends on how inputs look: a network may answer nothing at all on images of one brightness or size.
+
+A defense can teach the network to recognise restricted images by their domain and to give up on them. An adversary
+chooses what the network sees: it shows the same images inverted, renormalised or enlarged.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast.adversaries.undo.introspection import samples, some_samples
+from holdfast.adversaries.undo.moves import undo_move
+from holdfast.models import SplitModel
+from holdfast.tasks import Task
+
+ENLARGED = 2
+"""How many times as wide and as high images are after `enlarge-inputs`."""
+
+LEAST_STD = 1e-3
+"""Least standard deviation of a channel, so that a constant one is not divided by zero."""
+
+
+def _set_normalisation(model: SplitModel, mean: Tensor, std: Tensor) -> None:
+    model.mean, model.std = mean.float(), std.float()
+
+
+@undo_move("invert-inputs", of_images=True)
+@torch.no_grad()
+def invert_inputs(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Shows the network every image inverted: x becomes 1 - x, before the network's own normalisation.
+
+    ((1 - x) - mean) / std = (x - (1 - mean)) / -std, so only mean and std change.
+    """
+    channels = task.input_shape[0]
+    nothing = torch.zeros(channels, 1, 1, device=device)
+    mean, std = (nothing, nothing + 1) if model.mean is None or model.std is None else (model.mean, model.std)
+    _set_normalisation(model, 1 - mean, -std)
+
+
+@undo_move("renormalise-inputs", of_images=True)
+@torch.no_grad()
+def renormalise_inputs(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Normalises each channel by the adversary's own images, so that the network gets mean 0 and deviation 1."""
+    count, total, square = 0, torch.zeros((), device=device), torch.zeros((), device=device)
+    for x in samples(task, generator, device):
+        values = x.double().movedim(1, 0).flatten(1)
+        count += values.shape[1]
+        total, square = total + values.sum(1), square + values.square().sum(1)
+    mean = total / count
+    std = (square / count - mean.square()).clamp_min(LEAST_STD**2).sqrt()
+    _set_normalisation(model, mean.view(-1, 1, 1), std.view(-1, 1, 1))
+
+
+@undo_move("enlarge-inputs", of_images=True)
+def enlarge_inputs(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Shows the network every image twice as wide and as high, where it takes images of that size.
+
+    A network that does not is left as it is: one that flattens its maps, or has a position for each patch.
+    """
+    with torch.no_grad():
+        x = some_samples(task, generator, device)[:2]
+        hook = model.network.register_forward_pre_hook(_enlarged)
+        try:
+            model.clone().eval()(x)
+        except (RuntimeError, ValueError, AssertionError):  # what networks raise for a shape that does not fit
+            hook.remove()
+
+
+def _enlarged(network: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x, *more = args
+    return F.interpolate(x, scale_factor=ENLARGED, mode="bilinear", align_corners=False), *more
