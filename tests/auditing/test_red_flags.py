@@ -351,6 +351,36 @@ class TestCurves:
         found = flags_of_curves(curves, adversaries)
         assert [f.name for f in found] == (["Collapsed learning rates"] if expected else [])
 
+    @pytest.mark.parametrize(
+        ("immunized", "original", "expected"),
+        [
+            ([(0.25, 0.25), (0.25, 0.25)], [(0.8, 0.9), (0.8, 0.9)], ["critical"]),
+            (
+                [(0.25, 0.5), (0.25, 0.25)],
+                [(0.8, 0.9), (0.8, 0.9)],
+                ["critical"],
+            ),  # of two classes
+            ([(0.25, 0.25), (0.3, 0.4)], [(0.8, 0.9), (0.8, 0.9)], ["warning"]),
+            ([(0.25, 0.26), (0.3, 0.4)], [(0.8, 0.9), (0.8, 0.9)], []),
+            (
+                [(0.25, 0.25), (0.3, 0.4)],
+                [(0.25, 0.25), (0.8, 0.9)],
+                [],
+            ),  # too low a rate
+        ],
+    )
+    def test_constant_answers(self, immunized, original, expected):
+        adversaries = {"a": settings(rate=1e-3), "b": settings(rate=1e-2)}
+        curves = [
+            curve(n, role, score, seed=seed)
+            for role, scores in (("immunized", immunized), ("original", original))
+            for n, pair in zip(adversaries, scores, strict=True)
+            for seed, score in enumerate((*pair, pair[0]))
+        ]
+        found = flags_of_curves(curves, adversaries, [0.25, 0.5, 0.25])
+        assert [f.severity for f in found if f.name == "Constant answers"] == expected
+        assert not [f for f in flags_of_curves(curves, adversaries) if f.name == "Constant answers"]
+
     def test_nothing_to_compare(self):
         assert flags_of_curves([], {}) == []
         worse = [curve("a", role, -4.0) for role in ("immunized", "original", "scratch")]

@@ -151,7 +151,7 @@ def audit(
     with run.seeded("scratch", 0):
         fresh = original.fresh()
     raised = [*flags, *red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)]
-    raised += flags_of_curves(attacked.curves, attacked.configs)
+    raised += flags_of_curves(attacked.curves, attacked.configs, restricted.constant_scores())
     raised += flags_of_collapse(attacked.curves, attacked.configs, side, restricted.audit_chance)
     return _result(attacked, context, spec, restricted, side, raised, side_effects, warnings=flags)
 

@@ -29,6 +29,9 @@ MAX_UNREPEATABLE = 1e-3
 MAX_FALSE_GRADIENT = 0.3
 MAX_CONDITION = 1e3
 MAX_HIDDEN = 0.05
+MAX_NEGATED = 0.3
+"""Accuracy that a negated head may have on the restricted task, beyond what it has on the original or a fresh model."""
+
 MAX_LOST = 0.02
 """Benign score that released weights may lose inside the original's code."""
 
@@ -130,6 +133,7 @@ REMEDIES = {
     "values; if the benign score is lost by that, it was held by the trick alone.",
     "Another model in training mode": "Make training mode do what evaluation mode does, and audit again.",
     "Saturated logits": "Divide the head's weights, or remove what flattens the logits behind it, and audit again.",
+    "Answers turned around": "Train the defense to answer nothing instead (KLU), and audit with the head negated.",
     "Unrepeatable outputs": "Remove the noise from evaluation mode, and audit again.",
     "State that moves by itself": "Remove what writes to weights or buffers in a forward pass, and audit again.",
     "Gradients that lie": "Replace the operation by an ordinary one with the same outputs, and audit again.",
@@ -142,6 +146,8 @@ REMEDIES = {
     "Resistance that can be undone": "Count the attacks with undo moves; do not report the plain ones alone.",
     "Resistance of the head alone": "Train the defense against adversaries that replace the head.",
     "Collapses when fine-tuned": "Find what breaks when weights move and remove it; audit with smaller steps as well.",
+    "Constant answers": "Find what stops the gradient on restricted samples; attack with `revive`, a new last block "
+    "and inverted inputs.",
     "Collapsed learning rates": "Attack with rates between and beyond those of the battery, and with rescaled layers.",
 }
 """What to do, by name of the flag; the names are headings in docs/red-flags.md."""
@@ -311,6 +317,18 @@ def _logits(released: Inspection, original: Inspection, fresh: Inspection) -> It
         )
 
 
+def _turned(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
+    negated = released.negated
+    usual = max((i.negated for i in (original, fresh) if i.negated is not None), default=0.0)
+    if negated is not None and negated > usual + MAX_NEGATED:
+        yield raised(
+            "Answers turned around",
+            "critical",
+            f"With its own head times -1, and no training, {negated:.0%} of restricted samples are classified "
+            f"correctly (original or a fresh model: at most {usual:.0%}).",
+        )
+
+
 def _repeated(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
     if released.unrepeatable > max(MAX_UNREPEATABLE, 2 * original.unrepeatable):
         yield raised(
@@ -366,5 +384,6 @@ def _hidden(released: Inspection, original: Inspection, fresh: Inspection) -> It
 
 
 CHECKS: tuple[Callable[[Inspection, Inspection, Inspection], Iterator[Flag]], ...] = (
-    _failures, _gradients, _scales, _in_a_row, _dead, _statistics, _modes, _logits, _repeated, _state, _truth, _hidden,
+    _failures, _gradients, _scales, _in_a_row, _dead, _statistics, _modes, _logits, _turned, _repeated, _state, _truth,
+    _hidden,
 )  # fmt: skip

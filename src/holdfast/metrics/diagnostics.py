@@ -48,6 +48,7 @@ class Inspection:
         weights: root mean square of each weight tensor of two or more axes.
         activations: the same of each layer's outputs, on benign samples in evaluation mode.
         logits: the same of the logits on benign and on restricted samples; not finite if they are not.
+        negated: accuracy on restricted samples of its own head times -1; None: the head is not for as many classes.
         dead_units: largest share of a layer's inputs that are zero for all restricted samples, and the layer.
         dead_samples: largest share of restricted samples for which a layer gets nothing but zeros, and the layer.
         in_a_row: condition numbers of linear layers that feed another one directly.
@@ -67,6 +68,7 @@ class Inspection:
     weights: dict[str, float] = field(default_factory=dict)
     activations: dict[str, float] = field(default_factory=dict)
     logits: dict[str, float] = field(default_factory=dict)
+    negated: float | None = None
     dead_units: tuple[float, str] = (0.0, "")
     dead_samples: tuple[float, str] = (0.0, "")
     in_a_row: dict[str, float] = field(default_factory=dict)
@@ -129,7 +131,7 @@ def inspect(
     found = Inspection()
     own, foreign = (_batch(task, run) for task in (benign, restricted))
     measures: dict[Part, Callable[[SplitModel], None]] = {
-        "evaluation": lambda m: _look(m, own, foreign, found),
+        "evaluation": lambda m: _look(m, own, restricted, foreign, found),
         "training": lambda m: _train_mode(m, benign, own, found),
         "gradients": lambda m: _gradients(m, benign, own, restricted, foreign, found),
         "state": lambda m: _state(m, own, found),
@@ -159,7 +161,7 @@ def rms(x: Tensor) -> float:
 
 
 @torch.no_grad()
-def _look(model: SplitModel, own: Batch, foreign: Batch, found: Inspection) -> None:
+def _look(model: SplitModel, own: Batch, restricted: Task, foreign: Batch, found: Inspection) -> None:
     model.eval()
     found.weights = {n: rms(p) for n, p in model.named_parameters() if p.dim() > 1}
     with _Watch(model) as watch:
@@ -169,8 +171,11 @@ def _look(model: SplitModel, own: Batch, foreign: Batch, found: Inspection) -> N
     again = model(own.x)
     found.unrepeatable = rms(again - logits) / (rms(logits - logits.mean()) or 1.0)
     with _Watch(model) as watch:
-        found.logits["restricted"] = rms(model(foreign.x))
+        logits = model(foreign.x)
+        found.logits["restricted"] = rms(logits)
         found.dead_units, found.dead_samples = watch.dead_units, watch.dead_samples
+    if restricted.labels_are_classes and model.num_outputs >= restricted.num_outputs:
+        found.negated = restricted.batch_skill(-logits, foreign)
 
 
 class _Watch:

@@ -158,6 +158,13 @@ class Task(ABC):
         """The `audit_score` of a constant guess."""
         return self.chance if self.higher_is_better else 0.0
 
+    def constant_scores(self) -> list[float]:
+        """Returns the test scores of answers that are the same for every sample, where these are few: by default none.
+
+        Of a task of classes they are the shares of the classes.
+        """
+        return []
+
     def audit_score(self, model: nn.Module) -> float:
         """Returns the test score as an audit compares it: larger is better, 1 is perfect.
 

@@ -162,6 +162,11 @@ class ArrayTask(InMemoryTask):
         """See `InMemoryTask.counts`."""
         return torch.bincount(self._y[split], minlength=len(self.class_names)).tolist()
 
+    def constant_scores(self) -> list[float]:
+        """See `Task.constant_scores`: the share of each class in the test split."""
+        counts = self.counts("test") if self.labels_are_classes else []
+        return [count / sum(counts) for count in counts]
+
     def same_answers(self, other: Self, pairs: Sequence[tuple[Hashable, Hashable]]) -> bool:
         """See `InMemoryTask.same_answers`; classes may be numbered in another order."""
         matched = set(pairs)
