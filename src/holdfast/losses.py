@@ -297,12 +297,14 @@ class Objective:
         probe_weight: of `ridge_probe` at the end of a simulation, counted once for each of its steps; 0: none.
         ridge: of that probe.
         probe_batch: samples that it is fitted on.
+        probe_depth: blocks from the last one back whose features are probed; the mean over them counts.
     """
 
     loss: SuppressionLoss | None
     probe_weight: float = 0.0
     ridge: float = 0.01
     probe_batch: int = 250
+    probe_depth: int = 1
 
 
 LOSSES: Final[dict[str, SuppressionLoss]] = {

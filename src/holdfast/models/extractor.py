@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
@@ -13,6 +14,9 @@ from holdfast.models.blocks import Block, copy_layers, split_blocks
 from holdfast.models.introspection import Head, every_tensor
 from holdfast.models.split_network import SplitNetwork
 from holdfast.runtime.devices import dtype_of, widest
+
+PLACES = 2
+"""Maps are averaged over a grid of so many places a side; see `ExtractorNetwork.features_by_depth`."""
 
 
 class ExtractedHead(nn.Sequential):
@@ -193,6 +197,43 @@ class ExtractorNetwork(SplitNetwork):
         blocks[-1].append((f"{place}.0", self.extractor_layer()))
         return blocks
 
+    def features_by_depth(self, x: Tensor, depth: int) -> list[Tensor]:
+        """Returns what the last blocks of the body make of inputs, the shallowest first, in one forward pass.
+
+        Args:
+            x: inputs as a task yields them.
+            depth: how many blocks, from the last one back; the last one stands for what the head receives.
+
+        Returns:
+            Tensors of shape (N, D), with a D for each block. Maps over places are averaged over a grid of 2 x 2 places,
+            and rows of tokens over the tokens; what the head receives is as it is.
+
+        Raises:
+            HoldfastError: if the body has fewer blocks.
+
+        Example:
+            >>> import torch
+            >>> from holdfast.models import load_model
+            >>> from holdfast.tasks import load_task
+            >>> model = load_model("cnn", load_task("digits[0-4]"))
+            >>> [z.shape[1] for z in model.features_by_depth(torch.zeros(2, 1, 8, 8), 2)]
+            [128, 64]
+        """
+        blocks = self.blocks()
+        if not 1 <= depth <= max(1, len(blocks)):
+            raise HoldfastError(f"{self.name}: depth is {depth}; expected 1 to {len(blocks)}, the blocks of its body.")
+        caught: list[Tensor] = []
+        hooks = [
+            block[-1][1].register_forward_hook(lambda _, __, output: caught.append(_pooled(output)))
+            for block in blocks[-depth:-1]
+        ]
+        try:
+            last = self.features(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [*caught, last]
+
     def reinitialise(self, layers: Iterable[str], reference: ExtractorNetwork) -> None:
         """Gives layers the values that they have in a fresh model (see `fresh`), in place.
 
@@ -284,3 +325,11 @@ def layers_without_extractor(model: ExtractorNetwork) -> dict[str, nn.Module]:
     """Returns every layer by the name that it has without an extractor."""
     named = ((name_without_extractor(model, name), layer) for name, layer in model.network.named_modules())
     return {name: layer for name, layer in named if name is not None}
+
+
+def _pooled(output: Any) -> Tensor:
+    """A vector a sample of what a block answers: a map, tokens, or vectors; of several tensors, the first counts."""
+    found = output if isinstance(output, Tensor) else next(t for t in output if isinstance(t, Tensor))
+    if found.dim() == 4:
+        found = F.adaptive_avg_pool2d(found, (min(PLACES, found.shape[2]), min(PLACES, found.shape[3])))
+    return found.mean(1) if found.dim() == 3 else found.flatten(1)

@@ -24,7 +24,9 @@ class SimulationSettings(Defense):
     Attributes:
         tasks: N, the number of adversaries that one suppression loop simulates (the paper: one per GPU, three).
         steps: K, steps of each adversary in a suppression loop.
-        gamma: weights of Eq. 4, one a step; None: all 1 (the paper does not give them).
+        gamma: weights of Eq. 4, one a step; None: all 1 (the paper does not give them). A step of weight 0 is not
+            evaluated, which saves nearly half of its time.
+        evaluate_every: evaluate every so many steps only, with so many times the weight. Ours; the paper: every step.
         initialisations: what adversaries start from; each draws one. The paper simulates "direct" and "head";
             "last-block" and "last-half" are ours (see `Strategy`).
         scopes: what they train; each draws one. The paper: everything.
@@ -45,6 +47,7 @@ class SimulationSettings(Defense):
     tasks: int = 1
     steps: int = 50
     gamma: tuple[float, ...] | None = None
+    evaluate_every: int = 1
     initialisations: tuple[Initialisation, ...] = ("direct", "head")
     scopes: tuple[Scope, ...] = ("all",)
     optimizers: tuple[str, ...] = ("adam",)
@@ -59,7 +62,7 @@ class SimulationSettings(Defense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse_below_one("tasks", "steps", "lifetime")
+        self.refuse_below_one("tasks", "steps", "lifetime", "evaluate_every")
         for name in ("initialisations", "scopes", "optimizers", "learning_rates", "batch_sizes"):
             if not getattr(self, name):
                 raise HoldfastError(f"sophon: {name} is empty; give at least one.")
@@ -88,6 +91,11 @@ class SimulationSettings(Defense):
 
     def _check_gamma(self) -> None:
         gamma = self.gamma
+        if self.steps % self.evaluate_every or (gamma is not None and self.evaluate_every > 1):
+            raise HoldfastError(
+                f"sophon: evaluate_every is {self.evaluate_every}; expected a divisor of the {self.steps} steps, and "
+                "no gamma beside it."
+            )
         if gamma is None:
             return
         if not (all(0 <= g < math.inf for g in gamma) and any(gamma)):
@@ -96,6 +104,14 @@ class SimulationSettings(Defense):
             raise HoldfastError(
                 f"sophon: gamma has {len(gamma)} weights and there are {self.steps} steps; give one a step."
             )
+
+    @property
+    def step_weights(self) -> tuple[float, ...]:
+        """The weight of each step in Eq. 4."""
+        if self.gamma is not None:
+            return self.gamma
+        every = self.evaluate_every
+        return tuple(float(every) if (k + 1) % every == 0 else 0.0 for k in range(self.steps))
 
     def phi(self) -> list[Strategy]:
         """Returns every strategy that may be simulated: the paper's Phi.
@@ -156,6 +172,7 @@ class SuppressionSettings(Defense):
             the paper.
         probe_ridge: see `ridge_probe`.
         probe_batch: samples that this probe is fitted on.
+        probe_depth: blocks of the body, from the last one back, whose features are probed; 1: what the head receives.
     """
 
     loss: Literal["auto", "ice", "klu", "released", "ce-ascent", "dos", "mse-ascent", "none"] = "auto"
@@ -166,12 +183,13 @@ class SuppressionSettings(Defense):
     probe_weight: float = 0.0
     probe_ridge: float = 0.01
     probe_batch: int = 250
+    probe_depth: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.loss not in (*LOSSES, "auto", "none"):
             raise unknown("suppression loss", self.loss, [*LOSSES, "auto", "none"])
-        self.refuse_below_one("suppression_loops", "probe_batch")
+        self.refuse_below_one("suppression_loops", "probe_batch", "probe_depth")
         self.refuse_not_above_zero("suppression_lr", "joint_weight", "clip", "probe_ridge")
         self.refuse_negative("probe_weight")
         if self.loss == "none" and not self.probe_weight:

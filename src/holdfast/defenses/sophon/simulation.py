@@ -165,8 +165,8 @@ class Simulation:
             evaluation: where T comes from instead, so that samples that the adversary memorised do not count.
 
         Returns:
-            The mean suppression loss over the K steps, not finite if any step's was not, and the adversary's score on
-            the last batch T.
+            The mean suppression loss over the steps that count, not finite if any step's was not, and the adversary's
+            score on the last batch T.
         """
         adversary = self.start(strategy, task)
         seen = self._simulate(adversary, task, steps, gamma, generator, evaluation or task)
@@ -209,12 +209,13 @@ class Simulation:
             model, task, strategy, generator=generator, device=self.device, optimizer=adversary.optimizer
         )
         weights = gamma if gamma is not None else (1.0,) * steps
+        evaluated = sum(weight > 0 for weight in weights)
         total = torch.zeros((), device=self.device)
         # Without autocast's cache: it holds weights as they were before the step.
         with autocast(self.device, self.bf16, cache=False):
             for k in range(steps):
                 next(training)
-                if objective.loss is not None:
+                if objective.loss is not None and weights[k] > 0:
                     batch = next(unseen)
                     with _requiring_gradients(frozen):
                         logits = full_precision(model(batch.x))
@@ -230,10 +231,12 @@ class Simulation:
                 )
                 if len(torch.unique(probed.y)) > 1:  # a probe needs two classes
                     with _requiring_gradients(frozen):
-                        share = ridge_probe(full_precision(model.features(probed.x)), probed.y, objective.ridge)
+                        depths = model.features_by_depth(probed.x, objective.probe_depth)
+                        shares = [ridge_probe(full_precision(z), probed.y, objective.ridge) for z in depths]
+                        share = torch.stack(shares).mean()
                         weight = objective.probe_weight
-                        total += weight * steps * self._add(adversary, share, weight * sum(weights))
-        return SimulationOutcome(float(total) / steps, score)
+                        total += weight * evaluated * self._add(adversary, share, weight * sum(weights))
+        return SimulationOutcome(float(total) / evaluated, score)
 
     def _add(self, adversary: SimulatedAdversary, loss: Tensor, weight: float) -> Tensor:
         """Adds the gradient of a loss at an adversary to the buffer; returns the loss without its graph."""

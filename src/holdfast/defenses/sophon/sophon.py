@@ -136,6 +136,11 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
                 f"sophon: head_gradient adds the gradient at a head of {restricted.num_outputs} outputs to one of "
                 f"{model.num_outputs}; leave it out, or choose tasks with as many classes."
             )
+        if self.probe_depth > len(model.blocks()):
+            raise HoldfastError(
+                f"sophon: probe_depth is {self.probe_depth} and the body of {model.name} has {len(model.blocks())} "
+                "blocks; expected at most that."
+            )
         for strategy in self.phi():
             reason = not_applicable(strategy, model, restricted)
             if reason is not None:
@@ -159,7 +164,9 @@ class _Immunization(Immunization[Sophon]):
         self.rate_name = "suppression_lr" if joint is None else "joint_weight"
         self.population = Population(
             self.model,
-            Objective(LOSSES.get(config.loss), config.probe_weight, config.probe_ridge, config.probe_batch),
+            Objective(
+                LOSSES.get(config.loss), config.probe_weight, config.probe_ridge, config.probe_batch, config.probe_depth
+            ),
             config.phi(),
             size=config.population or config.tasks,
             lifetime=config.lifetime,
@@ -224,13 +231,19 @@ class _Immunization(Immunization[Sophon]):
     def _passes(self) -> int:
         """Forward and backward passes of a round, without those of the guard and of validation."""
         config = self.config
-        evaluations = config.steps * (config.loss != "none") + (config.probe_weight > 0)
+        evaluated = sum(weight > 0 for weight in config.step_weights)
+        evaluations = evaluated * (config.loss != "none") + (config.probe_weight > 0)
         return config.suppression_loops * config.tasks * (config.steps + evaluations) + config.reinforcement_loops
 
     def _suppress(self, generator: torch.Generator) -> list[SimulationOutcome]:
         config = self.config
         outcomes = self.population.simulate(
-            self.learned, config.tasks, config.steps, config.gamma, generator=generator, evaluation=self.evaluated
+            self.learned,
+            config.tasks,
+            config.steps,
+            config.step_weights,
+            generator=generator,
+            evaluation=self.evaluated,
         )
         for parameter, gradient in zip(self.model.parameters(), self.population.gradients(), strict=True):
             parameter.grad = gradient

@@ -38,6 +38,7 @@ class AttackSpec(BaseModel):
     weight_decay: float = 1e-4
     gradient: Gradient = "raw"
     rank: int = 8
+    undo: tuple[str, ...] = Field((), description="Undo moves that are made first, in this order.")
     more_epochs: tuple[int, ...] = Field((), description="Epochs after the protocol's last, for this attack alone.")
     stands_for: str | None = Field(
         None, description="The attack of `paper` that this one takes the place of; null: the one of the same name."
@@ -50,8 +51,8 @@ class AttackSpec(BaseModel):
 
     def adversary(self, precision: Precision) -> FineTuning:
         """Returns the attack; its random choices derive from its settings, not from the recipe's name for it."""
-        settings = self.model_dump(exclude={"more_epochs", "stands_for"})
-        return FineTuning(Strategy(**settings, precision=precision))
+        settings = self.model_dump(exclude={"undo", "more_epochs", "stands_for"})
+        return FineTuning(Strategy(**settings, precision=precision), undo=self.undo)
 
 
 @dataclass(frozen=True)
