@@ -21,6 +21,7 @@ from holdfast.defenses import (
     SignalFrontier,
     SlowProbeSuppression,
     Sophon,
+    TrajectoryErasure,
 )
 from holdfast.training import OPTIMIZERS, Strategy
 
@@ -44,6 +45,8 @@ DEFENSES: dict[str, Defense] = {
         disjoint=True,
         probe_weight=0.5,
         probe_batch=60,
+        probe_depth=2,
+        evaluate_every=3,
         distillation=1.0,
         validate_every=2,
         validation_steps=2,
@@ -58,6 +61,7 @@ DEFENSES: dict[str, Defense] = {
     "sophon-averaged": Sophon(ema=0.7, max_benign_drop=1.0, **_BRIEF),
     "sophon-joint": Sophon(joint_weight=0.1, **_BRIEF),
     "sophon-probe-alone": Sophon(loss="none", probe_weight=1.0, probe_batch=60, **_BRIEF),
+    "trajectory-erasure": TrajectoryErasure(probe_batch=60, probe_depth=2, recovery_loops=2, **_BRIEF),
     "ntl": NTL(iterations=4, batch_size=20, guard_every=1, max_benign_drop=1.0),
     "ntl-momentum": NTL(
         iterations=3, batch_size=20, optimizer="momentum", guard_every=2, kernels=3, max_benign_drop=1.0

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; the names themselves ar
         SignalFrontier,
         SlowProbeSuppression,
         Sophon,
+        TrajectoryErasure,
         list_defenses,
     )
     from holdfast.errors import HoldfastError
@@ -61,7 +62,7 @@ _HOME = {
     "defenses": (
         "DEFENSES", "IMMA", "LEACE", "NTL", "ConditionNumber", "DeepCondition", "DeepIMMA", "DeepOptKappa", "DeepRIll",
         "Defense", "FrontierDefense", "OptKappa", "RIllOnly", "RidgeProbeSuppression", "SignalFrontier",
-        "SlowProbeSuppression", "Sophon", "list_defenses",
+        "SlowProbeSuppression", "Sophon", "TrajectoryErasure", "list_defenses",
     ),
     "errors": ("HoldfastError",),
     "experiments.measurements.base": ("list_measurements",),

@@ -94,6 +94,8 @@ class TestPhi:
             ({"steps": 2, "gamma": (1.0, -1.0)}, "at least 0"),
             ({"second_order": True, "strategies": (Strategy(optimizer="sgd", gradient="sign"),)}, "raw gradient"),
             ({"second_order": True, "strategies": (Strategy(optimizer="sgd", precision="bf16"),)}, "in float32"),
+            ({"steps": 5, "evaluate_every": 2}, "expected a divisor of the 5 steps"),
+            ({"steps": 2, "evaluate_every": 2, "gamma": (1.0, 1.0)}, "no gamma beside it"),
             ({"head_gradient": True, "lifetime": 2}, "head_gradient is for adversaries of one loop"),
         ],
     )
@@ -161,6 +163,42 @@ class TestSimulation:
                  for g, p in zip(expected, plain, strict=True)]  # fmt: skip
         assert all(torch.allclose(b - p, a, rtol=1e-6, atol=1e-9) for b, p, a in zip(both, plain, added, strict=True))
         assert loss - plain_loss == pytest.approx(weight * float(share), rel=1e-5)
+
+    def test_evaluated_every_second_step_it_is_the_sum_over_these_with_twice_the_weight(self, small, task):
+        weights = Sophon(steps=4, evaluate_every=2).step_weights
+        assert weights == (0.0, 2.0, 0.0, 2.0)
+        calls = []
+
+        def counted(logits, labels):
+            calls.append(len(labels))
+            return inverse_cross_entropy(logits, labels)
+
+        simulation, strategy = Simulation(small, counted), Strategy("direct", "all", "sgd", 1e-14, EVERYTHING)
+        seen = simulation.run(task, strategy, 4, weights, generator=stream())
+        assert len(calls) == 2
+        once = Simulation(small, inverse_cross_entropy)
+        outcome = once.run(task, strategy, 1, None, generator=stream())  # at a rate of about 0 all steps are the same
+        expected = [4 * g for g in once.gradient]
+        assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(simulation.gradient, expected, strict=True))
+        assert seen.loss == pytest.approx(outcome.loss, rel=1e-6)
+
+    def test_the_probe_is_the_mean_over_depths(self, small, task):
+        def gradient(depth):
+            simulation = Simulation(small, Objective(None, 1.0, 0.1, EVERYTHING, depth))
+            simulation.run(task, Strategy("direct", "all", "sgd", 1e-14, 10), 1, None, generator=stream())
+            return simulation.gradient
+
+        x, y = (torch.as_tensor(v["train"]) for v in (task._x, task._y))
+        hidden, last = small.network[:2](x), small.features(x)
+        shares = [reference.ridge_probe(z, y, 0.1) for z in (hidden, last)]
+        expected = torch.autograd.grad(sum(shares) / 2, list(small.parameters()), allow_unused=True)
+        for own, wanted in zip(gradient(2), expected, strict=True):
+            assert torch.allclose(own, torch.zeros_like(own) if wanted is None else wanted, rtol=1e-6, atol=1e-9)
+        assert not close(gradient(2), gradient(1))
+
+    def test_a_probe_deeper_than_the_body_is_refused(self, model, benign, restricted, run):
+        with pytest.raises(HoldfastError, match="probe_depth is 9 and the body of"):
+            Sophon(probe_weight=1.0, probe_depth=9).immunize(model, benign, restricted, run=run)
 
     def test_the_probe_reaches_what_the_adversary_freezes(self, small, task):
         def gradient(scope):

@@ -98,6 +98,10 @@ def result(folder):
 
 
 class TestSchema:
+    def test_an_attack_may_undo_something_first(self):
+        spec = ProtocolRecipe.model_validate({**BASE, "attacks": {"A": {}, "B": {"undo": ["revive", "invert-inputs"]}}})
+        assert [attack.adversary.undo for attack in spec.plan()] == [(), ("revive", "invert-inputs")]
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
@@ -111,10 +115,11 @@ class TestSchema:
             ({"defenses": {"X": {"name": "ntl", "iterations": 0}}}, "iterations is 0"),
             ({"immunizations": 3}, "seeds is 2 and immunizations 3"),
             ({"battery": "quick-v1"}, "both attacks and a battery"),
-            ({"attacks": {}, "battery": "quick-v2"}, "quick-v2"),
+            ({"attacks": {}, "battery": "quick-v9"}, "quick-v9"),
             ({"attacks": {}, "defenses": {}}, "nothing to do"),
             ({"attacks": {"A": {"optimizer": "adm"}}}, "did you mean 'adam'"),
             ({"attacks": {"A": {"learning_rate": 0}}}, "learning_rate is 0"),
+            ({"attacks": {"A": {"undo": ["reviv"]}}}, "did you mean 'revive'"),
             ({"attacks": {"A": {"scopes": "all"}}}, "Unknown key 'attacks.A.scopes'"),
             ({"attacks": {"A": {}, "B": {"batch_size": 200}}}, "'A' and 'B' have the same settings"),
             ({"attacks": {"A": {"more_epochs": [2]}}}, "above 2"),

@@ -14,6 +14,7 @@ from holdfast.defenses.linear.opt_kappa import OptKappa
 from holdfast.defenses.ntl import NTL
 from holdfast.defenses.registry import DEFENSES, build_defense, list_defenses, register_defense
 from holdfast.defenses.sophon.sophon import Sophon
+from holdfast.defenses.sophon.trajectory_erasure import TrajectoryErasure
 
 __all__ = [
     "DEFENSES",
@@ -37,6 +38,7 @@ __all__ = [
     "SignalFrontier",
     "SlowProbeSuppression",
     "Sophon",
+    "TrajectoryErasure",
     "build_defense",
     "list_defenses",
     "register_defense",

@@ -194,6 +194,11 @@ class SettingScores:
         known = [self.original - score for score in own if score is not None and self.original is not None]
         return Cell.of(map(self.benign_measure.difference, known if len(known) == len(own) else [None]))
 
+    def lost_by(self, made: ImmunizedModel) -> Cell:
+        """What one immunized model lost of the original's benign score; of an error, by how much it rose."""
+        known = None if made.benign is None or self.original is None else self.original - made.benign
+        return Cell.of([self.benign_measure.difference(known)])
+
     def _scores(self, model: str) -> list[float | None]:
         return [made.benign for (label, _), made in self.made.items() if label == model]
 

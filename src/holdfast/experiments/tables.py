@@ -45,6 +45,8 @@ def tabulate(
     if any(row.curves for row in rows):
         tables["best"] = _best(settings, compared, epochs)
         tables["advantage"] = _advantage(settings, compared, epochs)
+        if any(setting.made for setting in settings):
+            tables["trade_off"] = _trade_off(settings, compared)
         if compare_with is not None:
             tables["difference"] = _difference(settings, compared, epochs, compare_with)
     if any(setting.made for setting in settings):
@@ -139,6 +141,31 @@ def _advantage(
         "over all epochs but 0."
     )
     return Table(title="Advantage over scratch", rows=found, percent=percent, note=note, standard_error=True)
+
+
+def _trade_off(settings: Sequence[SettingScores], compared: Mapping[str, Mapping[str, Comparison]]) -> Table:
+    """What each immunized model gave of its benign score, and what is left of the advantage."""
+    found: list[TableRow] = []
+    for setting in settings:
+        for model, comparison in compared[setting.name].items():
+            ahead = ahead_of_scratch(model, comparison, setting.measure)
+            if ahead is None:
+                continue
+            areas = [mean_of(seed[1:]) for seed in ahead]
+            own = {seed: made for (label, seed), made in setting.made.items() if label == model}
+            if not own:
+                found.append({"setting": setting.name, "model": model, "seed": "", "advantage": Cell.of(areas)})
+            for seed, made in own.items():
+                row: TableRow = {"setting": setting.name, "model": model, "seed": str(seed)}
+                row["benign drop" if setting.measure.percent else "benign rise"] = setting.lost_by(made)
+                # Attack seed s meets the model of defense seed s mod their number.
+                found.append({**row, "advantage": Cell.of(areas[s] for s in range(len(areas)) if s % len(own) == seed)})
+    note = (
+        "Of each immunized model: what it lost on the benign task, and the mean advantage over scratch that the best "
+        "attack still has, over all epochs but 0 (mean ± standard error over seeds)."
+    )
+    percent = settings[0].measure.percent
+    return Table(title="Resistance and its price", rows=found, percent=percent, note=note, standard_error=True)
 
 
 def _difference(

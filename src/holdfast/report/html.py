@@ -20,6 +20,7 @@ from holdfast.auditing.retention import BENIGN_AFTER
 from holdfast.report import wording
 from holdfast.report.audit_plots import advantage_plot, adversary_plots, best_plot, search_plot, side_effect_plots
 from holdfast.report.plots import STYLES, figure_plot, history_plot, measures_errors, series_title
+from holdfast.report.trade_off import trade_off_plots
 from holdfast.results import ROLES, AuditResult, RunResult
 from holdfast.results.image_grid import strips
 from holdfast.results.tables import Cell, Pictures, Table
@@ -60,8 +61,9 @@ def render(result: RunResult, folder: Path) -> str:
         **({} if audit is None else _audit_values(result, audit, order, folder)),
         grids=[(name, Grid.of_table(name, t, order)) for name, t in result.tables.items() if shown(name)],
         figures=[
-            (f.title, Gallery.of(f) if isinstance(f, Pictures) else figure_plot(name, f))
-            for name, f in result.figures.items()
+            *trade_off_plots(result),
+            *((f.title, Gallery.of(f) if isinstance(f, Pictures) else figure_plot(name, f))
+              for name, f in result.figures.items()),
         ],
         history=None if immunization is None else history_plot(immunization),
         last_benign=None if immunization is None else _last(immunization.history.get("benign_score", [])),

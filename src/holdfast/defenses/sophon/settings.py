@@ -65,44 +65,46 @@ class SimulationSettings(Defense):
         self.refuse_below_one("tasks", "steps", "lifetime", "evaluate_every")
         for name in ("initialisations", "scopes", "optimizers", "learning_rates", "batch_sizes"):
             if not getattr(self, name):
-                raise HoldfastError(f"sophon: {name} is empty; give at least one.")
+                raise HoldfastError(f"{self.name}: {name} is empty; give at least one.")
         self._check_population()
         self._check_gamma()
         if self.head_gradient and (self.lifetime > 1 or self.second_order):
             raise HoldfastError(
-                "sophon: head_gradient is for adversaries of one loop and the first-order meta-gradient; leave "
+                f"{self.name}: head_gradient is for adversaries of one loop and the first-order meta-gradient; leave "
                 "lifetime and second_order out."
             )
         phi = self.phi()  # checks each strategy now, not in the middle of the work
         if self.second_order:
-            _check_differentiable(phi)
+            _check_differentiable(self.name, phi)
 
     def _check_population(self) -> None:
         population = self.population
         if population is not None and self.lifetime == 1:
             raise HoldfastError(
-                f"sophon: population is {population} and lifetime 1, so that no adversary is continued; set lifetime "
-                "to 2 or more, or leave population out."
+                f"{self.name}: population is {population} and lifetime 1, so that no adversary is continued; set "
+                "lifetime to 2 or more, or leave population out."
             )
         if population is not None and population < self.tasks:
             raise HoldfastError(
-                f"sophon: population is {population} and tasks {self.tasks}: each loop needs as many adversaries."
+                f"{self.name}: population is {population} and tasks {self.tasks}: each loop needs as many adversaries."
             )
 
     def _check_gamma(self) -> None:
         gamma = self.gamma
         if self.steps % self.evaluate_every or (gamma is not None and self.evaluate_every > 1):
             raise HoldfastError(
-                f"sophon: evaluate_every is {self.evaluate_every}; expected a divisor of the {self.steps} steps, and "
-                "no gamma beside it."
+                f"{self.name}: evaluate_every is {self.evaluate_every}; expected a divisor of the {self.steps} steps, "
+                "and no gamma beside it."
             )
         if gamma is None:
             return
         if not (all(0 <= g < math.inf for g in gamma) and any(gamma)):
-            raise HoldfastError(f"sophon: gamma is {gamma}; expected finite numbers of at least 0, and one above it.")
+            raise HoldfastError(
+                f"{self.name}: gamma is {gamma}; expected finite numbers of at least 0, and one above it."
+            )
         if len(gamma) != self.steps:
             raise HoldfastError(
-                f"sophon: gamma has {len(gamma)} weights and there are {self.steps} steps; give one a step."
+                f"{self.name}: gamma has {len(gamma)} weights and there are {self.steps} steps; give one a step."
             )
 
     @property
@@ -131,22 +133,22 @@ class SimulationSettings(Defense):
                 for size in self.batch_sizes
             ]
         if not phi:
-            raise HoldfastError("sophon: strategies is empty; give at least one, or leave it out.")
+            raise HoldfastError(f"{self.name}: strategies is empty; give at least one, or leave it out.")
         if any(strategy.scope in ADAPTED for strategy in phi):
             raise HoldfastError(
-                "sophon: adapters (lora) cannot be simulated: they are not in the model that is immunized. Scope 'all' "
-                "is the stronger adversary."
+                f"{self.name}: adapters (lora) cannot be simulated: they are not in the model that is immunized. Scope "
+                "'all' is the stronger adversary."
             )
         return phi
 
 
-def _check_differentiable(phi: list[Strategy]) -> None:
+def _check_differentiable(name: str, phi: list[Strategy]) -> None:
     """Refuses strategies through whose steps `ExactSimulation` cannot differentiate."""
     for strategy in phi:
         plain = strategy.gradient == "raw" and strategy.precision == "float32"
         if strategy.optimizer not in MOMENTUM or strategy.scope != "all" or not plain:
             raise HoldfastError(
-                f"sophon: the exact meta-gradient is for adversaries that train everything with "
+                f"{name}: the exact meta-gradient is for adversaries that train everything with "
                 f"{', '.join(MOMENTUM)}, by the raw gradient, in float32; got {strategy}. Set optimizers, or "
                 "second_order: false."
             )
@@ -193,9 +195,11 @@ class SuppressionSettings(Defense):
         self.refuse_not_above_zero("suppression_lr", "joint_weight", "clip", "probe_ridge")
         self.refuse_negative("probe_weight")
         if self.loss == "none" and not self.probe_weight:
-            raise HoldfastError("sophon: loss is 'none' and probe_weight is 0, so nothing is suppressed; give one.")
+            raise HoldfastError(
+                f"{self.name}: loss is 'none' and probe_weight is 0, so nothing is suppressed; give one."
+            )
         if self.probe_batch < 2:
-            raise HoldfastError(f"sophon: probe_batch is {self.probe_batch}; a probe needs at least 2 samples.")
+            raise HoldfastError(f"{self.name}: probe_batch is {self.probe_batch}; a probe needs at least 2 samples.")
 
 
 @dataclass

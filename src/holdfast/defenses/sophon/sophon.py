@@ -63,6 +63,9 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
         "IEEE S&P 2024"
     )
 
+    title: ClassVar[str] = "SOPHON"
+    """How the progress display calls it."""
+
     precision: Precision = "float32"
     compile: bool = False
 
@@ -71,17 +74,19 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
         self.refuse_unknown("precision", get_args(Precision))
         if self.joint_weight is not None and (self.suppression_loops > 1 or self.reinforcement_loops < 1):
             raise HoldfastError(
-                "sophon: joint_weight is for one suppression loop and at least one reinforcement loop a round; set "
-                "them, or leave it out."
+                f"{self.name}: joint_weight is for one suppression loop and at least one reinforcement loop a round; "
+                "set them, or leave it out."
             )
         if self.recovery_loops > 0 and not self.guard:
-            raise HoldfastError("sophon: recovery_loops are the guard's, which is off; set guard, or leave them out.")
+            raise HoldfastError(
+                f"{self.name}: recovery_loops are the guard's, which is off; set guard, or leave them out."
+            )
         if self.second_order and (
             self.lifetime > 1 or self.probe_weight or self.precision != "float32" or self.compile
         ):
             raise HoldfastError(
-                "sophon: the exact meta-gradient cannot be combined with lifetime, probe_weight, bf16 or compile; "
-                "leave them out."
+                f"{self.name}: the exact meta-gradient cannot be combined with lifetime, probe_weight, bf16 or "
+                "compile; leave them out."
             )
 
     def check_kinds(self, benign: Task, restricted: Task) -> None:
@@ -93,16 +98,18 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
         fitting = restricted.suppression_losses
         if not fitting or benign.suppression_losses != fitting:
             raise HoldfastError(
-                f"sophon: no suppression loss fits both {benign.described} and {restricted.described}; expected "
+                f"{self.name}: no suppression loss fits both {benign.described} and {restricted.described}; expected "
                 "classification or denoising, the same for both."
             )
         if self.loss in LOSSES and self.loss not in fitting:
             raise HoldfastError(
-                f"sophon: the loss {self.loss!r} is not for {restricted.described}; set loss to {' or '.join(fitting)}."
+                f"{self.name}: the loss {self.loss!r} is not for {restricted.described}; set loss to "
+                f"{' or '.join(fitting)}."
             )
         if self.probe_weight and restricted.no_features is not None:
             raise HoldfastError(
-                f"sophon: probe_weight is the weight of probes on features, and {restricted.no_features}; set it to 0."
+                f"{self.name}: probe_weight is the weight of probes on features, and {restricted.no_features}; set "
+                "it to 0."
             )
 
     def resolved(self, benign: Task) -> Sophon:
@@ -126,27 +133,28 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
         self.check_kinds(benign, restricted)
         if self.precision == "bf16" and model.dtype == torch.float64:
             raise HoldfastError(
-                f"sophon: precision is bf16 and {model.name} computes in float64, which autocast leaves alone; set "
-                "precision: float32."
+                f"{self.name}: precision is bf16 and {model.name} computes in float64, which autocast leaves alone; "
+                "set precision: float32."
             )
         check_fits(model, benign, own_task=True)
         check_fits(model, restricted, own_task=False)
         if self.head_gradient and model.num_outputs != restricted.num_outputs:
             raise HoldfastError(
-                f"sophon: head_gradient adds the gradient at a head of {restricted.num_outputs} outputs to one of "
+                f"{self.name}: head_gradient adds the gradient at a head of {restricted.num_outputs} outputs to one of "
                 f"{model.num_outputs}; leave it out, or choose tasks with as many classes."
             )
         if self.probe_depth > len(model.blocks()):
             raise HoldfastError(
-                f"sophon: probe_depth is {self.probe_depth} and the body of {model.name} has {len(model.blocks())} "
-                "blocks; expected at most that."
+                f"{self.name}: probe_depth is {self.probe_depth} and the body of {model.name} has "
+                f"{len(model.blocks())} blocks; expected at most that."
             )
         for strategy in self.phi():
             reason = not_applicable(strategy, model, restricted)
             if reason is not None:
                 raise HoldfastError(
-                    f"sophon: {reason}, so a start from '{strategy.initialisation}' that trains '{strategy.scope}' "
-                    "cannot be simulated; leave it out of initialisations and scopes (or strategies)."
+                    f"{self.name}: {reason}, so a start from '{strategy.initialisation}' that trains "
+                    f"'{strategy.scope}' cannot be simulated; leave it out of initialisations and scopes "
+                    "(or strategies)."
                 )
         return _Immunization(self.resolved(benign), model, benign, restricted, run).finish()
 
@@ -154,13 +162,13 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
 class _Immunization(Immunization[Sophon]):
     """One run of Algorithm 1."""
 
-    title = "SOPHON"
     series = ("suppression_loss", "reinforcement_loss", "simulated_score", "gradient_passes")
     shown = ("suppression_loss", "simulated_score")
 
     def __init__(self, config: Sophon, model: SplitModel, benign: Task, restricted: Task, run: Run) -> None:
         joint = config.joint_weight
         super().__init__(config, model, benign, restricted, run, rate=config.suppression_lr if joint is None else joint)
+        self.title = config.title
         self.rate_name = "suppression_lr" if joint is None else "joint_weight"
         self.population = Population(
             self.model,

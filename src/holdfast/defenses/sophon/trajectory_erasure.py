@@ -1,0 +1,43 @@
+"""Trajectory erasure: SOPHON's simulation, with losses that remove information instead of misdirecting the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from holdfast.defenses.registry import register_defense
+from holdfast.defenses.sophon.sophon import Sophon
+
+
+@register_defense
+@dataclass
+class TrajectoryErasure(Sophon):
+    """SOPHON's Algorithm 1 with other losses and adversaries; see docs/trajectory-erasure.md.
+
+    - KLU (Eq. 13) in place of ICE: the answer should say nothing. ICE moves the answer, and a new head reads the moved
+      answer as well as the right one.
+    - At the end of each simulation, ridge probes: no head at all should read the labels off the features.
+    - Strong adversaries, whose steps of 1e-2 shake off what weak suppression wrote.
+    - A large step of suppression. Where it costs too much, some reinforcement loops bring the benign score back.
+
+    The settings are those of `Sophon` with other defaults, which were chosen on `mnist[0-4]` to `mnist[5-9]`.
+
+    Example:
+        >>> TrajectoryErasure().loss, Sophon().loss
+        ('klu', 'auto')
+    """
+
+    name: ClassVar[str] = "trajectory-erasure"
+    citation: ClassVar[str] = "Holdfast, docs/trajectory-erasure.md"
+    title: ClassVar[str] = "trajectory erasure"
+
+    steps: int = 20
+    optimizers: tuple[str, ...] = ("adam", "adagrad")
+    learning_rates: tuple[float, ...] = (1e-3, 1e-2)
+    batch_sizes: tuple[int, ...] = (50,)
+    loss: Literal["auto", "ice", "klu", "released", "ce-ascent", "dos", "mse-ascent", "none"] = "klu"
+    suppression_lr: float = 3e-3
+    probe_weight: float = 2.0
+    reinforcement_loops: int = 2
+    recovery_loops: int = 40
+    max_benign_drop: float = 0.03
