@@ -122,7 +122,8 @@ class TestOfDenoisers:
 
 @pytest.mark.parametrize("name", [n for n, d in REGISTRY.items() if d is not Sophon])
 def test_what_is_for_classification_refuses_a_denoiser(name, denoiser, digit_images, run):
-    with pytest.raises(HoldfastError, match=r"denoising task .* SOPHON is the defense|is for classification|loss 'klu' is not for the denoising"):
+    reasons = "denoising task .* SOPHON is the defense|is for classification|loss 'klu' is not for the denoising"
+    with pytest.raises(HoldfastError, match=reasons):
         REGISTRY[name]().immunize(denoiser, *digit_images, run=run)
 
 

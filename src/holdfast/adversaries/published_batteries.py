@@ -23,8 +23,8 @@ register_battery(
         FineTuning(Strategy("head", "head", "adam", 1e-2, 50)),
     ),
 )
-# Two more for what quick-v1 misses: a network that answers a constant on restricted samples, with hardly a gradient back
-# (docs/sophon-published.md). All of quick-v1 stays at one class's share there; these two do not.
+# Two more for what quick-v1 misses: a network that answers a constant on restricted samples, with hardly a gradient
+# back (docs/sophon-published.md). All of quick-v1 stays at one class's share there; these two do not.
 register_battery(
     "quick-v2",
     (
