@@ -87,6 +87,17 @@ class TestTabulate:
         assert advantage["D"]["area"].mean == pytest.approx((0.2 + 0.0 + 0.0 - 0.2) / 4)
         assert self.outcome().tables["advantage"].standard_error
 
+    def test_trade_off_of_each_immunized_model(self):
+        original, first, second = self.outcome().tables["trade_off"].rows
+        assert (original["model"], original["seed"], "benign drop" in original) == ("original", "", False)
+        assert original["advantage"].mean == pytest.approx((0.4 + 0.3 + 0.3 + 0.4) / 4)
+        assert [(row["model"], row["seed"], row["advantage"].n) for row in (first, second)] == [
+            ("D", "0", 1),
+            ("D", "1", 1),
+        ]
+        assert [row["benign drop"].mean for row in (first, second)] == pytest.approx([0.05, 0.15])
+        assert [row["advantage"].mean for row in (first, second)] == pytest.approx([(0.2 + 0.0) / 2, (0.0 - 0.2) / 2])
+
     def test_difference_seed_by_seed(self):
         scores = {
             ("scratch", "scratch"): [[0.1, 0.2, 0.4], [0.1, 0.3, 0.5]],
@@ -210,7 +221,7 @@ class TestErrors:
 
     def test_errors_are_shown_in_their_own_unit(self):
         found = self.outcome()
-        assert list(found.tables) == ["error", "best", "advantage", "difference", "immunization"]
+        assert list(found.tables) == ["error", "best", "advantage", "trade_off", "difference", "immunization"]
         table = found.tables["error"]
         assert table.title == "Mean squared error over epochs"
         assert "The smaller, the better the model." in table.note

@@ -18,6 +18,7 @@ from holdfast.auditing.audit import tables
 from holdfast.report import write_report
 from holdfast.report.html import render
 from holdfast.report.terminal import show
+from holdfast.report.trade_off import trade_off_plots
 from holdfast.results import (
     ROLES,
     Interval,
@@ -542,6 +543,42 @@ def test_pictures_stand_row_by_row_with_their_labels_as_text() -> None:
     assert "image-rendering: pixelated" in shown.styles
     kept = make_result(figures={"faces": figure}, kind="protocol").model_dump_json()
     assert RunResult.model_validate_json(kept).figures == {"faces": figure}
+
+
+class TestTradeOff:
+    def result(self, *seeds: str, setting: dict[str, Any] | None = None, timing: dict[str, float] | None = None):
+        own = {"setting": "S"} if setting is None else setting
+        row = {**own, "model": "original", "seed": "", "advantage": Cell.of([0.3, 0.4])}
+        made = [{**own, "model": "D <i>", "seed": s, "benign drop": Cell.of([0.02]), "advantage": Cell.of([0.1, 0.2])}
+                for s in seeds]  # fmt: skip
+        table = Table(title="Resistance and its price", rows=[row, *made], percent=True, standard_error=True)
+        recipe = {"title": "A protocol", "settings": {"S": {}}}
+        return make_result(kind="protocol", recipe=recipe, tables={"trade_off": table}, timing=timing or {})
+
+    def test_points_lie_at_what_was_lost_and_what_is_left(self):
+        ((title, plot),) = trade_off_plots(self.result("0", "1", timing={"immunize S: D <i>, seed 0": 90.0}))
+        assert title == "Resistance and its price: S"
+        original, left, right = json.loads(plot.json)["data"]
+        assert original["x"] + original["y"] == pytest.approx([0.0, 35.0])
+        assert left["x"] + left["y"] == pytest.approx([2.0, 2.0, 15.0, 15.0])
+        assert right["x"] + right["y"] == pytest.approx([1.5, 15.0])  # minutes are known of one alone
+        assert left["name"] == "D &lt;i&gt;"
+        assert left["error_y"]["array"] == pytest.approx([5.0, 5.0])
+
+    def test_of_a_single_setting_minutes_are_found_as_well(self):
+        timing = {"immunize S: D <i>, seed 0": 120.0}
+        ((title, plot),) = trade_off_plots(self.result("0", setting={}, timing=timing))
+        assert title == "Resistance and its price"
+        assert json.loads(plot.json)["data"][-1]["x"] == [2.0]
+
+    def test_on_the_page(self):
+        page = render(self.result("0"), FOLDER)
+        assert "<h2>Resistance and its price: S</h2>" in page
+        assert "plot-trade-off-0" in page
+
+    def test_without_defenses_there_is_none(self):
+        assert trade_off_plots(self.result()) == []
+        assert trade_off_plots(make_result()) == []
 
 
 class TestOfDenoisers:
