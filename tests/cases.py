@@ -53,7 +53,10 @@ DEFENSES: dict[str, Defense] = {
         **_BRIEF,
     ),
     "sophon-wide": Sophon(
-        initialisations=("head", "last-block", "last-half"), scopes=("all", "last-block", "norm"), tasks=2, **_BRIEF
+        initialisations=("head", "last-block", "last-half", "shrink-perturb"),
+        scopes=("all", "last-block", "norm"),
+        tasks=2,
+        **_BRIEF,
     ),
     "sophon-written-out": Sophon(strategies=(Strategy("head", "all", "nesterov", 1e-2, 20, 1e-4),), **_BRIEF),
     "sophon-exact": Sophon(second_order=True, optimizers=("sgd", "momentum", "nesterov"), **_BRIEF),

@@ -206,6 +206,15 @@ class TestStarts:
                 assert torch.equal(value, expected[name]), name
         assert not torch.equal(now["head.weight"], before["head.weight"])
 
+    def test_shrunk_and_perturbed_every_weight_is_half_of_the_reference(self, trained, benign):
+        model, reference = trained.clone(), trained.fresh()
+        prepare(model, Strategy("shrink-perturb"), benign, reference)
+        own, before, fresh = (dict(m.network.named_parameters()) for m in (model, trained, reference))
+        for name, weight in own.items():
+            if not name.startswith(f"{model.head_name}."):
+                half = weight.dim() > 1
+                assert torch.equal(weight, 0.5 * before[name] + 0.5 * fresh[name] if half else before[name])
+
     def test_an_extractor_starts_as_the_identity(self, model, benign):
         model.insert_extractor(torch.eye(64, dtype=torch.float64) * 2)
         prepare(model, Strategy("last-block"), benign)

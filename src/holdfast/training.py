@@ -22,7 +22,7 @@ from holdfast.runtime.distributed import ProcessGroup, process_group
 from holdfast.runtime.run import Run
 from holdfast.tasks import Task
 
-Initialisation = Literal["direct", "head", "last-block", "last-half"]
+Initialisation = Literal["direct", "head", "last-block", "last-half", "shrink-perturb"]
 Scope = Literal["all", "head", "last-block", "norm", "lora", "lora-attention"]
 Gradient = Literal["raw", "normalised", "sign"]
 Precision = Literal["float32", "bf16"]
@@ -54,8 +54,9 @@ class Strategy:
     Attributes:
         initialisation: start from the whole model ("direct"), or with a part of it freshly initialised: the head
             ("head"), the head and the last block of the body ("last-block"), or the head and the second half of its
-            blocks ("last-half"); see `SplitModel.blocks`. The head as torch initialises it,
-            blocks as the architecture does.
+            blocks ("last-half"); see `SplitModel.blocks`. Or with every weight halved, half of a fresh one added, and a
+            fresh head ("shrink-perturb", after Ash and Adams, NeurIPS 2020). The head as torch initialises it, other
+            layers as the architecture does.
         scope: which parameters move, always with the head: "all"; "head", it alone; "last-block"; "norm", scale and
             shift of every normalisation layer; "lora", low-rank adapters beside every linear and convolutional layer;
             "lora-attention", only beside those of attention, as is usual for diffusion models. With "head" and
@@ -107,6 +108,11 @@ class Strategy:
         """Whether a part of the body starts anew."""
         return self.initialisation in ("last-block", "last-half")
 
+    @property
+    def needs_fresh_model(self) -> bool:
+        """Whether the start takes weights from a fresh model."""
+        return self.renews or self.initialisation == "shrink-perturb"
+
     def settings(self) -> dict[str, Any]:
         """Returns the settings as plain values; `gradient`, `rank` and `precision` only where not the default.
 
@@ -155,14 +161,13 @@ def not_applicable(strategy: Strategy, model: SplitModel, task: Task) -> str | N
 
 
 def _no_blocks(strategy: Strategy, model: SplitModel) -> str | None:
-    if not strategy.renews and strategy.scope != "last-block":
-        return None
-    blocks = model.blocks()
-    if not blocks:
-        return "its body has no layer with weights, so there is no last block"
-    if strategy.initialisation == "last-half" and len(blocks) == 1:
-        return "its body is a single block, which has no last half"
-    reason = model.not_renewable() if strategy.renews else None
+    if strategy.renews or strategy.scope == "last-block":
+        blocks = model.blocks()
+        if not blocks:
+            return "its body has no layer with weights, so there is no last block"
+        if strategy.initialisation == "last-half" and len(blocks) == 1:
+            return "its body is a single block, which has no last half"
+    reason = model.not_renewable() if strategy.needs_fresh_model else None
     return None if reason is None else f"a part of the body should start anew, and {reason}"
 
 
@@ -188,8 +193,12 @@ def prepare(
     reason = not_applicable(strategy, model, task)
     if reason is not None:
         raise HoldfastError(f"{strategy} cannot be run on {task.name!r}: {reason}.")
-    if strategy.renews:
-        renew_blocks(model, strategy, reference if reference is not None else model.fresh())
+    if strategy.needs_fresh_model:
+        reference = reference if reference is not None else model.fresh()
+        renew_blocks(model, strategy, reference)
+    if strategy.initialisation == "shrink-perturb":
+        assert reference is not None
+        shrink_and_perturb(model, reference)
     if strategy.initialisation != "direct":
         model.reset_head(task.num_outputs)
     if strategy.scope in ADAPTED:
@@ -206,6 +215,30 @@ def prepare(
 def renew_blocks(model: SplitModel, strategy: Strategy, reference: SplitModel) -> None:
     """Gives the blocks that a strategy starts anew the reference's weights; done twice, it changes nothing more."""
     model.reinitialise([name for name, _ in renewed(model, strategy)], reference)
+
+
+SHRINK = 0.5
+"""What "shrink-perturb" keeps of a weight; the rest is a fresh one's."""
+
+
+@torch.no_grad()
+def shrink_and_perturb(model: SplitModel, reference: SplitModel) -> None:
+    """Makes every weight of two and more axes half of what it is and half of the reference's, in place.
+
+    Example:
+        >>> from holdfast.tasks import load_task
+        >>> import holdfast
+        >>> model = holdfast.load_model("mlp", load_task("digits[0-4]"))
+        >>> before, fresh = model.clone(), model.fresh()
+        >>> shrink_and_perturb(model, fresh)
+        >>> torch.equal(model.head.weight, 0.5 * before.head.weight + 0.5 * fresh.head.weight)
+        True
+    """
+    fresh = dict(reference.network.named_parameters())
+    for name, weight in model.network.named_parameters():
+        like = fresh.get(name)
+        if weight.dim() > 1 and like is not None and like.shape == weight.shape:
+            weight.mul_(SHRINK).add_(like.to(weight), alpha=1 - SHRINK)
 
 
 def renewed(model: SplitModel, strategy: Strategy) -> Block:

@@ -107,7 +107,7 @@ class TestPhi:
 class TestSimulation:
     @pytest.mark.parametrize(
         ("start", "moved"),
-        [("direct", [0, 2, 4]), ("head", [0, 2]), ("last-block", [0]), ("last-half", [0])],
+        [("direct", [0, 2, 4]), ("head", [0, 2]), ("last-block", [0]), ("last-half", [0]), ("shrink-perturb", [0, 2])],
     )
     def test_what_starts_anew_gets_no_gradient(self, small, task, start, moved):
         simulation = Simulation(small, inverse_cross_entropy)
@@ -115,6 +115,19 @@ class TestSimulation:
         names = [n for n, _ in small.network.named_parameters()]
         reached = {int(n.split(".")[0]) for n, g in zip(names, simulation.gradients(), strict=True) if g is not None}
         assert sorted(reached) == moved
+
+    def test_of_a_weight_that_was_halved_the_gradient_counts_by_half(self, small, task):
+        simulation = Simulation(small, inverse_cross_entropy)
+        torch.manual_seed(0)
+        adversary = simulation.start(Strategy("shrink-perturb", batch_size=EVERYTHING), task)
+        assert list(adversary.shared.values()) == [0.5, 1.0, 0.5, 1.0]
+        batch = next(task.batches("train", EVERYTHING, generator=stream(), device=CPU))
+        loss = inverse_cross_entropy(adversary.model(batch.x), batch.y)
+        plain = torch.autograd.grad(loss, list(adversary.model.parameters())[:4])
+        again = inverse_cross_entropy(adversary.model(batch.x), batch.y)
+        simulation._add(adversary, again, 1.0)
+        expected = [g if g.dim() == 1 else g / 2 for g in plain]
+        assert close(simulation.gradient[:4], expected)
 
     def test_as_in_the_published_code_the_gradient_at_a_fresh_head_moves_the_released_one(self, small, task):
         def gradients(**how):

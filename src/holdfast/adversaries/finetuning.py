@@ -108,7 +108,8 @@ class FineTuning(Adversary):
         renews = self.strategy.renews
         thaws = (self.undo or self.strategy.scope == "all") and "thaw" not in self.undo
         undo = [UNDO[name] for name in (*(("thaw",) if thaws else ()), *self.undo)]
-        reference = model.fresh() if renews or any(move.needs_reference for move in undo) else None
+        needs_fresh = self.strategy.needs_fresh_model
+        reference = model.fresh() if needs_fresh or any(move.needs_reference for move in undo) else None
         if reference is not None:
             bake(reference)  # its layers are compared with those of a thawed model
         for move in undo:

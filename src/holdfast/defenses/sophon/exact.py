@@ -62,7 +62,7 @@ class ExactSimulation(Simulation):
             objective = objective + (1.0 if gamma is None else gamma[k]) * here
         parameters = list(adversary.model.parameters())
         grads = torch.autograd.grad(objective, [parameters[i] for i in adversary.shared], allow_unused=True)
-        self._accumulate(dict(zip(adversary.shared, grads, strict=True)), 1.0)
+        self._collect(adversary, grads, 1.0)
         return SimulationOutcome(float(total) / steps, evaluation.score_of(logits, batch))
 
 

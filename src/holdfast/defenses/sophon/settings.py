@@ -28,7 +28,7 @@ class SimulationSettings(Defense):
             evaluated, which saves nearly half of its time.
         evaluate_every: evaluate every so many steps only, with so many times the weight. Ours; the paper: every step.
         initialisations: what adversaries start from; each draws one. The paper simulates "direct" and "head";
-            "last-block" and "last-half" are ours (see `Strategy`).
+            "last-block", "last-half" and "shrink-perturb" are ours (see `Strategy`).
         scopes: what they train; each draws one. The paper: everything.
         optimizers: each draws one. The paper simulates Adam.
         learning_rates: each draws one.

@@ -6,8 +6,9 @@ this map as the identity, the gradient with respect to theta is about the sum of
 
 So the graph of earlier steps is not needed: each gradient is added to a buffer and dropped, and memory does not grow
 with K. For a part that was initialised anew, the head or the last blocks, the Jacobian with respect to the released
-part is exactly zero: such simulations add no gradient to it. A parameter that no simulation reached has no gradient
-(None). With a gradient of zeros, Adam would still move it, by the moments of earlier loops.
+part is exactly zero: such simulations add no gradient to it. Where a start mixes every weight with a fresh one
+("shrink-perturb"), the Jacobian of these weights is the share that is kept. A parameter that no simulation reached has
+no gradient (None). With a gradient of zeros, Adam would still move it, by the moments of earlier loops.
 
 A simulated adversary may continue for several suppression loops. Between them theta moves, and the adversary with it:
 the difference phi - theta is kept, as a Jacobian of the identity implies. A long horizon then costs K steps a loop.
@@ -29,7 +30,7 @@ from holdfast.models import SplitModel
 from holdfast.runtime.devices import autocast
 from holdfast.runtime.storage import optimizer_tensors, restore_optimizer
 from holdfast.tasks import Task
-from holdfast.training import Strategy, finetune, optimizer_of, prepare, renewed, trained_modules
+from holdfast.training import SHRINK, Strategy, finetune, optimizer_of, prepare, renewed, trained_modules
 
 
 class SimulationOutcome(NamedTuple):
@@ -49,7 +50,8 @@ class SimulatedAdversary:
         head: the original head of the copy; a fresh one may replace it.
         strategy: how it fine-tunes.
         optimizer: its own, with its moments.
-        shared: indices of the parameters that did not start anew; the gradient reaches these parameters of the model.
+        shared: indices of the parameters that did not start anew, and the share of each that was kept; the gradient
+            reaches these parameters of the model.
         loops_done: suppression loops that it has been simulated in.
         max_loops: after so many, another adversary replaces it.
     """
@@ -58,7 +60,7 @@ class SimulatedAdversary:
     head: nn.Module
     strategy: Strategy
     optimizer: torch.optim.Optimizer
-    shared: list[int]
+    shared: dict[int, float]
     loops_done: int = 0
     max_loops: int = 1
 
@@ -123,7 +125,12 @@ class Simulation:
         fresh = {id(p) for _, layer in renewed(copy, strategy) for p in layer.parameters()}
         if strategy.initialisation != "direct" and not self.head_gradient:
             fresh |= {id(p) for p in head.parameters()}
-        shared = [i for i, p in enumerate(copy.parameters()) if i in self._free and id(p) not in fresh]
+        kept = SHRINK if strategy.initialisation == "shrink-perturb" else 1.0
+        shared = {
+            i: kept if p.dim() > 1 else 1.0
+            for i, p in enumerate(copy.parameters())
+            if i in self._free and id(p) not in fresh
+        }
         prepare(copy, strategy, task)
         return SimulatedAdversary(copy, head, strategy, optimizer_of(copy, strategy), shared)
 
@@ -242,8 +249,14 @@ class Simulation:
         """Adds the gradient of a loss at an adversary to the buffer; returns the loss without its graph."""
         parameters = list(adversary.model.parameters())
         grads = torch.autograd.grad(loss, [parameters[i] for i in adversary.shared], allow_unused=True)
-        self._accumulate(dict(zip(adversary.shared, grads, strict=True)), weight)
+        self._collect(adversary, grads, weight)
         return loss.detach()
+
+    def _collect(self, adversary: SimulatedAdversary, grads: Sequence[Tensor | None], weight: float) -> None:
+        """Adds gradients with respect to what the adversary kept of the model's parameters to the buffer."""
+        kept = adversary.shared.items()
+        scaled = {i: g if g is None or share == 1 else share * g for (i, share), g in zip(kept, grads, strict=True)}
+        self._accumulate(scaled, weight)
 
     def _accumulate(self, grads: Mapping[int, Tensor | None], weight: float) -> None:
         found = {i: g.to(self.device) for i, g in grads.items() if g is not None}
@@ -253,10 +266,10 @@ class Simulation:
 
     @torch.no_grad()
     def _move(self, adversary: SimulatedAdversary, sign: float) -> None:
-        """Adds the model's parameters to the adversary's shared ones (sign 1), or subtracts them (sign -1)."""
+        """Adds what the adversary keeps of the model's parameters to its own (sign 1), or subtracts it (sign -1)."""
         parameters, own = list(self.model.parameters()), list(adversary.model.parameters())
-        for i in adversary.shared:
-            own[i].add_(parameters[i].to(self.device), alpha=sign)
+        for i, share in adversary.shared.items():
+            own[i].add_(parameters[i].to(self.device), alpha=sign * share)
 
     def _update_statistics(self, adversary: SimulatedAdversary) -> None:
         """Where only a part is trained, the rest is in evaluation mode: it gets the model's present statistics."""
