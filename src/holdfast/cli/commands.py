@@ -145,7 +145,8 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
     original_mean: str | None = option("As --mean, of ORIGINAL.", None)
     original_std: str | None = option("As --std, of ORIGINAL.", None)
     battery: str = option(
-        "Which adversaries: quick-v1, standard-v1, probes-v1, generation-v1, language-v1, or the search adaptive-v1.",
+        "Which adversaries: quick-v1, quick-v2, standard-v1, probes-v1, generation-v1, language-v1, or the search "
+        "adaptive-v1.",
         "quick-v1",
     )
     budgets: str = option("Fine-tuning steps at which they are scored; the first is 0.", "0,5,10,20,50,100")
