@@ -177,6 +177,29 @@ class TestBatches:
         assert (t - (torch.arange(count) + 0.5) * 1000 / count).abs().max() <= 1
 
 
+class TestTimesteps:
+    def test_only_those_are_drawn_and_scored(self):
+        task = load_task("digits@kind=denoising,timesteps=1+40")
+        for batch in (next(task.batches("train", 64, generator=torch.Generator().manual_seed(0), device=CPU)),
+                      next(task.sweep("test", 64, device=CPU))):  # fmt: skip
+            assert sorted(batch.x[:, -1, 0, 0].unique().tolist()) == [1, 40]
+        assert task.halves(0)[0].timesteps == (1, 40)
+        assert task.facts().sha256 != load_task("digits@kind=denoising").facts().sha256
+
+    def test_at_the_first_steps_noise_is_next_to_invisible(self):
+        """What the released code of SOPHON measures: no linear denoiser does better than answering nothing."""
+        assert load_task("digits@kind=denoising,timesteps=1").chance > 0.99
+
+    @pytest.mark.parametrize("steps", ["1000", "-1", "3+3"])
+    def test_what_the_schedule_does_not_have_is_refused(self, steps):
+        with pytest.raises(HoldfastError, match="expected different ones from 0 to 999"):
+            load_task(f"digits@kind=denoising,timesteps={steps}")
+
+    def test_they_are_for_denoising(self):
+        with pytest.raises(HoldfastError, match="timesteps is for kind=denoising"):
+            load_task("digits@timesteps=1")
+
+
 class TestScore:
     def test_it_is_the_mean_square_per_pixel(self, digits):
         silent = Answers(lambda x: torch.zeros_like(x[:, :-1]))

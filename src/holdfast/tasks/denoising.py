@@ -38,7 +38,7 @@ class DenoisingTask(ArrayTask):
     A batch's `x` is x_t with its time step as the last channel, shape (N, C + 1, H, W), and its `y` is epsilon, shape
     (N, C, H, W). In training every batch has new noise and new time steps. For testing each image has one noise and one
     time step, always the same, and the time steps of a split are spread evenly: so all models are compared on the same
-    inputs.
+    inputs. A task may be limited to some time steps; the released code of SOPHON has t = 1 alone.
 
     The score is MSE-k, the mean squared error per pixel. An audit compares the *skill*, 1 - MSE / `chance`, where
     `chance` is the error of the best linear denoiser that knows of the images no more than mean m and variance s^2 of
@@ -53,9 +53,11 @@ class DenoisingTask(ArrayTask):
         y_test: like `y_train`.
         class_names: one name a class.
         schedule: of the noise.
+        timesteps: the time steps that are drawn; none: all.
 
     Raises:
-        HoldfastError: as `ArrayTask`; and if the arrays are no images, or all test pixels are the same.
+        HoldfastError: as `ArrayTask`; and if the arrays are no images, all test pixels are the same, or the schedule
+            has no such time step.
 
     Example:
         >>> from holdfast.tasks import load_task
@@ -84,16 +86,18 @@ class DenoisingTask(ArrayTask):
         class_names: Sequence[str] | None = None,
         *,
         schedule: Schedule | None = None,
+        timesteps: Sequence[int] = (),
     ) -> None:
         self.schedule = schedule if schedule is not None else Schedule()
+        self.timesteps = self._checked_steps(name, timesteps)
         super().__init__(name, x_train, y_train, x_test, y_test, class_names)
 
     @classmethod
-    def of(cls, task: InMemoryTask, schedule: Schedule | None = None) -> Self:
+    def of(cls, task: InMemoryTask, schedule: Schedule | None = None, timesteps: Sequence[int] = ()) -> Self:
         """Returns the denoising of a task's images.
 
         Raises:
-            HoldfastError: if its inputs are no images.
+            HoldfastError: if its inputs are no images, or the schedule has no such time step.
         """
         if any(x.dim() != 4 or x.dtype != torch.uint8 for x in task._x.values()):
             raise HoldfastError(
@@ -104,12 +108,22 @@ class DenoisingTask(ArrayTask):
         made.name, made.class_names = task.name, task.class_names
         made.source, made.notes, made.drawn = task.source, task.notes, task.drawn
         made.schedule = schedule if schedule is not None else Schedule()
+        made.timesteps = made._checked_steps(task.name, timesteps)
         made._set(task._x, task._y)
         return made
 
     def with_schedule(self, schedule: Schedule) -> Self:
         """Returns the same images with other noise."""
-        return type(self).of(self, schedule)
+        return type(self).of(self, schedule, self.timesteps)
+
+    def _checked_steps(self, name: str, timesteps: Sequence[int]) -> tuple[int, ...]:
+        wrong = [t for t in timesteps if not 0 <= t < self.schedule.steps]
+        if wrong or len(set(timesteps)) < len(timesteps):
+            raise HoldfastError(
+                f"Task {name!r}: timesteps are {list(timesteps)}; expected different ones from 0 to "
+                f"{self.schedule.steps - 1}."
+            )
+        return tuple(timesteps)
 
     def _inputs(self, values: npt.ArrayLike, label: str) -> Array:
         found = super()._inputs(values, label)
@@ -176,7 +190,8 @@ class DenoisingTask(ArrayTask):
             yield from self.sweep(split, batch_size, device=device)
             return
         for x, _ in super().batches(split, batch_size, generator=generator, device=device):
-            t = torch.randint(self.schedule.steps, (len(x),), generator=generator)
+            t = torch.randint(len(self.timesteps) or self.schedule.steps, (len(x),), generator=generator)
+            t = torch.tensor(self.timesteps)[t] if self.timesteps else t
             noise = torch.randn(x.shape, generator=generator).to(device)
             yield Batch(self.schedule.noised(2 * x - 1, t.to(device), noise), noise)
 
@@ -193,8 +208,10 @@ class DenoisingTask(ArrayTask):
             yield Batch(self.schedule.noised(images, t[start:stop].to(device), noise), noise)
 
     def _fixed_steps(self, count: int) -> Tensor:
-        """Time steps spread evenly over 0 to T - 1, in an order that has nothing to do with that of the images."""
+        """Time steps spread evenly over those of the task, in an order that does not depend on that of the images."""
         order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+        if self.timesteps:
+            return torch.tensor(self.timesteps)[order % len(self.timesteps)]
         return (order * 2 + 1) * self.schedule.steps // (2 * count)
 
     def _fixed_noise(self, block: int) -> Tensor:
@@ -238,7 +255,9 @@ class DenoisingTask(ArrayTask):
         raise self._bad("a denoiser is not judged by a probe on features; fine-tune it")
 
     def facts(self) -> TaskFacts:
-        """See `Task.facts`; the noise schedule is a part of the data, classes are not."""
+        """See `Task.facts`; the noise schedule and the time steps are a part of the data, classes are not."""
         plain = super().facts()
-        digest = hashlib.sha256(plain.sha256.encode() + self.schedule.alpha_bar.numpy().tobytes()).hexdigest()
+        parts = [plain.sha256.encode(), self.schedule.alpha_bar.numpy().tobytes()]
+        parts += [repr(self.timesteps).encode()] if self.timesteps else []
+        digest = hashlib.sha256(b"".join(parts)).hexdigest()
         return plain.model_copy(update={"sha256": digest, "classes": 1})

@@ -58,8 +58,9 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ta
     """
     spec = parse_spec(task) if isinstance(task, str) else task
     source, classes = split_off(spec.data)
-    if spec.schedule is not None and spec.kind != "denoising":
-        raise HoldfastError(f"Task {spec.data!r}: schedule is for kind=denoising, and its kind is {spec.kind}.")
+    for key in ("schedule", "timesteps"):
+        if getattr(spec, key) and spec.kind != "denoising":
+            raise HoldfastError(f"Task {spec.data!r}: {key} is for kind=denoising, and its kind is {spec.kind}.")
     folder = _folder(data_dir)
     if is_text(spec, data_dir=data_dir):
         loaded = _load_text(source, spec, folder)
@@ -79,7 +80,8 @@ def _narrowed(loaded: InMemoryTask, spec: TaskSpec, classes: str | None) -> InMe
     """The part of a source that the spec asks for."""
     _refuse_idle_split(spec, loaded)
     if spec.kind == "denoising":
-        loaded = DenoisingTask.of(loaded, None if spec.schedule is None else Schedule.named(spec.schedule))
+        schedule = None if spec.schedule is None else Schedule.named(spec.schedule)
+        loaded = DenoisingTask.of(loaded, schedule, spec.timesteps)
     if classes is not None:
         if not isinstance(loaded, ArrayTask):
             raise HoldfastError(f"Task {spec.data!r}: {spec.kind} has no classes to choose from; leave [...] out.")

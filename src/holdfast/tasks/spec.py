@@ -43,6 +43,9 @@ class TaskSpec(BaseModel):
         None,
         description="Of denoising: linear (null), scaled_linear, squaredcos_cap_v2, sigmoid, or a diffusers folder.",
     )
+    timesteps: tuple[int, ...] = Field(
+        (), description="Of denoising: the time steps that are drawn, A+B on a command line; none: all of the schedule."
+    )
     drop: tuple[str, ...] = Field((), description="Columns of a CSV to leave out; A+B on a command line.")
     encoding: Literal["onehot", "ordinal"] = Field(
         "onehot", description="How text columns of a CSV become numbers: onehot or ordinal."
@@ -67,7 +70,7 @@ class TaskSpec(BaseModel):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of that split.")
 
-    @field_validator("drop", "text", mode="before")
+    @field_validator("drop", "text", "timesteps", mode="before")
     @classmethod
     def _columns(cls, value: object) -> object:
         return tuple(filter(None, value.split("+"))) if isinstance(value, str) else value
