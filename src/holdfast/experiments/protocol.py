@@ -307,11 +307,7 @@ def _rows(
 
 
 def _scores(
-    name: str,
-    setting: Setting,
-    spec: ProtocolSpec,
-    made: Mapping[tuple[str, str, int], ImmunizedModel],
-    run: Run,
+    name: str, setting: Setting, spec: ProtocolSpec, made: Mapping[tuple[str, str, int], ImmunizedModel], run: Run
 ) -> SettingScores:
     score = setting.benign.audit_score(setting.original.clone().to(run.device))
     stands_for = spec.settings[name].stands_for

@@ -102,17 +102,7 @@ def provenance(
         command: the command line; the process's own by default.
     """
     argv = list(command) if command is not None else command_line()
-    names = [
-        "torch",
-        "torchvision",
-        "timm",
-        "accelerate",
-        "safetensors",
-        "scikit-learn",
-        "pandas",
-        "numpy",
-        "plotly",
-    ]
+    names = ["torch", "torchvision", "timm", "accelerate", "safetensors", "scikit-learn", "pandas", "numpy", "plotly"]
     return Provenance(
         command=argv,
         started=started,

@@ -76,11 +76,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def study_figures(
-    name: str,
-    table: StudyTable,
-    rows: Sequence[str],
-    measured: dict[str, list[list[dict[str, Any]]]],
-    pairs: Pairs,
+    name: str, table: StudyTable, rows: Sequence[str], measured: dict[str, list[list[dict[str, Any]]]], pairs: Pairs
 ) -> dict[str, Figure]:
     """Returns norm ratios step by step of a single pair, or a map of many pairs."""
     if len(pairs) > 1:

@@ -221,14 +221,7 @@ def attack_curves(
     jobs = [Job(t.key, t, f"{t.model}: {t.attack.label}") for t in trials]
     store = JournalStore(journal, {t.key: partial(_kept, t, context.on) for t in trials})
     curves = run_jobs(
-        _attack,
-        context,
-        jobs,
-        store,
-        run=run,
-        executor=executor,
-        description=description,
-        finished=run.finished_trial,
+        _attack, context, jobs, store, run=run, executor=executor, description=description, finished=run.finished_trial
     )
     return {trial.key: curve for trial, curve in zip(trials, curves, strict=True)}
 

@@ -159,10 +159,7 @@ def _lay_out(settings: Mapping[str, Setting], trials: Sequence[AttackTrial], cur
 
 
 def _about(
-    model: str,
-    lost: Mapping[str, tuple[float | None, float | None, float | None]],
-    task: Task,
-    measure: Measure,
+    model: str, lost: Mapping[str, tuple[float | None, float | None, float | None]], task: Task, measure: Measure
 ) -> str:
     """Names the attack that loses most."""
     finite = {attack: gap for attack, (gap, _, _) in lost.items() if gap is not None}
