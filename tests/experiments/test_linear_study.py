@@ -224,7 +224,7 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"methods": {"x": {"name": "sophon"}}}, "compares linear extractors, and sophon is none"),
+            ({"methods": {"x": {"name": "sophon"}}}, "compares linear extractors, and sophon is not one"),
             ({"methods": {"x": {"name": "frontier", "strech": 1}}}, "did you mean 'stretch'"),
             ({"tables": {"a": {"title": "t"}}}, "give either `pair` or `class_pairs`"),
             ({"tables": {"a": {**PAIRS["digits"], "held_out": True}}}, "held_out needs a `pair`"),

@@ -6,12 +6,14 @@ import difflib
 import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from holdfast.errors import HoldfastError, unknown
+
+Number = TypeVar("Number", int, float)
 
 
 def plain(value: Any) -> Any:
@@ -111,6 +113,26 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
         for inner in nested:
             found += _keys(inner, f"{prefix}{name}.")
     return found
+
+
+def split_numbers(text: str, what: str, kind: type[Number]) -> tuple[Number, ...]:
+    """Returns the numbers in a text such as `0,10,20`, with or without brackets.
+
+    Args:
+        text: numbers with commas between them.
+        what: name of the setting; begins the message.
+        kind: `int` or `float`.
+
+    Raises:
+        HoldfastError: if a part of the text is not a number of this kind.
+    """
+    try:
+        return tuple(kind(part) for part in text.strip("[]() ").split(","))
+    except ValueError as error:
+        example = (
+            "whole numbers with commas, such as 0,10,20" if kind is int else "numbers with commas, such as 0.5,0.4"
+        )
+        raise HoldfastError(f"{what} {text!r}: expected {example}.") from error
 
 
 def whole_number(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
