@@ -177,8 +177,8 @@ class TestResume:
     @pytest.mark.parametrize(
         ("damage", "message"),
         [
-            (lambda entry: {**entry, "rir": "many"}, "rir is 'many', and not a number"),
-            (lambda entry: {**entry, "rir": True}, "rir is True, and not a number"),
+            (lambda entry: {**entry, "rir": "many"}, "rir is 'many', not a number"),
+            (lambda entry: {**entry, "rir": True}, "rir is True, not a number"),
             (lambda entry: {k: v for k, v in entry.items() if k != "rir"}, "lacks or adds ..rir"),
             (lambda entry: {**entry, "more": 1}, "lacks or adds ..more"),
             (lambda entry: {**entry, "norm_ratios_benign": [1]}, "norm_ratios_benign is not a list of 3 numbers"),
