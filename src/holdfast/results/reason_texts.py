@@ -1,4 +1,4 @@
-"""English for the codes of a verdict; the only module that writes these sentences."""
+"""English sentences for the codes of a verdict."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from holdfast.results.terms import Words, count
 
 
 def reason(found: Reason, spoken: Words | None = None) -> str:
-    """Returns a reason, or what decided a verdict, as a sentence.
+    """Returns a reason, or the decision of a verdict, as a sentence.
 
     Args:
         found: its code and figures.
-        spoken: how to speak of the audit's scores; None: as of accuracies.
+        spoken: words for the audit's scores; None: those for accuracies.
 
     Example:
         >>> reason(Reason(code="benign-dropped", measured=0.15, needed=0.1))
@@ -110,7 +110,7 @@ def _battery(found: Reason, _: Words) -> str:
 
 
 def _decision(found: Reason, _: Words) -> str:
-    """What decided the verdict; empty for any other code."""
+    """The decision of a verdict; empty for any other code."""
     steps, measured, high = count(found.budget or 0, "step"), 100 * (found.measured or 0), 100 * (found.high or 0)
     match found.code:
         case "worthless":
@@ -144,7 +144,7 @@ def _decision(found: Reason, _: Words) -> str:
 
 
 def threat_model(tried: ThreatModel, spoken: Words | None = None) -> str:
-    """Returns what was tried as a sentence; a strategy that has no score anywhere was not."""
+    """Returns the threat model as a sentence; strategies without any score do not count as tried."""
     which = "the one strategy" if tried.scored == 1 else f"one of the {tried.scored} strategies"
     trials = f"that a search ({tried.battery}, {count(tried.searched, 'trial')} a model) found"
     chosen = f"{which} {trials if tried.searched else f'of {tried.battery}'}"
