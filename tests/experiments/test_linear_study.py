@@ -195,7 +195,7 @@ class TestResume:
         monkeypatch.setattr(
             "holdfast.experiments.linear.study.measure", lambda *_, **__: pytest.fail("work was done before")
         )
-        with pytest.raises(HoldfastError, match=f"study.jsonl' is damaged .*{message}.*take out the line"):
+        with pytest.raises(HoldfastError, match=f"study.jsonl' is damaged .*{message}.*delete the line"):
             run_study({"norm_ratio_steps": 2}, run=Run(0, CPU, tmp_path))
 
     def test_a_damaged_probe(self, tmp_path):

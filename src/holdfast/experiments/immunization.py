@@ -111,7 +111,7 @@ def reuse_models(jobs: Sequence[ImmunizationJob], reuse: Sequence[Path], *, run:
             raise HoldfastError(
                 f"--reuse {str(owner)!r}: this run needs none of its {len(held)} immunized models. "
                 + "; ".join(_nearest(job, held) for job in jobs[:4])
-                + ". Give the recipe the same settings, or leave --reuse out and immunize anew."
+                + ". Give the recipe the same settings, or leave --reuse out."
             )
         for job in fitting:
             if own.has(job.cache_key):

@@ -122,20 +122,20 @@ class Workspace:
             write_atomic(path, json.dumps({"command": command_line(), **claimed}, indent=1))
             return
         try:
-            found = read_json(path.read_bytes())
-            if not isinstance(found, dict):
+            recorded = read_json(path.read_bytes())
+            if not isinstance(recorded, dict):
                 raise ValueError("it is not a mapping")
-            command = {"command": found.pop("command", None)}
+            command = {"command": recorded.pop("command", None)}
         except (ValueError, RecursionError) as error:
             raise HoldfastError(
                 f"{str(path)!r} is damaged ({error}); choose another folder, or --overwrite this one."
             ) from error
-        if fingerprint(found) != fingerprint(claimed):
+        if fingerprint(recorded) != fingerprint(claimed):
             overwrite = ", or delete the old results with --overwrite" if self.job in ("run", "protocol") else ""
             raise HoldfastError(
                 f"{str(folder)!r} holds another job; it differs in: "
-                f"{', '.join(dict.fromkeys(_differences(found, claimed)[:5]))}. "
-                f"Results are never mixed: continue the {found.get('kind', 'job')} that is there with "
+                f"{', '.join(dict.fromkeys(_differences(recorded, claimed)[:5]))}. "
+                f"Results are never mixed: continue the {recorded.get('kind', 'job')} that is there with "
                 f"{begun_with(command)}, or choose another folder with --out{overwrite}."
             )
 

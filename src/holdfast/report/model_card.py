@@ -77,8 +77,7 @@ def hashes(readme: str) -> Hashes:
         HoldfastError: if there is no card, or it has no hash.
     """
     section = readme.partition(BEGIN)[2].partition(END)[0]
-    found = {name: re.search(rf"\| {name} \| `([0-9a-f]{{64}})` \|", section) for name in (TENSORS, FILE)}
-    tensors, file = found[TENSORS], found[FILE]
+    tensors, file = (re.search(rf"\| {name} \| `([0-9a-f]{{64}})` \|", section) for name in (TENSORS, FILE))
     if tensors is None:
         raise HoldfastError(
             f"There is no card in it: no {TENSORS!r} between {BEGIN} and {END}. `holdfast card` makes one."

@@ -50,9 +50,8 @@ class RayCluster(Executor):
         with self._connected(worker_count(self.workers, threads, len(jobs)) * threads):
             # A job that requests more cores than any machine has would wait forever.
             cores = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
-            remote = ray.remote(_ray_job).options(
-                num_cpus=min(threads, cores) if cores else threads, max_retries=ATTEMPTS - 1
-            )
+            per_job = min(threads, cores) if cores else threads
+            remote = ray.remote(_ray_job).options(num_cpus=per_job, max_retries=ATTEMPTS - 1)
             # In a list, so that Ray does not fetch it for workers that hold it already.
             shared, key = [ray.put(packed)], uuid.uuid4().hex
             waiting, running = deque(range(len(jobs))), dict[Any, int]()
@@ -147,7 +146,7 @@ def _fetch(reference: Any, job: object) -> bytes:
     import ray
 
     try:
-        message: bytes = ray.get(reference)
+        return ray.get(reference)  # type: ignore[no-any-return]
     except ray.exceptions.RayTaskError as error:
         # Errors of jobs arrive as messages, so here Holdfast itself failed to start.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
@@ -158,7 +157,6 @@ def _fetch(reference: Any, job: object) -> bytes:
     except ray.exceptions.RayError as error:
         why = f"lost ({type(error).__name__}); if memory ran out, use fewer workers, such as ray:1"
         raise lost_too_often(job, why) from error
-    return message
 
 
 @contextlib.contextmanager

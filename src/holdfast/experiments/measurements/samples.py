@@ -67,7 +67,7 @@ class Samples(Measurement):
         """Refuses pictures that cannot be made, before anything is computed.
 
         Raises:
-            HoldfastError: if there is no denoiser, or a number is out of the range of its noise schedule.
+            HoldfastError: if there is no denoiser, or a number is outside the range of its noise schedule.
         """
         tasks = _denoising(settings)
         if not tasks:
@@ -91,9 +91,8 @@ class Samples(Measurement):
                     f"pictures: {model.name} draws samples of shape {model.sample_shape}, and the images of setting "
                     f"{name!r} have {task.output_shape}; set their image_size and channels to the model's."
                 )
-            model.check_schedule(
-                restricted.schedule, restricted.name
-            )  # pictures of both tasks start from the same noise
+            # Pictures of both tasks start from the same noise.
+            model.check_schedule(restricted.schedule, restricted.name)
             if self.ddim_steps > steps:
                 raise HoldfastError(f"pictures: ddim_steps is {self.ddim_steps}; setting {name!r} has {steps} steps.")
 
