@@ -135,7 +135,7 @@ class TestRun:
             (["quickstart", "--out", ""], ["--out is empty; give it a value, or leave it out"]),
             (["quickstart", "--data-dir="], ["--data-dir is empty"]),
             (["quickstart", "--set", "kind=studdy"], ["Unknown kind 'studdy': did you mean 'study'"]),
-            (["quickstart", "--set", "scales.smoke={}"], ["--set of scales does nothing"]),
+            (["quickstart", "--set", "scales.smoke={}"], ["--set of scales has no effect"]),
             (["quickstart", "--seed", "1", "--set", "seed=2"], ["--seed 1 and --set seed=2 are both given"]),
             (["condition/house-prices", "--gate"], ["--gate: a study has no verdict"]),
             (["sophon/stability", "--gate"], ["--gate: a protocol has no verdict"]),
@@ -277,13 +277,13 @@ class TestImmunizeAndAudit:
         [
             (("--set", "side_effects=maybe"), ["side_effects is 'maybe'"]),
             (("--set", "side_efects=false"), ["setting for --set: 'side_efects'", "did you mean 'side_effects'"]),
-            (("--set", "seeds=3"), ["--set seeds: it has an option of its own, --seeds"]),
-            (("--set", "original_weights=x"), ["an option of its own, --original-weights"]),
+            (("--set", "seeds=3"), ["--set seeds: use the option --seeds instead"]),
+            (("--set", "original_weights=x"), ["use the option --original-weights"]),
             (("--set", "max_advantag=0.03"), ["did you mean 'max_advantage'"]),
             (("--set", "thresholds.tolerance=0.01", "--set", "tolerance=0.01"), ["names a threshold twice"]),
             (("--set", "tolerance=0.01", "--set", "tolerance=0.02"), ["--set tolerance is given twice"]),
             (("--trials", "9"), ["trials is 9, and quick-v1 is not a search"]),
-            (("--transfer", "digits", "--set", "side_effects=off"), ["a transfer task, and side_effects is off"]),
+            (("--transfer", "digits", "--set", "side_effects=off"), ["a transfer task, but side_effects is off"]),
         ],
     )
     def test_bad_settings_of_audit(self, files, tmp_path, capsys, more, words):
@@ -308,12 +308,12 @@ class TestImmunizeAndAudit:
     @pytest.mark.parametrize(
         ("more", "words"),
         [
-            (("--set", "defense=ntl"), ["--set defense: it has an option of its own, --defense"]),
+            (("--set", "defense=ntl"), ["--set defense: use the option --defense instead"]),
             (("--set", "stpes=3"), ["did you mean 'steps'"]),
             (("--set", "steps=true"), ["steps is true; expected a number"]),
             (("--set", "steps=1", "--set", "steps=2"), ["--set steps is given twice"]),
             (("--set", "iterations=[1"), ["--set 'iterations=[1'", "not valid YAML"]),
-            (("--set", "name="), ["chosen with --defense"]),
+            (("--set", "name="), ["choose the defense with --defense"]),
             (("--threads", "1000000"), ["threads is 1000000"]),
             (("--threads", "0"), ["threads is 0"]),
         ],
@@ -403,10 +403,10 @@ class TestOthers:
 
     def test_options_that_would_do_nothing(self, brief_folder, tmp_path, capsys):
         check = ("card", tmp_path, "--check", brief_folder / "model.safetensors")
-        refused(inside(capsys, *check, "--out", tmp_path / "README.md"), "--out does nothing beside --check")
-        refused(inside(capsys, *check, "--weights", "x"), "--weights does nothing beside --check")
+        refused(inside(capsys, *check, "--out", tmp_path / "README.md"), "--out has no effect with --check")
+        refused(inside(capsys, *check, "--weights", "x"), "--weights has no effect with --check")
         tasks = ("--benign", "digits[0-4]", "--restricted", "digits[5-9]", "--out", tmp_path)
-        refused(inside(capsys, "feasibility", *tasks, "--head", "fc"), "no MODEL is named")
+        refused(inside(capsys, "feasibility", *tasks, "--head", "fc"), "--head needs a MODEL")
         refused(inside(capsys, "replay", brief_folder, "--threads", "0"), "threads is 0")
         refused(inside(capsys, "replay", brief_folder, "--adversary", ""), "--adversary is empty")
 

@@ -112,7 +112,7 @@ class TestReplay:
     def test_an_adversary_of_another_version_is_refused(self, folder, brief_result, capsys):
         best = brief_result.audit.by_budget[-1].best_adversary["immunized"]
         change(folder, lambda c: c["audit"]["adversaries"][best].update(batch_size=49))
-        refused(inside(capsys, "replay", folder), "which the audit does not name")
+        refused(inside(capsys, "replay", folder), "that the audit does not name")
 
     def test_a_missing_model_is_named(self, folder, capsys):
         (folder / "model.safetensors").unlink()
@@ -127,7 +127,7 @@ class TestCard:
         assert readme.read_text().count("# My model") == 1
         done = inside(capsys, "card", readme, "--check", folder / "model.safetensors")
         assert done.returncode == 0
-        assert "written anew" not in done.stdout
+        assert "written again" not in done.stdout
         done = inside(capsys, "card", tmp_path, "--check", files / "fresh.safetensors")
         assert done.returncode == 1
         assert "NOT the card" in done.stdout
@@ -140,7 +140,7 @@ class TestCard:
         (tmp_path / "README.md").write_text(inside(capsys, "card", folder).stdout)
         done = inside(capsys, "card", tmp_path, "--check", anew)
         assert done.returncode == 0
-        assert "written anew" in done.stdout
+        assert "written again" in done.stdout
 
     def test_other_weights_get_no_card(self, folder, files, capsys):
         refused(

@@ -177,8 +177,8 @@ class TestResume:
     @pytest.mark.parametrize(
         ("damage", "message"),
         [
-            (lambda entry: {**entry, "rir": "many"}, "rir is 'many', and not a number"),
-            (lambda entry: {**entry, "rir": True}, "rir is True, and not a number"),
+            (lambda entry: {**entry, "rir": "many"}, "rir is 'many', not a number"),
+            (lambda entry: {**entry, "rir": True}, "rir is True, not a number"),
             (lambda entry: {k: v for k, v in entry.items() if k != "rir"}, "lacks or adds ..rir"),
             (lambda entry: {**entry, "more": 1}, "lacks or adds ..more"),
             (lambda entry: {**entry, "norm_ratios_benign": [1]}, "norm_ratios_benign is not a list of 3 numbers"),
@@ -195,7 +195,7 @@ class TestResume:
         monkeypatch.setattr(
             "holdfast.experiments.linear.study.measure", lambda *_, **__: pytest.fail("work was done before")
         )
-        with pytest.raises(HoldfastError, match=f"study.jsonl' is damaged .*{message}.*take out the line"):
+        with pytest.raises(HoldfastError, match=f"study.jsonl' is damaged .*{message}.*delete the line"):
             run_study({"norm_ratio_steps": 2}, run=Run(0, CPU, tmp_path))
 
     def test_a_damaged_probe(self, tmp_path):
@@ -224,7 +224,7 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"methods": {"x": {"name": "sophon"}}}, "compares linear extractors, and sophon is none"),
+            ({"methods": {"x": {"name": "sophon"}}}, "compares linear extractors, and sophon is not one"),
             ({"methods": {"x": {"name": "frontier", "strech": 1}}}, "did you mean 'stretch'"),
             ({"tables": {"a": {"title": "t"}}}, "give either `pair` or `class_pairs`"),
             ({"tables": {"a": {**PAIRS["digits"], "held_out": True}}}, "held_out needs a `pair`"),

@@ -536,7 +536,7 @@ class TestReuse:
 
     def test_folders_with_none_that_fits_are_refused(self, folder, tmp_path):
         other = {"SOPHON": {**DEFENSES["SOPHON"], "steps": 3}}
-        with pytest.raises(HoldfastError, match=r"none of its 2 immunized models is wanted.*differs in defense\.steps"):
+        with pytest.raises(HoldfastError, match=r"needs none of its 2 immunized models.*differs in defense\.steps"):
             run(tmp_path, recipe(defenses=other), reuse=[folder])
 
     def test_changed_weights_are_refused(self, folder, tmp_path):

@@ -62,7 +62,7 @@ def test_resolved_holds_every_default(recipe):
         ({"defence": {}}, "Unknown key 'defence': did you mean 'defense'"),
         ({"audit": {"bugdets": [0, 1]}}, "did you mean 'audit.budgets'"),
         ({"model": {"nam": "cnn"}}, "model.name is missing"),
-        ({"model": {"name": "nets.py:make"}}, "'nets.py:make' is made by code, and a recipe has none run"),
+        ({"model": {"name": "nets.py:make"}}, "'nets.py:make' is made by code, and recipes never run code"),
         ({"audit": {"seeds": 0}}, "audit.seeds is 0"),
         ({"audit": {"seeds": "many"}}, "audit.seeds is 'many'"),
         ({"audit": {"budgets": [5, 10]}}, "ascending, the first 0"),
@@ -100,7 +100,7 @@ def test_bad_recipes(recipe, change, message):
         ({"overrides": ["audit.seeds=1", "audit.seeds=2"]}, "--set audit.seeds is given twice"),
         ({"overrides": ["audit.seeds=1", "audit={}"]}, "'audit' comes after 'audit.seeds' and would replace it"),
         ({"overrides": ["seed=1"], "seed": 2}, "--seed 2 and --set seed=1 are both given"),
-        ({"overrides": ["scales.smoke={}"]}, "--set of scales does nothing"),
+        ({"overrides": ["scales.smoke={}"]}, "--set of scales has no effect"),
         ({"overrides": ["audit.thresholds.tolerance=.nan"]}, "it is nan; expected a finite number"),
         ({"overrides": ["title=" + "[" * 10_000]}, "not valid YAML"),
         ({"scale": "paper"}, "no scale 'paper'; it has: cpu"),
@@ -112,7 +112,7 @@ def test_bad_arguments(recipe, arguments, message):
 
 
 def test_names_and_files():
-    with pytest.raises(HoldfastError, match=r"did you mean 'quickstart'.*ends in \.yaml"):
+    with pytest.raises(HoldfastError, match=r"did you mean 'quickstart'.*end in \.yaml"):
         load("quikstart")
     with pytest.raises(HoldfastError, match="does not exist"):
         load("nothing.yaml")
@@ -127,7 +127,7 @@ def test_not_yaml(tmp_path):
     with pytest.raises(HoldfastError, match="is not UTF-8 text"):
         load(str(path))
     path.write_text("just words")
-    with pytest.raises(HoldfastError, match="no mapping"):
+    with pytest.raises(HoldfastError, match="not a mapping"):
         load(str(path))
     path.write_text("!!python/object/apply:os.system ['true']")
     with pytest.raises(HoldfastError, match="not valid YAML"):

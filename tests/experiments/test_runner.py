@@ -220,7 +220,7 @@ def test_sigterm_leaves_a_resumable_folder_and_a_ctrl_c_that_is_ignored_stays_ig
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
     assert process.returncode == 143
-    assert "Terminated. What is finished is kept; the same command continues from there." in output
+    assert "Terminated. Finished results are kept; the same command continues from there." in output
     assert "Traceback" not in output
 
 

@@ -228,7 +228,7 @@ def test_one_seed_has_no_spread() -> None:
     assert "±" not in re.sub(r"uncertain by about ± \d", "", seen.text)
     assert "One seed: there is no band" in seen.text
     assert [t["name"] for t in seen.figure("advantage")["data"]] == ["original", "immunized"]
-    assert "There is one seed only" in seen.text
+    assert "There is only one seed" in seen.text
     assert seen.figure("best")["data"][0]["error_y"]["array"] == [None] * 3
     assert "±" in page(audit=make_audit(seeds=2)).text
 
@@ -276,10 +276,10 @@ def test_what_was_not_tried_follows_from_what_was() -> None:
     assert "more than 337 labelled samples" in text
     assert "optimizer adam; learning rate 0.001; batch size 50" in text
     assert "low-rank adapters (LoRA), linear probes on prepared features, undoing" in text
-    assert "a search for adversaries against this very model" in text
+    assert "a search for adversaries against this model" in text
     assert "a search for adversaries" not in page(audit=make_audit(searched=4)).text
     assert "whole-body probe : the model has no body" in text
-    assert "errs on the adversary's side" in text
+    assert "favours the adversary" in text
     assert "100 samples. That alone makes a score near 50% uncertain by about ± 5.0 points" in text
     assert "low-rank adapters" not in page(audit=make_audit(kind="finetuning", scope="lora")).text
 

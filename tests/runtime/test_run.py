@@ -156,7 +156,7 @@ class TestJournal:
         journal.add("a", 1)
         assert Journal(path, {"seed": 1}, "study").entries == {"a": 1}
         journal.add("a", 2)
-        with pytest.raises(HoldfastError, match=r"line 4: a occurs twice.*pieces of the study"):
+        with pytest.raises(HoldfastError, match=r"line 4: a occurs twice.*finished job of the study"):
             Journal(path, {"seed": 1}, "study")
 
     def test_a_refusal_names_the_work_and_its_command(self, tmp_path, monkeypatch):

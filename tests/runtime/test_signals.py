@@ -36,7 +36,7 @@ def test_a_command_ends_with_the_code_and_says_how_to_continue(number, code, say
     signal.signal(signal.SIGINT, before)
     assert ended.value.code == code
     assert capsys.readouterr().err == (
-        f"holdfast: {says}. What is finished is kept; the same command continues from there.\n"
+        f"holdfast: {says}. Finished results are kept; the same command continues from there.\n"
     )
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

@@ -1,4 +1,4 @@
-"""Options of commands: a command is a dataclass, and its fields are its options."""
+"""Commands as dataclasses, whose fields are the options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def option(text: str, default: Any = MISSING) -> Any:
-    """Returns a field that is an option; without a default it must be given."""
+    """Returns a field that is an option; required if it has no default."""
     return dataclasses.field(default=default, metadata={"help": text})
 
 
@@ -31,7 +31,7 @@ def argument(text: str, default: Any = MISSING) -> Any:
 
 
 def repeated(text: str, value: str) -> Any:
-    """Returns a field that is an option which may be given several times; `value` stands for what it takes."""
+    """Returns a field that is an option which may be given several times; the help shows `value` as its value."""
     return dataclasses.field(default=(), metadata={"help": text, "repeated": value})
 
 
@@ -45,55 +45,48 @@ class Command(ABC):
 
     @classmethod
     def refuse_options(cls, values: Mapping[str, Any], known: Sequence[str]) -> None:
-        """Says which option sets what `--set` does not."""
+        """Refuses keys of `--set` that have their own option, and names the option."""
         options = [each.name for each in dataclasses.fields(cls) if each.name != "set"]
         for key in values:
             name = key.replace("-", "_")
             if key not in known and name in options:
-                raise HoldfastError(f"--set {key}: it has an option of its own, --{name.replace('_', '-')}.")
+                raise HoldfastError(f"--set {key}: use the option --{name.replace('_', '-')} instead.")
 
 
 @dataclass(kw_only=True)
 class ComputeOptions:
-    """Where it is computed, and with which data."""
+    """Options for device, threads and data."""
 
-    data_dir: Path | None = option("Where data and weights are looked up (default: $HOLDFAST_DATA).", None)
+    data_dir: Path | None = option("Folder with data and weights (default: $HOLDFAST_DATA).", None)
     device: str = option("auto, cpu, cuda, cuda:1, mps, ...", "auto")
     threads: int | None = option("CPU threads; 1 is best for small networks (default: torch's own choice).", None)
 
 
 @dataclass(kw_only=True)
 class ModelOptions:
-    """What a name alone does not say of MODEL."""
+    """Options for MODEL."""
 
-    weights: Path | None = option("Weights (.safetensors), where MODEL is a name.", None)
+    weights: Path | None = option("Weights (.safetensors), if MODEL is a name.", None)
     head: str | None = option(
-        "Dotted name of the layer that makes the logits, where another than the one found is meant.", None
+        "Dotted name of the layer that makes the logits (default: the one that Holdfast finds).", None
     )
     mean: str | None = option(
-        "Subtracted from images in [0, 1], such as 0.485,0.456,0.406, where another is meant than MODEL's own.", None
+        "Subtracted from images in [0, 1], such as 0.485,0.456,0.406 (default: MODEL's own).", None
     )
-    std: str | None = option("Divides them afterwards, such as 0.229,0.224,0.225.", None)
+    std: str | None = option("Divides the images afterwards, such as 0.229,0.224,0.225 (default: MODEL's own).", None)
 
     def loaded(self, model: str, task: Task, data_dir: Path | None, *, prefix: str = "", **more: Any) -> SplitModel:
-        """Returns a model by name, with the options that begin with `prefix`."""
+        """Loads a model with the options whose names begin with `prefix`."""
         from holdfast.models import load_released
+        from holdfast.runtime.argument_checks import split_numbers
 
         weights, head, mean, std = (getattr(self, f"{prefix}{name}") for name in ("weights", "head", "mean", "std"))
-        spelled = f"--{prefix.replace('_', '-')}"
+        option_name = f"--{prefix.replace('_', '-')}"
         return load_released(
-            model, weights, task, head=head, mean=_numbers(mean, f"{spelled}mean"), std=_numbers(std, f"{spelled}std"),
-            data_dir=data_dir, **more,
+            model, weights, task, head=head, data_dir=data_dir, **more,
+            mean=None if mean is None else split_numbers(mean, f"{option_name}mean", float),
+            std=None if std is None else split_numbers(std, f"{option_name}std", float),
         )  # fmt: skip
-
-
-def _numbers(text: str | None, name: str) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.strip("[]() ").split(","))
-    except ValueError as error:
-        raise HoldfastError(f"{name} {text!r}: expected numbers with commas, such as 0.485,0.456,0.406.") from error
 
 
 @dataclass(kw_only=True)
@@ -106,7 +99,7 @@ class TrackOption:
 
     @contextlib.contextmanager
     def callbacks(self, folder: Path) -> Iterator[list[Any]]:
-        """Yields the callbacks of a command: a tracker, if one is wanted; it writes below the command's folder."""
+        """Yields the tracker of `--track`, which writes below the command's folder; else no callbacks."""
         if self.track is None:
             yield []
             return
@@ -117,7 +110,7 @@ class TrackOption:
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Leaves out what a person at the terminal does not need: Python types, and defaults that are None."""
+    """Leaves out Python types, and defaults that are None."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -126,7 +119,7 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 def add_arguments(parser: ArgumentParser, command: type[Command]) -> None:
-    """Adds the fields of a command: what must be given first, then its own options; flags take no value."""
+    """Adds the fields of a command as options: required ones first, then the command's own; flags take no value."""
     types = get_type_hints(command)
 
     def order(field: dataclasses.Field[Any]) -> tuple[bool, bool]:
@@ -134,7 +127,7 @@ def add_arguments(parser: ArgumentParser, command: type[Command]) -> None:
 
     for field in sorted(dataclasses.fields(command), key=order):
         kind, text = types[field.name], field.metadata["help"]
-        name = f"--{field.name.replace('_', '-')}"  # as people spell options; the field's own spelling works as well
+        name = f"--{field.name.replace('_', '-')}"  # the spelling of the field works as well
         names = dict.fromkeys([name, f"--{field.name}"])
         given: dict[str, Any] = {"help": text}
         if field.metadata.get("positional"):

@@ -25,7 +25,7 @@ EXECUTORS = "serial, processes[:N], ray[:N] or ray://HOST:PORT; same results. N 
 class Run(TrackOption, Command):
     """Run a recipe: load a model, immunize it, audit it, write the report; or a study, or a protocol of attacks.
 
-    If the folder already holds a part of this very job, only what is missing is done. Ctrl-C is safe at any time.
+    If the folder already holds a part of this job, only the missing part is computed. Ctrl-C is safe at any time.
     """
 
     recipe: str = argument("Name of a packaged recipe (see `holdfast recipes`), or a YAML file.")
@@ -40,15 +40,15 @@ class Run(TrackOption, Command):
     )
     seed: int | None = option("Replaces the recipe's seed.", None)
     data_dir: Path | None = option(
-        "Where NAME.npz, NAME.csv, image folders and weights are looked up (default: $HOLDFAST_DATA).", None
+        "Folder with NAME.npz, NAME.csv, image folders and weights (default: $HOLDFAST_DATA).", None
     )
     device: str = option("auto, cpu, cuda, cuda:1, mps, ...", "auto")
     executor: str = option(f"Where jobs run: {EXECUTORS}", "serial")
     reuse: Sequence[Path] = repeated(
-        "Folder of another protocol's run: take from it the immunized models that are wanted; may be repeated.",
+        "Folder of another protocol's run: copy the immunized models that are needed here; may be repeated.",
         "FOLDER",
     )
-    overwrite: bool = option("Throw away what an earlier run left in the folder.", False)
+    overwrite: bool = option("Delete the results of an earlier run in the folder.", False)
     gate: bool = option("Exit as `holdfast audit` does: 0 resists, 3 does not, 4 invalid.", False)
 
     def __call__(self) -> int:
@@ -59,7 +59,7 @@ class Run(TrackOption, Command):
 
         recipe = load(self.recipe, scale=self.scale, overrides=self.set, seed=self.seed)
         if self.gate and not isinstance(recipe, Recipe):
-            raise HoldfastError(f"--gate: a {recipe.job} has no verdict to exit with; leave it out.")
+            raise HoldfastError(f"--gate: a {recipe.job} has no verdict; leave it out.")
         folder = self.out or default_folder(self.recipe)
         with self.callbacks(folder) as callbacks:
             result = run_recipe(
@@ -74,22 +74,22 @@ class Run(TrackOption, Command):
 class Immunize(TrackOption, ComputeOptions, ModelOptions, Command):
     """Immunize a model, and write it to OUT/model.safetensors.
 
-    Exits with 3 if nothing was immunized: the defense gave up, and the weights are the original's, or not finite.
+    Exits with 3 if nothing was immunized: the weights are still the original's, or not finite.
 
     Uses the defender's half of the restricted training data; `holdfast audit` gives its adversaries the other half.
     """
 
     model: str = argument(SOURCES[:1].upper() + SOURCES[1:])
-    benign: str = option(f"What it must stay good at: {TASKS}")
-    restricted: str = option("What it must not be fine-tuned to; named like `benign`.")
+    benign: str = option(f"The task that it must stay good at: {TASKS}")
+    restricted: str = option("The task that it must not be fine-tuned to; named like `benign`.")
     out: Path = option(
-        "Folder for model.safetensors, result.json, report.html and checkpoints/; of a denoiser also pipeline/."
+        "Folder for model.safetensors, result.json, report.html and checkpoints/; for a denoiser also pipeline/."
     )
     defense: str = option("Name of the defense.", "sophon")
     set: Sequence[str] = repeated(
         "Set a hyper-parameter of the defense, such as iterations=50; may be repeated.", "KEY=VALUE"
     )
-    seed: int = option("Of everything random.", 0)
+    seed: int = option("Seed of all random choices.", 0)
 
     def __call__(self) -> int:
         """See `Command`."""
@@ -104,7 +104,7 @@ class Immunize(TrackOption, ComputeOptions, ModelOptions, Command):
 
         values = read_overrides(self.set)
         if "name" in values:
-            raise HoldfastError(f"--set name={values['name']}: the defense is chosen with --defense.")
+            raise HoldfastError(f"--set name={values['name']}: choose the defense with --defense.")
         kind = DEFENSES.get(self.defense)
         self.refuse_options(values, () if kind is None else [f.name for f in dataclasses.fields(kind)])  # type: ignore[arg-type]
         defense = build_defense({"name": self.defense, **values})
@@ -117,10 +117,11 @@ class Immunize(TrackOption, ComputeOptions, ModelOptions, Command):
                 original, benign=benign, restricted=restricted, defense=defense, seed=self.seed, device=self.device,
                 threads=self.threads, folder=self.out, quiet=False, callbacks=callbacks,
             )  # fmt: skip
-        record = read_result(self.out).immunization
+        result = read_result(self.out)
+        record = result.immunization
         assert record is not None
         if speaks():
-            show(read_result(self.out), self.out)
+            show(result, self.out)
             print(f"{'Model' if record.nothing else 'Immunized model'}: {self.out / 'model.safetensors'}")
         return NOT_IMMUNIZED if record.nothing else 0
 
@@ -132,42 +133,41 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
     Exits with 0 if the model resists, 3 if it does not (partial, fails), 4 if the audit is invalid, 2 on bad input.
     """
 
-    model: str = argument(f"The model in question: {SOURCES}")
-    original: str = option("What it was before it was immunized, given like MODEL.")
+    model: str = argument(f"The model to audit: {SOURCES}")
+    original: str = option("The model before it was immunized, given like MODEL.")
     benign: str = option(f"Its own task: {TASKS}")
     restricted: str = option("The task that it must not be fine-tuned to; named like `benign`.")
     out: Path = option("Folder for result.json, report.html and finished trials.")
     transfer: str | None = option(
-        "A harmless task that it should still learn as well as the original does; named like `benign`.", None
+        "A harmless task that it should still learn as well as the original; named like `benign`.", None
     )
-    original_weights: Path | None = option("As --weights, of ORIGINAL.", None)
-    original_head: str | None = option("As --head, of ORIGINAL.", None)
-    original_mean: str | None = option("As --mean, of ORIGINAL.", None)
-    original_std: str | None = option("As --std, of ORIGINAL.", None)
+    original_weights: Path | None = option("As --weights, for ORIGINAL.", None)
+    original_head: str | None = option("As --head, for ORIGINAL.", None)
+    original_mean: str | None = option("As --mean, for ORIGINAL.", None)
+    original_std: str | None = option("As --std, for ORIGINAL.", None)
     battery: str = option(
-        "Which adversaries: quick-v1, quick-v2, standard-v1, probes-v1, generation-v1, language-v1, or the search "
-        "adaptive-v1.",
+        "Adversaries: quick-v1, quick-v2, standard-v1, probes-v1, generation-v1, language-v1, or the search adaptive-v1.",
         "quick-v1",
     )
-    budgets: str = option("Fine-tuning steps at which they are scored; the first is 0.", "0,5,10,20,50,100")
-    seeds: int = option("Repetitions.", 5)
-    shots: int | None = option("Adversary's training samples a class; null: its whole half.", None)
+    budgets: str = option("Fine-tuning steps after which to score; the first is 0.", "0,5,10,20,50,100")
+    seeds: int = option("Repetitions of every attack.", 5)
+    shots: int | None = option("Adversary's training samples a class (default: its whole half).", None)
     trials: int | None = option(
-        "Of the search adaptive-v1, for each model (default: 48); other batteries have none.", None
+        "Trials of the search adaptive-v1 on each model (default: 48); not for other batteries.", None
     )
     reported: float | None = option(
         "Restricted score after the last budget that the publisher claims, such as 0.23; for comparison.", None
     )
     reported_benign: float | None = option(
-        "Benign score of ORIGINAL that its publisher claims, such as 0.92; if it is far below, the audit says so "
-        "first, and is invalid.",
+        "Benign score of ORIGINAL that its publisher claims, such as 0.92; if the measured score is far lower, the "
+        "audit is invalid, and says so first.",
         None,
     )
     set: Sequence[str] = repeated(
         "Set a threshold of the verdict, such as max_advantage=0.03, or side_effects or stacked; may be repeated.",
         "KEY=VALUE",
     )
-    seed: int = option("Of everything random.", 0)
+    seed: int = option("Seed of all random choices.", 0)
     executor: str = option(f"Where trials run: {EXECUTORS}", "serial")
 
     def __call__(self) -> int:
@@ -177,6 +177,7 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
         from holdfast.models import load_task_for
         from holdfast.report.terminal import show
         from holdfast.results import read_result
+        from holdfast.runtime.argument_checks import split_numbers
 
         limits, more = self._settings(read_overrides(self.set))
         if self.trials is not None:
@@ -192,23 +193,24 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
             api.audit(
                 model, original=original, benign=tasks["benign"], restricted=tasks["restricted"],
                 transfer=tasks.get("transfer"), seed=self.seed, device=self.device, threads=self.threads,
-                folder=self.out, quiet=False, battery=self.battery, budgets=_integers(self.budgets), seeds=self.seeds,
-                shots=self.shots, reported=self.reported, reported_benign=self.reported_benign, thresholds=limits,
-                executor=self.executor, source=self._source(), callbacks=callbacks, **more,
+                folder=self.out, quiet=False, battery=self.battery, seeds=self.seeds,
+                budgets=split_numbers(self.budgets, "--budgets", int), shots=self.shots, reported=self.reported,
+                reported_benign=self.reported_benign, thresholds=limits, executor=self.executor, source=self._source(),
+                callbacks=callbacks, **more,
             )  # fmt: skip
         result = read_result(self.out)
         show(result, self.out)
         return exit_code(result.audit.verdict.label if result.audit else None)
 
     def _source(self) -> dict[str, str | None]:
-        """How models and tasks were named, for `holdfast replay`."""
+        """Names of models and tasks, for `holdfast replay`."""
         each = ("weights", "head", "mean", "std")
         names = ("model", "original", "benign", "restricted", "transfer", *each, *(f"original_{name}" for name in each))
         return {name: None if (value := getattr(self, name)) is None else str(value) for name in names}
 
     @classmethod
     def _settings(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Sorts what `--set` was given: thresholds, and settings of an audit that have no option of their own."""
+        """Splits the values of `--set` into thresholds, and settings of the audit that have no option."""
         from holdfast.auditing.audit import AuditSpec
         from holdfast.results import Thresholds
 
@@ -233,17 +235,17 @@ class Feasibility(ComputeOptions, ModelOptions, Command):
     """
 
     model: str | None = argument(
-        "Named as for `holdfast audit`; a pretrained one need not know the benign task's classes. Left out: the inputs "
-        "themselves.",
+        "Named as for `holdfast audit`; a pretrained model may have other classes than the benign task (default: no "
+        "model, the features are the inputs).",
         None,
     )
     benign: str = option(
-        "What should stay easy to learn: digits[0-4], cifar10, x.npz, t.csv@target=price,kind=regression, ..."
+        "The task that should stay easy to learn: digits[0-4], cifar10, x.npz, t.csv@target=price,kind=regression, ..."
     )
-    restricted: str = option("What should become hard to learn; named like `benign`.")
+    restricted: str = option("The task that should become hard to learn; named like `benign`.")
     out: Path = option("Folder for result.json and report.html.")
-    ridge: float = option("Per sample, for the bound on features that one of the tasks does not use.", 0.01)
-    q: float = option("Share of the removable loss in the predicted number of steps.", 0.9)
+    ridge: float = option("Ridge per sample, for the bound on features that one of the tasks does not use.", 0.01)
+    q: float = option("Share of the removable loss that is gone after the predicted number of steps.", 0.9)
 
     def __call__(self) -> int:
         """See `Command`."""
@@ -257,7 +259,7 @@ class Feasibility(ComputeOptions, ModelOptions, Command):
         )
         alone = [name for name in ("weights", "head", "mean", "std") if getattr(self, name) is not None]
         if self.model is None and alone:
-            raise HoldfastError(f"--{alone[0]} is of a model, and no MODEL is named; name it, such as cifar_resnet.")
+            raise HoldfastError(f"--{alone[0]} needs a MODEL, and none is given; name one, such as cifar_resnet.")
         model = None if self.model is None else self.loaded(self.model, benign, self.data_dir, own_head=False)
         api.feasibility(
             benign, restricted, model=model, ridge=self.ridge, q=self.q, device=self.device, threads=self.threads,
@@ -271,26 +273,24 @@ class Feasibility(ComputeOptions, ModelOptions, Command):
 class Recipes(Command):
     """List the recipes that come with Holdfast, or print one."""
 
-    name: str | None = argument("Print this recipe's YAML, as a start for one of your own.", None)
+    name: str | None = argument("Print this recipe's YAML, as a start for your own.", None)
 
     def __call__(self) -> int:
         """See `Command`."""
-        from importlib.resources import files
-
         from rich.console import Console
         from rich.table import Table
 
-        from holdfast.runtime.documents import read_yaml, recipe_names
+        from holdfast.runtime.documents import read_yaml, recipe_names, recipe_text
 
         if self.name is not None:
-            from holdfast.experiments.recipe import load  # with torch, which a list does not wait for
+            from holdfast.experiments.recipe import load  # imports torch, which the list of recipes does not need
 
             load(self.name)
-            print((files("holdfast") / "recipes" / f"{self.name}.yaml").read_text(), end="")
+            print(recipe_text(self.name), end="")
             return 0
         table = Table("recipe", "scales", "about")
         for each in recipe_names():
-            content = read_yaml((files("holdfast") / "recipes" / f"{each}.yaml").read_text(), f"Recipe {each!r}")
+            content = read_yaml(recipe_text(each), f"Recipe {each!r}")
             scales = ", ".join(sorted({"cpu", *content.get("scales", {})}))
             table.add_row(each, scales, content.get("about", content["title"]))
         Console().print(table)
@@ -300,10 +300,3 @@ class Recipes(Command):
 def exit_code(label: str | None) -> int:
     """Returns the exit code of a verdict."""
     return {"resists": RESISTS, "partial": DOES_NOT_RESIST, "fails": DOES_NOT_RESIST}.get(label or "", INVALID)
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.strip("[]() ").split(","))
-    except ValueError as error:
-        raise HoldfastError(f"--budgets {text!r}: expected whole numbers with commas, such as 0,10,20.") from error

@@ -6,6 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as error:
         again = "the same command without --overwrite" if arguments.get("overwrite") else "the same command"
         what, code = ("Terminated", TERMINATED) if isinstance(error, Terminated) else ("Interrupted", INTERRUPTED)
-        _complain(f"{what}. What is finished is kept; {again} continues from there.", code)
+        _complain(f"{what}. Finished results are kept; {again} continues from there.", code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -58,23 +59,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("HOLDFAST_TRACEBACK"):
             raise
         code = _complain(
-            f"unexpected {type(error).__name__}: {error}\nThis input should have been refused with a "
-            "reason: please report it. What was finished before is kept. HOLDFAST_TRACEBACK=1 shows where it happened.",
+            f"unexpected {type(error).__name__}: {error}\nThis is a bug: please report it. Finished results are kept. "
+            "HOLDFAST_TRACEBACK=1 shows where it happened.",
             BAD_INPUT,
         )
     sys.exit(code)
 
 
 def _refuse_empty(words: Sequence[str]) -> None:
-    """Refuses `--out ""`: most often a shell variable that is not set, and as a path it would be the present folder."""
+    """Refuses `--out ""`, most often an unset shell variable; as a path it would be the current folder."""
     for option, value in zip(words, [*words[1:], None], strict=True):
         if (option.startswith("--") and value == "") or (option.startswith("--") and option.endswith("=")):
             raise HoldfastError(f"{option.rstrip('=')} is empty; give it a value, or leave it out.")
 
 
 def _agreed(code: int) -> int:
-    """Lets several processes end together: a launcher ends all as soon as one of them ends with another code than 0."""
-    if processes() == 1:  # do not wait for torch where a command did not
+    """Makes launched processes exit together: the launcher stops all as soon as one exits with another code than 0."""
+    if processes() == 1:  # before the import: some commands do not need torch
         return code
     from holdfast.runtime.distributed import process_group
 
@@ -82,12 +83,12 @@ def _agreed(code: int) -> int:
 
 
 def _parser(wanted: Sequence[str] = tuple(COMMANDS)) -> ArgumentParser:
-    """Makes the parser; only the commands that are wanted get their options, which take a while to make."""
+    """Makes the parser; only the wanted commands get options, since adding them takes time."""
     parser = ArgumentParser(
         prog="holdfast",
         description="Immunize open-weight models against harmful fine-tuning, and audit honestly whether it worked.",
         epilog="Begin with: holdfast run quickstart",
-        version=_version(),
+        version=version("holdfast"),
         formatter_class=HelpFormatter,
     )
     commands = parser.add_subcommands(dest="command", title="commands")
@@ -100,14 +101,8 @@ def _parser(wanted: Sequence[str] = tuple(COMMANDS)) -> ArgumentParser:
     return parser
 
 
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("holdfast")
-
-
 def _complain(message: str, code: int) -> int:
-    rank = os.environ.get("RANK", "0")  # of several processes, each says what stopped it
+    rank = os.environ.get("RANK", "0")  # each of several processes names its own error
     print(f"holdfast{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr)
     return code
 

@@ -18,9 +18,9 @@ SAME, NOT_THE_SAME = 0, 1
 
 @dataclass(kw_only=True)
 class Report(Command):
-    """Write a run's report.html anew from its result.json, and print the verdict."""
+    """Write a run's report.html again from its result.json, and print the verdict."""
 
-    folder: Path = argument("A folder that `holdfast run`, `immunize`, `audit` or `feasibility` completed.")
+    folder: Path = argument("Folder of a finished `holdfast run`, `immunize`, `audit` or `feasibility`.")
 
     def __call__(self) -> int:
         """See `Command`."""
@@ -36,19 +36,19 @@ class Report(Command):
 
 @dataclass(kw_only=True)
 class Replay(Command):
-    """Repeat one trial of a finished run or audit, and compare its scores with those that were recorded.
+    """Repeat one trial of a finished run or audit, and compare its scores with the recorded ones.
 
     Exits with 0 if every score is the same to the last digit, 1 if not. Other weights or other data than those of the
     audit are refused.
     """
 
-    folder: Path = argument("A folder that `holdfast run` or `holdfast audit` completed.")
+    folder: Path = argument("Folder of a finished `holdfast run` or `holdfast audit`.")
     adversary: str | None = option("Name of the adversary (default: the best one on the immunized model).", None)
-    role: Literal["immunized", "original", "scratch"] = option("Which model it attacks.", "immunized")
-    seed: int = option("Which repetition.", 0)
-    data_dir: Path | None = option("Where data and weights are looked up (default: $HOLDFAST_DATA).", None)
+    role: Literal["immunized", "original", "scratch"] = option("The model that it attacks.", "immunized")
+    seed: int = option("Number of the repetition.", 0)
+    data_dir: Path | None = option("Folder with data and weights (default: $HOLDFAST_DATA).", None)
     device: str | None = option("auto, cpu, cuda, cuda:1, mps, ... (default: the recorded one).", None)
-    threads: int | None = option("CPU threads (default: as many as were recorded).", None)
+    threads: int | None = option("CPU threads (default: the recorded number).", None)
 
     def __call__(self) -> int:
         """See `Command`."""
@@ -65,21 +65,21 @@ class Replay(Command):
 
 @dataclass(kw_only=True)
 class Card(Command):
-    """Print a model card's section on an audit, bound to the audited weights; or check that a card is of these weights.
+    """Print a model card's section on an audit, with the hashes of the weights; or check a card against weights.
 
-    With --check, exits with 0 if the weights are the card's, 1 if not.
+    With --check, exits with 0 if the card has the hash of the weights, 1 if not.
     """
 
     folder: Path = argument(
-        "A folder that `holdfast run` or `holdfast audit` completed; with --check, the README.md with the card."
+        "Folder of a finished `holdfast run` or `holdfast audit`; with --check, the README.md with the card."
     )
     out: Path | None = option(
-        "README.md to put the section into; what stands outside of the section's markers is kept.", None
+        "README.md to write the section to; the text outside the section's markers is kept.", None
     )
     weights: Path | None = option(
         "The released file (default: FOLDER/model.safetensors, or the file that was audited).", None
     )
-    check: Path | None = option("A .safetensors file: is the card about it?", None)
+    check: Path | None = option("A .safetensors file to check the card against.", None)
 
     def __call__(self) -> int:
         """See `Command`."""
@@ -89,9 +89,9 @@ class Card(Command):
 
         folder, out = self.folder, self.out
         if self.check is not None:
-            idle = [name for name, given in (("--out", out), ("--weights", self.weights)) if given is not None]
-            if idle:
-                raise HoldfastError(f"{idle[0]} does nothing beside --check, which only compares; leave it out.")
+            unused = [name for name, value in (("--out", out), ("--weights", self.weights)) if value is not None]
+            if unused:
+                raise HoldfastError(f"{unused[0]} has no effect with --check, which only compares; leave it out.")
             return _check_card(folder / "README.md" if folder.is_dir() else folder, self.check)
         result = read_result(folder)
         file_sha256 = _bind(result, folder, self.weights)
@@ -106,9 +106,9 @@ class Card(Command):
 
 @dataclass(kw_only=True)
 class Leaderboard(Command):
-    """Render all audits under a folder as one page, side by side: measured, reported, and what is unreliable."""
+    """Show all audits under a folder on one page: measured and reported scores, and which audits are unreliable."""
 
-    folder: Path = argument("It and its subfolders are searched.")
+    folder: Path = argument("Folder to search, with its subfolders.")
     out: Path | None = option("The page (default: FOLDER/leaderboard.html).", None)
 
     def __call__(self) -> int:
@@ -123,15 +123,14 @@ class Leaderboard(Command):
 
 
 def _bind(result: RunResult, folder: Path, weights: Path | None) -> str | None:
-    """Returns the hash of the released file, which must hold the very tensors that were audited."""
+    """Returns the hash of the released file, after checking that it holds the audited tensors."""
     from holdfast.runtime.storage import load_tensors, tensors_sha256
 
     if "immunized" not in result.provenance.models:
         raise HoldfastError(f"{str(folder)!r} holds no immunized model (its kind is {result.job!r}).")
     source = result.recipe.get("source") or {}
-    named = [source.get("weights"), source.get("model")]
-    places = [weights] if weights else [folder / "model.safetensors", *(Path(n) for n in named if n)]
-    for path in places:
+    names = [name for name in (source.get("weights"), source.get("model")) if name]
+    for path in [weights] if weights else [folder / "model.safetensors", *map(Path, names)]:
         if path is weights or (path.suffix == ".safetensors" and path.is_file()):
             now, then = tensors_sha256(load_tensors(path)[0]), result.provenance.models["immunized"].sha256
             if now != then:
@@ -140,8 +139,8 @@ def _bind(result: RunResult, folder: Path, weights: Path | None) -> str | None:
                     f"{then[:12]}...). Give the file that is released with --weights, or audit this one."
                 )
             return _file_sha256(path)
-    print("holdfast: no file of the weights is at hand, so the card names their tensors only; --weights FILE adds it.",
-          file=sys.stderr)  # fmt: skip
+    print("holdfast: the file of the weights was not found, so the card has the hash of their tensors only; --weights "
+          "FILE adds that of the file.", file=sys.stderr)  # fmt: skip
     return None
 
 
@@ -152,13 +151,13 @@ def _check_card(readme: Path, weights: Path) -> int:
     if not readme.is_file():
         raise HoldfastError(f"No card at {str(readme)!r}: the file does not exist.")
     claimed = hashes(readme.read_text(encoding="utf-8"))
-    found = tensors_sha256(load_tensors(weights)[0])
-    if found != claimed.tensors:
-        print(f"NOT the card of {weights}: its tensors are {found}, and the card is about {claimed.tensors}.")
+    measured = tensors_sha256(load_tensors(weights)[0])
+    if measured != claimed.tensors:
+        print(f"NOT the card of {weights}: its tensors are {measured}, and the card is about {claimed.tensors}.")
         return NOT_THE_SAME
-    print(f"The card is about the tensors of {weights}: {found}.")
+    print(f"The card is about the tensors of {weights}: {measured}.")
     if claimed.file is not None and claimed.file != _file_sha256(weights):
-        print("The file was written anew: its bytes are others, its tensors are the same.")
+        print("The file was written again: its bytes differ, its tensors are the same.")
     return SAME
 
 

@@ -1,1 +1,1 @@
-"""Recipes and what runs them: runs, studies and protocols."""
+"""Recipes, and the runs, studies and protocols that they describe."""

@@ -1,4 +1,4 @@
-"""What a protocol's curves say, in sentences."""
+"""The findings of a protocol, in sentences."""
 
 from __future__ import annotations
 
@@ -21,33 +21,31 @@ from holdfast.experiments.setting_scores import (
 from holdfast.results.tables import Cell
 
 BELOW_CHANCE = 0.03
-"""By how much a score must be under chance, and under the original's, before the findings wonder at it."""
+"""A finding mentions a score only if it is further than this below chance, and below the original's."""
 
 
 def findings_of(
     setting: SettingScores, rows: Sequence[Row], compared: Mapping[str, Comparison], epochs: Sequence[int]
 ) -> list[str]:
-    """Returns what is to be said of one setting.
+    """Returns the findings on one setting.
 
     Args:
         setting: the setting.
         rows: its rows.
-        compared: each model beside scratch and the original; see `compare`.
-        epochs: of the protocol.
+        compared: each model, compared with the controls; see `compare`.
+        epochs: epochs of the protocol.
     """
-    labels = list(dict.fromkeys(label for label, _ in setting.made))
-    found = [_about_original(setting, compared, epochs)] if SCRATCH in compared and ORIGINAL in compared else []
-    for label in labels:
+    sentences = [_original(setting, compared, epochs)] if SCRATCH in compared and ORIGINAL in compared else []
+    for label in setting.labels:
         if label in compared:
-            found.append(_about_defense(label, setting, rows, compared, epochs))
-            found += _about_crossing(label, setting, compared, epochs)
-        found += _about_immunization(label, setting.made)
+            sentences.append(_defense(label, setting, rows, compared, epochs))
+            sentences += _crossing(label, setting, compared, epochs)
+        sentences += _immunization(label, setting.made)
     refused = {row.attack: row.remark for row in rows if row.remark}
-    found += [f"{attack} is {remark}." for attack, remark in refused.items()]
-    return found
+    return sentences + [f"{attack} is {remark}." for attack, remark in refused.items()]
 
 
-def _about_original(setting: SettingScores, compared: Mapping[str, Comparison], epochs: Sequence[int]) -> str:
+def _original(setting: SettingScores, compared: Mapping[str, Comparison], epochs: Sequence[int]) -> str:
     """What there is to protect."""
     ahead = ahead_of_scratch(ORIGINAL, compared[ORIGINAL], setting.measure)
     assert ahead is not None
@@ -58,11 +56,11 @@ def _about_original(setting: SettingScores, compared: Mapping[str, Comparison], 
         f"from scratch at {_score(setting, compared, SCRATCH)}; {guess} {measure.text(measure.value(setting.chance))}."
     )
     if last.mean is not None and last.mean <= 0:
-        text += " The original is worth nothing to the adversary there, so that there is nothing to protect."
+        text += " The original gives the adversary no advantage there, so there is nothing to protect."
     return text
 
 
-def _about_defense(
+def _defense(
     label: str, setting: SettingScores, rows: Sequence[Row], compared: Mapping[str, Comparison], epochs: Sequence[int]
 ) -> str:
     comparison, measure = compared[label], setting.measure
@@ -83,11 +81,11 @@ def _about_defense(
             f". Below chance ({measure.text(setting.chance)}) after {', '.join(low)}: the model avoids the right "
             "answers, which is not the same as not knowing them"
         )
-    return text + _about_benign(label, setting) + "."
+    return text + _benign(label, setting) + "."
 
 
-def _about_benign(label: str, setting: SettingScores) -> str:
-    """What the defense cost; of an error also as a share, because its size alone says little."""
+def _benign(label: str, setting: SettingScores) -> str:
+    """What the defense cost on the benign task; the size of an error says little, so it is also shown as a share."""
     measure, before, now = setting.benign_measure, setting.benign(ORIGINAL).mean, setting.benign(label).mean
     if before is None or now is None:
         return ""
@@ -95,10 +93,10 @@ def _about_benign(label: str, setting: SettingScores) -> str:
     return text if measure.percent or not before else f"{text} ({now / before - 1:+.1%})"
 
 
-def _about_crossing(
+def _crossing(
     label: str, setting: SettingScores, compared: Mapping[str, Comparison], epochs: Sequence[int]
 ) -> list[str]:
-    """From which epoch on the adversary is as well off with the model as without; nothing where that is not known."""
+    """From which epoch on fine-tuning the model is as good as training from scratch; empty if that is not known."""
     comparison = compared[label]
     if SCRATCH not in comparison.batteries:
         return []
@@ -119,49 +117,47 @@ def _about_crossing(
 
 
 def _below_chance(label: str, setting: SettingScores, rows: Sequence[Row], epoch: int) -> list[str]:
-    """Attacks that leave the model clearly under chance, where they do not leave the original there as well."""
+    """Attacks that leave the model clearly below chance, but not the original."""
     if not setting.measure.percent:
-        return []  # an error above the reference's is that of a bad model: so there is nothing to avoid
+        return []  # a bad model has a large error; that does not mean that it avoids the right answers
     ends = {(r.model, r.attack): r.score(epoch) for r in rows if r.curves}
-    found = []
+    low = []
     for (model, attack), end in ends.items():
-        known = [v for v in (ends.get((ORIGINAL, attack)),) if v is not None]
-        if model == label and end is not None and end < min([setting.chance, *known]) - BELOW_CHANCE:
-            found.append(attack)
-    return found
+        original = ends.get((ORIGINAL, attack))
+        least = setting.chance if original is None else min(setting.chance, original)
+        if model == label and end is not None and end < least - BELOW_CHANCE:
+            low.append(attack)
+    return low
 
 
-def _about_immunization(label: str, every: Mapping[tuple[str, int], ImmunizedModel]) -> list[str]:
-    """What went wrong, or was taken from elsewhere."""
+def _immunization(label: str, every: Mapping[tuple[str, int], ImmunizedModel]) -> list[str]:
+    """What went wrong in the immunizations of a defense, and which models were reused."""
     own = {seed: made for (name, seed), made in every.items() if name == label}
-    found = []
+    sentences = []
     lost = {seed: at for seed, made in own.items() if (at := first_lost(made.result)) is not None}
     if lost:
         rounds = ", ".join(map(str, lost.values()))
-        found.append(f"{label}: in {len(lost)} of {len(own)} seeds a loss was not finite (round {rounds}).")
-    unfinished = [seed for seed, made in own.items() if not made.result.completed]
-    if unfinished:
-        seeds = ", ".join(map(str, unfinished))
-        found.append(f"{label} did not complete with seed {seeds}: it gave up early, and its last state was attacked.")
+        sentences.append(f"{label}: in {len(lost)} of {len(own)} seeds a loss was not finite (round {rounds}).")
+    if unfinished := [str(seed) for seed, made in own.items() if not made.result.completed]:
+        sentences.append(
+            f"{label} did not complete with seed {', '.join(unfinished)}: it gave up early, and its last state was "
+            "attacked."
+        )
         last = {made.result.events[-1].message: None for made in own.values() if made.result.events}
-        found += [f"{label}, the last event: {message}." for message in last]
+        sentences += [f"{label}, the last event: {message}." for message in last]
     for sentence in dict.fromkeys(made.result.nothing for made in own.values()):
         if sentence is not None:
             seeds = ", ".join(str(seed) for seed, made in own.items() if made.result.nothing == sentence)
-            found.append(f"{label}, seed {seeds}: {sentence[:1].lower()}{sentence[1:]}")
-    jumps = [jump for made in own.values() if (jump := _jump_of(made)) is not None]
-    if jumps:
-        found.append(f"{label}: the largest jump of its suppression loss between two rounds is {max(jumps):.3g}.")
+            sentences.append(f"{label}, seed {seeds}: {sentence[:1].lower()}{sentence[1:]}")
+    largest = (largest_jump(made.result.history.get("suppression_loss", [])) for made in own.values())
+    if jumps := [jump for jump in largest if jump is not None]:
+        sentences.append(f"{label}: the largest jump of its suppression loss between two rounds is {max(jumps):.3g}.")
     for owner in dict.fromkeys(made.reused_from for made in own.values() if made.reused_from):
-        found.append(f"{label} was not immunized here, but reused from {owner}.")
-    return found
-
-
-def _jump_of(made: ImmunizedModel) -> float | None:
-    return largest_jump(made.result.history.get("suppression_loss", []))
+        sentences.append(f"{label} was not immunized here, but reused from {owner}.")
+    return sentences
 
 
 def _score(setting: SettingScores, compared: Mapping[str, Comparison], model: str, at: int = -1) -> str:
-    """What is shown of a model's best attack at one of the epochs, by mean over seeds."""
+    """A model's score under its best attack at one of the epochs, by mean over seeds, as text."""
     (score,) = plain(compared[model].scores[role_of(model)][:, [at]].mean(0))
     return setting.measure.text(setting.measure.value(score))

@@ -1,14 +1,13 @@
-"""Many immunizations: run anywhere, kept by everything that they depend on, and reused from another run's folder.
+"""The immunizations of a protocol: run on any executor, stored, and reused by other runs.
 
-An immunization may take days, and several tables of the SOPHON paper are about one and the same model. So each
-finished model is in the run's folder under a hash of everything that it depends on, with its record beside it:
-another run that needs the same model copies it from there, after checking it, and says so.
+An immunization may take days, and several tables of the SOPHON paper need the same model. So the run's folder holds
+each finished model and its record under a hash of everything that they depend on. Another run that needs the same
+model checks and copies it, and says so.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from holdfast.experiments.model_store import CacheKey, ModelJobs, StoredModel, m
 from holdfast.experiments.setting import Setting
 from holdfast.models import SplitModel
 from holdfast.results import ImmunizationResult
+from holdfast.results.tables import finite
 from holdfast.runtime.executors import Executor
 from holdfast.runtime.jobs import Job, run_jobs
 from holdfast.runtime.run import Run, fingerprint
@@ -31,14 +31,14 @@ from holdfast.runtime.run import Run, fingerprint
 
 @dataclass(frozen=True)
 class ImmunizationJob:
-    """One immunization that is wanted.
+    """One immunization of a protocol.
 
     Attributes:
-        setting: name of its setting.
+        setting: name of the setting.
         label: the recipe's name for the defense.
-        seed: which repetition.
-        defense: with its settings.
-        run_seed: what the defense's random choices derive from.
+        seed: number of the repetition.
+        defense: the defense with its settings.
+        run_seed: source of the defense's random choices.
         cache_key: everything that the result depends on.
     """
 
@@ -51,7 +51,7 @@ class ImmunizationJob:
 
     @classmethod
     def of(cls, name: str, label: str, seed: int, defense: Defense, setting: Setting, run: Run) -> ImmunizationJob:
-        """Describes an immunization; seed s of it has the run's seed + s, as `holdfast immunize --seed` would."""
+        """Describes an immunization; repetition s has the seed of the run plus s, as in `holdfast immunize --seed`."""
         defense = defense.resolved(setting.benign)
         settings = {f"defense.{key}": value for key, value in defense.config().items()}
         cache_key = {"defense": defense.name, **settings, "seed": run.seed + seed, **setting.cache_key}
@@ -74,8 +74,8 @@ class ImmunizedModel:
         model: the model, on the CPU.
         result: the defense's record.
         benign: its score on the benign test split; None: not finite.
-        seconds: that it took, since it was last started.
-        reused_from: the folder of the run that made it; None: this run did.
+        seconds: duration since the immunization was last started or continued.
+        reused_from: the folder of the run that made it; None: this run.
     """
 
     model: SplitModel
@@ -96,10 +96,10 @@ def check_reuse(reuse: Sequence[Path]) -> None:
 
 
 def reuse_models(jobs: Sequence[ImmunizationJob], reuse: Sequence[Path], *, run: Run) -> None:
-    """Copies immunized models from other runs' folders, and says which were there and which were not.
+    """Copies immunized models from other runs' folders, and prints which were found and which were not.
 
     Raises:
-        HoldfastError: if a folder holds none that is wanted, or a damaged one.
+        HoldfastError: if a folder holds no model that is needed here, or a damaged one.
     """
     assert run.folder is not None
     own = model_store(run.folder, "immunized")
@@ -109,9 +109,9 @@ def reuse_models(jobs: Sequence[ImmunizationJob], reuse: Sequence[Path], *, run:
         fitting = [job for job in jobs if theirs.has(job.cache_key)]
         if not fitting:
             raise HoldfastError(
-                f"--reuse {str(owner)!r}: none of its {len(held)} immunized models is wanted here. "
+                f"--reuse {str(owner)!r}: this run needs none of its {len(held)} immunized models. "
                 + "; ".join(_nearest(job, held) for job in jobs[:4])
-                + ". Give the recipe the same settings, or leave --reuse out and immunize anew."
+                + ". Give the recipe the same settings, or leave --reuse out."
             )
         for job in fitting:
             if own.has(job.cache_key):
@@ -124,13 +124,10 @@ def reuse_models(jobs: Sequence[ImmunizationJob], reuse: Sequence[Path], *, run:
 
 
 def _nearest(job: ImmunizationJob, held: Sequence[CacheKey]) -> str:
-    """In what the nearest of several models differs from the one that is wanted."""
-
-    def differing(other: CacheKey) -> list[str]:
-        keys = {*job.cache_key, *other}
-        return sorted(k for k in keys if job.cache_key.get(k) != other.get(k))
-
-    nearest = min(map(differing, held), key=lambda keys: ("defense" in keys, len(keys)))
+    """Says in which settings the most similar model differs from the one that is needed."""
+    own = job.cache_key
+    differing = [sorted(k for k in {*own, *other} if own.get(k) != other.get(k)) for other in held]
+    nearest = min(differing, key=lambda keys: ("defense" in keys, len(keys)))
     return f"{job.label}, seed {job.seed}: " + (
         "there is none of this defense" if "defense" in nearest else f"the nearest differs in {', '.join(nearest)}"
     )
@@ -139,12 +136,12 @@ def _nearest(job: ImmunizationJob, held: Sequence[CacheKey]) -> str:
 def immunize_all(
     wanted: Sequence[ImmunizationJob], settings: Mapping[str, Setting], *, run: Run, executor: Executor
 ) -> dict[tuple[str, str, int], ImmunizedModel]:
-    """Returns every immunized model that is wanted; only those that the run's folder lacks are made.
+    """Returns all immunized models; only those that the run's folder lacks are made.
 
-    Each defense continues from its last checkpoint, and each finished model is kept at once.
+    Each defense continues from its last checkpoint, and each finished model is stored at once.
 
     Args:
-        wanted: which models.
+        wanted: the immunizations.
         settings: by name.
         run: seed, device, folder.
         executor: where the defenses run; it does not change their results.
@@ -157,7 +154,7 @@ def immunize_all(
     jobs = [Job(each.key, each, str(each)) for each in wanted]
     for key in store.missing([job.key for job in jobs]):
         _checkpoints(run.folder, key).mkdir(parents=True, exist_ok=True)
-    # One after another, each defense shows its own progress, and two displays do not fit on a terminal.
+    # In this process each defense shows its own progress, and a terminal has room for one display only.
     description = None if executor.name == "serial" else "Immunizing"
     made = run_jobs(
         _immunize, _Context(settings, run), jobs, store, run=run, executor=executor, description=description
@@ -169,7 +166,7 @@ def immunize_all(
 
 
 class _ImmunizedModels(ModelJobs):
-    """Immunized models in a run's folder; the checkpoints of one that is finished are removed."""
+    """Immunized models in a run's folder; storing a finished one removes its checkpoints."""
 
     def __init__(self, folder: Path, wanted: Sequence[ImmunizationJob], settings: Mapping[str, Setting]) -> None:
         cache_keys = {each.key: each.cache_key for each in wanted}
@@ -200,28 +197,26 @@ def _checkpoints(folder: Path, key: str) -> Path:
 
 @dataclass(frozen=True)
 class _Context:
-    """What all immunizations need; it travels once to each worker."""
+    """Input of all immunizations; sent once to each worker."""
 
     settings: Mapping[str, Setting]
     run: Run
 
 
 def _immunize(context: _Context, wanted: ImmunizationJob) -> StoredModel:
-    """Makes one immunized model."""
     setting, run = context.settings[wanted.setting], context.run
     assert run.folder is not None
-    place = _checkpoints(run.folder, wanted.key)
+    checkpoints = _checkpoints(run.folder, wanted.key)
     # A worker on another machine does not see the folder, and works without checkpoints.
-    folder = place if place.is_dir() else None
+    folder = checkpoints if checkpoints.is_dir() else None
     own = Run(wanted.run_seed, run.device, folder, run.quiet, callbacks=run.callbacks)
     run.say(f"Immunizing {wanted}")
     begin = time.perf_counter()
     model, record = wanted.defense.immunize(setting.original, setting.benign, setting.defender_data, run=own)
     seconds = time.perf_counter() - begin
-    score = setting.benign.audit_score(model)
     notes = {
+        "benign": finite(setting.benign.audit_score(model)),
         "result": wanted.defense.attach_result(record, setting.original, model).model_dump(mode="json"),
-        "benign": score if math.isfinite(score) else None,
         "seconds": round(seconds, 3),
     }
     return model.to("cpu"), notes

@@ -1,14 +1,13 @@
 """Protocols: fixed attacks over epochs on several models side by side, laid out as the tables of the SOPHON paper.
 
-An audit looks for the best adversary and gives a verdict. A protocol gives none: it runs the attacks that it is told
-to, and shows every one of them on every model, scratch and the original among them.
+An audit looks for the best adversary and gives a verdict. A protocol gives no verdict: it runs the attacks that the
+recipe names, and shows all of them on every model, scratch and the original included.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -37,7 +36,7 @@ from holdfast.experiments.setting import ORIGINAL, SCRATCH, Setting
 from holdfast.experiments.setting_scores import Measure, PaperSpec, Row, SettingScores
 from holdfast.experiments.tables import tabulate
 from holdfast.models import ModelSpec
-from holdfast.results.tables import Outcome
+from holdfast.results.tables import Outcome, finite
 from holdfast.runtime.argument_checks import readable
 from holdfast.runtime.executors import Executor
 from holdfast.runtime.run import Run
@@ -56,7 +55,7 @@ class SettingSpec(BaseModel):
     restricted: TaskSpec
     transfer: TaskSpec | None = Field(None, description="A harmless task that every model should still learn.")
     stands_for: str | None = Field(
-        None, description="The setting of `paper` that this one takes the place of; null: the one of the same name."
+        None, description="The setting of `paper` that this one replaces; null: the one of the same name."
     )
 
 
@@ -65,41 +64,41 @@ class ProtocolSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    precision: Precision = Field("float32", description="Of the attacks' training; bf16 is torch.autocast.")
+    precision: Precision = Field("float32", description="Precision of the attacks' training; bf16 is torch.autocast.")
     seeds: int = Field(3, ge=1, description="Repetitions of every attack: batches, samples, fresh weights.")
     immunizations: int = Field(
         1, ge=1, description="Repetitions of every defense; attack seed s meets the model of defense seed s mod this."
     )
-    epochs: tuple[int, ...] = Field((0, 1, 5, 10, 15, 20), description="At which to score; the first is 0.")
+    epochs: tuple[int, ...] = Field((0, 1, 5, 10, 15, 20), description="Epochs after which to score; the first is 0.")
     shots: int | None = Field(None, ge=1, description="Adversary's training samples a class; null: its whole half.")
     epoch_of: Literal["samples", "task"] = Field(
         "samples",
-        description="An epoch is as many samples as the adversary has, or as the task has before the split in halves: "
-        "so the paper counts (250 steps of 200 are the 50,000 images of CIFAR-10).",
+        description="An epoch is as many samples as the adversary has, or as the task has before the split in halves. "
+        "The paper counts the latter (250 steps of 200 are the 50,000 images of CIFAR-10).",
     )
-    max_steps_per_epoch: int | None = Field(None, ge=1, description="Cuts every epoch short, for quick looks.")
+    max_steps_per_epoch: int | None = Field(None, ge=1, description="Limit on the steps of an epoch, for quick runs.")
     settings: dict[str, SettingSpec]
     defenses: dict[str, dict[str, Any]] = Field({}, description="Defenses by the name of their row: `name`, settings.")
     attacks: dict[str, AttackSpec] = Field({}, description="Attacks by the name of their row.")
-    battery: str | None = Field(None, description="A battery instead of `attacks`; every adversary is a row.")
+    battery: str | None = Field(None, description="A battery instead of `attacks`; each of its adversaries is a row.")
     compare_with: str | None = Field(
-        None, description="A defense that the others are compared with, seed by seed, in a table of its own."
+        None, description="A defense that the others are compared with, seed by seed, in a table of their own."
     )
     conditioning: Conditioning | None = Field(
-        None, description="Take RIR_theta0 of every immunized model, on how many samples; null: no."
+        None, description="Measure RIR_theta0 of every immunized model, on these samples; null: no."
     )
     transfer_attacks: tuple[str, ...] = Field(
         (),
         description="Which attacks learn the settings' transfer tasks; none: those that train a head alone "
         "(closed-form probes, scope `head`), or a closed-form probe if there is none.",
     )
-    pictures: Samples | None = Field(None, description="What denoisers make of images; null: no pictures.")
+    pictures: Samples | None = Field(None, description="Pictures that denoisers make; null: no pictures.")
     measurements: dict[str, dict[str, Any]] = Field(
         {}, description="Further measurements by their registered name, with their settings."
     )
     paper: dict[str, dict[str, PaperSpec]] = Field(
         {},
-        description="The paper's numbers, accuracies in percent and errors as they are: by setting, then model "
+        description="The paper's numbers, accuracies in percent and errors as printed: by setting, then model "
         "(`scratch`, `original`, defenses).",
     )
 
@@ -109,7 +108,7 @@ class ProtocolSpec(BaseModel):
             raise ValueError("settings is empty; give at least one, with model, benign and restricted")
         reserved = [name for name in (SCRATCH, ORIGINAL) if name in self.defenses]
         if reserved:
-            raise ValueError(f"a defense is called {reserved[0]!r}, as a control that is always there; rename it")
+            raise ValueError(f"a defense is called {reserved[0]!r}, which is the name of a control; rename it")
         if self.compare_with is not None and self.compare_with not in self.defenses:
             raise ValueError(str(unknown("defense to compare with:", self.compare_with, self.defenses)))
         if len(self.epochs) < 2 or self.epochs[0] != 0 or any(a >= b for a, b in itertools.pairwise(self.epochs)):
@@ -143,32 +142,32 @@ class ProtocolSpec(BaseModel):
         return few.size("train")
 
     def chosen_measurements(self) -> list[Measurement]:
-        """Returns what is measured beside the scores, in the order of the report.
+        """Returns the measurements, in the order of the report.
 
         Raises:
-            HoldfastError: for a measurement that is not registered, or settings that it does not have.
+            HoldfastError: for a measurement that is not registered, or settings that do not fit it.
         """
         steps = self.max_steps_per_epoch
         transfer = Transfer(attacks=self.transfer_attacks, seeds=self.seeds, max_steps_per_epoch=steps)
-        found: list[Measurement | None] = [self.conditioning, ProbeCurves(), transfer, self.pictures]
+        chosen: list[Measurement | None] = [self.conditioning, ProbeCurves(), transfer, self.pictures]
         for name, settings in self.measurements.items():
             kind = MEASUREMENTS.lookup(name)
             try:
-                found.append(kind.model_validate(settings))
+                chosen.append(kind.model_validate(settings))
             except ValidationError as error:
                 raise readable(error, f"measurements.{name}", kind) from error
-        return [each for each in found if each is not None]
+        return [each for each in chosen if each is not None]
 
     def plan(self) -> list[Attack]:
         """Returns the attacks in order.
 
         Raises:
-            HoldfastError: for an unknown battery, epochs out of order, or two attacks that are the same.
+            HoldfastError: for an unknown battery, epochs out of order, or two attacks with the same settings.
         """
         if self.battery is not None:
             adversaries = [in_precision(a, self.precision) for a in listed(self.battery)]
             return [Attack(a.name, a, self.epochs, a.name) for a in adversaries]
-        found: dict[str, Attack] = {}
+        attacks: dict[str, Attack] = {}
         for name, spec in self.attacks.items():
             epochs = (*self.epochs, *spec.more_epochs)
             if any(a >= b for a, b in itertools.pairwise(epochs)):
@@ -177,38 +176,34 @@ class ProtocolSpec(BaseModel):
                     f"{self.epochs[-1]}, the protocol's last epoch"
                 )
             attack = Attack(name, spec.adversary(self.precision), epochs, spec.stands_for or name)
-            if attack.adversary.name in found:
-                raise HoldfastError(
-                    f"attacks {found[attack.adversary.name].label!r} and {name!r} have the same settings; leave one out"
-                )
-            found[attack.adversary.name] = attack
-        return list(found.values())
+            known = attacks.setdefault(attack.adversary.name, attack)
+            if known is not attack:
+                raise HoldfastError(f"attacks {known.label!r} and {name!r} have the same settings; leave one out")
+        return list(attacks.values())
 
 
 def check_kinds(settings: Mapping[str, SettingSpec], tasks: Mapping[TaskSpec, Task]) -> None:
-    """Refuses tasks of several kinds: a table has one unit, and percent and errors have no common one.
+    """Refuses tasks of several kinds, since a table has one unit.
 
     Args:
         settings: by name.
-        tasks: what the settings' tasks are.
+        tasks: the loaded tasks.
 
     Raises:
         HoldfastError: naming the task that differs from the first.
     """
-    found = [
+    units = [
         (f"the {role} task {tasks[spec].name!r} of setting {name!r}", tasks[spec].audit_unit)
         for name, setting in settings.items()
-        for role, spec in (
-            ("restricted", setting.restricted), ("benign", setting.benign), ("transfer", setting.transfer),
-        )
-        if spec is not None
-    ]  # fmt: skip
-    first, unit = found[0]
-    for place, other in found:
+        for role in ("restricted", "benign", "transfer")
+        if (spec := getattr(setting, role)) is not None
+    ]
+    first, unit = units[0]
+    for task, other in units:
         if other != unit:
             raise HoldfastError(
-                f"A protocol has one kind of task, because its tables have one unit; {place} is scored by "
-                f"{other}, and {first} by {unit}. Write a protocol for each kind."
+                f"A protocol has one kind of task, because its tables have one unit; {task} is scored by {other}, and "
+                f"{first} by {unit}. Write a protocol for each kind."
             )
 
 
@@ -218,10 +213,10 @@ def immunizations(
     """Returns every immunization of a protocol.
 
     Args:
-        spec: how many repetitions.
+        spec: says how many repetitions.
         defenses: by the name of their row.
         settings: by name.
-        run: its seed is the first repetition's.
+        run: its seed is that of the first repetition.
     """
     return [
         ImmunizationJob.of(name, label, seed, defense, setting, run)
@@ -239,55 +234,50 @@ def protocol(
     run: Run,
     executor: Executor,
 ) -> tuple[Outcome, dict[str, ImmunizedModel]]:
-    """Immunizes, attacks every model, and lays the scores out as tables.
+    """Immunizes and attacks all models, and returns their scores as tables.
 
-    Every finished job is kept in the run's folder at once, and a second call does only what is missing.
+    Every finished job is stored in the run's folder at once, and a second call runs only the missing ones.
 
     Args:
         spec: attacks, epochs, seeds.
-        wanted: see `immunizations`.
+        wanted: the result of `immunizations`.
         settings: models and tasks by name.
         run: seed, device, folder.
         executor: where immunizations and attacks run; it does not change their results.
 
     Returns:
-        Tables, figures and sentences; and the immunized models by setting, label and seed, in words.
+        Tables, figures and sentences; and the immunized models by name: setting, label and seed.
 
     Raises:
         HoldfastError: if models and tasks do not fit together.
     """
     made = immunize_all(wanted, settings, run=run, executor=executor)
-    models = {place: each.model for place, each in made.items()}
+    models = {key: each.model for key, each in made.items()}
     context = AttackContext(settings, models, spec.immunizations, spec.shots, run)
     rows, trials = _rows(spec, wanted, settings)
-    # Seeds first: an interrupted protocol has few seeds of everything rather than everything of a few models.
+    # Sorted by seed: an interrupted protocol then has a few seeds of all models rather than all seeds of a few models.
     every = sorted(itertools.chain.from_iterable(trials), key=lambda trial: trial.seed)
     curves = attack_curves(
-        context,
-        every,
-        file="trials.jsonl",
-        depends_on={"seeds": spec.seeds},
-        executor=executor,
+        context, every, file="trials.jsonl", depends_on={"seeds": spec.seeds}, executor=executor,
         description="Attacking",
-    )
+    )  # fmt: skip
     filled = [
-        dataclasses.replace(row, curves=tuple(curves[t.key] for t in mine))
-        for row, mine in zip(rows, trials, strict=True)
+        dataclasses.replace(row, curves=tuple(curves[t.key] for t in own))
+        for row, own in zip(rows, trials, strict=True)
     ]
     scores = [_scores(name, setting, spec, made, run) for name, setting in settings.items()]
     measured = Measured(context, spec.plan(), filled, trials, scores, executor)
-    above = [m for m in spec.chosen_measurements() if not m.after_scores]
-    below = [m for m in spec.chosen_measurements() if m.after_scores]
-    outcome = sum((m.measure(measured) for m in above), Outcome({}, {}, []))
+    chosen = spec.chosen_measurements()
+    outcome = sum((m.measure(measured) for m in chosen if not m.after_scores), Outcome({}, {}, []))
     outcome += tabulate(scores, filled, spec.epochs, spec.compare_with)
-    outcome = sum((m.measure(measured) for m in below), outcome)
+    outcome = sum((m.measure(measured) for m in chosen if m.after_scores), outcome)
     return outcome, {f"{j.setting}: {j.label}, seed {j.seed}": made[j.setting, j.label, j.seed] for j in wanted}
 
 
 def _rows(
     spec: ProtocolSpec, wanted: Sequence[ImmunizationJob], settings: Mapping[str, Setting]
 ) -> tuple[list[Row], list[list[AttackTrial]]]:
-    """Rows of the table, still without curves, and the trials of each; none where an attack cannot start."""
+    """Rows of the table, still without curves, and the trials of each row; none for an attack that cannot start."""
     plan, rows, trials = spec.plan(), [], []
     for name, setting in settings.items():
         labels = dict.fromkeys(job.label for job in wanted if job.setting == name)
@@ -307,13 +297,8 @@ def _rows(
 
 
 def _scores(
-    name: str,
-    setting: Setting,
-    spec: ProtocolSpec,
-    made: Mapping[tuple[str, str, int], ImmunizedModel],
-    run: Run,
+    name: str, setting: Setting, spec: ProtocolSpec, made: Mapping[tuple[str, str, int], ImmunizedModel], run: Run
 ) -> SettingScores:
-    score = setting.benign.audit_score(setting.original.clone().to(run.device))
     stands_for = spec.settings[name].stands_for
     return SettingScores(
         name=name,
@@ -321,8 +306,8 @@ def _scores(
         measure=Measure.of(setting.restricted),
         benign_measure=Measure.of(setting.benign),
         chance=setting.restricted.audit_chance,
-        original=score if math.isfinite(score) else None,
-        made={(label, seed): each for (where, label, seed), each in made.items() if where == name},
+        original=finite(setting.benign.audit_score(setting.original.clone().to(run.device))),
+        made={(label, seed): each for (in_setting, label, seed), each in made.items() if in_setting == name},
         paper=spec.paper.get(stands_for or name, {}),
         stands_for=stands_for,
     )

@@ -1,12 +1,11 @@
-"""Recipes: one YAML file says which model, tasks, defense and audit; this is its schema, and how it is read."""
+"""Recipes: YAML files that name models, tasks, defenses and attacks; their schema and their loader."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,7 +18,7 @@ from holdfast.experiments.protocol import ProtocolSpec
 from holdfast.models import ModelSpec, is_code
 from holdfast.runtime.argument_checks import readable, refuse_truth_as_number
 from holdfast.runtime.devices import MAX_THREADS
-from holdfast.runtime.documents import read_yaml, recipe_names
+from holdfast.runtime.documents import read_yaml, recipe_names, recipe_text
 from holdfast.tasks import TaskSpec
 from holdfast.training import PretrainSpec
 
@@ -28,12 +27,12 @@ JobName = Literal["run", "study", "protocol"]
 
 
 class _Common(BaseModel):
-    """What every recipe says."""
+    """Keys of every recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
-    about: str = Field("", description="What it shows and how long it takes, for `holdfast recipes`.")
+    about: str = Field("", description="What it shows and how long it takes; shown by `holdfast recipes`.")
     seed: int = Field(0, ge=0)
     threads: int | None = Field(
         None,
@@ -77,17 +76,17 @@ class StudyRecipe(StudySpec, _Common):
 
     def build_methods(self) -> dict[str, LinearDefense]:
         """Returns the defenses by the name of their row."""
-        found = {}
+        methods = {}
         for row, settings in self.methods.items():
             defense = build_defense(settings)
             if not isinstance(defense, LinearDefense):
                 linear = [name for name, defense in DEFENSES.items() if issubclass(defense, LinearDefense)]
                 raise HoldfastError(
-                    f"Method {row!r}: a study compares linear extractors, and {defense.name} is none; expected one of "
-                    f"{', '.join(linear)}."
+                    f"Method {row!r}: a study compares linear extractors, and {defense.name} is not one; expected one "
+                    f"of {', '.join(linear)}."
                 )
-            found[row] = defense
-        return found
+            methods[row] = defense
+        return methods
 
     def resolved(self) -> dict[str, Any]:
         """Returns every setting, defaults included, as it goes into `result.json`."""
@@ -117,13 +116,13 @@ AnyRecipe = Recipe | StudyRecipe | ProtocolRecipe
 
 
 def load(name: str, *, scale: Scale = "cpu", overrides: Sequence[str] = (), seed: int | None = None) -> AnyRecipe:
-    """Reads a recipe, then its scale, then the overrides, later ones winning.
+    """Reads a recipe, and applies first its scale, then the overrides.
 
     Args:
-        name: of a packaged recipe, or the path of a YAML file.
+        name: name of a packaged recipe, or path of a YAML file.
         scale: `smoke` (seconds, to see that it works), `cpu` (two cores) or `paper` (the full setting, for a GPU).
         overrides: `dotted.key=value`, the value in YAML.
-        seed: replaces the recipe's.
+        seed: replaces the recipe's seed.
 
     Raises:
         HoldfastError: for an unknown name, key (with a suggestion) or scale, or a value that does not fit.
@@ -132,11 +131,11 @@ def load(name: str, *, scale: Scale = "cpu", overrides: Sequence[str] = (), seed
         >>> load("quickstart", overrides=["defense.steps=7"]).build_defense().config()["steps"]
         7
     """
-    source, text = _text(name)
-    settings = read_yaml(text, f"Recipe {source}")
+    source = repr(name)
+    settings = read_yaml(_text(name), f"Recipe {source}")
     if not isinstance(settings, dict):
         raise HoldfastError(
-            f"Recipe {source} is empty or no mapping; expected keys such as title, model, benign, restricted."
+            f"Recipe {source} is empty or not a mapping; expected keys such as title, model, benign, restricted."
         )
     scales = settings.get("scales") or {}
     if not isinstance(scales, dict) or not all(
@@ -152,35 +151,27 @@ def load(name: str, *, scale: Scale = "cpu", overrides: Sequence[str] = (), seed
     _assign_all(settings, scales.get(scale) or {}, source, f"Recipe {source}, scale {scale!r}:")
     chosen = read_overrides(overrides)
     if any(key.split(".")[0] == "scales" for key in chosen):
-        raise HoldfastError("--set of scales does nothing: the scale is applied before it. Set the key itself.")
+        raise HoldfastError("--set of scales has no effect: the scale is applied before it. Set the key itself.")
     if seed is not None and "seed" in chosen:
         raise HoldfastError(f"--seed {seed} and --set seed={chosen['seed']} are both given; keep one.")
     _assign_all(settings, chosen, source, "--set")
     if seed is not None:
         settings["seed"] = seed
-    wanted = settings.get("kind", "run")
-    if wanted not in ("run", "study", "protocol"):
-        raise HoldfastError(f"Recipe {source}: {unknown('kind', str(wanted), ['run', 'study', 'protocol'])}")
-    if wanted == "study":
-        study = _validate(settings, source, StudyRecipe)
-        study.build_methods()
-        return study
-    if wanted == "protocol":
-        protocol = _validate(settings, source, ProtocolRecipe)
-        protocol.build_defenses()
-        for setting in protocol.settings.values():
-            if setting.pretrain is not None:
-                setting.pretrain.strategy()
-        return protocol
-    recipe = _validate(settings, source, Recipe)
-    recipe.build_defense()
-    if recipe.pretrain is not None:
-        recipe.pretrain.strategy()
+    schemas: dict[str, type[AnyRecipe]] = {"run": Recipe, "study": StudyRecipe, "protocol": ProtocolRecipe}
+    kind = str(settings.get("kind", "run"))
+    if kind not in schemas:
+        raise HoldfastError(f"Recipe {source}: {unknown('kind', kind, schemas)}")
+    recipe = _validate(settings, source, schemas[kind])
+    recipe.resolved()  # builds the defenses, which check their settings
+    parts = recipe.settings.values() if isinstance(recipe, ProtocolRecipe) else [recipe]
+    for pretrain in [getattr(part, "pretrain", None) for part in parts]:
+        if pretrain is not None:
+            pretrain.strategy()
     return recipe
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Parses what `--set` takes: `key=value`, the value in YAML.
+    """Parses the values of `--set`: `key=value`, the value in YAML.
 
     Raises:
         HoldfastError: if there is no `=`, a value is not valid, or a key is given twice.
@@ -189,70 +180,65 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         >>> read_overrides(["audit.seeds=3", "defense.clip=null"])
         {'audit.seeds': 3, 'defense.clip': None}
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         key = key.strip()
         if not equals:
             raise HoldfastError(f"--set {override!r} has no '='; write it as key=value.")
-        if key in found:
+        if key in values:
             raise HoldfastError(f"--set {key} is given twice; keep one.")
-        found[key] = read_yaml(value, f"--set {override!r}: the value")
-    return found
+        values[key] = read_yaml(value, f"--set {override!r}: the value")
+    return values
 
 
 def _assign_all(settings: dict[str, Any], values: Mapping[str, Any], source: str, what: str) -> None:
-    """Assigns in order; refuses a key that would throw away what was set inside of it just before."""
-    done: list[str] = []
-    for key, value in values.items():
-        lost = next((other for other in done if other.startswith(f"{key}.")), None)
+    """Assigns in order; refuses a key that would replace an earlier key inside it."""
+    for i, key in enumerate(values):
+        lost = next((other for other in list(values)[:i] if other.startswith(f"{key}.")), None)
         if lost is not None:
             raise HoldfastError(f"{what} {key!r} comes after {lost!r} and would replace it; put {key!r} first.")
-        _assign(settings, key, value, source)
-        done.append(key)
+        _assign(settings, key, values[key], source)
 
 
 def _assign(settings: dict[str, Any], dotted: str, value: Any, source: str) -> None:
-    """Sets `a.b.c` in nested mappings, making those that are missing; the schema refuses unknown keys afterwards."""
+    """Sets `a.b.c` in nested mappings, adding missing ones; the schema refuses unknown keys afterwards."""
     *parents, leaf = dotted.split(".")
-    here = settings
+    mapping = settings
     for key in parents:
-        inner = here.get(key) or {}
+        inner = mapping.get(key) or {}
         if not isinstance(inner, dict):
             raise HoldfastError(f"Recipe {source}: {dotted!r} goes through {key!r}, which is not a mapping.")
-        here[key] = {**inner}  # a mapping of its own: with YAML's aliases, one may stand in several places
-        here = here[key]
-    here[leaf] = copy.deepcopy(value)
+        mapping[key] = {**inner}  # copied, since an alias in YAML may put one mapping in several places
+        mapping = mapping[key]
+    mapping[leaf] = copy.deepcopy(value)
 
 
-_Schema = TypeVar("_Schema", Recipe, StudyRecipe, ProtocolRecipe)
-
-
-def _validate(settings: Mapping[str, Any], source: str, schema: type[_Schema]) -> _Schema:
+def _validate(settings: Mapping[str, Any], source: str, schema: type[AnyRecipe]) -> AnyRecipe:
     try:
-        found = schema.model_validate(settings)
+        recipe = schema.model_validate(settings)
     except ValidationError as error:
         raise readable(error, f"Recipe {source}", schema) from error
-    refuse_truth_as_number(settings, found, f"Recipe {source}")
-    models = [s.model for s in found.settings.values()] if isinstance(found, ProtocolRecipe) else [found.model]
+    refuse_truth_as_number(settings, recipe, f"Recipe {source}")
+    models = [s.model for s in recipe.settings.values()] if isinstance(recipe, ProtocolRecipe) else [recipe.model]
     for model in models:
-        if model is not None and is_code(model.name):  # nothing that was read from a file is executed
+        if model is not None and is_code(model.name):
             raise HoldfastError(
-                f"Recipe {source}: the model {model.name!r} is made by code, and a recipe has none run. Name it to "
-                "`holdfast immunize` and `holdfast audit` instead, if you trust it."
+                f"Recipe {source}: the model {model.name!r} is made by code, and recipes never run code. If you trust "
+                "it, give it to `holdfast immunize` and `holdfast audit` instead."
             )
-    return found
+    return recipe
 
 
-def _text(name: str) -> tuple[str, str]:
+def _text(name: str) -> str:
     path = Path(name).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise HoldfastError(f"No recipe at {name!r}: the file does not exist.")
         try:
-            return repr(name), path.read_text(encoding="utf-8-sig")
+            return path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise HoldfastError(f"Recipe {name!r} is not UTF-8 text ({error}).") from error
     if name not in recipe_names():
-        raise HoldfastError(f"{unknown('recipe', name, recipe_names())} A file of your own ends in .yaml.")
-    return repr(name), (resources.files("holdfast") / "recipes" / f"{name}.yaml").read_text()
+        raise HoldfastError(f"{unknown('recipe', name, recipe_names())} The path of a file must end in .yaml.")
+    return recipe_text(name)

@@ -1,4 +1,4 @@
-"""Replaying: one trial of a finished audit once more, from what its folder says about it."""
+"""Replay: repeats one trial of a finished audit, from the record in its folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from holdfast.errors import HoldfastError, unknown
 from holdfast.experiments.recipe import Recipe
 from holdfast.models import SplitModel, check_fits, load_model, load_released, load_task_for, transplant
 from holdfast.results import AuditResult, Curve, Role, RunResult, read_result
-from holdfast.runtime.argument_checks import readable
+from holdfast.runtime.argument_checks import readable, split_numbers
 from holdfast.runtime.devices import cpu_threads, resolve_device
 from holdfast.runtime.run import Run
 from holdfast.tasks import Task
@@ -24,7 +24,7 @@ from holdfast.tasks.splits import halves
 
 @dataclass(frozen=True)
 class Replay:
-    """A trial, as it was recorded and as it came out now.
+    """A trial as recorded and as repeated.
 
     Attributes:
         recorded: from `result.json`.
@@ -42,7 +42,7 @@ class Replay:
 
 @dataclass(frozen=True)
 class _Source:
-    """The models and tasks of a finished audit, loaded anew."""
+    """The models and tasks of a finished audit, loaded again."""
 
     immunized: SplitModel
     original: SplitModel
@@ -62,16 +62,16 @@ def replay(
     """Repeats one trial of a finished run or audit.
 
     Args:
-        folder: what `holdfast run` or `holdfast audit` completed.
-        adversary: its name; None: the best one on the immunized model.
-        role: which model is attacked.
-        seed: which repetition.
-        data_dir: where tasks and weights are looked up.
-        device: None: the recorded one.
-        threads: CPU threads of torch; None: as many as were recorded, for sums depend on it in the last digit.
+        folder: folder of a finished `holdfast run` or `holdfast audit`.
+        adversary: name of the adversary; None: the best one on the immunized model.
+        role: the attacked model.
+        seed: number of the repetition.
+        data_dir: folder with data and weights.
+        device: None: the recorded device.
+        threads: CPU threads of torch; None: the recorded number, since the last digit of sums depends on it.
 
     Raises:
-        HoldfastError: if the folder does not say where its models came from, or they, or the data, are others now.
+        HoldfastError: if the folder does not name the source of its models, or models or data have changed.
     """
     result = read_result(folder)
     if result.audit is None:
@@ -79,20 +79,21 @@ def replay(
     recorded = _recorded(result.audit, adversary, role, seed)
     run = Run(result.seed, resolve_device(result.provenance.device if device is None else device))
     with cpu_threads(result.provenance.threads if threads is None else threads):
-        source = _load(Path(folder), result, run, data_dir)
+        source = (_load_run if result.job == "run" else _load_audit)(Path(folder), result, run, data_dir)
         _check_hashes(result, source)
         context, trials = _trials(result, result.audit, source, run)
-        # Trials that were trained together are trained together again: apart, they agree up to rounding only.
-        mine = next(i for i, t in enumerate(trials) if (t.role, t.name, t.seed) == (role, recorded.adversary, seed))
-        batch = next(batch for batch in context.together(trials) if mine in batch)
-        again = {(c.role, c.adversary, c.seed): c for c in context.curves([trials[i] for i in batch])}
-        return Replay(recorded, again[role, recorded.adversary, seed])
+        # Trials that were trained together are trained together again: separately, they agree only up to rounding.
+        key = (role, recorded.adversary, seed)
+        index = next(i for i, t in enumerate(trials) if (t.role, t.name, t.seed) == key)
+        batch = next(batch for batch in context.together(trials) if index in batch)
+        repeated = {(c.role, c.adversary, c.seed): c for c in context.curves([trials[i] for i in batch])}
+        return Replay(recorded, repeated[key])
 
 
 def _trials(result: RunResult, audit: AuditResult, source: _Source, run: Run) -> tuple[TrialContext, list[Trial]]:
-    """What the audit's trials need, and all of them."""
-    for on, task in source.tasks.items():
-        check_fits(source.immunized, task, own_task=on == "benign", finite=False, trainable=False)
+    """The context of the audit's trials, and all trials."""
+    for task_role, task in source.tasks.items():
+        check_fits(source.immunized, task, own_task=task_role == "benign", finite=False, trainable=False)
     transplanted = any(name.endswith(TRANSPLANTED) for name in audit.adversaries)
     adversary_data = halves(source.tasks["restricted"])[1]
     context = TrialContext(
@@ -109,8 +110,8 @@ def _trials(result: RunResult, audit: AuditResult, source: _Source, run: Run) ->
     for adversary in adversaries:
         if adversary.name not in audit.adversaries:
             raise HoldfastError(
-                f"The settings of an adversary in result.json are those of {adversary.name!r}, which the audit does "
-                "not name; was the file changed?"
+                f"result.json holds the settings of {adversary.name!r}, an adversary that the audit does not name; was "
+                "the file changed?"
             )
     return context, repetitions(adversaries, audit.seeds, transplanted=transplanted)
 
@@ -125,19 +126,13 @@ def _recorded(audit: AuditResult, adversary: str | None, role: Role, seed: int) 
     raise HoldfastError(f"The audit has no trial of {name!r} on {role} with seed {seed}; its seeds are {audit.seeds}.")
 
 
-def _load(folder: Path, result: RunResult, run: Run, data_dir: Path | str | None) -> _Source:
-    return (_load_run if result.job == "run" else _load_audit)(folder, result, run, data_dir)
-
-
 def _load_run(folder: Path, result: RunResult, run: Run, data_dir: Path | str | None) -> _Source:
     try:
         recipe = Recipe.model_validate(result.recipe)
     except ValidationError as error:
         raise readable(error, f"The recipe in {str(folder / 'result.json')!r}", Recipe) from error
-    tasks = {
-        on: load_task_for(spec, recipe.model, data_dir=data_dir)
-        for on, spec in (("benign", recipe.benign), ("restricted", recipe.restricted))
-    }
+    specs = {"benign": recipe.benign, "restricted": recipe.restricted}
+    tasks = {role: load_task_for(spec, recipe.model, data_dir=data_dir) for role, spec in specs.items()}
     benign = tasks["benign"]
     with run.seeded("initialise"):
         original = load_model(recipe.model, benign, data_dir=data_dir, device=run.device)
@@ -155,27 +150,18 @@ def _load_audit(folder: Path, result: RunResult, run: Run, data_dir: Path | str 
             "from Python, with objects. Repeat it there with Adversary.attack; only audits of `holdfast audit` and "
             "`holdfast run` can be replayed from their folder."
         )
-    tasks = {
-        on: load_task_for(_text(source, on), _text(source, "original"), data_dir=data_dir)
-        for on in ("benign", "restricted")
-    }
+    original = _text(source, "original")
+    tasks = {role: load_task_for(_text(source, role), original, data_dir=data_dir) for role in ("benign", "restricted")}
 
     def released(name: str, prefix: str) -> SplitModel:
-        said = {key: source.get(f"{prefix}{key}") for key in ("mean", "std")}
-        mean, std = (None if v is None else _numbers(v, f"{prefix}{key}") for key, v in said.items())
+        weights, head, mean, std = (source.get(f"{prefix}{key}") for key in ("weights", "head", "mean", "std"))
         return load_released(
-            _text(source, name), source.get(f"{prefix}weights"), tasks["benign"], head=source.get(f"{prefix}head"),
-            mean=mean, std=std, data_dir=data_dir,
+            _text(source, name), weights, tasks["benign"], head=head, data_dir=data_dir,
+            mean=None if mean is None else split_numbers(str(mean), f"result.json: recipe.source.{prefix}mean", float),
+            std=None if std is None else split_numbers(str(std), f"result.json: recipe.source.{prefix}std", float),
         )  # fmt: skip
 
     return _Source(released("model", ""), released("original", "original_"), tasks)
-
-
-def _numbers(text: Any, key: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in str(text).strip("[]() ").split(","))
-    except ValueError as error:
-        raise HoldfastError(f"result.json: recipe.source.{key} is {text!r}; expected numbers with commas.") from error
 
 
 def _text(source: Mapping[str, Any], key: str) -> str:
@@ -186,12 +172,12 @@ def _text(source: Mapping[str, Any], key: str) -> str:
 
 
 def _check_hashes(result: RunResult, source: _Source) -> None:
-    """Refuses other weights and other data: a difference in scores would say nothing."""
+    """Refuses other weights and other data, with which scores could not be compared."""
     tasks, models = result.provenance.tasks, result.provenance.models
-    found = {f"{on} data": (task.facts().sha256, tasks[on].sha256) for on, task in source.tasks.items()}
+    hashes = {f"{role} data": (task.facts().sha256, tasks[role].sha256) for role, task in source.tasks.items()}
     for role, model in (("immunized", source.immunized), ("original", source.original)):
-        found[f"{role} model"] = (model.facts().sha256, models[role].sha256)
-    other = [f"the {name} (SHA-256 {now[:12]}... instead of {then[:12]}...)" for name, (now, then) in found.items()
+        hashes[f"{role} model"] = (model.facts().sha256, models[role].sha256)
+    other = [f"the {name} (SHA-256 {now[:12]}... instead of {then[:12]}...)" for name, (now, then) in hashes.items()
              if now != then]  # fmt: skip
     if other:
         raise HoldfastError(

@@ -1,4 +1,4 @@
-"""Running a recipe, from data to report, or what is missing of it."""
+"""Runs a recipe from data to report, or continues an interrupted run."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ from holdfast.training import PretrainSpec
 
 
 def refuse_unused(spec: AuditSpec, transfer: bool = False) -> None:
-    """Refuses settings that would be taken and do nothing.
+    """Refuses settings without effect.
 
-    A recipe may name a transfer task and leave side effects out at some of its scales.
+    Args:
+        spec: of the audit.
+        transfer: whether to refuse a transfer task without side effects. A recipe may turn them off at some scales.
     """
     if "trials" in spec.model_fields_set and not isinstance(battery(spec.battery), Search):
         raise HoldfastError(f"trials is {spec.trials}, and {spec.battery} is not a search; leave it out.")
     if transfer and not spec.side_effects:
         raise HoldfastError(
-            "There is a transfer task, and side_effects is off, so that it would not be used; leave one of them out."
+            "There is a transfer task, but side_effects is off, so it would not be used; leave one of them out."
         )
 
 
@@ -76,54 +78,54 @@ def run_recipe(
     reuse: Sequence[Path | str] = (),
     callbacks: Sequence[Callback] = (),
 ) -> RunResult:
-    """Runs a recipe from data to report, or what is missing of it.
+    """Runs a recipe from data to report, or continues an interrupted run.
 
     Args:
-        recipe: the name of a packaged recipe, a YAML file, or what `holdfast.experiments.recipe.load` returned; then
-            `scale`, `overrides` and `seed` were given there.
-        folder: gets `result.json`, `report.html`, `model.safetensors` and `checkpoints/`; None: `runs/RECIPE`. If it
-            holds a part of this recipe's run, only what is missing is done; if it holds another job, it is refused.
+        recipe: the name of a packaged recipe, a YAML file, or the result of `holdfast.experiments.recipe.load`, which
+            then takes `scale`, `overrides` and `seed` instead.
+        folder: for `result.json`, `report.html`, `model.safetensors` and `checkpoints/`; None: `runs/RECIPE`. If it
+            holds a part of this run, only the missing part is computed; a folder of another job is refused.
         scale: `smoke` (seconds), `cpu` (two cores) or `paper` (the full setting, for a GPU).
         overrides: settings, such as `defense.iterations=50`.
         seed: replaces the recipe's seed.
-        data_dir: where tasks and weights are looked up; None: `$HOLDFAST_DATA`.
+        data_dir: folder with data and weights; None: `$HOLDFAST_DATA`.
         device: `auto`, or a torch device.
-        overwrite: throw away what an earlier run left in the folder.
+        overwrite: delete the results of an earlier run in the folder.
         quiet: show no progress.
         executor: where jobs run; it does not change the result.
-        reuse: folders of other protocols' runs, whose immunized models are taken if they are the same.
-        callbacks: are told of rounds and trials.
+        reuse: folders of other protocols' runs, whose immunized models are copied where the same ones are needed.
+        callbacks: called after rounds and trials.
 
     Raises:
         HoldfastError: for input that cannot work; nothing in the folder is lost.
     """
     if isinstance(recipe, AnyRecipe):
-        given = {"scale": scale != "cpu", "overrides": bool(overrides), "seed": seed is not None}
-        if any(given.values()):
+        settings = {"scale": scale != "cpu", "overrides": bool(overrides), "seed": seed is not None}
+        if given := [name for name, is_given in settings.items() if is_given]:
             raise HoldfastError(
-                f"{', '.join(name for name, own in given.items() if own)}: the recipe is loaded already; give it to "
-                "holdfast.experiments.recipe.load, or the recipe by name."
+                f"{', '.join(given)}: the recipe is already loaded; give this to holdfast.experiments.recipe.load, or "
+                "give the recipe by name."
             )
-        loaded, where = recipe, Path("runs", recipe.title)
+        loaded, default = recipe, Path("runs", recipe.title)
     elif not isinstance(recipe, str | Path):
-        raise HoldfastError(f"recipe is {recipe!r}; expected a name, a file, or what recipe.load(...) returned.")
+        raise HoldfastError(f"recipe is {recipe!r}; expected a name, a file, or the result of recipe.load(...).")
     else:
-        loaded, where = load(str(recipe), scale=scale, overrides=overrides, seed=seed), default_folder(recipe)
-    folder = where if folder is None else Path(folder)
+        loaded, default = load(str(recipe), scale=scale, overrides=overrides, seed=seed), default_folder(recipe)
+    folder = default if folder is None else Path(folder)
     owners = [Path(each) for each in reuse]
     chosen = executors.executor(executor)
     if any(other.resolve() == folder.resolve() for other in owners):
-        raise HoldfastError(f"--reuse {str(folder)!r} is the run's own folder, and what it holds is used anyway.")
+        raise HoldfastError(f"--reuse {str(folder)!r} is the run's own folder; its models are used in any case.")
     options = _Options(folder, data_dir, device, overwrite, quiet, chosen, owners, callbacks)
     if isinstance(loaded, ProtocolRecipe):
         return _run_protocol(loaded, options)
     if owners:
-        raise HoldfastError("--reuse is for protocols; this recipe is a study or a run, and immunizes by itself.")
+        raise HoldfastError(f"--reuse is for protocols; this recipe is a {loaded.job}.")
     return _run_study(loaded, options) if isinstance(loaded, StudyRecipe) else _run_audited(loaded, options)
 
 
 def default_folder(recipe: Path | str) -> Path:
-    """Returns where a recipe is run if no folder is given.
+    """Returns the folder of a recipe's run if none is given.
 
     Example:
         >>> default_folder("quickstart").as_posix(), default_folder("mine/toy.yaml").as_posix()
@@ -153,8 +155,7 @@ def _run_audited(recipe: Recipe, options: _Options) -> RunResult:
     workspace = options.workspace(recipe)
     workspace.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
     workspace.claim({"recipe": workspace.recipe, "model": model.facts().sha256})
-    finished = workspace.finished()
-    if finished is not None:
+    if (finished := workspace.finished()) is not None:
         return finished
     with workspace.replacing(), cpu_threads(recipe.threads):
         original = workspace.original(model, benign, recipe.pretrain)
@@ -187,8 +188,7 @@ def _run_study(recipe: StudyRecipe, options: _Options) -> RunResult:
     if model is not None:
         workspace.note_model("original", model)
     workspace.claim({"recipe": workspace.recipe, "model": None if model is None else model.facts().sha256})
-    finished = workspace.finished()
-    if finished is not None:
+    if (finished := workspace.finished()) is not None:
         return finished
     with workspace.replacing(), cpu_threads(recipe.threads), workspace.timed("study"), options.executor.kept():
         outcome = study(recipe, methods, tasks, model, run=workspace.run, executor=options.executor)
@@ -197,11 +197,12 @@ def _run_study(recipe: StudyRecipe, options: _Options) -> RunResult:
 
 
 def _refuse_without_weights(what: str, spec: ModelSpec, model: SplitModel, pretrain: PretrainSpec | None) -> None:
-    own = spec.options.get("pretrained") or spec.name.startswith("hf:")
-    if pretrain is None and model.fresh_head and spec.weights is None:
+    if pretrain is not None or spec.weights is not None:
+        return
+    if model.fresh_head:
         raise HoldfastError(f"{what}: {model.name} comes without a head for classes. Give `pretrain` to train one.")
-    if pretrain is None and spec.weights is None and not own:
-        raise HoldfastError(f"{what}: the model has no weights. Give `model.weights`, or `pretrain` to train one.")
+    if not spec.options.get("pretrained") and not spec.name.startswith("hf:"):
+        raise HoldfastError(f"{what}: the model has no weights. Give `model.weights`, or `pretrain` to train them.")
 
 
 def _run_protocol(recipe: ProtocolRecipe, options: _Options) -> RunResult:
@@ -220,22 +221,12 @@ def _run_protocol(recipe: ProtocolRecipe, options: _Options) -> RunResult:
     for measurement in recipe.chosen_measurements():
         measurement.check(settings)
     workspace = options.workspace(recipe)
-    workspace.note_tasks(
-        {
-            f"{name}: {role}": task
-            for name, setting in settings.items()
-            for role, task in (
-                ("benign", setting.benign),
-                ("restricted", setting.restricted),
-                ("transfer", setting.transfer),
-            )
-        }
-    )
+    roles = ("benign", "restricted", "transfer")
+    workspace.note_tasks({f"{name}: {role}": getattr(s, role) for name, s in settings.items() for role in roles})
     workspace.claim(
         {"recipe": workspace.recipe, "models": {name: s.original.facts().sha256 for name, s in settings.items()}}
     )
-    finished = workspace.finished()
-    if finished is not None:
+    if (finished := workspace.finished()) is not None:
         return finished
     with workspace.replacing(), cpu_threads(recipe.threads):
         for name, setting in settings.items():
@@ -255,9 +246,9 @@ def _run_protocol(recipe: ProtocolRecipe, options: _Options) -> RunResult:
 
 
 def _with_tokenizers(spec: SettingSpec, data_dir: Path | str | None) -> SettingSpec:
-    """Settings with several models may read the same sentences by other tokenizers; each is then a task of its own."""
-    sources = {on: getattr(spec, on) for on in ("benign", "restricted", "transfer")}
-    read = {on: read_by(source, spec.model, data_dir=data_dir) for on, source in sources.items() if source is not None}
+    """Names the model's tokenizer in its text tasks: the same sentences with another tokenizer are another task."""
+    tasks = {role: getattr(spec, role) for role in ("benign", "restricted", "transfer")}
+    read = {role: read_by(task, spec.model, data_dir=data_dir) for role, task in tasks.items() if task is not None}
     return spec.model_copy(update=read)
 
 
@@ -269,7 +260,7 @@ def _setting(
     data_dir: Path | str | None,
     run: Run,
 ) -> Setting:
-    """Loads a setting's model, which may still be untrained; refuses what does not fit together."""
+    """Loads a setting's model, which may still be untrained; refuses models and tasks that do not fit together."""
     benign, restricted = tasks[spec.benign], tasks[spec.restricted]
     transfer = None if spec.transfer is None else tasks[spec.transfer]
     with run.seeded("initialise"):

@@ -1,4 +1,4 @@
-"""A setting of a protocol: an original model, its tasks, and what its models are called."""
+"""A setting of a protocol: an original model, its tasks, and the roles of its models."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ ORIGINAL: Final = "original"
 
 
 def role_of(model: str) -> Role:
-    """Returns the role of a row: `scratch` and `original` are the controls, every other model is a defense's."""
+    """Returns the role of a model: `scratch` and `original` are the controls, every other model is immunized."""
     return "scratch" if model == SCRATCH else "original" if model == ORIGINAL else "immunized"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Models and tasks of one setting.
+    """Model and tasks of one setting.
 
     Attributes:
         original: the model before immunization, on the CPU.
         benign: its own task.
-        restricted: what it must not be fine-tuned to.
-        defender_data: the defender's half.
+        restricted: the task that it must not be fine-tuned to.
+        defender_data: the defender's half of the restricted task.
         adversary_data: the adversary's half.
-        transfer: a third, harmless task that should stay easy to learn; no defense sees it.
+        transfer: a harmless task that should stay easy to learn; no defense sees it.
     """
 
     original: SplitModel
@@ -48,7 +48,7 @@ class Setting:
 
     @cached_property
     def cache_key(self) -> CacheKey:
-        """What any model that is immunized here depends on."""
+        """Everything in the setting that an immunized model depends on."""
         mean, std = (None if v is None else v.flatten().tolist() for v in (self.original.mean, self.original.std))
         return {
             "model": self.original.facts().sha256,

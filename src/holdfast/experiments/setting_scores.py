@@ -1,10 +1,8 @@
-"""What a protocol measured in each of its settings: rows of scores, and what is known beside them."""
+"""The scores of a protocol, by setting: rows of the tables, and how scores are shown."""
 
 from __future__ import annotations
 
 import itertools
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +13,7 @@ from holdfast.auditing.statistics import Comparison
 from holdfast.experiments.immunization import ImmunizedModel
 from holdfast.experiments.setting import ORIGINAL, SCRATCH, role_of
 from holdfast.results import Curve, ImmunizationResult
-from holdfast.results.tables import Cell
+from holdfast.results.tables import Cell, finite
 from holdfast.tasks import Task
 
 Printed = float | tuple[float, float]
@@ -23,7 +21,7 @@ Printed = float | tuple[float, float]
 
 
 class PaperSpec(BaseModel):
-    """What the paper prints of one model: accuracies in percent, errors as they are."""
+    """The paper's numbers for one model: accuracies in percent, errors as printed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,15 +34,15 @@ class PaperSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Measure:
-    """How people are shown the scores of a task: accuracies in percent, errors in their own unit.
+    """How tables show the scores of a task: accuracies in percent, errors in their own unit.
 
-    Curves hold what an audit compares, of which larger is better. An error is turned back only where it is shown, so
-    that models are compared in the same way on every kind of task.
+    Curves hold the scores that an audit compares: larger is better for every kind of task. Only tables and sentences
+    turn a score back into an error.
 
     Attributes:
-        name: what is shown.
-        scale: the error whose score is 0; None: not an error, the score itself is shown.
-        guess: whose error that is.
+        name: name of the quantity that is shown.
+        scale: the error whose score is 0; None: the score itself is shown.
+        guess: the predictor that makes this error.
 
     Example:
         >>> error = Measure("mean squared error", scale=0.08)
@@ -61,38 +59,36 @@ class Measure:
 
     @classmethod
     def of(cls, task: Task) -> Measure:
-        """Returns how the audit scores of a task are shown."""
+        """Returns how to show the audit scores of a task."""
         if task.higher_is_better:
             return cls(task.audit_unit)
         return cls("mean squared error", task.chance, task.baseline)
 
     @property
     def percent(self) -> bool:
-        """Whether shares are shown, of which larger is better; else errors, of which smaller is better."""
+        """Whether shares are shown (larger is better), or errors (smaller is better)."""
         return self.scale is None
 
     def value(self, score: float | None) -> float | None:
-        """Returns what is shown of a score."""
+        """Returns a score as it is shown."""
         return score if score is None or self.scale is None else (1 - score) * self.scale
 
     def difference(self, scores: float | None) -> float | None:
-        """Returns what is shown of a difference of scores; above 0 the first is the better one, of errors as well."""
+        """Returns a difference of scores as it is shown; above 0, the first model is better, also for errors."""
         return scores if scores is None or self.scale is None else scores * self.scale
 
     def printed(self, number: float | None) -> float | None:
         """Returns a number of the paper in the unit of `value`."""
-        if number is None or not self.percent:
-            return number
-        return round(number / 100, 12)  # 96.2 % is 0.962, as it is written
+        return number if number is None or not self.percent else round(number / 100, 12)  # 96.2 % is exactly 0.962
 
     def text(self, value: float | None) -> str:
-        """Returns in words what is shown of a score."""
+        """Returns a value of `value` as text."""
         if value is None:
             return "no finite score"
         return f"{value:.1%}" if self.percent else f"{value:.3g}"
 
     def advantage(self, cell: Cell) -> str:
-        """Returns in words what is shown of differences over seeds, with their standard error."""
+        """Returns the mean difference over seeds and its standard error as text."""
         if cell.mean is None:
             return "a number of points that is not finite" if self.percent else "an advantage that is not finite"
         error = cell.standard_error
@@ -106,15 +102,15 @@ class Row:
     """One row of the table of scores: one attack on one model.
 
     Attributes:
-        setting: where.
+        setting: name of the setting.
         model: `scratch`, `original`, or the name of a defense.
-        attack: the attack's name.
-        covers: attacks that it is compared with, where the model is `scratch`; else the attack itself.
-        stands_for: names under which the paper's numbers are found.
-        epochs: at which it was scored.
-        steps: of an epoch.
-        remark: why there are no curves, if there are none.
-        curves: one a seed.
+        attack: name of the attack.
+        covers: for `scratch`, the attacks to compare it with; else the attack itself.
+        stands_for: the attacks whose numbers in the paper belong to this row.
+        epochs: epochs after which the model was scored.
+        steps: steps of an epoch.
+        remark: why there are no curves; empty if there are.
+        curves: one curve a seed.
     """
 
     setting: str
@@ -128,15 +124,14 @@ class Row:
     curves: tuple[Curve, ...] = ()
 
     def score(self, epoch: int) -> float | None:
-        """Mean score over seeds at one of the epochs; None where one is not finite."""
+        """Mean score over seeds after an epoch; None if one is not finite."""
         return mean_of(self._scores(epoch))
 
     def cell(self, epoch: int, measure: Measure, paper: PaperSpec | None = None) -> Cell:
-        """What is shown of the scores over seeds at one of the epochs, with the paper's."""
+        """Scores over seeds after an epoch, as they are shown, with the paper's."""
         attacks = {} if paper is None else paper.attacks
-        found = next((attacks[name][epoch] for name in self.stands_for if epoch in attacks.get(name, {})), None)
-        printed = found if isinstance(found, tuple) else (found, None)
-        return Cell.of(map(measure.value, self._scores(epoch)), *map(measure.printed, printed))
+        printed = next((attacks[name][epoch] for name in self.stands_for if epoch in attacks.get(name, {})), None)
+        return Cell.of(map(measure.value, self._scores(epoch)), *map(measure.printed, mean_and_sd(printed)))
 
     def _scores(self, epoch: int) -> list[float | None]:
         k = self.epochs.index(epoch)
@@ -145,18 +140,18 @@ class Row:
 
 @dataclass(frozen=True)
 class SettingScores:
-    """What is known of one setting beside its rows.
+    """The scores of one setting beside its rows.
 
     Attributes:
-        name: of the setting.
+        name: name of the setting.
         restricted: name of the restricted task.
         measure: how scores on the restricted task are shown.
-        benign_measure: how those on the benign task are shown; an error has another scale there.
+        benign_measure: how scores on the benign task are shown; errors have another scale there.
         chance: the score of a constant guess on the restricted task.
         original: benign score of the original; None: not finite.
         made: immunized models by label and seed of the defense.
         paper: the paper's numbers by model.
-        stands_for: the paper's setting that this one takes the place of, if it is another.
+        stands_for: the paper's setting that this one replaces; None: the one of the same name.
     """
 
     name: str
@@ -170,9 +165,8 @@ class SettingScores:
     stands_for: str | None
 
     def benign(self, model: str) -> Cell:
-        """Benign score of a model over seeds of its defense, as shown; none for scratch, which has no benign task."""
-        found = self.paper[model].benign if model in self.paper else None
-        printed = found if isinstance(found, tuple) else (found, None)
+        """Benign scores over seeds of a defense, as they are shown; empty for scratch, which has no benign task."""
+        printed = mean_and_sd(self.paper[model].benign if model in self.paper else None)
         scores = [self.original] if model == ORIGINAL else self._scores(model)
         return Cell.of(map(self.benign_measure.value, scores), *map(self.benign_measure.printed, printed))
 
@@ -186,9 +180,9 @@ class SettingScores:
         return next((made.result.defense for (own, _), made in self.made.items() if own == label), None)
 
     def lost(self, model: str) -> Cell:
-        """What a model lost of the original's benign score, over seeds of its defense; empty for the controls.
+        """Original's benign score minus the model's, over seeds of the defense; empty for the controls.
 
-        Of an error, by how much it rose.
+        For an error: by how much it rose.
         """
         own = self._scores(model)
         known = [self.original - score for score in own if score is not None and self.original is not None]
@@ -204,14 +198,14 @@ class SettingScores:
 
 
 def compare(rows: Sequence[Row], epochs: Sequence[int]) -> dict[str, Comparison]:
-    """Each model's best attacks, beside those from scratch and on the original, at the protocol's epochs."""
+    """Compares each model with the controls, by its best attacks at the protocol's epochs."""
     curves: dict[str, list[Curve]] = {}
     for row in rows:
-        kept = [row.epochs.index(e) for e in epochs]
+        places = [row.epochs.index(e) for e in epochs]
         for curve in row.curves:
-            cut = {k: [getattr(curve, k)[i] for i in kept] for k in ("scores", "losses", "folds")}
-            named = {"adversary": row.attack, "budgets": list(epochs), **cut}
-            curves.setdefault(row.model, []).append(curve.model_copy(update=named))
+            cut = {k: [getattr(curve, k)[i] for i in places] for k in ("scores", "losses", "folds")}
+            own = {"adversary": row.attack, "budgets": list(epochs), **cut}
+            curves.setdefault(row.model, []).append(curve.model_copy(update=own))
     controls = curves.get(SCRATCH, []) + curves.get(ORIGINAL, [])
     return {
         model: Comparison.of(controls if model in (SCRATCH, ORIGINAL) else controls + own)
@@ -220,7 +214,7 @@ def compare(rows: Sequence[Row], epochs: Sequence[int]) -> dict[str, Comparison]
 
 
 def ahead_of_scratch(model: str, comparison: Comparison, measure: Measure) -> list[list[float | None]] | None:
-    """Advantage over scratch of each seed at each epoch, as it is shown; None where there is none."""
+    """Advantage over scratch of each seed at each epoch, as it is shown; None for scratch, or without it."""
     if model == SCRATCH or SCRATCH not in comparison.batteries:
         return None
     difference = comparison.scores[role_of(model)] - comparison.scores[SCRATCH]
@@ -228,7 +222,7 @@ def ahead_of_scratch(model: str, comparison: Comparison, measure: Measure) -> li
 
 
 def largest_jump(losses: Sequence[float | None]) -> float | None:
-    """Returns the largest change between two consecutive values; None where no two are finite.
+    """Returns the largest change between two consecutive values; None if no two of them are finite.
 
     Example:
         >>> largest_jump([0.5, 2.0, None, 9.0, 8.0])
@@ -239,29 +233,31 @@ def largest_jump(losses: Sequence[float | None]) -> float | None:
 
 
 def first_lost(result: ImmunizationResult) -> int | None:
-    """Returns the first round in which a loss is not finite, if there is one; suppression may ruin the other one."""
-    both = (result.history.get(f"{which}_loss", []) for which in ("suppression", "reinforcement"))
+    """Returns the first round in which the suppression or the reinforcement loss is not finite; None: always finite."""
+    both = (result.history.get(f"{name}_loss", []) for name in ("suppression", "reinforcement"))
     return min((i + 1 for losses in both for i, loss in enumerate(losses) if loss is None), default=None)
 
 
 def plain(values: np.ndarray) -> list[float | None]:
-    """Returns the values as a cell takes them: None where not finite."""
-    return [float(v) if math.isfinite(v) else None for v in values]
+    """Returns the values as a cell takes them: None for those that are not finite."""
+    return [finite(v) for v in values]
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
-    """Returns the mean; None where there is no value, or one of them is not finite."""
-    finite = [v for v in values if v is not None]
-    return statistics.fmean(finite) if finite and len(finite) == len(values) else None
+    """Returns the mean; None without values, or if one of them is not finite."""
+    return Cell.of(values).mean
+
+
+def mean_and_sd(printed: Printed | None) -> tuple[float | None, float | None]:
+    """Returns mean and standard deviation of a number of the paper; None: not printed."""
+    return printed if isinstance(printed, tuple) else (printed, None)
 
 
 def about_paper(settings: Sequence[SettingScores]) -> str:
-    """Returns what a note says of the paper's numbers beside ours; nothing where there are none."""
+    """Returns the part of a table's note that explains the paper's numbers; empty without them."""
     if not any(setting.paper for setting in settings):
         return ""
-    instead = [
-        f"{setting.name} for its {setting.stands_for}" for setting in settings if setting.stands_for and setting.paper
-    ]
-    return " Small: what the paper prints." + (
+    instead = [f"{each.name} for its {each.stands_for}" for each in settings if each.stands_for and each.paper]
+    return " Small: the paper's numbers." + (
         f" The paper's setting is another, and larger: here stands {'; '.join(instead)}." if instead else ""
     )

@@ -1,4 +1,4 @@
-"""What all verbs share: a run, its folder that is claimed and filled, and the facts that go into the result."""
+"""What all verbs share: a run, its folder, and the facts that go into the result."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ from holdfast.training import PretrainSpec, pretrain
 JobName = Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
 
 OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints", "pipeline", "pictures")
-"""What a job makes in its folder, beside `job.json`, which marks the folder as one of ours."""
+"""What a job writes to its folder, beside `job.json`, which marks the folder as made by Holdfast."""
 
 REPLACED = ".holdfast-replaced"
-"""Where `--overwrite` keeps what it replaces until the new job is done, so that bad input costs no work."""
+"""Where `--overwrite` keeps the old files until the new job is done, so that bad input destroys no results."""
 
 
 @dataclass
@@ -84,69 +84,63 @@ class Workspace:
         overwrite: bool = False,
         callbacks: Sequence[Callback] = (),
     ) -> Workspace:
-        """Returns a workspace that may use its folder.
+        """Returns a workspace whose folder exists and may be used.
 
         Raises:
             HoldfastError: if the folder holds files that Holdfast did not make, or the device is not available.
         """
         if folder is not None and (not isinstance(folder, str | Path) or not str(folder)):
             raise HoldfastError(f"folder is {folder!r}; expected a path.")
-        where = None if folder is None else Path(folder)
-        run = Run(seed, resolve_device(device), where, quiet, callbacks=callbacks)
-        if where is not None:
-            process_group().on_main_process(lambda: _opened(where, overwrite))
+        path = None if folder is None else Path(folder)
+        run = Run(seed, resolve_device(device), path, quiet, callbacks=callbacks)
+        if path is not None:
+            process_group().on_main_process(lambda: _open(path, overwrite))
         return cls(job, title, run, recipe or {}, datetime.now(UTC).isoformat(timespec="seconds"))
 
     def claim(self, settings: dict[str, Any]) -> None:
         """Marks the folder as this job's, or refuses it if it belongs to another job."""
         if self.job not in ("run", "study", "protocol"):
             self.recipe = settings
-        if self.run.folder is None:
-            return
         folder = self.run.folder
+        if folder is None:
+            return
         data = {part: facts.sha256 for part, facts in self.tasks.items()}
-        # Training depends on how many processes do it; trials, and what is computed in closed form, do not.
-        several = (
-            {"processes": process_group().count}
-            if process_group().count > 1 and self.job in ("run", "immunize")
-            else {}
-        )
-        mine = json.loads(json.dumps({"kind": self.job, "seed": self.run.seed, "data": data, **several, **settings}))
-        process_group().on_main_process(lambda: self._mark(folder, mine))
+        # Training depends on the number of processes; trials and closed forms do not.
+        several = process_group().count > 1 and self.job in ("run", "immunize")
+        settings = {**({"processes": process_group().count} if several else {}), **settings}
+        claimed = json.loads(json.dumps({"kind": self.job, "seed": self.run.seed, "data": data, **settings}))
+        process_group().on_main_process(lambda: self._mark(folder, claimed))
         if not all(process_group().gather((folder / "job.json").exists())):
             raise HoldfastError(
                 f"Not every process sees {str(folder)!r}, which the main one has written to. On several machines, give "
                 "a folder that all of them share with --out."
             )
 
-    def _mark(self, folder: Path, mine: dict[str, Any]) -> None:
+    def _mark(self, folder: Path, claimed: dict[str, Any]) -> None:
         path = folder / "job.json"
         if not path.exists():
-            write_atomic(path, json.dumps({"command": command_line(), **mine}, indent=1))
+            write_atomic(path, json.dumps({"command": command_line(), **claimed}, indent=1))
             return
         try:
-            found = read_json(path.read_bytes())
-            if not isinstance(found, dict):
+            recorded = read_json(path.read_bytes())
+            if not isinstance(recorded, dict):
                 raise ValueError("it is not a mapping")
-            command = {"command": found.pop("command", None)}
+            command = {"command": recorded.pop("command", None)}
         except (ValueError, RecursionError) as error:
             raise HoldfastError(
                 f"{str(path)!r} is damaged ({error}); choose another folder, or --overwrite this one."
             ) from error
-        if fingerprint(found) != fingerprint(mine):
+        if fingerprint(recorded) != fingerprint(claimed):
+            overwrite = ", or delete the old results with --overwrite" if self.job in ("run", "protocol") else ""
             raise HoldfastError(
                 f"{str(folder)!r} holds another job; it differs in: "
-                f"{', '.join(dict.fromkeys(_differences(found, mine)[:5]))}. "
-                f"Results are never mixed: continue the {found.get('kind', 'job')} that is there with "
-                f"{begun_with(command)}, or {self._elsewhere()}."
+                f"{', '.join(dict.fromkeys(_differences(recorded, claimed)[:5]))}. "
+                f"Results are never mixed: continue the {recorded.get('kind', 'job')} that is there with "
+                f"{begun_with(command)}, or choose another folder with --out{overwrite}."
             )
 
-    def _elsewhere(self) -> str:
-        other = "choose another folder with --out"
-        return f"{other}, or throw the old one away with --overwrite" if self.job in ("run", "protocol") else other
-
     def finished(self) -> RunResult | None:
-        """Returns the folder's result, if the job was completed before, and says so; its report is written anew."""
+        """Returns the folder's result if the job is already complete, after writing its report again; else None."""
         folder = self.run.folder
         return None if folder is None else process_group().on_main_process(lambda: self._read_finished(folder))
 
@@ -160,7 +154,7 @@ class Workspace:
 
     @contextmanager
     def replacing(self) -> Iterator[None]:
-        """Puts back what `--overwrite` set aside, if the block refuses its input before anything new is finished."""
+        """Restores what `--overwrite` set aside if the block raises an error before any new result is finished."""
         try:
             yield
         except HoldfastError:
@@ -174,7 +168,7 @@ class Workspace:
         if not aside.is_dir():
             return
         if (folder / "checkpoints").exists():
-            self.run.say(f"What was there before is in {aside}, until a job is finished in {folder}.")
+            self.run.say(f"The earlier results are in {aside} until a job is finished in {folder}.")
             return
         _remove_own(folder)
         for path in list(aside.iterdir()):
@@ -184,24 +178,24 @@ class Workspace:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Notes the seconds that the block takes."""
+        """Records the seconds that the block takes."""
         begin = time.perf_counter()
         yield
         self.timing[stage] = round(time.perf_counter() - begin, 3)
 
     def note_tasks(self, tasks: Mapping[str, Task | None]) -> None:
-        """Looks at the tasks, says what was read, and notes it; see `validate`.
+        """Checks the tasks, prints what was read, and records it; see `validate`.
 
         Raises:
-            HoldfastError: if tasks are the same that must not be.
+            HoldfastError: if two tasks are the same that must differ.
         """
-        found = validate({part: task for part, task in tasks.items() if task is not None})
-        self.tasks, self.flags = found.facts, found.flags
-        for line in found.lines():
+        checked = validate({part: task for part, task in tasks.items() if task is not None})
+        self.tasks, self.flags = checked.facts, checked.flags
+        for line in checked.lines():
             self.run.say(line)
 
     def note_model(self, role: str, model: SplitModel, file_sha256: str | None = None) -> None:
-        """Notes the facts of a model, and says what a reader should know of how it was read."""
+        """Records the facts of a model, and prints notes on how it was read."""
         known = {note for facts in self.models.values() for note in facts.notes}
         self.models[role] = model.facts(file_sha256)
         for note in model.notes:
@@ -209,7 +203,7 @@ class Workspace:
                 self.run.say(f"{role.capitalize()} model: {note}")
 
     def original(self, model: SplitModel, benign: Task, spec: PretrainSpec | None) -> SplitModel:
-        """Returns a run's original model: as loaded, or trained now, or trained before the run was interrupted."""
+        """Returns a run's original model: as loaded, or pretrained, now or before an interruption."""
         if spec is not None and self.run.folder is not None:
             store = _OneModel(self.run.folder / "checkpoints" / "original.safetensors", model)
             model = self._pretrained(model, benign, spec, "original", store)
@@ -219,7 +213,7 @@ class Workspace:
     def stored_original(
         self, model: SplitModel, benign: Task, spec: PretrainSpec | None, reuse: Sequence[Path]
     ) -> SplitModel:
-        """Returns a protocol's original: as loaded, or trained; once for all settings that have the same."""
+        """Returns a protocol's original: as loaded, or pretrained; settings with the same original train it once."""
         if spec is None:
             return model.eval()
         assert self.run.folder is not None
@@ -246,20 +240,19 @@ class Workspace:
                 strategy = spec.strategy()
                 return pretrain(model, benign, steps=spec.steps, strategy=strategy, ema=spec.ema, run=self.run), {}
 
-        ((found, _),) = run_jobs(train, None, [Job(key, None, "the original")], store, run=self.run, executor=None)
-        return found
+        ((original, _),) = run_jobs(train, None, [Job(key, None, "the original")], store, run=self.run, executor=None)
+        return original
 
     def immunize(
         self, model: SplitModel, benign: Task, restricted: Task, defense: Defense
     ) -> tuple[SplitModel, ImmunizationResult]:
-        """Runs a defense and keeps its model."""
+        """Runs a defense and saves its model."""
         with self.timed("immunize"):
             defense = defense.resolved(benign)
             immunized, record = defense.immunize(model, benign, restricted, run=self.run)
             process_group().broadcast_state(immunized.network)
-        digest = None
-        if self.run.folder is not None:
-            folder = self.run.folder
+        digest, folder = None, self.run.folder
+        if folder is not None:
             digest = process_group().on_main_process(lambda: immunized.save(folder / "model.safetensors"))
             if isinstance(immunized, Denoiser):
                 process_group().on_main_process(lambda: immunized.save_pretrained(folder / "pipeline"))
@@ -280,16 +273,9 @@ class Workspace:
         """Runs an audit."""
         with self.timed("audit"):
             return run_audit(
-                model,
-                original,
-                benign=benign,
-                restricted=restricted,
-                transfer=transfer,
-                spec=spec,
-                run=self.run,
-                executor=executor,
-                flags=self.flags,
-            )
+                model, original, benign=benign, restricted=restricted, transfer=transfer, spec=spec, run=self.run,
+                executor=executor, flags=self.flags,
+            )  # fmt: skip
 
     def save(
         self,
@@ -324,12 +310,12 @@ class Workspace:
             ),
             timing=self.timing,
         )
-        return process_group().on_main_process(lambda: _written(result, folder))
+        return process_group().on_main_process(lambda: _write(result, folder))
 
 
 @dataclass(frozen=True)
 class _OneModel:
-    """A file with the one model of a run, as the store of jobs; see `holdfast.runtime.jobs.Store`."""
+    """A store of jobs in which one file holds the only model; see `holdfast.runtime.jobs.Store`."""
 
     path: Path
     like: SplitModel
@@ -345,23 +331,22 @@ class _OneModel:
         return self.like, {}
 
 
-def _opened(where: Path, overwrite: bool) -> None:
-    """Makes a job's folder, or empties it; see `Workspace.start`."""
-    writable_folder(where)
-    if not (where / "job.json").exists():
-        strange = [name for name in OWN_FILES if (where / name).exists()]
-        if strange:
-            raise HoldfastError(
-                f"{str(where)!r} holds {', '.join(strange)} and was not made by Holdfast; choose another "
-                "folder with --out. Nothing was changed."
-            )
-    if overwrite and (where / REPLACED).is_dir():  # the job before did not end; what it set aside is the last that did
-        _remove_own(where)
-    elif overwrite and (where / "job.json").exists():
-        (where / REPLACED).mkdir()
+def _open(folder: Path, overwrite: bool) -> None:
+    """Makes a job's folder; with `overwrite`, sets aside the results in it."""
+    writable_folder(folder)
+    foreign = [] if (folder / "job.json").exists() else [name for name in OWN_FILES if (folder / name).exists()]
+    if foreign:
+        raise HoldfastError(
+            f"{str(folder)!r} holds {', '.join(foreign)} and was not made by Holdfast; choose another folder with "
+            "--out. Nothing was changed."
+        )
+    if overwrite and (folder / REPLACED).is_dir():  # the last job did not end: keep what it set aside
+        _remove_own(folder)
+    elif overwrite and (folder / "job.json").exists():
+        (folder / REPLACED).mkdir()
         for name in (*OWN_FILES, "job.json"):
-            if (where / name).exists():
-                (where / name).rename(where / REPLACED / name)
+            if (folder / name).exists():
+                (folder / name).rename(folder / REPLACED / name)
 
 
 def _remove_own(folder: Path) -> None:
@@ -373,7 +358,7 @@ def _remove_own(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _written(result: RunResult, folder: Path) -> RunResult:
+def _write(result: RunResult, folder: Path) -> RunResult:
     write_report(result, folder / "report.html")
     for name, figure in result.figures.items():
         if isinstance(figure, Pictures):
@@ -383,10 +368,8 @@ def _written(result: RunResult, folder: Path) -> RunResult:
     return result
 
 
-def _differences(found: Any, mine: Any, prefix: str = "") -> list[str]:
+def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
     """Dotted names of the settings in which two jobs differ."""
-    if not (isinstance(found, dict) and isinstance(mine, dict)):
-        return [] if found == mine else [prefix.removeprefix("recipe.")]
-    return [
-        d for k in sorted({*found, *mine}) for d in _differences(found.get(k), mine.get(k), f"{prefix}.{k}".strip("."))
-    ]
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [] if a == b else [prefix.removeprefix("recipe.")]
+    return [d for k in sorted({*a, *b}) for d in _differences(a.get(k), b.get(k), f"{prefix}.{k}".strip("."))]

@@ -1,8 +1,7 @@
-"""The figures of an audit: scores, advantages with their bands, side effects and searches, against steps or trials."""
+"""Figures of an audit: scores, advantages with their bands, side effects and searches."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +19,7 @@ BANDS: dict[Role, str] = {"immunized": "rgba(26,133,201,0.22)", "original": "rgb
 def best_plot(audit: AuditResult) -> Plot:
     """Returns the best of the battery against fine-tuning steps, for the model and both controls.
 
-    Args:
-        audit: its `by_budget` is drawn, with the standard deviation over seeds as bars.
+    Bars show the standard deviation over seeds.
     """
     figure = figure_of(height=440, legend=True)
     _best_traces(figure, audit.by_budget)
@@ -36,7 +34,7 @@ def best_plot(audit: AuditResult) -> Plot:
 
 
 def advantage_plot(audit: AuditResult) -> Plot:
-    """Returns the advantage over scratch against steps, of the model and of its original, each in its band."""
+    """Returns the advantage over scratch against steps, of the model and its original, with confidence bands."""
     figure = figure_of(height=340, legend=True)
     rows = audit.by_budget
     advantages: dict[Role, list[float | None]] = {
@@ -70,7 +68,7 @@ def advantage_plot(audit: AuditResult) -> Plot:
     limit = 100 * audit.verdict.thresholds.max_advantage
     figure.add_hline(y=0, line={"color": NEUTRAL, "width": 1.4})
     figure.add_hline(y=limit, line={"color": NEUTRAL, "width": 1.2, "dash": "dot"})
-    # The band of two or three seeds may reach far outside of what is possible.
+    # The band of two or three seeds may extend far beyond 100 points.
     edges = [edge for band in bands.values() for b in band if b is not None for edge in (b.low, b.high)]
     known = [0, limit, *(100 * v for v in [*edges, *advantages["original"], *advantages["immunized"]] if v is not None)]
     scale = [max(min(known), -100) - 4, min(max(known), 100) + 4]
@@ -104,35 +102,35 @@ def _band(figure: Any, role: Role, budgets: Sequence[int], band: Sequence[Interv
 
 
 def adversary_plots(audit: AuditResult, names: Sequence[str]) -> list[tuple[str, Plot]]:
-    """Returns one small figure an adversary, with its name: mean curves on the model and on both controls.
+    """Returns a small figure for each adversary, with its name: mean curves on the model and on both controls.
 
     All have the same axes, so that they can be compared at a glance.
 
     Args:
-        audit: whose curves are drawn.
-        names: the adversaries, in the order in which they are shown.
+        audit: the audit.
+        names: the adversaries, in the order of the figures.
     """
-    found = []
+    plots = []
     for i, name in enumerate(names):
         figure = figure_of(height=230, legend=False)
         ends = []
         for role in ROLES:
-            mine = [c for c in audit.curves if c.adversary == name and c.role == role]
-            cells = [Cell.of(c.scores[k] for c in mine) for k in range(len(audit.budgets))]
-            losses = [f"mean training loss: {_loss(mine, k)}" for k in range(len(audit.budgets))]
+            curves = [c for c in audit.curves if c.adversary == name and c.role == role]
+            cells = [Cell.of(c.scores[k] for c in curves) for k in range(len(audit.budgets))]
+            losses = [f"mean training loss: {_loss(curves, k)}" for k in range(len(audit.budgets))]
             figure.add_trace(_role_trace(role, audit.budgets, cells, losses))
             ends.append(f"{role} {_percent(cells[-1].mean)}")
         figure.add_trace(_chance(audit))
         _score_axes(figure, audit, titles=False)
         figure.update_layout(margin={"l": 42, "r": 8, "t": 8, "b": 28})
         label = f"Line chart for adversary {name}. After {audit.budgets[-1]} steps: {', '.join(ends)}."
-        found.append((name, plot_of(f"adversary-{i}", figure, label)))
-    return found
+        plots.append((name, plot_of(f"adversary-{i}", figure, label)))
+    return plots
 
 
 def side_effect_plots(audit: AuditResult) -> list[tuple[SideEffect, Plot]]:
-    """Returns one small figure a harmless task: how well the models still learn it."""
-    found = []
+    """Returns a small figure for each harmless task: how well the models still learn it."""
+    plots = []
     for effect in audit.side_effects:
         figure = figure_of(height=250, legend=False)
         _best_traces(figure, effect.by_budget)
@@ -142,12 +140,12 @@ def side_effect_plots(audit: AuditResult) -> list[tuple[SideEffect, Plot]]:
             f"Line chart: learning the harmless task {effect.task}. After {effect.by_budget[-1].budget} steps: "
             f"{_ends(effect.by_budget)}."
         )
-        found.append((effect, plot_of(f"side-{effect.task_role}", figure, label)))
-    return found
+        plots.append((effect, plot_of(f"side-{effect.task_role}", figure, label)))
+    return plots
 
 
 def search_plot(audit: AuditResult) -> Plot | None:
-    """Returns the best score so far against the number of trials, for each model; None if nothing was searched."""
+    """Returns the best score so far against the number of trials, for each model; None without a search."""
     if not audit.search:
         return None
     figure = figure_of(height=340, legend=True)
@@ -249,8 +247,7 @@ def _spread(cell: Cell) -> str:
 
 
 def _loss(curves: Sequence[Curve], index: int) -> str:
-    losses = [c.losses[index] for c in curves]
-    finite = [v for v in losses if v is not None]
     if index == 0:
         return "none before the first step"
-    return f"{statistics.fmean(finite):.3g}" if finite and len(finite) == len(losses) else "not finite"
+    mean = Cell.of(c.losses[index] for c in curves).mean
+    return "not finite" if mean is None else f"{mean:.3g}"

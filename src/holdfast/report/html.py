@@ -1,4 +1,4 @@
-"""The page: one HTML file with its figures, style and script inside; nothing is loaded from anywhere."""
+"""The report as one HTML file that contains its figures, style and scripts, and loads nothing."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from holdfast.report.plots import STYLES, figure_plot, history_plot, measures_er
 from holdfast.report.trade_off import trade_off_plots
 from holdfast.results import ROLES, AuditResult, RunResult
 from holdfast.results.image_grid import strips
-from holdfast.results.tables import Cell, Pictures, Table
+from holdfast.results.tables import Cell, Pictures, Table, last_known
 from holdfast.runtime.storage import write_atomic
 
 LONG_BATTERY, SHOWN_ROWS, SHOWN_PANELS = 12, 6, 8
-"""Of a long battery, so many of the strongest are shown; the others are folded away."""
+"""A battery is long from `LONG_BATTERY` adversaries on; then the strongest are shown and the others folded away."""
 
 
 def write_report(result: RunResult, path: Path) -> None:
-    """Writes the report on a result: one HTML file that needs no network and can be sent as it is.
+    """Writes the report on a result: one HTML file that needs no network.
 
     Args:
-        result: of any job; the report names what it lacks.
-        path: the file, in the run's folder; it appears whole or not at all.
+        result: the result of any job.
+        path: the file, in the run's folder; it is written atomically.
     """
     write_atomic(path, render(result, path.parent))
 
@@ -45,28 +45,28 @@ def render(result: RunResult, folder: Path) -> str:
 
     Args:
         result: see `write_report`.
-        folder: of the run, for the command that replays a trial.
+        folder: the run's folder, for the command that replays a trial.
     """
     audit, immunization = result.audit, result.immunization
     order = [] if audit is None else wording.by_strength(audit)
-
-    def shown(name: str) -> bool:
-        if not result.tables[name].rows:  # such as advantages over scratch, where nothing was trained from scratch
-            return False
-        return audit is None or name != "best"  # an audit's is drawn in its own section
 
     return environment().get_template("report.html.j2").render(
         result=result,
         audit=audit,
         **({} if audit is None else _audit_values(result, audit, order, folder)),
-        grids=[(name, Grid.of_table(name, t, order)) for name, t in result.tables.items() if shown(name)],
+        # An audit draws its table `best` in its own section.
+        grids=[
+            (name, Grid.of_table(name, table, order))
+            for name, table in result.tables.items()
+            if table.rows and (audit is None or name != "best")
+        ],
         figures=[
             *trade_off_plots(result),
             *((f.title, Gallery.of(f) if isinstance(f, Pictures) else figure_plot(name, f))
               for name, f in result.figures.items()),
         ],
         history=None if immunization is None else history_plot(immunization),
-        last_benign=None if immunization is None else _last(immunization.history.get("benign_score", [])),
+        last_benign=None if immunization is None else last_known(immunization.history.get("benign_score", [])),
         errors=immunization is not None and measures_errors(immunization),
         recipe=_recipe(result),
         command=shlex.join(result.provenance.command),
@@ -105,7 +105,7 @@ def _audit_values(result: RunResult, audit: AuditResult, order: Sequence[str], f
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as the page draws it: rows in groups, text columns first, the best numbers marked.
+    """The layout of a table on the page: rows in groups, text columns first, the best numbers marked.
 
     Attributes:
         title: its heading.
@@ -115,8 +115,8 @@ class Grid:
         best: places of the best cell of each column in each group: (group, row, column).
         percent: whether numbers are shares, to be shown in percent.
         note: what the columns mean.
-        shown: rows of each group that are shown at once.
-        standard_error: whether the standard error stands behind ± instead of the standard deviation.
+        shown: rows of each group that are shown before unfolding.
+        standard_error: whether to show the standard error after ± instead of the standard deviation.
     """
 
     title: str
@@ -136,12 +136,12 @@ class Grid:
 
     @classmethod
     def of_table(cls, name: str, table: Table, order: Sequence[str] = ()) -> Grid:
-        """Lays out a table of the result; of `battery` the best score of each column is marked.
+        """Lays out a table of the result; in the table `battery` the best score of each column is marked.
 
         Args:
             name: its key in `result.json`.
-            table: what it holds.
-            order: of the adversaries; tables with one a row follow it, and only its beginning is shown at once.
+            table: the table.
+            order: the adversaries; tables with one adversary a row follow it, and fold its end away.
         """
         columns = list(dict.fromkeys(key for row in table.rows for key in row))
         numbers = [c for c in columns if any(isinstance(row.get(c), Cell) for row in table.rows)]
@@ -155,7 +155,7 @@ class Grid:
             place = {method: i for i, method in enumerate(order)}
             for rows in groups.values():
                 rows.sort(key=lambda row: place.get(str(row.get("method")), len(place)))
-                if name == "battery":  # each model's own best must not be folded away
+                if name == "battery":  # the best adversary on each model must not be folded away
                     rows.sort(key=_top, reverse=True)
         attacked = [column for column in numbers if column != BENIGN_AFTER]
         best = _best(list(groups.values()), attacked) if name == "battery" else set()
@@ -167,7 +167,7 @@ class Grid:
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Mapping[str, Any]]) -> Grid:
-        """Lays out the settings of several adversaries, one a row."""
+        """Lays out the settings of several adversaries, one adversary a row."""
         columns = list(dict.fromkeys(key for values in settings.values() for key in values))
         shown = SHOWN_ROWS if len(settings) > LONG_BATTERY else cls.shown
         rows = [
@@ -179,15 +179,15 @@ class Grid:
 
 @dataclass(frozen=True)
 class Gallery:
-    """A figure of pictures as the page shows it: row by row, so that labels are text and stay with their row.
+    """The layout of a figure of pictures on the page: one image a row, with its label as text.
 
     Attributes:
         note: what is shown.
-        columns: what each tile of a line is of.
+        columns: label of each tile of a line.
         across: tiles in a line.
-        width: of a row in pixels.
-        height: likewise.
-        strips: label, description for people who do not see it, and PNG in base64, of each row.
+        width: width of a row in pixels.
+        height: height of a row in pixels.
+        strips: label, description for screen readers, and PNG in base64, of each row.
     """
 
     note: str
@@ -212,7 +212,7 @@ class Gallery:
 
 
 def _heading(table: Table) -> str:
-    """The column whose values head groups of rows: settings, or models if any has several rows; else none."""
+    """The column whose values group the rows: settings, or models if one of them has several rows; else empty."""
     if any("setting" in row for row in table.rows):
         return "setting"
     models = [row["model"] for row in table.rows if "model" in row]
@@ -220,13 +220,13 @@ def _heading(table: Table) -> str:
 
 
 def _best(groups: Sequence[Sequence[Mapping[str, Any]]], columns: Sequence[str]) -> set[tuple[int, int, str]]:
-    found = set()
+    best = set()
     for g, rows in enumerate(groups):
         for column in columns:
             means = [cell.mean if isinstance(cell := row.get(column), Cell) else None for row in rows]
             top = max((m for m in means if m is not None), default=None)
-            found |= {(g, i, column) for i, m in enumerate(means) if m is not None and m == top}
-    return found
+            best |= {(g, i, column) for i, m in enumerate(means) if m is not None and m == top}
+    return best
 
 
 def _top(row: Mapping[str, Any]) -> float:
@@ -234,12 +234,8 @@ def _top(row: Mapping[str, Any]) -> float:
     return max((cell.mean for cell in cells if cell.mean is not None), default=-math.inf)
 
 
-def _last(values: Sequence[float | None]) -> float | None:
-    return next((v for v in reversed(values) if v is not None), None)
-
-
 def _recipe(result: RunResult) -> str:
-    """The resolved recipe as YAML; through JSON first, for plain types only."""
+    """The resolved recipe as YAML; JSON mode leaves plain types only."""
     settings = result.model_dump(mode="json", include={"recipe"})["recipe"]
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100)
 
@@ -264,15 +260,11 @@ COLUMNS = {
     "restricted_error": "its error",
     "benign_error": "its error ",
 }
-"""Headings of columns whose name in `result.json` is not one for people."""
-
-
-def _column(name: str) -> str:
-    return COLUMNS.get(name, name.replace("_", " "))
+"""Headings of columns, by their name in `result.json`."""
 
 
 def flag_page(name: str) -> str:
-    """Where the documentation explains a red flag.
+    """Returns the link to a red flag's section in the documentation.
 
     Example:
         >>> flag_page("Poisoned BatchNorm statistics")
@@ -281,9 +273,9 @@ def flag_page(name: str) -> str:
     return "red-flags.html#" + re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", name.lower()).strip())
 
 
-@cache  # it keeps the templates that it has compiled
+@cache  # it caches compiled templates
 def environment() -> Environment:
-    """Returns the templates, and how they write numbers."""
+    """Returns the environment of the templates, with filters for numbers."""
     environment = Environment(
         loader=PackageLoader("holdfast.report"),
         autoescape=True,
@@ -300,7 +292,7 @@ def environment() -> Environment:
         "times": wording.times,
         "setting": wording.setting,
         "flag_page": flag_page,
-        "column": _column,
+        "column": lambda name: COLUMNS.get(name, name.replace("_", " ")),
         "number": lambda value: "never" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}",
         "series": series_title,
     }

@@ -1,4 +1,4 @@
-"""The leaderboard: the audits of many folders on one page, in groups of those that compare."""
+"""The leaderboard: the audits of many folders on one page, in groups of comparable audits."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from holdfast.results import AuditResult, Interval, RunResult, read_result
 from holdfast.runtime.storage import write_atomic
 
 FEW_SEEDS = 3
-"""Fewer say too little about the spread."""
+"""With fewer seeds the spread is not reliable."""
 
 WEAK_BATTERIES = ("quick-v1", "side-effects-v1")
-"""Batteries that are for a first look: a model that only they could not break is not known to resist."""
+"""Batteries for a first look: if only they failed to break a model, it is not known to resist."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Entry:
     """One audit.
 
     Attributes:
-        where: its folder, as seen from the leaderboard's.
-        result: all that it recorded.
-        audit: of it.
+        where: its folder, relative to the leaderboard's.
+        result: the content of its `result.json`.
+        audit: the audit in it.
     """
 
     where: str
@@ -37,7 +37,7 @@ class Entry:
 
     @property
     def group(self) -> tuple[str, str, int, int, str]:
-        """What two audits must share, or their numbers do not compare."""
+        """Two audits compare only if these are the same."""
         a = self.audit
         return a.benign_task, a.restricted_task, a.budgets[-1], a.adversary_samples, a.unit
 
@@ -48,18 +48,18 @@ class Entry:
 
     @property
     def model(self) -> str:
-        """Its architecture."""
+        """Architecture of the model."""
         facts = self.result.provenance.models.get("immunized")
         return facts.name if facts else "not recorded"
 
     @property
     def defense(self) -> str:
-        """Its defense, where the run made the model."""
+        """Name of the defense, if the run made the model."""
         return self.result.immunization.defense if self.result.immunization else "not recorded"
 
     @property
     def cost_ratio(self) -> float | None:
-        """Steps to the target score, over those from scratch."""
+        """Steps to the target score, divided by those from scratch."""
         return wording.cost_ratio(self.audit)
 
     @property
@@ -81,7 +81,7 @@ class Entry:
 
     @property
     def measured(self) -> Interval | None:
-        """A 95 % interval of the same score: over seeds, and over test samples where scores are accuracies."""
+        """A 95 % interval of the same score as measured: over seeds, and for accuracies over test samples."""
         cell = self.key.last.best["immunized"]
         if cell.mean is None or cell.sd is None:
             return None
@@ -93,29 +93,28 @@ class Entry:
 
     @property
     def unreliable(self) -> list[str]:
-        """Why the row should not be relied on; empty: nothing speaks against it."""
-        audit, found = self.audit, []
-        if audit.verdict.label == "invalid":
-            found.append("the audit is invalid")
-        found += [f"critical red flag: {f.name}" for f in audit.flags if f.severity == "critical"]
+        """Reasons not to rely on the audit."""
+        audit = self.audit
+        reasons = ["the audit is invalid"] if audit.verdict.label == "invalid" else []
+        reasons += [f"critical red flag: {f.name}" for f in audit.flags if f.severity == "critical"]
         if audit.battery in WEAK_BATTERIES:
-            found.append(f"battery {audit.battery} only")
+            reasons.append(f"battery {audit.battery} only")
         if len(audit.seeds) < FEW_SEEDS:
-            found.append("one seed" if len(audit.seeds) == 1 else f"{len(audit.seeds)} seeds only")
+            reasons.append("one seed" if len(audit.seeds) == 1 else f"{len(audit.seeds)} seeds only")
         reported, measured = self.reported, self.measured
         if reported is not None and measured is not None and not measured.low <= reported <= measured.high:
-            found.append(f"reported {reported:.1%}, but measured {measured.low:.1%} to {measured.high:.1%}")
-        return found
+            reasons.append(f"reported {reported:.1%}, but measured {measured.low:.1%} to {measured.high:.1%}")
+        return reasons
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """What was found under a folder.
+    """The results under a folder.
 
     Attributes:
         entries: the audits.
-        others: folders whose result holds no audit, and their kind.
-        damaged: files that could not be read, and why.
+        others: folders whose result holds no audit, with the kind of their job.
+        damaged: folders whose result could not be read, with the error.
     """
 
     entries: list[Entry]
@@ -124,20 +123,23 @@ class Leaderboard:
 
     @property
     def groups(self) -> list[tuple[tuple[str, str, int, int, str], list[Entry]]]:
-        """The audits that compare, side by side: reliable ones first, then those that retain least."""
-        found: dict[tuple[str, str, int, int, str], list[Entry]] = {}
-        for entry in self.entries:
-            found.setdefault(entry.group, []).append(entry)
-        for rows in found.values():
-            rows.sort(key=lambda e: (bool(e.unreliable), _or_inf(e.audit.verdict.retained), e.where))
-        return sorted(found.items())
+        """Groups of comparable audits; in each, reliable audits first, then by retained advantage, least first."""
+
+        def order(entry: Entry) -> tuple[bool, float, str]:
+            retained = entry.audit.verdict.retained
+            return bool(entry.unreliable), math.inf if retained is None else retained, entry.where
+
+        groups: dict[tuple[str, str, int, int, str], list[Entry]] = {}
+        for entry in sorted(self.entries, key=order):
+            groups.setdefault(entry.group, []).append(entry)
+        return sorted(groups.items())
 
 
 def collect(folder: Path) -> Leaderboard:
-    """Reads every `result.json` under a folder; what cannot be read is listed, and stops nothing.
+    """Reads every `result.json` under a folder; those that cannot be read are listed.
 
     Raises:
-        HoldfastError: if there is none.
+        HoldfastError: if there is no `result.json`.
     """
     paths = sorted(folder.rglob("result.json"))
     if not paths:
@@ -163,7 +165,3 @@ def write_leaderboard(board: Leaderboard, path: Path) -> None:
     """Writes the page: one file that loads nothing from the network."""
     page = environment().get_template("leaderboard.html.j2").render(board=board, few_seeds=FEW_SEEDS)
     write_atomic(path, page)
-
-
-def _or_inf(value: float | None) -> float:
-    return math.inf if value is None else value

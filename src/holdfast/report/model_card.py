@@ -1,10 +1,11 @@
-"""The card: a section for a model's README, with the audit's numbers, bound to the weights by their hashes."""
+"""The model card: a section for a model's README, with the audit's numbers and the hashes of the weights."""
 
 from __future__ import annotations
 
 import html
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +25,11 @@ _OWN_META = re.compile(rf"^{META_BEGIN}\n.*?^{META_END}\n", re.DOTALL | re.MULTI
 
 @dataclass(frozen=True)
 class Hashes:
-    """Which weights a card is about.
+    """The hashes of the weights that a card is about.
 
     Attributes:
         tensors: over names, dtypes, shapes and values.
-        file: over the bytes of the file; None where there is no file.
+        file: over the bytes of the file; None: not in the card.
     """
 
     tensors: str
@@ -36,23 +37,23 @@ class Hashes:
 
 
 def card(result: RunResult, file_sha256: str | None = None) -> str:
-    """Returns a whole README: front matter and the section.
+    """Returns a complete README: front matter and the section.
 
     Args:
-        result: with an audit.
-        file_sha256: of the file of the immunized model.
+        result: a result with an audit.
+        file_sha256: hash of the immunized model's file.
 
     Raises:
-        HoldfastError: if there is no audit: a card would have nothing to say.
+        HoldfastError: if there is no audit.
     """
     return put("", result, file_sha256)
 
 
 def put(readme: str, result: RunResult, file_sha256: str | None = None) -> str:
-    """Returns a README with the section in it; what stands outside of the markers stays as it is.
+    """Returns a README with the section in it; the text outside the markers stays as it is.
 
-    A former section is replaced in its place; else the section comes to the end. In the front matter, keys that the
-    README already has are not touched.
+    An earlier section is replaced; otherwise the section is added at the end. In the front matter, keys that the README
+    already has are not changed.
 
     Args:
         readme: may be empty.
@@ -73,11 +74,10 @@ def hashes(readme: str) -> Hashes:
     """Returns the hashes in a card.
 
     Raises:
-        HoldfastError: if there is no card, or none in it.
+        HoldfastError: if there is no card, or it has no hash.
     """
     section = readme.partition(BEGIN)[2].partition(END)[0]
-    found = {name: re.search(rf"\| {name} \| `([0-9a-f]{{64}})` \|", section) for name in (TENSORS, FILE)}
-    tensors, file = found[TENSORS], found[FILE]
+    tensors, file = (re.search(rf"\| {name} \| `([0-9a-f]{{64}})` \|", section) for name in (TENSORS, FILE))
     if tensors is None:
         raise HoldfastError(
             f"There is no card in it: no {TENSORS!r} between {BEGIN} and {END}. `holdfast card` makes one."
@@ -103,7 +103,7 @@ def _with_front_matter(readme: str, result: RunResult) -> tuple[str, str]:
 
 
 def _metadata(result: RunResult) -> dict[str, Any]:
-    """What Hugging Face's `model-index` says of a model: tasks, data, metrics."""
+    """The front matter, with Hugging Face's `model-index`: tasks, data, metrics."""
     audit = _audit(result)
     key = wording.key_numbers(audit)
     last = key.last.best["immunized"].mean
@@ -114,23 +114,18 @@ def _metadata(result: RunResult) -> dict[str, Any]:
         _metric("retained", "Retained share of the original's advantage", audit.verdict.retained),
     ]
     benign = [_metric(audit.unit, "Benign score", audit.benign.immunized)]
-    found = [
+    tasks = [("benign-task", "The model's own task", audit.benign_task, benign)]
+    if audit.verdict.label != "invalid":  # an index must not list numbers of an invalid audit as results
+        tasks.insert(0, ("fine-tuning-resistance", "Resistance to fine-tuning", audit.restricted_task, restricted))
+    entries = [
         {
             "task": {"type": kind, "name": name},
             "dataset": {"type": data, "name": data},
             "metrics": [m for m in metrics if m is not None],
         }
-        for kind, name, data, metrics in (
-            # No number of an invalid audit may stand in an index as a result.
-            *(
-                []
-                if audit.verdict.label == "invalid"
-                else [("fine-tuning-resistance", "Resistance to fine-tuning", audit.restricted_task, restricted)]
-            ),
-            ("benign-task", "The model's own task", audit.benign_task, benign),
-        )
+        for kind, name, data, metrics in tasks
     ]
-    index = {"name": result.title, "results": [entry for entry in found if entry["metrics"]]}
+    index = {"name": result.title, "results": [entry for entry in entries if entry["metrics"]]}
     return {"tags": ["holdfast", "fine-tuning-resistance"], "model-index": [index]}
 
 
@@ -141,7 +136,7 @@ def _metric(kind: str, name: str, value: float | None) -> dict[str, Any] | None:
 def _audit(result: RunResult) -> AuditResult:
     if result.audit is None:
         raise HoldfastError(
-            f"{result.title!r} was not audited (it is a result of {result.job!r}); a card would be a claim."
+            f"{result.title!r} was not audited (it is a result of {result.job!r}); a card needs an audit."
         )
     return result.audit
 
@@ -153,13 +148,13 @@ def _section(result: RunResult, file_sha256: str | None) -> str:
         BEGIN,
         "## Resistance to fine-tuning",
         f"**Verdict: {verdict.label}.** {_text(verdict.sentence)}",
-        *([] if verdict.label != "invalid" else ["\n".join(f"- {_text(reason)}" for reason in wording.reasons(audit))]),
+        *(["\n".join(f"- {_text(reason)}" for reason in wording.reasons(audit))] if verdict.label == "invalid" else []),
         f"**{'What was tried' if verdict.label == 'invalid' else 'It holds for'}:** {_text(verdict.threat_model)}",
         _numbers(result, audit),
         *filter(None, [audit.spoken.note]),
         "### Red flags",
         "\n".join(f"- **{_text(f.name)}** ({f.severity}): {_text(f.found)} {_text(f.remedy)}" for f in audit.flags)
-        or "None was raised.",
+        or "No red flag was raised.",
         "### Not claimed",
         "\n".join(f"- {_text(line)}" for line in wording.not_covered(audit)),
         "### These weights, and how to check",
@@ -194,6 +189,10 @@ def _numbers(result: RunResult, audit: AuditResult) -> str:
     ]  # fmt: skip
     if result.immunization is not None:
         rows.insert(0, ("Defense", _text(result.immunization.defense)))
+    return _table(rows)
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
@@ -206,14 +205,13 @@ def _weights(result: RunResult, file_sha256: str | None) -> str:
     rows += [("Holdfast", _text(f"{origin.holdfast}, {origin.started[:10]}"))]
     command = " ".join(map(_quoted, origin.command))
     return (
-        "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-        + "\n\nThe audit speaks of these weights only. To see whether a file holds them, and to repeat the audit:\n\n"
-        + f"```console\n$ holdfast card README.md --check model.safetensors\n$ {command}\n```"
+        f"{_table(rows)}\n\nThe audit describes these weights only. To check whether a file holds them, and to repeat "
+        f"the audit:\n\n```console\n$ holdfast card README.md --check model.safetensors\n$ {command}\n```"
     )
 
 
 def _quoted(argument: str) -> str:
-    """An argument for a shell, on one line, that ends neither the code block nor the section."""
+    """Quotes an argument for a shell, on one line, so that it ends neither the code block nor the section."""
     if argument.isprintable() and "`" not in argument and "<" not in argument:
         return shlex.quote(argument)
     return "$'" + "".join(c if c.isalnum() or c in "-_./:=, " else f"\\U{ord(c):08x}" for c in argument) + "'"
@@ -237,5 +235,5 @@ def _known(text: str | None) -> str:
 
 
 def _text(raw: str) -> str:
-    """Names must come out as they are written, in Markdown and in its tables."""
+    """Escapes a text for Markdown and its tables."""
     return re.sub(r"([\\`*_|\[\]])", r"\\\1", html.escape(" ".join(raw.split()), quote=False))

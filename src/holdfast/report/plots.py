@@ -1,4 +1,4 @@
-"""The report's figures, as plotly figures that read well on a light and on a dark page."""
+"""Plotly figures of the report, readable on a light and on a dark page."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from plotly.subplots import make_subplots
 
 from holdfast.losses import OF_DENOISING
 from holdfast.results import Event, ImmunizationResult, Role
-from holdfast.results.tables import Lines, Map
+from holdfast.results.tables import Lines, Map, last_known
 
 
 @dataclass(frozen=True)
 class RoleStyle:
-    """How a role looks: colour, dash and marker each suffice to tell it from the others.
+    """The look of a role; each of colour, dash and marker suffices to tell it from the others.
 
     Attributes:
         colour: safe for the colour-blind (after Okabe and Ito); at least 3:1 against both pages.
         dash: plotly's name of the line's pattern.
-        strokes: the same pattern for SVG, where the page draws a key of its own.
+        strokes: the same pattern for SVG, for the keys that the page draws itself.
         symbol: plotly's name of the marker.
     """
 
@@ -40,10 +40,10 @@ STYLES: dict[Role, RoleStyle] = {
     "original": RoleStyle("#d55e00", "dash", "5 3", "square"),
     "scratch": RoleStyle("#009e73", "dot", "2 2", "triangle-up"),
 }
-"""One look a role, in every figure and table of the report."""
+"""The look of each role, in every figure and table of the report."""
 
 NEUTRAL = "#808590"
-"""Reads on both pages: for lines of no role, and for text until the page's script knows the theme."""
+"""Readable on both pages: for lines without a role, and for text until the page's script sets the theme."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Plot:
     """A figure, ready for the page.
 
     Attributes:
-        id: of its element on the page.
-        label: what it shows, for people who do not see it.
+        id: id of its element on the page.
+        label: description for screen readers.
         json: data and layout, safe inside a script element.
         height: in CSS pixels, so that the page does not jump when the figure is drawn.
     """
@@ -64,7 +64,7 @@ class Plot:
 
 
 def history_plot(immunization: ImmunizationResult) -> Plot | None:
-    """Returns the defense's own record over rounds, one panel a series, with its events marked.
+    """Returns the defense's record over rounds, one panel a series, with its events marked.
 
     Returns:
         The figure; None if the defense recorded no finite number.
@@ -99,15 +99,15 @@ def history_plot(immunization: ImmunizationResult) -> Plot | None:
 
 
 PALETTE = ("#1a85c9", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#7a6fd0", "#808590", "#c0392b", "#2aa198", "#6c8e3a")
-"""After Okabe and Ito, for series of no role; with dashes, so that no two look alike."""
+"""After Okabe and Ito, for series without a role; combined with dashes, so that no two look alike."""
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 FEW = 8
-"""Up to so many places on a logarithmic axis, each has a tick."""
+"""Up to this many values on a logarithmic axis, each has a tick."""
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "cross", "x", "star", "triangle-down", "pentagon", "hexagram")
 
 
 def figure_plot(name: str, figure: Lines | Map) -> Plot:
-    """Returns a study's or a feasibility's figure.
+    """Returns a figure of a study, protocol or feasibility analysis.
 
     Args:
         name: its key in `result.json`.
@@ -119,7 +119,7 @@ def figure_plot(name: str, figure: Lines | Map) -> Plot:
 def _lines(name: str, lines: Lines) -> Plot:
     look = {"exponentformat": "power", "minorloglabels": "none", "zeroline": False, "fixedrange": True}
     xaxis = {"title": {"text": lines.x_title}, "type": "log" if lines.log_x else "linear", **look}
-    if lines.log_x and 1 < len(lines.x) <= FEW and lines.x[0] > 0:  # plotly leaves out a tick at the very end
+    if lines.log_x and 1 < len(lines.x) <= FEW and lines.x[0] > 0:  # plotly leaves out a tick at the end of an axis
         ends = math.log10(lines.x[0]), math.log10(lines.x[-1])
         room = 0.02 * (ends[1] - ends[0])
         xaxis |= {"range": [ends[0] - room, ends[1] + room], "tickvals": lines.x}
@@ -146,8 +146,9 @@ def _lines(name: str, lines: Lines) -> Plot:
             for i, (series, values) in zip(_looks(lines.series), lines.series.items(), strict=True)
         ]
     )
-    last = [f"{s}: {_short(_last(v))}" for s, v in lines.series.items()]
-    return plot_of(name, figure, f"Line chart: {lines.title}. At the right end: {', '.join(last)}.")
+    last = {series: last_known(values) for series, values in lines.series.items()}
+    texts = [f"{series}: {'no value' if end is None else f'{end:.3g}'}" for series, end in last.items()]
+    return plot_of(name, figure, f"Line chart: {lines.title}. At the right end: {', '.join(texts)}.")
 
 
 CONTROLS = {"original": 1, "scratch": 2}
@@ -155,7 +156,7 @@ CONTROLS = {"original": 1, "scratch": 2}
 
 
 def _looks(names: Collection[str]) -> list[int]:
-    """Places in the palette: controls look as they do everywhere, whichever of them is there; others take the rest."""
+    """Places in the palette: controls look the same in every figure; other series take the free places."""
     reserved = set(CONTROLS.values()) if CONTROLS.keys() & set(names) else set()
     free = (i for i in itertools.count() if i not in reserved)
     return [CONTROLS[name] if name in CONTROLS else next(free) for name in names]
@@ -189,7 +190,7 @@ def _map(name: str, maps: Map) -> Plot:
     figure.update_layout(
         margin={"l": 56, "r": 12, "t": 36, "b": 44},
         coloraxis={
-            # Blue: immunized; red: not; as in the paper's Figure 2. One direction only where nothing can be negative.
+            # Blue: immunized; red: not; as in the paper's Figure 2. A single hue if no value is negative.
             "colorscale": "RdBu" if signed else "Blues",
             "cmin": -reach if signed else 0,
             "cmax": reach,
@@ -205,21 +206,13 @@ def _map(name: str, maps: Map) -> Plot:
     return plot_of(name, figure, f"Heat map: {maps.title}. {', '.join(shares)}.")
 
 
-def _last(values: Sequence[float | None]) -> float | None:
-    return next((v for v in reversed(values) if v is not None), None)
-
-
-def _short(value: float | None) -> str:
-    return "no value" if value is None else f"{value:.3g}"
-
-
 def measures_errors(immunization: ImmunizationResult) -> bool:
-    """Whether the scores that a defense noted are errors, as of denoisers: smaller is better, and they may exceed 1."""
+    """Whether a defense recorded errors, as for denoisers: smaller is better, and they may exceed 1."""
     return immunization.config.get("loss") in OF_DENOISING
 
 
 def series_title(name: str, *, errors: bool = False) -> str:
-    """Returns a series' name in words.
+    """Returns the title of a series of a defense's history.
 
     Args:
         name: its key in the history.
@@ -229,18 +222,16 @@ def series_title(name: str, *, errors: bool = False) -> str:
         >>> series_title("suppression_loss"), series_title("benign_score", errors=True)
         ('Suppression loss', 'Held-out benign error')
     """
-    if errors and name in ("benign_score", "simulated_score"):
-        return {"benign_score": "Held-out benign error", "simulated_score": "Simulated adversaries' error"}[name]
     known = {
-        "benign_score": "Held-out benign score",
-        "simulated_score": "Simulated adversaries' accuracy",
+        "benign_score": "Held-out benign error" if errors else "Held-out benign score",
+        "simulated_score": "Simulated adversaries' error" if errors else "Simulated adversaries' accuracy",
         "validation_score": "Best of the defender's own attacks",
     }
     return known.get(name, name.replace("_", " ").capitalize())
 
 
 def _series(axis: str, share: bool, rounds: Sequence[float | None], values: Sequence[float | None]) -> Any:
-    # Some series are looked at only now and then: a line alone would not show where it was measured.
+    # Some series are measured only in some rounds: markers show which.
     sparse = any(v is None for v in values)
     return go.Scatter(
         x=rounds,
@@ -291,11 +282,11 @@ def figure_of(*, height: int, legend: bool, **layout: Any) -> Any:
     Args:
         height: in pixels.
         legend: whether there is one.
-        layout: more of plotly's settings, or others in the place of those of every figure.
+        layout: further settings of plotly, which replace the defaults.
     """
-    # In one piece: plotly takes three times as long to change a figure as to make it.
+    # Made in one call: plotly takes three times as long to change a figure as to make it.
     settings: dict[str, Any] = {
-        # plotly's default template brings a white page and its own palette.
+        # plotly's default template has a white page and its own palette.
         "template": "none",
         "height": height,
         "autosize": True,
@@ -306,11 +297,7 @@ def figure_of(*, height: int, legend: bool, **layout: Any) -> Any:
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "margin": {"l": 56, "r": 12, "t": 12, "b": 44},
-        "font": {
-            "family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif",
-            "size": 12,
-            "color": NEUTRAL,
-        },
+        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12, "color": NEUTRAL},
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"},
         "hoverlabel": {"align": "left"},
         "xaxis": {"zeroline": False, "fixedrange": True},
@@ -319,10 +306,10 @@ def figure_of(*, height: int, legend: bool, **layout: Any) -> Any:
 
 
 def plot_of(name: str, figure: Any, label: str) -> Plot:
-    """Returns a figure as the page takes it."""
+    """Returns a figure in the form that the page needs."""
     return Plot(f"plot-{name}", label, str(figure.to_json()), int(figure.layout.height))
 
 
 def label_text(raw: str) -> str:
-    """Plotly reads some HTML in its labels; names must come out as they are written."""
+    """Escapes a label, because plotly interprets some HTML."""
     return html.escape(raw, quote=False)

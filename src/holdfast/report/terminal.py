@@ -1,4 +1,4 @@
-"""The verdict on a terminal: best of the battery at each budget, and the sentence."""
+"""Results on a terminal: best of the battery at each budget, verdict and findings."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from holdfast.results.tables import Table as Tabular
 from holdfast.runtime.distributed import speaks
 
 LEAST = 14
-"""Characters of a column of names; longer ones go on in the next line."""
+"""Least width of a column of names; longer names continue in the next line."""
 
 RATIOS = {
     "ratio_restricted": "(i)", "ratio_benign": "(ii)", "rir": "RIR", "rir_bound": "RIR*", "benign_percent": "benign, %",
 }  # fmt: skip
-"""Headings of columns whose name in `result.json` is not one for people."""
+"""Headings of columns, by their name in `result.json`."""
 
 
 def show(result: RunResult, folder: Path) -> None:
-    """Prints the verdict of a run and where its report is; of several processes, only the main one does.
+    """Prints a result and the path of its report; of several processes, only the main one prints.
 
     Args:
-        result: any `RunResult`; without an audit only the place of the report is printed.
+        result: the result of any job.
         folder: the run's folder.
     """
     if not speaks():
@@ -53,7 +53,7 @@ def show(result: RunResult, folder: Path) -> None:
 
 
 def _show_making(result: RunResult, console: Console) -> None:
-    """What happened to the models before anything was measured."""
+    """Prints notes on the models, and the events of the defense."""
     for role, model in result.provenance.models.items():
         for note in model.notes:
             console.print(f"Note on the {role} model: {note}")
@@ -65,11 +65,11 @@ def _show_making(result: RunResult, console: Console) -> None:
     if made.nothing is not None:
         console.print(made.nothing)
     elif not made.completed:
-        console.print("The defense gave up early: the immunized model is the last good state that it had.")
+        console.print("The defense gave up early: the immunized model is its last good state.")
 
 
 def show_replay(recorded: Curve, repeated: Curve) -> None:
-    """Prints a trial's scores as they were recorded and as they came out now, and whether they are the same."""
+    """Prints a trial's recorded and repeated scores, and whether they are the same."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(f"{recorded.adversary} on {recorded.role}, seed {recorded.seed}")
     table = Table(pad_edge=False)
@@ -96,7 +96,7 @@ def _digits(score: float | None) -> str:
 
 
 def _show_study(result: RunResult, console: Console) -> None:
-    """The tables that hold the ratios; the others are in the report."""
+    """Prints the tables of ratios; the others are in the report."""
     for each in result.tables.values():
         columns = {key: RATIOS[key] for key in ("ratio_restricted", "ratio_benign", "rir", "rir_bound")}
         if not all(c in row for row in each.rows for c in columns):
@@ -108,7 +108,7 @@ def _show_study(result: RunResult, console: Console) -> None:
         for row in each.rows:
             cells = [row[c] for c in columns]
             paper = next(c.paper for c in cells[2:3] if isinstance(c, Cell))
-            numbers = [_number(c) for c in cells if isinstance(c, Cell)]
+            numbers = ["not finite" if c.mean is None else f"{c.mean:.3g}" for c in cells if isinstance(c, Cell)]
             table.add_row(str(row["method"]), *numbers, "" if paper is None else f"{paper:g}")
         Console().print(table)
     for finding in result.findings:
@@ -116,7 +116,7 @@ def _show_study(result: RunResult, console: Console) -> None:
 
 
 def _show_protocol(result: RunResult, console: Console) -> None:
-    """Condition numbers, and the scores, a table for each setting; all else is in the report."""
+    """Prints condition numbers and scores, one table for each setting; the others are in the report."""
     scores = "accuracy" if "accuracy" in result.tables else "error"
     probes = {row["probe"] for row in result.tables["probes"].rows} if "probes" in result.tables else set()
     if all(row.get("attack") in probes for row in result.tables[scores].rows):
@@ -138,7 +138,7 @@ def _show_by_setting(each: Tabular) -> None:
         if _least(table) > screen.width:
             title += " (spreads are in the report)"
             table = _scores(title, rows, lambda cell: show(cell).partition(" ± ")[0])
-        # Rich cuts what does not fit, and a number without its last digits is another number.
+        # Rich cuts off digits that do not fit, and a cut number is wrong.
         Console(width=max(screen.width, _least(table))).print(table)
 
 
@@ -164,20 +164,14 @@ def _widest(rows: Sequence[Mapping[str, str | Cell]], column: str, show: Callabl
 
 
 def _least(table: Table) -> int:
-    """The width in which nothing is cut."""
+    """The width at which no column is cut."""
     return sum((column.min_width or 0) + 3 for column in table.columns)
 
 
 def _some(names: Sequence[str]) -> str:
-    """A list that stays readable for a long battery."""
+    """The first names of a long list, and how many there are more."""
     shown = 8 if len(names) > 10 else len(names)
     return "; ".join(names[:shown]) + (f" and {len(names) - shown} more" if shown < len(names) else "")
-
-
-def _number(cell: Cell) -> str:
-    if cell.mean is None:
-        return "not finite"
-    return f"{cell.mean:.3g}"
 
 
 def _show_audit(audited: AuditResult, console: Console) -> None:
@@ -197,12 +191,9 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
     Console().print(table)
     if note := audited.spoken.note:
         console.print(note)
-    before, after = (Cell.of([score]) for score in (audited.benign.original, audited.benign.immunized))
-    kept = wording.kept(audited)
-    console.print(
-        f"Benign task {audited.benign_task}: {_percent(before)} % before, {_percent(after)} % after."
-        + (f" {kept}" if kept else "")
-    )
+    before, after = (_percent(Cell.of([score])) for score in (audited.benign.original, audited.benign.immunized))
+    kept = f"{before} % before, {after} % after. {wording.kept(audited)}".rstrip()
+    console.print(f"Benign task {audited.benign_task}: {kept}")
     if audited.keeping is not None:
         console.print(wording.benign_keepers(audited))
     _show_costs(audited, console)
@@ -250,13 +241,11 @@ def _band(interval: Interval | None) -> str:
     return "" if interval is None else f"{100 * interval.low:+.0f} to {100 * interval.high:+.0f}"
 
 
-def _value(cell: Cell) -> str:
+def _value(cell: Cell, factor: float = 1, digits: str = ".4g", sd_digits: str = ".2g") -> str:
     if cell.mean is None:
         return "not finite" if cell.n else "-"
-    return f"{cell.mean:.4g}" + (f" ± {cell.sd:.2g}" if cell.sd is not None else "")
+    return f"{factor * cell.mean:{digits}}" + (f" ± {factor * cell.sd:{sd_digits}}" if cell.sd is not None else "")
 
 
 def _percent(cell: Cell) -> str:
-    if cell.mean is None:
-        return "not finite" if cell.n else "-"
-    return f"{100 * cell.mean:.1f}" + (f" ± {100 * cell.sd:.1f}" if cell.sd is not None else "")
+    return _value(cell, 100, ".1f", ".1f")

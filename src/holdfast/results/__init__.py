@@ -1,4 +1,4 @@
-"""Results: what `result.json` holds, typed; the words and images that belong to it."""
+"""Results: the typed content of `result.json`, and its sentences and images."""
 
 from holdfast.results.provenance import ModelFacts, Provenance, Reading, TaskFacts, provenance
 from holdfast.results.reason_codes import InvalidCode, Reason, ReasonCode, Role, ThreatModel

@@ -1,4 +1,4 @@
-"""From tensors to a figure of pictures, and back to the image files that people see."""
+"""Draws pictures as a figure, and returns the images in it."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from holdfast.errors import HoldfastError
 from holdfast.results.tables import Pictures
 
 TILE, GAP = 96, 2
-"""Pixels of a tile, about, as pictures are enlarged by a whole number to stay sharp; and between two tiles."""
+"""Approximate pixels of a tile (pictures are enlarged by a whole number to stay sharp), and between two tiles."""
 
 GROUND, CROSS = (128, 128, 128, 255), (200, 30, 30, 255)
-"""Colour of a tile without a picture: visible on a light and on a dark page."""
+"""Colours of a tile without a picture: visible on a light and on a dark page."""
 
 
 def draw(
     title: str, rows: Mapping[str, Tensor], *, note: str = "", across: int | None = None, columns: Sequence[str] = ()
 ) -> Pictures:
-    """Lays pictures out in a grid.
+    """Draws pictures in a grid.
 
     Args:
         title: heading of the figure.
         rows: pictures of shape (N, C, H, W) in [0, 1] by label, grey (C = 1) or in colour (C = 3), all of one size. One
             with a number that is not finite is drawn as a crossed-out tile.
-        note: what is shown, for people.
-        across: tiles in a line; None: as many as the longest row has.
-        columns: what each tile of a line is of.
+        note: what is shown.
+        across: tiles in a line; None: the length of the longest row.
+        columns: label of each tile of a line.
 
     Raises:
-        HoldfastError: if there is nothing to draw, or the shapes are none of pictures.
+        HoldfastError: if there is nothing to draw, or a shape is not that of pictures.
 
     Example:
         >>> figure = draw("Noise", {"grey": torch.rand(3, 1, 8, 8), "colour": torch.rand(2, 3, 8, 8)})
@@ -83,7 +83,7 @@ def _encoded(image: Image.Image) -> str:
 
 
 def picture(figure: Pictures) -> Image.Image:
-    """Returns the whole grid as an image.
+    """Returns the grid as an image.
 
     Raises:
         HoldfastError: if the result holds something other than a PNG.
@@ -97,7 +97,7 @@ def picture(figure: Pictures) -> Image.Image:
 
 
 def strips(figure: Pictures) -> list[str]:
-    """Returns the rows one by one, each as a PNG in base64."""
+    """Returns each row as a PNG in base64."""
     sheet = picture(figure)
     pitch = figure.lines * (figure.tile[1] + figure.gap)
     return [

@@ -15,17 +15,17 @@ from holdfast.runtime.launcher import command_line
 
 
 class Reading(ResultModel):
-    """What was read of a task's data, for people who want to know whether it is what they meant."""
+    """A summary of a task's data, so that people can check whether it is the intended data."""
 
     source: str
     task_kind: str = Field(alias="kind", description="Kind of the task.")
-    shape: list[int] = Field(description="Of one input: channels, height and width of an image; else its length.")
+    shape: list[int] = Field(description="Shape of an input: channels, height and width of an image; else its length.")
     low: float = Field(description="Smallest value of all inputs, before images are scaled to [0, 1].")
     high: float
     class_names: list[str] = Field(description="Empty where there are no classes.")
-    samples: dict[str, list[int]] = Field(description="By split, the samples of each class.")
-    notes: list[str] = Field([], description="What was left out or converted, and what is odd.")
-    warnings: list[str] = Field([], description="Samples that are where they should not be.")
+    samples: dict[str, list[int]] = Field(description="By split, the number of samples of each class.")
+    notes: list[str] = Field([], description="Skipped and converted samples, and unusual facts.")
+    warnings: list[str] = Field([], description="Warnings, such as samples that two splits share.")
 
     def sentence(self, facts: TaskFacts) -> str:
         """Returns sizes, classes, shape and range on one line."""
@@ -42,29 +42,29 @@ class Reading(ResultModel):
 
 
 class TaskFacts(ResultModel):
-    """Which data it was: enough to recognise the same data."""
+    """Facts that identify the data of a task."""
 
     name: str
     sha256: str
     train: int
     test: int
     classes: int
-    tokenizer: str | None = Field(None, description="Of text: what made the token ids.")
-    read: Reading | None = Field(None, description="What was read; None in results of former versions.")
+    tokenizer: str | None = Field(None, description="For text: the tokenizer of the token ids.")
+    read: Reading | None = Field(None, description="Summary of the data; None in results of earlier versions.")
 
 
 class ModelFacts(ResultModel):
-    """Which model it was. `sha256` is over names, dtypes, shapes and values; `file_sha256` over the saved file."""
+    """Facts that identify a model. `sha256` is over names, dtypes, shapes and values; `file_sha256` over the file."""
 
     name: str
     parameters: int
     sha256: str
     file_sha256: str | None = None
-    notes: list[str] = Field([], description="How it was read, and what was changed to make it a plain network.")
+    notes: list[str] = Field([], description="How it was loaded, and what was changed to make it a plain network.")
 
 
 class Provenance(ResultModel):
-    """Where the numbers come from."""
+    """Origin of the numbers."""
 
     command: list[str]
     started: str
@@ -75,7 +75,7 @@ class Provenance(ResultModel):
     git_commit: str | None
     device: str
     threads: int
-    processes: int = Field(1, description="How many were launched; batches are drawn and gradients averaged by each.")
+    processes: int = Field(1, description="Number of launched processes, which share training and trials.")
     tasks: dict[str, TaskFacts]
     models: dict[str, ModelFacts]
 
@@ -94,27 +94,16 @@ def provenance(
 
     Args:
         started: ISO 8601 time.
-        device: the torch device that was computed on.
-        threads: CPU threads that torch used; sums depend on it in the last digit.
-        processes: how many did the job together.
-        tasks: facts of every dataset, by its part in the run.
-        models: facts of every model, by its part in the run.
-        command: the command line; the process's own by default.
+        device: the torch device of the computation.
+        threads: CPU threads of torch; the last digit of sums depends on it.
+        processes: number of processes that shared the job.
+        tasks: facts of every dataset, by its role in the run.
+        models: facts of every model, by its role in the run.
+        command: the command line; None: that of this process.
     """
-    argv = list(command) if command is not None else command_line()
-    names = [
-        "torch",
-        "torchvision",
-        "timm",
-        "accelerate",
-        "safetensors",
-        "scikit-learn",
-        "pandas",
-        "numpy",
-        "plotly",
-    ]
+    names = ["torch", "torchvision", "timm", "accelerate", "safetensors", "scikit-learn", "pandas", "numpy", "plotly"]
     return Provenance(
-        command=argv,
+        command=list(command_line() if command is None else command),
         started=started,
         holdfast=metadata.version("holdfast"),
         python=platform.python_version(),
@@ -130,7 +119,7 @@ def provenance(
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout that Holdfast runs from, marked if files differ; None for an installed copy."""
+    """The commit of Holdfast's checkout, marked if files were modified; None for an installed copy."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:

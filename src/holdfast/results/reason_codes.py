@@ -1,4 +1,4 @@
-"""The codes of a verdict: what decided it and every reason for it, each with its figures."""
+"""The codes of a verdict: its decision and its reasons, each with figures."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ InvalidCode = Literal[
 """Causes of `invalid`; the last three count only if no adversary succeeded."""
 
 DecisionCode = Literal["worthless", "exceeds", "unproven", "undecided", "bounded"]
-"""What decided a verdict: nothing to compare with, a success, failures that prove nothing, a wide band, a bound."""
+"""Decisions: nothing to compare with, a successful attack, failures that prove nothing, a wide band, a bound."""
 
 ReasonCode = Literal[InvalidCode, DecisionCode, "compared", "data-warning", "text"]
 """Every code; `text` stands for a sentence of an earlier version."""
 
 
 class Reason(ResultModel):
-    """One reason, without its English: a code and the figures that belong to it.
+    """One reason as a code and its figures.
 
     Example:
         >>> Reason.model_validate("The benign score fell.")  # as earlier versions wrote it
@@ -42,19 +42,21 @@ class Reason(ResultModel):
     """
 
     code: ReasonCode
-    measured: float | None = Field(None, description="What was measured; None: not finite, or not a number.")
-    needed: float | None = Field(None, description="The limit that it is compared with.")
-    guess: float | None = Field(None, description="The score of a constant guess, where it matters.")
-    reported: float | None = Field(None, description="The score that the publisher claims, where it matters.")
+    measured: float | None = Field(None, description="Measured value; None: not finite, or not a number.")
+    needed: float | None = Field(None, description="The limit for `measured`.")
+    guess: float | None = Field(None, description="The score of a constant guess, if it matters.")
+    reported: float | None = Field(None, description="The score that the publisher claims, if it matters.")
     low: float | None = Field(None, description="Lower end of the 95 % band around `measured`.")
     high: float | None = Field(None, description="Upper end of the band, or the highest of all bands.")
     retained: float | None = Field(None, description="Share of the original's advantage that is left.")
     budget: int | None = Field(None, description="Fine-tuning steps that the figures belong to.")
-    seeds: int | None = Field(None, description="Repetitions, where their number matters.")
-    members: int | None = Field(None, description="Adversaries that `names` were counted among.")
+    seeds: int | None = Field(None, description="Repetitions, if their number matters.")
+    members: int | None = Field(None, description="Number of adversaries, of which `names` are some.")
     names: list[str] = Field([], description="Roles, adversaries, or a red flag that the reason is about.")
     scores: dict[Role, float | None] = Field({}, description="Best of the battery on each model.")
-    lost: dict[Role, tuple[int, int]] = Field({}, description="Adversaries without a score, and all, by control.")
+    lost: dict[Role, tuple[int, int]] = Field(
+        {}, description="Adversaries without a score, and all adversaries, by control."
+    )
     text: str = Field("", description="A flag's finding and remedy, or the sentence of an earlier version.")
 
     @model_serializer(mode="wrap")
@@ -68,11 +70,11 @@ class Reason(ResultModel):
 
 
 class ThreatModel(ResultModel):
-    """What was tried, in figures."""
+    """The threat model of an audit, in figures."""
 
     battery: str
     strategies: int = Field(description="Adversaries that could start.")
-    scored: int = Field(description="Those of them with a score on any model.")
+    scored: int = Field(description="Adversaries with a score on any model.")
     searched: int = Field(description="Trials of the search on each model; 0: no search.")
     samples: int
     steps: int = Field(description="The largest budget.")

@@ -1,4 +1,4 @@
-"""English for the codes of a verdict; the only module that writes these sentences."""
+"""English sentences for the codes of a verdict."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from holdfast.results.terms import Words, count
 
 
 def reason(found: Reason, spoken: Words | None = None) -> str:
-    """Returns a reason, or what decided a verdict, as a sentence.
+    """Returns a reason, or the decision of a verdict, as a sentence.
 
     Args:
         found: its code and figures.
-        spoken: how to speak of the audit's scores; None: as of accuracies.
+        spoken: words for the audit's scores; None: those for accuracies.
 
     Example:
         >>> reason(Reason(code="benign-dropped", measured=0.15, needed=0.1))
@@ -40,7 +40,7 @@ def _benign(found: Reason, spoken: Words) -> str:
         case "original-below-reported":
             return (
                 f"The original scores {measured:.1%} on its benign task, and {found.reported:.1%} is reported "
-                f"({100 * needed:g} points less are allowed): it is not used as its publisher used it."
+                f"({100 * needed:g} points less are allowed): it is not loaded as its publisher uses it."
             )
         case "benign-not-finite":
             return "The benign score of a model is not finite."
@@ -86,8 +86,8 @@ def _battery(found: Reason, _: Words) -> str:
             parts = [f"{n} of {count(of, 'adversary')} on the {role} control" for role, (n, of) in found.lost.items()]
             return (
                 f"The battery lost a third of its members or more: {' and '.join(parts)} have no score "
-                f"({', '.join(names)}). The cause is values that are not finite, or code that fails. With what is "
-                "left, neither the model nor its controls were tried as the battery intends."
+                f"({', '.join(names)}). The cause is values that are not finite, or code that fails. The other "
+                "adversaries alone are not the test that the battery defines."
             )
         case "fine-tuning-broke":
             return (
@@ -110,7 +110,7 @@ def _battery(found: Reason, _: Words) -> str:
 
 
 def _decision(found: Reason, _: Words) -> str:
-    """What decided the verdict; empty for any other code."""
+    """The decision of a verdict; empty for any other code."""
     steps, measured, high = count(found.budget or 0, "step"), 100 * (found.measured or 0), 100 * (found.high or 0)
     match found.code:
         case "worthless":
@@ -125,8 +125,8 @@ def _decision(found: Reason, _: Words) -> str:
             )
         case "unproven":
             return (
-                "No adversary of this battery certainly beat training from scratch, but there are signs that this is "
-                "not because none could: the model is not called resistant."
+                "No adversary of this battery beat training from scratch with confidence, but there are signs that "
+                "another one could: the model is not called resistant."
             )
         case "undecided":
             band = "unknown" if found.low is None else f"{100 * found.low:+.1f} and {high:+.1f} points"
@@ -144,7 +144,7 @@ def _decision(found: Reason, _: Words) -> str:
 
 
 def threat_model(tried: ThreatModel, spoken: Words | None = None) -> str:
-    """Returns what was tried as a sentence; a strategy that has no score anywhere was not."""
+    """Returns the threat model as a sentence; strategies without any score do not count as tried."""
     which = "the one strategy" if tried.scored == 1 else f"one of the {tried.scored} strategies"
     trials = f"that a search ({tried.battery}, {count(tried.searched, 'trial')} a model) found"
     chosen = f"{which} {trials if tried.searched else f'of {tried.battery}'}"

@@ -1,17 +1,28 @@
-"""Tables, figures and sentences: what studies and protocols lay out."""
+"""Tables, figures and sentences: the output of studies and protocols."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 
+def finite(value: float | None) -> float | None:
+    """Returns a number as results hold it: None if it is infinite or undefined."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def last_known(values: Sequence[float | None]) -> float | None:
+    """Returns the last number of a series; None if there is none."""
+    return next((v for v in reversed(values) if v is not None), None)
+
+
 class ResultModel(BaseModel):
-    """A part of `result.json`: frozen, and without fields that it does not know."""
+    """A part of `result.json`: frozen, and refuses unknown fields."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
@@ -19,7 +30,7 @@ class ResultModel(BaseModel):
 
 
 class Cell(ResultModel):
-    """A number in a table: mean and sample standard deviation over `n` seeds, and the paper's values if it has any."""
+    """A number in a table: mean and sample standard deviation over `n` seeds, with the paper's values, if any."""
 
     mean: float | None = Field(description="None where a seed gave a non-finite number or nothing was measured.")
     sd: float | None = Field(description="Sample standard deviation; None for fewer than two seeds.")
@@ -40,35 +51,30 @@ class Cell(ResultModel):
             >>> Cell.of([0.5, 0.7])
             Cell(mean=0.6, sd=0.1414..., n=2, paper=None, paper_sd=None)
         """
-        got = list(values)
-        finite = [v for v in got if v is not None]
-        known = len(finite) if len(finite) == len(got) else 0
-        return cls(
-            mean=statistics.fmean(finite) if known else None,
-            sd=statistics.stdev(finite) if known > 1 else None,
-            n=len(got),
-            paper=paper,
-            paper_sd=paper_sd,
-        )
+        values = list(values)
+        known = [] if None in values else [v for v in values if v is not None]
+        mean = statistics.fmean(known) if known else None
+        sd = statistics.stdev(known) if len(known) > 1 else None
+        return cls(mean=mean, sd=sd, n=len(values), paper=paper, paper_sd=paper_sd)
 
     @property
     def standard_error(self) -> float | None:
-        """Of the mean; None where there is no standard deviation."""
+        """Standard error of the mean; None without a standard deviation."""
         return None if self.sd is None else self.sd / self.n**0.5
 
 
 class Table(ResultModel):
-    """A named table: text cells and numeric cells side by side, one mapping a row."""
+    """A table of text cells and numeric cells, one mapping a row."""
 
     title: str
     rows: list[dict[str, str | Cell]]
     percent: bool = Field(False, description="Whether the cells are shares, to be shown in percent.")
-    note: str = Field("", description="What the columns mean, for people.")
-    standard_error: bool = Field(False, description="Whether people are shown the standard error instead of `sd`.")
+    note: str = Field("", description="What the columns mean.")
+    standard_error: bool = Field(False, description="Whether to show the standard error instead of `sd`.")
 
 
 class Lines(ResultModel):
-    """A figure of curves over a common axis."""
+    """A figure of curves over a common x-axis."""
 
     kind: Literal["lines"] = "lines"
     title: str
@@ -81,7 +87,7 @@ class Lines(ResultModel):
 
 
 class Map(ResultModel):
-    """A figure of matrices side by side, one a name, with common rows and columns; 0 is the neutral value."""
+    """A figure of named matrices side by side, with common rows and columns; 0 is the neutral value."""
 
     kind: Literal["map"] = "map"
     title: str
@@ -94,19 +100,19 @@ class Map(ResultModel):
 
 
 class Pictures(ResultModel):
-    """A figure of small pictures in a grid: one labelled row of them below the other."""
+    """A figure of small pictures in a grid of labelled rows."""
 
     kind: Literal["pictures"] = "pictures"
     title: str
-    note: str = Field("", description="What is shown, for people.")
-    rows: list[str] = Field(description="What each row is of.")
-    lines: int = Field(1, ge=1, description="Lines of tiles that a row is broken into.")
+    note: str = Field("", description="What is shown.")
+    rows: list[str] = Field(description="Label of each row.")
+    lines: int = Field(1, ge=1, description="Lines of tiles in a row.")
     across: int = Field(ge=1, description="Tiles in a line; the last line of a row may have fewer.")
-    columns: list[str] = Field([], description="What each tile of a line is of; empty where they have no names.")
+    columns: list[str] = Field([], description="Label of each tile of a line; may be empty.")
     tile: tuple[int, int] = Field(description="Width and height of a tile in pixels of `png`.")
     gap: int = Field(description="Transparent pixels between two tiles.")
     png: str = Field(
-        description="The whole grid as PNG, in base64. A tile crossed out has a number that is not finite."
+        description="The whole grid as PNG, in base64. A crossed-out tile has a number that is not finite."
     )
 
 
@@ -115,12 +121,12 @@ Figure = Annotated[Lines | Map | Pictures, Field(discriminator="kind")]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a study or a protocol leaves: tables, figures, sentences."""
+    """The output of a study or a protocol: tables, figures, sentences."""
 
     tables: dict[str, Table]
     figures: dict[str, Figure]
     findings: list[str]
 
     def __add__(self, other: Outcome) -> Outcome:
-        """Both together; of the same name, the other's counts."""
+        """Returns both together; for a name in both, the second counts."""
         return Outcome(self.tables | other.tables, self.figures | other.figures, self.findings + other.findings)

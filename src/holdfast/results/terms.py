@@ -1,4 +1,4 @@
-"""How reports speak of scores."""
+"""Words that reports use for scores."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from holdfast.results.tables import ResultModel
 
 
 class Words(ResultModel):
-    """What a report says of the scores of a kind of task; the defaults are for classification.
+    """Words for the scores of a kind of task; the defaults are for classification.
 
-    A task has them (`Task.words`), and a result carries those that do not follow from its unit.
+    Each task has them (`Task.words`), and a result stores those that do not follow from its unit.
     """
 
-    guess: str = Field("guessing", description="What reaches the score that is called chance.")
-    chance: str = Field("chance", description="That score, in a legend.")
-    samples: str = Field("labelled samples", description="What an adversary trains on.")
-    answers: str = Field("test labels", description="What a real adversary does not have.")
-    note: str = Field("", description="What the unit means, if it needs saying.")
+    guess: str = Field("guessing", description="The predictor that reaches the score called chance.")
+    chance: str = Field("chance", description="Name of that score in a legend.")
+    samples: str = Field("labelled samples", description="The adversary's training samples.")
+    answers: str = Field("test labels", description="The test data that a real adversary does not have.")
+    note: str = Field("", description="Explains the unit, if that is necessary.")
     by_class: bool = Field(True, description="Whether few-shot samples are counted for each class.")
-    is_share: bool = Field(False, description="Whether a score is the share of the test samples that are right.")
+    is_share: bool = Field(False, description="Whether a score is the share of correct test samples.")
     has_features: bool = Field(True, description="Whether a probe can be fitted on features.")
 
 
@@ -38,11 +38,11 @@ KNOWN: Final = {
         has_features=False,
     ),
 }
-"""By the unit of an audit: of the kinds of Holdfast itself, and of results that carry no words."""
+"""By the unit of an audit: for the kinds of task in Holdfast, and for results without words."""
 
 
 def words(unit: str) -> Words:
-    """Returns how to speak of scores in a unit that is known; else the defaults.
+    """Returns the words for a known unit, or the defaults.
 
     Example:
         >>> words("accuracy").guess, words("skill").guess

@@ -6,12 +6,14 @@ import difflib
 import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from holdfast.errors import HoldfastError, unknown
+
+Number = TypeVar("Number", int, float)
 
 
 def plain(value: Any) -> Any:
@@ -32,28 +34,28 @@ def plain(value: Any) -> Any:
     return value
 
 
-def refuse_truth_as_number(raw: Any, made: Any, what: str, where: str = "") -> None:
+def refuse_truth_as_number(raw: Any, made: Any, what: str, key: str = "") -> None:
     """Refuses `true` where a number is expected, which Python and pydantic would take for 1.
 
     Args:
         raw: settings as given.
         made: the validated settings.
         what: owner of the settings; begins the message.
-        where: dotted key of `raw`.
+        key: dotted key of `raw`.
 
     Raises:
         HoldfastError: naming the key.
     """
     if isinstance(raw, bool):
         if isinstance(made, int | float) and not isinstance(made, bool):
-            raise HoldfastError(f"{what}: {where} is {str(raw).lower()}; expected a number.")
+            raise HoldfastError(f"{what}: {key} is {str(raw).lower()}; expected a number.")
     elif isinstance(raw, Mapping):
-        for key, value in raw.items():
-            inner = made.get(key) if isinstance(made, Mapping) else getattr(made, str(key), None)
-            refuse_truth_as_number(value, inner, what, f"{where}.{key}".strip("."))
+        for name, value in raw.items():
+            inner = made.get(name) if isinstance(made, Mapping) else getattr(made, str(name), None)
+            refuse_truth_as_number(value, inner, what, f"{key}.{name}".strip("."))
     elif isinstance(raw, list | tuple) and isinstance(made, list | tuple):
         for i, (value, inner) in enumerate(zip(raw, made, strict=False)):
-            refuse_truth_as_number(value, inner, what, f"{where}.{i}".strip("."))
+            refuse_truth_as_number(value, inner, what, f"{key}.{i}".strip("."))
 
 
 def readable(error: ValidationError, what: str, schema: type[BaseModel] | None) -> HoldfastError:
@@ -66,16 +68,16 @@ def readable(error: ValidationError, what: str, schema: type[BaseModel] | None) 
     """
     parts = []
     for item in error.errors():
-        where = ".".join(map(str, item["loc"]))
+        key = ".".join(map(str, item["loc"]))
         if item["type"] == "extra_forbidden" and schema is not None:
-            parts.append(str(unknown("key", where, _keys_near(schema, item["loc"]))))
+            parts.append(str(unknown("key", key, _keys_near(schema, item["loc"]))))
         elif item["type"] == "missing":
-            parts.append(f"{where} is missing.")
+            parts.append(f"{key} is missing.")
         elif item["type"] == "value_error":
             message = item["msg"].removeprefix("Value error, ").rstrip(".")
-            parts.append(f"{where}: {message}." if where else f"{message}.")
+            parts.append(f"{key}: {message}." if key else f"{message}.")
         else:
-            parts.append(f"{where} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}.")
+            parts.append(f"{key} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}.")
     return HoldfastError(f"{what}: {' '.join(parts)}")
 
 
@@ -98,19 +100,38 @@ def _inside(annotation: Any) -> Any:
     """Returns the schema in an annotation such as `dict[str, Schema]` or `Schema | None`; None without one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    found = [_inside(each) for each in getattr(annotation, "__args__", ())]
-    return next((each for each in found if each is not None), None)
+    inner = map(_inside, getattr(annotation, "__args__", ()))
+    return next((each for each in inner if each is not None), None)
 
 
 def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    found = []
+    keys = []
     for name, info in schema.model_fields.items():
-        kinds = [info.annotation, *getattr(info.annotation, "__args__", ())]
-        nested = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
-        found.append(prefix + name)
-        for inner in nested:
-            found += _keys(inner, f"{prefix}{name}.")
-    return found
+        keys.append(prefix + name)
+        for kind in (info.annotation, *getattr(info.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += _keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def split_numbers(text: str, what: str, kind: type[Number]) -> tuple[Number, ...]:
+    """Returns the numbers in a text such as `0,10,20`, with or without brackets.
+
+    Args:
+        text: numbers with commas between them.
+        what: name of the setting; begins the message.
+        kind: `int` or `float`.
+
+    Raises:
+        HoldfastError: if a part of the text is not a number of this kind.
+    """
+    try:
+        return tuple(kind(part) for part in text.strip("[]() ").split(","))
+    except ValueError as error:
+        example = (
+            "whole numbers with commas, such as 0,10,20" if kind is int else "numbers with commas, such as 0.5,0.4"
+        )
+        raise HoldfastError(f"{what} {text!r}: expected {example}.") from error
 
 
 def whole_number(name: str, value: Any, least: int = 0, most: int | None = None) -> int:

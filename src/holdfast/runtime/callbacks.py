@@ -66,9 +66,10 @@ class Tracker(Callback):
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         PartialState()  # trackers read from it which process writes
-        place = {"tensorboard": {"logging_dir": str(folder)}, "mlflow": {"logging_dir": str(folder)}}.get(name, {})
-        named = {"experiment_name": run_name} if name == "mlflow" else {"run_name": run_name}
-        self.tracker = LOGGER_TYPE_TO_CLASS[name](**named, **place)
+        options = {"experiment_name" if name == "mlflow" else "run_name": run_name}
+        if name in ("tensorboard", "mlflow"):
+            options["logging_dir"] = str(folder)
+        self.tracker = LOGGER_TYPE_TO_CLASS[name](**options)
         if hasattr(self.tracker, "start"):  # older versions of Accelerate start trackers themselves
             self.tracker.start()
         self.trials = 0

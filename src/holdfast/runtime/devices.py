@@ -30,10 +30,10 @@ def checked_threads(count: Any) -> int | None:
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """Returns the device to compute on.
 
+    With several processes, each gets the device that the launcher assigned to it.
+
     Args:
         name: `auto` (the accelerator that Accelerate finds, else the CPU) or a torch device such as `cpu`, `cuda:1`.
-
-    With several processes, each gets the device that the launcher assigned to it.
 
     Raises:
         HoldfastError: if torch does not know the device, if this machine lacks it, or if a launcher assigned this
@@ -121,9 +121,8 @@ def cpu_threads(count: int | None) -> Iterator[None]:
     Raises:
         HoldfastError: if the number is not from 1 to `MAX_THREADS`.
     """
-    count = checked_threads(count)
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(checked_threads(count) or before)
     try:
         yield
     finally:

@@ -79,15 +79,15 @@ class ProcessGroup:
             return
         from accelerate.utils import reduce
 
-        moved = [p for p in parameters if p.requires_grad]
-        if not moved:
+        trained = [p for p in parameters if p.requires_grad]
+        if not trained:
             return
-        have = torch.tensor([float(p.grad is not None) for p in moved], device=moved[0].device)
-        reached = [p for p, having in zip(moved, reduce(have, "sum").tolist(), strict=True) if having]
-        for parameter in reached:
+        has_grad = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
+        shared = [p for p, count in zip(trained, reduce(has_grad, "sum").tolist(), strict=True) if count]
+        for parameter in shared:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._flat([p.grad for p in reached if p.grad is not None], lambda whole: reduce(whole, "mean"))
+        self._flat([p.grad for p in shared if p.grad is not None], lambda flat: reduce(flat, "mean"))
 
     def sync_buffers(self, module: nn.Module) -> None:
         """Replaces floating-point buffers, such as BatchNorm's statistics, by their mean over all processes."""
@@ -95,7 +95,7 @@ class ProcessGroup:
             return
         from accelerate.utils import reduce
 
-        self._flat([b for b in module.buffers() if b.is_floating_point()], lambda whole: reduce(whole, "mean"))
+        self._flat([b for b in module.buffers() if b.is_floating_point()], lambda flat: reduce(flat, "mean"))
 
     def broadcast_state(self, module: nn.Module) -> None:
         """Copies the main process's weights and buffers to all processes, bit by bit."""
@@ -145,8 +145,8 @@ class ProcessGroup:
         if self.count == 1:
             return work()
         with alone():
-            found: tuple[bool, Any] = outcome(work) if self.main else (True, None)
-        done, value = self.broadcast_object(found)
+            result: tuple[bool, Any] = outcome(work) if self.main else (True, None)
+        done, value = self.broadcast_object(result)
         if not done:
             raise value
         return value  # type: ignore[no-any-return]
@@ -167,13 +167,13 @@ class ProcessGroup:
             yield from ((index, work(index)) for index in range(jobs))
             return
         for first in range(0, jobs, self.count):
-            index, found = first + self.rank, None
+            index, own = first + self.rank, None
             if index < jobs:
                 with alone():
-                    found = outcome(lambda index=index: work(index))  # type: ignore[misc]
-            for i, told in enumerate(self.gather(found)):
-                if told is not None:
-                    done, value = told
+                    own = outcome(lambda index=index: work(index))  # type: ignore[misc]
+            for i, result in enumerate(self.gather(own)):
+                if result is not None:
+                    done, value = result
                     if not done:
                         raise value
                     yield first + i, value

@@ -18,17 +18,16 @@ MAX_NODES = 100_000
 
 
 def recipe_names() -> list[str]:
-    """Returns the names of the recipes that come with the package."""
+    """Returns the names of the recipes in the package, such as `quickstart` and `language/audit`."""
     root = resources.files("holdfast") / "recipes"
-    found = []
-    for entry in root.iterdir():
-        if entry.name.endswith(".yaml"):
-            found.append(entry.name.removesuffix(".yaml"))
-        elif entry.is_dir():
-            found += [
-                f"{entry.name}/{e.name.removesuffix('.yaml')}" for e in entry.iterdir() if e.name.endswith(".yaml")
-            ]
-    return sorted(found)
+    folders = {"": root} | {f"{entry.name}/": entry for entry in root.iterdir() if entry.is_dir()}
+    files = [f"{prefix}{entry.name}" for prefix, folder in folders.items() for entry in folder.iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """Returns the YAML of a recipe in the package."""
+    return (resources.files("holdfast") / "recipes" / f"{name}.yaml").read_text()
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,7 +36,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own attribute
 
     def get_single_node(self) -> yaml.Node | None:
-        """Composes the document and checks it, before merging `<<` mixes keys of several mappings."""
+        """Composes the document and checks it before `<<` merges the keys of several mappings."""
         node: yaml.Node | None = super().get_single_node()
         if node is not None:
             self._check(node, {})
@@ -53,8 +52,7 @@ class _Loader(yaml.SafeLoader):
         if size is not None:
             return size
         sizes[id(node)], size, seen = 0, 1, dict[Any, int]()
-        inside = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []
-        for each in inside:
+        for each in node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []:
             key, *parts = each if isinstance(each, tuple) else (None, each)
             if isinstance(key, yaml.ScalarNode):
                 value = "<<" if key.tag == "tag:yaml.org,2002:merge" else self.construct_object(key)
@@ -118,12 +116,12 @@ def read_yaml(text: str, what: str) -> Any:
         and in line 1; keep one.
     """
     try:
-        found = yaml.load(text.removeprefix("\ufeff"), _Loader)
-        _refuse_not_finite(found)
+        content = yaml.load(text.removeprefix("\ufeff"), _Loader)
+        _refuse_not_finite(content)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # HoldfastError is a ValueError
         reason = str(error) or type(error).__name__
         raise HoldfastError(f"{what} is not valid YAML: {reason.rstrip('.')}.") from error
-    return found
+    return content
 
 
 def read_json(text: str | bytes) -> Any:
@@ -147,26 +145,22 @@ def read_json(text: str | bytes) -> Any:
 
 
 def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    mapping: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in mapping:
             raise ValueError(f"the key {key!r} is given twice")
-        found[key] = value
-    return found
+        mapping[key] = value
+    return mapping
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number in JSON")
 
 
-def _refuse_not_finite(value: Any, where: str = "") -> None:
-    """Refuses infinity and NaN: as a limit or a rate, either would silently disable something."""
+def _refuse_not_finite(value: Any, key: str = "") -> None:
+    """Refuses infinity and NaN, which as a limit or a rate would silently disable something."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise HoldfastError(f"{where or 'it'} is {value}; expected a finite number")
-    inside: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping):
-        inside = value.items()
-    elif isinstance(value, list):
-        inside = enumerate(value)
-    for key, each in inside:
-        _refuse_not_finite(each, f"{where}.{key}".strip("."))
+        raise HoldfastError(f"{key or 'it'} is {value}; expected a finite number")
+    inside = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for inner, each in inside:
+        _refuse_not_finite(each, f"{key}.{inner}".strip("."))

@@ -20,7 +20,6 @@ Context = TypeVar("Context")
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-
 MAX_WORKERS = 1024
 
 KINDS = ("serial", "processes", "processes:N", "ray", "ray:N", "ray://HOST:PORT")
@@ -103,12 +102,12 @@ def executor(name: str | Executor, *, threads: int | None = None) -> Executor:
     if name.startswith("ray://"):
         return RayCluster(name, None, threads)
     kind, colon, count = name.partition(":")
-    found: type[Executor] | None = {"processes": Processes, "ray": RayCluster}.get(kind)
-    if found is None:
+    executor_type: type[Executor] | None = {"processes": Processes, "ray": RayCluster}.get(kind)
+    if executor_type is None:
         raise unknown("executor", name, KINDS)
     if colon and not (count.isascii() and count.isdigit() and 1 <= int(count) <= MAX_WORKERS):
         raise HoldfastError(f"Executor {name!r}: expected {kind}:N with N from 1 to {MAX_WORKERS}.")
-    return found(name, int(count) if colon else None, threads)
+    return executor_type(name, int(count) if colon else None, threads)
 
 
 @dataclass(frozen=True)

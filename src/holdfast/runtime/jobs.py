@@ -8,7 +8,7 @@ so that an interrupted run can continue.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -131,8 +131,15 @@ def run_jobs(
         batches = [tuple(every[i] for i in group) for group in groups]
     batches = [batch for batch in batches if any(job.key in missing for job in batch)]
     shown = replace(run, quiet=True) if description is None or not every else run
+    work = partial(_batch, function, together is None)
+    inputs = [_Inputs(tuple(job.inputs for job in batch), batch[0].label) for batch in batches]
+    computed: Iterable[tuple[int, list[Any]]] = (
+        ((index, work(context, each)) for index, each in enumerate(inputs))
+        if executor is None
+        else executor.run(work, context, inputs)
+    )
     with shown.progress(description or "", len(every), len(every) - len(missing)) as bar:
-        for index, values in _computed(partial(_batch, function, together is None), context, batches, executor):
+        for index, values in computed:
             for job, value in zip(batches[index], values, strict=True):
                 if job.key in missing:
                     store.put(job.key, value)
@@ -140,18 +147,6 @@ def run_jobs(
                     if finished is not None:
                         finished(value)
     return [store.get(job.key) for job in jobs]
-
-
-def _computed(
-    work: Callable[[Any, _Inputs], list[Any]],
-    context: Any,
-    batches: Sequence[Sequence[Job[Any]]],
-    executor: Executor | None,
-) -> Iterator[tuple[int, list[Any]]]:
-    inputs = [_Inputs(tuple(job.inputs for job in batch), batch[0].label) for batch in batches]
-    if executor is None:
-        return ((index, work(context, each)) for index, each in enumerate(inputs))
-    return executor.run(work, context, inputs)
 
 
 @dataclass(frozen=True)

@@ -44,14 +44,14 @@ class Journal:
         )
 
     def _open(self, path: Path, head: dict[str, Any]) -> dict[str, Any]:
-        lines = self._whole_lines(path)
+        lines = self._complete_lines(path)
         if not lines:
             first = {"belongs_to": head, "what": self.what, "command": command_line()}
             write_atomic(path, json.dumps(first) + "\n")
             return {}
-        found = lines[0]["belongs_to"]
-        if found != head:
-            differ = sorted(k for k in {*found, *head} if found.get(k) != head.get(k))
+        old = lines[0]["belongs_to"]
+        if old != head:
+            differ = sorted(k for k in {*old, *head} if old.get(k) != head.get(k))
             raise HoldfastError(
                 f"{str(path.parent.parent)!r} holds an unfinished {lines[0].get('what', self.what)} with another "
                 f"{', '.join(differ)}: results are never mixed. Continue it with {begun_with(lines[0])}, or choose "
@@ -59,16 +59,16 @@ class Journal:
             )
         return {line["key"]: line["value"] for line in lines[1:]}
 
-    def _whole_lines(self, path: Path) -> list[dict[str, Any]]:
+    def _complete_lines(self, path: Path) -> list[dict[str, Any]]:
         if not path.exists():
             return []
         raw = path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if whole != raw:
-            write_atomic(path, whole)
+        complete = raw[: raw.rfind(b"\n") + 1]
+        if complete != raw:
+            write_atomic(path, complete)
         lines: list[dict[str, Any]] = []
         values: dict[str, Any] = {}
-        for number, line in enumerate(whole.splitlines(), 1):
+        for number, line in enumerate(complete.splitlines(), 1):
             try:
                 lines.append(_checked_line(read_json(line), values, first=number == 1))
             except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -77,8 +77,8 @@ class Journal:
 
     def _damaged(self, path: Path | None, why: str) -> HoldfastError:
         return HoldfastError(
-            f"{str(path)!r} is damaged ({why}). It holds finished pieces of the {self.what}, one a line: take out the "
-            "line, and that piece is done again; or choose another folder with --out."
+            f"{str(path)!r} is damaged ({why}). Each line holds a finished job of the {self.what}: delete the line, "
+            "and the job runs again; or choose another folder with --out."
         )
 
     def read(self, key: str, reader: Callable[[Any], T]) -> T:

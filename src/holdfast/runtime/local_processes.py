@@ -25,16 +25,7 @@ import torch
 
 from holdfast.errors import HoldfastError
 from holdfast.runtime.executors import Context, Executor, Job, Result
-from holdfast.runtime.workers import (
-    ATTEMPTS,
-    Surroundings,
-    answer,
-    lost_too_often,
-    open_context,
-    pack,
-    unpack,
-    worker_count,
-)
+from holdfast.runtime.workers import ATTEMPTS, answer, lost_too_often, open_context, pack_jobs, unpack, worker_count
 
 
 @dataclass(frozen=True)
@@ -61,25 +52,21 @@ class Processes(Executor):
     ) -> Iterator[tuple[int, Result]]:
         """See `Executor.run`."""
         threads = self.threads or torch.get_num_threads()
-        packed = pack((Surroundings.here(threads), work, context), pickle.dumps, "the models and tasks")
-        parcels = [pack(job, pickle.dumps, str(job)) for job in jobs]
+        packed, parcels = pack_jobs(work, context, jobs, threads=threads, dumps=pickle.dumps)
         waiting, begun = deque(range(len(jobs))), Counter[int]()
         workers: dict[Connection, _Worker] = {}
 
-        def take() -> int:
-            begun[waiting[0]] += 1
-            return waiting.popleft()
+        def assign(worker: _Worker, *first: bytes) -> None:
+            """Gives a worker the next job, after `first`; a new worker receives it when it is ready."""
+            worker.job = waiting.popleft()
+            begun[worker.job] += 1
+            workers[worker.connection] = worker
+            if worker.ready:
+                worker.send(*first, parcels[worker.job])
 
         try:
             for _ in range(worker_count(self.workers, threads, len(jobs))):
-                if self._idle:
-                    worker = self._idle.pop()
-                    worker.job = take()
-                    workers[worker.connection] = worker
-                    worker.send(packed, parcels[worker.job])
-                else:
-                    worker = _Worker.start(take())
-                    workers[worker.connection] = worker
+                assign(self._idle.pop() if self._idle else _Worker.start(), packed)
             while workers:
                 for connection in wait(list(workers)):
                     assert isinstance(connection, Connection)
@@ -92,8 +79,7 @@ class Processes(Executor):
                         if begun[worker.job] >= ATTEMPTS:
                             raise lost_too_often(jobs[worker.job], why) from None
                         waiting.appendleft(worker.job)
-                        worker = _Worker.start(take())
-                        workers[worker.connection] = worker
+                        assign(_Worker.start())
                         continue
                     if not worker.ready:
                         worker.ready = True
@@ -101,22 +87,16 @@ class Processes(Executor):
                         continue
                     index = worker.job
                     if waiting:
-                        worker.job = take()
-                        worker.send(parcels[worker.job])
+                        assign(worker)
+                    elif self._keepers:
+                        worker.send(b"")
+                        self._idle.append(workers.pop(connection))
                     else:
-                        self._done(workers.pop(connection))
+                        workers.pop(connection).stop()
                     yield index, unpack(message)
         finally:
             for worker in workers.values():
                 worker.stop()
-
-    def _done(self, worker: _Worker) -> None:
-        """Stops a worker without jobs, or keeps it for the next run."""
-        if self._keepers:
-            worker.send(b"")
-            self._idle.append(worker)
-        else:
-            worker.stop()
 
 
 @dataclass
@@ -125,11 +105,11 @@ class _Worker:
 
     process: SpawnProcess
     connection: Connection
-    job: int
+    job: int = -1
     ready: bool = False
 
     @classmethod
-    def start(cls, job: int) -> _Worker:
+    def start(cls) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -137,10 +117,10 @@ class _Worker:
             with _interrupts_blocked():
                 process.start()
         except RuntimeError as error:  # this is itself a worker, importing the script that started it
-            raise HoldfastError(f"Processes were to be started while a worker was starting. {_GUARD}") from error
+            raise HoldfastError(f"A worker that was still starting tried to start processes. {_GUARD}") from error
         finally:
             theirs.close()
-        return cls(process, ours, job)
+        return cls(process, ours)
 
     def send(self, *parcels: bytes) -> None:
         with contextlib.suppress(OSError):  # a dead worker is noticed at the next read
@@ -148,7 +128,7 @@ class _Worker:
                 self.connection.send_bytes(parcel)
 
     def stop(self) -> None:
-        """Kills the worker; it holds no state worth keeping."""
+        """Kills the worker; it has no state to save."""
         self.process.kill()
         self.process.join()
         self.connection.close()
@@ -157,7 +137,7 @@ class _Worker:
         """Returns why the worker closed its pipe.
 
         Raises:
-            HoldfastError: if it failed before it asked for work, since a new one would fail again.
+            HoldfastError: if it failed before its first job, since a new one would fail again.
         """
         self.process.join(timeout=10)
         code = self.process.exitcode

@@ -19,16 +19,7 @@ import torch
 from holdfast.errors import HoldfastError
 from holdfast.runtime.executors import Context, Executor, Job, Result
 from holdfast.runtime.signals import sigterm_kept
-from holdfast.runtime.workers import (
-    ATTEMPTS,
-    Surroundings,
-    answer,
-    lost_too_often,
-    open_context,
-    pack,
-    unpack,
-    worker_count,
-)
+from holdfast.runtime.workers import ATTEMPTS, answer, lost_too_often, open_context, pack_jobs, unpack, worker_count
 
 IN_FLIGHT = 1000
 """Jobs submitted to Ray at a time: it handles many more badly, but a cluster needs waiting jobs in order to grow."""
@@ -51,19 +42,16 @@ class RayCluster(Executor):
     ) -> Iterator[tuple[int, Result]]:
         """See `Executor.run`."""
         import ray
-        from ray import (
-            cloudpickle,
-        )  # it also pickles definitions of scripts and notebooks, which other machines cannot import
+        from ray import cloudpickle
 
         threads = self.threads or torch.get_num_threads()
-        packed = pack((Surroundings.here(threads), work, context), cloudpickle.dumps, "the models and tasks")
-        parcels = [pack(job, cloudpickle.dumps, str(job)) for job in jobs]
+        # cloudpickle also pickles definitions of scripts and notebooks, which other machines cannot import.
+        packed, parcels = pack_jobs(work, context, jobs, threads=threads, dumps=cloudpickle.dumps)
         with self._connected(worker_count(self.workers, threads, len(jobs)) * threads):
             # A job that requests more cores than any machine has would wait forever.
             cores = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
-            remote = ray.remote(_ray_job).options(
-                num_cpus=min(threads, cores) if cores else threads, max_retries=ATTEMPTS - 1
-            )
+            per_job = min(threads, cores) if cores else threads
+            remote = ray.remote(_ray_job).options(num_cpus=per_job, max_retries=ATTEMPTS - 1)
             # In a list, so that Ray does not fetch it for workers that hold it already.
             shared, key = [ray.put(packed)], uuid.uuid4().hex
             waiting, running = deque(range(len(jobs))), dict[Any, int]()
@@ -158,22 +146,17 @@ def _fetch(reference: Any, job: object) -> bytes:
     import ray
 
     try:
-        message: bytes = ray.get(reference)
-    except (
-        ray.exceptions.RayTaskError
-    ) as error:  # errors of jobs arrive as messages, so here Holdfast itself failed to start
+        return ray.get(reference)  # type: ignore[no-any-return]
+    except ray.exceptions.RayTaskError as error:
+        # Errors of jobs arrive as messages, so here Holdfast itself failed to start.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise HoldfastError(
-            f"A Ray worker cannot run Holdfast ({_last_line(error)}); every machine of the cluster needs the Python "
-            "environment of this one."
+            f"A Ray worker cannot run Holdfast ({reason}); every machine of the cluster needs the Python environment "
+            "of this one."
         ) from error
     except ray.exceptions.RayError as error:
         why = f"lost ({type(error).__name__}); if memory ran out, use fewer workers, such as ray:1"
         raise lost_too_often(job, why) from error
-    return message
-
-
-def _last_line(error: Exception) -> str:
-    return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]
 
 
 @contextlib.contextmanager

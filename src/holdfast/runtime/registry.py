@@ -31,7 +31,7 @@ class Registry(Mapping[str, Member]):
         >>> shapes: Registry[type] = Registry("shape", "holdfast.shapes")
         >>> @shapes.register("square")
         ... class Square: ...
-        >>> shapes._loaded = True  # there is no such folder
+        >>> shapes._loaded = True  # the folder does not exist
         >>> shapes["square"] is Square, list(shapes)
         (True, ['square'])
     """
@@ -65,7 +65,7 @@ class Registry(Mapping[str, Member]):
         """Returns a member by name.
 
         Raises:
-            HoldfastError: for a name that is not registered; the message lists those that are nearest.
+            HoldfastError: for a name that is not registered; the message suggests the nearest names.
         """
         self._load()
         if name not in self._members:
@@ -85,14 +85,14 @@ class Registry(Mapping[str, Member]):
         return len(self._members)
 
     def _load(self) -> None:
-        """Imports every module that may register a member."""
+        """Imports all modules that register members."""
         if self._loaded:
             return
-        self._loaded = True  # before the imports, which may ask for members themselves
+        self._loaded = True  # set before the imports, which may look up members themselves
         try:
             self._import_members()
         except BaseException:
-            self._loaded = False  # the next use tries again, and does not work with a part of the members
+            self._loaded = False  # the next use tries again instead of using a part of the members
             raise
 
     def _import_members(self) -> None:
@@ -106,7 +106,7 @@ class Registry(Mapping[str, Member]):
                 package = point.dist.name if point.dist is not None else point.value
                 raise HoldfastError(
                     f"The package {package!r} offers a {self.what} ({point.name} = {point.value}) that cannot be "
-                    f"imported: {type(error).__name__}: {error}. Mend or uninstall it."
+                    f"imported: {type(error).__name__}: {error}. Repair or uninstall it."
                 ) from error
 
 

@@ -1,7 +1,7 @@
 """A run: seed, device, progress display, and the folder from which it can be resumed.
 
 Every random choice uses a generator seeded by the run's seed and the *purpose* of the choice. No random state needs
-saving: a resumed run asks for the same purposes and gets the same numbers.
+saving: a resumed run uses the same purposes and gets the same numbers.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _other_format(beginning: bytes) -> str | None:
-    """Describes a file of another format by its first bytes; None if it may be safetensors."""
+    """Names the format of a file by its first bytes; None if it may be safetensors."""
     text = beginning.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     known = {
         b"version https://git-lfs": "it is a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
@@ -122,7 +122,7 @@ def _other_format(beginning: bytes) -> str | None:
     }
     if not beginning:
         return "it is empty (0 bytes)"
-    return next((said for magic, said in known.items() if text.startswith(magic)), None)
+    return next((description for magic, description in known.items() if text.startswith(magic)), None)
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor], also: str = "") -> str:

@@ -6,7 +6,7 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -17,25 +17,19 @@ from holdfast.errors import HoldfastError
 
 Dumps = Callable[[Any], bytes]
 
-
 ATTEMPTS = 3
-"""How often a job is tried before its workers' deaths are blamed on it."""
+"""How often a job is tried before it is blamed for the deaths of its workers."""
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Process-wide settings that a job's results depend on."""
+    """Process-wide settings that a job's results depend on; by default those of this process."""
 
     threads: int
     dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     matmul_precision: str = field(default_factory=torch.get_float32_matmul_precision)
     deterministic: int = field(default_factory=torch.get_deterministic_debug_mode)
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in ("holdfast", "torch")})
-
-    @classmethod
-    def here(cls, threads: int) -> Surroundings:
-        """Returns this process's settings, with another number of threads."""
-        return cls(threads)
 
     def apply(self) -> None:
         """Applies the settings to this process.
@@ -61,7 +55,15 @@ def worker_count(asked: int | None, threads: int, jobs: int) -> int:
     return min(asked or max(1, cores // threads), jobs)
 
 
-def pack(value: Any, dumps: Dumps, what: str) -> bytes:
+def pack_jobs(
+    work: Callable[[Any, Any], Any], context: Any, jobs: Sequence[Any], *, threads: int, dumps: Dumps
+) -> tuple[bytes, list[bytes]]:
+    """Returns the pickles of the function with its context and this process's settings, and of each job."""
+    shared = _pack((Surroundings(threads), work, context), dumps, "the models and tasks")
+    return shared, [_pack(job, dumps, str(job)) for job in jobs]
+
+
+def _pack(value: Any, dumps: Dumps, what: str) -> bytes:
     """Pickles to bytes, since torch's sharing of tensors between processes runs out of file descriptors."""
     try:
         return dumps(value)
@@ -87,7 +89,7 @@ def answer(shared: tuple[Any, Any] | Exception, parcel: bytes, dumps: Dumps) -> 
         work, context = shared
         return dumps((True, work(context, pickle.loads(parcel))))
     except BaseException as error:
-        # Tracebacks cannot be pickled, so send the text.
+        # Tracebacks cannot be pickled, so their text is sent.
         note = "In a worker: " + "".join(traceback.format_exception(error))
         error.add_note(note)
         try:

@@ -1,1 +1,1 @@
-"""Linear studies: defenses by a linear extractor, on pairs of tasks, laid out as the ICML 2025 paper's tables."""
+"""Linear studies: defenses by a linear extractor, on pairs of tasks, laid out as the tables of the ICML 2025 paper."""

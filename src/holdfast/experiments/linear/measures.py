@@ -1,9 +1,8 @@
-"""What a linear study measures of an extractor on a pair of tasks: ratios of condition numbers, steps of a probe."""
+"""Measurements of a linear study: ratios of condition numbers and steps of a probe, for an extractor and two tasks."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from holdfast.experiments.linear.specs import StudySpec, StudyTable
 from holdfast.models import SplitModel, feature_precision, features
+from holdfast.results.tables import finite
 from holdfast.spectral.condition_numbers import EPS, PUBLISHED_FLOOR
 from holdfast.spectral.convergence import measured_tau, norm_ratios, predicted_tau
 from holdfast.spectral.frontier import Frontier
@@ -22,19 +22,23 @@ from holdfast.tasks import Task
 
 Role = Literal["restricted", "benign"]
 
-
 ROLES: Final[tuple[Role, ...]] = ("restricted", "benign")
 
-
-Values = dict[str, float | None]
-
-
 XY = tuple[Tensor, Tensor]
+"""Features and targets."""
+
+MAIN: Final = ("ratio_restricted", "ratio_benign", "rir", "rir_bound", "immunized")
+HELD_OUT: Final = ("held_out_ratio_restricted", "held_out_ratio_benign")
+CONVERGENCE: Final = (
+    "tau_restricted", "tau_restricted_measured", "tau_restricted_ratio", "tau_benign", "tau_benign_measured",
+    "tau_benign_ratio",
+)  # fmt: skip
+PUBLISHED: Final = ("published_ratio_restricted", "published_ratio_benign", "published_rir")
 
 
 @dataclass(frozen=True)
 class Domain:
-    """The samples of one task, and their least squares, computed once."""
+    """The samples of one task, and their least squares problems, solved once."""
 
     name: str
     train: XY
@@ -44,45 +48,27 @@ class Domain:
 
     @cached_property
     def problem(self) -> LeastSquares:
-        """The least squares of a probe on the training samples."""
+        """Least squares of a probe on the training samples."""
         return LeastSquares.of(*self.train, precision=self.precision)
 
     @cached_property
     def held_out(self) -> LeastSquares:
-        """The least squares of a probe on the test samples."""
+        """Least squares of a probe on the test samples."""
         assert self.test is not None
         return LeastSquares.of(*self.test)
 
     @cached_property
     def published(self) -> float:
-        """The published condition number, which every extractor behind these features is compared with."""
+        """Condition number of the features as the released code computes it; extractors are compared with it."""
         return published_kappa(self.train[0])
 
 
 Pairs = list[tuple[str, Domain, Domain]]
-
-
-MAIN: Final = ("ratio_restricted", "ratio_benign", "rir", "rir_bound", "immunized")
-
-
-HELD_OUT: Final = ("held_out_ratio_restricted", "held_out_ratio_benign")
-
-
-CONVERGENCE: Final = (
-    "tau_restricted",
-    "tau_restricted_measured",
-    "tau_restricted_ratio",
-    "tau_benign",
-    "tau_benign_measured",
-    "tau_benign_ratio",
-)
-
-
-PUBLISHED: Final = ("published_ratio_restricted", "published_ratio_benign", "published_rir")
+"""Name, benign and restricted task of each pair."""
 
 
 def pairs_of(table: StudyTable, tasks: Sequence[Task], model: SplitModel | None) -> Pairs:
-    """Returns the pairs of a table, with their names: one pair of tasks, or every ordered pair of classes."""
+    """Returns the pairs of a table: one pair of tasks, or every ordered pair of classes."""
     if table.class_pairs is None:
         benign, restricted = (domain_of(task, model, table.held_out) for task in tasks)
         return [(f"{benign.name} -> {restricted.name}", benign, restricted)]
@@ -104,28 +90,26 @@ def domain_of(task: Task, model: SplitModel | None, held_out: bool) -> Domain:
 
 
 def measured_entry(spec: StudySpec, held_out: bool, curves: int, entry: Any) -> dict[str, Any]:
-    """Makes the measurements of an extractor of their entry in the journal; refuses any that are not as `measure`'s."""
+    """Reads the measurements of an extractor from their entry in the journal; refuses what `measure` cannot return."""
     names = {*MAIN, *PUBLISHED, *CONVERGENCE, *(HELD_OUT if held_out else ())}
     series = {f"{variant}norm_ratios_{role}" for variant in ("", "published_") for role in ROLES} if curves else set()
-    found = dict(entry)
-    if found.keys() != names | series:
-        raise ValueError(f"it lacks or adds {sorted(found.keys() ^ (names | series))}")
+    values = dict(entry)
+    if values.keys() != names | series:
+        raise ValueError(f"it lacks or adds {sorted(values.keys() ^ (names | series))}")
     for name in names:
-        if found[name] is not None:
-            refuse_no_number(name, found[name])
+        check_numbers(name, [values[name]])
     for name in series:
-        if not isinstance(found[name], list) or len(found[name]) != curves + 1:
+        if not isinstance(values[name], list) or len(values[name]) != curves + 1:
             raise ValueError(f"{name} is not a list of {curves + 1} numbers")
-        for value in found[name]:
-            if value is not None:
-                refuse_no_number(name, value)
-    return found
+        check_numbers(name, values[name])
+    return values
 
 
-def refuse_no_number(name: str, value: Any) -> None:
-    """Raises a ValueError for anything but a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} is {value!r}, and not a number")
+def check_numbers(name: str, values: Sequence[Any]) -> None:
+    """Raises a ValueError if a value is neither a number nor None."""
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise ValueError(f"{name} is {value!r}, not a number")
 
 
 def measure(
@@ -141,21 +125,21 @@ def measure(
     """Measures one extractor on one pair of tasks.
 
     Args:
-        frontier: the tasks, in coordinates.
-        theta: the extractor, in coordinates.
-        raw: benign and restricted features before the change of coordinates, as the released code takes them.
+        frontier: the tasks, in the frontier's coordinates.
+        theta: the extractor, in the same coordinates.
+        raw: benign and restricted features before the change of coordinates, as the released code uses them.
         spec: q and step limits.
-        before: published condition numbers of `raw`, where they are at hand; None: they are taken here.
-        curves: steps of the norm-ratio curves; 0: none.
+        before: published condition numbers of `raw`, if they are known; None: they are computed here.
+        curves: steps of the norm-ratio curves; 0: no curves.
         held_out: benign and restricted task on other samples, before the change of coordinates.
 
     Returns:
-        Numbers by the name of their cell, None where infinite or undefined, and curves by task.
+        Numbers by the name of their cell, None if infinite or undefined; and curves by task.
     """
     original = {"benign": frontier.benign, "restricted": frontier.restricted}
     behind = {role: task.through(theta) for role, task in original.items()}
     for task in behind.values():
-        _ = task.svd  # decomposed once, for the ratios and for the steps
+        _ = task.svd  # computed once, for the ratios and for the steps
     ratios = ratios_behind(**behind, benign_before=frontier.benign, restricted_before=frontier.restricted)
     published = published_ratio(frontier.full(theta), *raw, before)
     values: dict[str, Any] = {
@@ -178,13 +162,8 @@ def measure(
             values[f"norm_ratios_{role}"] = norm_ratios(task, curves)
             values[f"published_norm_ratios_{role}"] = norm_ratios(task, curves, floor=PUBLISHED_FLOOR)
     if held_out is not None:
-        there = relative_immunization_ratio(theta, *(task.through(frontier.basis) for task in held_out))
-        values |= {"held_out_ratio_restricted": there.restricted, "held_out_ratio_benign": there.benign}
+        other = relative_immunization_ratio(theta, *(task.through(frontier.basis) for task in held_out))
+        values |= {"held_out_ratio_restricted": other.restricted, "held_out_ratio_benign": other.benign}
     return {
         key: [finite(v) for v in value] if isinstance(value, list) else finite(value) for key, value in values.items()
     }
-
-
-def finite(value: float | None) -> float | None:
-    """Returns a number as JSON holds it: None where it is infinite or undefined."""
-    return None if value is None or not math.isfinite(value) else float(value)

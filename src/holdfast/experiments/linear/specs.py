@@ -1,4 +1,4 @@
-"""What a linear study does, as a recipe writes it: pairs of tasks, methods, and what is measured."""
+"""The keys of a linear study in a recipe: pairs of tasks, methods, measurements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from holdfast.spectral.frontier import SpaceName
 from holdfast.tasks import TaskSpec
 
 IDENTITY = "identity"
-"""The row of the features as they are."""
+"""The row of the features without an extractor."""
 
 
 class PairSpec(BaseModel):
@@ -27,16 +27,16 @@ class PairSpec(BaseModel):
 
 
 class ClassPairsSpec(BaseModel):
-    """All ordered pairs of classes of one data set, as in the paper's MNIST task: a class's inputs alone are a domain.
+    """All ordered pairs of classes of one data set, as in the paper's MNIST task; the inputs of a class are a domain.
 
-    With one class in a domain its labels are constant; the target of every sample is 1.
+    A domain has one class, so the target of every sample is 1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: TaskSpec
     mean: float = Field(0.0, description="Subtracted from inputs (images are in [0, 1]).")
-    std: float = Field(1.0, gt=0, description="Divides them afterwards.")
+    std: float = Field(1.0, gt=0, description="Divides the inputs afterwards.")
 
 
 class StudyTable(BaseModel):
@@ -47,9 +47,7 @@ class StudyTable(BaseModel):
     title: str
     pair: PairSpec | None = None
     class_pairs: ClassPairsSpec | None = None
-    space: SpaceName = Field(
-        "common", description="See `Frontier.of`; the same for all methods and for what is measured."
-    )
+    space: SpaceName = Field("common", description="See `Frontier.of`; the same for all methods and measurements.")
     ridge: float = Field(0.01, gt=0)
     held_out: bool = Field(False, description="Measure (i) and (ii) on the tasks' test splits as well.")
     paper: dict[str, dict[str, float]] = Field({}, description="The paper's numbers: method, cell, value.")
@@ -59,12 +57,12 @@ class StudyTable(BaseModel):
         if (self.pair is None) == (self.class_pairs is None):
             raise ValueError("give either `pair` or `class_pairs`")
         if self.class_pairs is not None and self.held_out:
-            raise ValueError("held_out needs a `pair`: of `class_pairs` nothing is held out")
+            raise ValueError("held_out needs a `pair`: `class_pairs` have no test split")
         return self
 
 
 class ProbesSpec(BaseModel):
-    """Linear probes to run behind every method, on single pairs of classification tasks."""
+    """Linear probes to run on the features of every method, for single pairs of classification tasks."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -84,12 +82,12 @@ class ProbesSpec(BaseModel):
 
 
 class StudySpec(BaseModel):
-    """What a study does, as a recipe writes it."""
+    """The keys of a study in a recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     seeds: int = Field(1, ge=1, description="Repetitions of every method.")
-    model: ModelSpec | None = Field(None, description="Whose features the probes see; null: the inputs themselves.")
+    model: ModelSpec | None = Field(None, description="Model whose features the probes get; null: the inputs.")
     tables: dict[str, StudyTable]
     methods: dict[str, dict[str, Any]] = Field(
         description="Linear defenses by the name of their row: `name`, settings."

@@ -1,4 +1,4 @@
-"""Studies: several linear defenses on one or many pairs of tasks, measured alike and laid out as the paper's tables."""
+"""Studies: several linear defenses on one or many pairs of tasks, in the tables of the ICML 2025 paper."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from holdfast.experiments.linear.measures import (
     Domain,
     Pairs,
     Role,
+    check_numbers,
     measure,
     measured_entry,
     pairs_of,
-    refuse_no_number,
 )
 from holdfast.experiments.linear.specs import IDENTITY, ProbesSpec, StudySpec, StudyTable
 from holdfast.experiments.linear.tables import study_figures, study_findings, study_tables
@@ -46,24 +46,31 @@ def study(
     run: Run,
     executor: Executor | None = None,
 ) -> Outcome:
-    """Runs every method on every pair with every seed and measures all of them alike.
+    """Runs every method on every pair with every seed and measures its extractor.
 
-    With a folder in `run`, every finished piece is kept at once, and a second call does only what is missing.
+    With a folder in `run`, every result is stored at once, and a second call runs only the missing jobs.
 
     Args:
-        spec: tables and what to measure.
+        spec: tables and measurements.
         methods: the defenses by row.
         tasks: by table: benign and restricted task of a pair, or the one task whose classes are paired.
         model: see `StudySpec.model`.
         run: seed, folder, progress.
-        executor: where methods run and are measured; it does not change the result. None: here.
+        executor: where methods run and are measured; it does not change the result. None: in this process.
 
     Raises:
-        HoldfastError: if a task cannot serve, before any method has run.
+        HoldfastError: if a task cannot be used, before any method has run.
     """
     pairs = {name: pairs_of(table, tasks[name], model) for name, table in spec.tables.items()}
     context = _Context(spec, methods, pairs, run)
-    journal = Journal(run.path("study.jsonl"), _belongs(spec, methods, tasks, model, run), "study")
+    belongs_to = {
+        "seed": run.seed,
+        "study": spec.model_dump(mode="json", exclude={"methods"}),
+        "methods": {row: {"name": d.name, **d.config()} for row, d in methods.items()},
+        "data": {name: [t.facts().sha256 for t in each] for name, each in tasks.items()},
+        "model": None if model is None else model.facts().sha256,
+    }
+    journal = Journal(run.path("study.jsonl"), belongs_to, "study")
     pieces = {name: _pieces(name, pairs[name], methods, spec) for name in spec.tables}
     probes = {} if spec.probes is None else {name: _probe_jobs(name, methods, spec.probes) for name in spec.tables}
     readers: dict[str, Callable[[Any], Any]] = {
@@ -71,14 +78,9 @@ def study(
         for name, jobs in pieces.items()
         for job in jobs
     }
-    scores = JournalStore(
-        journal,
-        {
-            job.key: partial(_probe_scores, len(job.inputs.budgets))
-            for job in itertools.chain.from_iterable(probes.values())
-        },
-    )
-    scores.missing(list(scores.readers))  # damage is found before anything is measured
+    probe_jobs = itertools.chain.from_iterable(probes.values())
+    scores = JournalStore(journal, {job.key: partial(_probe_scores, len(job.inputs.budgets)) for job in probe_jobs})
+    scores.missing(list(scores.readers))  # finds damaged entries before anything is measured
     every = list(itertools.chain.from_iterable(pieces.values()))
     store = JournalStore(journal, readers)
     values = run_jobs(_measure, context, every, store, run=run, executor=executor, description="Measuring")
@@ -96,15 +98,15 @@ def study(
             study_findings(settings, rows, measured, pairs[name]),
         )
     for name, jobs in probes.items():
-        found = run_jobs(_probe, context, jobs, scores, run=run, executor=executor, description="Probing")
-        table = _probe_table(spec.tables[name], pairs[name], [job.inputs for job in jobs], found)
+        curves = run_jobs(_probe, context, jobs, scores, run=run, executor=executor, description="Probing")
+        table = _probe_table(spec.tables[name], pairs[name], [job.inputs for job in jobs], curves)
         outcome += Outcome({f"{name}_probes": table}, {}, [])
     return outcome
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """An extractor to measure: a method with a seed, on a pair of a table."""
+    """An extractor to measure: of a method with a seed, on a pair of a table."""
 
     table: str
     pair: str
@@ -114,7 +116,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _ProbePiece:
-    """A probe to run behind the extractor of a method."""
+    """A probe to run on the features of a method's extractor."""
 
     table: str
     row: str
@@ -125,7 +127,7 @@ class _ProbePiece:
 
 @dataclass(frozen=True)
 class _Context:
-    """What all pieces of a study need; it travels once to each worker."""
+    """Input of all jobs of a study; sent once to each worker."""
 
     spec: StudySpec
     methods: Mapping[str, LinearDefense]
@@ -139,7 +141,7 @@ class _Context:
         return next(each for each in self.pairs[table] if pair in (None, each[0]))
 
     def problem(self, table: str, pair: str) -> LinearProblem:
-        """Returns the problem of a pair; the last one is kept, since jobs come pair by pair."""
+        """Returns the problem of a pair; the last one is cached, since jobs come pair by pair."""
         if (table, pair) not in self._problems:
             self._problems.clear()
             _, benign, restricted = self.pair(table, pair)
@@ -149,7 +151,7 @@ class _Context:
         return self._problems[table, pair]
 
     def curve_steps(self, piece: _Piece) -> int:
-        """Returns the steps of a piece's norm-ratio curves: the first seed of a single pair has them."""
+        """Returns the steps of the norm-ratio curves; only the first seed of a single pair has curves."""
         return self.spec.norm_ratio_steps if len(self.pairs[piece.table]) == 1 and piece.seed == 0 else 0
 
     def extractor(self, table: str, pair: str, row: str, seed: int) -> Tensor:
@@ -161,7 +163,7 @@ class _Context:
         return method.extractor(problem, run=own)[0]
 
     def scaled_extractor(self, table: str, row: str) -> Tensor:
-        """Returns an extractor on all features, at the scale of a released model: Adam and L-BFGS feel it."""
+        """Returns an extractor on all features, at the scale of a released model, which matters for Adam and L-BFGS."""
         if (table, row) not in self._extractors:
             pair, benign, _ = self.pair(table)
             theta = self.problem(table, pair).frontier.full(self.extractor(table, pair, row, 0))
@@ -185,31 +187,15 @@ def _measure(context: _Context, piece: _Piece) -> dict[str, Any]:
 
 
 def _probe(context: _Context, piece: _ProbePiece) -> list[float | None]:
-    """Scores of a probe behind a method; it gets exactly the features that the method transforms."""
+    """Scores of a probe on a method's features; it gets exactly the features that the method transforms."""
     _, benign, restricted = context.pair(piece.table)
     theta = context.scaled_extractor(piece.table, piece.row)
     model, task = _behind(theta, restricted if piece.role == "restricted" else benign)
     return piece.adversary.attack(model, task, budgets=(0, *piece.budgets), run=context.run).scores[1:]
 
 
-def _belongs(
-    spec: StudySpec,
-    methods: Mapping[str, LinearDefense],
-    tasks: Mapping[str, Sequence[Task]],
-    model: SplitModel | None,
-    run: Run,
-) -> dict[str, Any]:
-    return {
-        "seed": run.seed,
-        "study": spec.model_dump(mode="json", exclude={"methods"}),
-        "methods": {row: {"name": d.name, **d.config()} for row, d in methods.items()},
-        "data": {name: [t.facts().sha256 for t in each] for name, each in tasks.items()},
-        "model": None if model is None else model.facts().sha256,
-    }
-
-
 def _rows(methods: Mapping[str, LinearDefense], spec: StudySpec) -> dict[str, range]:
-    """Rows and their seeds; the identity has nothing random."""
+    """Seeds by row; the identity is not random."""
     return {IDENTITY: range(1), **{row: range(spec.seeds) for row in methods}}
 
 
@@ -247,29 +233,27 @@ def _probe_table(
     unit = "accuracy" if restricted.task is None else restricted.task.audit_unit
     return Table(
         title=f"{table.title}: {unit} of linear probes",
-        note="Every probe sees all training samples of its task; scores are on the test split.",
+        note="Every probe trains on all training samples of its task; scores are on the test split.",
         rows=rows,
         percent=True,
     )
 
 
 def _key(*parts: object) -> str:
-    """Names a piece of work, whatever characters the names in it have."""
+    """The key of a job; unambiguous for any characters in the parts."""
     return json.dumps(parts, ensure_ascii=False)
 
 
 def _probe_scores(budgets: int, entry: Any) -> list[float | None]:
-    """Makes a probe's scores of their entry in the journal."""
+    """Reads a probe's scores from their entry in the journal."""
     if not isinstance(entry, list) or len(entry) != budgets:
         raise ValueError(f"it is not a list of {budgets} scores")
-    for value in entry:
-        if value is not None:
-            refuse_no_number("a score", value)
+    check_numbers("a score", entry)
     return entry
 
 
 def _behind(theta: Tensor, domain: Domain) -> tuple[SplitModel, Task]:
-    """A model whose features are the domain's behind theta, and the task on the features before it."""
+    """A model with theta as its extractor, and the task whose inputs are the domain's features."""
     if domain.task is None or domain.test is None:
         raise HoldfastError("Probes need tasks with test data: set held_out, and a single pair of tasks.")
     width, classes = len(theta), domain.task.num_outputs
@@ -282,7 +266,7 @@ def _behind(theta: Tensor, domain: Domain) -> tuple[SplitModel, Task]:
 
 
 def sources(spec: StudySpec) -> Iterator[tuple[str, tuple[TaskSpec, ...]]]:
-    """Yields every table's task specifications, as `study` wants the tasks."""
+    """Yields the task specifications of every table, in the order that `study` expects."""
     for name, table in spec.tables.items():
         if table.pair is not None:
             yield name, (table.pair.benign, table.pair.restricted)

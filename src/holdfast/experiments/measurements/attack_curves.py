@@ -1,4 +1,4 @@
-"""Attack curves: the strategies of a protocol, epochs in steps, the scratch control, and running all of them."""
+"""Attacks of a protocol: their strategies, epochs in steps, the scratch control, and the curves that they give."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class AttackSpec(BaseModel):
     undo: tuple[str, ...] = Field((), description="Undo moves that are made first, in this order.")
     more_epochs: tuple[int, ...] = Field((), description="Epochs after the protocol's last, for this attack alone.")
     stands_for: str | None = Field(
-        None, description="The attack of `paper` that this one takes the place of; null: the one of the same name."
+        None, description="The attack of `paper` that this one replaces; null: the one of the same name."
     )
 
     @model_validator(mode="after")
@@ -50,7 +50,7 @@ class AttackSpec(BaseModel):
         return self
 
     def adversary(self, precision: Precision) -> FineTuning:
-        """Returns the attack; its random choices derive from its settings, not from the recipe's name for it."""
+        """Returns the attack; its random choices depend on its settings, not on the recipe's name for it."""
         settings = self.model_dump(exclude={"undo", "more_epochs", "stands_for"})
         return FineTuning(Strategy(**settings, precision=precision), undo=self.undo)
 
@@ -61,9 +61,9 @@ class Attack:
 
     Attributes:
         label: the recipe's name for it.
-        adversary: what runs.
-        epochs: at which it is scored.
-        stands_for: under which name the paper's numbers are found.
+        adversary: the adversary.
+        epochs: epochs after which it is scored.
+        stands_for: name of the attack in the paper's numbers.
     """
 
     label: str
@@ -73,7 +73,7 @@ class Attack:
 
 
 def in_precision(adversary: Adversary, precision: Precision) -> Adversary:
-    """Returns a battery's adversary, its training in another precision, and its name spelled accordingly."""
+    """Returns a battery's adversary that trains in another precision, with the name that belongs to it."""
     if not isinstance(adversary, FineTuning) or adversary.strategy.precision == precision:
         return adversary
     return dataclasses.replace(
@@ -82,16 +82,15 @@ def in_precision(adversary: Adversary, precision: Precision) -> Adversary:
 
 
 def scratch_plan(plan: Sequence[Attack], model: SplitModel, task: Task) -> list[tuple[Attack, tuple[Attack, ...]]]:
-    """Returns training from scratch once for all attacks that do the same to fresh weights, and those attacks.
+    """Returns the scratch controls, each with the attacks that it belongs to.
 
-    Whether a model was released plays no part from scratch, so attacks that differ only in where they start are one.
-    Training the head alone on random features, or a probe on them, does not train a model: they have none.
+    Attacks that differ only in their initialisation share one control, since all start from fresh weights. A probe, or
+    training of the head alone, on random features does not train a model, so these attacks have no control.
 
     Args:
         plan: the attacks.
-        model: whose architecture is trained; its head stays as the architecture initialises it, unless it is for
-            another number of classes.
-        task: what is learned.
+        model: its architecture is trained; the head is replaced only if it has another number of outputs.
+        task: the task to learn.
     """
     start: Initialisation = "direct" if model.num_outputs == task.num_outputs else "head"
     groups: dict[FineTuning, list[Attack]] = {}
@@ -100,17 +99,17 @@ def scratch_plan(plan: Sequence[Attack], model: SplitModel, task: Task) -> list[
         if isinstance(adversary, FineTuning) and adversary.strategy.scope != "head":
             strategy = dataclasses.replace(adversary.strategy, initialisation=start)
             groups.setdefault(FineTuning(strategy, burn_in=adversary.burn_in), []).append(attack)
-    found = []
+    controls = []
     for adversary, covered in groups.items():
         labels = [a.label for a in covered]
         label = " / ".join(labels) if len(labels) <= 3 else f"{labels[0]} and {len(labels) - 1} more"
         epochs = tuple(sorted({e for a in covered for e in a.epochs}))
-        found.append((Attack(label, adversary, epochs, covered[0].stands_for), tuple(covered)))
-    return found
+        controls.append((Attack(label, adversary, epochs, covered[0].stands_for), tuple(covered)))
+    return controls
 
 
 def steps_per_epoch(samples: int, batch_size: int, cap: int | None = None) -> int:
-    """Returns the steps of an epoch: each sample once, the last batch filled up from the next; at most `cap`.
+    """Returns the steps of an epoch: each sample once, with the last batch filled up; at most `cap`.
 
     Example:
         >>> steps_per_epoch(25_000, 200), steps_per_epoch(25_000, 150), steps_per_epoch(25_000, 200, cap=2)
@@ -127,9 +126,9 @@ class AttackTrial:
     Attributes:
         setting: name of the setting.
         model: `scratch`, `original`, or the name of a defense.
-        attack: what is run.
-        seed: which repetition.
-        budgets: steps at which to score.
+        attack: the attack.
+        seed: number of the repetition.
+        budgets: steps after which to score.
     """
 
     setting: str
@@ -140,21 +139,21 @@ class AttackTrial:
 
     @property
     def key(self) -> str:
-        """Names it among all trials of a protocol."""
+        """Unique among the trials of a protocol."""
         return json.dumps([self.setting, self.model, self.attack.label, self.seed], ensure_ascii=False)
 
 
 @dataclass(frozen=True)
 class AttackContext:
-    """What all attacks of a protocol need; it travels once to each worker.
+    """Input of all attacks of a protocol; sent once to each worker.
 
     Attributes:
         settings: by name.
-        models: immunized ones by setting, label and seed of the defense.
-        immunizations: how many seeds each defense has.
+        models: immunized models by setting, label and seed of the defense.
+        immunizations: number of seeds of each defense.
         shots: training samples a class; None: all.
         run: seed, device, folder.
-        on: the task that is learned: the adversary's half of the restricted one, or the transfer task.
+        on: the task to learn: the adversary's half of the restricted task, or the transfer task.
     """
 
     settings: Mapping[str, Setting]
@@ -175,11 +174,11 @@ class AttackContext:
         return self.models[trial.setting, trial.model, trial.seed % self.immunizations]
 
     def task(self, setting: Setting) -> Task:
-        """Returns what adversaries learn from in a setting."""
+        """Returns the task that adversaries learn in a setting."""
         return setting.adversary_data if self.on == "restricted" else setting.transfer_task
 
     def scored(self, setting: Setting) -> Task:
-        """Returns the task by whose constant guess errors are scored; see `rescaled`."""
+        """Returns the task whose constant guess is the unit of errors; see `rescaled`."""
         return setting.restricted if self.on == "restricted" else setting.transfer_task
 
 
@@ -196,14 +195,14 @@ def attack_curves(
 
     Args:
         context: models, tasks, seed.
-        trials: in the order in which they should run.
+        trials: in the order in which to run them.
         file: name of the journal.
         depends_on: what curves depend on beside the context and the trials.
         executor: where attacks run; it does not change their results.
-        description: for the progress display.
+        description: text of the progress display.
 
     Returns:
-        Curves by key of their trial.
+        Curves by the keys of their trials.
     """
     settings, run = context.settings, context.run
     journal = Journal(
@@ -222,14 +221,7 @@ def attack_curves(
     jobs = [Job(t.key, t, f"{t.model}: {t.attack.label}") for t in trials]
     store = JournalStore(journal, {t.key: partial(_kept, t, context.on) for t in trials})
     curves = run_jobs(
-        _attack,
-        context,
-        jobs,
-        store,
-        run=run,
-        executor=executor,
-        description=description,
-        finished=run.finished_trial,
+        _attack, context, jobs, store, run=run, executor=executor, description=description, finished=run.finished_trial
     )
     return {trial.key: curve for trial, curve in zip(trials, curves, strict=True)}
 
@@ -250,23 +242,22 @@ def _attack(context: AttackContext, trial: AttackTrial) -> Curve:
 
 
 def _kept(trial: AttackTrial, task: str, entry: Any) -> Curve:
-    """Reads a trial's curve from its entry in the journal; refuses another trial's."""
+    """Reads a trial's curve from its entry in the journal; refuses the curve of another trial."""
     curve = Curve.model_validate(entry)
     wanted = (trial.attack.adversary.name, trial.seed, trial.budgets, task)
     if (curve.adversary, curve.seed, tuple(curve.budgets), curve.task) != wanted:
-        raise ValueError(f"it is of {curve.adversary!r} on {curve.task}, seed {curve.seed}, budgets {curve.budgets}")
+        raise ValueError(
+            f"it is a curve of {curve.adversary!r} on {curve.task}, seed {curve.seed}, budgets {curve.budgets}"
+        )
     return curve
 
 
 def rescaled(curve: Curve, ratio: float) -> Curve:
-    """Returns a curve of 1 - error / chance with a chance that is 1 / `ratio` times as large.
+    """Converts a curve of scores 1 - error / chance to a chance that is 1 / `ratio` times as large.
 
-    A constant guess depends on the training samples, so that chance differs between halves and seeds. Errors of several
-    seeds can be averaged and shown only if all of their scores refer to one chance.
+    A constant guess depends on the training samples, so chance differs between halves and seeds. Errors of several
+    seeds can be averaged only if their scores refer to the same chance.
     """
-
-    def moved(score: float | None) -> float | None:
-        return None if score is None else 1 - (1 - score) * ratio
-
+    scores = [None if score is None else 1 - (1 - score) * ratio for score in curve.scores]
     folds = [None if each is None else [1 - (1 - fold) * ratio for fold in each] for each in curve.folds]
-    return curve.model_copy(update={"scores": list(map(moved, curve.scores)), "folds": folds})
+    return curve.model_copy(update={"scores": scores, "folds": folds})

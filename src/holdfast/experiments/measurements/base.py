@@ -1,4 +1,4 @@
-"""The contract of a measurement: what a protocol measures on its models beside the tables of attack scores."""
+"""The interface of measurements, which a protocol takes of its models in addition to attack scores."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Measured:
     Attributes:
         context: settings, immunized models, shots, and the run.
         plan: the attacks.
-        rows: of the table of scores, with their curves.
-        trials: behind each row.
-        scores: what is known of each setting beside its rows.
+        rows: rows of the table of scores, with their curves.
+        trials: the trials of each row.
+        scores: the scores of each setting.
         executor: where further jobs run; it does not change their results.
     """
 
@@ -39,11 +39,10 @@ class Measured:
 
 
 class Measurement(BaseModel, ABC):
-    """A measurement; its fields are its settings, as a recipe writes them.
+    """A measurement; its fields are its settings in a recipe.
 
-    A new one is a file in this folder, or a module of another package that an entry point of the group
-    `holdfast.experiments.measurements` names. A recipe asks for it under `measurements`, by the name under which it is
-    registered:
+    A new measurement is a file in this folder, or a module of another package with an entry point of the group
+    `holdfast.experiments.measurements`. A recipe lists it under `measurements`, by its registered name:
 
         measurements:
           my-measurement: {samples: 100}
@@ -52,10 +51,10 @@ class Measurement(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     after_scores: ClassVar[bool] = False
-    """Whether its tables stand below those of the scores."""
+    """Whether its tables follow those of the scores."""
 
     def check(self, settings: Mapping[str, Setting]) -> None:
-        """Refuses settings that it cannot measure, before any work is done; models may still be untrained.
+        """Refuses settings that it cannot measure, before anything is computed; models may still be untrained.
 
         Raises:
             HoldfastError: naming the setting.
@@ -65,7 +64,7 @@ class Measurement(BaseModel, ABC):
     def measure(self, protocol: Measured) -> Outcome:
         """Returns tables, figures and sentences.
 
-        What takes long goes through `holdfast.runtime.jobs.run_jobs`, with a store in the run's folder.
+        Long computations use `holdfast.runtime.jobs.run_jobs`, with a store in the run's folder.
         """
 
 
@@ -73,5 +72,5 @@ MEASUREMENTS: Registry[type[Measurement]] = Registry("measurement", "holdfast.ex
 
 
 def list_measurements() -> list[str]:
-    """Returns the names of all measurements that a protocol can ask for."""
+    """Returns the names of all measurements."""
     return list(MEASUREMENTS)

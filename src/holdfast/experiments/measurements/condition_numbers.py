@@ -1,9 +1,9 @@
-"""Table 3 of the ICML 2025 paper: RIR_theta0 of each immunized model of a protocol, with its parts."""
+"""Table 3 of the ICML 2025 paper: RIR_theta0 of each immunized model of a protocol, and its two ratios."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from holdfast.defenses import FrontierDefense
 from holdfast.errors import HoldfastError
 from holdfast.experiments.measurements.base import MEASUREMENTS, Measured, Measurement
 from holdfast.experiments.setting import ORIGINAL, Setting
-from holdfast.experiments.setting_scores import PaperSpec, Printed, SettingScores, about_paper
+from holdfast.experiments.setting_scores import PaperSpec, Printed, SettingScores, about_paper, mean_and_sd
 from holdfast.metrics.rir import GroupRatios, GroupSpectra, check_groups, group_spectra
 from holdfast.models import SplitModel
 from holdfast.results.tables import Cell, Outcome, Table
@@ -29,13 +29,13 @@ Place = tuple[str, str, int]
 
 @MEASUREMENTS.register("conditioning")
 class Conditioning(Measurement):
-    """On how many samples the condition numbers of a protocol's models are taken."""
+    """Condition numbers of a protocol's models, on groups of samples."""
 
     groups: int = Field(20, ge=1, description="Groups of samples; their mean and spread are shown. The paper's: 20.")
     samples: int = Field(100, ge=2, description="Samples of a group. The paper's: 100.")
 
     def check(self, settings: Mapping[str, Setting]) -> None:
-        """Refuses settings whose tasks have too few samples, or no vectors of features."""
+        """Refuses settings whose tasks have too few samples, or whose features are not vectors."""
         for name, setting in settings.items():
             try:
                 check_groups(setting.benign, setting.adversary_data, groups=self.groups, samples=self.samples)
@@ -43,7 +43,7 @@ class Conditioning(Measurement):
                 raise HoldfastError(f"conditioning, in setting {name!r}: {error}") from error
 
     def measure(self, protocol: Measured) -> Outcome:
-        """Returns the table `conditioning`, and what it says of each defense."""
+        """Returns the table `conditioning`, and a sentence for each defense."""
         context = protocol.context
         spectra = spectra_of(self, context.settings, context.models, run=context.run, executor=protocol.executor)
         return lay_out(self, protocol.scores, spectra)
@@ -51,7 +51,7 @@ class Conditioning(Measurement):
 
 @dataclass(frozen=True)
 class _Context:
-    """What all measurements need; it travels once to each worker."""
+    """Input of all measurements; sent once to each worker."""
 
     spec: Conditioning
     settings: Mapping[str, Setting]
@@ -67,17 +67,17 @@ def spectra_of(
     run: Run,
     executor: Executor,
 ) -> dict[Place, GroupSpectra]:
-    """Returns the spectra of every original and immunized model; with a folder in `run`, each is kept at once.
+    """Returns the spectra of all originals and immunized models; with a folder in `run`, each is stored at once.
 
-    All models of a setting get the same samples: of the benign task's test split, and of the adversary's half of the
-    restricted training data. No defense has trained on either.
+    All models of a setting get the same samples: from the benign task's test split, and from the adversary's half of
+    the restricted training data. No defense has trained on either.
 
     Args:
-        spec: how many samples.
+        spec: number of samples.
         settings: by name.
         immunized: by setting, label and seed.
         run: its seed draws the samples.
-        executor: where it is computed; it does not change the result.
+        executor: where jobs run; it does not change the result.
     """
     models = {(name, ORIGINAL, 0): setting.original for name, setting in settings.items()} | dict(immunized)
     journal = Journal(
@@ -93,16 +93,16 @@ def spectra_of(
     jobs = [Job(json.dumps(p, ensure_ascii=False), p, f"{p[1]}, seed {p[2]}") for p in models]
     store = JournalStore(journal, {job.key: partial(_kept, spec.groups) for job in jobs})
     context = _Context(spec, settings, models, run)
-    found = run_jobs(_measure, context, jobs, store, run=run, executor=executor, description="Condition numbers")
-    return dict(zip(models, found, strict=True))
+    spectra = run_jobs(_measure, context, jobs, store, run=run, executor=executor, description="Condition numbers")
+    return dict(zip(models, spectra, strict=True))
 
 
 def _kept(groups: int, entry: Any) -> GroupSpectra:
-    """Reads the spectra of a model from their entry in the journal; refuses those of another number of groups."""
-    found = GroupSpectra.model_validate(entry)
-    if {len(value) for _, value in found} != {groups}:
-        raise ValueError(f"it is not of {groups} groups")
-    return found
+    """Reads the spectra of a model from their entry in the journal; refuses another number of groups."""
+    spectra = GroupSpectra.model_validate(entry)
+    if {len(value) for _, value in spectra} != {groups}:
+        raise ValueError(f"it does not have {groups} groups")
+    return spectra
 
 
 def _measure(context: _Context, place: Place) -> GroupSpectra:
@@ -118,12 +118,12 @@ def _measure(context: _Context, place: Place) -> GroupSpectra:
 
 
 def lay_out(spec: Conditioning, settings: Sequence[SettingScores], spectra: Mapping[Place, GroupSpectra]) -> Outcome:
-    """Returns the table `conditioning`, and what it says of each defense.
+    """Returns the table `conditioning`, and a sentence for each defense.
 
     Args:
-        spec: how many samples.
+        spec: number of samples.
         settings: the settings.
-        spectra: see `spectra_of`.
+        spectra: the result of `spectra_of`.
     """
     rows: list[dict[str, str | Cell]] = []
     findings: list[str] = []
@@ -131,15 +131,15 @@ def lay_out(spec: Conditioning, settings: Sequence[SettingScores], spectra: Mapp
         original = spectra[setting.name, ORIGINAL, 0]
         ratios = {
             label: [
-                GroupRatios.of(original, found)
-                for (name, own, _), found in spectra.items()
+                GroupRatios.of(original, model)
+                for (name, own, _), model in spectra.items()
                 if (name, own) == (setting.name, label)
             ]
             for label in (ORIGINAL, *setting.labels)
         }
         bound = Cell.of(original.bounds)
-        where = {"setting": setting.name} if len(settings) > 1 else {}
-        rows += [{**where, **_row(setting, label, found, bound)} for label, found in ratios.items()]
+        first = {"setting": setting.name} if len(settings) > 1 else {}
+        rows += [{**first, **_row(setting, label, own, bound)} for label, own in ratios.items()]
         prefix = f"{setting.name}: " if len(settings) > 1 else ""
         findings += [prefix + text for text in _findings(setting, ratios)]
     return Outcome(
@@ -147,56 +147,55 @@ def lay_out(spec: Conditioning, settings: Sequence[SettingScores], spectra: Mapp
     )
 
 
-def _row(setting: SettingScores, label: str, found: Sequence[GroupRatios], bound: Cell) -> dict[str, str | Cell]:
+def _row(setting: SettingScores, label: str, ratios: Sequence[GroupRatios], bound: Cell) -> dict[str, str | Cell]:
     paper = setting.paper.get(label, PaperSpec())
     benign, percent = setting.benign(label), setting.benign_measure.percent
     row: dict[str, str | Cell] = {
         "model": label,
-        "ratio_restricted": _cell((v for each in found for v in each.restricted), paper.ratio_restricted),
-        "ratio_benign": _cell((v for each in found for v in each.benign), paper.ratio_benign),
-        "rir": _cell((v for each in found for v in each.rir), paper.rir),
+        "ratio_restricted": _cell(ratios, "restricted", paper.ratio_restricted),
+        "ratio_benign": _cell(ratios, "benign", paper.ratio_benign),
+        "rir": _cell(ratios, "rir", paper.rir),
         "rir_bound": bound,
         "benign_percent" if percent else "benign": _in_percent(benign) if percent else benign,
     }
-    changed = _changes(found)
+    changed = _changes(ratios)
     return row | ({"other rank": "; ".join(changed)} if changed else {})
 
 
-def _cell(values: Iterable[float | None], printed: Printed | None) -> Cell:
-    return Cell.of(values, *(printed if isinstance(printed, tuple) else (printed, None)))
+def _cell(ratios: Sequence[GroupRatios], name: str, printed: Printed | None = None) -> Cell:
+    return Cell.of((v for each in ratios for v in getattr(each, name)), *mean_and_sd(printed))
 
 
 def _in_percent(cell: Cell) -> Cell:
-    """The other columns are not shares, so the table as a whole cannot be shown in percent."""
+    """The table as a whole cannot be shown in percent, because its other columns are not shares."""
     values = {k: None if (v := getattr(cell, k)) is None else 100 * v for k in ("mean", "sd", "paper", "paper_sd")}
     return cell.model_copy(update=values)
 
 
-def _changes(found: Sequence[GroupRatios]) -> list[str]:
-    """Where the features of the two networks span another number of directions, by task."""
+def _changes(ratios: Sequence[GroupRatios]) -> list[str]:
+    """By task, in how many groups the rank of the features differs from the original's."""
     texts = []
     for task in ("restricted", "benign"):
-        changed = [pair for each in found for pair in getattr(each, f"{task}_ranks")]
+        changed = [pair for each in ratios for pair in getattr(each, f"{task}_ranks")]
         if changed:
             before, after = ({pair[side] for pair in changed} for side in (0, 1))
             spans = " to ".join(f"{min(r)}" if len(r) == 1 else f"{min(r)}-{max(r)}" for r in (before, after))
-            texts.append(f"{task} {spans} in {len(changed)} of {sum(len(each.rir) for each in found)}")
+            texts.append(f"{task} {spans} in {len(changed)} of {sum(len(each.rir) for each in ratios)}")
     return texts
 
 
 def _findings(setting: SettingScores, ratios: Mapping[str, Sequence[GroupRatios]]) -> list[str]:
-    means = {label: Cell.of(v for each in found for v in each.rir).mean for label, found in ratios.items()}
+    means = {label: _cell(own, "rir").mean for label, own in ratios.items()}
     frontiers = {
         label: mean
         for label in setting.labels
         if (mean := means[label]) is not None and setting.defense(label) == FrontierDefense.name
     }
     best = max(frontiers, key=lambda label: frontiers[label], default=None)
-    found = []
+    sentences = []
     for label in setting.labels:
-        own = ratios[label]
+        own, mean = ratios[label], means[label]
         text = _about(label, own)
-        mean = means[label]
         if best is not None and mean is not None and setting.defense(label) not in (FrontierDefense.name, None):
             ahead = "more" if mean > frontiers[best] else "less"
             text += (
@@ -206,15 +205,15 @@ def _findings(setting: SettingScores, ratios: Mapping[str, Sequence[GroupRatios]
         changed = _changes(own)
         if changed:
             text += (
-                f" The rank of the features changed ({'; '.join(changed)} groups), so that these condition numbers are "
-                "over other directions than the original's, and their ratios do not compare like with like."
+                f" The rank of the features changed ({'; '.join(changed)} groups), so these condition numbers cover "
+                "other directions than the original's, and their ratios are not comparable."
             )
-        found.append(text)
-    return found
+        sentences.append(text)
+    return sentences
 
 
-def _about(label: str, found: Sequence[GroupRatios]) -> str:
-    parts = [Cell.of(v for each in found for v in getattr(each, name)) for name in ("restricted", "benign", "rir")]
+def _about(label: str, ratios: Sequence[GroupRatios]) -> str:
+    parts = [_cell(ratios, name) for name in ("restricted", "benign", "rir")]
     if any(cell.mean is None for cell in parts):
         return f"{label}: RIR is not defined, because features are not finite or all zero in some groups."
     first, second, rir = parts
@@ -224,10 +223,10 @@ def _about(label: str, found: Sequence[GroupRatios]) -> str:
         "(ii) at most 1" if two <= 1 + 1e-9 else "(ii) is above 1: the benign probe is worse conditioned, too",
         "RIR above 1" if three > 1 else "RIR is not above 1",
     ]
-    groups = sum(len(each.rir) for each in found)
+    groups = sum(len(each.rir) for each in ratios)
     return (
         f"{label}: RIR is {_spread(rir)}, from (i) {_spread(first)} and (ii) {_spread(second)}; {'; '.join(checks)}. "
-        f"(i) is above 1 and (ii) at most 1 together in {sum(each.immunized for each in found)} of {groups} groups."
+        f"(i) is above 1 and (ii) at most 1 together in {sum(each.immunized for each in ratios)} of {groups} groups."
     )
 
 
@@ -245,7 +244,7 @@ def _note(spec: Conditioning, settings: Sequence[SettingScores]) -> str:
         f"Condition numbers of a linear probe's Hessian on groups of {spec.samples} samples (Eq. 17), over the "
         f"original's on the same samples, in float64: mean ± standard deviation over {over}; of benign {unit.name}, "
         "over immunizations. Restricted samples are the adversary's, benign ones the test split's: no defense trained "
-        "on them. (i) should be above 1, (ii) at most 1; RIR is (i) / (ii) of each group. RIR*: what no linear "
-        "extractor before the original's head exceeds on these samples; a dash where the two tasks' samples span other "
-        f"directions, so that nothing is bounded.{about_paper(settings)}"
+        "on them. (i) should be above 1, (ii) at most 1; RIR is (i) / (ii) of each group. RIR*: the bound that no "
+        "linear extractor before the original's head exceeds on these samples; a dash: no bound, since the samples of "
+        f"the two tasks span different directions.{about_paper(settings)}"
     )

@@ -1,8 +1,8 @@
-"""Figure 3 of the ICML 2025 paper: how fast linear probes learn on each model of a protocol, by every kind of probe.
+"""Figure 3 of the ICML 2025 paper: how fast each kind of linear probe learns on each model of a protocol.
 
-A condition number is about gradient descent on raw features. So the figures are of that first, and the findings say
-which probes are slowed and which are not affected: a probe that whitens the features, standardises them, uses Adam,
-or solves the least squares at once does not descend on that Hessian.
+A condition number describes gradient descent on raw features. So these figures come first, and the findings say which
+probes are slowed and which are not. A probe that whitens or standardises the features, uses Adam, or solves the least
+squares in closed form does not depend on that condition number.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from holdfast.experiments.setting_scores import Row, SettingScores
 from holdfast.results.tables import Cell, Figure, Lines, Outcome, Table
 
 MARGIN: Final = 0.03
-"""A score that is lower by more than this counts as lower; below it, test samples and seeds decide."""
+"""A score counts as lower if the difference exceeds this; smaller ones may be noise of test samples and seeds."""
 
 DESCENTS: Final = ("gd", "line-search")
-"""Solvers that condition numbers are about, the plainest first."""
+"""Solvers whose speed depends on the condition number, the simplest first."""
 
 ALGORITHM_1: Final = (ConditionNumber.name, f"deep-{ConditionNumber.name}")
-"""Defenses that are the paper's method, for linear and for deep extractors."""
+"""Names of the paper's method, for linear and for deep extractors."""
 
 PAPERS: Final = frozenset(
     f"{deep}{defense.name}" for defense in (ConditionNumber, RIllOnly, IMMA, OptKappa) for deep in ("", "deep-")
 )
-"""Defenses that the paper compares."""
+"""Names of the defenses that the paper compares."""
 
 Effect = Literal["held back", "slowed", "not slowed"]
 
 
 @MEASUREMENTS.register("probe-curves")
 class ProbeCurves(Measurement):
-    """How fast linear probes learn; nothing where no attack of the protocol is a linear probe."""
+    """How fast linear probes learn; empty if no attack of the protocol is a linear probe."""
 
     def measure(self, protocol: Measured) -> Outcome:
         """Returns figures, the table `probes` and findings."""
@@ -49,7 +49,7 @@ class ProbeCurves(Measurement):
 def probe_outcome(
     plan: Sequence[Attack], settings: Sequence[SettingScores], rows: Mapping[str, Sequence[Row]]
 ) -> Outcome:
-    """Returns figures, the table `probes` and findings; nothing where no attack is a linear probe.
+    """Returns figures, the table `probes` and findings; empty if no attack is a linear probe.
 
     Args:
         plan: the attacks.
@@ -63,65 +63,59 @@ def probe_outcome(
     lines: list[dict[str, str | Cell]] = []
     several = len(settings) > 1
     for i, setting in enumerate(settings):
-        found = {
+        by_probe = {
             probe: {row.model: row for row in rows[setting.name] if row.attack == probe and row.curves}
             for probe in probes
         }
-        found = {probe: models for probe, models in found.items() if ORIGINAL in models}
-        where = {"setting": setting.name} if several else {}
-        lines += [{**where, **_line(setting, probe, models)} for probe, models in found.items()]
+        by_probe = {probe: models for probe, models in by_probe.items() if ORIGINAL in models}
+        first = {"setting": setting.name} if several else {}
+        for probe, models in by_probe.items():
+            cells = {model: row.cell(row.epochs[-1], setting.measure) for model, row in models.items()}
+            lines.append({**first, "probe": probe, **cells})
         prefix = f"{setting.name}: " if several else ""
-        figures = _figures(setting, {p: m for p, m in found.items() if p in _shown(probes)}, prefix)
-        outcome += Outcome(
-            {},
-            {f"{key}_{i}" if several else key: figure for key, figure in figures.items()},
-            [prefix + text for text in _findings(setting, probes, found)],
-        )
+        figures = _figures(setting, {p: m for p, m in by_probe.items() if p in _shown(probes)}, prefix)
+        figures = {f"{key}_{i}" if several else key: figure for key, figure in figures.items()}
+        outcome += Outcome({}, figures, [prefix + text for text in _findings(setting, probes, by_probe)])
     measure = settings[0].measure
     if lines:
         note = (
             f"{measure.name.capitalize()} on the restricted task after the last epoch of each linear probe: the frozen "
-            "model's features, and a head that learns on all samples at once. Closed forms (ridge) are there after one "
-            "step."
+            "model's features, and a head that trains on all samples at once. Closed forms (ridge) need one step."
         )
         table = Table(title="Linear probes on each model", rows=lines, percent=measure.percent, note=note)
         outcome += Outcome({"probes": table}, {}, [])
     return outcome
 
 
-def _line(setting: SettingScores, probe: str, models: Mapping[str, Row]) -> dict[str, str | Cell]:
-    return {"probe": probe} | {model: row.cell(row.epochs[-1], setting.measure) for model, row in models.items()}
-
-
 def _shown(probes: Mapping[str, Probe]) -> list[str]:
-    """Which probes get a figure: all iterative ones on raw features, and the first one on prepared features each."""
+    """The probes with a figure: all iterative ones on raw features, and the first one for each other preparation."""
     iterative = {label: probe for label, probe in probes.items() if probe.solver != "ridge"}
     raw = [label for label, probe in iterative.items() if probe.preparation == "raw"]
     first = {probe.preparation: label for label, probe in reversed(iterative.items()) if probe.preparation != "raw"}
     return [*raw, *(label for label in iterative if label in first.values())]
 
 
-def _figures(setting: SettingScores, probes: Mapping[str, Mapping[str, Row]], where: str) -> dict[str, Figure]:
-    found: dict[str, Figure] = {}
+def _figures(setting: SettingScores, probes: Mapping[str, Mapping[str, Row]], prefix: str) -> dict[str, Figure]:
+    figures: dict[str, Figure] = {}
     for i, (probe, models) in enumerate(probes.items()):
         row = models[ORIGINAL]
-        epochs = [e for e in row.epochs if e]  # step 0 has no place on a logarithmic axis, and is a constant guess
-        found[f"probe_{i}"] = Lines(
-            title=f"{where}{probe[:1].upper()}{probe[1:]}, step by step",
+        epochs = [e for e in row.epochs if e]  # without step 0, a constant guess: the axis is logarithmic
+        figures[f"probe_{i}"] = Lines(
+            title=f"{prefix}{probe[:1].upper()}{probe[1:]}, step by step",
             x_title="step",
             y_title=f"{setting.measure.name} on {setting.restricted}",
             log_x=True,
             x=[float(e * row.steps) for e in epochs],
             series={m: [r.cell(e, setting.measure).mean for e in epochs] for m, r in models.items()},
         )
-    return found
+    return figures
 
 
 def effect(own: Row, original: Row) -> Effect | None:
-    """Returns what a defense does to a probe; None where a score is not finite.
+    """Returns the effect of a defense on a probe; None if a score is not finite.
 
-    Held back: after the last epoch its score is still lower than on the original, by more than `MARGIN`. Slowed: it is
-    so after an earlier epoch only. Not slowed: after none.
+    Held back: after the last epoch, the score is lower than on the original by more than `MARGIN`. Slowed: only after
+    an earlier epoch. Not slowed: after no epoch.
     """
     pairs = [(own.score(e), original.score(e)) for e in own.epochs if e]
     lower = [a < b - MARGIN for a, b in pairs if a is not None and b is not None]
@@ -130,51 +124,52 @@ def effect(own: Row, original: Row) -> Effect | None:
     return "held back" if lower[-1] else "slowed" if any(lower) else "not slowed"
 
 
-def _findings(setting: SettingScores, probes: Mapping[str, Probe], found: Mapping[str, Mapping[str, Row]]) -> list[str]:
-    texts = [
-        _about(label, setting, probes, found) for label in setting.labels if any(label in m for m in found.values())
-    ]
-    descents = {probes[p].solver: p for p in found if probes[p].preparation == "raw"}
+def _findings(
+    setting: SettingScores, probes: Mapping[str, Probe], by_probe: Mapping[str, Mapping[str, Row]]
+) -> list[str]:
+    known = {model for models in by_probe.values() for model in models}
+    texts = [_about(label, setting, probes, by_probe) for label in setting.labels if label in known]
+    descents = {probes[p].solver: p for p in by_probe if probes[p].preparation == "raw"}
     descent = next((descents[solver] for solver in DESCENTS if solver in descents), None)
     if descent is not None and setting.labels:
-        texts.append(_order(descent, setting, found[descent]))
+        texts.append(_order(descent, setting, by_probe[descent]))
     return texts
 
 
 def _about(
-    label: str, setting: SettingScores, probes: Mapping[str, Probe], found: Mapping[str, Mapping[str, Row]]
+    label: str, setting: SettingScores, probes: Mapping[str, Probe], by_probe: Mapping[str, Mapping[str, Row]]
 ) -> str:
     groups: dict[Effect | None, list[str]] = {}
     gaps: dict[str, float] = {}
-    for probe, models in found.items():
+    for probe, models in by_probe.items():
         if label not in models:
             continue
         own, original = models[label], models[ORIGINAL]
-        seen = effect(own, original)
-        groups.setdefault(seen, []).append(probe)
-        if seen == "held back":
+        measured = effect(own, original)
+        groups.setdefault(measured, []).append(probe)
+        if measured == "held back":
             gaps[probe] = (original.score(original.epochs[-1]) or 0.0) - (own.score(own.epochs[-1]) or 0.0)
     parts = [
-        f"{text} {_named(groups[seen], probes) if len(groups) > 1 else 'every one'}"
-        for seen, text in (
+        f"{text} {_named(groups[group], probes) if len(groups) > 1 else 'every one'}"
+        for group, text in (
             ("held back", "still lower at the end than on the original:"),
             ("slowed", "slower at first, and as good in the end:"),
             ("not slowed", "not slowed:"),
             (None, "without a finite score:"),
         )
-        if seen in groups
+        if group in groups
     ]
     text = f"Linear probes on {label}: {'; '.join(parts)}."
     if not gaps:
         return text
     most = max(gaps, key=lambda probe: gaps[probe])
-    own, original = found[most][label], found[most][ORIGINAL]
+    own, original = by_probe[most][label], by_probe[most][ORIGINAL]
     ends = [setting.measure.text(row.cell(row.epochs[-1], setting.measure).mean) for row in (own, original)]
     return f"{text} The most: {most}, {ends[0]} against {ends[1]} after step {own.epochs[-1] * own.steps}."
 
 
 def _named(labels: Sequence[str], probes: Mapping[str, Probe]) -> str:
-    """Probes by their solver, with what each does to the features first: `gd (raw, whitened), ridge (raw)`."""
+    """Probes by solver, with the preparations of the features: `gd (raw, whitened), ridge (raw)`."""
     by_solver: dict[str, list[str]] = {}
     for label in labels:
         probe = probes[label]
@@ -184,7 +179,7 @@ def _named(labels: Sequence[str], probes: Mapping[str, Probe]) -> str:
 
 
 def _order(probe: str, setting: SettingScores, models: Mapping[str, Row]) -> str:
-    """Whose curve is the lowest in the end, as Figure 3 is read."""
+    """Says which models end lowest under a probe, and whether Algorithm 1 does, as in Figure 3."""
     ends = {model: row.score(row.epochs[-1]) for model, row in models.items()}
     known = {model: score for model, score in ends.items() if score is not None and math.isfinite(score)}
     order = sorted(known, key=lambda model: known[model])

@@ -1,4 +1,4 @@
-"""The images behind samples: who is pictured, which images are shown, and the network whose features are compared."""
+"""Inputs of sample pictures: the models, the real images, and the classifier whose features are compared."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from holdfast.experiments.measurements.samples import Samples
 
 CLASSIFIER_STEPS: Final = 400
-"""Training of the network whose features are compared."""
-
+"""Training steps of the classifier whose features are compared."""
 
 LEAST: Final = 3
 """Samples that a kernel distance needs."""
@@ -38,14 +37,14 @@ LEAST: Final = 3
 
 @dataclass(frozen=True)
 class PicturedModel:
-    """One model that pictures are made of.
+    """One model whose pictures are shown.
 
     Attributes:
-        setting: on which setting.
+        setting: name of the setting.
         model: its row in the tables.
-        role: whose part it plays in the attack.
-        adversary: who fine-tunes it on the restricted task first; None: it is shown on its own task, as released.
-        steps: of the attack.
+        role: its role in the attack.
+        adversary: fine-tunes it on the restricted task first; None: it is shown as released, on the benign task.
+        steps: steps of the attack.
     """
 
     setting: str
@@ -60,15 +59,15 @@ class PicturedModel:
 
 @dataclass(frozen=True)
 class SettingImages:
-    """What is compared with on one setting: the tasks, and the network whose features are measured, if there is one.
+    """The tasks of one setting, and the classifier whose features are compared.
 
     Attributes:
         benign: the model's own task.
-        restricted: what it must not be fine-tuned to.
-        classifier: the network, on the CPU.
+        restricted: the task that it must not be fine-tuned to.
+        classifier: on the CPU; None: no distance is measured.
         accuracy: its test accuracy.
-        unit: root mean square of its features on training images; the kernel, which adds 1 to a product of features,
-            means little if they are of any size.
+        unit: root mean square of its features on training images. Features are divided by it, because the kernel adds
+            1 to their product and so depends on their size.
     """
 
     benign: DenoisingTask
@@ -78,18 +77,18 @@ class SettingImages:
     unit: float = 1.0
 
     def features(self, pictures: Tensor) -> Tensor:
-        """What the classifier's head receives, in units of its size on training images."""
+        """Returns the inputs of the classifier's head, divided by `unit`."""
         assert self.classifier is not None
         return _features(self.classifier, pictures) / self.unit
 
     def task(self, subject: PicturedModel) -> DenoisingTask:
-        """The images that a model is to make."""
+        """Returns the task whose images a model should make."""
         return self.benign if subject.adversary is None else self.restricted
 
 
 @dataclass(frozen=True)
 class SampleContext:
-    """What all subjects need; it travels once to each worker."""
+    """Input of all jobs; sent once to each worker."""
 
     spec: Samples
     settings: Mapping[str, Setting]
@@ -99,14 +98,14 @@ class SampleContext:
     run: Run
 
     def pictures(self, subject: PicturedModel) -> dict[str, int]:
-        """How many pictures of each kind a subject makes."""
+        """Returns how many pictures of each kind a model makes."""
         task = self.images[subject.setting].task(subject)
         shown = min(self.spec.denoised, task.size("test"))
         levels = self.spec.levels(task.schedule.steps)
         return {f"restored {level}": shown for level in levels} | {"samples": self.spec.samples}
 
     def cache_key(self, subject: PicturedModel) -> dict[str, object]:
-        """Everything that the pictures of a subject depend on."""
+        """Returns everything that the pictures of a model depend on."""
         images, setting = self.images[subject.setting], self.settings[subject.setting]
         classifier = images.classifier
         return {
@@ -122,7 +121,7 @@ class SampleContext:
 
 
 ModelSamples = tuple[dict[str, Tensor], Distance | None]
-"""Pictures by what they are, and the distance of samples from test images."""
+"""Pictures by kind, and the distance of samples from test images."""
 
 
 def drawn_images(task: DenoisingTask, split: Split, count: int, run: Run, use: str = "measured") -> Tensor:
@@ -137,7 +136,7 @@ def shown_images(task: DenoisingTask, spec: Samples, run: Run) -> Tensor:
 
 
 def setting_images(spec: Samples, benign: DenoisingTask, restricted: DenoisingTask, run: Run) -> SettingImages:
-    """Trains a small classifier on the labelled benign images, unless there is nothing to tell apart."""
+    """Trains a small classifier on the labelled benign images, if they have several classes."""
     fewest = min(benign.size("test"), restricted.size("test"))
     if not spec.measured or benign.labels("train").bincount().count_nonzero() < 2 or fewest < LEAST:
         return SettingImages(benign, restricted)
@@ -156,8 +155,8 @@ def setting_images(spec: Samples, benign: DenoisingTask, restricted: DenoisingTa
     }
 
     def train(_context: None, _inputs: None) -> StoredModel:
-        run.say("Training a classifier, whose features samples are compared by")
-        with alone():  # it measures, and must not depend on how many processes there are
+        run.say("Training the classifier whose features are compared")
+        with alone():  # a measurement must not depend on the number of processes
             return pretrain(fresh, labelled, steps=CLASSIFIER_STEPS, run=Run(run.seed, run.device)).cpu(), {}
 
     key = fingerprint(cache_key)

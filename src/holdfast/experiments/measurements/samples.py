@@ -1,8 +1,8 @@
-"""What denoisers of a protocol make of images: pictures for people, and how far samples are from real images.
+"""Pictures that the denoisers of a protocol make, and the distance of their samples from real images.
 
-The SOPHON paper's Figure 5 shows noised images of the restricted task as attacked models restore them, its Figure 6
-those of the benign task as released models do. Samples and a distance are added: who fine-tunes a diffusion model wants
-pictures of it, not a small error.
+The SOPHON paper's Figure 5 shows noised images of the restricted task as restored by attacked models, and its Figure 6
+noised images of the benign task as restored by released models. Holdfast adds samples and a distance: people fine-tune
+a diffusion model for its pictures, not for a small error.
 """
 
 from __future__ import annotations
@@ -46,35 +46,37 @@ class Samples(Measurement):
 
     after_scores: ClassVar[bool] = True
 
-    attack: str | None = Field(None, description="After which attack, by the name of its row; null: the first.")
-    denoised: int = Field(8, ge=1, le=64, description="Test images to which noise is added and taken away again.")
+    attack: str | None = Field(
+        None, description="The attack before the pictures, by the name of its row; null: the first."
+    )
+    denoised: int = Field(8, ge=1, le=64, description="Test images to which noise is added and removed again.")
     noise_step: int | tuple[int, ...] | None = Field(
         None, description="How much noise: the step of the forward process, or several; null: a quarter of all steps."
     )
-    samples: int = Field(16, ge=1, le=64, description="Samples that are shown of each model.")
-    ddim_steps: int = Field(50, ge=1, description="Steps of sampling and of taking noise away.")
-    measured: int = Field(256, ge=0, description="Samples whose distance from test images is taken; 0: none.")
+    samples: int = Field(16, ge=1, le=64, description="Samples of each model that are shown.")
+    ddim_steps: int = Field(50, ge=1, description="DDIM steps of sampling and of removing noise.")
+    measured: int = Field(256, ge=0, description="Samples whose distance from test images is measured; 0: none.")
 
     def levels(self, steps: int) -> tuple[int, ...]:
-        """Returns the steps of the forward process to go to, of so many that there are."""
+        """Returns the steps of the forward process up to which noise is added, for a schedule of `steps` steps."""
         if self.noise_step is None:
             return (steps // 4,)
         return (self.noise_step,) if isinstance(self.noise_step, int) else self.noise_step
 
     def check(self, settings: Mapping[str, Setting]) -> None:
-        """Refuses pictures that cannot be made, before any work is done.
+        """Refuses pictures that cannot be made, before anything is computed.
 
         Raises:
-            HoldfastError: if there is no denoiser, or a number is out of the range of its noise schedule.
+            HoldfastError: if there is no denoiser, or a number is outside the range of its noise schedule.
         """
-        found = _denoising(settings)
-        if not found:
+        tasks = _denoising(settings)
+        if not tasks:
             raise HoldfastError("pictures are made of denoisers, and no setting has one; leave the section out.")
         if 0 < self.measured < LEAST:
             raise HoldfastError(
                 f"pictures: measured is {self.measured}; expected at least {LEAST}, or 0 for no distance."
             )
-        for name, (task, restricted) in found.items():
+        for name, (task, restricted) in tasks.items():
             steps, last = task.schedule.steps, task.schedule.restorable - 1
             wrong = [level for level in self.levels(steps) if not 0 <= level <= last]
             if wrong or not self.levels(steps):
@@ -89,12 +91,13 @@ class Samples(Measurement):
                     f"pictures: {model.name} draws samples of shape {model.sample_shape}, and the images of setting "
                     f"{name!r} have {task.output_shape}; set their image_size and channels to the model's."
                 )
-            model.check_schedule(restricted.schedule, restricted.name)  # pictures of both begin with the same noise
+            # Pictures of both tasks start from the same noise.
+            model.check_schedule(restricted.schedule, restricted.name)
             if self.ddim_steps > steps:
                 raise HoldfastError(f"pictures: ddim_steps is {self.ddim_steps}; setting {name!r} has {steps} steps.")
 
     def measure(self, protocol: Measured) -> Outcome:
-        """Returns figures, the table `generation`, and a sentence for every setting without one."""
+        """Returns figures, the table `generation`, and a sentence for every setting without a distance."""
         return take_pictures(self, pictured_models(self, protocol), protocol.context, executor=protocol.executor)
 
 
@@ -108,35 +111,35 @@ def _denoising(settings: Mapping[str, Setting]) -> dict[str, tuple[DenoisingTask
 
 
 def pictured_models(spec: Samples, protocol: Measured) -> dict[PicturedModel, SplitModel]:
-    """Returns every model after one attack with seed 0, as in the tables; and as released, except for scratch."""
+    """Returns each model after the attack with seed 0, and each model but scratch as released."""
     attack = next((a for a in protocol.plan if spec.attack in (None, a.label)), None)
-    found: dict[PicturedModel, SplitModel] = {}
+    models: dict[PicturedModel, SplitModel] = {}
     for row, trials in zip(protocol.rows, protocol.trials, strict=True):
         if attack is not None and attack.label in row.covers and trials:
             steps, adversary = attack.epochs[-1] * row.steps, trials[0].attack.adversary
             model = PicturedModel(row.setting, row.model, role_of(row.model), adversary, steps)
-            found[model] = protocol.context.model(trials[0])
+            models[model] = protocol.context.model(trials[0])
     for name, setting in protocol.context.settings.items():
-        found[PicturedModel(name, ORIGINAL, "original")] = setting.original
+        models[PicturedModel(name, ORIGINAL, "original")] = setting.original
     for (name, label, seed), immunized in protocol.context.models.items():
         if seed == 0:
-            found[PicturedModel(name, label, "immunized")] = immunized
-    return found
+            models[PicturedModel(name, label, "immunized")] = immunized
+    return models
 
 
 def take_pictures(
     spec: Samples, models: Mapping[PicturedModel, SplitModel], protocol: AttackContext, *, executor: Executor
 ) -> Outcome:
-    """Makes pictures and measures distances; those of each model are kept in the run's folder at once.
+    """Makes pictures and measures distances; the results of each model are stored in the run's folder at once.
 
     Args:
-        spec: what is wanted.
-        models: who is pictured, and the model before the attack, in the order of the rows; only denoisers count.
+        spec: settings of the measurement.
+        models: by description, each model before the attack, in the order of the rows; only denoisers count.
         protocol: settings, shots and the run.
         executor: where attacks run and pictures are made; it does not change them.
 
     Returns:
-        Figures, the table `generation`, and a sentence for every setting without one.
+        Figures, the table `generation`, and a sentence for every setting without a distance.
     """
     run = protocol.run
     assert run.folder is not None
@@ -147,21 +150,16 @@ def take_pictures(
     jobs = [Job(fingerprint(context.cache_key(s)), s, str(s)) for s in subjects]
     pictures = {job.key: context.pictures(job.inputs) for job in jobs}
     store = _SampleStore(run.folder / "checkpoints" / "pictures", pictures)
-    found = run_jobs(_make, context, jobs, store, run=run, executor=executor, description="Making pictures")
-    return lay_out(context, dict(zip(subjects, found, strict=True)))
+    made = run_jobs(_make, context, jobs, store, run=run, executor=executor, description="Making pictures")
+    return lay_out(context, dict(zip(subjects, made, strict=True)))
 
 
 @dataclass(frozen=True)
 class _SampleStore:
-    """Pictures as one file a model, by the hash of everything that they depend on; see `holdfast.runtime.jobs.Store`.
-
-    Attributes:
-        folder: of the files.
-        pictures: by key, how many pictures of each kind there must be.
-    """
+    """Stores the pictures of a model in a file that their hash names; see `holdfast.runtime.jobs.Store`."""
 
     folder: Path
-    pictures: Mapping[str, Mapping[str, int]]
+    pictures: Mapping[str, Mapping[str, int]]  # by key, the number of pictures of each kind
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
@@ -175,32 +173,30 @@ class _SampleStore:
         process_group().on_main_process(lambda: save_tensors(self._file(key), made, meta))
 
     def get(self, key: str) -> ModelSamples:
-        """Reads pictures back; another program, or a person, may have written to the file."""
         file = self._file(key)
         tensors, meta = load_tensors(file)
         try:
-            found = {name: len(each) for name, each in tensors.items()}
-            if found != self.pictures[key]:
-                raise ValueError(f"it holds pictures {found} instead of {dict(self.pictures[key])}")
+            counts = {name: len(each) for name, each in tensors.items()}
+            if counts != self.pictures[key]:
+                raise ValueError(f"it holds pictures {counts} instead of {dict(self.pictures[key])}")
             distance = None if meta["distance"] is None else Distance(*map(float, meta["distance"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise HoldfastError(f"{str(file)!r} is damaged ({error}); delete it, and it is made anew.") from error
+            raise HoldfastError(f"{str(file)!r} is damaged ({error}); delete it, and it is made again.") from error
         return tensors, distance
 
 
 def _make(context: SampleContext, subject: PicturedModel) -> ModelSamples:
-    """Makes the pictures of one model."""
     spec, run, setting = context.spec, context.run, context.settings[subject.setting]
     model = context.models[subject.setting, subject.model]
     if subject.adversary is None:
         model = model.clone().to(run.device)
     else:
-        held: list[SplitModel] = []
+        attacked: list[SplitModel] = []
         subject.adversary.attack(
             model, few_of(setting.adversary_data, context.shots, run, 0), budgets=[subject.steps], run=run,
-            role=subject.role, seed=0, benign=setting.benign, keep=held.append,
+            role=subject.role, seed=0, benign=setting.benign, keep=attacked.append,
         )  # fmt: skip
-        model = held[0]
+        model = attacked[0]
     assert isinstance(model, Denoiser)
     images = context.images[subject.setting]
     task = images.task(subject)

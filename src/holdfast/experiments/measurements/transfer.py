@@ -1,4 +1,4 @@
-"""Side effects of a protocol's defenses: how well a third, harmless task is learned on each model."""
+"""Side effects of a protocol's defenses: how well each model learns a harmless transfer task."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from holdfast.tasks import Task
 def transfer_attacks(plan: Sequence[Attack], chosen: Sequence[str]) -> list[Attack]:
     """Returns the attacks that learn the transfer task: the chosen ones, or those that train a head alone.
 
-    By default these are the closed-form probes and the fine-tuning of heads: a linear probe is what people do with a
-    frozen network, and where nothing else is linear there is the closed form on raw features.
+    By default these are the closed-form probes and the attacks of scope `head`, because people train a linear probe on
+    a frozen network. If the protocol has none of them, it is a closed-form probe on raw features.
 
     Args:
         plan: the protocol's attacks.
-        chosen: labels; none: the default.
+        chosen: labels of attacks; empty: the default.
 
     Raises:
         HoldfastError: for a label that is not among the attacks.
@@ -47,11 +47,9 @@ def transfer_attacks(plan: Sequence[Attack], chosen: Sequence[str]) -> list[Atta
             raise unknown("attack on the transfer task:", label, by_label)
     if chosen:
         return [by_label[label] for label in chosen]
-    found = [attack for attack in plan if _trains_a_head(attack)]
-    if found:
-        return found
     closed = Probe("ridge")
-    return [Attack(closed.name, closed, plan[0].epochs[:2] if plan else (0, 1), closed.name)]
+    default = Attack(closed.name, closed, plan[0].epochs[:2] if plan else (0, 1), closed.name)
+    return [attack for attack in plan if _trains_a_head(attack)] or [default]
 
 
 def _trains_a_head(attack: Attack) -> bool:
@@ -66,7 +64,7 @@ class Transfer(Measurement):
     """Side effects on the transfer tasks of a protocol's settings."""
 
     attacks: tuple[str, ...] = ()
-    """How they are learned, see `transfer_attacks`."""
+    """Labels of the attacks; see `transfer_attacks`."""
     seeds: int = 1
     max_steps_per_epoch: int | None = None
 
@@ -76,12 +74,9 @@ class Transfer(Measurement):
             return Outcome({}, {}, [])
         attacks = transfer_attacks(protocol.plan, self.attacks)
         return side_effects(
-            attacks,
-            protocol.context,
-            seeds=self.seeds,
-            max_steps_per_epoch=self.max_steps_per_epoch,
+            attacks, protocol.context, seeds=self.seeds, max_steps_per_epoch=self.max_steps_per_epoch,
             executor=protocol.executor,
-        )
+        )  # fmt: skip
 
 
 def side_effects(
@@ -92,13 +87,13 @@ def side_effects(
     max_steps_per_epoch: int | None,
     executor: Executor,
 ) -> Outcome:
-    """Returns the table `side_effects`, and a sentence for each defense; settings without a transfer task have none.
+    """Returns the table `side_effects`, and a sentence for each defense, of the settings with a transfer task.
 
     Args:
-        attacks: how the transfer task is learned; see `transfer_attacks`.
+        attacks: the result of `transfer_attacks`.
         context: models and tasks.
         seeds: repetitions of each attack.
-        max_steps_per_epoch: cuts epochs short.
+        max_steps_per_epoch: limit on the steps of an epoch.
         executor: where attacks run; it does not change the result.
     """
     settings = {name: setting for name, setting in context.settings.items() if setting.transfer is not None}
@@ -106,7 +101,7 @@ def side_effects(
     trials, left_out = [], []
     for name, setting in settings.items():
         task = setting.transfer_task
-        labels = dict.fromkeys(label for where, label, _ in context.models if where == name)
+        labels = dict.fromkeys(label for in_setting, label, _ in context.models if in_setting == name)
         samples = few_of(task, context.shots, context.run, 0).size("train")
         for attack in attacks:
             reason = attack.adversary.not_applicable(setting.original, task)
@@ -132,11 +127,13 @@ def _lay_out(settings: Mapping[str, Setting], trials: Sequence[AttackTrial], cur
     several = len(settings) > 1
     for name, setting in settings.items():
         task, measure = setting.transfer_task, Measure.of(setting.transfer_task)
-        mine = [trial for trial in trials if trial.setting == name]
+        ends: dict[tuple[str, str], list[float | None]] = {}
+        for trial in trials:
+            if trial.setting == name:
+                ends.setdefault((trial.model, trial.attack.label), []).append(curves[trial.key].scores[-1])
         lost: dict[str, dict[str, tuple[float | None, float | None, float | None]]] = {}
-        for model, attack in dict.fromkeys((t.model, t.attack.label) for t in mine):
-            own = [curves[t.key].scores[-1] for t in mine if (t.model, t.attack.label) == (model, attack)]
-            first = [curves[t.key].scores[-1] for t in mine if (t.model, t.attack.label) == (ORIGINAL, attack)]
+        for (model, attack), own in ends.items():
+            first = ends[ORIGINAL, attack]
             gaps = [None if a is None or b is None else b - a for a, b in zip(own, first, strict=True)]
             row: dict[str, str | Cell] = {"setting": name} if several else {}
             row |= {"model": model, "attack": attack, "transfer": Cell.of(map(measure.value, own))}
@@ -151,20 +148,17 @@ def _lay_out(settings: Mapping[str, Setting], trials: Sequence[AttackTrial], cur
     percent = Measure.of(next(iter(settings.values())).transfer_task).percent
     names = ", ".join(dict.fromkeys(setting.transfer_task.name for setting in settings.values()))
     note = (
-        f"How well a third, harmless task ({names}) is learned on each model: its test score after the last epoch, and "
-        f"what that is {'below' if percent else 'above'} the original's, seed by seed: mean ± standard deviation."
+        f"How well each model learns a third, harmless task ({names}): its test score after the last epoch, and by how "
+        f"much that is {'below' if percent else 'above'} the original's, seed by seed: mean ± standard deviation."
     )
     table = Table(title="Side effects: the transfer task", rows=rows, percent=percent, note=note)
     return Outcome({"side_effects": table}, {}, findings)
 
 
 def _about(
-    model: str,
-    lost: Mapping[str, tuple[float | None, float | None, float | None]],
-    task: Task,
-    measure: Measure,
+    model: str, lost: Mapping[str, tuple[float | None, float | None, float | None]], task: Task, measure: Measure
 ) -> str:
-    """Names the attack that loses most."""
+    """A sentence on the attack that loses most."""
     finite = {attack: gap for attack, (gap, _, _) in lost.items() if gap is not None}
     if len(finite) < len(lost):
         return f"Side effects of {model}: an attack that learns {task.name} has no finite score on it."

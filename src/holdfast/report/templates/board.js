@@ -1,4 +1,4 @@
-// A click on a heading sorts its table; a second one turns the order around. What has no value comes last.
+// A click on a heading sorts its table; a second click reverses the order. Rows without a value come last.
 (function () {
   "use strict";
   function value(row, column) {

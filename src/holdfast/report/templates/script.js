@@ -7,7 +7,7 @@
     dark: { text: "#d4d8dd", grid: "#31363e", line: "#6d747e", page: "#1d2127" }
   };
 
-  // Colours of text and grid as one flat update, for a first drawing and for a change of theme alike.
+  // Colours of text and grid as one flat update, for the first drawing and for a change of theme.
   function themed(layout, theme) {
     var update = {
       "font.color": theme.text,
@@ -33,7 +33,7 @@
 
   var plots = Array.prototype.slice.call(document.querySelectorAll(".plot"));
 
-  // What is folded away has no width yet: it is drawn when it is unfolded.
+  // A folded figure has no width yet, so it is drawn when it is unfolded.
   function draw(plot) {
     if (plot.data || plot.closest("details:not([open])")) { return; }
     var spec = JSON.parse(document.getElementById(plot.id + "-data").textContent);
@@ -43,7 +43,7 @@
     restyle(plot);
   }
 
-  // Roles that the reader does not want to see in the small figures.
+  // Hides the roles that are not selected above the small figures.
   function restyle(plot) {
     if (!plot.hasAttribute("data-small") || !plot.closest("#curves")) { return; }
     document.querySelectorAll("input[data-role]").forEach(function (box) {
@@ -70,7 +70,7 @@
 
   function fluid() { return { autosize: true, width: null }; }
 
-  // The widths fit A4 and US letter with usual margins: figures are not told the width of the paper.
+  // The widths fit A4 and US letter with usual margins: figures do not receive the width of the paper.
   function printed(plot) { return { autosize: false, width: plot.hasAttribute("data-small") ? 330 : 680 }; }
 
   scheme.addEventListener("change", function () { repaint(now(), fluid); });
