@@ -513,10 +513,7 @@ class TestDifferences:
         [
             ({"name": "cnn"}, []),
             ({"name": "mlp"}, ["Only mlp has the tensor 'body.3.weight'.", "The network is MLP instead of CNN."]),
-            (
-                {"name": "cnn", "options": {"width": 8}},
-                ["'body.0.weight' is (8, 1, 3, 3) instead of (16, 1, 3, 3)."],
-            ),
+            ({"name": "cnn", "options": {"width": 8}}, ["'body.0.weight' is (8, 1, 3, 3) instead of (16, 1, 3, 3)."]),
             ({"name": "cnn", "std": (0.25,)}, ["Its input std is [0.25] instead of [0.5]."]),
         ],
     )

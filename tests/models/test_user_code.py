@@ -214,11 +214,7 @@ class TestWhatIsReturned:
     [
         ("feasibility", ["--head", "fc"], "--head is of a model"),
         ("feasibility", ["--mean", "0.5"], "--mean is of a model"),
-        (
-            "audit",
-            ["cnn.safetensors", "--original", "cnn.safetensors", "--trials", "9"],
-            "quick-v1 is not a search",
-        ),
+        ("audit", ["cnn.safetensors", "--original", "cnn.safetensors", "--trials", "9"], "quick-v1 is not a search"),
     ],
 )
 def test_options_that_would_do_nothing(tmp_path, monkeypatch, capsys, benign, verb, options, message):

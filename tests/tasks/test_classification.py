@@ -356,11 +356,7 @@ class TestSources:
         assert task.class_names == ["cat", "dog"]
         assert task.input_shape == (3, 6, 6)
         assert (task.size("train"), task.size("test")) == (12, 4)
-        assert load_task(TaskSpec(data=str(tmp_path / "pets"), channels=1, image_size=4)).input_shape == (
-            1,
-            4,
-            4,
-        )
+        assert load_task(TaskSpec(data=str(tmp_path / "pets"), channels=1, image_size=4)).input_shape == (1, 4, 4)
 
     def test_image_folder_with_splits(self, tmp_path):
         self._folder(tmp_path / "train")

@@ -98,10 +98,7 @@ class TestLeaks:
     def test_other_kinds(self):
         x, y = images(0)
         held = images(1)
-        same = {
-            "benign": DenoisingTask("a", x, y, *held),
-            "restricted": DenoisingTask("b", x, 0 * y, held[0], 0 * y),
-        }
+        same = {"benign": DenoisingTask("a", x, y, *held), "restricted": DenoisingTask("b", x, 0 * y, held[0], 0 * y)}
         with pytest.raises(HoldfastError, match="the same data"):
             validate(same)
         rng = np.random.default_rng(0)

@@ -21,11 +21,7 @@ from holdfast.tasks import Task
 
 
 def load_model(
-    model: str | ModelSpec,
-    task: Task,
-    *,
-    data_dir: Path | str | None = None,
-    device: torch.device | str = "cpu",
+    model: str | ModelSpec, task: Task, *, data_dir: Path | str | None = None, device: torch.device | str = "cpu"
 ) -> SplitModel:
     """Builds a model for a task, with weights if the spec names some.
 

@@ -137,11 +137,7 @@ class SplitNetwork(nn.Module):
         """Replaces the head by a fresh one (torch's default initialisation, from its global generator)."""
         old = self.head
         width = num_outputs or self.num_outputs
-        like: dict[str, Any] = {
-            "device": old.weight.device,
-            "dtype": old.weight.dtype,
-            "bias": old.bias is not None,
-        }
+        like: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype, "bias": old.bias is not None}
         new = (
             nn.Linear(old.in_features, width, **like)
             if isinstance(old, nn.Linear)

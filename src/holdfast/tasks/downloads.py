@@ -35,9 +35,7 @@ TORCHVISION: dict[str, tuple[str, tuple[_Arguments, _Arguments]]] = {
 }
 """Class in torchvision.datasets, and its arguments for the training and the test split."""
 
-HUGGING_FACE: dict[str, tuple[str, str]] = {
-    "cinic10": ("flwrlabs/cinic10", "8e3c2c337e520de86f32a669bb7dcc9662930502"),
-}
+HUGGING_FACE: dict[str, tuple[str, str]] = {"cinic10": ("flwrlabs/cinic10", "8e3c2c337e520de86f32a669bb7dcc9662930502")}
 """Name and commit on the Hub of data sets with the splits `train` and `test` and the columns `image` and `label`."""
 
 DOWNLOADS = (*TORCHVISION, *HUGGING_FACE)

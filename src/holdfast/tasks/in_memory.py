@@ -323,10 +323,7 @@ class InMemoryTask(Task):
 
     def value_range(self) -> tuple[float, float]:
         """Returns the smallest and the largest value of all inputs."""
-        return (
-            float(min(x.min() for x in self._x.values())),
-            float(max(x.max() for x in self._x.values())),
-        )
+        return (float(min(x.min() for x in self._x.values())), float(max(x.max() for x in self._x.values())))
 
     def facts(self) -> TaskFacts:
         """See `Task.facts`; the hash is over dtype, shape and bytes of the four arrays."""

@@ -39,12 +39,7 @@ class RegressionTask(InMemoryTask):
     higher_is_better = False
 
     def __init__(
-        self,
-        name: str,
-        x_train: npt.ArrayLike,
-        y_train: npt.ArrayLike,
-        x_test: npt.ArrayLike,
-        y_test: npt.ArrayLike,
+        self, name: str, x_train: npt.ArrayLike, y_train: npt.ArrayLike, x_test: npt.ArrayLike, y_test: npt.ArrayLike
     ) -> None:
         self.name = name
         x: dict[str, Array] = {"train": self._vectors(x_train, "x_train"), "test": self._vectors(x_test, "x_test")}

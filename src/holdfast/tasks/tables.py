@@ -15,11 +15,7 @@ from pandas.api.types import is_numeric_dtype as is_numeric
 
 from holdfast.errors import HoldfastError
 
-SPLITS = {
-    "train": ("train", "training"),
-    "test": ("test", "testing"),
-    "held": ("dev", "val", "valid", "validation"),
-}
+SPLITS = {"train": ("train", "training"), "test": ("test", "testing"), "held": ("dev", "val", "valid", "validation")}
 """Words of a column `split`; rows that are held out for validation are tested on where there are none for testing."""
 
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
