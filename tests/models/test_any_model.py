@@ -297,7 +297,7 @@ class TestCode:
             ("needy", "raised when it was called with no arguments: TypeError: .*'width'"),
             ("broken", "'nets.py:broken' raised when .*KeyError: 'surprise'"),
             ("nothing", "returned str; expected a torch.nn.Module"),
-            ("", "is no place of a function"),
+            ("", "does not name a function"),
         ],
     )
     def test_refusals(self, nets, benign, function, message):
@@ -305,7 +305,7 @@ class TestCode:
             load_model(f"{nets}:{function}", benign)
 
     def test_files_that_cannot_be_imported(self, benign, tmp_path):
-        with pytest.raises(HoldfastError, match="there is no file"):
+        with pytest.raises(HoldfastError, match="does not exist"):
             load_model(f"{tmp_path}/none.py:f", benign)
         for source, message in (("import nonexistent_thing", "ModuleNotFoundError"), ("1 +", "SyntaxError")):
             (tmp_path / "bad.py").write_text(source)
@@ -335,7 +335,7 @@ class TestCode:
 
     def test_a_file_of_weights_cannot_have_code_run(self, nets, benign, tmp_path):
         load_model(f"{nets}:plain", benign).save(tmp_path / "w.safetensors")
-        with pytest.raises(HoldfastError, match=r"no file of weights may have code run.*--weights FILE"):
+        with pytest.raises(HoldfastError, match=r"a file of weights may not run code.*--weights FILE"):
             load_model(str(tmp_path / "w.safetensors"), benign)
 
     def test_the_hash_sees_the_code(self, nets, benign, tmp_path):
@@ -440,7 +440,7 @@ class TestHuggingFace:
         state = load_file(vit / "model.safetensors")
         del state["classifier.weight"]
         save_file(state, vit / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(HoldfastError, match=r"has no weights for 'classifier.weight'; it is no trained"):
+        with pytest.raises(HoldfastError, match=r"has no weights for 'classifier.weight'; it is not a trained"):
             load_model(f"hf:{vit}", benign)
         torch.save(state, vit / "pytorch_model.bin")
         (vit / "model.safetensors").unlink()
@@ -462,7 +462,7 @@ class TestHuggingFace:
         ("config", "message"),
         [
             ({"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "x.pt"}}, "name it timm:NAME"),
-            ({"model_type": "vit", "auto_map": {"AutoConfig": "x--y.Z"}}, "'auto_map', which is no setting"),
+            ({"model_type": "vit", "auto_map": {"AutoConfig": "x--y.Z"}}, "'auto_map', which is not a setting"),
             ({"model_type": "vit", "_attn_implementation": "someones/kernels"}, "'_attn_implementation', which is no"),
             ({"model_type": "nothing"}, "no image classifier can be built"),
             ({}, "no image classifier can be built"),
@@ -531,7 +531,7 @@ class TestDifferences:
     def test_buffers_hooks_and_layers(self, trained):
         buffered = SplitModel(Buffered(trained.clone().network), "head", mean=(0.5,), std=(0.5,))
         found = architecture_differences(buffered, trained)
-        assert "'body.0.weight' is no parameter instead of a parameter." in found
+        assert "'body.0.weight' is not a parameter instead of a parameter." in found
         hooked = trained.clone()
         hooked.network.body[0].register_forward_hook(lambda *_: None)
         hooked.network.body[2] = nn.Tanh()

@@ -189,7 +189,7 @@ class TestVocabularies:
     def test_another_tokenizer_is_refused(self, places, tmp_path):
         save_tokenizer(tmp_path, words=["x", "y", "z"])
         other = load_task(f"{places / 'reviews.csv'}@text=review,target=label,tokenizer={tmp_path},length=8")
-        with pytest.raises(HoldfastError, match=r"and hf:.*bert brings another; leave the task's `tokenizer` out"):
+        with pytest.raises(HoldfastError, match=r"and hf:.*bert has another; leave the task's `tokenizer` out"):
             load_model(f"hf:{places / 'bert'}", other)
         with pytest.raises(HoldfastError, match=r"reads ids of the tokenizer 'bert' \(19 tokens\).* \(6 tok"):
             check_fits(loaded(places, "bert"), other, own_task=True)
@@ -200,7 +200,7 @@ class TestVocabularies:
         check_fits(loaded(places, "bert"), same, own_task=True)
 
     def test_a_task_that_is_no_text(self, places, benign):
-        with pytest.raises(HoldfastError, match=r"reads text, and task 'digits\[0-4\]' is none"):
+        with pytest.raises(HoldfastError, match=r"reads text, and task 'digits\[0-4\]' is not text"):
             check_fits(loaded(places, "bert"), benign, own_task=False)
 
     def test_a_model_that_reads_no_text(self, places):
@@ -209,7 +209,7 @@ class TestVocabularies:
 
     def test_more_tokens_than_the_model_knows(self, places):
         task = load_task("phrases-mood@tokenizer=words,length=8")
-        with pytest.raises(HoldfastError, match="knows 64 tokens, and the tokenizer 'words' has 1024"):
+        with pytest.raises(HoldfastError, match="has 64 tokens, and the tokenizer 'words' has 1024"):
             load_model(ModelSpec(name="hf:small", options={"config": BERT}), task)
 
     def test_more_places_than_the_model_has(self, places):
@@ -230,9 +230,12 @@ class TestRefusals:
         [
             ({"pooling": "max"}, "Unknown pooling 'max'"),
             ({"poling": "mean"}, "did you mean 'pooling'"),
-            ({"num_labels": 5}, "num_labels puts .* and a head on pooled features is new in any case"),
-            ({"num_labels": 5, "config": BERT}, "num_labels puts a fresh head in the place of the model's own"),
-            ({"pooling": "own"}, r"has no weights for 'classifier.*; it is no trained classifier. Leave pooling out"),
+            ({"num_labels": 5}, "num_labels replaces .* but a head on pooled features is always new"),
+            ({"num_labels": 5, "config": BERT}, "num_labels replaces the model's own head"),
+            (
+                {"pooling": "own"},
+                r"has no weights for 'classifier.*; it is not a trained classifier. Leave pooling out",
+            ),
         ],
     )
     def test_options(self, places, options, message):
@@ -242,9 +245,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ({"model_type": "t5"}, "an encoder and a decoder in one"),
+            ({"model_type": "t5"}, "an encoder-decoder model"),
             ({"model_type": "nothing"}, "no language model can be built from its configuration"),
-            ({**BERT, "auto_map": {}}, "the configuration has 'auto_map', which is no setting of an architecture"),
+            ({**BERT, "auto_map": {}}, "the configuration has 'auto_map', which is not a setting of an architecture"),
         ],
     )
     def test_configurations(self, config, message):
@@ -265,7 +268,7 @@ class TestRefusals:
         tensors = load_file(places / "bert" / "model.safetensors")
         tensors.pop("encoder.layer.1.output.dense.weight")
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(HoldfastError, match=r"no weights for 'encoder\.layer\.1\.output.*; it is no trained"):
+        with pytest.raises(HoldfastError, match=r"no weights for 'encoder\.layer\.1\.output.*; it is not a trained"):
             load_model(f"hf:{tmp_path}", reviews(places))
 
     def test_what_is_released_has_a_head(self, places):

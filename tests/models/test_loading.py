@@ -153,7 +153,7 @@ class TestFiles:
         save_file({"body.0.weight": torch.zeros(2, 2)}, tmp_path / "w.safetensors")
         with pytest.raises(HoldfastError, match=r"does not fit cnn: no .*and \d+ more"):
             load_released("cnn", tmp_path / "w.safetensors", benign)
-        with pytest.raises(HoldfastError, match="does not say which architecture"):
+        with pytest.raises(HoldfastError, match="does not name its architecture"):
             load_released(str(tmp_path / "w.safetensors"), None, benign)
 
     def test_refused_options_are_refused_before_timm_sees_them(self, images, tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ class TestFiles:
     )
     def test_a_hostile_header_is_a_clear_error(self, model, benign, tmp_path, meta):
         save_file(contiguous(model), tmp_path / "w.safetensors", metadata={"holdfast": meta})
-        with pytest.raises(HoldfastError, match=r"not a readable|does not say|unusable description"):
+        with pytest.raises(HoldfastError, match=r"not a readable|does not name|unusable description"):
             load_released(str(tmp_path / "w.safetensors"), None, benign)
 
     def test_missing_and_damaged_files(self, benign, tmp_path):
@@ -283,8 +283,8 @@ class TestCatalog:
     @pytest.mark.parametrize(
         ("name", "size", "message"),
         [
-            ("mnist_cnn", 12, "vanish in its convolutions; give at least 16x16"),
-            ("cifar_vit", 30, "no whole number of 4x4 patches"),
+            ("mnist_cnn", 12, "are too small for its convolutions; give at least 16x16"),
+            ("cifar_vit", 30, "not a whole number of 4x4 patches"),
             ("cifar_vgg", 16, "give at least 32x32"),
         ],
     )

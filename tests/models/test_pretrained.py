@@ -215,7 +215,7 @@ class TestText:
         task = reviews(places, "bert")
         loaded(f"hf:{places / 'bert'}", task).save(tmp_path / "m.safetensors")
         model = load_released(str(tmp_path / "m.safetensors"), None, task)
-        with pytest.raises(HoldfastError, match=r"tokenizer 'bert' is not found.*model\.tokenizer"):
+        with pytest.raises(HoldfastError, match=r"tokenizer 'bert' was not found.*model\.tokenizer"):
             model.save_pretrained(tmp_path / "out")
         model.tokenizer = str(places / "bert")
         assert SplitModel.from_pretrained(model.save_pretrained(tmp_path / "out"), task).num_outputs == 2

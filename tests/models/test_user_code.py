@@ -106,7 +106,7 @@ def test_a_helper_that_changed_makes_another_job(write, benign, tmp_path, capsys
     assert run() == 0
     (folder / "helper.py").write_text("x = 2")
     assert run() == 2
-    assert "was changed since it was imported" in capsys.readouterr().err
+    assert "was changed after this process imported it" in capsys.readouterr().err
     from holdfast.models.families import user_code
 
     user_code._IMPORTED.clear()
@@ -128,7 +128,7 @@ class TestNormalisation:
         colour = load_task(TaskSpec(data="digits[0-4]", channels=3))
         bare = load_model(f"{folder}/nets.py:bare", benign)
         assert bare.mean is None
-        assert "gets images in [0, 1] as they are" in bare.notes[-1]
+        assert "gets images in [0, 1] without normalisation" in bare.notes[-1]
         said = load_model(f"{folder}/nets.py:timmlike", colour)
         assert said.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
         assert "mean [0.1, 0.2, 0.3], std [0.5, 0.5, 0.5]" in said.notes[-1]
@@ -163,8 +163,8 @@ class TestWhatIsReturned:
             ("return nn.Linear", "returned the class Linear.*an object of the class"),
             ("net()", "returned NoneType.*Is there a `return`"),
             ("return net().state_dict()", "returned OrderedDict.*state dict.*--weights FILE"),
-            ("return net(), 3", "returned tuple.*the network in it alone"),
-            ("return {'model': net()}", "returned dict.*the network in it alone"),
+            ("return net(), 3", "returned tuple.*only the network in it"),
+            ("return {'model': net()}", "returned dict.*only the network in it"),
             ("return [1]", "returned list; expected a torch.nn.Module.$"),
             ("import sys; sys.exit(0)", "ended the program"),
             ("return net().to('meta')", "no values"),

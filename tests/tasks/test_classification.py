@@ -37,7 +37,7 @@ class TestRefusals:
             ({"y_test": np.array([0, 1, 0, 1, 0, 7])}, "holds label 7; expected 0 to 1"),
             ({"y_train": np.array([0, 1, 0, 1, 0, -1])}, "holds label -1"),
             ({"y_train": np.array([0, 1, 0, 1, 0, 2**40])}, "number the classes from 0"),
-            ({"y_train": np.array([0, 1, 0, 1, 0, 0.5])}, "no integers"),
+            ({"y_train": np.array([0, 1, 0, 1, 0, 0.5])}, "values that are not integers"),
             ({"y_train": Y[:, None]}, r"y_train has shape \(6, 1\)"),
             ({"x_train": np.where(X == 5, np.nan, X)}, "first in row 1, column 1"),
             ({"x_train": np.where(X == 5, np.inf, X)}, "NaN or infinite"),
@@ -57,15 +57,15 @@ class TestRefusals:
         ("spec", "message"),
         [
             ("digit", "did you mean 'digits'"),
-            ("digits[0-", "is no name"),
-            ("digits[a]", "no class or range"),
+            ("digits[0-", "is not a name"),
+            ("digits[a]", "not a class or a range"),
             ("digits[4-0]", "runs backwards"),
             ("digits[0-12]", "there is no class 10"),
             ("digits[3]", "at least two"),
             ("digits[1,1]", "each once"),
             ("digits[0-999999999]", "names 1000000000 classes; expected at most 100000"),
-            ("digits[0-9999999999]", "no class or range"),
-            ("digits[" + "9" * 5000 + "]", "no class or range"),
+            ("digits[0-9999999999]", "not a class or a range"),
+            ("digits[" + "9" * 5000 + "]", "not a class or a range"),
             ("digits@seed=4294967296", "seed is '4294967296'"),
             ("digits@seed=-1", "seed is '-1'"),
             ("./nothing.npz", "does not exist"),
@@ -263,7 +263,7 @@ class TestNarrowing:
         assert task.as_images(channels=1).input_shape == (1, 16, 16)
         with pytest.raises(HoldfastError, match="channels is 2"):
             task.as_images(channels=2)
-        with pytest.raises(HoldfastError, match="no images"):
+        with pytest.raises(HoldfastError, match="not images"):
             toy_task(2).as_images(8)
 
     def test_chance_is_the_largest_class(self):
@@ -392,7 +392,7 @@ class TestSources:
         with pytest.raises(HoldfastError, match="no sub-folders"):
             load_task(f"{tmp_path}/bare")
         (tmp_path / "bare" / "class").mkdir()
-        with pytest.raises(HoldfastError, match="no images"):
+        with pytest.raises(HoldfastError, match="not images"):
             load_task(f"{tmp_path}/bare")
 
     @pytest.mark.parametrize(
@@ -452,7 +452,7 @@ class TestRegressionTables:
             (None, {"drop": "c"}, "Unknown column of t.csv to drop"),
             (None, {"rows": 20}, "expected 2 to 19"),
             ("y\n1\n2\n3", {}, "no column beside the target"),
-            ("a,y\n1,2\n2,2\n3,2\n4,2", {}, "no two different values"),
+            ("a,y\n1,2\n2,2\n3,2\n4,2", {}, "the same value in all training rows"),
             ("a,y\n1,2", {}, "cannot be split"),
             ("a,y\n1,u\n2,v\n3,w", {}, "needs numbers"),
             ("a,y\n1,1\ninf,2\n3,3\n4,4", {}, "holds an infinite value"),

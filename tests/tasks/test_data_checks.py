@@ -70,7 +70,7 @@ class TestReading:
 
     def test_names_that_differ_in_capitals_are_noted(self):
         named = ArrayTask("a", *images(0), *images(1), ["Cat", "cat"])
-        assert "differ in capitals only: Cat, cat" in "; ".join(validate({"benign": named}).lines())
+        assert "differ only in case: Cat, cat" in "; ".join(validate({"benign": named}).lines())
 
 
 class TestLeaks:
@@ -339,7 +339,7 @@ class TestPlaces:
         (lambda x: x.astype(np.uint16) * 257, "x / 257 for 16"),
         (lambda x: x / 127.5 - 1, "undo the normalisation first"),
         (lambda x: np.where(x == x.max(), np.nan, x), "NaN or infinite"),
-        (lambda x: np.concatenate([x, x[..., :1]], -1), "put what is transparent on white"),
+        (lambda x: np.concatenate([x, x[..., :1]], -1), "put transparent pixels on white"),
     ],
 )
 def test_the_remedy_for_images_of_another_form_is_the_right_one(change, remedy):

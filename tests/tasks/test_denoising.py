@@ -97,7 +97,7 @@ class TestSchedule:
             file.write_text(text)
             with pytest.raises(HoldfastError, match="no scheduler's configuration"):
                 Schedule.named(str(tmp_path))
-        with pytest.raises(HoldfastError, match="of no use to diffusers"):
+        with pytest.raises(HoldfastError, match="refused by diffusers"):
             Schedule({"beta_schedule": "cubic"})
 
     @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ class TestParts:
             assert torch.equal(one.x, other.x)
 
     def test_probes_are_refused(self, digits):
-        with pytest.raises(HoldfastError, match="not judged by a probe"):
+        with pytest.raises(HoldfastError, match="a probe on features does not apply"):
             digits.with_inputs(torch.zeros(1), torch.zeros(1))
 
 

@@ -230,7 +230,7 @@ class TestTorchvision:
         for size, archive in ((161, "imagenette2-320"), (320, "imagenette2-320"), (400, "imagenette2")):
             with pytest.raises(HoldfastError, match=rf"/{archive}\.tgz"):
                 load_task(f"imagenette@image_size={size}", data_dir=tmp_path)
-        with pytest.raises(HoldfastError, match="differ in size; give one, as in imagenette@image_size=64"):
+        with pytest.raises(HoldfastError, match="differ in size; set one, as in imagenette@image_size=64"):
             load_task("imagenette", data_dir=tmp_path)
 
 
@@ -239,7 +239,7 @@ class TestOffline:
     @pytest.mark.parametrize("name", DOWNLOADS)
     def test_says_what_to_do(self, name, tmp_path, monkeypatch):
         fake_datasets(monkeypatch, ConnectionError("no network"))
-        lacks = {"celeba": "'gdown' is required", "stanford_cars": "no longer where"}.get(name, "no network")
+        lacks = {"celeba": "'gdown' is required", "stanford_cars": "can no longer download"}.get(name, "no network")
         expected = rf"Task '{name}': .*{lacks}.*put {name}\.npz, or a folder {name}/ .* into '{tmp_path}'"
         with pytest.raises(HoldfastError, match=expected):
             load_task(f"{name}@image_size=32", data_dir=tmp_path)

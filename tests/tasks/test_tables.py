@@ -114,7 +114,9 @@ class TestCells:
 
 class TestColumns:
     def test_texts_that_are_other_ones_in_each_row_are_refused(self, csv):
-        with pytest.raises(HoldfastError, match=r"'p' has another text in each of its 40 rows, such as 'N0'.*drop=p"):
+        with pytest.raises(
+            HoldfastError, match=r"'p' has a different text in each of its 40 rows, such as 'N0'.*drop=p"
+        ):
             column(csv, lambda i: f"N{i}")
         assert column(csv, lambda i: f"N{i}", "target=y,drop=p").input_shape == (1,)
         assert column(csv, lambda i: f"N{i}", "target=y,encoding=ordinal").input_shape == (2,)
@@ -179,10 +181,10 @@ class TestSplits:
 
     def test_a_split_by_another_name_is_no_input(self, csv):
         rows = [f"{row},{'Test' if i // 2 % 4 == 3 else 'Train'}" for i, row in enumerate(ROWS)]
-        with pytest.raises(HoldfastError, match="column 'part' holds 'Train' and 'Test', as a split does"):
+        with pytest.raises(HoldfastError, match="column 'part' holds 'Train' and 'Test', the words of a split"):
             csv("a,y,part", rows)
         task = csv("a,y,part", [row.replace(",", "w,", 1) for row in rows], "text=a,target=y,tokenizer=words")
-        assert "column 'part' holds words of a split and was not used" in said(task)
+        assert "column 'part' holds the words of a split and was not used" in said(task)
 
     def test_an_empty_cell_is_named(self, csv):
         with pytest.raises(HoldfastError, match=r"column 'split' has an empty cell \(line 7\)"):
@@ -214,7 +216,7 @@ class TestLabels:
     def test_minus_one_among_others_is_noted(self, csv):
         task = csv("a,y", [f"{i * 7 % 41},{i % 3 - 1}" for i in range(42)])
         assert task.class_names == ["-1", "0", "1"]
-        assert "-1 is a class; where it marks rows without a label, remove them" in said(task)
+        assert "-1 is a class; if it marks rows without a label, remove them" in said(task)
         assert csv("a,y", [f"{i * 7 % 41},{i % 2 * 2 - 1}" for i in range(42)]).notes == ()  # as of a margin
 
 

@@ -156,7 +156,7 @@ class TestTables:
 class TestNames:
     @pytest.mark.parametrize("key", ["text=review", "tokenizer=words", "length=8"])
     def test_settings_of_text_are_refused_for_what_is_none(self, key):
-        with pytest.raises(HoldfastError, match=f"{key.partition('=')[0]} is for text, and its data is none"):
+        with pytest.raises(HoldfastError, match=f"{key.partition('=')[0]} is for text, and its data is not text"):
             load_task(f"digits@{key}")
 
     def test_what_is_text(self, tmp_path):
@@ -240,7 +240,7 @@ class TestPackages:
         ("name", "message"),
         [
             ("no_such_thing/model", "no package 'no_such_thing' is installed; pip install no-such-thing"),
-            ("os.path/model", "'os.path' is no top-level package"),
+            ("os.path/model", "'os.path' is not a top-level package"),
             ("sklearn/no_such_folder", "has no folder 'no_such_folder'"),
             ("sklearn/../torch", "has no folder '../torch'"),
         ],

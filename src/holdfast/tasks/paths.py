@@ -1,4 +1,4 @@
-"""Where a name leads to: one rule for data, tokenizers and weights."""
+"""The path of a name: one rule for data, tokenizers and weights."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def place(
     endings: Sequence[str] = ("",),
     is_there: Callable[[Path], bool] = Path.exists,
 ) -> Path | None:
-    """Returns the path that a name stands for: what is here, or else what is in the data folder.
+    """Returns the path of a name, in the current folder or else in the data folder; None if neither has it.
 
-    What begins with `/`, `./`, `../` or `~`, or ends with `/`, is that path and nothing else.
+    A name that begins with `/`, `./`, `../` or `~`, or ends with `/`, is not searched for in the data folder.
 
     Args:
-        name: as a person typed it.
+        name: as the user gave it.
         data_dir: the data folder; None: `$HOLDFAST_DATA`, if it is set.
-        endings: tried behind the name in the data folder, in this order.
-        is_there: which paths count.
+        endings: appended to the name in the data folder, in this order.
+        is_there: whether a path counts.
 
     Raises:
-        HoldfastError: if there is one here and another in the data folder.
+        HoldfastError: if both folders have it.
 
     Example:
         >>> place("./no-such-file.npz", "/") is None
