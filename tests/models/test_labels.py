@@ -15,6 +15,7 @@ from holdfast.errors import HoldfastError
 from holdfast.models import ModelSpec, SplitModel, load_model, load_released
 from holdfast.models.labels import match_outputs
 from holdfast.tasks import ArrayTask
+from texts import tiny_vit
 
 X = torch.rand(4, 1, 8, 8)
 
@@ -30,12 +31,8 @@ def task_of(names, name="animals"):
 def vit(tmp_path_factory):
     """A classifier of three animals, and its own outputs."""
     folder = tmp_path_factory.mktemp("hf") / "vit"
+    network = tiny_vit(id2label={0: "Cat", 1: "dog", 2: "sea lion"})
     torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4,
-        num_channels=1, id2label={0: "Cat", 1: "dog", 2: "sea lion"},
-    )  # fmt: skip
-    network = transformers.ViTForImageClassification(config).eval()
     nn.init.normal_(network.classifier.weight)
     network.save_pretrained(folder)
     return folder, network(X).logits.detach()

@@ -21,11 +21,10 @@ from holdfast.models import (
     list_models,
     load_model,
     load_released,
-    load_task_for,
     register,
 )
 from holdfast.tasks import load_task, load_tokenizer
-from texts import BERT, GPT2, save_model, write_reviews
+from texts import reviews, save_models, tiny_vit
 
 CPU = torch.device("cpu")
 TIMM = "timm:test_resnet"
@@ -42,22 +41,8 @@ def _no_network(monkeypatch):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    root = tmp_path_factory.mktemp("written")
-    for name, config, kind in (
-        ("bert", BERT, "AutoModel"),
-        ("bert-classifier", BERT, "AutoModelForSequenceClassification"),
-        ("gpt2-classifier", GPT2, "AutoModelForSequenceClassification"),
-    ):
-        (root / name).mkdir()
-        save_model(root / name, config, kind, **({"pad_token_id": 1} if name == "gpt2-classifier" else {}))
-    write_reviews(root)
-    config = transformers.ViTConfig(
-        image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, num_labels=5,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        transformers.ViTForImageClassification(config).save_pretrained(root / "vit")
+    root = save_models(tmp_path_factory.mktemp("models"))
+    tiny_vit(num_labels=5).save_pretrained(root / "vit")
     return root
 
 
@@ -69,10 +54,6 @@ def digits():
 @pytest.fixture(scope="module")
 def images():
     return load_task("digits[0-4]@image_size=32,channels=3")
-
-
-def reviews(places, model):
-    return load_task_for(f"{places / 'reviews.csv'}@text=review,target=label,length=8", f"hf:{places / model}")
 
 
 def loaded(spec, task):

@@ -116,7 +116,7 @@ class TestArchive:
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
-            ({"rate": None}, "no `rate`"),
+            ({"rate": None}, "without `rate`"),
             ({"offsets": np.array([0, 10, 5, 20])}, "expected where each sound begins"),
             ({"offsets": np.array([0, 10, 10**9])}, "expected where each sound begins"),
             ({"offsets": np.array(3)}, "expected where each sound begins"),

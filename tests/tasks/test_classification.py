@@ -392,7 +392,7 @@ class TestSources:
         with pytest.raises(HoldfastError, match="no sub-folders"):
             load_task(f"{tmp_path}/bare")
         (tmp_path / "bare" / "class").mkdir()
-        with pytest.raises(HoldfastError, match="not images"):
+        with pytest.raises(HoldfastError, match="no images"):
             load_task(f"{tmp_path}/bare")
 
     @pytest.mark.parametrize(

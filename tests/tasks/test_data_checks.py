@@ -338,7 +338,7 @@ class TestPlaces:
         (lambda x: x.astype(int), "x.round().astype('uint8')"),
         (lambda x: x.astype(np.uint16) * 257, "x / 257 for 16"),
         (lambda x: x / 127.5 - 1, "undo the normalisation first"),
-        (lambda x: np.where(x == x.max(), np.nan, x), "NaN or infinite"),
+        (lambda x: np.where(x == x.max(), np.nan, x), "NaN and infinite"),
         (lambda x: np.concatenate([x, x[..., :1]], -1), "put transparent pixels on white"),
     ],
 )

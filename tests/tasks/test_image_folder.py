@@ -240,7 +240,7 @@ class TestFiles:
         (tmp_path / "outer").mkdir()
         for name in ("cat", "dog"):
             fill(tmp_path / "outer" / "inner" / name, 2)
-        with pytest.raises(HoldfastError, match=r"one class only, 'inner'.*cat, dog: give '.*outer/inner'"):
+        with pytest.raises(HoldfastError, match=r"only one class, 'inner'.*cat, dog: give '.*outer/inner'"):
             load_task(f"{tmp_path}/outer")
 
     def test_one_name_written_in_two_ways(self, pets):

@@ -213,8 +213,8 @@ def _check_same(path: Path, train: _Classes, test: _Classes) -> None:
     extra = [name for name in test.files if name not in train.files]
     if extra:
         raise HoldfastError(
-            f"{str(path)!r}: {test.path.name} has a class {extra[0]!r} that {train.path.name} does not have (classes of "
-            f"{train.path.name}: {_some_of(list(train.files))}). Add images to train on, or move the folder away."
+            f"{str(path)!r}: {test.path.name} has a class {extra[0]!r} that {train.path.name} does not have (classes "
+            f"of {train.path.name}: {_some_of(list(train.files))}). Add images to train on, or move the folder away."
         )
 
 
