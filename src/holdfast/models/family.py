@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from holdfast.models.spec import ModelSpec
     from holdfast.models.split_model import SplitModel
 
+Shape = tuple[int, ...]
 Values = tuple[float, ...]
 
 CODE: Final = "file.py:FUNCTION"
@@ -77,9 +78,7 @@ class Family:
         """
         return spec
 
-    def build(
-        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
-    ) -> Built:
+    def build(self, spec: ModelSpec, input_shape: Shape, num_outputs: int, data_dir: Path | str | None) -> Built:
         """Builds the network that a spec names.
 
         Args:

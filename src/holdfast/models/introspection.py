@@ -117,23 +117,19 @@ def outline(network: nn.Module, input_shape: tuple[int, ...], name: str, *, ids:
         >>> outline(network, (4,), "mine")
         Outline(num_outputs=3, head='2', channels_last=True)
     """
-    count = 2 * torch.Size(input_shape).numel()
-    if ids is not None:
-        x = torch.arange(count, device=device_of(network)).remainder(ids).view(2, *input_shape)
-        return _explained(name, input_shape, lambda: _outline(network, x, False))
-    x = torch.linspace(0, 1, count).view(2, *input_shape)
-    x = x.to(device_of(network), dtype_of(network))
-    if x.dim() == 4:
+    count, device = 2 * torch.Size(input_shape).numel(), device_of(network)
+    x = torch.linspace(0, 1, count) if ids is None else torch.arange(count, device=device).remainder(ids)
+    x = x.view(2, *input_shape)
+    try:
+        if ids is not None:
+            return _outline(network, x, False)
+        x = x.to(device, dtype_of(network))
+        if x.dim() != 4:
+            return _outline(network, x, True)
         try:
             return _outline(network, x.contiguous(memory_format=torch.channels_last), True)
         except Exception:
-            return _explained(name, input_shape, lambda: _outline(network, x, False))
-    return _explained(name, input_shape, lambda: _outline(network, x, True))
-
-
-def _explained(name: str, input_shape: tuple[int, ...], look: Callable[[], Outline]) -> Outline:
-    try:
-        return look()
+            return _outline(network, x, False)
     except Exception as error:  # the user's code may raise anything
         raise HoldfastError(
             f"{name} cannot take inputs of shape {input_shape}: {first_line(error)}. For images, set the task's "

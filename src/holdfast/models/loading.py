@@ -48,7 +48,7 @@ def load_model(
     spec = spec_of(model, data_dir)
     family = family_of(spec.name)
     spec = family.for_task(spec, task)
-    check_options(spec, task)
+    _check_options(spec, task)
     built = family.build(spec, task.input_shape, task.num_outputs, data_dir)
     if spec.keep_outputs is not None and (spec.weights is None or built.loaded):
         raise HoldfastError(
@@ -94,12 +94,8 @@ def _split(spec: ModelSpec, built: Built, task: Task) -> SplitModel:
     return model
 
 
-def check_options(spec: ModelSpec, task: Task) -> None:
-    """Refuses settings of a spec that would have no effect.
-
-    Raises:
-        HoldfastError: naming the setting.
-    """
+def _check_options(spec: ModelSpec, task: Task) -> None:
+    """Refuses settings of a spec that would have no effect."""
     if (spec.mean or spec.std) and task.vocabulary is not None:
         raise HoldfastError(f"{spec.name} reads text, which is not normalised; leave mean and std out.")
     if spec.classes is not None and (spec.keep_outputs is not None or not task.labels_are_classes):

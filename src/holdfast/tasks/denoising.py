@@ -99,12 +99,12 @@ class DenoisingTask(ArrayTask):
                 f"Task {task.name!r}: its inputs are not images, {tuple(task._x['train'].shape[1:])} each, and "
                 "denoising needs images."
             )
-        made = object.__new__(cls)
-        made.name, made.class_names = task.name, task.class_names
-        made.source, made.notes, made.drawn = task.source, task.notes, task.drawn
-        made.schedule = schedule if schedule is not None else Schedule()
-        made._set(task._x, task._y)
-        return made
+        denoising = object.__new__(cls)
+        denoising.name, denoising.class_names = task.name, task.class_names
+        denoising.source, denoising.notes, denoising.drawn = task.source, task.notes, task.drawn
+        denoising.schedule = schedule if schedule is not None else Schedule()
+        denoising._set(task._x, task._y)
+        return denoising
 
     def with_schedule(self, schedule: Schedule) -> Self:
         """Returns the same images with other noise."""

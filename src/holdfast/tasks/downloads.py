@@ -138,13 +138,11 @@ def _torchvision(name: str, root: Path, size: int | None, mode: str, instead: st
             f"torchvision.datasets.{kind}, or {instead}"
         )
         raise HoldfastError(f"Task {name!r}: {why}.") from error
-    arrays: list[Array] = []
     opener = Opener(mode, ())
-    for part in parts:
-        arrays += _arrays(part) if hasattr(part, "data") else stack(_converted(name, part, opener), size)
+    arrays = [_arrays(part) if hasattr(part, "data") else stack(_converted(name, part, opener), size) for part in parts]
     classes = ("not smiling", "smiling") if name == "celeba" else getattr(parts[0], "classes", ())
     names = [c if isinstance(c, str) else c[0] for c in classes]
-    x_train, y_train, x_test, y_test = arrays
+    (x_train, y_train), (x_test, y_test) = arrays
     task = ArrayTask(name, x_train, y_train, x_test, y_test, names or None)
     return task.noted(f"torchvision.datasets.{kind}", *opener.notes())
 
@@ -195,11 +193,10 @@ def _hugging_face_parts(
 
 def _hugging_face(name: str, root: Path, size: int | None, mode: str, instead: str) -> ArrayTask:
     parts = _hugging_face_parts(name, *HUGGING_FACE[name], ["train", "test"], root, instead)
-    arrays: list[Array] = []
     opener = Opener(mode, ())
-    for part in parts:
-        arrays += stack(_converted(name, ((row["image"], row["label"]) for row in part), opener), size)
-    x_train, y_train, x_test, y_test = arrays
+    (x_train, y_train), (x_test, y_test) = (
+        stack(_converted(name, ((row["image"], row["label"]) for row in part), opener), size) for part in parts
+    )
     task = ArrayTask(name, x_train, y_train, x_test, y_test, parts[0].features["label"].names)
     return task.noted(f"{HUGGING_FACE[name][0]}, downloaded by datasets", *opener.notes())
 

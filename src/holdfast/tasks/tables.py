@@ -155,8 +155,8 @@ def check_columns(path: Path, table: pd.DataFrame, notes: list[str], *, ranked: 
         cells = table[column].dropna()
         if is_numeric(cells):
             check_size(path, cells)
-            whole = len(cells) > 20 and pd.api.types.is_integer_dtype(cells)
-            if whole and cells.is_unique and int(cells.max()) - int(cells.min()) == len(cells) - 1:
+            integers = len(cells) > 20 and pd.api.types.is_integer_dtype(cells)
+            if integers and cells.is_unique and int(cells.max()) - int(cells.min()) == len(cells) - 1:
                 notes.append(f"column {column!r} counts the rows and is used as an input; if it is an index, drop it")
             continue
         texts = cells.astype(str)

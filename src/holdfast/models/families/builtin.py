@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 from holdfast.models.families import diffusion
-from holdfast.models.family import FAMILIES, Built, Family, Values, check_known, for_channels
+from holdfast.models.family import FAMILIES, Built, Family, Shape, Values, check_known, for_channels
 from holdfast.models.spec import ModelSpec
 from holdfast.tasks import Schedule, Task
 from holdfast.tasks.schedule import SCHEDULES
@@ -43,9 +43,7 @@ class BuiltIn(Family):
     def __repr__(self) -> str:
         return f"{self.builder.__module__}.{self.builder.__qualname__}"
 
-    def build(
-        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
-    ) -> Built:
+    def build(self, spec: ModelSpec, input_shape: Shape, num_outputs: int, data_dir: Path | str | None) -> Built:
         """See `Family.build`."""
         check_known(spec, inspect.getfullargspec(self.builder).kwonlyargs)
         for option, value in spec.options.items():
@@ -72,9 +70,7 @@ class BuiltIn(Family):
 class BuiltInUNet(BuiltIn):
     """The U-Net, with the schedule of its noise."""
 
-    def build(
-        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
-    ) -> Built:
+    def build(self, spec: ModelSpec, input_shape: Shape, num_outputs: int, data_dir: Path | str | None) -> Built:
         """See `Family.build`. Saved weights must not need a schedule's folder: its configuration replaces it."""
         network = super().build(spec, input_shape, num_outputs, data_dir).network
         named = spec.options.get("schedule", "linear")

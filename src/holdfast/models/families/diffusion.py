@@ -11,7 +11,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.models.family import Built, Family, check_known, register
+from holdfast.models.family import Built, Family, Shape, check_known, register
 from holdfast.models.introspection import first_line
 from holdfast.models.spec import ModelSpec
 from holdfast.models.split_model import SplitModel
@@ -320,9 +320,7 @@ def _check_index(root: Path) -> None:
 class DiffusersFamily(Family):
     """Pipelines of diffusers, by a folder or a name on the Hub."""
 
-    def build(
-        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
-    ) -> Built:
+    def build(self, spec: ModelSpec, input_shape: Shape, num_outputs: int, data_dir: Path | str | None) -> Built:
         """See `Family.build`."""
         check_known(spec, ["config", "scheduler"])
         if "config" in spec.options:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from holdfast.errors import HoldfastError
 from holdfast.models import wrappers
 from holdfast.models.families import hf_text, hf_vision
-from holdfast.models.family import Built, Family, check_known, config_in, for_channels, register
+from holdfast.models.family import Built, Family, Shape, check_known, config_in, for_channels, register
 from holdfast.models.labels import names_in
 from holdfast.models.spec import ModelSpec, find_weights
+from holdfast.models.split_model import SplitModel
 from holdfast.tasks import Task, located
-
-if TYPE_CHECKING:
-    from holdfast.models.split_model import SplitModel
 
 
 @register("hf:NAME")
@@ -35,9 +33,7 @@ class HuggingFaceFamily(Family):
             return spec
         return spec.model_copy(update={"options": {**spec.options, "vocabulary": asdict(task.vocabulary)}})
 
-    def build(
-        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
-    ) -> Built:
+    def build(self, spec: ModelSpec, input_shape: Shape, num_outputs: int, data_dir: Path | str | None) -> Built:
         """See `Family.build`."""
         if "vocabulary" in spec.options:
             return _build_language(spec, num_outputs, data_dir)

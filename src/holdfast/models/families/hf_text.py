@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -32,11 +32,9 @@ from holdfast.models.families.hf_files import (
 from holdfast.models.family import Built, check_known
 from holdfast.models.introspection import first_line, logits_of
 from holdfast.models.spec import ModelSpec
+from holdfast.models.split_model import SplitModel
 from holdfast.runtime.storage import load_tensors, save_tensors, write_atomic
 from holdfast.tasks import Vocabulary, load_tokenizer
-
-if TYPE_CHECKING:
-    from holdfast.models.split_model import SplitModel
 
 OWN = "own"
 POOLINGS: Final = ("mean", "cls", "last", OWN)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.models.family import Built, Family, config_in, for_channels, register
+from holdfast.models.family import Built, Family, Shape, config_in, for_channels, register
 from holdfast.models.introspection import first_line
 from holdfast.models.labels import names_of
 from holdfast.models.spec import ModelSpec
+from holdfast.models.split_model import SplitModel
 from holdfast.runtime.storage import write_atomic
 from holdfast.tasks import Task
-
-if TYPE_CHECKING:
-    from holdfast.models.split_model import SplitModel
 
 REFUSED_OPTIONS = {
     "checkpoint_path": "would open a file that may be a pickle",
@@ -41,15 +39,15 @@ _SOURCES = ("pretrained_cfg", "pretrained_tag", "pretrained_strict", "pretrained
 class TimmFamily(Family):
     """Models by their name in timm."""
 
-    def build(
-        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
-    ) -> Built:
+    def build(self, spec: ModelSpec, input_shape: Shape, num_outputs: int, data_dir: Path | str | None) -> Built:
         """See `Family.build`."""
         # Rebuilding it, for the scratch control or from a saved file, must not fetch pretrained weights again.
         rebuild = spec.model_copy(update={"options": {k: v for k, v in spec.options.items() if k != "pretrained"}})
         options = (rebuild if spec.weights else spec).options
-        network, head, norm = build_timm(spec.name.removeprefix("timm:"), input_shape, num_outputs, options)
-        return Built(network, rebuild, head, for_channels(norm, input_shape))
+        name = spec.name.removeprefix("timm:")
+        network = _create(name, input_shape, num_outputs, options)
+        norm = tuple(network.pretrained_cfg["mean"]), tuple(network.pretrained_cfg["std"])
+        return Built(network, rebuild, find_head(name, network), for_channels(norm, input_shape))
 
     def for_task(self, spec: ModelSpec, task: Task) -> ModelSpec:
         """See `Family.for_task`."""
@@ -62,7 +60,7 @@ class TimmFamily(Family):
     def released_options(self, name: str, task: Task, *, own_head: bool) -> dict[str, Any]:
         """See `Family.released_options`."""
         if own_head:
-            check_own_head(name.removeprefix("timm:"), task.num_outputs)
+            _check_own_head(name.removeprefix("timm:"), task.num_outputs)
         return {"pretrained": True}
 
     def output_names(self, spec: ModelSpec, built: Built, network: nn.Module) -> tuple[str, ...] | None:
@@ -119,29 +117,11 @@ class TimmFamily(Family):
         write_atomic(folder / "config.json", json.dumps(settings, indent=2))
 
 
-def build_timm(
-    name: str, input_shape: tuple[int, ...], num_outputs: int, options: dict[str, Any]
-) -> tuple[nn.Module, str, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """Creates a timm model.
-
-    Args:
-        name: a name of `timm.list_models()`, with or without a pretrained tag.
-        input_shape: (channels, height, width) of its images; transformers with learned positions are built for this
-            size.
-        num_outputs: number of logits.
-        options: further arguments of `timm.create_model`, such as `pretrained: true`.
-
-    Returns:
-        The model, the dotted name of its head, and (mean, std) of its pretrained configuration.
-
-    Raises:
-        HoldfastError: if timm does not know the name, rejects an option, or names no classifier; and for an option that
-            loads other weights.
-    """
+def _create(name: str, input_shape: tuple[int, ...], num_outputs: int, options: dict[str, Any]) -> Any:
+    """Creates a timm model; transformers with learned positions are built for the size of the inputs."""
     import timm
 
-    if not timm.is_model(name):
-        raise unknown("timm model", name, timm.list_models())
+    _check_name(name)
     if len(input_shape) != 3:
         raise HoldfastError(f"timm:{name} takes images; this task's inputs have shape {input_shape}.")
     for option in options:
@@ -156,7 +136,7 @@ def build_timm(
     size = {"img_size": tuple(input_shape[1:])} if config is not None and config.fixed_input_size else {}
     given = {"num_classes": num_outputs, "in_chans": input_shape[0], **size, **options}
     try:
-        model = timm.create_model(name, **given)
+        return timm.create_model(name, **given)
     except Exception as error:  # hundreds of models raise different exceptions
         if options.get("pretrained"):
             raise HoldfastError(
@@ -166,20 +146,20 @@ def build_timm(
         raise HoldfastError(
             f"timm:{name} cannot be created with {given}: {type(error).__name__} {error}".rstrip(". ") + "."
         ) from error
-    config = model.pretrained_cfg
-    return model, find_head(name, model), (tuple(config["mean"]), tuple(config["std"]))
 
 
-def check_own_head(name: str, num_outputs: int) -> None:
-    """Refuses a pretrained model with another number of classes: timm would replace its head by an untrained one.
-
-    Raises:
-        HoldfastError: naming both numbers, or if timm does not know the name or has no weights for it.
-    """
+def _check_name(name: str) -> None:
     import timm
 
     if not timm.is_model(name):
         raise unknown("timm model", name, timm.list_models())
+
+
+def _check_own_head(name: str, num_outputs: int) -> None:
+    """Refuses a pretrained model with another number of classes: timm would replace its head by an untrained one."""
+    import timm
+
+    _check_name(name)
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         raise HoldfastError(f"timm has no weights of its own for timm:{name}; give weights (.safetensors).")

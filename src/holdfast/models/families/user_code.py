@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from holdfast.errors import HoldfastError, unknown
 from holdfast.models import wrappers
 from holdfast.models.families import source_files
-from holdfast.models.family import CODE, FAMILIES, Built, Family, Values, register
+from holdfast.models.family import CODE, FAMILIES, Built, Family, Shape, Values, register
 from holdfast.models.introspection import first_line
 from holdfast.models.labels import names_of
 from holdfast.models.spec import ModelSpec
@@ -152,9 +152,8 @@ class Code:
         except Exception as error:
             raise self._failed(f"raised when it was called with {given or 'no arguments'}", error) from error
         if not isinstance(made, nn.Module):
-            raise HoldfastError(
-                f"{self.label!r} returned {_kind(made)}; expected a torch.nn.Module.{_mend(made, self.label)}"
-            )
+            kind = f"the class {made.__name__}" if isinstance(made, type) else type(made).__name__
+            raise HoldfastError(f"{self.label!r} returned {kind}; expected a torch.nn.Module.{_hint(made, self.label)}")
         return made
 
     def _find(self) -> Callable[..., Any]:
@@ -188,8 +187,8 @@ def loaded_layers(first: nn.Module, again: nn.Module) -> list[str]:
         ['0']
     """
     before = dict(first.named_parameters())
-    same = [n for n, p in again.named_parameters() if n in before and _same(p, before[n]) and not _constant(p)]
-    return list(dict.fromkeys(n.rpartition(".")[0] for n in same))
+    same = [(n, p) for n, p in again.named_parameters() if n in before and torch.equal(p, before[n])]
+    return list(dict.fromkeys(n.rpartition(".")[0] for n, p in same if (p != p.flatten()[:1]).any()))
 
 
 def renew(network: nn.Module, layers: list[str], name: str) -> None:
@@ -210,11 +209,7 @@ def renew(network: nn.Module, layers: list[str], name: str) -> None:
         initialise()
 
 
-def _kind(made: Any) -> str:
-    return f"the class {made.__name__}" if isinstance(made, type) else type(made).__name__
-
-
-def _mend(made: Any, label: str) -> str:
+def _hint(made: Any, label: str) -> str:
     """A hint about an object that was returned instead of a network."""
     if isinstance(made, type):
         return " Let it return an object of the class, not the class itself."
@@ -231,14 +226,6 @@ def _mend(made: Any, label: str) -> str:
     if isinstance(getattr(made, "model", None), nn.Module):
         return " Return its `model`."
     return ""
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
-
-
-def _constant(values: Tensor) -> bool:
-    return bool((values == values.flatten()[:1]).all())
 
 
 def _is_file(source: str) -> bool:
@@ -336,9 +323,7 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
 class CodeFamily(Family):
     """Networks that a function of the user's code returns."""
 
-    def build(
-        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
-    ) -> Built:
+    def build(self, spec: ModelSpec, input_shape: Shape, num_outputs: int, data_dir: Path | str | None) -> Built:
         """See `Family.build`; this runs the code."""
         code = Code.named(spec.name)
         made = code.build(input_shape, num_outputs, spec.options)
