@@ -1,4 +1,4 @@
-"""Models from anybody: Hugging Face's, timm's with their own weights, somebody's code, and other architectures."""
+"""Models of any origin: Hugging Face's, timm's with their own weights, the user's code, and other architectures."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def resnet(folder, labels=5):
 
 
 class Buffered(nn.Module):
-    """A network whose weights are all buffers: nothing in it can be trained."""
+    """A network whose weights are all buffers, so that it cannot be trained."""
 
     def __init__(self, network):
         super().__init__()
@@ -218,7 +218,7 @@ class TestHeads:
         with pytest.raises(HoldfastError, match="without logits"):
             logits_of(output)
 
-    def test_what_cannot_be_wrapped(self, benign):
+    def test_refusals_of_networks(self, benign):
         with pytest.raises(HoldfastError, match=r"mine cannot take inputs of shape \(1, 8, 8\).*image_size"):
             self.of(nn.Linear(3, 5), benign, name="mine")
         network = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
@@ -349,7 +349,7 @@ class TestCode:
         assert other.facts().sha256 != first.facts().sha256
 
     def test_another_process_can_unpickle_it(self, nets, benign, tmp_path):
-        """Neither the file's module nor what stands beside it is known there."""
+        """The new process has imported neither the file nor the module beside it."""
         model = load_model(f"{nets}:plain", benign)
         (tmp_path / "model").write_bytes(pickle.dumps(model))
         code = (
@@ -381,7 +381,7 @@ class TestHuggingFace:
         assert (model.name, model.head_name) == ("hf:vit", "classifier")
         assert "without a preprocessor" in model.notes[0]
 
-    def test_a_saved_one_needs_no_folder(self, vit, benign, tmp_path, monkeypatch):
+    def test_a_saved_model_loads_without_its_folder(self, vit, benign, tmp_path, monkeypatch):
         model = load_model(f"hf:{vit}", benign)
         model.save(tmp_path / "m.safetensors")
         (vit / "config.json").unlink()
@@ -431,7 +431,7 @@ class TestHuggingFace:
             load_released(f"hf:{vit}", None, digits)
         assert load_released(f"hf:{vit}", None, digits, own_head=False).num_outputs == 10
 
-    def test_what_is_no_trained_classifier(self, vit, benign, tmp_path):
+    def test_untrained_classifiers_are_refused(self, vit, benign, tmp_path):
         state = load_file(vit / "model.safetensors")
         del state["classifier.weight"]
         save_file(state, vit / "model.safetensors", metadata={"format": "pt"})
@@ -445,7 +445,7 @@ class TestHuggingFace:
         with pytest.raises(HoldfastError, match="cannot be loaded"):
             load_model(f"hf:{vit}", benign)
 
-    def test_a_network_is_needed_for_what_is_not_here(self, benign, monkeypatch):
+    def test_offline_names_of_the_hub_are_refused(self, benign, monkeypatch):
         def offline(*_, **__):
             raise OSError("We couldn't connect to the Hub.\nAnd more")
 
@@ -517,7 +517,7 @@ class TestDifferences:
         assert bool(found) == bool(sentences)
         assert set(sentences) <= set(found)
 
-    def test_an_extractor_is_no_difference(self, trained):
+    def test_an_extractor_is_not_a_difference(self, trained):
         model = trained.clone()
         model.insert_extractor(torch.eye(64, dtype=torch.float64) * 2)
         assert architecture_differences(model, trained) == []
@@ -537,7 +537,7 @@ class TestDifferences:
 
     def test_settings_and_classes_of_a_borrowed_name(self, trained):
         class Linear(nn.Linear):
-            """Calls itself torch's."""
+            """Has the name of torch's class."""
 
         Linear.__module__, Linear.__qualname__ = nn.Linear.__module__, nn.Linear.__qualname__
         released = trained.clone()
@@ -563,7 +563,7 @@ def test_the_hash_sees_weights_in_lists(trained):
 
 
 class TestForeignCode:
-    def test_published_layers_are_none(self, trained):
+    def test_published_layers_are_not_foreign(self, trained):
         assert foreign_code(trained) == []
         layer = nn.TransformerEncoderLayer(8, 2, activation="gelu")
         assert foreign_code(SplitModel(nn.Sequential(layer, nn.Linear(8, 2)), "1")) == []
@@ -623,7 +623,7 @@ class TestTransplant:
         released.insert_extractor(torch.diag(torch.logspace(-2, 2, 64, dtype=torch.float64)))
         self.same(transplant(released, self.fresh(trained)), trained, benign)
 
-    def test_what_does_not_fit(self, trained, benign):
+    def test_other_architectures_do_not_fit(self, trained, benign):
         assert transplant(load_model("mlp", benign), trained) is None
         assert transplant(load_model(ModelSpec(name="cnn", options={"width": 8}), benign), trained) is None
 

@@ -1,4 +1,4 @@
-"""Outputs and classes: matched by name where both have names, else by index; and transformers' models as they come."""
+"""Outputs and classes, matched by name if both have names, else by index; and folders of transformers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def task_of(names, name="animals"):
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
-    """A classifier of three animals, and its own outputs."""
+    """A classifier of three animals, and its outputs on X."""
     folder = tmp_path_factory.mktemp("hf") / "vit"
     network = tiny_vit(id2label={0: "Cat", 1: "dog", 2: "sea lion"})
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ class TestByName:
         model = load_released(f"hf:{folder}", None, task).eval()
         assert torch.allclose(model(X), outputs[:, [2, 0, 1]], atol=1e-6)
         assert "were in another order; they were matched with animals by name" in " ".join(model.notes)
-        # What is saved says the order that it is in, and is read again as it is.
+        # The saved file records its order.
         model.save(tmp_path / "m.safetensors")
         again = load_released(str(tmp_path / "m.safetensors"), None, task).eval()
         assert torch.equal(again(X), model(X))
@@ -168,7 +168,7 @@ class TestFolders:
         assert torch.allclose(model(X), outputs, atol=1e-6)
         assert any("begin with 'module.'" in note for note in model.notes)
 
-    def test_options_that_would_do_nothing(self, vit, tmp_path):
+    def test_options_without_effect(self, vit, tmp_path):
         folder, _ = vit
         spec = ModelSpec(name=f"hf:{folder}", weights=str(folder / "model.safetensors"), options={"num_labels": 5})
         with pytest.raises(HoldfastError, match="num_labels replaces the model's own head"):

@@ -1,4 +1,4 @@
-"""Folders for other libraries: each reads what `save_pretrained` wrote, without Holdfast and without a network."""
+"""Folders of `save_pretrained`, which other libraries read without Holdfast and without a network."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TIMM = "timm:test_resnet"
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     def refused(*_, **__):
-        raise AssertionError("the network was asked for something")
+        raise AssertionError("the test used the network")
 
     monkeypatch.setattr(socket.socket, "connect", refused)
     monkeypatch.setattr(socket, "getaddrinfo", refused)
@@ -192,7 +192,7 @@ class TestText:
         assert_equal_states(again.network.state_dict(), model.network.state_dict())
         assert load_released(f"hf:{folder}", None, task).facts().sha256 == model.facts().sha256
 
-    def test_a_model_that_lost_its_tokenizer_says_how_to_give_it(self, places, tmp_path):
+    def test_a_missing_tokenizer_is_named_with_the_remedy(self, places, tmp_path):
         task = reviews(places, "bert")
         loaded(f"hf:{places / 'bert'}", task).save(tmp_path / "m.safetensors")
         model = load_released(str(tmp_path / "m.safetensors"), None, task)
@@ -213,12 +213,12 @@ class TestOthers:
         assert isinstance(again, Denoiser)
         assert torch.equal(answers(again, digit_images[0]), answers(denoiser, digit_images[0]))
 
-    def test_what_no_library_reads_names_save(self, model, tmp_path):
+    def test_models_without_a_library_are_refused(self, model, tmp_path):
         for each in (model, SplitModel(nn.Sequential(nn.Linear(2, 2)), "0")):
             with pytest.raises(HoldfastError, match=r"not a model of transformers, timm or diffusers.*save\(FILE\)"):
                 each.save_pretrained(tmp_path / "out")
 
-    def test_what_holdfast_saved_is_read_from_its_folder_or_file(self, model, benign, tmp_path):
+    def test_saved_weights_are_read_from_their_folder_or_file(self, model, benign, tmp_path):
         model.save(tmp_path / "model.safetensors")
         for place in (tmp_path, tmp_path / "model.safetensors"):
             assert SplitModel.from_pretrained(place, benign).facts().sha256 == model.facts().sha256

@@ -1,4 +1,4 @@
-"""Files of weights: one or several, under other names, and what is no file of weights."""
+"""Files of weights: one or several, with other names, and files that are refused."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class TestWhatIsNoSafetensors:
             (b"PK\x03\x04" + bytes(60), "is a pickle"),
         ],
     )
-    def test_it_says_what_it_is(self, benign, tmp_path, content, message):
+    def test_a_file_is_refused_by_its_kind(self, benign, tmp_path, content, message):
         (tmp_path / "w.safetensors").write_bytes(content)
         with pytest.raises(HoldfastError, match=message):
             load_released("cnn", tmp_path / "w.safetensors", benign)
@@ -164,7 +164,7 @@ class TestWhatIsNoSafetensors:
 
     @pytest.mark.parametrize("beginning", [b"{", b"<", b"\x80\x02", b"\x80\x05"])
     def test_a_good_file_may_begin_like_another_format(self, tmp_path, beginning):
-        """Its first bytes are the length of its header; that of a small network may be 0x0280, as a pickle begins."""
+        """The first bytes are the header's length; that of a small network may be 0x0280, the beginning of a pickle."""
         names = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
         length = next(n for n in range(len(names), 2000) if n.to_bytes(8, "little").startswith(beginning))
         content = length.to_bytes(8, "little") + names.ljust(length) + bytes(4)
@@ -223,7 +223,7 @@ class TestSaving:
         ("difusers:some/model", [], "did you mean diffusers:some/model"),
     ],
 )
-def test_what_is_no_name_of_a_model(benign, tmp_path, monkeypatch, name, files, message):
+def test_names_that_are_not_of_models(benign, tmp_path, monkeypatch, name, files, message):
     monkeypatch.chdir(tmp_path)
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)

@@ -86,11 +86,11 @@ class TestRefusals:
         with pytest.raises(HoldfastError, match=r"\$HOLDFAST_DATA"):
             load_task("anything")
 
-    def test_unknown_name_says_both_ways(self, tmp_path):
+    def test_the_refusal_of_an_unknown_name_gives_both_ways(self, tmp_path):
         with pytest.raises(HoldfastError, match=r"put cars\.npz into .*or give a path"):
             load_task("cars", data_dir=tmp_path)
 
-    def test_failed_download_says_both_ways(self, monkeypatch, tmp_path):
+    def test_the_refusal_of_a_failed_download_gives_both_ways(self, monkeypatch, tmp_path):
         from torchvision import datasets
 
         def offline(**_):
@@ -198,7 +198,7 @@ class TestNarrowing:
         assert len({toy.halves(seed)[0].facts().sha256 for seed in range(3)}) == 3
 
     @pytest.mark.parametrize("other", ["digits", "digits[9,8,7]", "digits[8,9]", "digits[0-2,9,4]"])
-    def test_an_image_is_on_the_same_side_whatever_the_other_classes(self, other):
+    def test_the_side_of_an_image_does_not_depend_on_the_other_classes(self, other):
         def rows(task):
             return set(map(bytes, task._x["train"].numpy()))
 
@@ -248,7 +248,7 @@ class TestNarrowing:
         assert 95 <= task.size("test") <= 105
         assert torch.bincount(task._y["test"]).min() >= 9
 
-    def test_what_limits_leave_out_is_not_resized(self, monkeypatch):
+    def test_limits_come_before_resizing(self, monkeypatch):
         whole = load_task("digits@image_size=16,channels=3")
         resized, honest = [], in_memory.resize
         monkeypatch.setattr(in_memory, "resize", lambda x, *how: resized.append(len(x)) or honest(x, *how))
@@ -479,7 +479,7 @@ class TestRegressionTables:
 
 
 class TestLimitedFolders:
-    """Of ImageNet, nobody reads everything to keep a part."""
+    """A part of ImageNet is kept without reading all images."""
 
     @pytest.fixture
     def folder(self, tmp_path):
@@ -491,7 +491,7 @@ class TestLimitedFolders:
                     Image.fromarray(np.full((4, 4, 3), 80 * c + i, np.uint8)).save(place / f"{i}.png")
         return tmp_path
 
-    def test_only_what_is_kept_is_read(self, folder, monkeypatch):
+    def test_only_kept_images_are_read(self, folder, monkeypatch):
         from holdfast.tasks.image_files import Opener
 
         opened: list[Path] = []

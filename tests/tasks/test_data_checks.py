@@ -1,4 +1,4 @@
-"""The step between loading and use: what was read, what leaks, what is refused."""
+"""Checks of loaded tasks: the summary, leaks and refusals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROWS = [f"{i % 7},{'ab'[i % 2]},{'train' if i % 4 else 'test'}" for i in range(4
 
 
 class TestReading:
-    def test_says_what_was_read(self):
+    def test_a_summary_of_what_was_read(self):
         found = validate({"benign": task(0), "restricted": task(1)})
         read = found.facts["benign"].read
         assert read is not None

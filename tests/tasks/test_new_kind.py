@@ -64,7 +64,7 @@ class TestUse:
         assert "tagged samples" in report
         assert "a class)" not in report
 
-    def test_what_is_for_classes_refuses_it(self, tags, reader):
+    def test_defenses_for_classes_refuse_it(self, tags, reader):
         benign, restricted = tags
         for defense, message in (
             ("ntl", "it is for classification; got the tagging task 'tags-seen'"),

@@ -1,4 +1,4 @@
-"""What is in a table, and what becomes of its cells, columns, labels and splits."""
+"""Tables: cells, columns, labels and splits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def csv(tmp_path):
 
 
 def column(csv, cell, settings: str = "target=y") -> ArrayTask:
-    """Loads a table with one column `p` more, whose cell is a function of the row."""
+    """Loads a table with another column `p`, whose cells are a function of the row."""
     return csv("p,a,y", [f"{cell(i)},{row}" for i, row in enumerate(ROWS)], settings)
 
 
@@ -148,7 +148,7 @@ class TestColumns:
         assert task.input_shape == (1,)
         assert f"no name and {note}, was left out" in said(task)
 
-    def test_numbers_without_a_name_that_are_no_index_are_inputs(self, csv):
+    def test_unnamed_numbers_that_are_not_an_index_are_inputs(self, csv):
         assert csv(",a,y", [f"{i / 4},{row}" for i, row in enumerate(ROWS)]).input_shape == (2,)
 
     def test_a_comma_at_the_end_of_all_lines(self, csv):
@@ -179,7 +179,7 @@ class TestSplits:
         with pytest.raises(HoldfastError, match="has the columns Split and split"):
             csv("a,y,Split,split", [f"{row},train,test" for row in ROWS])
 
-    def test_a_split_by_another_name_is_no_input(self, csv):
+    def test_a_split_by_another_name_is_not_an_input(self, csv):
         rows = [f"{row},{'Test' if i // 2 % 4 == 3 else 'Train'}" for i, row in enumerate(ROWS)]
         with pytest.raises(HoldfastError, match="column 'part' holds 'Train' and 'Test', the words of a split"):
             csv("a,y,part", rows)

@@ -73,7 +73,7 @@ class TestClassification:
             ({"target": "empty", "drop": (), "fill": True, "bins": 3}, "'empty' has an empty cell"),
         ],
     )
-    def test_what_cannot_be_is_said(self, table, settings, message):
+    def test_impossible_settings_are_refused(self, table, settings, message):
         with pytest.raises(HoldfastError, match=message):
             table(**settings)
 
