@@ -364,17 +364,6 @@ class TestSources:
         task = load_task(f"{tmp_path}/")
         assert (task.size("train"), task.size("test")) == (16, 16)
 
-    def test_sixteen_bit_grey_is_scaled_not_cut_off(self, tmp_path):
-        self._folder(tmp_path / "deep", sizes=((4, 4),))
-        for i, value in enumerate((0, 257, 65535)):
-            Image.fromarray(np.full((4, 4), value, np.uint16)).save(tmp_path / "deep" / "cat" / f"{i}.png")
-        task = load_task(TaskSpec(data=str(tmp_path / "deep"), channels=1, test_fraction=0.125))
-        values = {int(v) for v in torch.cat([task._x["train"], task._x["test"]])[:, 0, 0, 0]}
-        assert {0, 1, 255} <= values
-        Image.fromarray(np.full((4, 4), 7, np.int32)).save(tmp_path / "deep" / "cat" / "deeper.tif")
-        with pytest.raises(HoldfastError, match=r"deeper\.tif' has pixels of 32 bits"):
-            load_task(f"{tmp_path}/deep")
-
     def test_a_decompression_bomb_is_refused(self, tmp_path, monkeypatch):
         self._folder(tmp_path / "bomb")
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)

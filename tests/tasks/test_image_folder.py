@@ -167,11 +167,12 @@ class TestPixels:
         assert (9, 9, 9) not in values(task)
         assert "1 images with several frames" in said(task)
 
-    def test_floats_and_truncated_files_are_refused(self, pets):
+    def test_32_bits_and_truncated_files_are_refused(self, pets):
         odd = pets / "train" / "cat" / "odd.tif"
-        Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(odd)
-        with pytest.raises(HoldfastError, match=r"odd\.tif' has pixels of 32 bits"):
-            load_task(str(pets))
+        for pixels in (np.full((4, 4), 0.5, np.float32), np.full((4, 4), 7, np.int32)):
+            Image.fromarray(pixels).save(odd)
+            with pytest.raises(HoldfastError, match=r"odd\.tif' has pixels of 32 bits"):
+                load_task(str(pets))
         odd.unlink()
         whole = (pets / "train" / "cat" / "0.png").read_bytes()
         (pets / "train" / "cat" / "cut.png").write_bytes(whole[: len(whole) // 2])

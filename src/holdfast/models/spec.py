@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from holdfast.errors import HoldfastError
 from holdfast.models.family import is_code
 from holdfast.models.weights import read_weights
 from holdfast.runtime.storage import load_tensors
-from holdfast.tasks.paths import DATA_VARIABLE, place
+from holdfast.tasks.paths import data_folder, place
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
@@ -103,9 +102,8 @@ def find_weights(weights: str, data_dir: Path | str | None) -> Path:
         raise HoldfastError(f"{weights!r} is a folder; name the file of weights in it (.safetensors, or its index).")
     file = place(weights, data_dir, is_there=Path.is_file)
     if file is None:
-        folder = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
-        tried = [Path(weights).expanduser()]
+        folder, tried = data_folder(data_dir), [Path(weights).expanduser()]
         if folder is not None and not tried[0].is_absolute():
-            tried.append(Path(folder).expanduser() / weights)
+            tried.append(folder / weights)
         raise HoldfastError(f"No weights at {' or '.join(repr(str(p)) for p in tried)}: the file does not exist.")
     return file

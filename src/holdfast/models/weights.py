@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -161,15 +161,11 @@ def _renamings(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iter
         for second in ("", *_PREFIXES):
             prefix = first + second
             if any(name.startswith(prefix) for name in tensors):
-                yield partial(_without_prefix, prefix), _left_out(prefix)
+                yield methodcaller("removeprefix", prefix), _left_out(prefix)
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in own):
             yield prefix.__add__, f"The names in the weights lack {prefix!r} at their beginning, which was added."
     yield _without_parts, "The names in the weights have 'module' or '_orig_mod' in them, which was left out."
-
-
-def _without_prefix(prefix: str, name: str) -> str:
-    return name.removeprefix(prefix)
 
 
 def _without_parts(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from holdfast.tasks.downloads import DOWNLOADS, TEXTS, download, download_text
 from holdfast.tasks.image_folder import load_folder
 from holdfast.tasks.in_memory import InMemoryTask
 from holdfast.tasks.npz_files import load_npz
-from holdfast.tasks.paths import DATA_VARIABLE, place
+from holdfast.tasks.paths import DATA_VARIABLE, data_folder, place
 from holdfast.tasks.schedule import Schedule
 from holdfast.tasks.spec import TaskSpec, parse_classes, parse_spec, split_off
 from holdfast.tasks.text import LENGTH
@@ -112,11 +111,8 @@ def is_text(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> bool
 
 
 def _folder(data_dir: Path | str | None) -> Path | None:
-    chosen = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
-    if not chosen:
-        return None
-    folder = Path(chosen).expanduser()
-    if not folder.is_dir():
+    folder = data_folder(data_dir)
+    if folder is not None and not folder.is_dir():
         source = "--data-dir" if data_dir is not None else f"${DATA_VARIABLE}"
         raise HoldfastError(f"The data folder {str(folder)!r} (from {source}) does not exist.")
     return folder

@@ -11,6 +11,12 @@ from holdfast.errors import HoldfastError
 DATA_VARIABLE = "HOLDFAST_DATA"
 
 
+def data_folder(data_dir: Path | str | None) -> Path | None:
+    """Returns the given data folder, or that of `$HOLDFAST_DATA`; None if neither is set."""
+    folder = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
+    return Path(folder).expanduser() if folder else None
+
+
 def place(
     name: str,
     data_dir: Path | str | None,
@@ -37,11 +43,10 @@ def place(
     """
     own = Path(name).expanduser()
     here = own if is_there(own) else None
-    folder = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
+    root = data_folder(data_dir)
     typed = own.is_absolute() or name in (".", "..") or name.startswith(("./", "../", "~")) or name.endswith("/")
-    if typed or not folder:
+    if typed or root is None:
         return here
-    root = Path(folder).expanduser()
     there = next((p for p in (root / f"{name}{ending}" for ending in endings) if is_there(p)), None)
     if here is not None and there is not None and not here.samefile(there):
         raise HoldfastError(

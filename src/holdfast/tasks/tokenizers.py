@@ -82,7 +82,7 @@ class Tokenizer:
 
     def _cut(self, texts: list[str], length: int) -> list[list[int]]:
         if self.fast is None:
-            return [[_bucket(word) for word in _split(text)[:length]] for text in texts]
+            return [[_bucket(word) for word in re.findall(r"\w+|[^\w\s]", text.lower())[:length]] for text in texts]
         added = self.fast.num_special_tokens_to_add()
         if length <= added:
             raise HoldfastError(
@@ -174,10 +174,6 @@ def _in_package(name: str) -> Path:
     if ".." in Path(inner).parts or not folder.is_dir():
         raise HoldfastError(f"package:{name}: the package {package!r} has no folder {inner!r}.")
     return folder
-
-
-def _split(text: str) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
 @lru_cache(maxsize=100_000)  # a few words make up most of any text
