@@ -1,4 +1,4 @@
-"""Networks of any origin: what they return, which of their layers is the head, and where their tensors are."""
+"""Networks of any origin: their logits, their head, and all their tensors."""
 
 from __future__ import annotations
 

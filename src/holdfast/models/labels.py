@@ -1,4 +1,4 @@
-"""Which output of a model is which class of a task: by name where both have names, else by index."""
+"""Matches a model's outputs with a task's classes, by name if both have names, else by index."""
 
 from __future__ import annotations
 

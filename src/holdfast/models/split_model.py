@@ -228,7 +228,7 @@ class SplitModel(ExtractorNetwork):
         models of `timm:` one for `timm.create_model("local-dir:FOLDER", pretrained=True)`; denoisers one for
         `from_pretrained` of a diffusers pipeline. Weights are written to the bit.
 
-        No library knows an extractor or eraser that a defense inserted before the head. Merging it into the head keeps
+        No library reads an extractor or eraser that a defense inserted before the head. Merging it into the head keeps
         the outputs, up to rounding, but undoes the immunization: the body is then the original's. So this needs
         `merge_extractor`.
 
@@ -245,7 +245,7 @@ class SplitModel(ExtractorNetwork):
         family = family_of(str(self.spec["name"])) if self.spec is not None else Family()
         if self.has_extractor and not merge_extractor:
             raise HoldfastError(
-                f"{self.name}: a defense inserted a layer before the head, which no other library knows. Write the "
+                f"{self.name}: a defense inserted a layer before the head, which no other library reads. Write the "
                 "model with save(FILE), which Holdfast reads; merge_extractor=True writes it without that layer, and "
                 "so without its immunization."
             )

@@ -99,7 +99,7 @@ class SplitNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns logits of shape (N, classes) for inputs as a task yields them, cast to the network's precision.
 
-        Token ids (int64) are handed over as they are.
+        Token ids (int64) are not cast.
         """
         if x.dtype == torch.int64:
             return logits_of(self.network(x))

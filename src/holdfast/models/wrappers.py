@@ -1,4 +1,4 @@
-"""Wrappers around a network, and the precision of its weights: removed, or refused with what to do.
+"""Wrappers around a network are removed and its weights become float32, or it is refused with a remedy.
 
 Adversaries copy a network, replace its last layer and train its weights with gradients in float32. What other tools put
 around a network (compilers, data parallelism, adapters) or do to its numbers (half precision, quantisation) would
@@ -66,7 +66,8 @@ def unwrapped(network: nn.Module, name: str, head: str | None = None) -> Unwrapp
     while (kind := _wrapper(inner)) is not None:
         notes.append(f"{name} was wrapped in {kind}; the network inside is taken.")
         inner = _inside(inner)
-        head = None if head is None else _without_first(head)
+        first, _, rest = (head or "").partition(".")
+        head = rest if first in WRAPPERS and rest else head
     _refuse(inner, name)
     changes = [change for needed, change in _CHANGES if needed(inner, head)]
     if changes:
@@ -94,11 +95,6 @@ def _wrapper(network: nn.Module) -> str | None:
 def _inside(wrapper: nn.Module) -> nn.Module:
     inner: nn.Module = wrapper._modules.get("_orig_mod") or wrapper.module  # type: ignore[assignment]
     return inner
-
-
-def _without_first(dotted: str) -> str:
-    first, _, rest = dotted.partition(".")
-    return rest if first in WRAPPERS and rest else dotted
 
 
 def _renamed(network: nn.Module, head: str) -> str | None:

@@ -126,7 +126,9 @@ def _torchvision(name: str, root: Path, size: int | None, mode: str, instead: st
     from torchvision import datasets
 
     kind, splits = TORCHVISION[name]
-    more = _imagenette_size(size) if name == "imagenette" else {"target_transform": _smiles} if name == "celeba" else {}
+    more: _Arguments = _imagenette_size(size) if name == "imagenette" else {}
+    if name == "celeba":
+        more["target_transform"] = lambda attributes: int(attributes[SMILING])
     fetched = name not in NOT_FETCHED
     try:
         parts = [getattr(datasets, kind)(root=str(root), download=fetched, **split, **more) for split in splits]
@@ -152,10 +154,6 @@ NOT_FETCHED = frozenset({"stanford_cars"})
 
 SMILING = 31
 """Index of the one of CelebA's 40 attributes that is its label; denoising uses no label."""
-
-
-def _smiles(attributes: Any) -> int:
-    return int(attributes[SMILING])
 
 
 def _arrays(part: Any) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Tasks whose samples are arrays in memory: storage, batches, splits and hashes, whatever is predicted."""
+"""Tasks whose samples are arrays in memory: storage, batches, splits and hashes for every kind of task."""
 
 from __future__ import annotations
 

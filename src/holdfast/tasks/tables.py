@@ -115,7 +115,9 @@ def stripped(path: Path, table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
         notes.append(f"{len(empty)} columns without a name and without values were left out")
     index = [c for c in unnamed if c == table.columns[0] and c not in empty and _is_index(table[c])]
     if index:
-        counts = "counts the rows" if _counts_rows(table[index[0]]) else "looks like an index"
+        numbers = list(range(len(table) + 1))
+        counted = table[index[0]].tolist() in (numbers[:-1], numbers[1:])
+        counts = "counts the rows" if counted else "looks like an index"
         notes.append(f"the first column, which has no name and {counts}, was left out")
     return table.drop(columns=[*empty, *index])
 
@@ -123,10 +125,6 @@ def stripped(path: Path, table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 def _is_index(cells: pd.Series) -> bool:
     """Whether a column may be a data frame's index: integers in any order, or unique names."""
     return bool(pd.api.types.is_integer_dtype(cells) if is_numeric(cells) else cells.is_unique)
-
-
-def _counts_rows(cells: pd.Series) -> bool:
-    return bool(len(cells)) and cells.tolist() in (list(range(len(cells))), list(range(1, len(cells) + 1)))
 
 
 def check_columns(path: Path, table: pd.DataFrame, notes: list[str], *, ranked: bool = False) -> None:

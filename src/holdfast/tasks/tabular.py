@@ -45,8 +45,8 @@ def load_csv(
     """Reads a table for classification.
 
     Numeric columns are standardised by the training rows; other columns become one 0/1 column a value. A column `split`
-    with the words train and test (or val, valid, validation, dev) fixes the split, else `test_fraction` of every class
-    is drawn by `seed`.
+    with the words train and test (or val, valid, validation, dev) sets the split; otherwise `test_fraction` of every
+    class is drawn by `seed`.
 
     Two tasks for one network must drop each other's target, and have the same training rows by `split` or `rows`: then
     their inputs are the same numbers.

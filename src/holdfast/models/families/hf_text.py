@@ -161,7 +161,8 @@ def build(spec: ModelSpec, place: str, num_outputs: int) -> Built:
     else:
         config = configuration(place)
         _check_vocabulary(name, place, config, vocabulary)
-        own = _is_classifier(config) if pooling is None else pooling == OWN
+        is_classifier = any(str(a).endswith("ForSequenceClassification") for a in config.architectures or ())
+        own = is_classifier if pooling is None else pooling == OWN
         if not own and options.get("num_labels") not in (None, num_outputs):
             raise HoldfastError(
                 f"hf:{name}: num_labels replaces a classifier's own head by a fresh one, but a head on pooled features "
@@ -278,10 +279,6 @@ def _without_pooler(body: Any) -> nn.Module:
 
 def _pooling_of(network: Pooled | Masked) -> str:
     return network.pooling if isinstance(network, Pooled) else OWN
-
-
-def _is_classifier(config: Any) -> bool:
-    return any(str(a).endswith("ForSequenceClassification") for a in config.architectures or ())
 
 
 def _is_causal(config: Any) -> bool:
