@@ -234,7 +234,7 @@ class TestStarts:
         odd = SplitModel(nn.Sequential(nn.Flatten(), Odd(), nn.Linear(8, 5)), "2")
         assert "cannot be initialised anew" in not_applicable(Strategy("last-block"), odd, benign)
         wrong = SplitModel(odd.network, "2", factory=lambda: nn.Sequential(nn.Flatten(), nn.Linear(9, 8)))
-        with pytest.raises(HoldfastError, match=r"nothing of that name and shape"):
+        with pytest.raises(HoldfastError, match=r"no tensor of that name and shape"):
             wrong.reinitialise(["1"], single)
 
 

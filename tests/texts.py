@@ -1,4 +1,4 @@
-"""Tiny language models and a tokenizer for tests, made as people would save them."""
+"""Tiny models of transformers and a tokenizer for tests, saved as `save_pretrained` does."""
 
 from __future__ import annotations
 
@@ -6,17 +6,27 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
+
+from holdfast.models import load_task_for
+from holdfast.tasks import Task
 
 BERT = {"model_type": "bert", "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 32, "max_position_embeddings": 16}  # fmt: skip
 GPT2 = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16,
         "bos_token_id": 1, "eos_token_id": 1}  # fmt: skip
+MODELS = {
+    "bert": (BERT, "AutoModel"),
+    "gpt2": (GPT2, "AutoModelForCausalLM"),
+    "bert-classifier": (BERT, "AutoModelForSequenceClassification"),
+    "gpt2-classifier": ({**GPT2, "pad_token_id": 1}, "AutoModelForSequenceClassification"),
+}
 WORDS = ["good", "bad", "film", "book", "a", "was", "the", "very", "so", "not", "and", "is", "story", "plot", "nice",
          "ugly"]  # fmt: skip
 
 
 def save_tokenizer(folder: Path, *, pad: str | None = "[PAD]", words: list[str] | None = None) -> None:
-    """A fast tokenizer that cuts at blanks; without a padding token, its end token is to fill up."""
+    """A fast tokenizer that splits at blanks; without a padding token, its end token pads."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -29,19 +39,46 @@ def save_tokenizer(folder: Path, *, pad: str | None = "[PAD]", words: list[str] 
     )
 
 
-def save_model(folder: Path, config: dict[str, object], kind: str = "AutoModel", **more: object) -> None:
-    """A language model with fresh weights, as `save_pretrained` writes it, and its tokenizer."""
+def save_model(folder: Path, config: dict[str, object], kind: str = "AutoModel") -> None:
+    """A language model with fresh weights, and its tokenizer."""
     import transformers
 
-    made = transformers.AutoConfig.for_model(**{**config, **more})
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        getattr(transformers, kind).from_config(made).save_pretrained(folder)
+        model = getattr(transformers, kind).from_config(transformers.AutoConfig.for_model(**config))
+        model.save_pretrained(folder)
     save_tokenizer(folder, pad=None if config["model_type"] == "gpt2" else "[PAD]")
 
 
+def save_models(root: Path) -> Path:
+    """A folder for each of `MODELS`, and a table of reviews."""
+    for name, (config, kind) in MODELS.items():
+        save_model(root / name, config, kind)
+    write_reviews(root)
+    return root
+
+
+def reviews(root: Path, model: str = "bert", length: int = 8) -> Task:
+    """The table that `save_models` wrote, as one of its models reads it."""
+    table = f"{root / 'reviews.csv'}@text=review,target=label,length={length}"
+    return load_task_for(table, f"hf:{root / model}")
+
+
+def tiny_vit(**labels: object) -> nn.Module:
+    """An image classifier for grey images of 8 pixels, with fresh weights."""
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4,
+        num_channels=1, **labels,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.ViTForImageClassification(config).eval()
+
+
 def write_reviews(folder: Path, count: int = 40) -> Path:
-    """A table of two kinds of sentences, with a column that fixes the split."""
+    """A table of two kinds of sentences, with a column `split`."""
     rows = ["split,label,review"]
     for i in range(count):
         good, split = i % 2 == 0, "test" if i % 4 > 1 else "train"

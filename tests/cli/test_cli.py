@@ -206,7 +206,7 @@ class TestImmunizeAndAudit:
         done = inside(capsys, "immunize", folder, *self.COMMON, "--out", tmp_path / "made")
         refused(
             done,
-            "is a denoiser: it answers with one noise a sample, and the classification task 'digits[0-4]'",
+            "is a denoiser: it returns one noise a sample, and the classification task 'digits[0-4]'",
             "kind=denoising",
         )
         done = inside(

@@ -20,7 +20,7 @@ def built(name: str) -> tuple[SplitModel, object, torch.Tensor]:
 
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("trained", [1, 2])
-def test_the_rest_of_a_network_computes_what_the_whole_does(name, trained):
+def test_activations_give_the_outputs_of_the_full_network(name, trained):
     model, _, x = built(name)
     trained = min(trained, len(model.blocks()) - 1)
     prefix = FrozenActivations(model, model.blocks()[:-trained], x)
@@ -42,7 +42,7 @@ def test_gradients_are_those_of_the_whole(name):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_a_changed_rest_is_what_runs_and_the_whole_is_left_as_it_was():
+def test_a_changed_copy_runs_and_the_model_stays_the_same():
     model, _, x = built("cnn")
     prefix = FrozenActivations(model, model.blocks()[:-1], x)
     before = model(x)
@@ -63,7 +63,7 @@ def test_frozen_modules_do_not_run():
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
     prefix.outputs(model, kept)
-    inside = set(ran) - {"conv1"}  # the answer of a frozen layer is handed over, by whatever its hooks are
+    inside = set(ran) - {"conv1"}  # hooks of a frozen layer still run
     assert inside == {"layer3.2.conv1", "layer3.2.conv2"}
 
 
@@ -98,7 +98,7 @@ class Twice(Skipping):
 
 
 @pytest.mark.parametrize(("network", "why"), [(Skipping, "read more"), (Twice, "more than once")])
-def test_a_network_whose_answers_cannot_be_kept_is_refused(network, why):
+def test_a_network_whose_activations_cannot_be_kept_is_refused(network, why):
     torch.manual_seed(0)
     model = SplitModel(network(), "head").eval()
     with pytest.raises(ValueError, match=why):
@@ -112,7 +112,7 @@ def test_nothing_frozen_is_refused():
 
 
 class TestSentences:
-    """Later blocks read which words are padding, and batches are read up to their longest sentence."""
+    """Later blocks read the padding, and batches are cut to their longest sentence."""
 
     @pytest.fixture
     def read(self):
@@ -122,7 +122,7 @@ class TestSentences:
         torch.manual_seed(0)
         return load_model(ModelSpec(name="hf:tiny", options={"config": config}), task).eval(), task
 
-    def test_the_rest_computes_what_the_whole_does(self, read):
+    def test_activations_with_inputs_give_the_outputs_of_the_full_network(self, read):
         model, task = read
         x = next(task.sweep("train", 40, device=torch.device("cpu"))).x
         assert len({int((row != 0).sum()) for row in x}) > 1
@@ -141,7 +141,7 @@ class TestSentences:
 
 
 class Residual(nn.Module):
-    """Its last block adds the inputs themselves."""
+    """The last block adds the inputs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models from anybody: Hugging Face's, timm's with their own weights, somebody's code, and other architectures."""
+"""Models of any origin: Hugging Face's, timm's with their own weights, the user's code, and other architectures."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from holdfast.models import (
 from holdfast.models.introspection import logits_of
 from holdfast.runtime.storage import save_tensors
 from holdfast.tasks import TaskSpec, load_task
+from texts import tiny_vit
 
 NETS = """
 import torch
@@ -99,13 +100,7 @@ def nets(tmp_path):
 
 @pytest.fixture
 def vit(tmp_path):
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4,
-        num_channels=1, num_labels=5,
-    )  # fmt: skip
-    network = transformers.ViTForImageClassification(config)
-    network.save_pretrained(tmp_path / "vit")
+    tiny_vit(num_labels=5).save_pretrained(tmp_path / "vit")
     return tmp_path / "vit"
 
 
@@ -119,7 +114,7 @@ def resnet(folder, labels=5):
 
 
 class Buffered(nn.Module):
-    """A network whose weights are all buffers: nothing in it can be trained."""
+    """A network whose weights are all buffers, so that it cannot be trained."""
 
     def __init__(self, network):
         super().__init__()
@@ -223,7 +218,7 @@ class TestHeads:
         with pytest.raises(HoldfastError, match="without logits"):
             logits_of(output)
 
-    def test_what_cannot_be_wrapped(self, benign):
+    def test_refusals_of_networks(self, benign):
         with pytest.raises(HoldfastError, match=r"mine cannot take inputs of shape \(1, 8, 8\).*image_size"):
             self.of(nn.Linear(3, 5), benign, name="mine")
         network = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
@@ -297,7 +292,7 @@ class TestCode:
             ("needy", "raised when it was called with no arguments: TypeError: .*'width'"),
             ("broken", "'nets.py:broken' raised when .*KeyError: 'surprise'"),
             ("nothing", "returned str; expected a torch.nn.Module"),
-            ("", "is no place of a function"),
+            ("", "does not name a function"),
         ],
     )
     def test_refusals(self, nets, benign, function, message):
@@ -305,7 +300,7 @@ class TestCode:
             load_model(f"{nets}:{function}", benign)
 
     def test_files_that_cannot_be_imported(self, benign, tmp_path):
-        with pytest.raises(HoldfastError, match="there is no file"):
+        with pytest.raises(HoldfastError, match="does not exist"):
             load_model(f"{tmp_path}/none.py:f", benign)
         for source, message in (("import nonexistent_thing", "ModuleNotFoundError"), ("1 +", "SyntaxError")):
             (tmp_path / "bad.py").write_text(source)
@@ -335,7 +330,7 @@ class TestCode:
 
     def test_a_file_of_weights_cannot_have_code_run(self, nets, benign, tmp_path):
         load_model(f"{nets}:plain", benign).save(tmp_path / "w.safetensors")
-        with pytest.raises(HoldfastError, match=r"no file of weights may have code run.*--weights FILE"):
+        with pytest.raises(HoldfastError, match=r"a file of weights may not run code.*--weights FILE"):
             load_model(str(tmp_path / "w.safetensors"), benign)
 
     def test_the_hash_sees_the_code(self, nets, benign, tmp_path):
@@ -354,7 +349,7 @@ class TestCode:
         assert other.facts().sha256 != first.facts().sha256
 
     def test_another_process_can_unpickle_it(self, nets, benign, tmp_path):
-        """Neither the file's module nor what stands beside it is known there."""
+        """The new process has imported neither the file nor the module beside it."""
         model = load_model(f"{nets}:plain", benign)
         (tmp_path / "model").write_bytes(pickle.dumps(model))
         code = (
@@ -386,7 +381,7 @@ class TestHuggingFace:
         assert (model.name, model.head_name) == ("hf:vit", "classifier")
         assert "without a preprocessor" in model.notes[0]
 
-    def test_a_saved_one_needs_no_folder(self, vit, benign, tmp_path, monkeypatch):
+    def test_a_saved_model_loads_without_its_folder(self, vit, benign, tmp_path, monkeypatch):
         model = load_model(f"hf:{vit}", benign)
         model.save(tmp_path / "m.safetensors")
         (vit / "config.json").unlink()
@@ -436,11 +431,11 @@ class TestHuggingFace:
             load_released(f"hf:{vit}", None, digits)
         assert load_released(f"hf:{vit}", None, digits, own_head=False).num_outputs == 10
 
-    def test_what_is_no_trained_classifier(self, vit, benign, tmp_path):
+    def test_untrained_classifiers_are_refused(self, vit, benign, tmp_path):
         state = load_file(vit / "model.safetensors")
         del state["classifier.weight"]
         save_file(state, vit / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(HoldfastError, match=r"has no weights for 'classifier.weight'; it is no trained"):
+        with pytest.raises(HoldfastError, match=r"has no weights for 'classifier.weight'; it is not a trained"):
             load_model(f"hf:{vit}", benign)
         torch.save(state, vit / "pytorch_model.bin")
         (vit / "model.safetensors").unlink()
@@ -450,7 +445,7 @@ class TestHuggingFace:
         with pytest.raises(HoldfastError, match="cannot be loaded"):
             load_model(f"hf:{vit}", benign)
 
-    def test_a_network_is_needed_for_what_is_not_here(self, benign, monkeypatch):
+    def test_offline_names_of_the_hub_are_refused(self, benign, monkeypatch):
         def offline(*_, **__):
             raise OSError("We couldn't connect to the Hub.\nAnd more")
 
@@ -462,8 +457,8 @@ class TestHuggingFace:
         ("config", "message"),
         [
             ({"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "x.pt"}}, "name it timm:NAME"),
-            ({"model_type": "vit", "auto_map": {"AutoConfig": "x--y.Z"}}, "'auto_map', which is no setting"),
-            ({"model_type": "vit", "_attn_implementation": "someones/kernels"}, "'_attn_implementation', which is no"),
+            ({"model_type": "vit", "auto_map": {"AutoConfig": "x--y.Z"}}, "'auto_map', which is not a setting"),
+            ({"model_type": "vit", "_attn_implementation": "someones/kernels"}, "'_attn_implementation', which is not"),
             ({"model_type": "nothing"}, "no image classifier can be built"),
             ({}, "no image classifier can be built"),
         ],
@@ -513,10 +508,7 @@ class TestDifferences:
         [
             ({"name": "cnn"}, []),
             ({"name": "mlp"}, ["Only mlp has the tensor 'body.3.weight'.", "The network is MLP instead of CNN."]),
-            (
-                {"name": "cnn", "options": {"width": 8}},
-                ["'body.0.weight' is (8, 1, 3, 3) instead of (16, 1, 3, 3)."],
-            ),
+            ({"name": "cnn", "options": {"width": 8}}, ["'body.0.weight' is (8, 1, 3, 3) instead of (16, 1, 3, 3)."]),
             ({"name": "cnn", "std": (0.25,)}, ["Its input std is [0.25] instead of [0.5]."]),
         ],
     )
@@ -525,7 +517,7 @@ class TestDifferences:
         assert bool(found) == bool(sentences)
         assert set(sentences) <= set(found)
 
-    def test_an_extractor_is_no_difference(self, trained):
+    def test_an_extractor_is_not_a_difference(self, trained):
         model = trained.clone()
         model.insert_extractor(torch.eye(64, dtype=torch.float64) * 2)
         assert architecture_differences(model, trained) == []
@@ -534,7 +526,7 @@ class TestDifferences:
     def test_buffers_hooks_and_layers(self, trained):
         buffered = SplitModel(Buffered(trained.clone().network), "head", mean=(0.5,), std=(0.5,))
         found = architecture_differences(buffered, trained)
-        assert "'body.0.weight' is no parameter instead of a parameter." in found
+        assert "'body.0.weight' is not a parameter instead of a parameter." in found
         hooked = trained.clone()
         hooked.network.body[0].register_forward_hook(lambda *_: None)
         hooked.network.body[2] = nn.Tanh()
@@ -545,7 +537,7 @@ class TestDifferences:
 
     def test_settings_and_classes_of_a_borrowed_name(self, trained):
         class Linear(nn.Linear):
-            """Calls itself torch's."""
+            """Has the name of torch's class."""
 
         Linear.__module__, Linear.__qualname__ = nn.Linear.__module__, nn.Linear.__qualname__
         released = trained.clone()
@@ -571,7 +563,7 @@ def test_the_hash_sees_weights_in_lists(trained):
 
 
 class TestForeignCode:
-    def test_published_layers_are_none(self, trained):
+    def test_published_layers_are_not_foreign(self, trained):
         assert foreign_code(trained) == []
         layer = nn.TransformerEncoderLayer(8, 2, activation="gelu")
         assert foreign_code(SplitModel(nn.Sequential(layer, nn.Linear(8, 2)), "1")) == []
@@ -631,7 +623,7 @@ class TestTransplant:
         released.insert_extractor(torch.diag(torch.logspace(-2, 2, 64, dtype=torch.float64)))
         self.same(transplant(released, self.fresh(trained)), trained, benign)
 
-    def test_what_does_not_fit(self, trained, benign):
+    def test_other_architectures_do_not_fit(self, trained, benign):
         assert transplant(load_model("mlp", benign), trained) is None
         assert transplant(load_model(ModelSpec(name="cnn", options={"width": 8}), benign), trained) is None
 

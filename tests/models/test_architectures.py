@@ -1,4 +1,4 @@
-"""Every architecture of the table in docs/models.md does what the pipeline asks of a model, at 32 and at 64 pixels."""
+"""Every architecture of the table in docs/models.md works in the pipeline, at 32 and at 64 pixels."""
 
 from __future__ import annotations
 
@@ -33,18 +33,13 @@ ARCHITECTURES = {
     "timm:swin_tiny_patch4_window7_224": ({"embed_dim": 24, "num_heads": (1, 2, 4, 8)}, "head.fc"),
     "timm:caformer_s18": ({}, "head.fc.fc2"),
 }
-"""Options, smaller than usual where that is possible, and where the head is."""
+"""Options, for small networks where possible, and the head's name."""
 
 RANDOM = {
-    "cifar_vgg",
-    "cifar_vit",
-    "small_caformer",
-    "timm:vgg11_bn",
-    "timm:mobilenetv3_small_100",
-    "timm:convnext_atto",
-}
-RANDOM |= {"timm:swin_tiny_patch4_window7_224"}  # stochastic depth, by default
-"""Those of them in which something is dropped in training."""
+    "cifar_vgg", "cifar_vit", "small_caformer", "timm:vgg11_bn", "timm:mobilenetv3_small_100", "timm:convnext_atto",
+    "timm:swin_tiny_patch4_window7_224",
+}  # fmt: skip
+"""Architectures with dropout or stochastic depth in training."""
 
 
 def images(size, count=12, classes=4):
@@ -78,7 +73,7 @@ def unchanged(before, model):
 
 
 def test_head_is_found_and_starts_anew_as_a_fine_tuners_does(built):
-    """A fresh head is what timm's own `reset_classifier` puts in its place: torch's default, whatever the rest has."""
+    """A fresh head equals that of timm's `reset_classifier`: torch's default, whatever the other layers have."""
     name, model, _ = built
     assert (model.head_name, model.num_outputs) == (ARCHITECTURES[name][1], 4)
     copy = model.clone()
@@ -133,11 +128,11 @@ def test_blocks_hold_the_body_once(built):
     assert not head & set(held)
     body = sum(p.numel() for p in model.parameters() if id(p) not in head)
     inside = sum(p.numel() for p in model.parameters() if id(p) in set(held))
-    assert inside > 0.85 * body  # class token and positions are in none
+    assert inside > 0.85 * body  # class token and positions are in no block
     assert len(blocks) >= 3
 
 
-def test_saved_and_loaded_again_it_says_the_same(built, tmp_path):
+def test_saving_and_loading_keeps_the_outputs(built, tmp_path):
     _, model, task = built
     model.save(tmp_path / "m.safetensors")
     again = load_model(str(tmp_path / "m.safetensors"), task)
@@ -170,7 +165,7 @@ def test_a_suppression_loop_leaves_the_model_alone(built):
 
 @pytest.mark.trains
 def test_adapters_in_the_transformer_are_scored_as_they_were_trained():
-    """PyTorch's own encoder layer reads the weights past its layers in evaluation, and so past the adapters."""
+    """In evaluation, PyTorch's own encoder layer reads weights without calling their layers, and so skips adapters."""
     task = images(16)
     model = load_model(ModelSpec(name="cifar_vit", options={"depth": 1}), task)
     strategy = Strategy("direct", "lora", "adam", 0.1, 4)
@@ -196,7 +191,7 @@ class TestTable:
         return [(m["name"], m["options"], float(m["millions"])) for m in self.ROW.finditer(page)]
 
     def test_sizes_are_as_documented(self):
-        """Millions of parameters for ten classes and colour images of 32 pixels; nothing is allocated for them."""
+        """Millions of parameters for ten classes and colour images of 32 pixels, on the meta device."""
         rows = self.rows()
         assert len(rows) > 10
         for name, options, millions in rows:

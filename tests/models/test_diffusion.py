@@ -42,7 +42,7 @@ def network(**change):
 
 
 def saved(folder, scheduler=None, **change):
-    """A folder as diffusers itself writes it, of a network that Holdfast has never seen."""
+    """A folder that diffusers writes, without Holdfast."""
     made = scheduler if scheduler is not None else diffusers.DDPMScheduler()
     diffusers.DDPMPipeline(network(**change), made).save_pretrained(folder)
     return folder
@@ -60,7 +60,7 @@ def edited(path, **change):
 
 
 class TestFolders:
-    def test_what_holdfast_writes_diffusers_opens_and_samples_alike(self, denoiser, tmp_path):
+    def test_diffusers_opens_a_saved_folder_and_draws_the_same_samples(self, denoiser, tmp_path):
         folder = denoiser.save_pretrained(tmp_path / "pipeline")
         plain = diffusers.DDPMPipeline.from_pretrained(folder)
         assert np.abs(image(plain) - image(denoiser.pipeline())).max() < 1e-5
@@ -68,7 +68,7 @@ class TestFolders:
         assert plain.scheduler.config.beta_schedule == "linear"
 
     @pytest.mark.parametrize("prefix", ["", "diffusers:"])
-    def test_what_diffusers_writes_holdfast_opens(self, task, tmp_path, prefix):
+    def test_holdfast_opens_a_folder_of_diffusers(self, task, tmp_path, prefix):
         folder = saved(tmp_path / "ddpm")
         model = load_released(f"{prefix}{folder}", None, task)
         assert isinstance(model, Denoiser)
@@ -87,7 +87,7 @@ class TestFolders:
         assert isinstance(load_model("unet", task).pipeline(ddim=True), diffusers.DDIMPipeline)
 
     def test_our_own_file_carries_all_that_is_needed(self, task, tmp_path):
-        """The folder may be gone: architecture and scheduler are in the header of the weights."""
+        """Without the folder: architecture and scheduler are in the header of the weights."""
         folder = saved(tmp_path / "ddpm", diffusers.DDPMScheduler(prediction_type="v_prediction"))
         model = load_released(str(folder), None, task)
         model.save(tmp_path / "model.safetensors")
@@ -125,7 +125,7 @@ class TestFolders:
         (folder / file).write_text(text, encoding="latin-1")
         with pytest.raises(
             HoldfastError,
-            match=r"no folder of a diffusers pipeline|cannot be loaded as an UNet2DModel|is no configuration of",
+            match=r"not a folder of a diffusers|cannot be loaded as a UNet2DModel|is not a scheduler's configuration",
         ):
             load_released(str(folder), None, task)
 
@@ -133,7 +133,7 @@ class TestFolders:
         folder = tmp_path / "ddpm"
         diffusers.DDPMPipeline(network(), diffusers.DDPMScheduler()).save_pretrained(folder, safe_serialization=False)
         assert (folder / "unet" / "diffusion_pytorch_model.bin").is_file()
-        with pytest.raises(HoldfastError, match="cannot be loaded as an UNet2DModel in safetensors"):
+        with pytest.raises(HoldfastError, match="cannot be loaded as a UNet2DModel in safetensors"):
             load_released(str(folder), None, task)
 
     def test_missing_weights_and_weights_of_another_network(self, task, tmp_path):
@@ -141,13 +141,13 @@ class TestFolders:
         file = folder / "unet" / "diffusion_pytorch_model.safetensors"
         tensors = load_file(file)
         save_file({**tensors, "conv_in.weight": torch.zeros(4, 1, 3, 3)}, file)
-        with pytest.raises(HoldfastError, match="cannot be loaded as an UNet2DModel"):
+        with pytest.raises(HoldfastError, match="cannot be loaded as a UNet2DModel"):
             load_released(str(folder), None, task)
         save_file({k: v for k, v in tensors.items() if k != "conv_in.weight"}, file)
         with pytest.raises(HoldfastError, match=r"has no weights for conv_in\.weight"):
             load_released(str(folder), None, task)
         file.unlink()
-        with pytest.raises(HoldfastError, match="cannot be loaded as an UNet2DModel"):
+        with pytest.raises(HoldfastError, match="cannot be loaded as a UNet2DModel"):
             load_released(str(folder), None, task)
 
     def test_another_scheduler_is_refused(self, task, tmp_path):
@@ -168,9 +168,9 @@ class TestRefusals:
     def test_a_variance_or_a_class(self, task):
         with pytest.raises(HoldfastError, match="predict a variance"):
             Denoiser(network(out_channels=2))
-        with pytest.raises(HoldfastError, match="wants the class"):
+        with pytest.raises(HoldfastError, match="needs the class"):
             Denoiser(network(class_embed_type=None, num_class_embeds=10))
-        with pytest.raises(HoldfastError, match="wants the class"):
+        with pytest.raises(HoldfastError, match="needs the class"):
             Denoiser(network(class_embed_type="timestep"))
 
     def test_a_prediction_that_nobody_knows(self):
@@ -223,18 +223,18 @@ class TestRefusals:
             load_model(ModelSpec(name="unet", options={"widths": widths}), task)
 
     @pytest.mark.parametrize("setting", [{"head": "conv_in"}, {"mean": (0.5,), "std": (0.5,)}], ids=["head", "mean"])
-    def test_what_it_has_no_use_for_is_not_passed_over(self, task, setting):
+    def test_settings_without_effect_are_refused(self, task, setting):
         with pytest.raises(HoldfastError, match="leave head, mean and std out"):
             load_model(ModelSpec(name="unet", **setting), task)
         assert load_model(ModelSpec(name="unet", head="conv_out"), task).head_name == "conv_out"
 
     def test_another_number_of_channels(self, denoiser):
-        with pytest.raises(HoldfastError, match="images of 1 channels, and 3 are wanted"):
+        with pytest.raises(HoldfastError, match="images of 1 channels, and 3 are needed"):
             denoiser.clone().reset_head(3)
 
 
 class Truth(torch.nn.Module):
-    """Stands for a network that knows what it is asked for."""
+    """Stands for a network with a perfect prediction."""
 
     def __init__(self, plain, answer):
         super().__init__()
@@ -246,7 +246,7 @@ class Truth(torch.nn.Module):
 
 class TestPredictions:
     @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-    def test_the_noise_is_recovered_whatever_the_network_answers(self, kind):
+    def test_the_noise_is_computed_from_every_kind_of_prediction(self, kind):
         """By a task's own inputs, against the definitions: v = sqrt(a) epsilon - sqrt(1 - a) x_0."""
         schedule = Schedule({"prediction_type": kind})
         generator = torch.Generator().manual_seed(0)
@@ -271,7 +271,7 @@ class TestPredictions:
         assert (found - expected).norm() < 0.05 * expected.norm()
 
     def test_time_steps_reach_the_network_whole_in_any_precision(self, task):
-        """999 is no number of bfloat16."""
+        """bfloat16 cannot represent 999."""
         seen = []
         model = Denoiser(network()).to(torch.bfloat16)
         model.network.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
@@ -289,7 +289,7 @@ class TestPredictions:
 
 
 class TestReading:
-    def test_what_the_tensors_do_not_say_is_part_of_what_a_denoiser_is(self, task):
+    def test_schedule_and_prediction_type_identify_a_denoiser(self, task):
         one, other = (Denoiser(network(), scheduler={"prediction_type": k}) for k in ("epsilon", "v_prediction"))
         assert one.facts().sha256 == other.facts().sha256
         assert one.input_settings() != other.input_settings()
@@ -344,7 +344,7 @@ class TestParts:
         assert all(".attentions." in name for name in places["lora-attention"])
         assert places["lora-attention"] < places["lora"]
 
-    def test_a_model_without_attention_says_so(self, model, restricted):
+    def test_a_model_without_attention_is_refused(self, model, restricted):
         from holdfast.training import not_applicable
 
         reason = not_applicable(Strategy("head", "lora-attention"), model, restricted)

@@ -32,7 +32,7 @@ class TestCache:
         assert [cache.get((name,)) is not None for name in "abcd"] == [True, False, True, True]
         assert (cache.hits, cache.misses, cache.bytes) == (4, 1, 120)
 
-    def test_what_is_too_large_is_not_kept_and_drives_nobody_out(self):
+    def test_a_too_large_entry_is_not_kept_and_drops_no_other(self):
         cache = FeatureCache(limit=40)
         cache.put(("small",), pair(10))
         cache.put(("large",), pair(11))
@@ -94,7 +94,7 @@ class TestFeatures:
         assert not torch.equal(features(one, benign, "test")[0], features(other, benign, "test")[0])
         assert KEPT.misses == 2
 
-    def test_what_does_not_fit_is_computed_and_not_kept(self, trained, benign, monkeypatch):
+    def test_features_above_the_limit_are_computed_and_not_kept(self, trained, benign, monkeypatch):
         whole = features(trained, benign, "train")
         KEPT.clear()
         monkeypatch.setattr(KEPT, "limit", size_of(whole) - 1)
@@ -122,7 +122,7 @@ class TestWhoUsesIt:
         assess(trained, benign, restricted)
         assert (KEPT.hits, KEPT.misses) == (2, 2)
 
-    def test_a_linear_defense_finds_what_the_study_computed(self, trained, benign, restricted, run):
+    def test_a_linear_defense_reuses_features_of_the_study(self, trained, benign, restricted, run):
         assess(trained, benign, restricted)
         KEPT.hits = KEPT.misses = 0
         FrontierDefense().immunize(trained, benign, restricted, run=run)

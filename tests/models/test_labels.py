@@ -1,4 +1,4 @@
-"""Outputs and classes: matched by name where both have names, else by index; and transformers' models as they come."""
+"""Outputs and classes, matched by name if both have names, else by index; and folders of transformers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from holdfast.errors import HoldfastError
 from holdfast.models import ModelSpec, SplitModel, load_model, load_released
 from holdfast.models.labels import match_outputs
 from holdfast.tasks import ArrayTask
+from texts import tiny_vit
 
 X = torch.rand(4, 1, 8, 8)
 
@@ -28,14 +29,10 @@ def task_of(names, name="animals"):
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
-    """A classifier of three animals, and its own outputs."""
+    """A classifier of three animals, and its outputs on X."""
     folder = tmp_path_factory.mktemp("hf") / "vit"
+    network = tiny_vit(id2label={0: "Cat", 1: "dog", 2: "sea lion"})
     torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4,
-        num_channels=1, id2label={0: "Cat", 1: "dog", 2: "sea lion"},
-    )  # fmt: skip
-    network = transformers.ViTForImageClassification(config).eval()
     nn.init.normal_(network.classifier.weight)
     network.save_pretrained(folder)
     return folder, network(X).logits.detach()
@@ -48,7 +45,7 @@ class TestByName:
         model = load_released(f"hf:{folder}", None, task).eval()
         assert torch.allclose(model(X), outputs[:, [2, 0, 1]], atol=1e-6)
         assert "were in another order; they were matched with animals by name" in " ".join(model.notes)
-        # What is saved says the order that it is in, and is read again as it is.
+        # The saved file records its order.
         model.save(tmp_path / "m.safetensors")
         again = load_released(str(tmp_path / "m.safetensors"), None, task).eval()
         assert torch.equal(again(X), model(X))
@@ -100,7 +97,7 @@ class TestByName:
             def forward(self, x):
                 return self.head(x.flatten(1)) + self.shift
 
-        with pytest.raises(HoldfastError, match="more than its head 'head' has a part in them"):
+        with pytest.raises(HoldfastError, match="depend on more than its head 'head'"):
             match_outputs(SplitModel(Biased(), "head"), ["a", "b", "c"], task_of(["c", "a", "b"]))
 
 
@@ -156,7 +153,7 @@ class TestFolders:
         assert torch.equal(load_released(str(tmp_path / "m.safetensors"), None, task).eval()(X), model(X))
         # The adapter alone, and one that is a pickle.
         (tmp_path / "both" / "config.json").rename(tmp_path / "config.json")
-        with pytest.raises(HoldfastError, match=r"adapter without the model.*merge_and_unload"):
+        with pytest.raises(HoldfastError, match=r"adapter without its model.*merge_and_unload"):
             load_released(f"hf:{tmp_path}/both", None, task)
         (tmp_path / "config.json").rename(tmp_path / "both" / "config.json")
         (tmp_path / "both" / "adapter_model.safetensors").rename(tmp_path / "both" / "adapter_model.bin")
@@ -171,10 +168,10 @@ class TestFolders:
         assert torch.allclose(model(X), outputs, atol=1e-6)
         assert any("begin with 'module.'" in note for note in model.notes)
 
-    def test_options_that_would_do_nothing(self, vit, tmp_path):
+    def test_options_without_effect(self, vit, tmp_path):
         folder, _ = vit
         spec = ModelSpec(name=f"hf:{folder}", weights=str(folder / "model.safetensors"), options={"num_labels": 5})
-        with pytest.raises(HoldfastError, match="num_labels puts a fresh head"):
+        with pytest.raises(HoldfastError, match="num_labels replaces the model's own head"):
             load_model(spec, task_of(["cat", "dog", "emu"]))
 
     def test_a_folder_of_something_else(self, vit, tmp_path, denoiser):
@@ -183,7 +180,7 @@ class TestFolders:
         task = task_of(["cat", "dog", "sea lion"])
         with pytest.raises(HoldfastError, match=r"holds a diffusers pipeline.*diffusers:"):
             load_released(f"hf:{tmp_path}/ddpm", None, task)
-        with pytest.raises(HoldfastError, match=r"is a folder as transformers write it; name it hf:"):
+        with pytest.raises(HoldfastError, match=r"is a folder of transformers; name it hf:"):
             load_released(f"diffusers:{folder}", None, task)
         (tmp_path / "empty").mkdir()
         with pytest.raises(HoldfastError, match="cannot be loaded"):

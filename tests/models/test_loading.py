@@ -67,7 +67,7 @@ class TestSplitModel:
         assert model.facts().sha256 == digest != clone.facts().sha256
 
     def test_hooks_and_notes_of_a_clone_are_its_own(self, model):
-        """What is empty when it is copied, too: every module's dictionaries of hooks are."""
+        """Also dictionaries of hooks, which are empty when they are copied."""
         first = next(iter(model.network.modules()))
         first.notes = first.the_same = {}
         clone = model.clone()
@@ -149,15 +149,15 @@ class TestFiles:
             with pytest.raises(HoldfastError, match="is a pickle"):
                 load_released(str(path), None, benign)
 
-    def test_foreign_weights_name_what_differs(self, benign, tmp_path):
+    def test_the_refusal_of_foreign_weights_names_the_differences(self, benign, tmp_path):
         save_file({"body.0.weight": torch.zeros(2, 2)}, tmp_path / "w.safetensors")
         with pytest.raises(HoldfastError, match=r"does not fit cnn: no .*and \d+ more"):
             load_released("cnn", tmp_path / "w.safetensors", benign)
-        with pytest.raises(HoldfastError, match="does not say which architecture"):
+        with pytest.raises(HoldfastError, match="does not name its architecture"):
             load_released(str(tmp_path / "w.safetensors"), None, benign)
 
     def test_refused_options_are_refused_before_timm_sees_them(self, images, tmp_path, monkeypatch):
-        """Also where they come from: the header of a file of weights, which anybody may have written."""
+        """The header of a file of weights is untrusted."""
         monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was asked"))
         spec = {"name": "timm:resnet18", "options": {"checkpoint_path": str(tmp_path / "evil.pt")}}
         save_tensors(tmp_path / "m.safetensors", {"x": torch.zeros(1)}, {"model": spec})
@@ -165,7 +165,7 @@ class TestFiles:
             load_released(str(tmp_path / "m.safetensors"), None, images)
 
     @pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int64, torch.bool])
-    def test_integers_are_no_weights(self, model, benign, tmp_path, kind):
+    def test_integers_are_not_weights(self, model, benign, tmp_path, kind):
         state = contiguous(model)
         save_file({**state, "head.weight": state["head.weight"].to(kind)}, tmp_path / "w.safetensors")
         with pytest.raises(HoldfastError, match=f"'head.weight' holds {str(kind)[6:]}, and floating-point"):
@@ -181,7 +181,7 @@ class TestFiles:
     )
     def test_a_hostile_header_is_a_clear_error(self, model, benign, tmp_path, meta):
         save_file(contiguous(model), tmp_path / "w.safetensors", metadata={"holdfast": meta})
-        with pytest.raises(HoldfastError, match=r"not a readable|does not say|unusable description"):
+        with pytest.raises(HoldfastError, match=r"not a readable|does not name|unusable description"):
             load_released(str(tmp_path / "w.safetensors"), None, benign)
 
     def test_missing_and_damaged_files(self, benign, tmp_path):
@@ -191,7 +191,7 @@ class TestFiles:
         with pytest.raises(HoldfastError, match="not a readable safetensors"):
             load_released("cnn", tmp_path / "noise.safetensors", benign)
 
-    def test_an_architecture_alone_is_no_model(self, benign):
+    def test_an_architecture_alone_is_refused(self, benign):
         with pytest.raises(HoldfastError, match="architecture without weights"):
             load_released("cnn", None, benign)
         with pytest.raises(HoldfastError, match="did you mean 'cnn'"):
@@ -274,7 +274,7 @@ class TestCatalog:
         ],
     )
     def test_real_weights(self, data_dir, name, options, weights, task, accuracy):
-        """Accuracies of the whole test splits, as published; here 600 images, so three of their standard errors."""
+        """Published accuracies of the full test splits, within three standard errors of 600 images."""
         task = load_task(TaskSpec(data=task, test_limit=600), data_dir=data_dir)
         spec = ModelSpec(name=name, options=options, weights=f"weights/{weights}.safetensors")
         tolerance = 3 * (accuracy * (1 - accuracy) / 600) ** 0.5
@@ -283,8 +283,8 @@ class TestCatalog:
     @pytest.mark.parametrize(
         ("name", "size", "message"),
         [
-            ("mnist_cnn", 12, "vanish in its convolutions; give at least 16x16"),
-            ("cifar_vit", 30, "no whole number of 4x4 patches"),
+            ("mnist_cnn", 12, "are too small for its convolutions; give at least 16x16"),
+            ("cifar_vit", 30, "not a whole number of 4x4 patches"),
             ("cifar_vgg", 16, "give at least 32x32"),
         ],
     )
@@ -357,7 +357,7 @@ class TestFit:
 
 
 def test_kept_outputs_of_a_head_for_more_classes(tmp_path):
-    """An ImageNet classifier serves ten of its classes without a new head."""
+    """An ImageNet classifier keeps ten of its classes, without a new head."""
     wide, narrow = load_task("digits"), load_task("digits[3,5,8]")
     torch.manual_seed(0)
     whole = load_model("cnn", wide).eval()

@@ -1,4 +1,4 @@
-"""Folders for other libraries: each reads what `save_pretrained` wrote, without Holdfast and without a network."""
+"""Folders of `save_pretrained`, which other libraries read without Holdfast and without a network."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from holdfast.models import (
     list_models,
     load_model,
     load_released,
-    load_task_for,
     register,
 )
 from holdfast.tasks import load_task, load_tokenizer
-from texts import BERT, GPT2, save_model, write_reviews
+from texts import reviews, save_models, tiny_vit
 
 CPU = torch.device("cpu")
 TIMM = "timm:test_resnet"
@@ -34,7 +33,7 @@ TIMM = "timm:test_resnet"
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     def refused(*_, **__):
-        raise AssertionError("the network was asked for something")
+        raise AssertionError("the test used the network")
 
     monkeypatch.setattr(socket.socket, "connect", refused)
     monkeypatch.setattr(socket, "getaddrinfo", refused)
@@ -42,22 +41,8 @@ def _no_network(monkeypatch):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    root = tmp_path_factory.mktemp("written")
-    for name, config, kind in (
-        ("bert", BERT, "AutoModel"),
-        ("bert-classifier", BERT, "AutoModelForSequenceClassification"),
-        ("gpt2-classifier", GPT2, "AutoModelForSequenceClassification"),
-    ):
-        (root / name).mkdir()
-        save_model(root / name, config, kind, **({"pad_token_id": 1} if name == "gpt2-classifier" else {}))
-    write_reviews(root)
-    config = transformers.ViTConfig(
-        image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, num_labels=5,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        transformers.ViTForImageClassification(config).save_pretrained(root / "vit")
+    root = save_models(tmp_path_factory.mktemp("models"))
+    tiny_vit(num_labels=5).save_pretrained(root / "vit")
     return root
 
 
@@ -69,10 +54,6 @@ def digits():
 @pytest.fixture(scope="module")
 def images():
     return load_task("digits[0-4]@image_size=32,channels=3")
-
-
-def reviews(places, model):
-    return load_task_for(f"{places / 'reviews.csv'}@text=review,target=label,length=8", f"hf:{places / model}")
 
 
 def loaded(spec, task):
@@ -211,11 +192,11 @@ class TestText:
         assert_equal_states(again.network.state_dict(), model.network.state_dict())
         assert load_released(f"hf:{folder}", None, task).facts().sha256 == model.facts().sha256
 
-    def test_a_model_that_lost_its_tokenizer_says_how_to_give_it(self, places, tmp_path):
+    def test_a_missing_tokenizer_is_named_with_the_remedy(self, places, tmp_path):
         task = reviews(places, "bert")
         loaded(f"hf:{places / 'bert'}", task).save(tmp_path / "m.safetensors")
         model = load_released(str(tmp_path / "m.safetensors"), None, task)
-        with pytest.raises(HoldfastError, match=r"tokenizer 'bert' is not found.*model\.tokenizer"):
+        with pytest.raises(HoldfastError, match=r"tokenizer 'bert' was not found.*model\.tokenizer"):
             model.save_pretrained(tmp_path / "out")
         model.tokenizer = str(places / "bert")
         assert SplitModel.from_pretrained(model.save_pretrained(tmp_path / "out"), task).num_outputs == 2
@@ -232,12 +213,12 @@ class TestOthers:
         assert isinstance(again, Denoiser)
         assert torch.equal(answers(again, digit_images[0]), answers(denoiser, digit_images[0]))
 
-    def test_what_no_library_reads_names_save(self, model, tmp_path):
+    def test_models_without_a_library_are_refused(self, model, tmp_path):
         for each in (model, SplitModel(nn.Sequential(nn.Linear(2, 2)), "0")):
             with pytest.raises(HoldfastError, match=r"not a model of transformers, timm or diffusers.*save\(FILE\)"):
                 each.save_pretrained(tmp_path / "out")
 
-    def test_what_holdfast_saved_is_read_from_its_folder_or_file(self, model, benign, tmp_path):
+    def test_saved_weights_are_read_from_their_folder_or_file(self, model, benign, tmp_path):
         model.save(tmp_path / "model.safetensors")
         for place in (tmp_path, tmp_path / "model.safetensors"):
             assert SplitModel.from_pretrained(place, benign).facts().sha256 == model.facts().sha256

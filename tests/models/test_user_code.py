@@ -1,4 +1,4 @@
-"""Networks that somebody's function returns: what is part of the hash, what is normalised, and what is no network."""
+"""Networks from the user's functions: their hash, their normalisation, and refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def net(classes=5, pixels=64):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes files, and forgets what was imported from them."""
+    """Writes files, and afterwards removes their modules from `sys.modules`."""
     before = set(sys.modules)
 
     def written(**files):
@@ -47,7 +47,7 @@ def names(folder, file="nets.py", module=None):
 
 
 class TestSources:
-    def test_what_is_imported_from_beside_it_directly_or_not(self, write):
+    def test_direct_and_indirect_imports_are_followed(self, write):
         folder = write(
             nets="import torch, helper\nfrom parts import blocks\ndef f():\n    import late\n",
             helper="from deeper.sizes import WIDTH\n",
@@ -75,7 +75,7 @@ class TestSources:
         folder = write(nets="import helper", helper="import nets\nimport bad", bad="1 +")
         assert names(folder) == ["bad.py", "helper.py", "nets.py"]
 
-    def test_what_is_installed_is_not_followed(self, write):
+    def test_installed_packages_are_not_followed(self, write):
         folder = write(nets="import numpy, torch.nn, holdfast.models\n")
         assert names(folder) == ["nets.py"]
 
@@ -88,7 +88,7 @@ class TestSources:
 
 
 def test_a_helper_that_changed_makes_another_job(write, benign, tmp_path, capsys):
-    """In a second process the module is imported anew; here it is forgotten in between."""
+    """Stands for a second process: the module is removed and imported again."""
     folder = write(
         nets=HEADER + "import helper\ndef make():\n    torch.manual_seed(0)\n    return net()\n", helper="x = 1"
     )
@@ -106,7 +106,7 @@ def test_a_helper_that_changed_makes_another_job(write, benign, tmp_path, capsys
     assert run() == 0
     (folder / "helper.py").write_text("x = 2")
     assert run() == 2
-    assert "was changed since it was imported" in capsys.readouterr().err
+    assert "was changed after this process imported it" in capsys.readouterr().err
     from holdfast.models.families import user_code
 
     user_code._IMPORTED.clear()
@@ -123,12 +123,12 @@ class TestNormalisation:
         "def split():\n    from holdfast import SplitModel\n    return SplitModel(net(), '1', mean=[0.25], std=[0.5])\n"
     )
 
-    def test_a_note_says_which(self, write, benign):
+    def test_a_note_names_the_normalisation(self, write, benign):
         folder = write(nets=self.MADE)
         colour = load_task(TaskSpec(data="digits[0-4]", channels=3))
         bare = load_model(f"{folder}/nets.py:bare", benign)
         assert bare.mean is None
-        assert "gets images in [0, 1] as they are" in bare.notes[-1]
+        assert "gets images in [0, 1] without normalisation" in bare.notes[-1]
         said = load_model(f"{folder}/nets.py:timmlike", colour)
         assert said.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
         assert "mean [0.1, 0.2, 0.3], std [0.5, 0.5, 0.5]" in said.notes[-1]
@@ -163,8 +163,8 @@ class TestWhatIsReturned:
             ("return nn.Linear", "returned the class Linear.*an object of the class"),
             ("net()", "returned NoneType.*Is there a `return`"),
             ("return net().state_dict()", "returned OrderedDict.*state dict.*--weights FILE"),
-            ("return net(), 3", "returned tuple.*the network in it alone"),
-            ("return {'model': net()}", "returned dict.*the network in it alone"),
+            ("return net(), 3", "returned tuple.*only the network in it"),
+            ("return {'model': net()}", "returned dict.*only the network in it"),
             ("return [1]", "returned list; expected a torch.nn.Module.$"),
             ("import sys; sys.exit(0)", "ended the program"),
             ("return net().to('meta')", "no values"),
@@ -173,7 +173,7 @@ class TestWhatIsReturned:
             ("made = net(); made[1].weight.data.fill_(float('nan')); return made", "not finite"),
         ],
     )
-    def test_what_is_no_network_is_said(self, write, benign, body, message):
+    def test_returned_objects_that_are_not_networks(self, write, benign, body, message):
         folder = write(nets=f"{HEADER}def make():\n    {body}\n")
         with pytest.raises(HoldfastError, match=message):
             load_model(f"{folder}/nets.py:make", benign)
@@ -214,14 +214,10 @@ class TestWhatIsReturned:
     [
         ("feasibility", ["--head", "fc"], "--head is of a model"),
         ("feasibility", ["--mean", "0.5"], "--mean is of a model"),
-        (
-            "audit",
-            ["cnn.safetensors", "--original", "cnn.safetensors", "--trials", "9"],
-            "quick-v1 is not a search",
-        ),
+        ("audit", ["cnn.safetensors", "--original", "cnn.safetensors", "--trials", "9"], "quick-v1 is not a search"),
     ],
 )
-def test_options_that_would_do_nothing(tmp_path, monkeypatch, capsys, benign, verb, options, message):
+def test_options_without_effect(tmp_path, monkeypatch, capsys, benign, verb, options, message):
     monkeypatch.chdir(tmp_path)
     load_model(ModelSpec(name="cnn"), benign).save("cnn.safetensors")
     where = ["--benign", "digits[0-4]", "--restricted", "digits[5-9]", "--out", str(tmp_path / "out")]

@@ -1,4 +1,4 @@
-"""Files of weights: one or several, under other names, and what is no file of weights."""
+"""Files of weights: one or several, with other names, and files that are refused."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class TestSeveralFiles:
     @pytest.mark.parametrize("name", ["model.safetensors.index.json", "model-00002-of-00003.safetensors"])
     def test_one_that_is_missing_is_named(self, shards, benign, name):
         (shards / "model-00003-of-00003.safetensors").unlink()
-        with pytest.raises(HoldfastError, match=r"3 files, and of these 'model-00003-of-00003.safetensors' is not"):
+        with pytest.raises(HoldfastError, match=r"3 files, but 'model-00003-of-00003.safetensors' is not"):
             load_released("cnn", shards / name, benign)
 
     def test_an_index_that_lies(self, shards, benign):
@@ -129,7 +129,7 @@ class TestSeveralFiles:
             read_weights(path)
         for text in ("[]", "{}", '{"weight_map": 3}', "{", '{"weight_map": {}}'):
             path.write_text(text)
-            with pytest.raises(HoldfastError, match=r"no index of weights|names 'no file'"):
+            with pytest.raises(HoldfastError, match=r"not an index of weights|names 'no file'"):
                 read_weights(path)
 
 
@@ -150,7 +150,7 @@ class TestWhatIsNoSafetensors:
             (b"PK\x03\x04" + bytes(60), "is a pickle"),
         ],
     )
-    def test_it_says_what_it_is(self, benign, tmp_path, content, message):
+    def test_a_file_is_refused_by_its_kind(self, benign, tmp_path, content, message):
         (tmp_path / "w.safetensors").write_bytes(content)
         with pytest.raises(HoldfastError, match=message):
             load_released("cnn", tmp_path / "w.safetensors", benign)
@@ -164,7 +164,7 @@ class TestWhatIsNoSafetensors:
 
     @pytest.mark.parametrize("beginning", [b"{", b"<", b"\x80\x02", b"\x80\x05"])
     def test_a_good_file_may_begin_like_another_format(self, tmp_path, beginning):
-        """Its first bytes are the length of its header; that of a small network may be 0x0280, as a pickle begins."""
+        """The first bytes are the header's length; that of a small network may be 0x0280, the beginning of a pickle."""
         names = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
         length = next(n for n in range(len(names), 2000) if n.to_bytes(8, "little").startswith(beginning))
         content = length.to_bytes(8, "little") + names.ljust(length) + bytes(4)
@@ -187,7 +187,7 @@ class TestOptionsThatWouldDoNothing:
     def test_pretrained_beside_weights(self, benign, tmp_path):
         spec = ModelSpec(name="timm:resnet18", weights="w.safetensors", options={"pretrained": True})
         save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors")
-        with pytest.raises(HoldfastError, match="`pretrained` asks for others"):
+        with pytest.raises(HoldfastError, match="`pretrained` would load others"):
             load_model(spec, benign, data_dir=tmp_path)
 
     def test_a_normalisation_of_other_channels(self, benign):
@@ -223,7 +223,7 @@ class TestSaving:
         ("difusers:some/model", [], "did you mean diffusers:some/model"),
     ],
 )
-def test_what_is_no_name_of_a_model(benign, tmp_path, monkeypatch, name, files, message):
+def test_names_that_are_not_of_models(benign, tmp_path, monkeypatch, name, files, message):
     monkeypatch.chdir(tmp_path)
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)

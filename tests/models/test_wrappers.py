@@ -1,4 +1,4 @@
-"""Networks inside something else, and numbers that are no float32: made plain, or refused with the way out."""
+"""Wrapped networks, and numbers that are not float32: converted, or refused with a remedy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def network():
 
 
 class Middle(nn.Module):
-    """A network with a part that is wrapped, as PyTorch's ImageNet example wraps the convolutions of AlexNet."""
+    """A network with a wrapped part, like the convolutions of AlexNet in PyTorch's ImageNet example."""
 
     def __init__(self, wrap):
         super().__init__()
@@ -135,7 +135,7 @@ class TestPrecision:
         assert curves[0].scores == curves[1].scores
         assert curves[0].finite
 
-    def test_what_is_written_gives_the_same_outputs_again(self, benign, tmp_path):
+    def test_saved_weights_give_the_same_outputs(self, benign, tmp_path):
         model = load_model("cnn", benign)
         model.network.half()
         model = model.unwrapped().eval()
@@ -262,7 +262,7 @@ def lazy():
         (lambda: network().to("meta"), "'1.weight' has no values.*meta device"),
     ],
 )
-def test_what_cannot_be_unwrapped(benign, build, message):
+def test_networks_that_cannot_be_unwrapped(benign, build, message):
     made = build()
     with pytest.raises(HoldfastError, match=f"mine: .*{message}"):
         SplitModel.of(made, benign, name="mine")

@@ -17,7 +17,7 @@ def tone(frequency: float, rate: int = 8000, seconds: float = 1.0) -> np.ndarray
 
 
 def centre(band: int) -> float:
-    """Frequency in the middle of a band, counted from the lowest; written out from the mel scale's definition."""
+    """Centre frequency of a band, counted from the lowest, by the definition of the mel scale."""
     mel = 2595 * np.log10(1 + TOP / 700) * (band + 1) / (BANDS + 1)
     return 700 * (10 ** (mel / 2595) - 1)
 
@@ -47,18 +47,18 @@ class TestSpectrograms:
         assert np.abs(picture[BANDS - 1 - 5].astype(int) - 127).max() <= 8  # bands are not equally wide
         assert picture.min() == 0
 
-    def test_time_goes_to_the_right_and_what_is_missing_is_silence(self):
+    def test_time_goes_to_the_right_and_short_sounds_end_in_silence(self):
         (picture,) = spectrograms([tone(1000, seconds=0.5)], 8000)
         assert (picture[:, :30].max(0) > 250).all()
         assert (picture[:, 32:] == 0).all()
 
-    def test_what_is_too_long_is_cut(self):
+    def test_long_sounds_are_cut(self):
         assert np.array_equal(spectrograms([tone(1000)], 8000), spectrograms([tone(1000, seconds=3)], 8000))
 
     def test_silence_is_black(self):
         assert (spectrograms([np.zeros(100), np.zeros(0)], 8000) == 0).all()
 
-    def test_each_of_many_is_as_it_is_alone(self):
+    def test_sounds_do_not_affect_each_other(self):
         sounds = [tone(300 + 20 * i) for i in range(70)]
         assert np.array_equal(spectrograms(sounds, 8000)[66], spectrograms(sounds[66:67], 8000)[0])
 
@@ -69,7 +69,7 @@ class TestSpectrograms:
 
 @pytest.fixture
 def sounds(tmp_path):
-    """24 tones: the label is how high, the speaker how long."""
+    """24 tones, labelled by pitch and, as the speaker, by length."""
     made = [tone(500 * (1 + i % 3), seconds=0.2 + 0.1 * (i % 2)) * 1000 + i for i in range(24)]
     arrays = {
         "pcm": np.concatenate(made).astype(np.int16),
@@ -116,7 +116,7 @@ class TestArchive:
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
-            ({"rate": None}, "no `rate`"),
+            ({"rate": None}, "without `rate`"),
             ({"offsets": np.array([0, 10, 5, 20])}, "expected where each sound begins"),
             ({"offsets": np.array([0, 10, 10**9])}, "expected where each sound begins"),
             ({"offsets": np.array(3)}, "expected where each sound begins"),
@@ -124,7 +124,7 @@ class TestArchive:
             ({"rate": np.array(4000)}, "hold nothing up to"),
         ],
     )
-    def test_what_does_not_fit_is_said(self, sounds, changed, message):
+    def test_archives_that_do_not_fit_are_refused(self, sounds, changed, message):
         with pytest.raises(HoldfastError, match=message):
             load_task(str(sounds(**changed)))
 
@@ -149,7 +149,7 @@ class TestFolder:
         assert task.input_shape == (1, BANDS, WINDOWS)
         assert load_task(f"{folder}@channels=3,image_size=24").input_shape == (3, 24, 24)
 
-    def test_is_what_an_archive_of_the_same_would_be(self, folder):
+    def test_wav_files_and_an_archive_give_the_same_task(self, folder):
         task = load_task(str(folder))
         picture = task._x["train"][task._y["train"] == 0][:1, 0].numpy()
         rates = [wavfile.read(p)[1] for p in sorted((folder / "high").glob("*.wav"))]
@@ -165,14 +165,14 @@ class TestFolder:
         assert (bits.argmax(0) == two.argmax(0)).all()
         assert np.abs(bits - two).max(1)[-5:].max() < 80  # a coarser noise floor, and the same tone
 
-    def test_what_is_no_wav_is_said(self, folder):
+    def test_files_that_are_not_wav_are_refused(self, folder):
         (folder / "low" / "9.wav").write_bytes(b"RIFFnonsense")
         with pytest.raises(HoldfastError, match=r"9\.wav' cannot be read as a WAV file"):
             load_task(str(folder))
 
 
-def test_real_recordings_halve_alike_whatever_their_labels(data_dir):
-    """Both tasks are over the same recordings: what the adversary gets of one, no defender has of the other."""
+def test_halves_of_real_recordings_do_not_depend_on_labels(data_dir):
+    """Both tasks use the same recordings: defender and adversary share none, even across tasks."""
     digits, speakers = (load_task(f"spoken_digits_8khz{t}", data_dir=data_dir) for t in ("", "@target=speaker"))
     assert (digits.size("train"), digits.size("test"), digits.num_outputs) == (894, 298, 10)
     assert speakers.class_names == ["george", "jackson", "lucas", "nicolas", "theo", "yweweler"]

@@ -37,7 +37,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 class Answers(nn.Module):
-    """Answers by a function of the inputs; it has a parameter, so that it is somewhere."""
+    """Returns a function of the inputs; its parameter gives it a device."""
 
     def __init__(self, answer):
         super().__init__()
@@ -48,7 +48,7 @@ class Answers(nn.Module):
 
 
 def knows(task, split="test"):
-    """A model that answers the very noise of a sweep, in order."""
+    """A model that returns the true noise of a sweep, in order."""
     answers = torch.cat([batch.y for batch in task.sweep(split, 1000, device=CPU)])
     place = iter(range(0, 10**9, 500))
 
@@ -89,15 +89,15 @@ class TestSchedule:
         assert found.steps == 50
         assert found.describe().startswith("squaredcos_cap_v2, 50 steps")
 
-    def test_what_is_no_schedule_is_refused(self, tmp_path):
+    def test_configurations_that_are_not_schedules_are_refused(self, tmp_path):
         with pytest.raises(HoldfastError, match=r"did you mean 'linear'.*diffusers folder"):
             Schedule.named("linea")
         file = tmp_path / "scheduler_config.json"
         for text in ("{", "[]", json.dumps({"_class_name": "UNet2DModel"}), "[" * 100_000):
             file.write_text(text)
-            with pytest.raises(HoldfastError, match="no scheduler's configuration"):
+            with pytest.raises(HoldfastError, match="not a scheduler's configuration"):
                 Schedule.named(str(tmp_path))
-        with pytest.raises(HoldfastError, match="of no use to diffusers"):
+        with pytest.raises(HoldfastError, match="refused by diffusers"):
             Schedule({"beta_schedule": "cubic"})
 
     @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ class TestSchedule:
         [{"num_train_timesteps": 0}, {"trained_betas": []}, {"beta_start": 0.0}, {"beta_end": float("nan")}],
         ids=str,
     )
-    def test_noise_that_is_none_is_refused(self, config):
+    def test_schedules_without_noise_are_refused(self, config):
         with pytest.raises(HoldfastError, match="from 0 to below 1 at each"):
             Schedule(config)
 
@@ -123,12 +123,12 @@ class TestSchedule:
 
 class TestBatches:
     def test_a_batch_is_a_noised_image_and_its_noise(self, digits):
-        """Taking the noise out again leaves images of the training set, in [-1, 1]."""
+        """Removing the noise gives images of the training set, in [-1, 1]."""
         batch = next(digits.batches("train", 30, generator=seeded(), device=CPU))
         t = batch.x[:, -1, 0, 0].long()
         a = digits.schedule.alpha_bar[t].view(-1, 1, 1, 1)
         x0 = (batch.x[:, :-1] - (1 - a).sqrt() * batch.y) / a.sqrt()
-        early = t < 500  # behind that too little is left of the image to tell
+        early = t < 500  # later, too little of the image is left
         known = digits.images("train").flatten(1)
         assert early.sum() > 5
         assert torch.cdist(x0[early].flatten(1), known).min(1).values.max() < 1e-2
@@ -156,7 +156,7 @@ class TestBatches:
         assert torch.equal(torch.get_rng_state(), before)
 
     @pytest.mark.parametrize("size", [1, 7, 300, BLOCK - 1, BLOCK, 5000])
-    def test_test_noise_is_fixed_whatever_the_batch_size(self, size):
+    def test_test_noise_does_not_depend_on_the_batch_size(self, size):
         task = noise_task(BLOCK)
         whole = next(task.sweep("train", 10_000, device=CPU))
         parts = list(task.sweep("train", size, device=CPU))
@@ -211,7 +211,7 @@ class TestScore:
         assert digits.score_of(torch.zeros_like(batch.y), batch) == pytest.approx(float(batch.y.square().mean()))
         assert float(digits.loss(silent, batch)) == pytest.approx(digits.score_of(torch.zeros_like(batch.y), batch))
 
-    def test_skill_is_1_for_the_noise_0_for_the_line_and_far_below_for_nothing(self, digits):
+    def test_skill_of_the_true_noise_of_the_linear_denoiser_and_of_zeros(self, digits):
         assert digits.audit_score(knows(digits)) == 1
         silent = Answers(lambda x: torch.zeros_like(x[:, :-1]))
         assert digits.audit_score(silent) < -3
@@ -244,7 +244,7 @@ class TestScore:
         assert task.chance == pytest.approx(float(expected), rel=0.05)
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-    def test_one_output_that_is_no_number_spoils_all(self, digits, bad):
+    def test_one_output_that_is_not_finite_makes_all_nan(self, digits, bad):
         def answer(x):
             out = torch.zeros_like(x[:, :-1])
             out[0, 0, 0, 0] = bad
@@ -275,7 +275,7 @@ class TestParts:
     def test_shots_are_of_images_and_not_of_classes(self, digits):
         assert digits.few_shot(13, 0).size("train") == 13
         assert not torch.equal(digits.few_shot(13, 0).images("train"), digits.few_shot(13, 1).images("train"))
-        with pytest.raises(HoldfastError, match=r"5000 shots .* the whole task, .* has 1352 training samples"):
+        with pytest.raises(HoldfastError, match=r"shots is 5000, and the whole task, .* has 1352 training samples"):
             digits.few_shot(5000, 0)
 
     def test_holdout_and_limit(self, digits):
@@ -287,7 +287,7 @@ class TestParts:
         small = digits.limit_test(30, 0)
         assert small.size("test") == 30
         steps = torch.cat([b.x[:, -1, 0, 0] for b in small.sweep("test", 8, device=CPU)]).sort().values
-        assert (steps.diff() - 1000 / 30).abs().max() <= 1  # of the few that are left, still evenly
+        assert (steps.diff() - 1000 / 30).abs().max() <= 1  # evenly, also for fewer images
 
     def test_sizes_and_channels(self):
         task = load_task("digits[0-4]@kind=denoising,image_size=16,channels=3")
@@ -310,7 +310,7 @@ class TestParts:
             assert torch.equal(one.x, other.x)
 
     def test_probes_are_refused(self, digits):
-        with pytest.raises(HoldfastError, match="not judged by a probe"):
+        with pytest.raises(HoldfastError, match="a probe on features does not apply"):
             digits.with_inputs(torch.zeros(1), torch.zeros(1))
 
 
@@ -330,7 +330,7 @@ class TestSources:
         with pytest.raises(HoldfastError, match="all pixels of its test images are the same"):
             DenoisingTask("mine", x, [0] * 8, np.full_like(x, value), [0] * 8)
 
-    def test_numbers_that_are_no_arrays(self, tmp_path):
+    def test_inputs_that_are_not_images(self, tmp_path):
         np.savez(tmp_path / "number.npz", x_train=np.float32(3), x_test=np.float32(3))
         with pytest.raises(HoldfastError, match="x_train"):
             load_task("number@kind=denoising", data_dir=tmp_path)
@@ -371,12 +371,12 @@ class TestSources:
         with pytest.raises(HoldfastError, match="lacks y_test"):
             load_task("half@kind=denoising", data_dir=tmp_path)
 
-    def test_what_holds_no_images_is_refused(self, tmp_path, toy):
+    def test_sources_without_images_are_refused(self, tmp_path, toy):
         rows = ["a,b,kind"] + [f"{i},{i % 5},{'xy'[i % 2]}" for i in range(40)]
         (tmp_path / "plants.csv").write_text("\n".join(rows))
-        with pytest.raises(HoldfastError, match="no images"):
+        with pytest.raises(HoldfastError, match="not images"):
             load_task("plants@kind=denoising,target=kind", data_dir=tmp_path)
-        with pytest.raises(HoldfastError, match="no images"):
+        with pytest.raises(HoldfastError, match="not images"):
             DenoisingTask.of(toy)
         vectors = np.zeros((4, 3))
         with pytest.raises(HoldfastError, match="holds vectors"):
@@ -391,7 +391,7 @@ class TestSources:
         with pytest.raises(HoldfastError, match="did you mean 'sigmoid'"):
             load_task("digits@kind=denoising,schedule=sigmod")
 
-    def test_one_class_without_labels_is_no_classification(self):
+    def test_one_class_without_labels_is_not_classification(self):
         x = np.zeros((4, 4, 4), np.uint8)
         with pytest.raises(HoldfastError, match="one class only"):
             ArrayTask("mine", x, [0] * 4, x, [0] * 4)

@@ -1,4 +1,4 @@
-"""Data sets that libraries download, from tiny files in the formats in which the libraries keep them."""
+"""Data sets that libraries download, from tiny files in the libraries' formats."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from holdfast.tasks import TaskSpec, load_task
 from holdfast.tasks.downloads import DOWNLOADS, TORCHVISION
 
 N = 20
-"""Images in each split; image i has label i % 10, and a brightness that tells its label, its split and nothing else."""
+"""Images in each split; image i has label i % 10, and a brightness that depends only on label and split."""
 
 
 def shade(split: str, label: int) -> int:
@@ -29,7 +29,7 @@ def shade(split: str, label: int) -> int:
 
 
 def images(split: str, size: int, channels: int) -> np.ndarray:
-    """N x channels x size x size; the top left corner is white, so that a turned image is noticed."""
+    """N x channels x size x size; the top left corner is white, so that a rotated image is noticed."""
     x = np.empty((N, channels, size, size), np.uint8)
     for i in range(N):
         x[i] = shade(split, i % 10)
@@ -126,7 +126,7 @@ def write_celeba(root: Path) -> None:
 
 
 def write_cars(root: Path) -> None:
-    """Pictures of different sizes are cropped to boxes by nobody: the annotation names class and file."""
+    """Images of different sizes, whose annotations name class and file; the boxes are not used."""
     folder = root / "stanford_cars"
     (folder / "devkit").mkdir(parents=True)
     savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array([f"car {c}" for c in range(10)], object)})
@@ -174,7 +174,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Without the checksums of the published files, which ours are not."""
+    """Without the checksums of the published files."""
     from torchvision.datasets import celeba, cifar, mnist, stl10, svhn, utils
 
     for module in (celeba, cifar, mnist, stl10, svhn, utils):
@@ -230,16 +230,16 @@ class TestTorchvision:
         for size, archive in ((161, "imagenette2-320"), (320, "imagenette2-320"), (400, "imagenette2")):
             with pytest.raises(HoldfastError, match=rf"/{archive}\.tgz"):
                 load_task(f"imagenette@image_size={size}", data_dir=tmp_path)
-        with pytest.raises(HoldfastError, match="differ in size; give one, as in imagenette@image_size=64"):
+        with pytest.raises(HoldfastError, match="differ in size; set one, as in imagenette@image_size=64"):
             load_task("imagenette", data_dir=tmp_path)
 
 
 @pytest.mark.usefixtures("no_network")
 class TestOffline:
     @pytest.mark.parametrize("name", DOWNLOADS)
-    def test_says_what_to_do(self, name, tmp_path, monkeypatch):
+    def test_the_refusal_gives_an_alternative(self, name, tmp_path, monkeypatch):
         fake_datasets(monkeypatch, ConnectionError("no network"))
-        lacks = {"celeba": "'gdown' is required", "stanford_cars": "no longer where"}.get(name, "no network")
+        lacks = {"celeba": "'gdown' is required", "stanford_cars": "can no longer download"}.get(name, "no network")
         expected = rf"Task '{name}': .*{lacks}.*put {name}\.npz, or a folder {name}/ .* into '{tmp_path}'"
         with pytest.raises(HoldfastError, match=expected):
             load_task(f"{name}@image_size=32", data_dir=tmp_path)
@@ -265,7 +265,7 @@ class TestOffline:
 
 
 def fake_datasets(monkeypatch, outcome):
-    """Hugging Face's datasets, as far as it is used: what `load_dataset` answers, or raises."""
+    """Replaces Hugging Face's datasets by a module whose `load_dataset` returns or raises `outcome`."""
     asked = []
 
     def load_dataset(name, **more):

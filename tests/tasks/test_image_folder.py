@@ -1,4 +1,4 @@
-"""What is in a folder of images, and what becomes of each file."""
+"""Folders of images: pixels, files, splits and sounds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def fill(place: Path, count: int = 4, shade: int = 100, suffix: str = ".png") ->
 
 @pytest.fixture
 def pets(tmp_path: Path) -> Path:
-    """Two classes and their splits; the image of interest is added to train/cat."""
+    """Two classes with both splits; tests add their image to train/cat."""
     for split in ("train", "test"):
         for i, name in enumerate(("cat", "dog")):
             fill(tmp_path / "pets" / split / name, shade=100 * i + 5 + (split == "test"))
@@ -39,7 +39,7 @@ def said(task: ArrayTask) -> str:
 
 
 class TestPixels:
-    """One image more in train/cat; its pixels and the note."""
+    """One more image in train/cat: its pixels and its note."""
 
     @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA-like"])
     def test_transparent_pixels_are_white(self, pets, mode):
@@ -80,7 +80,7 @@ class TestPixels:
         assert "1 images turned as their EXIF orientation says" in said(task)
 
     @pytest.mark.parametrize(("top", "bits"), [(200, 8), (900, 10), (4095, 12), (16000, 14), (65535, 16)])
-    def test_sixteen_bits_are_scaled_by_what_the_folder_uses(self, pets, top, bits):
+    def test_sixteen_bits_are_scaled_by_the_largest_value_of_the_folder(self, pets, top, bits):
         for i, value in enumerate((0, top // 2, top)):
             Image.fromarray(np.full((4, 4), value, np.uint16)).save(pets / "train" / "cat" / f"deep{i}.png")
         task = load_task(f"{pets}@channels=1")
@@ -167,11 +167,12 @@ class TestPixels:
         assert (9, 9, 9) not in values(task)
         assert "1 images with several frames" in said(task)
 
-    def test_floats_and_truncated_files_are_refused(self, pets):
+    def test_32_bits_and_truncated_files_are_refused(self, pets):
         odd = pets / "train" / "cat" / "odd.tif"
-        Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(odd)
-        with pytest.raises(HoldfastError, match=r"odd\.tif' has pixels of 32 bits"):
-            load_task(str(pets))
+        for pixels in (np.full((4, 4), 0.5, np.float32), np.full((4, 4), 7, np.int32)):
+            Image.fromarray(pixels).save(odd)
+            with pytest.raises(HoldfastError, match=r"odd\.tif' has pixels of 32 bits"):
+                load_task(str(pets))
         odd.unlink()
         whole = (pets / "train" / "cat" / "0.png").read_bytes()
         (pets / "train" / "cat" / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -194,7 +195,7 @@ class TestFiles:
         assert (7, 7, 7) in values(task)
         assert "1 images with several frames" in said(task)
 
-    def test_what_lies_beside_the_splits_is_noted(self, pets):
+    def test_files_and_folders_beside_the_splits_are_noted(self, pets):
         (pets / "cover.png").write_bytes((pets / "train" / "cat" / "0.png").read_bytes())
         (pets / "README.md").write_text("pets")
         fill(pets / ".cache" / "cat", 1)
@@ -212,7 +213,7 @@ class TestFiles:
         assert task.size("train") == 8
         assert all(f"1 {suffix}" in said(task) for suffix in (".txt", ".mp4", ".csv"))
 
-    def test_system_hidden_and_empty_folders_are_no_classes(self, tmp_path):
+    def test_system_hidden_and_empty_folders_are_not_classes(self, tmp_path):
         for name in ("cat", "dog"):
             fill(tmp_path / "zoo" / name, 8)
         fill(tmp_path / "zoo" / "__MACOSX" / "cat", 1)
@@ -240,7 +241,7 @@ class TestFiles:
         (tmp_path / "outer").mkdir()
         for name in ("cat", "dog"):
             fill(tmp_path / "outer" / "inner" / name, 2)
-        with pytest.raises(HoldfastError, match=r"one class only, 'inner'.*cat, dog: give '.*outer/inner'"):
+        with pytest.raises(HoldfastError, match=r"only one class, 'inner'.*cat, dog: give '.*outer/inner'"):
             load_task(f"{tmp_path}/outer")
 
     def test_one_name_written_in_two_ways(self, pets):
@@ -265,7 +266,7 @@ class TestSplits:
         assert f"trained on the folder '{train}', tested on '{held}'" in said(task)
 
     @pytest.mark.parametrize("held", ["holdout", "eval"])
-    def test_a_split_alone_is_refused_with_what_is_there(self, pets, held):
+    def test_one_split_alone_is_refused(self, pets, held):
         (pets / "test").rename(pets / held)
         with pytest.raises(HoldfastError, match=f"holds the folders {held}, train; expected one for training"):
             load_task(str(pets))
@@ -273,20 +274,20 @@ class TestSplits:
     @pytest.mark.parametrize(
         ("train", "held"), [("training_set", "test_set"), ("seg_train", "seg_test"), ("trn", "tst"), ("a", "my-val")]
     )
-    def test_names_that_look_like_splits_are_no_classes(self, pets, train, held):
+    def test_names_that_look_like_splits_are_refused(self, pets, train, held):
         (pets / "train").rename(pets / train)
         (pets / "test").rename(pets / held)
         with pytest.raises(HoldfastError, match=f"{train}, and each holds cat, dog|{held}, and each holds cat, dog"):
             load_task(str(pets))
 
-    def test_domains_are_classes_and_what_they_share_is_noted(self, pets):
+    def test_domains_are_classes_and_their_common_folders_are_noted(self, pets):
         (pets / "train").rename(pets / "photo")
         (pets / "test").rename(pets / "sketch")
         task = load_task(str(pets))
         assert task.class_names == ["photo", "sketch"]
         assert "each holds folders of the same names (cat, dog)" in said(task)
 
-    def test_sizes_that_differ_between_splits_are_said_with_the_remedy(self, pets):
+    def test_different_sizes_in_the_splits_are_refused_with_the_remedy(self, pets):
         for file in (pets / "test").rglob("*.png"):
             Image.open(file).resize((6, 5)).save(file)
         with pytest.raises(HoldfastError, match="for training are 4x4, for testing 6x5; give image_size"):
@@ -337,7 +338,7 @@ def test_numbered_folders_are_chosen_by_their_names(tmp_path):
         load_task(f"{tmp_path}/numbers[12]")
 
 
-def test_a_share_that_is_too_small_for_the_classes_is_said(tmp_path):
+def test_a_share_that_is_too_small_for_the_classes_is_refused(tmp_path):
     for c in range(10):
         fill(tmp_path / "many" / f"c{c}", 2, shade=10 * c)
     with pytest.raises(HoldfastError, match=r"20 samples in 10 classes .*test_fraction from 0\.5 to 0\.5"):
@@ -381,7 +382,7 @@ class TestSounds:
             (4000, np.ones(4000, np.int16), "Sounds of 4000 Hz"),
         ],
     )
-    def test_what_cannot_be_heard_is_named(self, tones, rate, sound, message):
+    def test_unusable_sounds_are_named(self, tones, rate, sound, message):
         wavfile.write(tones / "a" / "odd.wav", rate, sound)
         with pytest.raises(HoldfastError, match=rf"odd\.wav'.* {message}"):
             load_task(str(tones))

@@ -1,9 +1,8 @@
-"""A kind of task of another package: it is one file, and everything else takes it as it is."""
+"""A kind of task from another package: one file adds it, and everything else works with it."""
 
 from __future__ import annotations
 
 import sys
-from textwrap import dedent
 
 import pytest
 import torch
@@ -14,23 +13,13 @@ from holdfast.adversaries import FineTuning
 from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel
 from holdfast.tasks import TASKS, list_tasks, load_task
-from plugins import TAGS
+from plugins import TAGS, installed
 
 
 @pytest.fixture
-def tags(tmp_path, monkeypatch):
-    """The package `tagging`, installed: a module, and the facts with its entry point."""
-    list_tasks()  # Holdfast's own register once, before what is patched here is undone
-    (tmp_path / "tagging.py").write_text(dedent(TAGS))
-    facts = tmp_path / "tagging-1.0.dist-info"
-    facts.mkdir()
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: tagging\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text("[holdfast.tasks]\ntags = tagging\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(TASKS, "_members", dict(TASKS._members))
-    monkeypatch.setattr(TASKS, "_loaded", False)
-    yield load_task("tags-seen"), load_task("tags-hidden")
-    sys.modules.pop("tagging", None)
+def tags(tmp_path):
+    with installed(tmp_path, {"tagging": ("holdfast.tasks", TAGS)}, [TASKS]):
+        yield load_task("tags-seen"), load_task("tags-hidden")
 
 
 @pytest.fixture
@@ -68,14 +57,14 @@ class TestUse:
         scores = [curve.scores[-1] for curve in result.curves if curve.role == "original"]
         assert len(scores) == 4
         assert all(0.5 < score <= 1 for score in scores)
-        # As on a machine where the package is not installed: the result alone is enough.
+        # As on a machine without the package: the result is enough.
         sys.modules.pop("tagging")
         holdfast.write_report(holdfast.read_result(tmp_path / "out"), tmp_path / "again.html")
         report = (tmp_path / "again.html").read_text()
         assert "tagged samples" in report
         assert "a class)" not in report
 
-    def test_what_is_for_classes_refuses_it(self, tags, reader):
+    def test_defenses_for_classes_refuse_it(self, tags, reader):
         benign, restricted = tags
         for defense, message in (
             ("ntl", "it is for classification; got the tagging task 'tags-seen'"),

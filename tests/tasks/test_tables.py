@@ -1,4 +1,4 @@
-"""What is in a table, and what becomes of its cells, columns, labels and splits."""
+"""Tables: cells, columns, labels and splits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def csv(tmp_path):
 
 
 def column(csv, cell, settings: str = "target=y") -> ArrayTask:
-    """Loads a table with one column `p` more, whose cell is a function of the row."""
+    """Loads a table with another column `p`, whose cells are a function of the row."""
     return csv("p,a,y", [f"{cell(i)},{row}" for i, row in enumerate(ROWS)], settings)
 
 
@@ -114,7 +114,9 @@ class TestCells:
 
 class TestColumns:
     def test_texts_that_are_other_ones_in_each_row_are_refused(self, csv):
-        with pytest.raises(HoldfastError, match=r"'p' has another text in each of its 40 rows, such as 'N0'.*drop=p"):
+        with pytest.raises(
+            HoldfastError, match=r"'p' has a different text in each of its 40 rows, such as 'N0'.*drop=p"
+        ):
             column(csv, lambda i: f"N{i}")
         assert column(csv, lambda i: f"N{i}", "target=y,drop=p").input_shape == (1,)
         assert column(csv, lambda i: f"N{i}", "target=y,encoding=ordinal").input_shape == (2,)
@@ -146,7 +148,7 @@ class TestColumns:
         assert task.input_shape == (1,)
         assert f"no name and {note}, was left out" in said(task)
 
-    def test_numbers_without_a_name_that_are_no_index_are_inputs(self, csv):
+    def test_unnamed_numbers_that_are_not_an_index_are_inputs(self, csv):
         assert csv(",a,y", [f"{i / 4},{row}" for i, row in enumerate(ROWS)]).input_shape == (2,)
 
     def test_a_comma_at_the_end_of_all_lines(self, csv):
@@ -177,12 +179,12 @@ class TestSplits:
         with pytest.raises(HoldfastError, match="has the columns Split and split"):
             csv("a,y,Split,split", [f"{row},train,test" for row in ROWS])
 
-    def test_a_split_by_another_name_is_no_input(self, csv):
+    def test_a_split_by_another_name_is_not_an_input(self, csv):
         rows = [f"{row},{'Test' if i // 2 % 4 == 3 else 'Train'}" for i, row in enumerate(ROWS)]
-        with pytest.raises(HoldfastError, match="column 'part' holds 'Train' and 'Test', as a split does"):
+        with pytest.raises(HoldfastError, match="column 'part' holds 'Train' and 'Test', the words of a split"):
             csv("a,y,part", rows)
         task = csv("a,y,part", [row.replace(",", "w,", 1) for row in rows], "text=a,target=y,tokenizer=words")
-        assert "column 'part' holds words of a split and was not used" in said(task)
+        assert "column 'part' holds the words of a split and was not used" in said(task)
 
     def test_an_empty_cell_is_named(self, csv):
         with pytest.raises(HoldfastError, match=r"column 'split' has an empty cell \(line 7\)"):
@@ -214,7 +216,7 @@ class TestLabels:
     def test_minus_one_among_others_is_noted(self, csv):
         task = csv("a,y", [f"{i * 7 % 41},{i % 3 - 1}" for i in range(42)])
         assert task.class_names == ["-1", "0", "1"]
-        assert "-1 is a class; where it marks rows without a label, remove them" in said(task)
+        assert "-1 is a class; if it marks rows without a label, remove them" in said(task)
         assert csv("a,y", [f"{i * 7 % 41},{i % 2 * 2 - 1}" for i in range(42)]).notes == ()  # as of a margin
 
 

@@ -68,12 +68,12 @@ class TestClassification:
             ({"target": "kind", "drop": ()}, "has an empty cell .*or set fill"),
             ({"target": "kind", "drop": ("colr",)}, "column of things.csv to drop: 'colr': did you mean 'colour'"),
             ({"target": "kind", "drop": ("kind",)}, "is the target and cannot be dropped"),
-            ({"target": "kind", "bins": 3}, "is text, and bins are of numbers"),
+            ({"target": "kind", "bins": 3}, "is text, and bins need numbers"),
             ({"target": "kind", "rows": 40}, "rows is 40; expected 2 to 39"),
             ({"target": "empty", "drop": (), "fill": True, "bins": 3}, "'empty' has an empty cell"),
         ],
     )
-    def test_what_cannot_be_is_said(self, table, settings, message):
+    def test_impossible_settings_are_refused(self, table, settings, message):
         with pytest.raises(HoldfastError, match=message):
             table(**settings)
 

@@ -1,4 +1,4 @@
-"""Sentences as tasks: what is read, cut, counted and refused."""
+"""Tasks of sentences: reading, truncation, classes and refusals."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TestTextTask:
             ([1, 2], r"of shape \(2,\); expected integers"),
         ],
     )
-    def test_what_are_no_ids_is_refused(self, x, message):
+    def test_arrays_that_are_not_ids_are_refused(self, x, message):
         with pytest.raises(HoldfastError, match=message):
             toy(x)
 
@@ -82,7 +82,7 @@ class TestTables:
         assert task.class_names == ["a", "b"]
         assert task._y["train"].tolist() == [1, 0]
         assert task._x["train"].tolist() == words.encode(["two words", "one"], 3).tolist()
-        assert task._x["test"].tolist() == words.encode(["three words here"], 3).tolist()  # not what is for validation
+        assert task._x["test"].tolist() == words.encode(["three words here"], 3).tolist()  # not the rows for validation
 
     def test_titles_come_before_texts_and_empty_ones_are_left_out(self, tmp_path):
         pytest.importorskip("pyarrow")
@@ -120,7 +120,7 @@ class TestTables:
             ({"target": "review"}, "400 distinct values; expected at most 100"),
         ],
     )
-    def test_what_cannot_be_read_is_refused(self, change, message, tmp_path, monkeypatch):
+    def test_unreadable_files_are_refused(self, change, message, tmp_path, monkeypatch):
         monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", offline)
         count = 400 if change.get("target") == "review" else 40
         write_reviews(tmp_path, count)
@@ -132,7 +132,7 @@ class TestTables:
         ("split", "message"),
         [(["train", "tset", "test"], "holds 'tset'; expected train, test"), (["test"] * 3, "has no 'train'")],
     )
-    def test_a_split_that_is_none(self, split, message, tmp_path):
+    def test_an_invalid_split(self, split, message, tmp_path):
         table = pd.DataFrame({"split": split, "label": [0, 1, 1], "text": ["a", "b", "c"]})
         table.to_csv(tmp_path / "t.csv", index=False)
         with pytest.raises(HoldfastError, match=message):
@@ -155,11 +155,11 @@ class TestTables:
 
 class TestNames:
     @pytest.mark.parametrize("key", ["text=review", "tokenizer=words", "length=8"])
-    def test_settings_of_text_are_refused_for_what_is_none(self, key):
-        with pytest.raises(HoldfastError, match=f"{key.partition('=')[0]} is for text, and its data is none"):
+    def test_settings_of_text_are_refused_for_other_data(self, key):
+        with pytest.raises(HoldfastError, match=f"{key.partition('=')[0]} is for text, and its data is not text"):
             load_task(f"digits@{key}")
 
-    def test_what_is_text(self, tmp_path):
+    def test_which_tasks_are_text(self, tmp_path):
         write_reviews(tmp_path)
         assert is_text("reviews@text=review", data_dir=tmp_path)
         assert not is_text("reviews@target=label", data_dir=tmp_path)
@@ -176,7 +176,7 @@ class TestNames:
         task = load_task(f"{name}@tokenizer=words,length=12")
         assert task.facts() == load_task(f"{name}@tokenizer=words,length=12").facts()
         assert len(torch.bincount(task._y["test"])) == task.num_outputs
-        assert int((task._x["train"] != 0).sum(1).max()) < 12  # nothing is cut off
+        assert int((task._x["train"] != 0).sum(1).max()) < 12  # no sentence is cut off
         assert all(part.size("train") > 200 for part in halves(task))
 
     def test_the_sentences_of_the_three_are_not_the_same(self):
@@ -240,12 +240,12 @@ class TestPackages:
         ("name", "message"),
         [
             ("no_such_thing/model", "no package 'no_such_thing' is installed; pip install no-such-thing"),
-            ("os.path/model", "'os.path' is no top-level package"),
+            ("os.path/model", "'os.path' is not a top-level package"),
             ("sklearn/no_such_folder", "has no folder 'no_such_folder'"),
             ("sklearn/../torch", "has no folder '../torch'"),
         ],
     )
-    def test_what_is_none_is_refused(self, name, message):
+    def test_unusable_tokenizers_are_refused(self, name, message):
         with pytest.raises(HoldfastError, match=message):
             located(f"package:{name}")
 

@@ -1,11 +1,11 @@
-"""The frozen part of a network before the first block that is trained: its activations are computed once.
+"""The frozen part of a network before the first trained block: its activations are computed once and kept.
 
-Which layers come before which others, a module does not tell. So nothing is cut: the network runs as it is, but every
-frozen module answers at once. The last of them answers with the kept activations; those before it with what they
-answered to one sample, repeated for the batch; nothing reads these. A skip connection around the last of them would
-read it, and then the outputs differ: that is tried once, on some samples, and such a network is not taken.
+A module does not say in which order its layers run. So the network is not cut: it runs as a whole, but every frozen
+module returns a stored output at once. The last of them returns the kept activations; those before it return their
+output for one sample, repeated for the batch, which no layer reads. A skip connection around the last one would read
+it, and then the outputs differ: this is checked once, on some samples, and such a network is refused.
 
-Later blocks may read the inputs themselves: which words are padding, for one. Where they do, the inputs are kept too.
+Later blocks may read the inputs themselves, for example to find padding. Then the inputs are kept as well.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from holdfast.tasks import Task
 from holdfast.tasks.base import Split
 
 AGREEMENT = 1e-4
-"""Largest difference, relative to the largest value, of a network's outputs with and without kept activations."""
+"""Largest allowed difference, relative to the largest value, between outputs with and without kept activations."""
 _BATCH = 250
 
 
 class FrozenActivations:
-    """Activations that a network's frozen blocks make, and a way to run the rest from them.
+    """The activations of a network's frozen blocks, and a way to run the rest of the network from them.
 
     Args:
         model: on its device; left as it is.
-        frozen: the first blocks of `SplitModel.blocks`, which stay as they are.
-        samples: inputs on which it is tried, as a task yields them; at least two different ones. What the frozen
-            modules are made to answer is of the first of them, and is tried on the others.
+        frozen: the first blocks of `SplitModel.blocks`, which are not trained.
+        samples: inputs for the check, as a task yields them; at least two different ones. The stored outputs of the
+            frozen modules are those of the first sample, and are checked on the others.
 
     Attributes:
         shape: of one sample's activations.
 
     Raises:
-        ValueError: saying why activations cannot be kept for this network.
+        ValueError: saying why this network's activations cannot be kept.
     """
 
     def __init__(self, model: SplitModel, frozen: Sequence[Sequence[tuple[str, nn.Module]]], samples: Tensor) -> None:
@@ -51,7 +51,7 @@ class FrozenActivations:
         self._model, self._names, self._last = duplicate(model).eval(), names, ""
         others = samples[(samples != samples[:1]).flatten(1).any(1)]
         if not len(others):
-            raise ValueError("the samples that it would be tried on are all the same")
+            raise ValueError("the samples for the check are all the same")
         self._inputs, self._reads = samples[:1], not samples.is_floating_point()
         with _uncut(self._model.network):
             self._templates = self._ran(samples[:1])
@@ -59,30 +59,30 @@ class FrozenActivations:
         if not self._agrees(others):
             self._reads = True
             if not self._agrees(others):
-                raise ValueError("later blocks read more than what the last frozen one answers")
+                raise ValueError("later blocks read more than the output of the last frozen one")
 
     @torch.no_grad()
     def _agrees(self, samples: Tensor) -> bool:
-        """Whether samples have the same logits and features by kept activations."""
+        """Whether kept activations give the same logits and features."""
         wanted = torch.cat([t.flatten() for t in self._model.with_features(samples)])
         try:
-            found = torch.cat([t.flatten() for t in self.outputs(self._model, self.activations(samples))])
-        except (RuntimeError, IndexError, TypeError):  # answers of a shape that the rest cannot take
+            outputs = torch.cat([t.flatten() for t in self.outputs(self._model, self.activations(samples))])
+        except (RuntimeError, IndexError, TypeError):  # outputs of a shape that the rest cannot take
             return False
-        return bool(((found - wanted).abs().max() <= AGREEMENT * wanted.abs().max()).item())
+        return bool(((outputs - wanted).abs().max() <= AGREEMENT * wanted.abs().max()).item())
 
     @torch.no_grad()
     def _ran(self, x: Tensor) -> dict[str, Tensor]:
-        """What each frozen module answers to an input; notes which of them ran last."""
+        """The output of each frozen module; sets `_last`, the one that ran last."""
         caught: dict[str, Tensor] = {}
 
         def catcher(name: str) -> Any:
-            def catch(_: nn.Module, __: Any, answer: Any) -> None:
-                if not isinstance(answer, Tensor) or answer.shape[:1] != x.shape[:1]:
-                    raise ValueError(f"{name!r} answers no tensor with one row a sample")
+            def catch(_: nn.Module, __: Any, output: Any) -> None:
+                if not isinstance(output, Tensor) or output.shape[:1] != x.shape[:1]:
+                    raise ValueError(f"{name!r} does not return a tensor with one row a sample")
                 if name in caught:
                     raise ValueError(f"{name!r} runs more than once")
-                caught[name], self._last = answer, name
+                caught[name], self._last = output, name
 
             return catch
 
@@ -93,13 +93,13 @@ class FrozenActivations:
             for hook in hooks:
                 hook.remove()
         if not caught:
-            raise ValueError("none of its frozen blocks runs")
+            raise ValueError("its frozen blocks do not run")
         return caught
 
     def activations(self, x: Tensor) -> Tensor:
-        """Returns what the last frozen module answers to inputs, shape (N, ...), in the network's precision.
+        """Returns the last frozen module's output for inputs, shape (N, ...), in the network's precision.
 
-        Where the inputs are kept, each row is both, flattened: shape (N, A).
+        If the inputs are kept as well, each row is both, flattened: shape (N, A).
         """
         with _uncut(self._model.network):
             kept = self._ran(x)[self._last]
@@ -109,7 +109,7 @@ class FrozenActivations:
         """Returns logits and features of a model with the same frozen blocks, from activations; with their graph.
 
         Args:
-            model: in the mode that is wanted.
+            model: in training or evaluation mode.
             activations: as `activations` returns them.
         """
         count, inside = len(activations), math.prod(self.shape)
@@ -126,14 +126,14 @@ class FrozenActivations:
         own = {name: vars(layer)["forward"] for name, layer in layers.items() if "forward" in vars(layer)}
         for name, layer in layers.items():
             template = self._templates[name]
-            answer = activations if name == self._last else template.expand(len(activations), *template.shape[1:])
-            layer.forward = _answer(answer)
+            output = activations if name == self._last else template.expand(len(activations), *template.shape[1:])
+            layer.forward = _returning(output)
         try:
             yield
         finally:
             for name, layer in layers.items():
                 del layer.forward
-                if name in own:  # it was patched before
+                if name in own:  # a patch of the user's
                     layer.forward = own[name]
 
     def size(self, task: Task, split: Split) -> int:
@@ -142,7 +142,7 @@ class FrozenActivations:
         return task.size(split) * self._templates[self._last].element_size() * width
 
     def task(self, task: Task, split: Split) -> Task:
-        """Returns a task on activations in one split; in the other, which takes no memory, inputs are NaN."""
+        """Returns a task on the activations of one split; inputs of the other split are NaN and take no memory."""
         parts = [self.activations(b.x).cpu() for b in task.sweep(split, _BATCH, device=self._model.device)]
         kept = torch.cat(parts)
         other = task.size("test" if split == "train" else "train")
@@ -154,8 +154,8 @@ class FromActivations(nn.Module):
     """A model as a function of activations, so that a task on activations can score it.
 
     Args:
-        prefix: whose activations.
-        model: what is run from them; shared, not copied.
+        prefix: makes the activations.
+        model: runs from them; shared, not copied.
     """
 
     def __init__(self, prefix: FrozenActivations, model: SplitModel) -> None:
@@ -171,13 +171,13 @@ class FromActivations(nn.Module):
         return self.prefix.outputs(self.model, activations)
 
 
-def _answer(value: Tensor) -> Any:
+def _returning(value: Tensor) -> Any:
     return lambda *_, **__: value
 
 
 @contextlib.contextmanager
 def _uncut(network: nn.Module) -> Iterator[None]:
-    """Sentences keep their padding, so that activations of all batches have one shape."""
+    """Keeps the padding of sentences, so that the activations of all batches have one shape."""
     cutting = [m for m in network.modules() if getattr(m, "cuts", False)]
     for module in cutting:
         setattr(module, "cuts", False)  # noqa: B010

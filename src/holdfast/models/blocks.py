@@ -1,17 +1,17 @@
-"""The body of any network as a row of blocks: what "the last block" and "the last half" mean.
+"""The body of any network as a list of blocks, which defines "the last block" and "the last half".
 
-The rule, the same for every architecture. Walk through the modules in the order in which they are registered, and open
-a module if
+The rule is the same for every architecture. Walk through the modules in the order in which they are registered, and
+open a module if
 
 - it holds the head (the network itself always does),
 - it is a plain container (`nn.Sequential`, `nn.ModuleList`, `nn.ModuleDict`), or
-- it has layers inside and holds more than half of the body's parameters (a wrapper is not a block); tables of
-  embeddings, which in a language model may outweigh all layers, do not count.
+- it has layers inside and holds more than half of the body's parameters (a wrapper is not a block); embedding tables,
+  which may be larger than all layers of a language model, do not count.
 
-Every other module that holds a weight (a parameter of two axes or more) begins a block. One without weights, such as a
-normalisation, an activation or pooling, belongs to the block before it; what comes before the first weight, to the
-first block. So a block of a plain network is a layer with what follows it, and of a residual network or a transformer
-a residual block. An opened module's own parameters, such as a class token, are in no block.
+Every other module that holds a weight (a parameter of two axes or more) begins a block. A module without weights, such
+as a normalisation, an activation or pooling, belongs to the block before it, or to the first block if it comes before
+the first weight. So a block is a layer with what follows it in a plain network, and a residual block in a residual
+network or a transformer. An opened module's own parameters, such as a class token, belong to no block.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def split_blocks(network: nn.Module, head: str) -> list[Block]:
 
     Args:
         network: any module.
-        head: dotted name of what makes the logits; it is left out, with all that it holds.
+        head: dotted name of the module that makes the logits, which is left out.
 
     Example:
         >>> body = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU())
@@ -67,7 +67,7 @@ def split_blocks(network: nn.Module, head: str) -> list[Block]:
 
 
 def is_normalisation(module: nn.Module) -> bool:
-    """Says whether a module is a normalisation layer: one of torch's, or named so and without weight matrices.
+    """Whether a module is a normalisation layer: one of torch's, or one with "norm" in its name and no weight matrix.
 
     Example:
         >>> is_normalisation(nn.BatchNorm2d(3)), is_normalisation(nn.Linear(3, 3))
@@ -81,12 +81,12 @@ def copy_layers(into: nn.Module, source: nn.Module, names: list[str]) -> None:
     """Copies parameters and buffers of some layers from a network of the same architecture, in place.
 
     Args:
-        into: the network that is changed.
-        source: the network that the values come from.
+        into: the network to change.
+        source: the network to copy from.
         names: dotted names of the layers.
 
     Raises:
-        HoldfastError: if a layer has parameters of its own and none of them has a counterpart of its shape.
+        HoldfastError: if the source has no counterpart for any of a layer's parameters.
     """
     values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
     for name in names:
@@ -95,7 +95,7 @@ def copy_layers(into: nn.Module, source: nn.Module, names: list[str]) -> None:
         found = [n for n, v in own.items() if n in values and values[n].shape == v.shape]
         if any(True for _ in layer.parameters()) and not found:
             raise HoldfastError(
-                f"Layer {name!r} cannot be initialised anew: a fresh model of this architecture has nothing of that "
+                f"Layer {name!r} cannot be initialised anew: a fresh model of this architecture has no tensor of that "
                 "name and shape. Is the model's factory the one that built it?"
             )
         for n in found:

@@ -1,4 +1,4 @@
-"""Whether a model fits a task, in what it differs from another, and its weights inside the other's code."""
+"""Whether a model fits a task, and how it differs from another."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
 
     Args:
         model: on any device; two samples of the task are passed through a copy in evaluation mode.
-        task: the task it is to work on.
-        own_task: whether the model's outputs must be this task's classes (its benign task), or may be more (a
-            restricted task that a fresh head will serve).
+        task: the task.
+        own_task: whether the model's outputs must be this task's classes (its benign task), or may be others (a
+            restricted task, for which it gets a fresh head).
         finite: whether its outputs must be finite.
-        trainable: whether it must have parameters that may be trained. A defense respects what the model's owner
-            froze; an adversary does not, so an audit needs none.
+        trainable: whether it must have trainable parameters. A defense respects what the model's owner froze; an
+            adversary does not, so an audit works without any.
 
     Raises:
         HoldfastError: no trainable parameters, inputs of another shape, another class count, non-finite outputs.
     """
     if trainable and not any(p.requires_grad for p in model.parameters()):
         raise HoldfastError(
-            f"{model.name} has no trainable parameters; un-freeze what may be trained (requires_grad_)."
+            f"{model.name} has no trainable parameters; unfreeze those that may be trained (requires_grad_)."
         )
     if model.answers_with != task.answers_with:
         what = "is a denoiser" if isinstance(model, Denoiser) else "is not a denoiser"
         raise HoldfastError(
-            f"{model.name} {what}: it answers with one {model.answers_with} a sample, and {task.described} needs one "
-            f"{task.answers_with}. A denoiser's tasks are given as NAME@kind=denoising (kind: denoising in a "
-            "recipe); a model for them is `unet` or a diffusers folder."
+            f"{model.name} {what}: it returns one {model.answers_with} a sample, and {task.described} needs one "
+            f"{task.answers_with}. A denoiser's tasks are written NAME@kind=denoising (kind: denoising in a recipe), "
+            "and models for them are `unet` or a diffusers folder."
         )
     if isinstance(model, Denoiser) and isinstance(task, DenoisingTask) and own_task:
         model.check_schedule(task.schedule, task.name)
     _check_vocabulary(model, task)
     _check_normalisation(model, task)
-    # Of a copy: the user's forward pass may change the model, or draw random numbers.
+    # In a copy: the user's forward pass may change the model, or draw random numbers.
     probe = model.clone().eval()
     batch = next(iter(task.batches("test", 2, device=model.device)))
     try:
@@ -75,12 +75,12 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
         )
     if finite and not bool(logits.isfinite().all()):
         raise HoldfastError(
-            f"{model.name} returns values that are not finite on task {task.name!r}; its weights are unusable."
+            f"{model.name} returns values that are not finite on task {task.name!r}; its weights cannot be used."
         )
 
 
 def _check_normalisation(model: SplitModel, task: Task) -> None:
-    """Refuses a mean and std of other channels than the inputs have: they would be broadcast to something else."""
+    """Refuses mean and std for another number of channels than the inputs have, which torch would broadcast."""
     channels = task.input_shape[0] if len(task.input_shape) == 3 else 1
     for name in ("mean", "std"):
         values = getattr(model, name)
@@ -98,13 +98,12 @@ def _check_normalisation(model: SplitModel, task: Task) -> None:
 
 
 def _check_vocabulary(model: SplitModel, task: Task) -> None:
-    """Refuses token ids that mean something else to the model, or nothing."""
-    own = model.vocabulary
-    given = task.vocabulary
+    """Refuses token ids of another tokenizer than the model's."""
+    own, given = model.vocabulary, task.vocabulary
     if own is None or (given is not None and own.agrees(given)):
         return
     if given is None:
-        raise HoldfastError(f"{model.name} reads text, and task {task.name!r} is none; give it a task of sentences.")
+        raise HoldfastError(f"{model.name} reads text, and task {task.name!r} is not text; give a task of sentences.")
     raise HoldfastError(
         f"{model.name} reads ids of the tokenizer {own.name!r} ({own.size} tokens), and those of task {task.name!r} "
         f"are of {given.name!r} ({given.size} tokens); load the task with the model's own tokenizer."
@@ -112,11 +111,11 @@ def _check_vocabulary(model: SplitModel, task: Task) -> None:
 
 
 def architecture_differences(model: SplitModel, original: SplitModel) -> list[str]:
-    """Returns in which ways a model is more than other weights for the original's architecture; empty if it is not.
+    """Returns how a model differs from the original's architecture, beside its weights; empty if it does not.
 
-    Compared are the names and shapes of all tensors and whether each is a parameter, the kinds of all layers, their
-    settings, hooks and functions of their own, the head, and the input normalisation. An inserted extractor is not a
-    difference: a defense inserted it, and it is part of what is audited.
+    It compares the names and shapes of all tensors, whether each is a parameter, the types, settings and hooks of all
+    layers, the head, and the input normalisation. An inserted extractor does not count: a defense inserted it, and it
+    is part of what is audited.
 
     Returns:
         A sentence for each difference.
@@ -127,65 +126,65 @@ def architecture_differences(model: SplitModel, original: SplitModel) -> list[st
         >>> architecture_differences(other, one)
         ["Layer '1' is Tanh instead of ReLU."]
     """
-    found = []
-    own, theirs = tensors_without_extractor(model), tensors_without_extractor(original)
-    found += [f"Only the original has the tensor {n!r}." for n in theirs if n not in own]
-    found += [f"Only {model.name} has the tensor {n!r}." for n in own if n not in theirs]
-    for name in (n for n in own if n in theirs):
-        mine, other = own[name], theirs[name]
-        if mine.shape != other.shape:
-            found.append(f"{name!r} is {tuple(mine.shape)} instead of {tuple(other.shape)}.")
-        if isinstance(mine, nn.Parameter) != isinstance(other, nn.Parameter):
-            found.append(f"{name!r} is {_kind(mine)} instead of {_kind(other)}.")
-    found += _layer_differences(layers_without_extractor(model), layers_without_extractor(original), model.name)
+    ours, theirs = tensors_without_extractor(model), tensors_without_extractor(original)
+    differences = [f"Only the original has the tensor {n!r}." for n in theirs if n not in ours]
+    differences += [f"Only {model.name} has the tensor {n!r}." for n in ours if n not in theirs]
+    for name in (n for n in ours if n in theirs):
+        tensor, other = ours[name], theirs[name]
+        if tensor.shape != other.shape:
+            differences.append(f"{name!r} is {tuple(tensor.shape)} instead of {tuple(other.shape)}.")
+        if isinstance(tensor, nn.Parameter) != isinstance(other, nn.Parameter):
+            differences.append(f"{name!r} is {_kind(tensor)} instead of {_kind(other)}.")
+    differences += _layer_differences(layers_without_extractor(model), layers_without_extractor(original), model.name)
     if name_without_extractor(model, model.head_name) != name_without_extractor(original, original.head_name):
-        found.append(f"Its head is {model.head_name!r} instead of {original.head_name!r}.")
+        differences.append(f"Its head is {model.head_name!r} instead of {original.head_name!r}.")
     for name in ("mean", "std"):
         values, others = (_rounded(getattr(m, name)) for m in (model, original))
         if values != others:
-            found.append(f"Its input {name} is {values} instead of {others}.")
+            differences.append(f"Its input {name} is {values} instead of {others}.")
     if isinstance(model, Denoiser) and isinstance(original, Denoiser) and model.predicts != original.predicts:
-        found.append(f"Its scheduler's prediction_type is {model.predicts} instead of {original.predicts}.")
-    return found
+        differences.append(f"Its scheduler's prediction_type is {model.predicts} instead of {original.predicts}.")
+    return differences
 
 
 def _kind(tensor: Tensor) -> str:
-    return "a parameter" if isinstance(tensor, nn.Parameter) else "no parameter"
+    return "a parameter" if isinstance(tensor, nn.Parameter) else "not a parameter"
 
 
 def _rounded(values: Tensor | None) -> list[float] | None:
     return None if values is None else [round(v, 6) for v in values.flatten().tolist()]
 
 
-def _layer_differences(own: dict[str, nn.Module], theirs: dict[str, nn.Module], whose: str) -> list[str]:
-    found = [f"Only the original has a layer {n!r} ({type(theirs[n]).__name__})." for n in theirs if n not in own]
-    found += [f"Only {whose} has a layer {n!r} ({type(own[n]).__name__})." for n in own if n not in theirs]
-    for name in (n for n in own if n in theirs):
-        mine, other = type(own[name]), type(theirs[name])
-        label = f"Layer {name!r}" if name else "The network"
-        if mine is not other:  # a class can be given another one's name
-            same = mine.__qualname__ == other.__qualname__
-            spelled = [f"{t.__module__}.{t.__qualname__}" if same else t.__qualname__ for t in (mine, other)]
-            found.append(f"{label} is {spelled[0]} instead of {spelled[1]}{', another of that name' * same}.")
-        if count_hooks(own[name]) > count_hooks(theirs[name]):
-            found.append(f"{label} has hooks: code that runs beside its own.")
-        if mine is other:
-            found += _other_settings(label, _settings(own[name]), _settings(theirs[name]))
-    return found
-
-
-def _other_settings(label: str, own: dict[str, str], theirs: dict[str, str]) -> list[str]:
-    return [
-        f"{label} has {key} = {own.get(key, 'nothing')} instead of {theirs.get(key, 'nothing')}."
-        for key in dict.fromkeys([*own, *theirs])
-        if own.get(key) != theirs.get(key)
+def _layer_differences(ours: dict[str, nn.Module], theirs: dict[str, nn.Module], name_of_ours: str) -> list[str]:
+    differences = [
+        f"Only the original has a layer {n!r} ({type(theirs[n]).__name__})." for n in theirs if n not in ours
     ]
+    differences += [
+        f"Only {name_of_ours} has a layer {n!r} ({type(ours[n]).__name__})." for n in ours if n not in theirs
+    ]
+    for name in (n for n in ours if n in theirs):
+        kind, other = type(ours[name]), type(theirs[name])
+        label = f"Layer {name!r}" if name else "The network"
+        if kind is not other:  # two classes may have one name
+            same = kind.__qualname__ == other.__qualname__
+            spelled = [f"{t.__module__}.{t.__qualname__}" if same else t.__qualname__ for t in (kind, other)]
+            differences.append(f"{label} is {spelled[0]} instead of {spelled[1]}{', another of that name' * same}.")
+        if count_hooks(ours[name]) > count_hooks(theirs[name]):
+            differences.append(f"{label} has hooks: code that runs beside its own.")
+        if kind is other:
+            settings, others = _settings(ours[name]), _settings(theirs[name])
+            differences += [
+                f"{label} has {key} = {settings.get(key, 'nothing')} instead of {others.get(key, 'nothing')}."
+                for key in dict.fromkeys([*settings, *others])
+                if settings.get(key) != others.get(key)
+            ]
+    return differences
 
 
 def _settings(layer: nn.Module) -> dict[str, str]:
-    """What a layer's code may depend on beside its tensors: plain attributes, shortened; objects by their type."""
-    skip = {*vars(nn.Module()), "name_or_path"}  # from where transformers loaded weights
-    private = "_" if is_published(type(layer)) else "\0"  # transformers keep how weights were loaded in such
+    """The attributes that a layer's code may depend on beside its tensors, shortened; objects by their type."""
+    skip = {*vars(nn.Module()), "name_or_path"}  # the folder that transformers loaded weights from
+    private = "_" if is_published(type(layer)) else "\0"  # transformers store how they loaded weights in private ones
     return {k: _spelled(v) for k, v in vars(layer).items() if k not in skip and not k.startswith(private)}
 
 

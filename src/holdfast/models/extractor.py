@@ -1,4 +1,4 @@
-"""A linear layer that a defense inserts between body and head, and how it is merged into the head again."""
+"""A linear layer that a defense inserts between body and head, and how it is merged into the head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 from holdfast.models.blocks import Block, copy_layers, split_blocks
-from holdfast.models.introspection import Head, every_tensor
+from holdfast.models.introspection import Head, blank_layer, every_tensor
 from holdfast.models.split_network import SplitNetwork
 from holdfast.runtime.devices import dtype_of, widest
 
@@ -22,8 +22,8 @@ PLACES = 2
 class ExtractedHead(nn.Sequential):
     """A head with a linear extractor, or an eraser, before it: layers `0` and `1`; see `SplitModel.insert_extractor`.
 
-    Both compute in float64, whatever the network does: an extractor may be so badly conditioned, and is so on purpose,
-    that float32 would change the benign outputs.
+    Both compute in float64, whatever the network's precision: an extractor is badly conditioned on purpose, and float32
+    could change the benign outputs.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class ExtractorNetwork(SplitNetwork):
     """A split network into which an extractor can be inserted.
 
     Attributes:
-        spec: see `SplitModel`; it says whether there is an extractor.
+        spec: see `SplitModel`; it records whether there is an extractor.
     """
 
     spec: dict[str, Any] | None = None
@@ -46,8 +46,8 @@ class ExtractorNetwork(SplitNetwork):
     def insert_extractor(self, theta: Tensor) -> float:
         """Puts the linear map z -> z theta before the head and its inverse into the head: outputs stay what they were.
 
-        The inserted layer has the head's name with `.0` appended, and the head becomes `.1`. A second
-        extractor is merged into the first.
+        The inserted layer has the head's name with `.0` appended, and the head becomes `.1`. A second extractor is
+        merged into the first.
 
         Args:
             theta: invertible, shape (D, D), float64.
@@ -76,7 +76,7 @@ class ExtractorNetwork(SplitNetwork):
             )
         sigma = torch.linalg.svdvals(torch.nan_to_num(theta, 0.0, 0.0, 0.0))
         if not bool(theta.isfinite().all()) or sigma[-1] <= width * torch.finfo(theta.dtype).eps * sigma[0]:
-            raise HoldfastError(f"{self.name}: the extractor cannot be inverted; the head could not make up for it.")
+            raise HoldfastError(f"{self.name}: the extractor cannot be inverted, so the head cannot undo it.")
         with torch.no_grad():
             plain = head.weight.flatten(1).to(theta).T
             if not self.has_extractor:
@@ -84,28 +84,28 @@ class ExtractorNetwork(SplitNetwork):
             layer = self.extractor_layer()
             first = layer.weight.view(width, width).to(theta, copy=True).T
             layer.weight.copy_((first @ theta).T.reshape_as(layer.weight))
-            if layer.bias is not None:  # an eraser: what is before the new one cannot be inverted
+            if layer.bias is not None:  # an eraser, which cannot be inverted, stands before the new extractor
                 layer.bias.copy_(layer.bias @ theta.to(layer.bias))
                 solved = torch.linalg.solve(theta, plain)
             else:
-                # The inverse of what was stored, not of what was meant: rounding must not change the outputs.
+                # The inverse of the stored product, which is rounded: otherwise the outputs would change.
                 rounded = layer.weight.view(width, width).to(theta).T
                 solved = torch.linalg.solve(rounded, first @ plain)
             self.head.weight.copy_(solved.T.reshape_as(head.weight))
         return float(sigma[0] / sigma[-1])
 
     def insert_eraser(self, projection: Tensor, shift: Tensor) -> None:
-        """Puts the affine map z -> z P + c before the head, which stays as it is: what P maps to zero is gone.
+        """Puts the affine map z -> z P + c before the head, which stays as it is; what P maps to 0 is erased.
 
-        Unlike `insert_extractor`, P need not be invertible, and the outputs change by what is erased. The layers are
-        named in the same way; behind an extractor, the two are merged into one layer.
+        Unlike in `insert_extractor`, P need not be invertible, and the outputs change. The layers are named in the same
+        way; if there is an extractor already, the two are merged into one layer.
 
         Args:
             projection: P, shape (D, D), float64.
             shift: c, shape (D,), float64.
 
         Raises:
-            HoldfastError: if a shape is another one, or a value is not finite.
+            HoldfastError: if a shape is wrong, or a value is not finite.
 
         Example:
             >>> from holdfast.models import SplitModel
@@ -132,7 +132,7 @@ class ExtractorNetwork(SplitNetwork):
             layer.bias.copy_(layer.bias.to(projection) @ projection + shift)
 
     def expect_extractor(self, extractor: bool | str) -> None:
-        """Makes room for the extractor that saved weights have; one that is there already stays.
+        """Adds the layer for the extractor that saved weights have, if there is none yet.
 
         Args:
             extractor: as `spec` has it: True for a linear one, "affine" for an eraser, False for none.
@@ -148,18 +148,10 @@ class ExtractorNetwork(SplitNetwork):
                 self.spec = {**self.spec, "extractor": "affine"}
 
     def add_extractor(self) -> None:
-        """Puts an identity layer before the head, for `insert_extractor` or for weights that have one."""
+        """Puts an identity layer before the head, for `insert_extractor` or for weights with an extractor."""
         head = self.head
-        width = head.weight.shape[1]
-        device = head.weight.device
-        dtype = widest(device)
-        like: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
-        # skip_init: nothing is drawn, so that the global generator is left alone.
-        layer: Head = (
-            nn.utils.skip_init(nn.Conv2d, width, width, 1, **like)  # type: ignore[no-untyped-call]
-            if isinstance(head, nn.Conv2d)
-            else nn.utils.skip_init(nn.Linear, width, width, **like)  # type: ignore[no-untyped-call]
-        )
+        width, dtype = head.weight.shape[1], widest(head.weight.device)
+        layer = blank_layer(head, width, bias=False, dtype=dtype)
         with torch.no_grad():
             layer.weight.copy_(torch.eye(width).view_as(layer.weight))
         parent, _, leaf = self.head_name.rpartition(".")
@@ -180,9 +172,9 @@ class ExtractorNetwork(SplitNetwork):
         return isinstance(self.network.get_submodule(self.head_name.rpartition(".")[0]), ExtractedHead)
 
     def blocks(self) -> list[Block]:
-        """Returns the body as a row of blocks, each a list of (dotted name in `network`, module).
+        """Returns the body as a list of blocks, each a list of (dotted name in `network`, module).
 
-        The rule stands in `holdfast.models.blocks`. An inserted extractor belongs to the last block.
+        `holdfast.models.blocks` states the rule. An inserted extractor belongs to the last block.
 
         Example:
             >>> from holdfast.models import load_model
@@ -192,9 +184,9 @@ class ExtractorNetwork(SplitNetwork):
         """
         if not self.has_extractor:
             return split_blocks(self.network, self.head_name)
-        place = self.head_name.rpartition(".")[0]
-        blocks = split_blocks(self.network, place) or [[]]
-        blocks[-1].append((f"{place}.0", self.extractor_layer()))
+        extracted_head = self.head_name.rpartition(".")[0]
+        blocks = split_blocks(self.network, extracted_head) or [[]]
+        blocks[-1].append((f"{extracted_head}.0", self.extractor_layer()))
         return blocks
 
     def features_by_depth(self, x: Tensor, depth: int) -> list[Tensor]:
@@ -239,11 +231,11 @@ class ExtractorNetwork(SplitNetwork):
 
         Args:
             layers: dotted names in `network`; an inserted extractor, which a fresh model does not have, becomes the
-                identity, and whatever else was put before the head stays.
+                identity, and any other layer before the head stays as it is.
             reference: a fresh model of the same architecture.
 
         Raises:
-            HoldfastError: if the reference has nothing to copy from.
+            HoldfastError: if the reference lacks the layer's tensors.
         """
         inserted = f"{self.head_name.rpartition('.')[0]}.0" if self.head_name != reference.head_name else None
         for name in layers:
@@ -262,8 +254,8 @@ class ExtractorNetwork(SplitNetwork):
     def without_extractor(self) -> Self:
         """Returns a copy whose head has the extractor merged into it: the original's layers, and the same outputs.
 
-        The product is computed in float64 and rounded to the network's precision. What the extractor did to hinder
-        training on its features is gone.
+        The product is computed in float64 and rounded to the network's precision. The copy no longer has the
+        extractor's protection.
 
         Raises:
             HoldfastError: if the extractor shifts features and the head has no bias to take the shift.
@@ -281,8 +273,8 @@ class ExtractorNetwork(SplitNetwork):
             return model
         if self.extractor_layer().bias is not None and self.head.bias is None:
             raise HoldfastError(
-                f"{self.name}: an eraser shifts the features, and the head has no bias that could take the shift, so "
-                "the two cannot be merged. Keep them apart with save(FILE), which Holdfast reads."
+                f"{self.name}: an eraser shifts the features, and the head has no bias to take the shift, so the two "
+                "cannot be merged. Write both layers with save(FILE), which Holdfast reads."
             )
         merged = tensors_without_extractor(self)
         head = model.head
@@ -308,7 +300,7 @@ def name_without_extractor(model: ExtractorNetwork, name: str) -> str | None:
 
 def tensors_without_extractor(model: ExtractorNetwork) -> dict[str, Tensor]:
     """Returns every tensor by the name that it has without an extractor, which is merged into the head."""
-    # Tensors that are shared have all their names in the state dict, and one among the others.
+    # The state dict has shared tensors under all their names, `every_tensor` under one.
     tensors = {**dict(every_tensor(model.network)), **model.network.state_dict(keep_vars=True)}
     if model.has_extractor:
         inserted, head = model.extractor_layer(), model.head.weight

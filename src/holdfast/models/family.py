@@ -1,8 +1,9 @@
-"""Families of models: each reads one kind of names, such as `timm:NAME`, and registers in its own file."""
+"""Families of models: each builds the models of one kind of name, such as `timm:NAME`, and has its own file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from holdfast.models.spec import ModelSpec
     from holdfast.models.split_model import SplitModel
 
+Shape = tuple[int, ...]
 Values = tuple[float, ...]
 
 CODE: Final = "file.py:FUNCTION"
@@ -25,18 +27,18 @@ CODE: Final = "file.py:FUNCTION"
 
 @dataclass(frozen=True)
 class Built:
-    """A network, and what is known of it.
+    """A network with its settings.
 
     Attributes:
-        network: with its own weights, if its name stands for some.
+        network: with its own weights, if its name stands for trained ones.
         rebuild: the spec that builds the same architecture with fresh weights, without fetching or reading any.
-        head: dotted name of the head; None: it is still to be found.
+        head: dotted name of the head; None: `SplitModel.of` finds it.
         norm: mean and std of the input normalisation, or twice None.
-        foreign: whether nothing is known about its code.
+        foreign: whether its structure is unknown, so that a forward pass has to show it.
         scheduler: the configuration of its scheduler, if it is a denoiser.
-        loaded: whether the weights of the spec are in it.
+        loaded: whether it already has the weights of the spec.
         code: SHA-256 of the user's code that made it.
-        factory: builds it anew, where the family's `build` with `rebuild` would not.
+        factory: builds it anew, if the family's `build` with `rebuild` cannot.
         notes: see `SplitModel`.
         vocabulary: see `SplitModel`.
         tokenizer: see `SplitModel`.
@@ -69,43 +71,41 @@ class Family:
         return type(self).__qualname__
 
     def for_task(self, spec: ModelSpec, task: Task) -> ModelSpec:
-        """Returns a spec with what the family needs to know of the task.
+        """Returns a spec with the facts about the task that the family needs.
 
         Raises:
             HoldfastError: if an option of the spec would have no effect.
         """
         return spec
 
-    def build(
-        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
-    ) -> Built:
+    def build(self, spec: ModelSpec, input_shape: Shape, num_outputs: int, data_dir: Path | str | None) -> Built:
         """Builds the network that a spec names.
 
         Args:
-            spec: its options are those that a recipe or a saved file gave, and may be wrong.
+            spec: its options come from a recipe or a saved file, and may be wrong.
             input_shape: of one input.
             num_outputs: number of logits.
             data_dir: also searched for folders and files.
 
         Raises:
-            HoldfastError: if there is no such model, or an option is unknown or unusable.
+            HoldfastError: if the model does not exist, or an option is unknown or unusable.
         """
         raise NotImplementedError
 
     def released_options(self, name: str, task: Task, *, own_head: bool) -> dict[str, Any]:
-        """Returns the options that make a name stand for a model with its own weights.
+        """Returns the options with which a name means a model with its own weights.
 
         Raises:
-            HoldfastError: if the model has none, or they lack a head for the task that `own_head` requires.
+            HoldfastError: if the model has no weights, or they lack a head for the task that `own_head` requires.
         """
         return {}
 
     def output_names(self, spec: ModelSpec, built: Built, network: nn.Module) -> tuple[str, ...] | None:
-        """Returns the names of a network's outputs in its own files; None if they say none for this head."""
+        """Returns the names of a network's outputs from its own files; None if these have none for this head."""
         return None
 
     def name_of_folder(self, folder: Path) -> ModelSpec | None:
-        """Returns the spec of a folder that this family's `save_pretrained` or its library wrote; None: of another."""
+        """Returns the spec of a folder that this family's `save_pretrained` or its library wrote; else None."""
         return None
 
     def save_pretrained(self, model: SplitModel, folder: Path) -> None:
@@ -113,19 +113,19 @@ class Family:
 
         Args:
             model: without an extractor.
-            folder: exists, and is writable.
+            folder: an existing folder.
 
         Raises:
             HoldfastError: if no library reads such a model.
         """
         raise HoldfastError(
-            f"{model.name} is not a model of transformers, timm or diffusers, so no library has a from_pretrained for "
-            "it; write it with save(FILE), and read it with SplitModel.from_pretrained(FILE, task) or load_model."
+            f"{model.name} is not a model of transformers, timm or diffusers, so no library can read it; write it with "
+            "save(FILE), and read it with SplitModel.from_pretrained(FILE, task) or load_model."
         )
 
 
 FAMILIES: Registry[Family] = Registry("model", "holdfast.models")
-"""All families by name; other packages add to them by an entry point of the group `holdfast.models`."""
+"""All families by name; other packages add theirs with an entry point of the group `holdfast.models`."""
 
 F = TypeVar("F", bound=Family)
 
@@ -155,10 +155,10 @@ def list_models() -> list[str]:
 
 
 def is_code(name: str) -> bool:
-    """Whether a model's name says where a function is, and is not a name of timm, Hugging Face or another library.
+    """Whether a model's name is that of a function, and not one of timm, Hugging Face or another library.
 
     Example:
-        >>> is_code("nets.py:small"), is_code("mine.nets:small"), is_code("timm:resnet18"), is_code("cnn")
+        >>> is_code("nets.py:small"), is_code("package.nets:small"), is_code("timm:resnet18"), is_code("cnn")
         (True, True, False, False)
     """
     return ":" in name and f"{name.partition(':')[0]}:NAME" not in FAMILIES
@@ -179,13 +179,33 @@ def family_of(name: str) -> Family:
 
 
 def folder_spec(folder: Path) -> ModelSpec | None:
-    """Returns the spec of a model that a library wrote into a folder; None if no family knows the folder."""
-    found = (family.name_of_folder(folder) for family in FAMILIES.values())
-    return next((spec for spec in found if spec is not None), None)
+    """Returns the spec of a model that a library wrote into a folder; None if no family reads the folder."""
+    specs = (family.name_of_folder(folder) for family in FAMILIES.values())
+    return next((spec for spec in specs if spec is not None), None)
+
+
+def check_known(spec: ModelSpec, known: Collection[str]) -> None:
+    """Refuses options of a spec that its family does not take.
+
+    Raises:
+        HoldfastError: naming the first.
+    """
+    for option in spec.options:
+        if option not in known:
+            raise unknown(f"option of model {spec.name!r}:", option, known)
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    """Returns a folder's `config.json`; empty if it is missing, or is not a JSON object."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def for_channels(norm: tuple[Values, Values], input_shape: tuple[int, ...]) -> tuple[Values, Values]:
-    """Returns a normalisation for images of a task; if they have other channels, the mean over the known ones."""
+    """Returns a normalisation for a task's images; for another number of channels, its mean over the channels."""
     mean, std = norm
     if len(mean) in (1, input_shape[0]):
         return mean, std

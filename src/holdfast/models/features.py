@@ -1,7 +1,7 @@
-"""What a head receives: the features of a task's samples, in order, as a linear probe would train on them.
+"""Features, the inputs of the head: those of a task's samples, in order, for linear probes and linear defenses.
 
-A battery's probes, a linear defense and a feasibility study ask for the same features again and again. The last ones
-are kept, so that a network is run once over a task: see `FeatureCache`.
+A battery's probes, a linear defense and a feasibility study use the same features repeatedly. The cache keeps the last
+ones, so that a network is run once over a task: see `FeatureCache`.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ BATCH = 500
 CPU = torch.device("cpu")
 
 KEPT_BYTES = 1 << 30
-"""What the features that are kept may take in memory: 20 times CIFAR-10 before the head of a ResNet-20."""
+"""Memory of the cache, in bytes: 20 times the features of CIFAR-10 before the head of a ResNet-20."""
 
 Key = tuple[str, ...]
 XY = tuple[Tensor, Tensor]
 
 
 class FeatureCache:
-    """Features and targets of the tasks last asked for, up to so many bytes; what was not used for longest goes first.
+    """Keeps the features and targets of the tasks last used, up to a number of bytes; the least recently used go first.
 
     Args:
-        limit: bytes; what is larger than that alone is not kept.
+        limit: in bytes; an entry that is larger is not kept.
 
     Attributes:
-        hits: how often something was there.
-        misses: how often it was not.
+        hits: how often `get` had an entry.
+        misses: how often it had none.
 
     Example:
         >>> cache = FeatureCache(limit=100)
@@ -54,49 +54,46 @@ class FeatureCache:
 
     @property
     def bytes(self) -> int:
-        """What is kept takes so many."""
+        """Size of all entries."""
         return sum(map(size_of, self._kept.values()))
 
     def get(self, key: Key) -> XY | None:
-        """Returns what was put under a key, if it is still here; it is shared, so do not write into it."""
-        found = self._kept.get(key)
-        if found is None:
+        """Returns the entry of a key, or None; it is shared, so do not write into it."""
+        entry = self._kept.get(key)
+        if entry is None:
             self.misses += 1
             return None
         self.hits += 1
         self._kept.move_to_end(key)
-        return found
+        return entry
 
-    def put(self, key: Key, found: XY) -> None:
-        """Keeps features and targets, and lets go of others where there is no room."""
-        if size_of(found) > self.limit:
+    def put(self, key: Key, entry: XY) -> None:
+        """Keeps features and targets, and drops others to make room."""
+        if size_of(entry) > self.limit:
             return
-        self._kept[key] = found
+        self._kept[key] = entry
         self._kept.move_to_end(key)
         while self.bytes > self.limit:
             self._kept.popitem(last=False)
 
     def clear(self) -> None:
-        """Lets go of everything, and counts anew."""
+        """Drops all entries and resets the counts."""
         self._kept.clear()
         self.hits = self.misses = 0
 
 
 KEPT = FeatureCache()
-"""The one cache of this process."""
+"""The cache of this process."""
 
 
-def size_of(found: XY) -> int:
+def size_of(entry: XY) -> int:
     """Returns the bytes of features and targets."""
-    return sum(t.numel() * t.element_size() for t in found)
+    return sum(t.numel() * t.element_size() for t in entry)
 
 
 @torch.no_grad()
 def _key(model: SplitModel, task: Task) -> Key:
-    """What features depend on beside the split.
-
-    Weights alone do not say what a network computes, so a few samples are asked as well.
-    """
+    """All that features depend on, beside the split; those of 8 samples stand for the network's code."""
     device, training = model.device, model.training
     sample = model.eval().features(next(task.sweep("train", 8, device=device)).x).flatten().tolist()
     model.train(training)
@@ -108,7 +105,7 @@ def _key(model: SplitModel, task: Task) -> Key:
 def feature_batches(model: SplitModel | None, task: Task, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields features and least-squares targets of a split, a batch at a time, in evaluation mode.
 
-    Those of a model are taken from the cache, or kept there when all have been asked for, if there is room.
+    A model's features are taken from the cache, or kept there once all were yielded, if there is room.
 
     Args:
         model: on the device to compute on; None: the inputs themselves, flattened (images in [0, 1]).
@@ -155,66 +152,65 @@ def _computed(model: SplitModel | None, task: Task, split: Split) -> Iterator[XY
         model.eval()
     try:
         for batch in task.sweep(split, BATCH, device=device):
-            found = batch.x.flatten(1) if model is None else model.features(batch.x)
+            x = batch.x.flatten(1) if model is None else model.features(batch.x)
             place = place_of_float64(device)
-            yield found.to(place).to(torch.float64), task.targets(batch.y.to(place))
+            yield x.to(place).to(torch.float64), task.targets(batch.y.to(place))
     finally:
         if model is not None:
             model.train(training)
 
 
 def features(model: SplitModel | None, task: Task, split: Split) -> tuple[Tensor, Tensor]:
-    """Returns all features and targets of a split; see `feature_batches`. They may be kept: do not write into them."""
+    """Returns all features and targets of a split; see `feature_batches`. The cache may share them: do not write."""
     if model is None:
         return _joined(list(_computed(model, task, split)))
     return _kept(model, task, split, _key(model, task))
 
 
 def both_splits(model: SplitModel, task: Task) -> tuple[Tensor, Tensor]:
-    """Returns the features of the training and of the test split, as `features` would, and asks for the key once."""
+    """Returns the features of the training and of the test split, as `features` does, and computes the key once."""
     key = _key(model, task)
     return _kept(model, task, "train", key)[0], _kept(model, task, "test", key)[0]
 
 
 def _kept(model: SplitModel, task: Task, split: Split, key: Key) -> XY:
-    found = KEPT.get((*key, split))
-    if found is None:
-        found = _joined(list(_computed(model, task, split)))
-        KEPT.put((*key, split), found)
-    return found
+    entry = KEPT.get((*key, split))
+    if entry is None:
+        entry = _joined(list(_computed(model, task, split)))
+        KEPT.put((*key, split), entry)
+    return entry
 
 
 def feature_precision(model: SplitModel | None, task: Task) -> float:
-    """Returns eps of the arithmetic that features are computed in: the network's, or the inputs' own."""
+    """Returns the machine epsilon of the features: that of the network's dtype, or of the inputs' own."""
     dtype = model.dtype if model is not None else next(task.sweep("train", 1, device=CPU)).x.dtype
     return torch.finfo(dtype).eps
 
 
 @torch.no_grad()
 def check_feature_width(model: SplitModel | None, task: Task) -> None:
-    """Refuses a head that gets a map rather than a vector, on which a linear extractor would mix places.
+    """Refuses a head that gets a map over positions, not a vector: a linear extractor would mix the positions.
 
     Args:
         model: None: inputs are the features.
         task: the model's own.
 
     Raises:
-        HoldfastError: if a sample's features are more numbers than the head takes, or the task has no features.
+        HoldfastError: if a sample has more features than the head takes, or the task has no features.
     """
     if task.no_features is not None:
         raise HoldfastError(
-            f"Linear extractors and spectra need a vector of features a sample. Of {task.described} there is none: "
+            f"Linear extractors and spectra need a vector of features a sample, which {task.described} does not have: "
             f"{task.no_features}. SOPHON is the defense for denoisers."
         )
     if model is None:
         return
-    device = model.device
     training = model.training
-    found = model.eval().features(next(task.sweep("train", 2, device=device)).x).shape[1]
+    width = model.eval().features(next(task.sweep("train", 2, device=model.device)).x).shape[1]
     model.train(training)
     wanted = model.head.weight.shape[1]
-    if found != wanted:
+    if width != wanted:
         raise HoldfastError(
-            f"{model.name}: the head takes {wanted} features and gets {found} numbers a sample, a map over places. "
-            "Linear extractors and spectra need the pooling before the head."
+            f"{model.name}: the head takes {wanted} features and gets {width} numbers a sample, a map over positions. "
+            "Linear extractors and spectra need pooling before the head."
         )

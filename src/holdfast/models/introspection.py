@@ -1,4 +1,4 @@
-"""Networks of any origin: what they return, which of their layers is the head, and where their tensors are."""
+"""Networks of any origin: their logits, their head, and all their tensors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Appended(nn.Module):
-    """A network without a head of its own: all of it is the body, and a linear layer after it is the head.
+    """A network without a head: all of it is the body, and a linear layer after it is the head.
 
-    The layer is the identity at first, so that nothing that the network says is changed.
+    The layer is the identity at first, so that the network's outputs do not change.
 
     Args:
         body: returns logits, in any of the forms that `logits_of` takes.
@@ -37,7 +37,7 @@ class Appended(nn.Module):
         super().__init__()
         self.body = body
         like: dict[str, Any] = {"device": device_of(body), "dtype": dtype_of(body)}
-        # skip_init: nothing is drawn, so that the global generator is left alone.
+        # skip_init draws no random numbers, so the global generator stays as it is.
         self.head = nn.utils.skip_init(nn.Linear, num_outputs, num_outputs, **like)  # type: ignore[no-untyped-call]
         nn.init.eye_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -62,12 +62,12 @@ class AppendedFactory:
 
 @dataclass(frozen=True)
 class Outline:
-    """What one pass of made-up inputs shows of a network.
+    """What one forward pass of made-up inputs shows about a network.
 
     Attributes:
         num_outputs: number of logits.
-        head: dotted name of the last layer that ran and makes as many; None if there is none.
-        channels_last: whether its code takes images in channels-last layout; code that calls `view` often does not.
+        head: dotted name of the last linear layer that ran and has as many outputs; None: there is no such layer.
+        channels_last: whether its code takes images in channels-last layout; code that calls `view` often cannot.
     """
 
     num_outputs: int
@@ -81,29 +81,27 @@ def logits_of(output: Any) -> Tensor:
     They are the output itself, its `logits` (an attribute or a key), or the first tensor in it.
 
     Raises:
-        HoldfastError: if there is no tensor in it.
+        HoldfastError: if it holds no tensor.
 
     Example:
         >>> logits_of((torch.zeros(2, 5, 1, 1), "and more")).shape
         torch.Size([2, 5])
     """
-    found = output
-    if not isinstance(found, Tensor):
-        found = getattr(output, "logits", None)
-    if not isinstance(found, Tensor) and isinstance(output, Mapping):
-        found = output.get("logits", next((v for v in output.values() if isinstance(v, Tensor)), None))
-    elif not isinstance(found, Tensor) and isinstance(output, Sequence):
-        found = next((v for v in output if isinstance(v, Tensor)), None)
-    if not isinstance(found, Tensor) or found.dim() == 0:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) and isinstance(output, Mapping):
+        logits = output.get("logits", next((v for v in output.values() if isinstance(v, Tensor)), None))
+    elif not isinstance(logits, Tensor) and isinstance(output, Sequence):
+        logits = next((v for v in output if isinstance(v, Tensor)), None)
+    if not isinstance(logits, Tensor) or logits.dim() == 0:
         raise HoldfastError(
             f"The network returns {type(output).__name__} without logits; expected a tensor of shape (N, classes), or "
             "something that holds one (as `logits`, or first)."
         )
-    return found.flatten(1) if found.dim() > 1 else found[:, None]
+    return logits.flatten(1) if logits.dim() > 1 else logits[:, None]
 
 
 def outline(network: nn.Module, input_shape: tuple[int, ...], name: str, *, ids: int | None = None) -> Outline:
-    """Passes two made-up inputs through a copy of a network, in evaluation mode, and looks at which layers run.
+    """Passes two made-up inputs through a copy of a network, in evaluation mode, and records which layers run.
 
     Args:
         network: left as it is.
@@ -119,23 +117,19 @@ def outline(network: nn.Module, input_shape: tuple[int, ...], name: str, *, ids:
         >>> outline(network, (4,), "mine")
         Outline(num_outputs=3, head='2', channels_last=True)
     """
-    count = 2 * torch.Size(input_shape).numel()
-    if ids is not None:
-        x = torch.arange(count, device=device_of(network)).remainder(ids).view(2, *input_shape)
-        return _explained(name, input_shape, lambda: _outline(network, x, False))
-    x = torch.linspace(0, 1, count).view(2, *input_shape)
-    x = x.to(device_of(network), dtype_of(network))
-    if x.dim() == 4:
+    count, device = 2 * torch.Size(input_shape).numel(), device_of(network)
+    x = torch.linspace(0, 1, count) if ids is None else torch.arange(count, device=device).remainder(ids)
+    x = x.view(2, *input_shape)
+    try:
+        if ids is not None:
+            return _outline(network, x, False)
+        x = x.to(device, dtype_of(network))
+        if x.dim() != 4:
+            return _outline(network, x, True)
         try:
             return _outline(network, x.contiguous(memory_format=torch.channels_last), True)
         except Exception:
-            return _explained(name, input_shape, lambda: _outline(network, x, False))
-    return _explained(name, input_shape, lambda: _outline(network, x, True))
-
-
-def _explained(name: str, input_shape: tuple[int, ...], look: Callable[[], Outline]) -> Outline:
-    try:
-        return look()
+            return _outline(network, x, False)
     except Exception as error:  # the user's code may raise anything
         raise HoldfastError(
             f"{name} cannot take inputs of shape {input_shape}: {first_line(error)}. For images, set the task's "
@@ -146,11 +140,11 @@ def _explained(name: str, input_shape: tuple[int, ...], look: Callable[[], Outli
 def _outline(network: nn.Module, x: Tensor, channels_last: bool) -> Outline:
     probe = duplicate(network).eval()
     if channels_last and x.dim() == 4:
-        probe = probe.to(memory_format=torch.channels_last)  # as weights will be laid out: outputs then are as well
+        probe = probe.to(memory_format=torch.channels_last)  # the layout that weights will have decides that of outputs
     ran: list[tuple[str, int]] = []
     for dotted, layer in probe.named_modules():
         if dotted and is_head(layer):
-            width = layer.weight.shape[0]  # of the layer as it is, whatever its attributes say
+            width = layer.weight.shape[0]  # `out_features` may be out of date
             layer.register_forward_hook(lambda *_, entry=(dotted, width): ran.append(entry))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         num_outputs = logits_of(probe(x)).shape[1]
@@ -165,13 +159,27 @@ def is_head(layer: nn.Module) -> TypeGuard[Head]:
     return isinstance(layer, nn.Linear)
 
 
+def blank_layer(like: Head, outputs: int, **changes: Any) -> Head:
+    """Returns a layer of a head's kind and inputs with undefined values; it draws no random numbers.
+
+    Args:
+        like: the head.
+        outputs: of the new layer.
+        changes: `bias`, `device` or `dtype`, where they differ from the head's.
+    """
+    settings = {"bias": like.bias is not None, "device": like.weight.device, "dtype": like.weight.dtype, **changes}
+    kind, kernel = (nn.Linear, ()) if isinstance(like, nn.Linear) else (nn.Conv2d, (1,))
+    layer: Head = nn.utils.skip_init(kind, like.weight.shape[1], outputs, *kernel, **settings)  # type: ignore[no-untyped-call]
+    return layer
+
+
 def duplicate(module: M) -> M:
     """Returns a deep copy.
 
     Raises:
         HoldfastError: if its code does not allow one.
     """
-    # Every module has many empty dictionaries, most of them for hooks: handing their copies over is half of the time.
+    # Every module has many empty dictionaries, most of them for hooks. Copying them here halves the time.
     empty = {
         id(value): type(value)()
         for each in module.modules()
@@ -188,7 +196,7 @@ def duplicate(module: M) -> M:
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of what an exception says, or its type if it says nothing."""
+    """Returns the first line of an exception's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
@@ -197,10 +205,10 @@ _BOOKKEEPING = frozenset(vars(nn.Module()))
 
 
 def every_tensor(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields every tensor that a module holds, each once: parameters, buffers, and what is in plain attributes.
+    """Yields every tensor that a module holds, each once: parameters, buffers, and those in plain attributes.
 
-    Lists, dictionaries and modules in them are searched too: a network in a list is not a sub-module, and
-    `parameters()` does not yield its tensors.
+    Lists, dictionaries and modules in attributes are searched too: `parameters()` does not yield the tensors of a
+    network in a list, as it is not a sub-module.
 
     Example:
         >>> layer = nn.Linear(2, 2, bias=False)

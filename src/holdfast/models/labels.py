@@ -1,4 +1,4 @@
-"""Which output of a model is which class of a task: by name where both have names, else by index."""
+"""Matches a model's outputs with a task's classes, by name if both have names, else by index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from holdfast.errors import HoldfastError
-from holdfast.models.introspection import Head
+from holdfast.models.introspection import blank_layer
 from holdfast.models.split_model import SplitModel
 from holdfast.tasks import Task
 
@@ -18,7 +18,7 @@ _NO_NAME = re.compile(r"(label|class|output|category)?\s*-?\d+")
 
 
 def real_names(names: Sequence[Any] | None) -> list[str] | None:
-    """Returns names of classes as they are compared; None if they are numbers or numbered, or one comes twice.
+    """Returns names of classes in the form that is compared; None if they are only numbers, or one comes twice.
 
     Example:
         >>> real_names(["Sea  Lion", "cat"]), real_names(["LABEL_0", "LABEL_1"]), real_names(["3", "1"])
@@ -31,19 +31,18 @@ def real_names(names: Sequence[Any] | None) -> list[str] | None:
 
 
 def names_of(network: nn.Module) -> tuple[str, ...] | None:
-    """Returns what a network of transformers or timm calls its outputs, in their order; None if it does not say.
+    """Returns the names of the outputs of a network of transformers or timm, in order; None if it has none.
 
     Example:
         >>> names_of(nn.Linear(2, 2)) is None
         True
     """
-    config = getattr(network, "config", None)
-    found = names_in({"id2label": getattr(config, "id2label", None)})
-    if found is not None:
-        return found
+    names = names_in({"id2label": getattr(getattr(network, "config", None), "id2label", None)})
+    if names is not None:
+        return names
     config = getattr(network, "pretrained_cfg", None)
-    timm = config.get("label_names") if isinstance(config, Mapping) else None
-    return tuple(map(str, timm)) if isinstance(timm, list | tuple) and timm else None
+    labels = config.get("label_names") if isinstance(config, Mapping) else None
+    return tuple(map(str, labels)) if isinstance(labels, list | tuple) and labels else None
 
 
 def names_in(config: Any) -> tuple[str, ...] | None:
@@ -64,18 +63,18 @@ def names_in(config: Any) -> tuple[str, ...] | None:
 
 
 def match_outputs(model: SplitModel, names: Sequence[str] | None, task: Task) -> list[int] | None:
-    """Puts a model's outputs into the order of a task's classes, by their names; outputs of no class are left out.
+    """Puts a model's outputs into the order of a task's classes, by name; outputs without a class are left out.
 
     Args:
-        model: changed in place, and its `notes`; it has its weights.
-        names: what its outputs are called, in their order; None: not known.
-        task: of classes.
+        model: with its weights; it and its `notes` are changed in place.
+        names: of its outputs, in their order; None: unknown.
+        task: with classes.
 
     Returns:
-        The outputs that were taken, in their new order; None if all stayed where they were.
+        The outputs that were kept, in their new order; None if nothing changed.
 
     Raises:
-        HoldfastError: if there is a name too many or too few, or other layers than the head have a part in the outputs.
+        HoldfastError: if there are too many or too few names, or the outputs depend on more than the head.
     """
     classes = getattr(task, "class_names", None)
     if names is None or classes is None or not task.labels_are_classes:
@@ -95,10 +94,10 @@ def match_outputs(model: SplitModel, names: Sequence[str] | None, task: Task) ->
         return None
     rows = [own.index(name) for name in wanted if name in own]
     if len(rows) < len(wanted):
-        strange = [str(c) for c, name in zip(classes, wanted, strict=True) if name not in own]
+        missing = [str(c) for c, name in zip(classes, wanted, strict=True) if name not in own]
         model.notes += (
             f"Outputs of {model.name} and classes of {task.name} are matched by index: no output is called "
-            f"{_some(strange)}; they are called {_some(names)}.",
+            f"{_some(missing)}; they are called {_some(names)}.",
         )
         return None
     _select(model, rows, task)
@@ -113,15 +112,10 @@ def _some(names: Sequence[Any]) -> str:
 
 @torch.no_grad()
 def _select(model: SplitModel, rows: Sequence[int], task: Task) -> None:
-    """Keeps some rows of the head, and checks that the outputs are those that were meant."""
+    """Keeps some rows of the head, and checks that the model's outputs follow."""
     probe = next(iter(task.batches("test", 2, device=model.device))).x
     before = _outputs(model, probe)[:, list(rows)]
-    old = model.head
-    new: Head = (
-        nn.utils.skip_init(nn.Linear, old.in_features, len(rows), **_like(old))  # type: ignore[no-untyped-call]
-        if isinstance(old, nn.Linear)
-        else nn.utils.skip_init(nn.Conv2d, old.in_channels, len(rows), 1, **_like(old))  # type: ignore[no-untyped-call]
-    )
+    old, new = model.head, blank_layer(model.head, len(rows))
     new.weight.copy_(old.weight[list(rows)])
     if new.bias is not None and old.bias is not None:
         new.bias.copy_(old.bias[list(rows)])
@@ -130,14 +124,10 @@ def _select(model: SplitModel, rows: Sequence[int], task: Task) -> None:
     after = _outputs(model, probe)
     if after.shape != before.shape or not torch.allclose(before, after, rtol=1e-4, atol=1e-4, equal_nan=True):
         raise HoldfastError(
-            f"The outputs of {model.name} are in another order than the classes of {task.name}, by their names, and "
-            f"more than its head {model.head_name!r} has a part in them: they cannot be put in order here. Order the "
-            "task's classes as the model's, with NAME[...]."
+            f"The outputs of {model.name} are named in another order than the classes of {task.name}, and they depend "
+            f"on more than its head {model.head_name!r}, so they cannot be reordered. Order the task's classes as the "
+            "model's, with NAME[...]."
         )
-
-
-def _like(head: Head) -> dict[str, Any]:
-    return {"bias": head.bias is not None, "device": head.weight.device, "dtype": head.weight.dtype}
 
 
 def _outputs(model: SplitModel, x: torch.Tensor) -> torch.Tensor:

@@ -21,20 +21,16 @@ from holdfast.tasks import Task
 
 
 def load_model(
-    model: str | ModelSpec,
-    task: Task,
-    *,
-    data_dir: Path | str | None = None,
-    device: torch.device | str = "cpu",
+    model: str | ModelSpec, task: Task, *, data_dir: Path | str | None = None, device: torch.device | str = "cpu"
 ) -> SplitModel:
     """Builds a model for a task, with weights if the spec names some.
 
     Args:
-        model: a name, a `ModelSpec`, or the path of a `model.safetensors` that Holdfast saved (it carries its spec).
+        model: a name, a `ModelSpec`, or the path of a `model.safetensors` that Holdfast saved (it contains its spec).
             `hf:NAME` (a folder, a name on the Hub, or `package:NAME/FOLDER`) and `diffusers:NAME` come with their
-            weights, and read text if the task is text; `file.py:function`
-            and `module:function` run code, which you must trust.
-        task: its input shape and number of classes size the model.
+            weights, and read text if the task is text; `file.py:function` and `module:function` run code, which you
+            must trust.
+        task: gives the model's input shape and number of outputs.
         data_dir: also searched for relative weight files.
         device: where the model is put.
 
@@ -52,26 +48,26 @@ def load_model(
     spec = spec_of(model, data_dir)
     family = family_of(spec.name)
     spec = family.for_task(spec, task)
-    check_options(spec, task)
+    _check_options(spec, task)
     built = family.build(spec, task.input_shape, task.num_outputs, data_dir)
     if spec.keep_outputs is not None and (spec.weights is None or built.loaded):
         raise HoldfastError(
             f"{spec.name}: keep_outputs chooses among the outputs of a head in a file of weights, and this model has "
             "no such file; leave it out."
         )
-    found = _split(spec, built, task)
-    found.vocabulary, found.tokenizer, found.fresh_head = built.vocabulary, built.tokenizer, built.fresh_head
-    found.expect_extractor(spec.extractor)
+    split = _split(spec, built, task)
+    split.vocabulary, split.tokenizer, split.fresh_head = built.vocabulary, built.tokenizer, built.fresh_head
+    split.expect_extractor(spec.extractor)
     if spec.weights is not None and not built.loaded:
-        found.load(find_weights(spec.weights, data_dir), spec.keep_outputs)
-    found = found.to(device).in_memory_format()
-    _name_outputs(found, spec, family.output_names(spec, built, found.network), task)
-    check_fits(found, task, own_task=True, trainable=False)
-    return found
+        split.load(find_weights(spec.weights, data_dir), spec.keep_outputs)
+    split = split.to(device).in_memory_format()
+    _name_outputs(split, spec, family.output_names(spec, built, split.network), task)
+    check_fits(split, task, own_task=True, trainable=False)
+    return split
 
 
 def _split(spec: ModelSpec, built: Built, task: Task) -> SplitModel:
-    """Splits a network into body and head, with what is known of it."""
+    """Splits a network into body and head, with the settings that its spec and its family give."""
     mean, std = (values or default for values, default in zip((spec.mean, spec.std), built.norm, strict=True))
     head = spec.head or built.head
     more: dict[str, Any] = {
@@ -79,31 +75,27 @@ def _split(spec: ModelSpec, built: Built, task: Task) -> SplitModel:
         "factory": built.factory or _Factory(built.rebuild, task.input_shape, task.num_outputs),
         "spec": built.rebuild.model_dump(exclude={"weights", "keep_outputs", "classes"}),
     }
-    found: SplitModel
+    model: SplitModel
     if built.scheduler is not None:
         if head not in (None, diffusion.HEAD) or mean is not None or std is not None:
             raise HoldfastError(
-                f"{spec.name} is a denoiser: its head is {diffusion.HEAD!r}, and images from -1 to 1 are its inputs as "
-                "they are; leave head, mean and std out."
+                f"{spec.name} is a denoiser: its head is {diffusion.HEAD!r}, and its inputs are images from -1 to 1, "
+                "which are not normalised; leave head, mean and std out."
             )
-        found = diffusion.Denoiser(built.network, scheduler=built.scheduler, **more)
+        model = diffusion.Denoiser(built.network, scheduler=built.scheduler, **more)
     elif built.foreign:
-        found = SplitModel.of(built.network, task, head=head, mean=mean, std=std, **more)
+        model = SplitModel.of(built.network, task, head=head, mean=mean, std=std, **more)
     else:
-        found = SplitModel(built.network, str(head), mean=mean, std=std, **more)
-    found.notes += built.notes
+        model = SplitModel(built.network, str(head), mean=mean, std=std, **more)
+    model.notes += built.notes
     if built.code is not None:
-        found.code = built.code
-        found.notes += _on_normalisation(spec, built, task)
-    return found
+        model.code = built.code
+        model.notes += _on_normalisation(spec, built, task)
+    return model
 
 
-def check_options(spec: ModelSpec, task: Task) -> None:
-    """Refuses what a spec says and would have no effect.
-
-    Raises:
-        HoldfastError: naming it.
-    """
+def _check_options(spec: ModelSpec, task: Task) -> None:
+    """Refuses settings of a spec that would have no effect."""
     if (spec.mean or spec.std) and task.vocabulary is not None:
         raise HoldfastError(f"{spec.name} reads text, which is not normalised; leave mean and std out.")
     if spec.classes is not None and (spec.keep_outputs is not None or not task.labels_are_classes):
@@ -112,7 +104,7 @@ def check_options(spec: ModelSpec, task: Task) -> None:
 
 
 def _on_normalisation(spec: ModelSpec, built: Built, task: Task) -> tuple[str, ...]:
-    """Which normalisation the inputs of the user's code get: its weights may need another."""
+    """A note on how inputs of the user's code are normalised: its weights may need another normalisation."""
     if len(task.input_shape) != 3:
         return ()
     if spec.mean is not None or spec.std is not None:
@@ -120,39 +112,39 @@ def _on_normalisation(spec: ModelSpec, built: Built, task: Task) -> tuple[str, .
     mean, std = built.norm
     if mean is not None and std is not None:
         shown = ", ".join(f"{name} {[round(v, 4) for v in values]}" for name, values in (("mean", mean), ("std", std)))
-        return (f"Inputs of {built.rebuild.name} are normalised as the network says: {shown}.",)
+        return (f"Inputs of {built.rebuild.name} are normalised by the network's own configuration: {shown}.",)
     return (
-        f"{built.rebuild.name} gets images in [0, 1] as they are. If its weights want them normalised, say so with "
-        "--mean and --std (`mean`, `std` in a recipe).",
+        f"{built.rebuild.name} gets images in [0, 1] without normalisation. If its weights need one, set --mean and "
+        "--std (`mean`, `std` in a recipe).",
     )
 
 
-def _name_outputs(found: SplitModel, spec: ModelSpec, own: tuple[str, ...] | None, task: Task) -> None:
-    """Matches outputs with classes by name, and has the names saved with the model."""
+def _name_outputs(model: SplitModel, spec: ModelSpec, own: tuple[str, ...] | None, task: Task) -> None:
+    """Matches outputs with classes by name, and records the names in the model's spec."""
     if not task.labels_are_classes:
         return
-    if spec.keep_outputs is None and not found.fresh_head:
+    if spec.keep_outputs is None and not model.fresh_head:
         names = spec.classes or own
-        if spec.classes is None and len(names or ()) != found.num_outputs:
+        if spec.classes is None and len(names or ()) != model.num_outputs:
             names = None  # of a head that was replaced
         if names is not None:
-            check_fits(found, task, own_task=False, trainable=False)
-            match_outputs(found, names, task)
+            check_fits(model, task, own_task=False, trainable=False)
+            match_outputs(model, names, task)
     classes = getattr(task, "class_names", None)
-    if found.spec is None or classes is None or len(classes) != found.num_outputs:
+    if model.spec is None or classes is None or len(classes) != model.num_outputs:
         return
     named = tuple(map(str, classes)) if real_names(classes) is not None else None
-    options = dict(found.spec["options"])
+    options = dict(model.spec["options"])
     if isinstance(options.get("config"), dict) and isinstance(options["config"].get("id2label"), dict):
         labels = options["config"]["id2label"]
-        if len(labels) != len(classes) or named is not None:  # their number makes the head of an architecture
+        if len(labels) != len(classes) or named is not None:  # their number is the size of the architecture's head
             options["config"] = {**options["config"], "id2label": {str(i): str(c) for i, c in enumerate(classes)}}
-    found.spec = {**found.spec, "options": options, "classes": named}
+    model.spec = {**model.spec, "options": options, "classes": named}
 
 
 @dataclass(frozen=True)
 class _Factory:
-    """Builds an architecture anew; an object and not a closure, so that the model can be sent to another process."""
+    """Builds an architecture anew; an object and not a closure, so that it can be pickled."""
 
     spec: ModelSpec
     input_shape: tuple[int, ...]
@@ -173,60 +165,53 @@ def load_released(
     own_head: bool = True,
     data_dir: Path | str | None = None,
 ) -> SplitModel:
-    """Loads a model that has weights, as the command line names it.
+    """Loads a model with weights, by the name that the command line takes.
 
     Args:
         name: a `model.safetensors` that Holdfast saved; a folder of a diffusers pipeline; `timm:NAME` or `hf:NAME`,
-            with their own weights if there are no others; `module:function` or `file.py:function`, whose code is run;
+            with their own weights if `weights` is None; `module:function` or `file.py:function`, whose code is run;
             or an architecture.
-        weights: the weights, where `name` is an architecture.
+        weights: the weights, if `name` is an architecture.
         task: see `load_model`.
-        head: dotted name of the head, where it is not to be found.
-        mean: of the input normalisation, where another is meant than the model's own.
+        head: dotted name of the head, if Holdfast does not find it.
+        mean: of the input normalisation, instead of the model's own.
         std: likewise.
-        own_head: whether pretrained weights must bring a head for the task's classes; else it is a fresh one.
+        own_head: whether pretrained weights must have a head for the task's classes; otherwise the head is fresh.
         data_dir: see `load_model`.
 
     Raises:
-        HoldfastError: see `load_model`; if an architecture comes without weights; and if a file that names its
-            architecture comes with others.
+        HoldfastError: see `load_model`; if an architecture comes without weights; and if other weights are given with
+            a file that names its architecture.
     """
     if (mean is None) != (std is None):
         raise HoldfastError("Give --mean and --std together, one number a channel, such as --mean 0.5 --std 0.25.")
-    said: dict[str, Any] = {key: tuple(v) for key, v in (("mean", mean), ("std", std)) if v is not None}
+    norm: dict[str, Any] = {key: tuple(v) for key, v in (("mean", mean), ("std", std)) if v is not None}
     if diffusion.is_pipeline(name):
         name = f"diffusers:{name}"
     if name.endswith(WEIGHT_SUFFIXES):
-        return load_model(_spec_of_file(name, weights, head, data_dir).model_copy(update=said), task, data_dir=data_dir)
-    _refuse_place(name)
-    options: dict[str, Any] = {}
-    if weights is None:
-        options = family_of(name).released_options(name, task, own_head=own_head)
+        spec = spec_of(name, data_dir, head)
+        if weights is not None:
+            raise HoldfastError(
+                f"{name!r} is a file of weights that names its architecture ({spec.name}), and the weights "
+                f"{str(weights)!r} are given beside it; leave one of them out, or name the architecture in place of "
+                "the file."
+            )
+        return load_model(spec.model_copy(update=norm), task, data_dir=data_dir)
+    _refuse_path(name)
+    options = {} if weights is not None else family_of(name).released_options(name, task, own_head=own_head)
     given = None if weights is None else str(weights)
-    described = with_header(ModelSpec(name=name, options=options, head=head, weights=given, **said), data_dir)
-    found = load_model(described, task, data_dir=data_dir)
-    if own_head and found.fresh_head:
+    spec = with_header(ModelSpec(name=name, options=options, head=head, weights=given, **norm), data_dir)
+    model = load_model(spec, task, data_dir=data_dir)
+    if own_head and model.fresh_head:
         raise HoldfastError(
-            f"{name} comes without a head for classes, and what is released has one. Train it on {task.name!r} first, "
-            "by a recipe with `pretrain` or by holdfast.pretrain, and name the file that was saved."
+            f"{name} comes without a head for classes, which a released model has. Train it on {task.name!r} first, "
+            "by a recipe with `pretrain` or by holdfast.pretrain, and give the file that was saved."
         )
-    return found
+    return model
 
 
-def _spec_of_file(name: str, weights: Path | str | None, head: str | None, data_dir: Path | str | None) -> ModelSpec:
-    """The spec in a file that Holdfast saved, which must not be given with other weights."""
-    described = spec_of(name, data_dir, head)
-    if weights is not None:
-        raise HoldfastError(
-            f"{name!r} is a file of weights that names its architecture ({described.name}), and the weights "
-            f"{str(weights)!r} are given beside it; leave one of them out, or name the architecture in place of the "
-            "file."
-        )
-    return described
-
-
-def _refuse_place(name: str) -> None:
-    """Refuses a file or folder that is not a model, and says what to write instead."""
+def _refuse_path(name: str) -> None:
+    """Refuses a file or folder that is not a model; the message says what to write instead."""
     path = Path(name).expanduser()
     if name.endswith(".py"):
         raise HoldfastError(
@@ -234,23 +219,23 @@ def _refuse_place(name: str) -> None:
         )
     if name.endswith(".json"):
         raise HoldfastError(
-            f"{name!r} does not say how the network is built; name the architecture, and this file as its weights "
+            f"{name!r} does not describe a network; name the architecture, and give this file as its weights "
             "(--weights) if it is the index of several files."
         )
     if ":" not in name and path.is_dir():
-        held = {each.name for each in path.iterdir()}
-        if "config.json" in held or "adapter_config.json" in held:
-            raise HoldfastError(f"{name!r} is a folder as transformers write it; name it hf:{name}.")
-        files = sorted(each for each in held if each.endswith(WEIGHT_SUFFIXES))
+        entries = {entry.name for entry in path.iterdir()}
+        if "config.json" in entries or "adapter_config.json" in entries:
+            raise HoldfastError(f"{name!r} is a folder of transformers; name it hf:{name}.")
+        files = sorted(entry for entry in entries if entry.endswith(WEIGHT_SUFFIXES))
         hint = f"name the file in it: {path / files[0]}" if files else "it holds no model"
-        raise HoldfastError(f"{name!r} is a folder and no model that is known here; {hint}.")
+        raise HoldfastError(f"{name!r} is a folder, not a model; {hint}.")
 
 
 def load_folder(place: Path | str, task: Task, *, data_dir: Path | str | None = None, **more: Any) -> SplitModel:
-    """Loads what a library, or Holdfast, wrote; see `SplitModel.from_pretrained`.
+    """Loads a model that a library, or Holdfast, wrote; see `SplitModel.from_pretrained`.
 
     Raises:
-        HoldfastError: if it is neither a file nor a folder with a model.
+        HoldfastError: if `place` is neither a file nor a folder with a model.
     """
     folder = Path(place).expanduser()
     if not folder.is_dir():
@@ -258,6 +243,6 @@ def load_folder(place: Path | str, task: Task, *, data_dir: Path | str | None = 
     spec = folder_spec(folder)
     if spec is None:
         if not (folder / "model.safetensors").is_file():
-            _refuse_place(str(folder))
+            _refuse_path(str(folder))
         spec = spec_of(str(folder / "model.safetensors"), data_dir)
     return load_model(spec, task, data_dir=data_dir, **more)

@@ -1,4 +1,4 @@
-"""A model as defenses, adversaries and audits take it: a split network that can be renewed, saved and loaded."""
+"""The model that defenses, adversaries and audits work on: a split network that can be renewed, saved and loaded."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ from holdfast.tasks import Task, Vocabulary
 
 
 class SplitModel(ExtractorNetwork):
-    """A classifier as Holdfast sees it: input normalisation, a network, and the name of its last layer.
+    """A classifier: input normalisation, a network, and the name of its last layer.
 
-    Where you do not know the last layer, `SplitModel.of` finds it. The state dict of `network` is the model's published
+    `SplitModel.of` finds the last layer if you do not know it. The state dict of `network` is the model's published
     one: normalisation adds no entries, so weights load into and out of the plain architecture.
 
     Args:
-        network: maps normalised inputs to logits of shape (N, classes), or (N, classes, 1, 1); or to something that
-            holds them as `logits`, or as its first tensor.
+        network: maps normalised inputs to logits of shape (N, classes) or (N, classes, 1, 1), or to an object that
+            holds them as `logits` or as its first tensor.
         head: dotted name of the layer that makes the logits; an `nn.Linear`, or a 1x1 `nn.Conv2d`.
         name: shown in reports.
-        mean: subtracted from inputs in [0, 1], one value a channel (or one for all); None: nothing is normalised.
+        mean: subtracted from inputs in [0, 1], one value a channel (or one for all); None: inputs are not normalised.
         std: divides them afterwards.
         factory: builds the same architecture anew, with weights from torch's global generator; used for the scratch
             control. Without it, every layer must have `reset_parameters`. To be sent to other processes, it must be
             picklable: an object or a function of a module, not a lambda.
-        spec: JSON-able description from which the architecture can be rebuilt; travels with saved weights.
-        channels_last: hand images over in channels-last layout, which is faster; False for code that cannot take it.
+        spec: JSON-able description from which the architecture can be rebuilt; it is saved with the weights.
+        channels_last: pass images in channels-last layout, which is faster; False for code that cannot take it.
 
     Attributes:
-        notes: how the model was split and changed when it was loaded, in sentences for a reader of an audit.
+        notes: how the model was split and changed when it was loaded, in sentences for readers of an audit.
         code: SHA-256 of the user's code that made the network; None: a library's code did.
-        vocabulary: of a language model, what its token ids mean; None: it reads no text, or they are not known.
-        tokenizer: where its tokenizer is (a folder, or a name on the Hub); None: it reads no text, or it is not known.
-        fresh_head: whether pretrained weights came without a head, so that it is still to be trained.
+        vocabulary: what a language model's token ids mean; None: it reads no text, or the vocabulary is unknown.
+        tokenizer: where its tokenizer is (a folder, or a name on the Hub); None: it reads no text, or it is unknown.
+        fresh_head: whether pretrained weights came without a head, which still has to be trained.
         immunization: how `holdfast.immunize` made the weights, and whether it gave up; None: it did not make them. It
-            stays on copies, and is not written with the weights: a released file should not tell how it was made.
+            stays on copies, and is not written with the weights: a released file should not reveal its defense.
 
     Raises:
-        HoldfastError: if the head is missing or is of another kind, or mean and std do not fit together.
+        HoldfastError: if the head is missing or has another kind, or mean and std do not fit together.
 
     Example:
         >>> import torch
@@ -62,7 +62,7 @@ class SplitModel(ExtractorNetwork):
     """
 
     answers_with: ClassVar[str] = "vector"
-    """Which tasks it is for; see `Task.answers_with`."""
+    """The kind of its outputs, which decides the tasks that it fits; see `Task.answers_with`."""
 
     def __init__(
         self,
@@ -90,14 +90,14 @@ class SplitModel(ExtractorNetwork):
     def of(cls, network: nn.Module, task: Task, *, head: str | None = None, name: str = "model", **more: Any) -> Self:
         """Wraps any network: finds its head by passing made-up inputs of a task's shape through a copy.
 
-        The head is the last layer that ran, is linear (an `nn.Linear`, or a 1x1 `nn.Conv2d`) and makes as many outputs
-        as the network. If there is none, the whole network becomes the body, and a linear layer that is the identity
-        is appended as the head; `notes` says so.
+        The head is the last linear layer that ran (an `nn.Linear`, or a 1x1 `nn.Conv2d`) and has as many outputs as the
+        network. Without such a layer, the whole network becomes the body, and a linear layer that is the identity is
+        appended as the head; `notes` says so.
 
         Args:
             network: see `SplitModel`.
-            task: its input shape is used.
-            head: dotted name of the head, where the one that would be found is not the one that is meant.
+            task: gives the input shape.
+            head: dotted name of the head, if it is another layer than the one that would be found.
             name: shown in reports.
             more: further arguments of `SplitModel`.
 
@@ -111,46 +111,46 @@ class SplitModel(ExtractorNetwork):
             '3'
         """
         ids = None if task.vocabulary is None else task.vocabulary.size
-        found = unwrapped(network, name, head)
-        network, head = found.network, found.head or head
-        seen = outline(network, task.input_shape, name, ids=ids)
-        layout = {"channels_last": seen.channels_last, **more}
-        if head is None and seen.head is None:
-            model = cls(Appended(network, seen.num_outputs), "head", name=name, **layout)
+        plain = unwrapped(network, name, head)
+        network, head = plain.network, plain.head or head
+        shown = outline(network, task.input_shape, name, ids=ids)
+        layout = {"channels_last": shown.channels_last, **more}
+        if head is None and shown.head is None:
+            model = cls(Appended(network, shown.num_outputs), "head", name=name, **layout)
             if model.factory is not None:
-                model.factory = AppendedFactory(model.factory, seen.num_outputs)
+                model.factory = AppendedFactory(model.factory, shown.num_outputs)
             model.notes = (
-                *found.notes,
+                *plain.notes,
                 f"No layer of {name} was found to make its logits; the whole network is the body, and a linear layer, "
                 "at first the identity, was appended as the head.",
             )
             return model
-        model = cls(network, head or str(seen.head), name=name, **layout)
-        model.notes = found.notes
+        model = cls(network, head or str(shown.head), name=name, **layout)
+        model.notes = plain.notes
         return model
 
     def unwrapped(self) -> SplitModel:
-        """Returns this model as adversaries and defenses need it; what changes is copied, and noted in `notes`.
+        """Returns this model in the form that adversaries and defenses need; changes are made in a copy, with `notes`.
 
         Networks are taken out of wrappers such as `torch.compile` and `DataParallel`, adapters are merged, and half
         precision becomes float32; see `holdfast.models.wrappers`.
 
         Raises:
-            HoldfastError: for what cannot be unwrapped, such as a quantised network.
+            HoldfastError: for a network that cannot be unwrapped, such as a quantised one.
         """
-        found = unwrapped(self.network, self.name, self.head_name)
-        if found.network is self.network:
+        plain = unwrapped(self.network, self.name, self.head_name)
+        if plain.network is self.network:
             return self
         model = copy.copy(self)
         model._modules, model._buffers = dict(self._modules), dict(self._buffers)
-        model.network = found.network
-        model.head_name = found.head or self.head_name
+        model.network = plain.network
+        model.head_name = plain.head or self.head_name
         model._check_head()
-        model.notes += tuple(note for note in found.notes if note not in self.notes)
+        model.notes += tuple(note for note in plain.notes if note not in self.notes)
         return model.in_memory_format()
 
     def __getstate__(self) -> dict[str, Any]:
-        # The factory first: what unpickles it in another process imports the code that the network's classes are of.
+        # The factory first: another process that unpickles it imports the code of the network's classes.
         return {"factory": self.factory, **self.__dict__}
 
     def fresh(self) -> SplitModel:
@@ -180,7 +180,7 @@ class SplitModel(ExtractorNetwork):
         return model
 
     def not_renewable(self) -> str | None:
-        """Says why `fresh` cannot be had, or None if it can."""
+        """Returns why `fresh` would fail, or None if it works."""
         if self.factory is not None:
             return None
         for name, module in self.network.named_modules():
@@ -191,7 +191,7 @@ class SplitModel(ExtractorNetwork):
     def facts(self, file_sha256: str | None = None) -> ModelFacts:
         """Returns name, size and a hash of the weights (and buffers), for the provenance of a result.
 
-        Tensors that a state dict leaves out are hashed as well, and so is the source of the user's code.
+        The hash covers tensors that a state dict leaves out, and the source of the user's code.
         """
         state = {**dict(every_tensor(self.network)), **self.network.state_dict()}
         digest = tensors_sha256(state, self.code or "")
@@ -201,14 +201,14 @@ class SplitModel(ExtractorNetwork):
         )
 
     def input_settings(self) -> list[Any]:
-        """Returns what outputs depend on beside the network, as plain values: how inputs are normalised."""
+        """Returns the settings beside the network that outputs depend on, as plain values: the input normalisation."""
         return [None if v is None else v.flatten().tolist() for v in (self.mean, self.std)]
 
     def save(self, path: Path | str) -> str:
         """Writes the network's state dict as safetensors, with the spec in its header; returns the file's SHA-256.
 
-        Folders on the way are made. Values are written in the precision that the network has; one that was loaded
-        from half precision has float32.
+        Missing folders are created. Values are written in the network's precision, which is float32 if it was loaded
+        from half precision.
 
         Raises:
             HoldfastError: if the file cannot be written.
@@ -222,30 +222,30 @@ class SplitModel(ExtractorNetwork):
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
     def save_pretrained(self, folder: Path | str, *, merge_extractor: bool = False) -> Path:
-        """Writes the model as its own library does, so that the library reads it without Holdfast.
+        """Writes the model in its own library's format, which the library reads without Holdfast.
 
         Models of `hf:` become a folder for `from_pretrained` of transformers, with the tokenizer or preprocessor;
         models of `timm:` one for `timm.create_model("local-dir:FOLDER", pretrained=True)`; denoisers one for
         `from_pretrained` of a diffusers pipeline. Weights are written to the bit.
 
-        No library knows an extractor or eraser that a defense inserted before the head. To merge it into the head
-        keeps the outputs, up to rounding, and undoes the immunization: the body is then the original's. So that is
-        refused, unless you ask for it.
+        No library reads an extractor or eraser that a defense inserted before the head. Merging it into the head keeps
+        the outputs, up to rounding, but undoes the immunization: the body is then the original's. So this needs
+        `merge_extractor`.
 
         Args:
-            folder: made where it does not exist.
+            folder: created if it does not exist.
             merge_extractor: write the model without its extractor, see `without_extractor`.
 
         Returns:
             The folder.
 
         Raises:
-            HoldfastError: if no library reads such a model, or it has an extractor that is not, or cannot be, merged.
+            HoldfastError: if no library reads such a model, or its extractor may not or cannot be merged.
         """
         family = family_of(str(self.spec["name"])) if self.spec is not None else Family()
         if self.has_extractor and not merge_extractor:
             raise HoldfastError(
-                f"{self.name}: a defense inserted a layer before the head, which no other library knows. Write the "
+                f"{self.name}: a defense inserted a layer before the head, which no other library reads. Write the "
                 "model with save(FILE), which Holdfast reads; merge_extractor=True writes it without that layer, and "
                 "so without its immunization."
             )
@@ -265,32 +265,32 @@ class SplitModel(ExtractorNetwork):
             more: further arguments of `holdfast.load_model`.
 
         Raises:
-            HoldfastError: if there is no such model, or it does not fit the task.
+            HoldfastError: if the model does not exist, or does not fit the task.
         """
-        from holdfast.models.loading import load_folder  # it builds models, and so needs this module
+        from holdfast.models.loading import load_folder  # which imports this module
 
         return load_folder(place, task, **more)
 
     def load(self, path: Path | str, keep_outputs: Sequence[int] | None = None) -> None:
-        """Loads weights from a safetensors file, strictly; `notes` say what was understood.
+        """Loads weights from a safetensors file, strictly; `notes` say how their names were read.
 
-        Of a model in several files, the index (`model.safetensors.index.json`) or any of them is named. Names with what
-        wrappers put before them (`module.`, `_orig_mod.`, ...) are understood where then all fit.
+        For a model in several files, give the index (`model.safetensors.index.json`) or one of them. Prefixes of
+        wrappers (`module.`, `_orig_mod.`, ...) are removed if all names then fit.
 
         Args:
             path: the file.
-            keep_outputs: those of its head that this model's stand for, in order; None: all.
+            keep_outputs: the outputs of its head that this model's outputs are, in order; None: all.
 
         Raises:
-            HoldfastError: if the file is missing, is a pickle, its tensors are not this architecture's, or its head
-                has no such output.
+            HoldfastError: if the file is missing or a pickle, its tensors do not fit this architecture, or its head
+                lacks an output.
         """
-        found = read_weights(Path(path))
+        weights = read_weights(Path(path))
         own, target = self.network.state_dict(), self.network
-        if isinstance(target, Appended) and found.tensors.keys() == target.body.state_dict().keys():
+        if isinstance(target, Appended) and weights.tensors.keys() == target.body.state_dict().keys():
             own, target = target.body.state_dict(), target.body  # weights from before the head was appended
-        found = fitted(found, own)
-        tensors = dict(found.tensors)
+        weights = fitted(weights, own)
+        tensors = dict(weights.tensors)
         if keep_outputs is not None:
             tensors |= self._kept_outputs(tensors, keep_outputs)
         hint = ""
@@ -303,17 +303,17 @@ class SplitModel(ExtractorNetwork):
         check_tensors(str(path), tensors, own, self.name, hint)
         target.load_state_dict(tensors, strict=True)
         self.immunization = None
-        self.notes += tuple(note for note in found.notes if note not in self.notes)
+        self.notes += tuple(note for note in weights.notes if note not in self.notes)
 
     def _kept_outputs(self, tensors: Mapping[str, Tensor], wanted: Sequence[int]) -> dict[str, Tensor]:
         names = [n for n in (f"{self.head_name}.weight", f"{self.head_name}.bias") if n in tensors]
-        there = len(tensors[names[0]]) if names else 0
-        wrong = [i for i in wanted if not 0 <= i < there]
+        available = len(tensors[names[0]]) if names else 0
+        wrong = [i for i in wanted if not 0 <= i < available]
         if wrong or len(wanted) != self.num_outputs or len(set(wanted)) != len(wanted):
             what = f"there is no output {wrong[0]}" if wrong else f"it names {len(set(wanted))} different ones"
             raise HoldfastError(
-                f"{self.name}: keep_outputs is {list(wanted)[:12]}; {what}. The weights' head has {there} outputs, and "
-                f"the task {self.num_outputs} classes: give the number of one output for each class, from 0 on."
+                f"{self.name}: keep_outputs is {list(wanted)[:12]}; {what}. The weights' head has {available} outputs, "
+                f"and the task {self.num_outputs} classes: give the number of one output for each class, from 0 on."
             )
         return {n: tensors[n][list(wanted)] for n in names}
 

@@ -1,15 +1,15 @@
-"""A network split at its head: what it receives, what it answers, and how the head is replaced."""
+"""A network split at its head: its inputs, outputs and features, and how the head is replaced."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
-from holdfast.models.introspection import Head, duplicate, is_head, logits_of
+from holdfast.models.introspection import Head, blank_layer, duplicate, is_head, logits_of
 from holdfast.runtime.devices import device_of, dtype_of
 
 
@@ -88,18 +88,18 @@ class SplitNetwork(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is; of a network without tensors, the CPU."""
+        """Where the network is; the CPU for a network without tensors."""
         return device_of(self.network)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision that the network computes in, by its first weights, even if they are buffers."""
+        """The precision that the network computes in: that of its first weights, even if they are buffers."""
         return dtype_of(self.network)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns logits of shape (N, classes) for inputs as a task yields them, cast to the network's precision.
 
-        Token ids (int64) are handed over as they are.
+        Token ids (int64) are not cast.
         """
         if x.dtype == torch.int64:
             return logits_of(self.network(x))
@@ -116,7 +116,7 @@ class SplitNetwork(nn.Module):
         return self.with_features(x)[1]
 
     def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns logits, and what the head receives, flattened to (N, D), of one forward pass.
+        """Returns the logits of one forward pass, and what the head receives, flattened to (N, D).
 
         Raises:
             HoldfastError: if the network does not use its head.
@@ -134,20 +134,10 @@ class SplitNetwork(nn.Module):
         return logits, caught[0].flatten(1)
 
     def reset_head(self, num_outputs: int | None = None) -> None:
-        """Replaces the head by a fresh one (torch's default initialisation, from its global generator)."""
-        old = self.head
-        width = num_outputs or self.num_outputs
-        like: dict[str, Any] = {
-            "device": old.weight.device,
-            "dtype": old.weight.dtype,
-            "bias": old.bias is not None,
-        }
-        new = (
-            nn.Linear(old.in_features, width, **like)
-            if isinstance(old, nn.Linear)
-            else nn.Conv2d(old.in_channels, width, 1, **like)
-        )
-        self.put_head(new)
+        """Replaces the head by a freshly initialised one (torch's default, from its global generator)."""
+        head = blank_layer(self.head, num_outputs or self.num_outputs)
+        head.reset_parameters()
+        self.put_head(head)
 
     def put_head(self, head: nn.Module) -> None:
         """Puts a layer in the head's place."""
@@ -159,7 +149,7 @@ class SplitNetwork(nn.Module):
         return duplicate(self)
 
     def in_memory_format(self) -> Self:
-        """Lays convolutions' weights out as images are handed over; in place, and returns this model."""
+        """Gives convolutions' weights the memory layout of the images, in place; returns this model."""
         if self.channels_last and any(p.dim() == 4 for p in self.parameters()):
             self.to(memory_format=torch.channels_last)
         return self

@@ -1,4 +1,4 @@
-"""A task as a model reads it: sentences that name no tokenizer are cut by the model's own."""
+"""Text tasks without a tokenizer get their model's own."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from holdfast.tasks import Task, TaskSpec, is_text, load_task, parse_spec
 def read_by(
     task: str | TaskSpec, model: str | ModelSpec | None, *, data_dir: Path | str | None = None
 ) -> str | TaskSpec:
-    """Returns a task with its model's own tokenizer, where it is text that names none.
+    """Returns a task with its model's own tokenizer, if it is text and names no tokenizer.
 
     Args:
         task: as `load_task` takes it.
-        model: as `load_model` takes it; one that has no tokenizer leaves the task as it is.
+        model: as `load_model` takes it; a model without a tokenizer leaves the task as it is.
         data_dir: see `load_model`.
 
     Example:
@@ -28,12 +28,12 @@ def read_by(
     if model is None or spec.tokenizer is not None or not is_text(spec, data_dir=data_dir):
         return task
     described = model if isinstance(model, ModelSpec) else spec_of(model, data_dir)
-    written = described.options.get("vocabulary")  # of weights that were saved: what they were trained to read
-    own = str(written.get("name")) if isinstance(written, dict) and "config" in described.options else None
+    saved = described.options.get("vocabulary")  # that saved weights were trained on
+    own = str(saved.get("name")) if isinstance(saved, dict) and "config" in described.options else None
     tokenizer = own or (described.name.removeprefix("hf:") if described.name.startswith("hf:") else None)
     return task if tokenizer is None else spec.model_copy(update={"tokenizer": tokenizer})
 
 
 def load_task_for(task: str | TaskSpec, model: str | ModelSpec | None, *, data_dir: Path | str | None = None) -> Task:
-    """Loads a task as a model reads it: see `read_by` and `load_task`."""
+    """Loads a task with its model's tokenizer: see `read_by` and `load_task`."""
     return load_task(read_by(task, model, data_dir=data_dir), data_dir=data_dir)

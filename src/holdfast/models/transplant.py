@@ -1,4 +1,4 @@
-"""Whether a model's own code matters, and its weights inside another's code."""
+"""Which of a model's layers run unpublished code, and its weights put into the original's code."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from holdfast.models.extractor import tensors_without_extractor
 from holdfast.models.split_model import SplitModel
 
 PUBLISHED = ("torch", "torchvision", "timm", "transformers", "diffusers", "holdfast")
-"""Packages whose code computes what it says: what a model does is then in its tensors."""
+"""Packages whose code is trusted, so that a model's tensors alone decide its outputs."""
 
 
 def foreign_code(model: SplitModel) -> list[str]:
-    """Returns which layers run code that is in none of the `PUBLISHED` packages: classes, hooks, replaced methods.
+    """Returns which layers run code from outside the `PUBLISHED` packages: classes, hooks, replaced methods.
 
-    Such code may know things by other means than its parameters: numbers packed as integers, a file, a closure.
+    Such code may store knowledge elsewhere than in parameters: in integers, a file or a closure.
 
     Returns:
-        A few words for each layer.
+        Name and class of each layer.
 
     Example:
         >>> foreign_code(SplitModel(nn.Sequential(nn.Linear(4, 2)), head="0"))
         []
-        >>> class Mine(nn.Sequential):
+        >>> class Net(nn.Sequential):
         ...     pass
-        >>> foreign_code(SplitModel(Mine(nn.Linear(4, 2)), head="0"))
-        ["'the network' (Mine)"]
+        >>> foreign_code(SplitModel(Net(nn.Linear(4, 2)), head="0"))
+        ["'the network' (Net)"]
     """
     layers = {"the model": model, **{n or "the network": m for n, m in model.network.named_modules()}}
     return [
@@ -41,16 +41,17 @@ def foreign_code(model: SplitModel) -> list[str]:
 
 
 def is_published(*any_of: Any) -> bool:
-    """Whether one of these classes and functions is what one of the `PUBLISHED` packages has under its name."""
-    return any(_found(thing) is thing for thing in any_of)
+    """Whether one of these classes and functions is the object that a `PUBLISHED` package has under its name."""
+    return any(_published(item) is item for item in any_of)
 
 
-def _found(thing: Any) -> Any:
-    module, name = (str(getattr(thing, key, None)) for key in ("__module__", "__qualname__"))
+def _published(item: Any) -> Any:
+    """The published object of an item's name: another one, if the item only took the name."""
+    module, name = (str(getattr(item, key, None)) for key in ("__module__", "__qualname__"))
     found: Any = sys.modules.get(module) if module.partition(".")[0] in PUBLISHED else None
     for part in name.split("."):
         found = getattr(found, part, None)
-    return found  # not what was asked for, if that was only given a published name
+    return found
 
 
 def _own_functions(layer: nn.Module) -> bool:
@@ -64,28 +65,26 @@ def _own_functions(layer: nn.Module) -> bool:
 
 def count_hooks(layer: nn.Module) -> int:
     """Returns how many hooks run with a layer."""
-    kinds = (
-        layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks,
-    )  # fmt: skip
-    return sum(map(len, kinds))
+    forward, backward = layer._forward_hooks, layer._backward_hooks
+    return sum(map(len, (forward, layer._forward_pre_hooks, backward, layer._backward_pre_hooks)))
 
 
 @torch.no_grad()
 def transplant(model: SplitModel, original: SplitModel) -> SplitModel | None:
     """Puts a model's weights into the original's code, as an adversary may always do.
 
-    Whatever the model's own code does to hinder training is left behind. Its tensors are sought wherever they are
-    (parameters, buffers, plain attributes, what parametrizations compute): under the original's names, under these with
-    one prefix (the original inside a wrapper), or in the original's order and shapes, whatever is between. Counters,
-    such as those of BatchNorm, stay the original's. An extractor is merged into the head.
+    The model's own code, which may hinder training, is then not used. Its tensors are searched for in parameters,
+    buffers, plain attributes and the outputs of parametrizations: under the original's names, under these with one
+    prefix (the original inside a wrapper), or in the original's order and shapes, with other tensors between them.
+    Counters, such as those of BatchNorm, stay the original's. An extractor is merged into the head.
 
     Args:
         model: the released model.
         original: left as it is.
 
     Returns:
-        A copy of the original with the model's weights, and with its input normalisation if it has one; None if a
-        tensor of the original is not found.
+        A copy of the original with the model's weights, and with its input normalisation if it has one; None if the
+        model lacks a tensor of the original.
 
     Example:
         >>> original = SplitModel(nn.Sequential(nn.Linear(4, 3)), head="0")
@@ -100,22 +99,22 @@ def transplant(model: SplitModel, original: SplitModel) -> SplitModel | None:
         >>> torch.equal(inside.head.weight, released.head.weight)
         True
     """
-    grown = original.clone()
-    own = grown.network.state_dict(keep_vars=True)  # the tensors themselves: writing to them writes to the copy
+    copy = original.clone()
+    own = copy.network.state_dict(keep_vars=True)  # the tensors themselves: writing to them writes to the copy
     needed = {name: tensor for name, tensor in own.items() if tensor.is_floating_point()}
-    found = _matching({**tensors_without_extractor(model), **_computed(model)}, needed)
-    if found is None:
+    matching = _matching({**tensors_without_extractor(model), **_computed(model)}, needed)
+    if matching is None:
         return None
     for name, tensor in needed.items():
-        tensor.copy_(found[name])
+        tensor.copy_(matching[name])
     if model.mean is not None and model.std is not None:
-        grown.mean, grown.std = model.mean.clone(), model.std.clone()
-    grown.name = f"{model.name} in the original's code"
-    return grown
+        copy.mean, copy.std = model.mean.clone(), model.std.clone()
+    copy.name = f"{model.name} in the original's code"
+    return copy
 
 
 def _computed(model: SplitModel) -> dict[str, Tensor]:
-    """What parametrizations make of what they keep, under the names of the plain tensors."""
+    """The tensors that parametrizations compute, under the names of plain ones."""
     return {
         f"{name}.{tensor}".removeprefix("."): getattr(module, tensor)
         for name, module in model.network.named_modules()

@@ -1,4 +1,4 @@
-"""Files of weights: one or several, with names as wrappers make them; and whether they are an architecture's."""
+"""Files of weights, one or several: their tensors, under an architecture's names, checked against its shapes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,17 @@ from holdfast.runtime.storage import load_tensors
 INDEX = ".safetensors.index.json"
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
 _PREFIXES = (*(f"{name}." for name in WRAPPERS), "model.", "network.", "net.", "backbone.", "base_model.model.")
-"""What wrappers, training loops and adapters put before the names of the network inside."""
+"""Prefixes that wrappers, training loops and adapters put before the names of the network's tensors."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What was read.
+    """Weights read from files.
 
     Attributes:
         tensors: by name, on the CPU.
-        meta: what Holdfast wrote beside them; empty for a file of another origin.
-        notes: how it was read, in sentences.
+        meta: what Holdfast wrote into the header; empty for a file of another origin.
+        notes: how they were read, in sentences.
     """
 
     tensors: dict[str, Tensor]
@@ -37,13 +38,13 @@ class Weights:
 
 
 def read_weights(path: Path) -> Weights:
-    """Reads weights from a safetensors file; of a model in several files, from all of them.
+    """Reads weights from a safetensors file, or from all files of a model that has several.
 
     Args:
-        path: the file; or the index of several (`model.safetensors.index.json`), or any one of them.
+        path: the file, the index of several (`model.safetensors.index.json`), or one of them.
 
     Raises:
-        HoldfastError: if a file is missing or unreadable, or lacks what the index says is in it.
+        HoldfastError: if a file is missing or unreadable, or lacks a tensor that the index lists.
     """
     if path.name.endswith(INDEX):
         return _indexed(path)
@@ -51,36 +52,34 @@ def read_weights(path: Path) -> Weights:
     if match is None or int(match["count"]) == 1:
         tensors, meta = load_tensors(path)
         return Weights(tensors, meta, _stored(path, tensors))
-    count = int(match["count"])
-    files = [f"{match['stem']}-{i:05d}-of-{match['count']}.safetensors" for i in range(1, count + 1)]
-    return _together(path, files)
+    numbers = range(1, int(match["count"]) + 1)
+    return _together(path, [f"{match['stem']}-{i:05d}-of-{match['count']}.safetensors" for i in numbers])
 
 
 def _indexed(path: Path) -> Weights:
     if not path.is_file():
         raise HoldfastError(f"No weights at {str(path)!r}: the file does not exist.")
     try:
-        said = json.loads(path.read_bytes())["weight_map"]
-        places = {str(name): str(file) for name, file in said.items()}
+        files_of = {str(name): str(file) for name, file in json.loads(path.read_bytes())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise HoldfastError(
-            f"{str(path)!r} is no index of weights: {type(error).__name__}: {error}. Expected JSON with a weight_map "
-            "from names of tensors to files."
+            f"{str(path)!r} is not an index of weights: {type(error).__name__}: {error}. Expected JSON with a "
+            "weight_map from names of tensors to files."
         ) from error
-    files = list(dict.fromkeys(places.values()))
+    files = list(dict.fromkeys(files_of.values()))
     outside = [file for file in files if Path(file).name != file or not file.endswith(".safetensors")]
     if outside or not files:
         raise HoldfastError(
             f"{str(path)!r} names {outside[0] if outside else 'no file'!r}; expected .safetensors files beside it."
         )
-    found = _together(path, files)
-    missing = [name for name in places if name not in found.tensors]
+    weights = _together(path, files)
+    missing = [name for name in files_of if name not in weights.tensors]
     if missing:
         raise HoldfastError(
-            f"{str(path)!r}: {places[missing[0]]!r} has no {missing[0]!r}, which the index says is in it"
+            f"{str(path)!r}: {files_of[missing[0]]!r} has no {missing[0]!r}, which the index says is in it"
             f"{f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''}; the files are not of one model."
         )
-    return found
+    return weights
 
 
 def _together(path: Path, files: list[str]) -> Weights:
@@ -88,7 +87,7 @@ def _together(path: Path, files: list[str]) -> Weights:
     if missing:
         shown = f"{', '.join(map(repr, missing[:3]))}{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}"
         raise HoldfastError(
-            f"{str(path)!r} is a part of weights in {len(files)} files, and of these {shown} "
+            f"{str(path)!r} belongs to weights in {len(files)} files, but {shown} "
             f"{'is' if len(missing) == 1 else 'are'} not beside it."
         )
     tensors: dict[str, Tensor] = {}
@@ -96,7 +95,7 @@ def _together(path: Path, files: list[str]) -> Weights:
         more, _ = load_tensors(path.parent / file)
         twice = [name for name in more if name in tensors]
         if twice:
-            raise HoldfastError(f"{str(path.parent / file)!r} holds {twice[0]!r}, which another of the files has too.")
+            raise HoldfastError(f"{str(path.parent / file)!r} holds {twice[0]!r}, and so does another of the files.")
         tensors |= more
     return Weights(tensors, {}, (f"The weights were read from {len(files)} files.", *_stored(path, tensors)))
 
@@ -106,11 +105,11 @@ def _stored(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     return (f"{path.name} is stored in {' and '.join(half)}; the model computes in float32.",) if half else ()
 
 
-def fitted(found: Weights, own: Mapping[str, Tensor]) -> Weights:
-    """Returns weights under an architecture's names, where they fit it but for what a wrapper puts before the names.
+def fitted(weights: Weights, own: Mapping[str, Tensor]) -> Weights:
+    """Returns weights under an architecture's names, if they differ from these only by a wrapper's prefix.
 
-    Nothing is guessed: names are changed only if then all of them are the architecture's. Of tensors that share their
-    values (tied weights), one need be there; counters of BatchNorm, which old files lack, stay as they are.
+    Names are changed only if all of them then are the architecture's. Tied weights may be stored once; counters of
+    BatchNorm, which old files lack, stay as they are.
 
     Example:
         >>> import torch
@@ -118,30 +117,30 @@ def fitted(found: Weights, own: Mapping[str, Tensor]) -> Weights:
         >>> fitted(Weights({"module.fc.weight": torch.ones(1)}, {}), own).notes
         ("The names in the weights begin with 'module.', which was left out.",)
     """
-    whole = _completed(found, own)
-    if whole.tensors.keys() == own.keys():
-        return whole
-    for rename, note in _renamings(found.tensors, own):
-        renamed = {rename(name): tensor for name, tensor in found.tensors.items()}
-        if len(renamed) != len(found.tensors):
+    candidate = _completed(weights, own)
+    if candidate.tensors.keys() == own.keys():
+        return candidate
+    for rename, note in _renamings(weights.tensors, own):
+        renamed = {rename(name): tensor for name, tensor in weights.tensors.items()}
+        if len(renamed) != len(weights.tensors):
             continue
-        candidate = _completed(replace(found, tensors=renamed), own)
+        candidate = _completed(replace(weights, tensors=renamed), own)
         if candidate.tensors.keys() == own.keys():
             return replace(candidate, notes=(*candidate.notes, note))
-    return found
+    return weights
 
 
 def without_wrappers(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Returns weights without what DataParallel and torch.compile put before all names, and a note on it."""
-    taken = ""
+    """Returns weights without the prefixes of DataParallel and torch.compile, and a note that names them."""
+    removed = ""
     while prefix := next((f"{w}." for w in WRAPPERS if tensors and all(n.startswith(f"{w}.") for n in tensors)), ""):
-        tensors, taken = {n.removeprefix(prefix): t for n, t in tensors.items()}, taken + prefix
-    return tensors, (_left_out(taken),) if taken else ()
+        tensors, removed = {n.removeprefix(prefix): t for n, t in tensors.items()}, removed + prefix
+    return tensors, (_left_out(removed),) if removed else ()
 
 
-def _completed(found: Weights, own: Mapping[str, Tensor]) -> Weights:
-    """With what weights may lack, and without what an averaged model has beside them."""
-    tensors, notes = dict(found.tensors), found.notes
+def _completed(weights: Weights, own: Mapping[str, Tensor]) -> Weights:
+    """Adds tied weights and counters that a file may lack, and drops the counter of an averaged model."""
+    tensors, notes = dict(weights.tensors), weights.notes
     extra = [n for n in tensors if n not in own and n.rpartition(".")[2] == "n_averaged"]
     for name in extra:
         del tensors[name]
@@ -154,7 +153,7 @@ def _completed(found: Weights, own: Mapping[str, Tensor]) -> Weights:
     counters = [n for n in own if n not in tensors and n.endswith("num_batches_tracked")]
     if counters and len(tensors) > len(extra):
         tensors |= {n: own[n] for n in counters}
-    return replace(found, tensors=tensors, notes=notes)
+    return replace(weights, tensors=tensors, notes=notes)
 
 
 def _renamings(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[tuple[Callable[[str], str], str]]:
@@ -162,15 +161,11 @@ def _renamings(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iter
         for second in ("", *_PREFIXES):
             prefix = first + second
             if any(name.startswith(prefix) for name in tensors):
-                yield _cutter(prefix), _left_out(prefix)
+                yield methodcaller("removeprefix", prefix), _left_out(prefix)
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in own):
             yield prefix.__add__, f"The names in the weights lack {prefix!r} at their beginning, which was added."
     yield _without_parts, "The names in the weights have 'module' or '_orig_mod' in them, which was left out."
-
-
-def _cutter(prefix: str) -> Callable[[str], str]:
-    return lambda name: name.removeprefix(prefix)
 
 
 def _without_parts(name: str) -> str:
@@ -182,30 +177,26 @@ def _left_out(prefix: str) -> str:
 
 
 def check_tensors(path: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], name: str, hint: str) -> None:
-    """Refuses weights that are not an architecture's, and shows both sides.
+    """Refuses weights that do not fit an architecture; the message describes both.
 
     Raises:
         HoldfastError: if names, shapes or kinds of numbers differ.
     """
-    problems = [f"no {n!r}" for n in own if n not in tensors]
-    problems += [f"unexpected {n!r}" for n in tensors if n not in own]
+    missing, unexpected = [n for n in own if n not in tensors], [n for n in tensors if n not in own]
+    shared = [(n, t, tensors[n]) for n, t in own.items() if n in tensors]
+    problems = [*(f"no {n!r}" for n in missing), *(f"unexpected {n!r}" for n in unexpected)]
+    problems += [f"{n!r} is {tuple(b.shape)} instead of {tuple(a.shape)}" for n, a, b in shared if a.shape != b.shape]
+    # Quantised weights are integers, and useless without their scales, which are stored elsewhere.
     problems += [
-        f"{n!r} is {tuple(tensors[n].shape)} instead of {tuple(own[n].shape)}"
-        for n in own
-        if n in tensors and own[n].shape != tensors[n].shape
-    ]
-    # Quantised weights are integers that mean something only with their scales, which are stored elsewhere.
-    problems += [
-        f"{n!r} holds {str(tensors[n].dtype).removeprefix('torch.')}, and floating-point numbers were expected"
-        for n in own
-        if n in tensors and own[n].is_floating_point() and not tensors[n].is_floating_point()
+        f"{n!r} holds {str(b.dtype).removeprefix('torch.')}, and floating-point numbers were expected"
+        for n, a, b in shared
+        if a.is_floating_point() and not b.is_floating_point()
     ]
     if not problems:
         return
     more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
     both = ""
-    if tensors.keys() != own.keys():
-        missing, unexpected = [n for n in own if n not in tensors], [n for n in tensors if n not in own]
+    if missing or unexpected:
         both = (
             f" {name} has {len(own)} tensors{_some('which the file lacks', missing)}; the file has {len(tensors)}"
             f"{_some('which the model lacks', unexpected)}."

@@ -1,4 +1,4 @@
-"""Tasks: data, the loss of honest training, a score. One file a kind; `named/` holds the tasks with a name."""
+"""Tasks: data, the loss of honest training, a score. Each kind has its file; `builtin/` holds the named tasks."""
 
 from holdfast.tasks.base import Batch, Task
 from holdfast.tasks.builtin import TASKS

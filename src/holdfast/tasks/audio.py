@@ -1,10 +1,10 @@
-"""Sounds as images: log-mel spectrograms of one second, uint8, which any network for grey images can read.
+"""Sounds as images: log-mel spectrograms of one second, uint8, for any network that takes grey images.
 
-The usual front end of speech recognition. Power spectra of windows of 32 ms, one every 16 ms, are summed in 40
+This is the usual front end of speech recognition. Power spectra of windows of 32 ms, one every 16 ms, are summed in 40
 triangular bands that are equally wide on the mel scale, m(f) = 2595 log10(1 + f / 700), from 0 to 4000 Hz, and the
-logarithm is taken. 255 is the loudest point of a sound and 0 is 80 dB below: how loud a recording is plays no part.
-Windows have a length in time, not in samples, and no band is above 4000 Hz, so that recordings at any rate from 8 kHz
-on give the same picture.
+logarithm is taken. 255 is the loudest point of a sound and 0 is 80 dB below, whatever the recording's loudness. Windows
+have a length in time, not in samples, and no band is above 4000 Hz, so that recordings at any rate from 8 kHz give the
+same image.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ WINDOWS, BANDS = 61, 40
 TOP = 4000.0
 RANGE = 80.0
 SECOND = WINDOW + (WINDOWS - 1) * HOP
-"""What is heard of a sound, in seconds: all windows together."""
+"""The part of a sound that is used, in seconds: all windows together."""
 
 
 def spectrograms(sounds: Sequence[Array], rate: int) -> Array:
-    """Returns the pictures of sounds.
+    """Returns the spectrograms of sounds.
 
     Args:
-        sounds: N of them, each of shape (T,) and any number type; what is beyond the last window, at a second, is cut
-            off, and what is missing is silence.
+        sounds: N of them, each of shape (T,) and any number type; longer ones are cut off after the last window, at a
+            second, and shorter ones are filled up with silence.
         rate: samples a second, at least 8000.
 
     Returns:
@@ -57,20 +57,19 @@ def spectrograms(sounds: Sequence[Array], rate: int) -> Array:
     heard = np.zeros((len(sounds), window + (WINDOWS - 1) * hop))
     for row, sound in zip(heard, sounds, strict=True):
         row[: len(sound)] = sound[: len(row)]
-    points = 2 * window  # as many zeros behind each window: else low bands are narrower than a point
+    points = 2 * window  # zeros double each window: otherwise low bands are narrower than a point
     weights, shape = _bands(points, rate), get_window("hann", window)
-    return np.concatenate([_pictures(part, weights, shape, hop) for part in np.split(heard, range(64, len(heard), 64))])
+    return np.concatenate([_images(part, weights, shape, hop) for part in np.split(heard, range(64, len(heard), 64))])
 
 
-def _pictures(heard: Array, weights: Array, shape: Array, hop: int) -> Array:
+def _images(heard: Array, weights: Array, shape: Array, hop: int) -> Array:
     windows = np.lib.stride_tricks.sliding_window_view(heard, len(shape), axis=-1)[:, ::hop]
     power = np.abs(np.fft.rfft(windows * shape, 2 * len(shape))) ** 2
     bands = (power @ weights.T).swapaxes(1, 2)
     loudest = bands.max((1, 2), keepdims=True)
     floor = 10 ** (-RANGE / 10)
     decibels = 10 * np.log10(np.maximum(bands / np.where(loudest > 0, loudest, 1), floor))
-    picture: Array = np.round(255 * (1 + decibels / RANGE)).astype(np.uint8)[:, ::-1]
-    return picture
+    return np.asarray(np.round(255 * (1 + decibels / RANGE)).astype(np.uint8)[:, ::-1])
 
 
 def _bands(points: int, rate: int) -> Array:
@@ -89,20 +88,20 @@ def load_sounds(
     seed: int = 0,
     kind: type[ArrayTask] = ArrayTask,
 ) -> ArrayTask:
-    """Reads an `.npz` of sounds: `pcm`, all of them one after another, and `offsets`, where each begins and the end.
+    """Reads an `.npz` of sounds: `pcm`, all of them in a row, and `offsets`, where each begins and the last one ends.
 
     `rate` is in Hz. Labels are any array of one integer a sound; `NAME_names` may name the classes of `NAME`, and
-    `class_names` those of `y`. `is_test` fixes the split, else `test_fraction` of every class is drawn by `seed`.
+    `class_names` those of `y`. `is_test` sets the split; otherwise `test_fraction` of every class is drawn by `seed`.
 
     Args:
         path: the file.
-        target: the array that holds the labels; None: `y`.
+        target: the array of labels; None: `y`.
         test_fraction: share of the sounds to test on, in (0, 1).
         seed: of the split.
         kind: of the task.
 
     Raises:
-        HoldfastError: if an array is missing, or of another shape than the sounds.
+        HoldfastError: if an array is missing, or its shape does not fit the sounds.
     """
     arrays = _sounds_of(path)
     pcm, offsets, rate = arrays["pcm"], arrays["offsets"], int(arrays["rate"].reshape(()))
@@ -118,12 +117,12 @@ def load_sounds(
     x = spectrograms([pcm[a:b] for a, b in pairwise(offsets)], rate)
     title = path.stem if target is None else f"{path.stem}:{target}"
     names = None if named is None else [str(n).strip() for n in named]
-    made = kind(title, x[~test], y[~test], x[test], y[test], names)
+    task = kind(title, x[~test], y[~test], x[test], y[test], names)
     lengths = np.diff(offsets) / rate
     cut, filled = int((lengths > SECOND).sum()), int((lengths < SECOND).sum())
     notes = [f"{cut} sounds are longer than {SECOND:.2f} s and were cut off"] if cut else []
     notes += [f"{filled} sounds are shorter than {SECOND:.2f} s and were filled up with silence"] if filled else []
-    return made.noted(f"file {path}", *notes, drawn="is_test" not in arrays)
+    return task.noted(f"file {path}", *notes, drawn="is_test" not in arrays)
 
 
 def _sounds_of(path: Path) -> dict[str, Array]:
@@ -134,7 +133,7 @@ def _sounds_of(path: Path) -> dict[str, Array]:
     except UNREADABLE as error:
         raise HoldfastError(f"{str(path)!r} cannot be read as an .npz of plain arrays: {error}.") from error
     if "rate" not in arrays:
-        raise HoldfastError(f"{str(path)!r} holds sounds (pcm, offsets) and no `rate`, their samples a second.")
+        raise HoldfastError(f"{str(path)!r} holds sounds (pcm, offsets) without `rate`, their samples a second.")
     pcm, offsets, rates = arrays["pcm"], arrays["offsets"], arrays["rate"]
     if rates.size != 1 or rates.dtype.kind not in "uif" or not 1 <= float(rates.reshape(())) < 1e9:
         raise HoldfastError(f"{str(path)!r}: rate is {rates.tolist()}; expected one number, samples a second.")
@@ -153,7 +152,7 @@ def _sounds_of(path: Path) -> dict[str, Array]:
     ):
         raise HoldfastError(
             f"{str(path)!r}: offsets has shape {offsets.shape}, and pcm {pcm.shape}; expected where each sound begins, "
-            "ascending, and at last where the last one ends."
+            "ascending, and finally where the last one ends."
         )
     return arrays
 
@@ -168,10 +167,10 @@ def is_sounds(path: Path) -> bool:
 
 
 def read_wav(path: Path) -> tuple[Array, float]:
-    """Returns the picture of a `.wav` file and how long it is, in seconds; several channels become one.
+    """Returns the spectrogram of a `.wav` file and its length in seconds; several channels become one.
 
     Raises:
-        HoldfastError: if it is no WAV file, is empty, has a rate below 8000 Hz, or holds values that are not finite.
+        HoldfastError: if it is not a WAV file, is empty, has a rate below 8000 Hz, or holds values that are not finite.
     """
     from scipy.io import wavfile  # slow to import, and most tasks hold no sounds
 
@@ -179,10 +178,10 @@ def read_wav(path: Path) -> tuple[Array, float]:
         rate, sound = wavfile.read(path)
     except (ValueError, OSError, EOFError, struct.error) as error:
         raise HoldfastError(f"{str(path)!r} cannot be read as a WAV file: {error}.") from error
-    centred = sound - 128.0 if sound.dtype == np.uint8 else sound  # of WAV's kinds, only 8 bits have no sign
+    centred = sound - 128.0 if sound.dtype == np.uint8 else sound  # only 8-bit WAV is unsigned
     if not len(sound) or not np.isfinite(centred).all():
-        found = "holds values that are not finite" if len(sound) else "holds no samples"
-        raise HoldfastError(f"{str(path)!r} {found}; mend or remove it.")
+        problem = "holds values that are not finite" if len(sound) else "holds no samples"
+        raise HoldfastError(f"{str(path)!r} {problem}; correct or remove it.")
     try:
         (picture,) = spectrograms([centred if sound.ndim == 1 else centred.mean(1)], int(rate))
     except HoldfastError as error:

@@ -29,23 +29,23 @@ class Batch(NamedTuple):
 class Task(ABC):
     """One domain: data, the loss that honest training minimises, a score.
 
-    Tasks are immutable: every method that narrows one (`halves`, `few_shot`, ...) returns a new task.
+    Tasks are immutable: methods that narrow one (`halves`, `few_shot`, ...) return a new task.
 
     Attributes:
-        name: as a person would say it, with whatever narrowed it: `digits[5-9]`.
-        kind: what is predicted, in a word. It is for people: code asks for one of the attributes below.
-        higher_is_better: whether a larger score is a better one.
+        name: for people, with the classes that were kept: `digits[5-9]`.
+        kind: what is predicted, in a word, for people; code reads the attributes below.
+        higher_is_better: whether a larger score is better.
         input_shape: shape of one input, without the batch axis.
         num_outputs: classes, width of the target, or channels of an image.
         chance: the score of `baseline` on the test split.
-        baseline: what reaches `chance`.
-        answers_with: what a model must return for a sample: one "vector", or the "noise" of an image. It must be the
+        baseline: the predictor whose score is `chance`.
+        answers_with: what a model must return for a sample: one "vector", or the "noise" of an image. It must equal the
             `answers_with` of the model's class.
         labels_are_classes: whether targets are int64 class labels of shape (N,), and outputs are logits of the classes.
-        no_features: why samples have no vector of features, on which a linear probe could be fitted; None: they have.
-        suppression_losses: names in `holdfast.losses.LOSSES` that fit the task, the default one first; a defense that
-            needs one refuses a task without any.
-        vocabulary: what the inputs mean, if they are token ids.
+        no_features: why samples have no feature vectors for linear probes; None: they have.
+        suppression_losses: names in `holdfast.losses.LOSSES` that fit the task, the default one first; defenses that
+            need one refuse a task without any.
+        vocabulary: of the token ids, if the inputs are such.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Task(ABC):
 
     @abstractmethod
     def targets(self, y: Tensor) -> Tensor:
-        """Returns a batch's targets as a least-squares probe sees them, float64: one-hot classes, or the values."""
+        """Returns a batch's targets for a least-squares probe, float64: one-hot classes, or the values."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -88,10 +88,10 @@ class Task(ABC):
 
     @abstractmethod
     def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Returns the same loss where the model's outputs on the batch are there already."""
+        """Returns the same loss from the model's outputs on the batch."""
 
     def smoothed_loss_of(self, outputs: Tensor, batch: Batch, smoothing: float) -> Tensor:
-        """Returns `loss_of` with smoothed labels; where labels cannot be smoothed, `loss_of` itself."""
+        """Returns `loss_of` with smoothed labels, or plain `loss_of` if labels cannot be smoothed."""
         return self.loss_of(outputs, batch)
 
     def distance(self, outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
@@ -99,26 +99,26 @@ class Task(ABC):
 
         Args:
             outputs: of the model that learns.
-            wanted: of the other.
+            wanted: outputs of the other model.
             temperature: of class distributions; it has no effect on other outputs.
         """
         return F.mse_loss(outputs, wanted)
 
     def batch_skill(self, outputs: Tensor, batch: Batch) -> float:
-        """Returns how good outputs are on one batch, from 0 to 1: by default the share of variance explained."""
+        """Returns the quality of outputs on one batch, from 0 to 1: by default the share of explained variance."""
         y = batch.y
         error, spread = ((v.double().square().mean()) for v in (outputs.reshape(y.shape) - y, y - y.mean(0)))
         return max(0.0, 1 - float(error / spread)) if spread > 0 else 0.0
 
     @abstractmethod
     def score_of(self, outputs: Tensor, batch: Batch) -> float:
-        """Returns the score on one batch, by the outputs of a model in whatever mode it was; see `score`."""
+        """Returns the score on one batch from a model's outputs, in training or evaluation mode; see `score`."""
 
     @abstractmethod
     def outcomes(self, model: nn.Module, split: Split = "test") -> Tensor:
-        """Returns what each sample adds to the score: shape (N,), float64, on the CPU; the score is their mean.
+        """Returns each sample's contribution to the score, which is their mean: shape (N,), float64, on the CPU.
 
-        Taken in evaluation mode, and the model's mode is restored. All are NaN if any output is not finite.
+        The model runs in evaluation mode, and its mode is restored. All are NaN if any output is not finite.
         """
 
     def score(self, model: nn.Module, split: Split = "test") -> float:
@@ -145,17 +145,17 @@ class Task(ABC):
 
     @property
     def words(self) -> Words:
-        """How reports speak of the scores; results carry them, so that a report can be made without this class."""
+        """The words of reports for the scores; results store them, so that reports do not need this class."""
         return words(self.audit_unit)
 
     @property
     def audit_unit(self) -> str:
-        """What `audit_score` is called: accuracy, or the share of the test targets' variance that is explained."""
+        """Name of `audit_score`: accuracy, or the explained share of the test targets' variance."""
         return "accuracy" if self.higher_is_better else "explained variance"
 
     @property
     def audit_chance(self) -> float:
-        """The `audit_score` of a constant guess."""
+        """The `audit_score` of `baseline`."""
         return self.chance if self.higher_is_better else 0.0
 
     def constant_scores(self) -> list[float]:
@@ -166,27 +166,27 @@ class Task(ABC):
         return []
 
     def audit_score(self, model: nn.Module) -> float:
-        """Returns the test score as an audit compares it: larger is better, 1 is perfect.
+        """Returns the test score on an audit's scale: larger is better, 1 is perfect.
 
-        It is the score itself if larger is better; of a mean squared error, 1 - error / error of a constant guess.
+        It is the score itself if larger is better; for a mean squared error, 1 - error / error of `baseline`.
         """
         return float(self.audit_outcomes(model).mean())
 
     def audit_outcomes(self, model: nn.Module) -> Tensor:
-        """Returns what each test sample adds to the `audit_score`, which is their mean: shape (N,), float64."""
-        found = self.outcomes(model)
-        return found if self.higher_is_better else 1 - found / self.chance
+        """Returns each test sample's contribution to the `audit_score`, which is their mean: shape (N,), float64."""
+        outcomes = self.outcomes(model)
+        return outcomes if self.higher_is_better else 1 - outcomes / self.chance
 
     @abstractmethod
     def halves(self, seed: int) -> tuple[Self, Self]:
-        """Splits the training data in two disjoint parts, the defender's and the adversary's; test data is shared.
+        """Splits the training data into two disjoint parts, the defender's and the adversary's; the test data stay.
 
-        The side of a sample depends on its input and the seed alone, not on what else the task holds.
+        A sample's side depends only on its input and the seed, not on the other samples.
         """
 
     @abstractmethod
     def few_shot(self, shots: int, seed: int) -> Self:
-        """Keeps `shots` training samples a class, or in all where there are no classes, chosen by `seed`."""
+        """Keeps `shots` training samples a class, or in total for a task without classes, chosen by `seed`."""
 
     @abstractmethod
     def holdout(self, fraction: float, seed: int) -> tuple[Self, Self]:

@@ -18,7 +18,7 @@ from holdfast.tasks.in_memory import InMemoryTask
 
 
 class ArrayTask(InMemoryTask):
-    """Classification of arrays.
+    """Classification of images, feature vectors or sounds.
 
     Args:
         name: shown in reports and errors.
@@ -26,7 +26,7 @@ class ArrayTask(InMemoryTask):
         y_train: integer labels of shape (N,), in [0, classes).
         x_test: like `x_train`.
         y_test: like `y_train`.
-        class_names: one name a class; fixes the number of classes (default: largest training label + 1).
+        class_names: one name a class; sets the number of classes (default: largest training label + 1).
 
     Raises:
         HoldfastError: naming the array and the value, if shapes disagree, a split is empty, data is not finite, labels
@@ -44,7 +44,7 @@ class ArrayTask(InMemoryTask):
     suppression_losses: ClassVar[tuple[str, ...]] = ("ice", "klu", "released", "ce-ascent")
     min_classes: ClassVar[int] = 2
     labelled: ClassVar[bool] = True
-    """Whether a file must hold labels."""
+    """Whether the data must have labels."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class ArrayTask(InMemoryTask):
         self._set({s: torch.from_numpy(a) for s, a in x.items()}, {s: torch.from_numpy(a) for s, a in y.items()})
 
     def _check_range(self, y: dict[str, Array], classes: int, source: str) -> None:
-        """Refuses labels outside of 0 to `classes` - 1; `source` says what the number of classes is from."""
+        """Refuses labels outside of 0 to `classes` - 1; `source` names the origin of the number of classes."""
         if classes > max(1000, len(y["train"])):
             raise self._bad(
                 f"y_train holds label {classes - 1} and has {len(y['train'])} samples; number the classes from 0 on"
@@ -87,13 +87,13 @@ class ArrayTask(InMemoryTask):
                 )
 
     def _check_classes(self, y: dict[str, Array], *, named: bool) -> None:
-        """Refuses names that come twice, and classes that cannot be learned.
+        """Refuses duplicate names, and classes without training samples.
 
-        A class that is named and has no samples at all may still be left out by `subset`; see `validate`.
+        A named class without any samples is allowed here, as `subset` may still leave it out; see `validate`.
         """
         twice = [n for n in self.class_names if self.class_names.count(n) > 1] if named else []
         if twice:
-            raise self._bad(f"two classes are called {twice[0]!r}; give each a name of its own")
+            raise self._bad(f"two classes are called {twice[0]!r}; give each its own name")
         if not self.labelled:
             return
         learned, tested = (np.bincount(y[s], minlength=len(self.class_names)) for s in ("train", "test"))
@@ -122,7 +122,7 @@ class ArrayTask(InMemoryTask):
                 f"words as class_names: class_names, {label} = np.unique(labels.astype(str), return_inverse=True)"
             )
         if a.dtype.kind not in "uib" and not (a.dtype.kind == "f" and np.isfinite(a).all() and (a == a.round()).all()):
-            raise self._bad(f"{label} has dtype {a.dtype} with values that are no integers; expected class labels")
+            raise self._bad(f"{label} has dtype {a.dtype} and values that are not integers; expected class labels")
         return a.astype(np.int64)
 
     def _set(self, x: dict[str, Tensor], y: dict[str, Tensor]) -> None:
@@ -139,11 +139,11 @@ class ArrayTask(InMemoryTask):
         return F.cross_entropy(outputs, batch.y)
 
     def score_of(self, outputs: Tensor, batch: Batch) -> float:
-        """See `Task.score_of`: the share of the batch whose class is found."""
+        """See `Task.score_of`: the accuracy."""
         return float((outputs.detach().argmax(-1) == batch.y).float().mean())
 
     def outcomes_of(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Returns whether the class is found; the mean of that is the accuracy."""
+        """Returns whether each sample is classified correctly; the mean is the accuracy."""
         return outputs.argmax(-1) == batch.y
 
     def smoothed_loss_of(self, outputs: Tensor, batch: Batch, smoothing: float) -> Tensor:
@@ -170,7 +170,7 @@ class ArrayTask(InMemoryTask):
     def same_answers(self, other: Self, pairs: Sequence[tuple[Hashable, Hashable]]) -> bool:
         """See `InMemoryTask.same_answers`; classes may be numbered in another order."""
         matched = set(pairs)
-        return len(matched) == len({mine for mine, _ in matched}) == len({theirs for _, theirs in matched})
+        return len(matched) == len({ours for ours, _ in matched}) == len({theirs for _, theirs in matched})
 
     def check_classes(self) -> None:
         """See `Task.check_classes`."""
@@ -182,13 +182,11 @@ class ArrayTask(InMemoryTask):
                 )
 
     def _by_class(self, seed: int, split: Split = "train") -> list[Tensor]:
-        """Indices of a split's samples of each class, shuffled."""
         generator = torch.Generator().manual_seed(seed)
-        found = [(self._y[split] == c).nonzero().flatten() for c in range(self.num_outputs)]
-        return [index[torch.randperm(len(index), generator=generator)] for index in found]
+        classes = [(self._y[split] == c).nonzero().flatten() for c in range(self.num_outputs)]
+        return [index[torch.randperm(len(index), generator=generator)] for index in classes]
 
     def _group(self, index: int) -> str:
-        """What a group of `_by_class` is called in errors."""
         return f"class {self.class_names[index]!r}"
 
     def subset(self, classes: Sequence[int], shown: Sequence[int] | None = None) -> Self:
@@ -196,7 +194,7 @@ class ArrayTask(InMemoryTask):
 
         Args:
             classes: their numbers in this task.
-            shown: what the new task's name says instead of these numbers.
+            shown: the numbers in the new task's name, if they differ.
 
         Raises:
             HoldfastError: if a class does not exist, comes twice, or fewer than two are left.

@@ -1,12 +1,12 @@
 """Denoising of images: what a diffusion model is trained for (Ho et al. 2020; SOPHON, section 2.1).
 
-Symbols as in the papers: x_0 is an image in [-1, 1], alpha-bar_t what is left of it after t of T steps, epsilon
-standard normal noise. The forward process is
+Symbols as in the papers: x_0 is an image in [-1, 1], alpha-bar_t the share of its variance after t of T steps, and
+epsilon standard normal noise. The forward process is
 
     x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) epsilon,
 
-and the model is to predict epsilon from x_t and t. The SOPHON paper writes its loss as a squared norm; the numbers that
-it prints (0.990 for a model that predicts almost no noise) are means over pixels, and so are ours.
+and the model predicts epsilon from x_t and t. The SOPHON paper writes its loss as a squared norm; its numbers (0.990
+for a model that predicts almost no noise) are means over pixels, and so are ours.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ class DenoisingTask(ArrayTask):
     """Prediction of the noise in noised images.
 
     A batch's `x` is x_t with its time step as the last channel, shape (N, C + 1, H, W), and its `y` is epsilon, shape
-    (N, C, H, W). In training every batch has new noise and new time steps. For testing each image has one noise and one
-    time step, always the same, and the time steps of a split are spread evenly: so all models are compared on the same
-    inputs. A task may be limited to some time steps; the released code of SOPHON has t = 1 alone.
+    (N, C, H, W). In training every batch has new noise and new time steps. For testing each image has a fixed noise and
+    a fixed time step, and the time steps of a split are spread evenly: so all models are compared on the same inputs.
+    A task may be limited to some time steps; the released code of SOPHON has t = 1 alone.
 
     The score is MSE-k, the mean squared error per pixel. An audit compares the *skill*, 1 - MSE / `chance`, where
-    `chance` is the error of the best linear denoiser that knows of the images no more than mean m and variance s^2 of
-    their pixels: epsilon = sqrt(1 - a) (x_t - sqrt(a) m) / (a s^2 + 1 - a), with a = alpha-bar_t. A model that answers
-    0 has an MSE of about 1, hence a skill far below 0.
+    `chance` is the error of the best linear denoiser that uses only mean m and variance s^2 of the images' pixels:
+    epsilon = sqrt(1 - a) (x_t - sqrt(a) m) / (a s^2 + 1 - a), with a = alpha-bar_t. A model that returns 0 has an MSE
+    of about 1, and so a skill far below 0.
 
     Args:
         name: shown in reports and errors.
         x_train: images as uint8 of shape (N, H, W) or (N, H, W, C).
-        y_train: integer labels of shape (N,); all 0 if there are none. They play no part in the task.
+        y_train: integer labels of shape (N,); all 0 if there are none. The task does not use them.
         x_test: like `x_train`.
         y_test: like `y_train`.
         class_names: one name a class.
@@ -56,7 +56,7 @@ class DenoisingTask(ArrayTask):
         timesteps: the time steps that are drawn; none: all.
 
     Raises:
-        HoldfastError: as `ArrayTask`; and if the arrays are no images, all test pixels are the same, or the schedule
+        HoldfastError: as `ArrayTask`; and if the arrays are not images, all test pixels are the same, or the schedule
             has no such time step.
 
     Example:
@@ -71,7 +71,7 @@ class DenoisingTask(ArrayTask):
     baseline = "a linear denoiser"
     answers_with = "noise"
     labels_are_classes = False
-    no_features = "a denoiser has no features that a probe could be fitted on"
+    no_features = "a denoiser has no features for a probe"
     suppression_losses = ("dos", "mse-ascent")
     min_classes: ClassVar[int] = 1
     labelled: ClassVar[bool] = False
@@ -94,23 +94,23 @@ class DenoisingTask(ArrayTask):
 
     @classmethod
     def of(cls, task: InMemoryTask, schedule: Schedule | None = None, timesteps: Sequence[int] = ()) -> Self:
-        """Returns the denoising of a task's images.
+        """Returns the denoising task over a task's images.
 
         Raises:
-            HoldfastError: if its inputs are no images, or the schedule has no such time step.
+            HoldfastError: if its inputs are not images, or the schedule has no such time step.
         """
         if any(x.dim() != 4 or x.dtype != torch.uint8 for x in task._x.values()):
             raise HoldfastError(
-                f"Task {task.name!r}: its inputs are no images, {tuple(task._x['train'].shape[1:])} each; denoising "
-                "needs some."
+                f"Task {task.name!r}: its inputs are not images, {tuple(task._x['train'].shape[1:])} each, and "
+                "denoising needs images."
             )
-        made = object.__new__(cls)
-        made.name, made.class_names = task.name, task.class_names
-        made.source, made.notes, made.drawn = task.source, task.notes, task.drawn
-        made.schedule = schedule if schedule is not None else Schedule()
-        made.timesteps = made._checked_steps(task.name, timesteps)
-        made._set(task._x, task._y)
-        return made
+        denoising = object.__new__(cls)
+        denoising.name, denoising.class_names = task.name, task.class_names
+        denoising.source, denoising.notes, denoising.drawn = task.source, task.notes, task.drawn
+        denoising.schedule = schedule if schedule is not None else Schedule()
+        denoising.timesteps = denoising._checked_steps(task.name, timesteps)
+        denoising._set(task._x, task._y)
+        return denoising
 
     def with_schedule(self, schedule: Schedule) -> Self:
         """Returns the same images with other noise."""
@@ -126,13 +126,13 @@ class DenoisingTask(ArrayTask):
         return tuple(timesteps)
 
     def _inputs(self, values: npt.ArrayLike, label: str) -> Array:
-        found = super()._inputs(values, label)
-        if found.ndim != 4:
-            raise self._bad(f"{label} holds vectors {found.shape}; denoising needs images, (N, H, W) or (N, H, W, C)")
-        return found
+        x = super()._inputs(values, label)
+        if x.ndim != 4:
+            raise self._bad(f"{label} holds vectors {x.shape}; denoising needs images, (N, H, W) or (N, H, W, C)")
+        return x
 
     def _set(self, x: dict[str, Tensor], y: dict[str, Tensor]) -> None:
-        same = "_x" in self.__dict__ and self._x["test"] is x["test"]  # only training images were taken away
+        same = "_x" in self.__dict__ and self._x["test"] is x["test"]  # only training images changed
         chance = self.chance if same else None
         super()._set(x, y)
         channels, *sides = x["train"].shape[1:]
@@ -146,8 +146,8 @@ class DenoisingTask(ArrayTask):
         mean, variance = float(x.mean()), float(x.var(correction=0))
         if not variance > 0:
             raise self._bad(
-                "all pixels of its test images are the same, so that their noise can be told without any model; give "
-                "it other test images"
+                "all pixels of its test images are the same, so that their noise can be computed without a model; give "
+                "other test images"
             )
         total, count = 0.0, 0
         for batch in self.sweep("test", SCORE_BATCH, device=torch.device("cpu")):
@@ -172,10 +172,10 @@ class DenoisingTask(ArrayTask):
         return self._x[split].float().div_(127.5).sub_(1)
 
     def labels(self, split: Split) -> Tensor:
-        """Returns the labels that the images came with: int64, shape (N,); all 0 if they had none."""
+        """Returns the images' labels: int64, shape (N,); all 0 if they have none."""
         return self._y[split]
 
-    # Labels play no part: halves, few-shot samples and held-out parts are of images.
+    # Labels are not used: halves, few-shot samples and held-out parts are drawn from all images.
     _by_class = InMemoryTask._by_class
     _group = InMemoryTask._group
     smoothed_loss_of = InMemoryTask.smoothed_loss_of
@@ -185,7 +185,7 @@ class DenoisingTask(ArrayTask):
     def batches(
         self, split: Split, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device
     ) -> Iterator[Batch]:
-        """See `Task.batches`; which images, then their time steps, then their noise are drawn, all on the CPU."""
+        """See `Task.batches`; images, then their time steps, then their noise are drawn on the CPU."""
         if split == "test":
             yield from self.sweep(split, batch_size, device=device)
             return
@@ -196,7 +196,7 @@ class DenoisingTask(ArrayTask):
             yield Batch(self.schedule.noised(2 * x - 1, t.to(device), noise), noise)
 
     def sweep(self, split: Split, batch_size: int, *, device: torch.device) -> Iterator[Batch]:
-        """See `Task.sweep`; each image with the noise and the time step that are always its own."""
+        """See `Task.sweep`; each image has its fixed noise and time step."""
         x, y = self._x[split], self._y[split]
         t = self._fixed_steps(len(y))
         for start in range(0, len(y), batch_size):
@@ -208,14 +208,14 @@ class DenoisingTask(ArrayTask):
             yield Batch(self.schedule.noised(images, t[start:stop].to(device), noise), noise)
 
     def _fixed_steps(self, count: int) -> Tensor:
-        """Time steps spread evenly over those of the task, in an order that does not depend on that of the images."""
+        """Time steps spread evenly over those of the task, in an order independent of the images'."""
         order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
         if self.timesteps:
             return torch.tensor(self.timesteps)[order % len(self.timesteps)]
         return (order * 2 + 1) * self.schedule.steps // (2 * count)
 
     def _fixed_noise(self, block: int) -> Tensor:
-        """Noise of the images from `block` times BLOCK on; by blocks, so that it does not depend on batch sizes."""
+        """Noise of the images from `block` * BLOCK on; drawn in blocks, so that batch sizes do not matter."""
         generator = torch.Generator().manual_seed(block)
         return torch.randn((BLOCK, *self.output_shape), generator=generator)
 
@@ -236,15 +236,15 @@ class DenoisingTask(ArrayTask):
         return (outputs - batch.y).flatten(1).double().square().mean(1).cpu()
 
     def counts(self, split: Split) -> list[int]:
-        """See `InMemoryTask.counts`; nothing where images came without labels."""
+        """See `InMemoryTask.counts`; empty if the images have no labels."""
         return super().counts(split) if len(self.class_names) > 1 else []
 
     def same_answers(self, other: Self, pairs: Sequence[tuple[Hashable, Hashable]]) -> bool:
-        """See `InMemoryTask.same_answers`: the same images are the same task."""
+        """See `InMemoryTask.same_answers`: always, for the same images."""
         return True
 
     def check_classes(self) -> None:
-        """See `Task.check_classes`: a class without images does no harm."""
+        """See `Task.check_classes`: a class without images is allowed."""
 
     def with_inputs(self, train: Tensor, test: Tensor) -> Self:
         """Refused: the features of a noised image change with its noise.
@@ -252,10 +252,10 @@ class DenoisingTask(ArrayTask):
         Raises:
             HoldfastError: always.
         """
-        raise self._bad("a denoiser is not judged by a probe on features; fine-tune it")
+        raise self._bad("a probe on features does not apply to a denoiser; fine-tune it")
 
     def facts(self) -> TaskFacts:
-        """See `Task.facts`; the noise schedule and the time steps are a part of the data, classes are not."""
+        """See `Task.facts`; the hash covers the noise schedule and the time steps, and classes do not count."""
         plain = super().facts()
         parts = [plain.sha256.encode(), self.schedule.alpha_bar.numpy().tobytes()]
         parts += [repr(self.timesteps).encode()] if self.timesteps else []

@@ -1,4 +1,4 @@
-"""Data sets that a library downloads: torchvision's, and Hugging Face's `datasets` for those it does not know."""
+"""Data sets that torchvision, or Hugging Face's `datasets`, downloads."""
 
 from __future__ import annotations
 
@@ -35,13 +35,11 @@ TORCHVISION: dict[str, tuple[str, tuple[_Arguments, _Arguments]]] = {
 }
 """Class in torchvision.datasets, and its arguments for the training and the test split."""
 
-HUGGING_FACE: dict[str, tuple[str, str]] = {
-    "cinic10": ("flwrlabs/cinic10", "8e3c2c337e520de86f32a669bb7dcc9662930502"),
-}
+HUGGING_FACE: dict[str, tuple[str, str]] = {"cinic10": ("flwrlabs/cinic10", "8e3c2c337e520de86f32a669bb7dcc9662930502")}
 """Name and commit on the Hub of data sets with the splits `train` and `test` and the columns `image` and `label`."""
 
 DOWNLOADS = (*TORCHVISION, *HUGGING_FACE)
-"""Names that `download` knows."""
+"""Names that `download` takes."""
 
 
 class TextSource(NamedTuple):
@@ -60,38 +58,44 @@ TEXTS: dict[str, TextSource] = {
     "sst2": TextSource(
         "stanfordnlp/sst2", "8d51e7e4887a4caaa95b3fbebbf53c0490b58bbb", text="sentence", test="validation"
     ),
-    # A copy of CogComp/trec, which is a script; no script is run here.
+    # A copy of CogComp/trec, which needs a script; Holdfast runs no scripts.
     "trec": TextSource("SetFit/TREC-QC", "0a34640b3cac3affef6f0abdfb81e3d0ecffcf92", label="label_coarse_original"),
     "imdb": TextSource("stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31"),
 }
-"""Names that `download_text` knows."""
+"""Names that `download_text` takes."""
 
 
 def download(
     name: str, folder: Path | None, *, image_size: int | None = None, channels: int | None = None
 ) -> ArrayTask:
-    """Loads a data set that a library knows, downloading what is not there yet.
+    """Loads a data set, which is downloaded on first use.
 
     Args:
         name: one of `DOWNLOADS`.
         folder: the data folder, in which downloads are kept; None: `~/.cache/holdfast`.
-        image_size: pixels a side, where images are files; None: they must be of one size.
-        channels: 1 for grey, where images are files; else they are in colour.
+        image_size: pixels a side, if images are files; None: they must have one size.
+        channels: 1 for grey, if images are files; otherwise they are in colour.
 
     Raises:
-        HoldfastError: if it cannot be had; the message says what to do instead.
+        HoldfastError: if it cannot be loaded; the message names an alternative.
     """
-    root = folder or Path("~/.cache/holdfast").expanduser()
-    where = f"{str(folder)!r}" if folder else "a folder named by --data-dir or $HOLDFAST_DATA"
-    instead = f"put {name}.npz, or a folder {name}/ of images in train/CLASS/ and test/CLASS/, into {where}"
+    root, data_folder = _folders(folder)
+    instead = f"put {name}.npz, or a folder {name}/ of images in train/CLASS/ and test/CLASS/, into {data_folder}"
     mode = "L" if channels == 1 else "RGB"
     if name in HUGGING_FACE:
         return _hugging_face(name, root / "huggingface", image_size, mode, instead)
     return _torchvision(name, root / "torchvision", image_size, mode, instead)
 
 
+def _folders(folder: Path | None) -> tuple[Path, str]:
+    """The folder for downloads, and the data folder in messages."""
+    if folder:
+        return folder, repr(str(folder))
+    return Path("~/.cache/holdfast").expanduser(), "a folder named by --data-dir or $HOLDFAST_DATA"
+
+
 def download_text(name: str, folder: Path | None, *, tokenizer: Tokenizer, length: int) -> TextTask:
-    """Loads a data set of sentences, downloading what is not there yet.
+    """Loads a data set of sentences, which is downloaded on first use.
 
     Args:
         name: one of `TEXTS`.
@@ -100,72 +104,69 @@ def download_text(name: str, folder: Path | None, *, tokenizer: Tokenizer, lengt
         length: tokens a sentence.
 
     Raises:
-        HoldfastError: if it cannot be had; the message says what to do instead.
+        HoldfastError: if it cannot be loaded; the message names an alternative.
     """
     source = TEXTS[name]
-    root = (folder or Path("~/.cache/holdfast").expanduser()) / "huggingface"
-    where = f"{str(folder)!r}" if folder else "a folder named by --data-dir or $HOLDFAST_DATA"
-    instead = f"put {name}.parquet or {name}.csv, with the columns split, label and text, into {where}"
-    train, test = _hugging_face_parts(name, source.repository, source.revision, ["train", source.test], root, instead)
-    known = getattr(train.features[source.label], "names", None)
-    names = known or sorted({str(label) for label in train[source.label]})
-    learned, held = (
-        (list(part[source.text]), [int(v) if known else names.index(str(v)) for v in part[source.label]])
-        for part in (train, test)
+    root, data_folder = _folders(folder)
+    instead = f"put {name}.parquet or {name}.csv, with the columns split, label and text, into {data_folder}"
+    parts = _hugging_face_parts(
+        name, source.repository, source.revision, ["train", source.test], root / "huggingface", instead
     )
-    made = text_task(name, learned, held, names, tokenizer=tokenizer, length=length)
-    return made.noted(f"{source.repository}, downloaded by datasets")
+    numbered = getattr(parts[0].features[source.label], "names", None)
+    names = numbered or sorted({str(label) for label in parts[0][source.label]})
+    train, test = (
+        (list(part[source.text]), [int(v) if numbered else names.index(str(v)) for v in part[source.label]])
+        for part in parts
+    )
+    task = text_task(name, train, test, names, tokenizer=tokenizer, length=length)
+    return task.noted(f"{source.repository}, downloaded by datasets")
 
 
 def _torchvision(name: str, root: Path, size: int | None, mode: str, instead: str) -> ArrayTask:
     from torchvision import datasets
 
     kind, splits = TORCHVISION[name]
-    more = _imagenette_size(size) if name == "imagenette" else {"target_transform": _smiles} if name == "celeba" else {}
+    more: _Arguments = _imagenette_size(size) if name == "imagenette" else {}
+    if name == "celeba":
+        more["target_transform"] = lambda attributes: int(attributes[SMILING])
     fetched = name not in NOT_FETCHED
     try:
         parts = [getattr(datasets, kind)(root=str(root), download=fetched, **split, **more) for split in splits]
     except (OSError, RuntimeError) as error:
         why = (
-            f"torchvision could not download it ({_said(error)}). Check the network, or {instead}"
+            f"torchvision could not download it ({_one_line(error)}). Check the network, or {instead}"
             if fetched
-            else f"its archive is no longer where torchvision would fetch it from; unpack yours into {str(root)!r} as "
-            f"torchvision.datasets.{kind} says, or {instead}"
+            else f"torchvision can no longer download its archive; unpack yours into {str(root)!r} as described in "
+            f"torchvision.datasets.{kind}, or {instead}"
         )
         raise HoldfastError(f"Task {name!r}: {why}.") from error
-    arrays: list[Array] = []
     opener = Opener(mode, ())
-    for part in parts:
-        arrays += _arrays(part) if hasattr(part, "data") else stack(_converted(name, part, opener), size)
-    known = ("not smiling", "smiling") if name == "celeba" else getattr(parts[0], "classes", ())
-    names = [c if isinstance(c, str) else c[0] for c in known]
-    x_train, y_train, x_test, y_test = arrays
-    made = ArrayTask(name, x_train, y_train, x_test, y_test, names or None)
-    return made.noted(f"torchvision.datasets.{kind}", *opener.notes())
+    arrays = [_arrays(part) if hasattr(part, "data") else stack(_converted(name, part, opener), size) for part in parts]
+    classes = ("not smiling", "smiling") if name == "celeba" else getattr(parts[0], "classes", ())
+    names = [c if isinstance(c, str) else c[0] for c in classes]
+    (x_train, y_train), (x_test, y_test) = arrays
+    task = ArrayTask(name, x_train, y_train, x_test, y_test, names or None)
+    return task.noted(f"torchvision.datasets.{kind}", *opener.notes())
 
 
 NOT_FETCHED = frozenset({"stanford_cars"})
-"""Those that torchvision reads from the disk, and cannot download any more."""
+"""Data sets that torchvision can no longer download, but reads from the disk."""
 
 SMILING = 31
-"""Which of the 40 attributes of CelebA is its label here; denoising looks at none."""
-
-
-def _smiles(attributes: Any) -> int:
-    return int(attributes[SMILING])
+"""Index of the one of CelebA's 40 attributes that is its label; denoising uses no label."""
 
 
 def _arrays(part: Any) -> tuple[Array, Array]:
-    """Images and labels of a data set of torchvision that is in memory; those with channels first are turned round."""
+    """Images and labels of a data set of torchvision in memory, with channels last."""
     x = np.asarray(part.data)
     y = np.asarray(part.targets if hasattr(part, "targets") else part.labels)
     return np.moveaxis(x, 1, -1) if x.ndim == 4 and x.shape[1] == 3 else x, y
 
 
 def _imagenette_size(image_size: int | None) -> _Arguments:
-    """Which of Imagenette's three archives to take: the smallest whose shorter side is no shorter than asked for."""
+    """The smallest of Imagenette's three archives whose images have at least this many pixels a side."""
     if image_size is None:
-        raise HoldfastError("Task 'imagenette': its images differ in size; give one, as in imagenette@image_size=64.")
+        raise HoldfastError("Task 'imagenette': its images differ in size; set one, as in imagenette@image_size=64.")
     return {"size": "160px" if image_size <= 160 else "320px" if image_size <= 320 else "full"}
 
 
@@ -181,22 +182,21 @@ def _hugging_face_parts(
         ) from error
     try:
         return list(load_dataset(repository, revision=revision, split=splits, cache_dir=str(root)))
-    except Exception as error:  # whatever a network, the Hub, a cache and a file format raise
+    except Exception as error:  # a network, the Hub, a cache and a file format raise different exceptions
         raise HoldfastError(
-            f"Task {name!r}: datasets could not download {repository} ({_said(error)}). Check the network, "
+            f"Task {name!r}: datasets could not download {repository} ({_one_line(error)}). Check the network, "
             f"or {instead}."
         ) from error
 
 
 def _hugging_face(name: str, root: Path, size: int | None, mode: str, instead: str) -> ArrayTask:
     parts = _hugging_face_parts(name, *HUGGING_FACE[name], ["train", "test"], root, instead)
-    arrays: list[Array] = []
     opener = Opener(mode, ())
-    for part in parts:
-        arrays += stack(_converted(name, ((row["image"], row["label"]) for row in part), opener), size)
-    x_train, y_train, x_test, y_test = arrays
-    made = ArrayTask(name, x_train, y_train, x_test, y_test, parts[0].features["label"].names)
-    return made.noted(f"{HUGGING_FACE[name][0]}, downloaded by datasets", *opener.notes())
+    (x_train, y_train), (x_test, y_test) = (
+        stack(_converted(name, ((row["image"], row["label"]) for row in part), opener), size) for part in parts
+    )
+    task = ArrayTask(name, x_train, y_train, x_test, y_test, parts[0].features["label"].names)
+    return task.noted(f"{HUGGING_FACE[name][0]}, downloaded by datasets", *opener.notes())
 
 
 def _converted(
@@ -206,6 +206,5 @@ def _converted(
         yield f"image {i} of {name}", opener.converted(image, f"image {i} of {name}"), label
 
 
-def _said(error: Exception) -> str:
-    """What an exception says, on one line."""
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""One image file becomes 8 bits a channel, the way its owner sees it: turned, on white, and as bright."""
+"""Image files become 8 bits a channel, as a viewer shows them: rotated, on white, with their brightness."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from holdfast.tasks.audio import SECOND, read_wav
 SOUND = ".wav"
 
 _NOT_OPENED = ("MPEG", "HDF5", "GRIB", "BUFR", "WMF", "EPS")
-"""Formats that Pillow recognises and cannot read by itself."""
+"""Formats that Pillow recognises but cannot read."""
 
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 258
@@ -28,7 +28,7 @@ _BAD = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Imag
 
 @lru_cache(maxsize=1)
 def suffixes() -> frozenset[str]:
-    """Endings of the files that are read, in small letters: all that Pillow opens, and sounds, which become images.
+    """Endings of the files that are read, in lower case: all that Pillow opens, and sounds, which become images.
 
     Example:
         >>> {".png", ".jpeg", ".ppm", ".pgm", ".webp", ".wav"} <= suffixes()
@@ -41,11 +41,11 @@ def suffixes() -> frozenset[str]:
 
 
 class Opener:
-    """Opens the image files of one data set, all in the same way, and counts what it had to do to them.
+    """Opens the image files of one data set, all in the same way, and counts the conversions.
 
     Args:
         mode: of Pillow, "L" or "RGB".
-        files: all that will be opened; images of 16 bits are scaled by the largest value in any of them.
+        files: all that will be opened; images of 16 bits are scaled by the largest value in all of them.
 
     Raises:
         HoldfastError: if a file cannot be opened.
@@ -60,15 +60,15 @@ class Opener:
         """Returns one image.
 
         Raises:
-            HoldfastError: if it cannot be opened, or the range of its pixels is not known.
+            HoldfastError: if it cannot be opened, or the range of its pixels is unknown.
         """
         if file.suffix.lower() == SOUND:
-            picture, seconds = read_wav(file)
+            spectrogram, seconds = read_wav(file)
             if seconds > SECOND:
                 self.counted[f"sounds longer than {SECOND:.2f} s, cut off"] += 1
             elif seconds < SECOND:
                 self.counted[f"sounds shorter than {SECOND:.2f} s, filled up with silence"] += 1
-            return Image.fromarray(picture).convert(self.mode)
+            return Image.fromarray(spectrogram).convert(self.mode)
         try:
             with Image.open(file) as image:
                 return self.converted(image, repr(str(file)))
@@ -91,7 +91,7 @@ class Opener:
             return self._scaled(source).convert(self.mode)
         if source.mode in ("I", "F"):
             raise HoldfastError(
-                f"{what} has pixels of 32 bits, whose range is not known; convert it to 8 or 16 bits a channel."
+                f"{what} has pixels of 32 bits, whose range is unknown; convert it to 8 or 16 bits a channel."
             )
         if source.has_transparency_data:
             source = self._on_white(source)
@@ -100,15 +100,15 @@ class Opener:
         return source.convert(self.mode)
 
     def _on_white(self, image: Image.Image) -> Image.Image:
-        seen = image.convert("RGBA")
-        if seen.getchannel("A").getextrema() == (255, 255):
-            return seen.convert("RGB")
+        rgba = image.convert("RGBA")
+        if rgba.getchannel("A").getextrema() == (255, 255):
+            return rgba.convert("RGB")
         self.counted["images with transparent pixels, put on white"] += 1
-        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
     def _scaled(self, image: Image.Image) -> Image.Image:
-        """Scales 16-bit grey to 8 bits; Pillow's own conversion would cut everything above 255 off."""
-        bits = 16 if image.mode == "I" else self._depth  # of a .pgm, Pillow has scaled already
+        """Scales 16-bit grey to 8 bits; Pillow's own conversion would clip at 255."""
+        bits = 16 if image.mode == "I" else self._depth  # Pillow has already scaled a .pgm
         self.counted[f"grey images of {bits} bits, scaled to 8"] += 1
         pixels = np.asarray(image)
         values = np.round(pixels.astype(np.float64) * (255 / (2**bits - 1))).astype(np.uint8)
@@ -119,7 +119,7 @@ class Opener:
         return Image.fromarray(values)
 
     def notes(self) -> list[str]:
-        """Returns what was done to how many, in sentences."""
+        """Returns the conversions with their counts."""
         return [f"{count} {what}" for what, count in self.counted.items()]
 
 
@@ -130,15 +130,15 @@ def _is_deep_colour(image: Image.Image) -> bool:
     file = getattr(image, "fp", None)
     if image.format != "PNG" or image.mode.startswith("I") or file is None:
         return False
-    place = file.tell()
-    file.seek(24)  # of the header: 8 bytes of signature, 8 of its name and length, 8 of width and height
+    position = file.tell()
+    file.seek(24)  # after 8 bytes of signature, 8 of the header's length and name, 8 of width and height
     depth = file.read(1)
-    file.seek(place)
+    file.seek(position)
     return bool(depth == b"\x10")
 
 
 def _depth(files: Sequence[Path]) -> int:
-    """How many of 16 bits are used in any grey image; cameras and scanners often fill 12."""
+    """How many of 16 bits the grey images use; cameras and scanners often use 12."""
     top, deepest, shallow = -1, -1, None
     for file in files:
         if file.suffix.lower() in (".jpg", ".jpeg", ".gif", ".bmp", ".webp", SOUND):
@@ -152,10 +152,10 @@ def _depth(files: Sequence[Path]) -> int:
                     deepest = max(deepest, int(np.asarray(image.convert("RGB")).max()))
         except _BAD as error:
             raise HoldfastError(f"{str(file)!r} cannot be opened as an image: {error}.") from error
-    if 0 < deepest < 64:  # black alone says nothing of the depth
+    if 0 < deepest < 64:  # black images do not show the depth
         raise HoldfastError(
-            f"{str(shallow)!r} and the others of 16 bits a channel use 14 of them or fewer, and would be almost black; "
-            "scale them to 8 bits."
+            f"{str(shallow)!r} and the other images of 16 bits a channel use at most 14 of them, and would be almost "
+            "black; scale them to 8 bits."
         )
     return next(bits for bits in _DEPTHS if top < 2**bits)
 
@@ -164,7 +164,7 @@ def stack(labelled: Iterable[tuple[str, Image.Image, int]], size: int | None) ->
     """Puts images of one mode into one array.
 
     Args:
-        labelled: what each image is called in messages, the image, and its label.
+        labelled: the name of each image in messages, the image, and its label.
         size: pixels a side that every image is resized to (bicubic); None: they must already be equal.
 
     Raises:

@@ -1,7 +1,7 @@
 """A folder of images, one folder a class: `ROOT/CLASS/*.png`, or `ROOT/train/CLASS/*` and `ROOT/test/CLASS/*`.
 
-Many data sets have a third folder with images for validation. It is left alone where there is one for testing, and is
-tested on where there is none, as in ImageNet. `holdfast.tasks.image_files` reads the files.
+Many data sets have a third folder with images for validation. It is used for testing if there is no test folder, as in
+ImageNet, and left out otherwise. `holdfast.tasks.image_files` reads the files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from holdfast.tasks.splits import draw_rows
 
 TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("test", "testing", "val", "valid", "validation", "dev")
-"""What the folders of the splits are called, in capitals or not; the first of `TEST_FOLDERS` that is there counts."""
+"""Names of the folders of the splits, in any case; the first of `TEST_FOLDERS` that exists is used."""
 
 _LIKE_SPLITS = re.compile(r"train|trn|test|tst|(?<![a-z])(val|valid|validation|dev|eval|holdout)(?![a-z])")
 
@@ -42,44 +42,38 @@ def load_folder(
 ) -> ArrayTask:
     """Reads an image folder into memory.
 
-    Files lie in the class folders at any depth. Hidden folders, those that systems and archives leave behind, and
-    those without images are not classes. What is left out or converted is counted in the task's notes.
+    Files may be at any depth in the class folders. Hidden folders, those of systems and archives, and those without
+    images are not classes. The task's notes count the files that were left out or converted.
 
     Args:
-        path: the root; classes are its sub-folders, sorted by name. With sub-folders `train` and `test` (see
-            `TRAIN_FOLDERS` and `TEST_FOLDERS`) these are the splits, else `test_fraction` of every class is drawn by
-            `seed`.
+        path: the root; classes are its sub-folders, sorted by name. Sub-folders `train` and `test` (see `TRAIN_FOLDERS`
+            and `TEST_FOLDERS`) are the splits; without them, `test_fraction` of every class is drawn by `seed`.
         image_size: pixels a side that every image is resized to (bicubic); None: they must already be equal.
         channels: 1 for grey, 3 for colour; None: 3, or 1 for a folder of sounds.
         test_fraction: share of the images to test on, in (0, 1).
-        seed: of the split, and of what `limits` keep.
-        limits: about how many images to read for training and for testing, the same share of every class; where the
-            folder has no splits, all are read. None: all.
-        kind: of the task; if it needs no labels, images may also lie in the root (or in `train` and `test`) itself.
+        seed: of the split, and of the images that `limits` keep.
+        limits: about how many images to read for training and for testing, the same share of every class; None: all.
+            Without splits in the folder, all are read.
+        kind: of the task; if it needs no labels, images may also be in the root (or in `train` and `test`) itself.
 
     Raises:
         HoldfastError: if a folder is empty, an image cannot be opened, sizes differ and no `image_size` is given, or
-            it is unclear what the folders are.
+            the folders are ambiguous.
     """
     notes: list[str] = []
     splits = split_folders(path, kind.labelled, notes)
-    if splits is None:
-        found = {"all": _Classes(path, kind.labelled, notes)}
+    parts = [_Classes(folder, kind.labelled, notes) for folder in (splits or {"all": path}).values()]
+    names = list(parts[0].files)
+    if splits is not None:
+        _check_same(path, *parts)
+        if untested := [n for n in names if n not in parts[1].files]:
+            notes.append(f"{len(untested)} classes have no test images: {_some_of(untested)}")
     else:
-        found = {name: _Classes(place, kind.labelled, notes) for name, place in splits.items()}
-        _check_same(path, splits["train"], splits["test"], found["train"], found["test"])
-    first = next(iter(found.values()))
-    names = list(first.files)
-    if splits is not None and (unseen := [n for n in names if n not in found["test"].files]):
-        notes.append(f"{len(unseen)} classes have no test images: {_some_of(unseen)}")
-    kept = [
-        each.kept(names, limit if splits is not None else None, seed)
-        for each, limit in zip(found.values(), limits, strict=False)
-    ]
+        limits = (None, None)
+    kept = [part.kept(names, limit, seed) for part, limit in zip(parts, limits, strict=False)]
     every = [file for part in kept for files in part for file in files]
     sounds = _are_sounds(path, every)
-    mode = "L" if channels == 1 or (sounds and channels is None) else "RGB"
-    opener = Opener(mode, every)
+    opener = Opener("L" if channels == 1 or (sounds and channels is None) else "RGB", every)
     arrays = [
         stack(((repr(str(f)), opener.open(f), label) for label, files in enumerate(part) for f in files), image_size)
         for part in kept
@@ -96,18 +90,18 @@ def load_folder(
         return kind(path.name, x_train, y_train, x_test, y_test, names).noted(f"folder {path}", *notes)
     x, y = arrays[0]
     train, test = draw_rows(path, y, test_fraction, seed, names)
-    made = kind(path.name, x[train], y[train], x[test], y[test], names)
-    return made.noted(f"folder {path}", *notes, drawn=True)
+    task = kind(path.name, x[train], y[train], x[test], y[test], names)
+    return task.noted(f"folder {path}", *notes, drawn=True)
 
 
 def split_folders(path: Path, labelled: bool, notes: list[str] | None = None) -> dict[str, Path] | None:
-    """Returns the folders for training and testing; None where the sub-folders are classes.
+    """Returns the folders for training and testing; None if the sub-folders are classes.
 
-    A folder `train` that holds images and no folders is a class (there are pictures of trains), unless all folders
-    beside it have names of splits.
+    A folder `train` with images and without folders is a class (of railway trains), unless all folders beside it have
+    names of splits.
 
     Raises:
-        HoldfastError: if one of the two is missing, or there are two of one name.
+        HoldfastError: if one of the two is missing, or two have one name.
     """
     every, junk = _folders(path)
     folders = {p.name: p for p in every}
@@ -115,9 +109,9 @@ def split_folders(path: Path, labelled: bool, notes: list[str] | None = None) ->
     held = sorted((n for n in folders if n.lower() in TEST_FOLDERS), key=lambda n: TEST_FOLDERS.index(n.lower()))
     others = [n for n in folders if n not in (*train, *held)]
     nested = [n for n in (*train, *held) if _folders(folders[n])[0]]
-    said = notes if notes is not None else []
+    notes = notes if notes is not None else []
     if not train and not (held and set(nested) == set(held)):
-        _check_levels(path, folders, said)
+        _check_levels(path, folders, notes)
         return None
     if others and not set(train) & set(nested) and (labelled or not held):
         return None
@@ -126,20 +120,20 @@ def split_folders(path: Path, labelled: bool, notes: list[str] | None = None) ->
     if not train or not held or len(train) > 1 or len(same) > 1:
         raise HoldfastError(
             f"{str(path)!r} holds the folders {listed}; expected one for training ({', '.join(TRAIN_FOLDERS)}) and one "
-            f"for testing ({', '.join(TEST_FOLDERS)}), or one folder a class. Rename or move what is none of these."
+            f"for testing ({', '.join(TEST_FOLDERS)}), or one folder a class. Rename or move the other folders."
         )
-    if (train[0], held[0]) not in (("train", "test"),):
-        said.append(f"trained on the folder {train[0]!r}, tested on {held[0]!r}")
+    if (train[0], held[0]) != ("train", "test"):
+        notes.append(f"trained on the folder {train[0]!r}, tested on {held[0]!r}")
     if len(held) > 1 or others:
-        said.append(f"folders beside the two splits were left out: {_some_of([*held[1:], *others])}")
+        notes.append(f"folders beside the two splits were left out: {_some_of([*held[1:], *others])}")
     if junk:
-        said.append(f"{_at(path)}hidden and system folders were left out: {_some_of(junk)}")
-    _note_skipped(path, [p for p in _entries(path) if p.is_file()], said)
+        notes.append(f"{_at(path)}hidden and system folders were left out: {_some_of(junk)}")
+    _note_skipped(path, [p for p in _entries(path) if p.is_file()], notes)
     return {"train": folders[train[0]], "test": folders[held[0]]}
 
 
 def _check_levels(path: Path, folders: dict[str, Path], notes: list[str]) -> None:
-    """Notes folders that all hold the same folders, as splits and domains do; refuses them if called like splits."""
+    """Notes folders that all contain the same folders; refuses them if they have names like splits."""
     inner = [{p.name for p in _folders(place)[0]} for place in folders.values()]
     shared = sorted(set.intersection(*inner)) if len(inner) > 1 else []
     if not shared:
@@ -175,30 +169,30 @@ class _Classes:
             name = unicodedata.normalize("NFC", folder.name).strip()
             if name in named:
                 raise HoldfastError(
-                    f"{str(path)!r} has two folders called {name!r}, which differ in blanks or in how accents are "
-                    "written; merge or rename them."
+                    f"{str(path)!r} has two folders called {name!r}, which differ in blanks or in the encoding of "
+                    "accents; merge or rename them."
                 )
             named[name] = folder
         read: dict[str, list[Path]] = {}
         skipped = [p for p in own if not _is_junk(p)]
         for name, folder in named.items():
-            found = _below(folder)
-            read[name] = sorted(p for p in found if p.suffix.lower() in suffixes())
-            skipped += [p for p in found if p.suffix.lower() not in suffixes()]
+            files = _below(folder)
+            read[name] = sorted(p for p in files if p.suffix.lower() in suffixes())
+            skipped += [p for p in files if p.suffix.lower() not in suffixes()]
         self.files = {name: files for name, files in read.items() if files}
         empty = [name for name, files in read.items() if not files]
         if not self.files:
             kinds = ", ".join(f"{n} {s or 'without suffix'}" for s, n in _by_suffix(skipped).items())
             raise HoldfastError(
-                f"{str(path)!r}: no images in its class folders{f' (but {kinds})' if kinds else ''}; expected what "
-                "Pillow opens (.png, .jpg, .ppm, ...), or .wav."
+                f"{str(path)!r}: no images in its class folders{f' (but {kinds})' if kinds else ''}; expected files "
+                "that Pillow opens (.png, .jpg, .ppm, ...), or .wav."
             )
         if labelled and len(self.files) == 1:
             (only,) = self.files
             inner = [p.name for p in _folders(named[only])[0]]
             hint = f" Its own folders are {_some_of(inner)}: give {str(named[only])!r}." if len(inner) > 1 else ""
             raise HoldfastError(
-                f"{str(path)!r} has one class only, {only!r}; a classification task needs at least two.{hint}"
+                f"{str(path)!r} has only one class, {only!r}; a classification task needs at least two.{hint}"
             )
         if empty:
             notes.append(f"{_at(path)}folders without images are not classes: {_some_of(empty)}")
@@ -207,7 +201,7 @@ class _Classes:
         _note_skipped(path, skipped, notes)
 
     def kept(self, names: Sequence[str], limit: int | None, seed: int) -> list[list[Path]]:
-        """Files of each class, or about `limit` of them: of ImageNet, not everything is read to keep a part."""
+        """Files of each class, or about `limit` of them in total: so a part of ImageNet is read quickly."""
         every = [self.files.get(name, []) for name in names]
         total = sum(map(len, every))
         if limit is None or limit >= total:
@@ -215,12 +209,12 @@ class _Classes:
         return [_some(files, limit / total, seed) if files else [] for files in every]
 
 
-def _check_same(path: Path, train: Path, held: Path, learned: _Classes, tested: _Classes) -> None:
-    strange = [name for name in tested.files if name not in learned.files]
-    if strange:
+def _check_same(path: Path, train: _Classes, test: _Classes) -> None:
+    extra = [name for name in test.files if name not in train.files]
+    if extra:
         raise HoldfastError(
-            f"{str(path)!r}: {held.name} has a class {strange[0]!r} that {train.name} does not have (classes of "
-            f"{train.name}: {_some_of(list(learned.files))}). Add images to train on, or move the folder away."
+            f"{str(path)!r}: {test.path.name} has a class {extra[0]!r} that {train.path.name} does not have (classes "
+            f"of {train.path.name}: {_some_of(list(train.files))}). Add images to train on, or move the folder away."
         )
 
 
@@ -242,7 +236,7 @@ def _entries(path: Path) -> list[Path]:
 
 
 def _folders(path: Path) -> tuple[list[Path], list[str]]:
-    """Folders that may be classes, and the names of those that are none."""
+    """Folders that may be classes, and the names of the other folders."""
     every = [p for p in _entries(path) if p.is_dir()]
     junk = [p for p in every if p.name.startswith(".") or p.name.lower() in JUNK_FOLDERS]
     return [p for p in every if p not in junk], [p.name for p in junk]
@@ -253,29 +247,29 @@ def _is_junk(file: Path) -> bool:
 
 
 def _below(folder: Path) -> list[Path]:
-    """All files at any depth, without those of systems; links are followed, each folder once."""
-    found: list[Path] = []
-    been: set[str] = set()
+    """All files at any depth, except those of systems; links are followed, each folder once."""
+    below: list[Path] = []
+    visited: set[str] = set()
 
     def unreadable(error: OSError) -> None:
         raise HoldfastError(f"{str(error.filename)!r} cannot be read: {error.strerror}.") from error
 
     for place, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         real = os.path.realpath(place)
-        if real in been:
+        if real in visited:
             folders.clear()
             continue
-        been.add(real)
+        visited.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f.lower() not in JUNK_FOLDERS)
-        found += [file for file in map(Path(place).joinpath, files) if not _is_junk(file)]
-    return found
+        below += [file for file in map(Path(place).joinpath, files) if not _is_junk(file)]
+    return below
 
 
 def _note_skipped(path: Path, skipped: Sequence[Path], notes: list[str]) -> None:
     real = [p for p in skipped if not _is_junk(p)]
     if real:
         kinds = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in _by_suffix(real).items())
-        notes.append(f"{_at(path)}files left out, as they are no images in a class folder: {kinds}")
+        notes.append(f"{_at(path)}files left out, as they are not images in a class folder: {kinds}")
 
 
 def _by_suffix(files: Sequence[Path]) -> dict[str, int]:

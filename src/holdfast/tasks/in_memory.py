@@ -1,4 +1,4 @@
-"""Tasks whose samples are arrays in memory: storage, batches, splits and hashes, whatever is predicted."""
+"""Tasks whose samples are arrays in memory: storage, batches, splits and hashes for every kind of task."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class InMemoryTask(Task):
     `outcomes_of`; if samples have classes, also `_by_class`.
 
     Attributes:
-        class_names: what the outputs are called.
+        class_names: names of the outputs.
         source: where the data come from, for people.
         notes: what a loader left out or converted, and why.
-        drawn: whether the test split was drawn here, because the source has none.
+        drawn: whether the test split was drawn from a source that has none.
     """
 
     class_names: list[str]
@@ -41,18 +41,18 @@ class InMemoryTask(Task):
     drawn: bool = False
 
     def noted(self, source: str, *notes: str, drawn: bool = False) -> Self:
-        """Returns this very task, which a loader has just made, with what is to be said about its data.
+        """Sets `source`, `notes` and `drawn` of a task that a loader has just made, and returns it.
 
         Args:
-            source: where they come from.
-            notes: what was left out or converted.
-            drawn: whether the test split was drawn.
+            source: see `InMemoryTask`.
+            notes: are added to those of the task.
+            drawn: see `InMemoryTask`.
         """
         self.source, self.notes, self.drawn = source, (*self.notes, *notes), drawn
         return self
 
-    def _bad(self, what: str) -> HoldfastError:
-        return HoldfastError(f"Task {self.name!r}: {what}.")
+    def _bad(self, problem: str) -> HoldfastError:
+        return HoldfastError(f"Task {self.name!r}: {problem}.")
 
     def _inputs(self, values: npt.ArrayLike, label: str) -> Array:
         a = np.asarray(values)
@@ -68,7 +68,7 @@ class InMemoryTask(Task):
             if a.shape[1] not in (1, 3):
                 hint = "; move the channels to the end" if a.shape[2] in (1, 3, 4) else ""
                 if a.shape[1] in (2, 4):
-                    hint = "; put what is transparent on white and drop the last channel"
+                    hint = "; put transparent pixels on white and drop the last channel"
                 raise self._bad(
                     f"{label} has {a.shape[1]} channels in its last axis; expected 1 or 3 (N, H, W, C){hint}"
                 )
@@ -100,7 +100,7 @@ class InMemoryTask(Task):
             raise self._bad(f"training inputs are {x['train'].shape[1:]}, test inputs {x['test'].shape[1:]}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_resident": {}}  # copies on a device stay in this process
+        return {**self.__dict__, "_resident": {}}  # copies on a device are not pickled
 
     def _with(
         self, name: str, x: dict[str, Tensor], y: dict[str, Tensor], classes: Sequence[str] | None = None
@@ -166,7 +166,7 @@ class InMemoryTask(Task):
 
     @abstractmethod
     def outcomes_of(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Returns what each sample of a batch adds to the score: shape (N,)."""
+        """Returns each sample's contribution to the score: shape (N,)."""
 
     @torch.no_grad()
     def outcomes(self, model: nn.Module, split: Split = "test") -> Tensor:
@@ -179,8 +179,8 @@ class InMemoryTask(Task):
             finite &= outputs.isfinite().all()
             parts.append(self.outcomes_of(outputs, batch))
         model.train(training)
-        found = torch.cat(parts).to("cpu", torch.float64)
-        return found if finite.item() and bool(found.isfinite().all()) else torch.full_like(found, torch.nan)
+        outcomes = torch.cat(parts).to("cpu", torch.float64)
+        return outcomes if finite.item() and bool(outcomes.isfinite().all()) else torch.full_like(outcomes, torch.nan)
 
     def _by_class(self, seed: int, split: Split = "train") -> list[Tensor]:
         """Indices of a split's samples, shuffled, one tensor a class; here all samples count as one class."""
@@ -188,7 +188,7 @@ class InMemoryTask(Task):
         return [torch.randperm(len(self._y[split]), generator=generator)]
 
     def _group(self, index: int) -> str:
-        """What a group of `_by_class` is called in errors."""
+        """Name of a group of `_by_class` in messages."""
         return "the whole task, which counts as one class,"
 
     def _take(self, name: str, train: Tensor, test: Tensor | None = None) -> Self:
@@ -205,9 +205,8 @@ class InMemoryTask(Task):
     def halves(self, seed: int) -> tuple[Self, Self]:
         """Splits the training samples in two; SOPHON, section 5.1.4.
 
-        One bit of a keyed hash of its input decides a sample's side. So the same image is on the same side in every
-        task that holds it, whatever its other classes and their order, and so are its duplicates; about half of every
-        class is on each side.
+        One bit of a keyed hash of its input decides a sample's side. So an image and its duplicates are on the same
+        side in every task, whatever the other classes are, and about half of every class is on each side.
 
         Raises:
             HoldfastError: if all training samples of a class are on one side.
@@ -220,8 +219,8 @@ class InMemoryTask(Task):
             sides = second[index]
             if sides.all() or not sides.any():
                 raise self._bad(
-                    f"all {len(sides)} training samples of {self._group(c)} are in the same half; halves "
-                    "need one each. Give it more samples, or leave the class out"
+                    f"all {len(sides)} training samples of {self._group(c)} are in the same half, and each half needs "
+                    "one. Give it more samples, or leave the class out"
                 )
         return self._take(self.name, (~second).nonzero().flatten()), self._take(self.name, second.nonzero().flatten())
 
@@ -235,8 +234,7 @@ class InMemoryTask(Task):
         for c, index in enumerate(by_class):
             if len(index) < shots:
                 raise self._bad(
-                    f"{shots} shots a class were asked for and {self._group(c)} has {len(index)} training samples; "
-                    "lower `shots`"
+                    f"shots is {shots}, and {self._group(c)} has {len(index)} training samples; lower `shots`"
                 )
         return self._take(self.name, torch.cat([i[:shots] for i in by_class]))
 
@@ -255,20 +253,22 @@ class InMemoryTask(Task):
         out = torch.cat([i[:n] for i, n in zip(by_class, held, strict=True)])
         return self._take(self.name, rest), self._take(f"{self.name} (held out)", rest, out)
 
+    def _share(self, split: Split, samples: int, seed: int) -> Tensor:
+        """Indices of about `samples` samples, the same share of every class."""
+        share = samples / self.size(split)
+        return torch.cat([i[: max(1, round(share * len(i)))] for i in self._by_class(seed, split)])
+
     def limit_train(self, samples: int, seed: int) -> Self:
         """Keeps about `samples` training samples, the same share of every class."""
         if samples >= self.size("train"):
             return self
-        share = samples / self.size("train")
-        return self._take(self.name, torch.cat([i[: max(1, round(share * len(i)))] for i in self._by_class(seed)]))
+        return self._take(self.name, self._share("train", samples, seed))
 
     def limit_test(self, samples: int, seed: int) -> Self:
         """Keeps about `samples` test samples, the same share of every class: a cheaper, coarser score."""
         if samples >= self.size("test"):
             return self
-        share = samples / self.size("test")
-        index = torch.cat([i[: max(1, round(share * len(i)))] for i in self._by_class(seed, "test") if len(i)])
-        index = index.sort().values
+        index = self._share("test", samples, seed).sort().values
         x = {"train": self._x["train"], "test": self._x["test"][index]}
         return self._with(self.name, x, {"train": self._y["train"], "test": self._y["test"][index]})
 
@@ -280,14 +280,13 @@ class InMemoryTask(Task):
             channels: 1 or 3; None keeps it.
 
         Raises:
-            HoldfastError: if the inputs are no images, or `channels` is neither 1 nor 3.
+            HoldfastError: if the inputs are not images, or `channels` is neither 1 nor 3.
         """
         if len(self.input_shape) != 3:
-            raise self._bad(f"inputs of shape {self.input_shape} are no images; leave image_size and channels out")
+            raise self._bad(f"inputs of shape {self.input_shape} are not images; leave image_size and channels out")
         if channels not in (None, 1, 3):
             raise self._bad(f"channels is {channels}; expected 1 or 3")
-        x = {s: resize(v, size, channels) for s, v in self._x.items()}
-        return self._with(self.name, x, self._y)
+        return self._with(self.name, {s: resize(v, size, channels) for s, v in self._x.items()}, self._y)
 
     def inverted(self) -> Self:
         """Inverts the pixels of images: 255 - x.
@@ -307,7 +306,7 @@ class InMemoryTask(Task):
         return self._with(self.name, {"train": train.cpu(), "test": test.cpu()}, self._y)
 
     def hashes(self, split: Split) -> list[bytes]:
-        """Returns a hash of each input of a split; equal inputs have equal ones, in every task."""
+        """Returns a hash of each input of a split; equal inputs have equal hashes in every task."""
         rows = self._x[split]
         plain = (rows if rows.dtype == torch.uint8 else rows + 0).contiguous().numpy()  # -0.0 + 0 is 0.0
         head = f"{rows.dtype}{tuple(rows.shape[1:])}".encode()
@@ -315,28 +314,25 @@ class InMemoryTask(Task):
 
     def answers(self, split: Split) -> list[Hashable]:
         """Returns the label or target of each sample of a split."""
-        found: list[Hashable] = self._y[split].tolist()
-        return found if self._y[split].dim() == 1 else [str(answer) for answer in found]
+        answers: list[Hashable] = self._y[split].tolist()
+        return answers if self._y[split].dim() == 1 else [str(answer) for answer in answers]
 
     def counts(self, split: Split) -> list[int]:
-        """Returns how many samples of a split each class has; empty where samples have no classes."""
+        """Returns the number of samples of each class in a split; empty if samples have no classes."""
         return []
 
     def same_answers(self, other: Self, pairs: Sequence[tuple[Hashable, Hashable]]) -> bool:
-        """Whether this task and another of its kind ask the same of the same inputs.
+        """Whether this task and another have equivalent answers for the same inputs.
 
         Args:
             other: of the same kind.
             pairs: this task's answer and the other's, for each input.
         """
-        return all(mine == theirs for mine, theirs in pairs)
+        return all(ours == theirs for ours, theirs in pairs)
 
     def value_range(self) -> tuple[float, float]:
         """Returns the smallest and the largest value of all inputs."""
-        return (
-            float(min(x.min() for x in self._x.values())),
-            float(max(x.max() for x in self._x.values())),
-        )
+        return float(min(x.min() for x in self._x.values())), float(max(x.max() for x in self._x.values()))
 
     def facts(self) -> TaskFacts:
         """See `Task.facts`; the hash is over dtype, shape and bytes of the four arrays."""
@@ -344,10 +340,5 @@ class InMemoryTask(Task):
         for tensor in (self._x["train"], self._y["train"], self._x["test"], self._y["test"]):
             digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy().data)
-        return TaskFacts(
-            name=self.name,
-            sha256=digest.hexdigest(),
-            train=self.size("train"),
-            test=self.size("test"),
-            classes=self.num_outputs,
-        )
+        sizes = {"train": self.size("train"), "test": self.size("test"), "classes": self.num_outputs}
+        return TaskFacts(name=self.name, sha256=digest.hexdigest(), **sizes)

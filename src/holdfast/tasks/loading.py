@@ -1,10 +1,10 @@
-"""From a name to a task: a named task, the data folder, then the library that knows the name."""
+"""Loads a task by its name: a named task, a file or folder, or a data set that a library downloads."""
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
+from typing import Any
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.audio import is_sounds, load_sounds
@@ -16,17 +16,15 @@ from holdfast.tasks.downloads import DOWNLOADS, TEXTS, download, download_text
 from holdfast.tasks.image_folder import load_folder
 from holdfast.tasks.in_memory import InMemoryTask
 from holdfast.tasks.npz_files import load_npz
-from holdfast.tasks.paths import DATA_VARIABLE, place
+from holdfast.tasks.paths import DATA_VARIABLE, data_folder, place
 from holdfast.tasks.schedule import Schedule
 from holdfast.tasks.spec import TaskSpec, parse_classes, parse_spec, split_off
 from holdfast.tasks.text import LENGTH
-from holdfast.tasks.tokenizers import Tokenizer, load_tokenizer
+from holdfast.tasks.tokenizers import load_tokenizer
 
 
 def list_tasks() -> list[str]:
-    """Returns the names that `load_task` knows without a file of yours.
-
-    Some are data sets that are downloaded on first use.
+    """Returns the names that `load_task` takes without a file of yours; some data sets are downloaded on first use.
 
     Example:
         >>> names = list_tasks()
@@ -39,17 +37,17 @@ def list_tasks() -> list[str]:
 def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Task:
     """Loads a task by name or path.
 
-    A name is looked up among the named tasks (`digits`, `phrases-topic`; see `list_tasks`), then here, then as
-    `NAME.npz`, `NAME.parquet`, `NAME.csv` or a folder `NAME` in the data folder, then downloaded by torchvision or
-    Hugging Face's datasets if one of them knows it. A setting that its source has no use for is refused.
+    A name is looked up among the named tasks (`digits`, `phrases-topic`; see `list_tasks`), then in the current folder,
+    then as `NAME.npz`, `NAME.parquet`, `NAME.csv` or a folder `NAME` in the data folder, then downloaded by torchvision
+    or Hugging Face's datasets if one of them has it. A setting without effect on its source is refused.
 
     Args:
         task: `digits`, `digits[0-4]`, `cifar10`, `path/to/data.npz`, `table.csv@target=label`, ... or a `TaskSpec`.
-        data_dir: the data folder; by default the environment variable `HOLDFAST_DATA`, else none. Downloads are kept
+        data_dir: the data folder; by default the environment variable `HOLDFAST_DATA`, if set. Downloads are kept
             there, or in `~/.cache/holdfast`.
 
     Raises:
-        HoldfastError: if nothing has that name (the message names every way to provide it), or the data is unusable.
+        HoldfastError: if the name is unknown (the message names every way to provide it), or the data is unusable.
 
     Example:
         >>> task = load_task("digits[5-9]")
@@ -77,8 +75,11 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ta
 
 
 def _narrowed(loaded: InMemoryTask, spec: TaskSpec, classes: str | None) -> InMemoryTask:
-    """The part of a source that the spec asks for."""
-    _refuse_idle_split(spec, loaded)
+    """The part of a source that the spec describes."""
+    if not loaded.drawn:
+        _refuse_idle(spec, "data that has its own split", "test_fraction")
+        if spec.train_limit is None and spec.test_limit is None:
+            _refuse_idle(spec, "data from which nothing is drawn", "seed")
     if spec.kind == "denoising":
         schedule = None if spec.schedule is None else Schedule.named(spec.schedule)
         loaded = DenoisingTask.of(loaded, schedule, spec.timesteps)
@@ -86,7 +87,7 @@ def _narrowed(loaded: InMemoryTask, spec: TaskSpec, classes: str | None) -> InMe
         if not isinstance(loaded, ArrayTask):
             raise HoldfastError(f"Task {spec.data!r}: {spec.kind} has no classes to choose from; leave [...] out.")
         loaded = _chosen(loaded, spec.data, classes)
-    # What limits leave out need not be resized.
+    # Limits before resizing, which then takes less time.
     if spec.train_limit is not None:
         loaded = loaded.limit_train(spec.train_limit, spec.seed)
     if spec.test_limit is not None:
@@ -97,28 +98,23 @@ def _narrowed(loaded: InMemoryTask, spec: TaskSpec, classes: str | None) -> InMe
 
 
 def is_text(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> bool:
-    """Says whether a task's data are sentences, which need a tokenizer; see `load_task`."""
+    """Returns whether a task's data are sentences, which need a tokenizer; see `load_task`."""
     spec = parse_spec(task) if isinstance(task, str) else task
     try:
         source, _ = split_off(spec.data)
-    except HoldfastError:  # loading says so
+    except HoldfastError:  # `load_task` raises it again
         return False
     if source in TASKS:
         return is_sentences(source)
     path = _place(source, _folder(data_dir))
-    return source in TEXTS if path is None else _holds_text(path, spec)
-
-
-def _holds_text(path: Path, spec: TaskSpec) -> bool:
+    if path is None:
+        return source in TEXTS
     return path.is_file() and (path.suffix == ".parquet" or (path.suffix == ".csv" and bool(spec.text)))
 
 
 def _folder(data_dir: Path | str | None) -> Path | None:
-    chosen = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
-    if not chosen:
-        return None
-    folder = Path(chosen).expanduser()
-    if not folder.is_dir():
+    folder = data_folder(data_dir)
+    if folder is not None and not folder.is_dir():
         source = "--data-dir" if data_dir is not None else f"${DATA_VARIABLE}"
         raise HoldfastError(f"The data folder {str(folder)!r} (from {source}) does not exist.")
     return folder
@@ -128,15 +124,20 @@ def _refuse_text_settings(spec: TaskSpec) -> None:
     for key in ("text", "tokenizer", "length"):
         if getattr(spec, key):
             raise HoldfastError(
-                f"Task {spec.data!r}: {key} is for text, and its data is none; expected a .parquet file, a .csv file "
-                f"with `text`, or one of {', '.join((*filter(is_sentences, TASKS), *TEXTS))}."
+                f"Task {spec.data!r}: {key} is for text, and its data is not text; expected a .parquet file, a .csv "
+                f"file with `text`, or one of {', '.join((*filter(is_sentences, TASKS), *TEXTS))}."
             )
 
 
 def _load_text(source: str, spec: TaskSpec, folder: Path | None) -> Task:
     if spec.kind != "classification" or spec.image_size is not None or spec.channels is not None:
         raise HoldfastError(f"Task {spec.data!r}: text is for classification; leave kind, image_size and channels out.")
-    tokenizer, length = _tokenizer(spec, folder), spec.length or LENGTH
+    if spec.tokenizer is None:
+        raise HoldfastError(
+            f"Task {spec.data!r} is text and needs a tokenizer: {spec.data}@tokenizer=FOLDER, or the recipe's key. "
+            "With a model hf:FOLDER its own is used; `words` needs no file."
+        )
+    tokenizer, length = load_tokenizer(spec.tokenizer.removeprefix("hf:"), folder), spec.length or LENGTH
     _refuse_idle(spec, "text", "invert", "drop", "encoding", "bins", "fill", "rows")
     if source in TASKS:
         _refuse_idle(spec, source, "text", "target")
@@ -148,24 +149,8 @@ def _load_text(source: str, spec: TaskSpec, folder: Path | None) -> Task:
         return download_text(source, folder, tokenizer=tokenizer, length=length)
     from holdfast.tasks.text_files import load_text  # with pandas, which most tasks do not need
 
-    return load_text(
-        path,
-        tokenizer=tokenizer,
-        length=length,
-        text=spec.text,
-        target=spec.target,
-        test_fraction=spec.test_fraction,
-        seed=spec.seed,
-    )
-
-
-def _tokenizer(spec: TaskSpec, folder: Path | None) -> Tokenizer:
-    if spec.tokenizer is None:
-        raise HoldfastError(
-            f"Task {spec.data!r} is text and needs a tokenizer: {spec.data}@tokenizer=FOLDER, or the recipe's key. The "
-            "model's own is taken where the model is named hf:FOLDER; `words` needs no file."
-        )
-    return load_tokenizer(spec.tokenizer.removeprefix("hf:"), folder)
+    drawn: dict[str, Any] = {"test_fraction": spec.test_fraction, "seed": spec.seed}
+    return load_text(path, tokenizer=tokenizer, length=length, text=spec.text, target=spec.target, **drawn)
 
 
 def _load(source: str, spec: TaskSpec, folder: Path | None) -> Task:
@@ -183,31 +168,25 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> Task:
         return download(source, folder, image_size=spec.image_size, channels=spec.channels)
     if "/" in source or source.endswith((".npz", ".csv", ".parquet")):
         raise HoldfastError(f"No data at {source!r}: the file does not exist.")
-    ways = f"put {source}.npz into " + (
-        f"{str(folder)!r}" if folder else f"a folder named by --data-dir or ${DATA_VARIABLE}"
-    )
-    here = [p.stem for ending in ("npz", "parquet") for p in folder.glob(f"*.{ending}")] if folder else []
-    known = unknown("task", source, [*list_tasks(), *here])
-    raise HoldfastError(f"{known} For data of your own, {ways}, or give a path.")
+    data_folder = repr(str(folder)) if folder else f"a folder named by --data-dir or ${DATA_VARIABLE}"
+    files = [p.stem for ending in ("npz", "parquet") for p in folder.glob(f"*.{ending}")] if folder else []
+    known = unknown("task", source, [*list_tasks(), *files])
+    raise HoldfastError(f"{known} For data of your own, put {source}.npz into {data_folder}, or give a path.")
 
 
 def _load_path(path: Path, spec: TaskSpec) -> InMemoryTask:
     if spec.kind == "regression" and path.suffix != ".csv":
         raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {path.name!r} holds classes.")
-    made = DenoisingTask if spec.kind == "denoising" else ArrayTask
+    kind = DenoisingTask if spec.kind == "denoising" else ArrayTask
+    drawn: dict[str, Any] = {"test_fraction": spec.test_fraction, "seed": spec.seed}
     if path.is_dir():
         _refuse_idle(spec, "a folder", *_OF_TABLES)
-        return load_folder(
-            path,
-            image_size=spec.image_size,
-            channels=spec.channels,
-            test_fraction=spec.test_fraction,
-            seed=spec.seed,
-            limits=(spec.train_limit, spec.test_limit),
-            kind=made,
-        )
+        limits = (spec.train_limit, spec.test_limit)
+        return load_folder(path, image_size=spec.image_size, channels=spec.channels, limits=limits, kind=kind, **drawn)
     if path.suffix == ".npz":
-        return _load_npz(path, spec, made)
+        sounds = is_sounds(path)
+        _refuse_idle(spec, "an .npz", *(key for key in _OF_TABLES if key != "target" or not sounds))
+        return load_sounds(path, spec.target, kind=kind, **drawn) if sounds else load_npz(path, kind)
     if path.suffix == ".csv":
         return _load_table(path, spec)
     raise HoldfastError(f"{str(path)!r}: data is read from .npz, .csv, .parquet or a folder of images.")
@@ -223,41 +202,15 @@ def _refuse_for_table(spec: TaskSpec, source: str) -> None:
 def _load_table(path: Path, spec: TaskSpec) -> InMemoryTask:
     from holdfast.tasks.tabular import load_csv, load_csv_regression  # with pandas, which most tasks do not need
 
-    idle = ("image_size", "channels", "invert", *(("bins",) if spec.kind == "regression" else ()))
-    _refuse_idle(spec, "a table", *idle)
+    _refuse_idle(spec, "a table", "image_size", "channels", "invert", *(("bins",) if spec.kind == "regression" else ()))
+    settings = spec.model_dump(include={"drop", "encoding", "rows", "test_fraction", "seed"})
     if spec.kind == "regression":
-        return load_csv_regression(
-            path,
-            spec.target,
-            drop=spec.drop,
-            encoding=spec.encoding,
-            rows=spec.rows,
-            test_fraction=spec.test_fraction,
-            seed=spec.seed,
-        )
-    return load_csv(
-        path,
-        spec.target,
-        drop=spec.drop,
-        encoding=spec.encoding,
-        bins=spec.bins,
-        fill=spec.fill,
-        rows=spec.rows,
-        test_fraction=spec.test_fraction,
-        seed=spec.seed,
-    )
-
-
-def _load_npz(path: Path, spec: TaskSpec, kind: type[ArrayTask]) -> ArrayTask:
-    sounds = is_sounds(path)
-    _refuse_idle(spec, "an .npz", *(key for key in _OF_TABLES if key != "target" or not sounds))
-    if sounds:
-        return load_sounds(path, spec.target, test_fraction=spec.test_fraction, seed=spec.seed, kind=kind)
-    return load_npz(path, kind)
+        return load_csv_regression(path, spec.target, **settings)
+    return load_csv(path, spec.target, bins=spec.bins, fill=spec.fill, **settings)
 
 
 def _place(source: str, folder: Path | None) -> Path | None:
-    """The file or folder of a name, see `place`; what is here without a suffix must be a folder."""
+    """The file or folder of a name, see `place`; a name without a suffix must be a folder."""
     return place(
         source,
         folder if folder is not None else "",
@@ -275,22 +228,14 @@ _OF_TABLES = ("target", "drop", "encoding", "bins", "fill", "rows")
 
 
 def _refuse_idle(spec: TaskSpec, what: str, *keys: str) -> None:
-    """Refuses settings that have no effect on such data, unless they are at their default."""
+    """Refuses settings without effect on such data, unless they have their default."""
     for key in keys:
         if getattr(spec, key) != TaskSpec.model_fields[key].default:
             raise HoldfastError(f"Task {spec.data!r}: {key} has no effect on {what}; leave it out.")
 
 
-def _refuse_idle_split(spec: TaskSpec, task: InMemoryTask) -> None:
-    if task.drawn:
-        return
-    _refuse_idle(spec, "data that has its own split", "test_fraction")
-    if spec.train_limit is None and spec.test_limit is None:
-        _refuse_idle(spec, "data from which nothing is drawn", "seed")
-
-
 def _chosen(task: ArrayTask, text: str, classes: str) -> ArrayTask:
-    """Numbers in brackets are names, where all classes are called by numbers; else they are positions from 0 on."""
+    """Numbers in brackets are names if all classes have numbers as names; otherwise they are positions from 0 on."""
     wanted = parse_classes(text, classes)
     if not all(re.fullmatch(r"\d{1,9}", name) for name in task.class_names):
         return task.subset(wanted)

@@ -12,11 +12,11 @@ from holdfast.tasks.classification import ArrayTask
 
 
 def load_npz(path: Path, kind: type[ArrayTask] = ArrayTask) -> ArrayTask:
-    """Reads `NAME.npz` with `x_train, y_train, x_test, y_test[, class_names]`; nothing in it can be executed.
+    """Reads `NAME.npz` with `x_train, y_train, x_test, y_test[, class_names]`; it cannot run code.
 
     Args:
         path: the file.
-        kind: of the task; if it needs no labels, the file does not either.
+        kind: of the task; if the task needs no labels, neither does the file.
 
     Raises:
         HoldfastError: if the file is missing or damaged, holds Python objects, or lacks an array.

@@ -1,4 +1,4 @@
-"""Where a name leads to: one rule for data, tokenizers and weights."""
+"""The path of a name: one rule for data, tokenizers and weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from holdfast.errors import HoldfastError
 DATA_VARIABLE = "HOLDFAST_DATA"
 
 
+def data_folder(data_dir: Path | str | None) -> Path | None:
+    """Returns the given data folder, or that of `$HOLDFAST_DATA`; None if neither is set."""
+    folder = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
+    return Path(folder).expanduser() if folder else None
+
+
 def place(
     name: str,
     data_dir: Path | str | None,
@@ -18,18 +24,18 @@ def place(
     endings: Sequence[str] = ("",),
     is_there: Callable[[Path], bool] = Path.exists,
 ) -> Path | None:
-    """Returns the path that a name stands for: what is here, or else what is in the data folder.
+    """Returns the path of a name, in the current folder or else in the data folder; None if neither has it.
 
-    What begins with `/`, `./`, `../` or `~`, or ends with `/`, is that path and nothing else.
+    A name that begins with `/`, `./`, `../` or `~`, or ends with `/`, is not searched for in the data folder.
 
     Args:
-        name: as a person typed it.
+        name: as the user gave it.
         data_dir: the data folder; None: `$HOLDFAST_DATA`, if it is set.
-        endings: tried behind the name in the data folder, in this order.
-        is_there: which paths count.
+        endings: appended to the name in the data folder, in this order.
+        is_there: whether a path counts.
 
     Raises:
-        HoldfastError: if there is one here and another in the data folder.
+        HoldfastError: if both folders have it.
 
     Example:
         >>> place("./no-such-file.npz", "/") is None
@@ -37,11 +43,10 @@ def place(
     """
     own = Path(name).expanduser()
     here = own if is_there(own) else None
-    folder = data_dir if data_dir is not None else os.environ.get(DATA_VARIABLE)
+    root = data_folder(data_dir)
     typed = own.is_absolute() or name in (".", "..") or name.startswith(("./", "../", "~")) or name.endswith("/")
-    if typed or not folder:
+    if typed or root is None:
         return here
-    root = Path(folder).expanduser()
     there = next((p for p in (root / f"{name}{ending}" for ending in endings) if is_there(p)), None)
     if here is not None and there is not None and not here.samefile(there):
         raise HoldfastError(

@@ -17,7 +17,7 @@ from holdfast.tasks.in_memory import InMemoryTask
 class RegressionTask(InMemoryTask):
     """Regression of one number from feature vectors.
 
-    Standardise the targets: scores are mean squared errors, and the audit's limits are in the same unit.
+    Standardise the targets: scores are mean squared errors, and an audit's limits have the same unit.
 
     Args:
         name: shown in reports and errors.
@@ -39,19 +39,14 @@ class RegressionTask(InMemoryTask):
     higher_is_better = False
 
     def __init__(
-        self,
-        name: str,
-        x_train: npt.ArrayLike,
-        y_train: npt.ArrayLike,
-        x_test: npt.ArrayLike,
-        y_test: npt.ArrayLike,
+        self, name: str, x_train: npt.ArrayLike, y_train: npt.ArrayLike, x_test: npt.ArrayLike, y_test: npt.ArrayLike
     ) -> None:
         self.name = name
         x: dict[str, Array] = {"train": self._vectors(x_train, "x_train"), "test": self._vectors(x_test, "x_test")}
         y: dict[str, Array] = {"train": self._numbers(y_train, "y_train"), "test": self._numbers(y_test, "y_test")}
         self._check_lengths(x, y, "targets")
         if not (y["test"] - y["train"].mean()).any():
-            raise self._bad("the targets are constant; there is nothing to predict")
+            raise self._bad("the targets are constant, so there is nothing to predict")
         self.class_names = ["value"]
         self._set({s: torch.from_numpy(a) for s, a in x.items()}, {s: torch.from_numpy(a) for s, a in y.items()})
 
@@ -84,8 +79,7 @@ class RegressionTask(InMemoryTask):
 
     def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
         """See `Task.loss_of`: the mean squared error."""
-        found = outputs.squeeze(-1)
-        return F.mse_loss(found, batch.y.to(found.dtype))
+        return F.mse_loss(outputs.squeeze(-1), batch.y.to(outputs.dtype))
 
     def score_of(self, outputs: Tensor, batch: Batch) -> float:
         """See `Task.score_of`: the mean squared error."""

@@ -1,4 +1,4 @@
-"""Noise schedules of diffusion models: how much of an image is left after each step."""
+"""Noise schedules of diffusion models: how much of an image remains after each step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from holdfast.errors import HoldfastError, unknown
 
 SCHEDULES: Final = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-"""Noise schedules by the name that diffusers gives them, each with its default range."""
+"""Noise schedules by their names in diffusers, each with its default range."""
 
 SCHEDULERS: Final = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
-"""Schedulers of diffusers with the forward process above; others add noise in other ways, or at other steps."""
+"""Schedulers of diffusers with the forward process of `holdfast.tasks.denoising`; others add noise differently."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Schedule:
     """The noise of the forward process, as the configuration of a scheduler of diffusers.
 
     Attributes:
-        config: what `DDPMScheduler.from_config` takes; by default 1,000 steps, with beta from 1e-4 to 0.02 in equal
-            steps (Ho et al. 2020, section 4).
+        config: for `DDPMScheduler.from_config`; by default 1,000 steps, with beta from 1e-4 to 0.02 in equal steps (Ho
+            et al. 2020, section 4).
 
     Raises:
-        HoldfastError: if it is the configuration of something else.
+        HoldfastError: if it is not the configuration of a supported scheduler.
 
     Example:
         >>> schedule = Schedule()
@@ -42,18 +42,18 @@ class Schedule:
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         if not isinstance(config, Mapping | None):
-            raise HoldfastError(f"{config!r} is no configuration of a scheduler.")
+            raise HoldfastError(f"{config!r} is not a scheduler's configuration.")
         name = (config or {}).get("_class_name", SCHEDULERS[0])
         if name not in SCHEDULERS:
             raise unknown("scheduler", str(name), SCHEDULERS)
-        made = _scheduler(config or {})
-        left = made.alphas_cumprod
-        if not len(left) or not bool(((left >= 0) & (left < 1)).all()):  # NaN is neither
+        scheduler = _scheduler(config or {})
+        alpha_bar = scheduler.alphas_cumprod
+        if not len(alpha_bar) or not bool(((alpha_bar >= 0) & (alpha_bar < 1)).all()):  # NaN is refused
             raise HoldfastError(
                 f"The noise schedule {dict(config or {})} is not valid: it needs at least one step, and alpha-bar from "
-                "0 to below 1 at each. Mend num_train_timesteps, beta_start and beta_end."
+                "0 to below 1 at each. Correct num_train_timesteps, beta_start and beta_end."
             )
-        kept = {k: v for k, v in made.config.items() if not k.startswith("_")}
+        kept = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
         object.__setattr__(self, "config", json.loads(json.dumps({"_class_name": name, **kept})))
 
     @classmethod
@@ -61,39 +61,39 @@ class Schedule:
         """Returns a schedule of `SCHEDULES`, or the one in a diffusers folder or a `scheduler_config.json`.
 
         Raises:
-            HoldfastError: for what is no such name, or a file that is no scheduler's configuration.
+            HoldfastError: for an unknown name, or a file that is not a scheduler's configuration.
         """
         if not isinstance(source, str):
             raise unknown("noise schedule", str(source), SCHEDULES)
         if source in SCHEDULES:
             return cls({"beta_schedule": source})
         path = Path(source).expanduser()
-        places = (path, path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json")
-        file = next((place for place in places if place.is_file()), None)
+        files = (path, path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json")
+        file = next((file for file in files if file.is_file()), None)
         if file is None:
-            raise HoldfastError(f"{unknown('noise schedule', source, SCHEDULES)} A diffusers folder would do as well.")
+            raise HoldfastError(f"{unknown('noise schedule', source, SCHEDULES)} Or give a diffusers folder.")
         try:
             config = json.loads(file.read_bytes())
             if not isinstance(config, dict) or not str(config.get("_class_name", "")).endswith("Scheduler"):
                 raise ValueError("it names no scheduler")
         except (ValueError, OSError, RecursionError) as error:
-            raise HoldfastError(f"{str(file)!r} is no scheduler's configuration: {error}.") from error
+            raise HoldfastError(f"{str(file)!r} is not a scheduler's configuration: {error}.") from error
         return cls(config)
 
     @cached_property
     def alpha_bar(self) -> Tensor:
         """alpha-bar_t for t = 0, ..., T - 1: float32, shape (T,), on the CPU."""
-        found: Tensor = _scheduler(self.config).alphas_cumprod
-        return found.float()
+        alpha_bar: Tensor = _scheduler(self.config).alphas_cumprod
+        return alpha_bar.float()
 
     @property
     def steps(self) -> int:
-        """T."""
+        """The number of steps T."""
         return len(self.alpha_bar)
 
     @property
     def restorable(self) -> int:
-        """Steps that leave something of an image; all T, unless the schedule ends in noise alone."""
+        """Number of steps with alpha-bar above 0; all T, unless the schedule ends in pure noise."""
         return int((self.alpha_bar > 0).sum())
 
     def noised(self, images: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -105,8 +105,7 @@ class Schedule:
             noise: epsilon, like the images.
 
         Returns:
-            Shape (N, C + 1, H, W); the last channel is t everywhere. So whatever handles a model's inputs handles
-            these.
+            Shape (N, C + 1, H, W); the last channel is t everywhere, so that a batch stays one tensor.
         """
         alpha_bar = self.alpha_bar.to(images.device)[t].view(-1, 1, 1, 1)
         mixed = alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise
@@ -118,7 +117,7 @@ class Schedule:
         return f"{c['beta_schedule']}, {self.steps} steps, beta {c['beta_start']:g} to {c['beta_end']:g}"
 
     def same_noise(self, other: Schedule) -> bool:
-        """Whether both make the same x_t."""
+        """Whether both give the same x_t."""
         return self.steps == other.steps and bool(torch.allclose(self.alpha_bar, other.alpha_bar, rtol=1e-4, atol=1e-6))
 
 
@@ -132,4 +131,4 @@ def _scheduler(config: Mapping[str, Any]) -> Any:
     try:
         return DDPMScheduler.from_config({k: v for k, v in config.items() if not k.startswith("_")})
     except Exception as error:  # a configuration from elsewhere may raise anything
-        raise HoldfastError(f"The noise schedule {dict(config)} is of no use to diffusers: {error}.") from error
+        raise HoldfastError(f"The noise schedule {dict(config)} is refused by diffusers: {error}.") from error

@@ -1,4 +1,4 @@
-"""How people write a task: `NAME[0-4]@key=value`, or the keys of a recipe."""
+"""The spec of a task, from `NAME[0-4]@key=value` or from the keys of a recipe."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ _NAME = re.compile(r"^(?P<source>[^\[\]]+)(\[(?P<classes>[^\[\]]*)\])?$")
 
 
 class TaskSpec(BaseModel):
-    """Which data a task is over, as a recipe writes it."""
+    """The data of a task, as a recipe writes it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str = Field(
-        description="NAME, or a path to an .npz, .csv, .parquet or an image folder; [0-4,7] behind it keeps classes."
+        description="NAME, or a path to an .npz, .csv, .parquet or an image folder; [0-4,7] after it keeps classes."
     )
     target: str | None = Field(
-        None, description="Label column of a table, or the column to predict; of an .npz of sounds, the labels (y)."
+        None, description="Label column of a table, or the column to predict; for an .npz of sounds, the labels (y)."
     )
     text: tuple[str, ...] = Field(
         (), description="Columns of a table that hold sentences; A+B on a command line. Makes a CSV a text task."
     )
     tokenizer: str | None = Field(
         None,
-        description="Of text: a folder, package:NAME/FOLDER, a name on the Hub, or `words`. By default that of an "
-        "hf: model.",
+        description="For text: a folder, package:NAME/FOLDER, a name on the Hub, or `words`; by default that of an hf: "
+        "model.",
     )
-    length: int | None = Field(None, ge=1, description=f"Of text: tokens a sentence; null: {LENGTH}.")
+    length: int | None = Field(None, ge=1, description=f"For text: tokens a sentence; null: {LENGTH}.")
     kind: Literal["classification", "regression", "denoising"] = Field(
         "classification",
-        description="What is predicted: a class, of a CSV also a number (regression), of noised images the noise.",
+        description="What is predicted: a class, a number of a CSV (regression), or the noise of images (denoising).",
     )
     schedule: str | None = Field(
         None,
-        description="Of denoising: linear (null), scaled_linear, squaredcos_cap_v2, sigmoid, or a diffusers folder.",
+        description="For denoising: linear (null), scaled_linear, squaredcos_cap_v2, sigmoid, or a diffusers folder.",
     )
     timesteps: tuple[int, ...] = Field(
-        (), description="Of denoising: the time steps that are drawn, A+B on a command line; none: all of the schedule."
+        (),
+        description="For denoising: the time steps that are drawn, A+B on a command line; none: all of the schedule.",
     )
     drop: tuple[str, ...] = Field((), description="Columns of a CSV to leave out; A+B on a command line.")
     encoding: Literal["onehot", "ordinal"] = Field(
@@ -54,14 +55,14 @@ class TaskSpec(BaseModel):
         None, ge=2, le=100, description="Number of classes of a CSV: ranges of a numeric target, equally full."
     )
     fill: bool = Field(
-        False, description="Empty cells of a CSV become 0, or a text of their own; regression always does that."
+        False, description="Empty cells of a CSV become 0, or a separate text; regression always does that."
     )
     rows: int | None = Field(None, ge=2, description="Train on this many first rows of a CSV, test on the rest.")
     image_size: int | None = Field(None, ge=1, description="Resize images to this many pixels a side.")
     channels: int | None = Field(None, description="Make images grey (1) or colour (3).")
     invert: bool = Field(False, description="Invert the pixels of images: 255 - x.")
-    train_limit: int | None = Field(None, ge=1, description="Train on about this many samples only.")
-    test_limit: int | None = Field(None, ge=1, description="Score on about this many test samples only.")
+    train_limit: int | None = Field(None, ge=1, description="Train on only about this many samples.")
+    test_limit: int | None = Field(None, ge=1, description="Score on only about this many test samples.")
     test_fraction: float = Field(
         0.25,
         ge=0,
@@ -77,7 +78,7 @@ class TaskSpec(BaseModel):
 
 
 def parse_spec(text: str) -> TaskSpec:
-    """Reads a task as people write it on a command line: `NAME[0-4]@key=value,key=value`.
+    """Reads a task from its text on a command line: `NAME[0-4]@key=value,key=value`.
 
     Raises:
         HoldfastError: for an unknown key (with a suggestion) or a value of the wrong type.
@@ -88,23 +89,23 @@ def parse_spec(text: str) -> TaskSpec:
         ('digits[0-4]', 16, 3)
     """
     data, settings = _parted(text)
-    found = {}
+    values = {}
     for item in filter(None, settings.split(",")):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise HoldfastError(f"Task {text!r}: {item!r} has no '='; write NAME@key=value,key=value.")
         if key not in TaskSpec.model_fields or key == "data":
             raise unknown(f"setting in task {text!r}:", key, set(TaskSpec.model_fields) - {"data"})
-        found[key] = value
+        values[key] = value
     try:
-        return TaskSpec.model_validate({"data": data, **found})
+        return TaskSpec.model_validate({"data": data, **values})
     except ValidationError as error:
         first = error.errors()[0]
         raise HoldfastError(f"Task {text!r}: {first['loc'][0]} is {first['input']!r}: {first['msg']}.") from error
 
 
 def _parted(text: str) -> tuple[str, str]:
-    """The data and the settings; a path that exists may hold an `@` itself."""
+    """The data and the settings; an existing path may contain an `@`."""
     ends = [i for i, sign in enumerate(text) if sign == "@"]
     for end in (len(text), *reversed(ends)):
         data = text[:end]
@@ -122,10 +123,10 @@ def _exists(path: str) -> bool:
 
 
 def split_off(data: str) -> tuple[str, str | None]:
-    """Returns the source and the classes in brackets behind it; a path that exists may end in brackets itself.
+    """Returns the source and the classes in brackets after it; an existing path may itself end in brackets.
 
     Raises:
-        HoldfastError: for brackets in other places.
+        HoldfastError: for other brackets.
 
     Example:
         >>> split_off("digits[0-4]")
@@ -139,7 +140,7 @@ def split_off(data: str) -> tuple[str, str | None]:
         return before, classes[:-1]
     match = _NAME.match(data)
     if match is None:
-        raise HoldfastError(f"Task {data!r} is no name; expected NAME or NAME[0-4,7].")
+        raise HoldfastError(f"Task {data!r} is not a name; expected NAME or NAME[0-4,7].")
     return match["source"], match["classes"]
 
 
@@ -147,17 +148,17 @@ def parse_classes(text: str, classes: str) -> list[int]:
     """Returns the numbers of classes in brackets; `text` is the whole task, for messages.
 
     Raises:
-        HoldfastError: for what is not a number or a range.
+        HoldfastError: for text that is not a number or a range.
 
     Example:
         >>> parse_classes("digits[0-2,7]", "0-2,7")
         [0, 1, 2, 7]
     """
-    found: list[int] = []
+    numbers: list[int] = []
     for part in classes.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
         if match is None:
-            raise HoldfastError(f"Task {text!r}: {part!r} is no class or range of classes; write [0-4] or [0,3,5-7].")
+            raise HoldfastError(f"Task {text!r}: {part!r} is not a class or a range; write [0-4] or [0,3,5-7].")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise HoldfastError(f"Task {text!r}: the range {part!r} runs backwards.")
@@ -165,5 +166,5 @@ def parse_classes(text: str, classes: str) -> list[int]:
             raise HoldfastError(
                 f"Task {text!r}: the range {part!r} names {last - first + 1} classes; expected at most {MAX_CLASSES}."
             )
-        found.extend(range(first, last + 1))
-    return found
+        numbers.extend(range(first, last + 1))
+    return numbers

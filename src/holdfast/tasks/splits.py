@@ -1,4 +1,4 @@
-"""Splits: defender's and adversary's half of a task, and test samples where a source has none of its own."""
+"""Splits: defender's and adversary's half of a task, and test samples for sources without a test split."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from holdfast.tasks.base import Task
 
 HALVES_SEED = 0
-"""Seed of the split into defender's and adversary's half. It is the same in every run, whatever the run's seed, so
-that a defender and an auditor who never met do not share restricted training data, even if their classes differ."""
+"""Seed of the split into defender's and adversary's half. It is the same in every run, whatever the run's seed, so that
+independent defenders and auditors do not share restricted training data, even if their classes differ."""
 
 
 def halves(restricted: Task) -> tuple[Task, Task]:
@@ -34,7 +34,7 @@ def draw_rows(
         y: labels, shape (N,).
         fraction: in (0, 1).
         seed: of the draw.
-        names: what the classes are called in messages; None: their labels.
+        names: of the classes, for messages; None: their labels.
 
     Returns:
         Indices of the training and of the test samples, in random order.
@@ -42,7 +42,7 @@ def draw_rows(
     Raises:
         HoldfastError: if a class has too few samples.
     """
-    from sklearn.model_selection import train_test_split  # slow to import, and most data brings its test part
+    from sklearn.model_selection import train_test_split  # slow to import, and most data have a test split
 
     labels = np.asarray(y)
     values, counts = np.unique(labels, return_counts=True)
@@ -51,7 +51,7 @@ def draw_rows(
         name = str(values[few]) if names is None else names[int(values[few])]
         raise HoldfastError(
             f"{str(path)!r} cannot be split into train and test: class {name!r} has 1 sample, and each class needs at "
-            "least one for training and one for testing. Give it more, or leave the class out."
+            "least one for training and one for testing. Add samples, or leave the class out."
         )
     try:
         train, test = train_test_split(np.arange(len(labels)), test_size=fraction, random_state=seed, stratify=labels)
@@ -60,7 +60,7 @@ def draw_rows(
         remedy = f", or a test_fraction from {least:.3g} to {1 - least:.3g}" if 0 < least <= 0.5 else ""
         raise HoldfastError(
             f"{str(path)!r} cannot be split into train and test: of {len(labels)} samples in {len(counts)} classes "
-            f"each class needs one on both sides, and test_fraction is {fraction:g}. Give it more samples{remedy}."
+            f"each class needs one on both sides, and test_fraction is {fraction:g}. Add samples{remedy}."
         ) from error
     return train, test
 

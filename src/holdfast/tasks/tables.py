@@ -1,4 +1,4 @@
-"""Reading a table so that every cell is what its owner means: separators, blanks, splits, cells of mixed kinds."""
+"""Reading tables: separators, blanks, splits, and checks of cells whose meaning is unclear."""
 
 from __future__ import annotations
 
@@ -15,22 +15,18 @@ from pandas.api.types import is_numeric_dtype as is_numeric
 
 from holdfast.errors import HoldfastError
 
-SPLITS = {
-    "train": ("train", "training"),
-    "test": ("test", "testing"),
-    "held": ("dev", "val", "valid", "validation"),
-}
-"""Words of a column `split`; rows that are held out for validation are tested on where there are none for testing."""
+SPLITS = {"train": ("train", "training"), "test": ("test", "testing"), "held": ("dev", "val", "valid", "validation")}
+"""Words of a column `split`; without rows for testing, those for validation are used."""
 
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _MOSTLY = 0.9
-"""From this share of numbers on, a column of texts is meant to be numeric."""
+"""Share of numbers from which a column of texts is taken for a numeric one."""
 
 _NO_VALUE = ("?", "-", "--", ".", "*", "na", "n/a", "n.a.", "nan", "null", "none", "unknown", "missing", "(empty)")
-"""Words, in small letters, that stand for a number that is not known."""
+"""Words, in lower case, for an unknown number."""
 
 _LARGEST = 1e150
-"""Of larger numbers the squares, and so the deviation, are not finite."""
+"""The squares of larger numbers, and so the deviation, are not finite."""
 
 _UNNAMED = re.compile(r"|Unnamed: \d+")
 _DATE = r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}([ T].*)?|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}([ T].*)?"
@@ -39,11 +35,11 @@ _THOUSANDS = r"[+-]?\d{1,3}(,\d{3})+"
 
 
 def read_csv(path: Path, notes: list[str], **options: Any) -> pd.DataFrame:
-    """Reads a CSV file; blanks around names and texts are taken off.
+    """Reads a CSV file; blanks around names and texts are removed.
 
     Args:
         path: the file; cells are separated by commas, or all by semicolons, tabs or bars.
-        notes: gets what is to be said about it.
+        notes: gets notes about the file.
         options: of pandas' `read_csv`.
 
     Raises:
@@ -57,8 +53,7 @@ def read_csv(path: Path, notes: list[str], **options: Any) -> pd.DataFrame:
         header = pd.read_csv(path, **first)
         separator = ","
         if header.shape[1] == 1:
-            found = [s for s in _SEPARATORS if s in str(header.iloc[0, 0])]
-            separator = found[0] if found else ","
+            separator = next((s for s in _SEPARATORS if s in str(header.iloc[0, 0])), ",")
         if separator != ",":
             notes.append(f"cells are separated by {_SEPARATORS[separator]}")
             header = pd.read_csv(path, sep=separator, **first)
@@ -82,7 +77,7 @@ def read_csv(path: Path, notes: list[str], **options: Any) -> pd.DataFrame:
 
 
 def _has_decimal_comma(cells: pd.Series) -> bool:
-    """Whether texts are numbers such as 3,5; of 1,234 alone it is not known what is meant."""
+    """Whether texts are numbers such as 3,5; numbers such as 1,234 are ambiguous, and do not count."""
     if is_numeric(cells):
         return False
     texts = cells.dropna().astype(str).str.strip()
@@ -93,7 +88,7 @@ def _has_decimal_comma(cells: pd.Series) -> bool:
 
 
 def stripped(path: Path, table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """Returns a table without blanks around its names and texts, and without an index or empty columns.
+    """Returns a table without blanks around its names and texts, without an index, and without empty columns.
 
     Raises:
         HoldfastError: if it has no rows, or two columns have one name.
@@ -112,7 +107,7 @@ def stripped(path: Path, table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
             if not bare.equals(cells):
                 changed[column] = bare.where(bare != "", np.nan)
     if changed:
-        notes.append(f"blanks around texts were taken off in {', '.join(map(str, changed))}")
+        notes.append(f"blanks around texts were removed in {', '.join(map(str, changed))}")
         table = table.assign(**changed)
     unnamed = [c for c in table.columns if _UNNAMED.fullmatch(c)]
     empty = [c for c in unnamed if table[c].isna().all()]
@@ -120,40 +115,36 @@ def stripped(path: Path, table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
         notes.append(f"{len(empty)} columns without a name and without values were left out")
     index = [c for c in unnamed if c == table.columns[0] and c not in empty and _is_index(table[c])]
     if index:
-        counts = "counts the rows" if _counts_rows(table[index[0]]) else "looks like an index"
+        numbers = list(range(len(table) + 1))
+        counted = table[index[0]].tolist() in (numbers[:-1], numbers[1:])
+        counts = "counts the rows" if counted else "looks like an index"
         notes.append(f"the first column, which has no name and {counts}, was left out")
     return table.drop(columns=[*empty, *index])
 
 
 def _is_index(cells: pd.Series) -> bool:
-    """Whether a column is what a data frame writes before its columns: whole numbers in any order, or names."""
-    if is_numeric(cells):
-        return bool(pd.api.types.is_integer_dtype(cells))
-    return bool(cells.is_unique)
-
-
-def _counts_rows(cells: pd.Series) -> bool:
-    return bool(len(cells)) and cells.tolist() in (list(range(len(cells))), list(range(1, len(cells) + 1)))
+    """Whether a column may be a data frame's index: integers in any order, or unique names."""
+    return bool(pd.api.types.is_integer_dtype(cells) if is_numeric(cells) else cells.is_unique)
 
 
 def check_columns(path: Path, table: pd.DataFrame, notes: list[str], *, ranked: bool = False) -> None:
-    """Looks at columns that are inputs.
+    """Checks the columns of the inputs.
 
     Args:
         path: for messages.
-        table: the inputs alone.
-        notes: gets what is to be said about them.
+        table: the inputs.
+        notes: gets notes about them.
         ranked: texts become one column of ranks, not one column for each value.
 
     Raises:
         HoldfastError: for a column of numbers with texts in it, or with numbers that are infinite or too large; for
-            texts that say what the split is, or are other ones in each row.
+            texts that are words of a split, or differ in every row.
     """
     split = unused_split(table)
     if split is not None:
         raise HoldfastError(
-            f"{str(path)!r}: column {split!r} holds {' and '.join(map(repr, table[split].dropna().unique()[:2]))}, as "
-            "a split does; call it split, or drop it."
+            f"{str(path)!r}: column {split!r} holds {' and '.join(map(repr, table[split].dropna().unique()[:2]))}, the "
+            "words of a split; call it split, or drop it."
         )
     constant = [str(c) for c in table.columns if table[c].nunique(dropna=False) == 1]
     if constant:
@@ -162,41 +153,41 @@ def check_columns(path: Path, table: pd.DataFrame, notes: list[str], *, ranked: 
         cells = table[column].dropna()
         if is_numeric(cells):
             check_size(path, cells)
-            whole = len(cells) > 20 and pd.api.types.is_integer_dtype(cells)
-            if whole and cells.is_unique and int(cells.max()) - int(cells.min()) == len(cells) - 1:
-                notes.append(f"column {column!r} counts the rows, and is an input; if it is an index, drop it")
+            integers = len(cells) > 20 and pd.api.types.is_integer_dtype(cells)
+            if integers and cells.is_unique and int(cells.max()) - int(cells.min()) == len(cells) - 1:
+                notes.append(f"column {column!r} counts the rows and is used as an input; if it is an index, drop it")
             continue
         texts = cells.astype(str)
         _check_numbers(path, texts)
         if len(texts) > 20 and texts.nunique() == len(table) and not ranked:
             raise HoldfastError(
-                f"{str(path)!r}: column {column!r} has another text in each of its {len(texts)} rows, such as "
+                f"{str(path)!r}: column {column!r} has a different text in each of its {len(texts)} rows, such as "
                 f"{texts.iloc[0]!r}, and would become as many columns; leave it out (drop={column})."
             )
         if len(texts) and texts.str.fullmatch(_DATE).all():
-            notes.append(f"column {column!r} holds dates, and each is a value of its own, not a point in time")
+            notes.append(f"column {column!r} holds dates, each of which is a separate value, not a point in time")
         elif len(texts) > 20 and texts.nunique() > len(texts) // 2:
             notes.append(f"column {column!r} has {texts.nunique()} different texts in {len(table)} rows")
 
 
 def unused_split(table: pd.DataFrame) -> str | None:
-    """Returns the name of a column that holds the words of a split, and is not called so."""
-    words = [word for some in SPLITS.values() for word in some]
+    """Returns the name of a column that holds the words of a split; None if there is none."""
+    words = [word for group in SPLITS.values() for word in group]
     for column in table.columns:
         cells = table[column].dropna()
         if is_numeric(cells):
             continue
-        found = cells.astype(str).str.lower()
-        if found.isin(words).all() and found.nunique() > 1:
+        texts = cells.astype(str).str.lower()
+        if texts.isin(words).all() and texts.nunique() > 1:
             return str(column)
     return None
 
 
 def check_size(path: Path, cells: pd.Series) -> None:
-    """Looks at a column of numbers.
+    """Checks a column of numbers.
 
     Raises:
-        HoldfastError: if one is infinite, or so large that its square is not finite.
+        HoldfastError: if a number is infinite, or so large that its square is not finite.
     """
     largest = float(np.abs(cells.dropna().to_numpy(dtype=np.float64)).max(initial=0))
     if largest == np.inf:
@@ -209,7 +200,7 @@ def check_size(path: Path, cells: pd.Series) -> None:
 
 
 def _check_numbers(path: Path, texts: pd.Series) -> None:
-    """Refuses texts most of which are numbers: with signs, commas, or words for what is not known."""
+    """Refuses texts that are mostly numbers, with currency signs, commas, or words for unknown values."""
     if texts.isin(["True", "False"]).all():
         return
     known = texts[~texts.str.lower().isin(_NO_VALUE)]
@@ -224,12 +215,12 @@ def _check_numbers(path: Path, texts: pd.Series) -> None:
         )
     raise HoldfastError(
         f"{str(path)!r}: column {texts.name!r} holds numbers, and also {bad.iloc[0]!r} (line {bad.index[0] + 2}); "
-        "mend those cells (plain numbers, with a decimal point; empty where a number is not known), or drop the column."
+        "correct those cells (plain numbers with a decimal point; empty for unknown numbers), or drop the column."
     )
 
 
 def class_names(path: Path, column: str) -> list[str] | None:
-    """Returns the names of a label's values from 0 on, where Hugging Face's datasets wrote them into a `.parquet`."""
+    """Returns the names of a label's values from 0 on, if Hugging Face's datasets wrote them into a `.parquet`."""
     from pyarrow.parquet import read_schema
 
     try:
@@ -241,10 +232,10 @@ def class_names(path: Path, column: str) -> list[str] | None:
 
 
 def named_labels(path: Path, cells: pd.Series, names: Sequence[str], notes: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Returns numbers of the classes, one a row, and their names, by the names that the file has for its labels.
+    """Returns numbers of the classes, one a row, and their names, from the names in the file.
 
     Raises:
-        HoldfastError: if a label has no name; -1 is how rows without a label are marked.
+        HoldfastError: if a label has no name; -1 marks rows without a label.
     """
     wrong = sorted(set(cells.unique().tolist()) - set(range(len(names))), key=str)
     if wrong:
@@ -262,17 +253,17 @@ def named_labels(path: Path, cells: pd.Series, names: Sequence[str], notes: list
 
 
 def check_learned(path: Path, target: str, y: np.ndarray, test: np.ndarray, names: Sequence[str]) -> None:
-    """Looks at labels that are tested on.
+    """Checks that training rows have all labels of the test rows.
 
     Raises:
-        HoldfastError: for one that no training row has; the message names the nearest that one has.
+        HoldfastError: for a label that no training row has; the message names the most similar one.
     """
     learned = {names[i] for i in np.unique(y[~test])}
     for i in np.unique(y[test]):
         if names[i] in learned:
             continue
-        number = names[i].removeprefix("-").replace(".", "").isdigit()
-        near = [] if number else difflib.get_close_matches(names[i], sorted(learned), n=1, cutoff=0.6)
+        is_number = names[i].removeprefix("-").replace(".", "").isdigit()
+        near = [] if is_number else difflib.get_close_matches(names[i], sorted(learned), n=1, cutoff=0.6)
         remedy = f"if it means {near[0]!r}, write both alike" if near else "add some to train on, or remove those rows"
         if names[i] == "-1":
             remedy = "-1 often marks rows without a label: remove them"
@@ -289,47 +280,48 @@ def labels_of(path: Path, cells: pd.Series, limit: int, hint: str, notes: list[s
         HoldfastError: if there are too many, or two values have the same name.
     """
     if not all(np.isscalar(v) or isinstance(v, str) for v in cells):
-        raise HoldfastError(f"{str(path)!r}: target {cells.name!r} holds lists or the like; expected one label a row.")
+        raise HoldfastError(f"{str(path)!r}: target {cells.name!r} holds lists or objects; expected one label a row.")
     names = sorted(cells.unique().tolist(), key=lambda v: (isinstance(v, str), v))
     if len(names) > limit:
         raise HoldfastError(f"{str(path)!r}: target {cells.name!r} has {len(names)} distinct values{hint}")
     if names[0] == -1 and len(names) > 2:
-        notes.append("-1 is a class; where it marks rows without a label, remove them")
+        notes.append("-1 is a class; if it marks rows without a label, remove them")
     y = cells.map({v: i for i, v in enumerate(names)}).to_numpy(dtype=np.int64)
     return y, [str(n) for n in names]
 
 
 def split_column(path: Path, table: pd.DataFrame, target: str) -> str | None:
-    """Returns the name of the column that says what each row is for: `split`, in capitals or not.
+    """Returns the name of the column `split`, in any case; None if there is none.
 
     Raises:
         HoldfastError: if there are two.
     """
-    found = [str(c) for c in table.columns if str(c).lower() == "split" and c != target]
-    if len(found) > 1:
-        raise HoldfastError(f"{str(path)!r} has the columns {' and '.join(found)}; expected one that says the split.")
-    return found[0] if found else None
+    columns = [str(c) for c in table.columns if str(c).lower() == "split" and c != target]
+    if len(columns) > 1:
+        raise HoldfastError(
+            f"{str(path)!r} has the columns {' and '.join(columns)}; expected one column for the split."
+        )
+    return columns[0] if columns else None
 
 
 def split_rows(path: Path, split: pd.Series, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Returns which rows are for training and which for testing, by the words of a column.
 
     Raises:
-        HoldfastError: for other words than those of `SPLITS`, or if there are none to train or to test on.
+        HoldfastError: for words that are not in `SPLITS`, or if there are no rows to train or to test on.
     """
     if split.isna().any():
         row = split.index[split.isna()][0]
         raise HoldfastError(f"{str(path)!r}: column {split.name!r} has an empty cell (line {row + 2}).")
     words = split.astype(str).str.strip().str.lower()
-    known = {word for some in SPLITS.values() for word in some}
-    wrong = sorted(set(words) - known)
-    parts = {part: words.isin(some).to_numpy() for part, some in SPLITS.items()}
+    wrong = sorted(set(words) - {word for group in SPLITS.values() for word in group})
+    parts = {part: words.isin(group).to_numpy() for part, group in SPLITS.items()}
     tested = "test" if parts["test"].any() else "held"
     if wrong or not parts["train"].any() or not parts[tested].any():
         missing = "'train'" if not parts["train"].any() else "'test'"
-        held = f"holds {wrong[0]!r}" if wrong else f"has no {missing}"
+        problem = f"holds {wrong[0]!r}" if wrong else f"has no {missing}"
         raise HoldfastError(
-            f"{str(path)!r}: column {split.name!r} {held}; expected train, test and perhaps "
+            f"{str(path)!r}: column {split.name!r} {problem}; expected train, test and perhaps "
             f"{', '.join(SPLITS['held'])}."
         )
     if tested == "held":
@@ -344,13 +336,13 @@ def texts_of(path: Path, table: pd.DataFrame, columns: Sequence[str], notes: lis
     """Returns the texts of some columns, joined by blanks.
 
     Raises:
-        HoldfastError: if a cell holds no text.
+        HoldfastError: if a cell does not hold text.
     """
     for column in columns:
-        strange = [v for v in table[column].dropna() if not isinstance(v, str | int | float | np.number | np.bool_)]
-        if strange:
+        wrong = [v for v in table[column].dropna() if not isinstance(v, str | int | float | np.number | np.bool_)]
+        if wrong:
             raise HoldfastError(
-                f"{str(path)!r}: column {column!r} holds {type(strange[0]).__name__}, not text; name a column of texts "
+                f"{str(path)!r}: column {column!r} holds {type(wrong[0]).__name__}, not text; name a column of texts "
                 "with `text`."
             )
     joined = table[list(columns)].fillna("").astype(str).agg(" ".join, axis=1).str.strip()

@@ -1,4 +1,4 @@
-"""Tables: a CSV file with one target column becomes a task over standardised feature vectors."""
+"""CSV files with one target column become tasks over standardised feature vectors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype as is_numeric
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.classification import ArrayTask
@@ -44,20 +45,20 @@ def load_csv(
     """Reads a table for classification.
 
     Numeric columns are standardised by the training rows; other columns become one 0/1 column a value. A column `split`
-    with the words train and test (or val, valid, validation, dev) fixes the split, else `test_fraction` of every class
-    is drawn by `seed`.
+    with the words train and test (or val, valid, validation, dev) sets the split; otherwise `test_fraction` of every
+    class is drawn by `seed`.
 
-    Two tasks for one network leave each other's target out, with `drop`, and have the same training rows, with `split`
-    or `rows`: then their inputs are the same numbers.
+    Two tasks for one network must drop each other's target, and have the same training rows by `split` or `rows`: then
+    their inputs are the same numbers.
 
     Args:
         path: the file, with a header line.
-        target: the column that holds the label; its distinct values, sorted, are the classes.
+        target: the label column; its distinct values, sorted, are the classes.
         drop: columns to leave out.
         encoding: see `load_csv_regression`.
         bins: number of classes of a numeric target: ranges with about equally many rows.
-        fill: empty numeric cells become 0 and empty text cells a value of their own; False: they are refused.
-        rows: number of first rows that are for training; all others are for testing.
+        fill: empty numeric cells become 0 and empty text cells a separate value; False: they are refused.
+        rows: number of first rows for training; all others are for testing.
         test_fraction: share of the rows to test on, in (0, 1).
         seed: of the split.
 
@@ -66,9 +67,7 @@ def load_csv(
             or it cannot be binned.
     """
     notes: list[str] = []
-    table, target = _read(path, target, notes)
-    table = _without(path, table, drop, target)
-    table, split = _split_off(path, table, target, rows, notes)
+    table, target, split = _read(path, target, drop, rows, notes)
     if fill:
         table = _filled(table, target, notes)
     empty = table.columns[table.isna().any()]
@@ -78,18 +77,20 @@ def load_csv(
         raise HoldfastError(
             f"{str(path)!r}: column {empty[0]!r} has an empty cell (line {row}); {remedy}. NA and None count as empty."
         )
-    y, names = _classes(path, table.pop(target), bins, notes)
-    if not len(table.columns):
-        raise HoldfastError(f"{str(path)!r}: there is no column beside the target {target!r} to predict it from.")
-    check_columns(path, table, notes, ranked=encoding == "ordinal")
-    if rows is None:
-        test = _test_rows(path, split, y, test_fraction, seed, names)
+    if bins is None:
+        hint = f" and looks continuous; classification takes at most {MAX_CLASSES}. Set bins, or kind=regression."
+        y, names = labels_of(path, table.pop(target), MAX_CLASSES, hint, notes)
     else:
+        y, names = _ranges_of(path, table.pop(target), bins)
+    check_columns(path, table, notes, ranked=encoding == "ordinal")
+    if rows is not None:
         test = np.arange(len(y)) >= _check_rows(path, rows, len(y))
+    else:
+        test = draw_test_rows(path, y, test_fraction, seed, names) if split is None else split
     if bins is None:
         check_learned(path, target, y, test, names)
     if encoding == "ordinal":
-        texts = [c for c in table.columns if not pd.api.types.is_numeric_dtype(table[c])]
+        texts = [c for c in table.columns if not is_numeric(table[c])]
         table = table.assign(**{c: table[c].astype(str).rank(method="dense") for c in texts})
     numeric = table.select_dtypes("number").columns
     train = table.loc[~test, numeric]
@@ -102,42 +103,15 @@ def load_csv(
 
 
 def _filled(table: pd.DataFrame, target: str, notes: list[str]) -> pd.DataFrame:
-    """Gives empty cells of the columns beside the target a value."""
+    """Fills the empty cells of all columns except the target."""
     filled = int(table.drop(columns=target).isna().sum().sum())
     notes += [f"{filled} empty cells were filled"] if filled else []
-    texts = [c for c in table.columns if not pd.api.types.is_numeric_dtype(table[c]) and c != target]
-    return table.fillna({c: "(empty)" if c in texts else 0 for c in table.columns if c != target})
-
-
-def _classes(path: Path, labels: pd.Series, bins: int | None, notes: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Numbers of the classes, one a row, and their names."""
-    if bins is not None:
-        return _ranges_of(path, labels, bins)
-    hint = f" and looks continuous; classification takes at most {MAX_CLASSES}. Set bins, or kind=regression."
-    return labels_of(path, labels, MAX_CLASSES, hint, notes)
-
-
-def _split_off(
-    path: Path, table: pd.DataFrame, target: str, rows: int | None, notes: list[str]
-) -> tuple[pd.DataFrame, pd.Series | None]:
-    """The table without its column `split`, and which of its rows are for testing; rows of neither are left out."""
-    column = split_column(path, table, target)
-    if column is None:
-        return table, None
-    if rows is not None:
-        raise HoldfastError(
-            f"{str(path)!r} has a column {column!r}, and rows is {rows}; leave rows out, or drop that column "
-            f"(drop={column})."
-        )
-    split = table.pop(column)
-    train, test = split_rows(path, split, notes)
-    kept = train | test
-    return table[kept], pd.Series(test[kept])
+    return table.fillna({c: 0 if is_numeric(table[c]) else "(empty)" for c in table.columns if c != target})
 
 
 def _ranges_of(path: Path, labels: pd.Series, bins: int) -> tuple[np.ndarray, list[str]]:
-    if not pd.api.types.is_numeric_dtype(labels):
-        raise HoldfastError(f"{str(path)!r}: target {labels.name!r} is text, and bins are of numbers; leave bins out.")
+    if not is_numeric(labels):
+        raise HoldfastError(f"{str(path)!r}: target {labels.name!r} is text, and bins need numbers; leave bins out.")
     check_size(path, labels)
     values = labels.to_numpy(dtype=np.float64)
     edges = np.quantile(values, np.arange(1, bins) / bins)
@@ -148,15 +122,6 @@ def _ranges_of(path: Path, labels: pd.Series, bins: int) -> tuple[np.ndarray, li
         )
     between = [f"{a:g} to {b:g}" for a, b in pairwise(edges)]
     return y, [f"up to {edges[0]:g}", *between, f"above {edges[-1]:g}"]
-
-
-def _without(path: Path, table: pd.DataFrame, drop: Sequence[str], target: str) -> pd.DataFrame:
-    for column in drop:
-        if column not in table.columns:
-            raise unknown(f"column of {path.name} to drop:", column, map(str, table.columns))
-    if target in drop:
-        raise HoldfastError(f"{str(path)!r}: {target!r} is the target and cannot be dropped.")
-    return table.drop(columns=list(drop))
 
 
 def _check_rows(path: Path, rows: int, count: int) -> int:
@@ -177,8 +142,8 @@ def load_csv_regression(
 ) -> RegressionTask:
     """Reads a table for regression; features and target are standardised.
 
-    Empty numeric cells become 0 before standardising, empty text cells a value of their own, as in the published
-    preprocessing of the House Prices data. Constant columns become 0. A column `split` is as in `load_csv`.
+    Empty numeric cells become 0 before standardising, empty text cells a separate value, as in the published
+    preprocessing of the House Prices data. Constant columns become 0. A column `split` works as in `load_csv`.
 
     Args:
         path: the file, with a header line.
@@ -186,9 +151,9 @@ def load_csv_regression(
         drop: columns to leave out.
         encoding: text columns become one 0/1 column a value ("onehot"), or one column of their sorted values' ranks
             ("ordinal"), standardised like the others.
-        rows: the first so many rows are for training and all others for testing; mean and deviation are then those of
-            the whole table, as in the released code of the condition-number paper. None: see `test_fraction`.
-        test_fraction: share of the rows to test on, drawn by `seed`; 0: all rows are for training, and for testing too.
+        rows: number of first rows for training; all others are for testing. Mean and deviation are then those of the
+            whole table, as in the released code of the condition-number paper. None: see `test_fraction`.
+        test_fraction: share of the rows to test on, drawn by `seed`; 0: all rows are for training and for testing.
         seed: of the split.
 
     Raises:
@@ -196,18 +161,16 @@ def load_csv_regression(
             there are too few rows.
     """
     notes: list[str] = []
-    table, target = _read(path, target, notes)
-    table = _without(path, table, drop, target)
-    table, split = _split_off(path, table, target, rows, notes)
+    table, target, split = _read(path, target, drop, rows, notes)
     y = table.pop(target)
-    _check_regression(path, table, y)
+    _check_target(path, y)
     check_columns(path, table, notes, ranked=encoding == "ordinal")
     filled = int(table.isna().sum().sum())
     notes += [f"{filled} empty cells were filled"] if filled else []
     parts = []
     for name in table.columns:
         cells: pd.Series = table[name]
-        if pd.api.types.is_numeric_dtype(cells):
+        if is_numeric(cells):
             parts.append(cells.fillna(0).astype(float).to_frame())
         elif encoding == "ordinal":
             parts.append(cells.fillna("0").astype(str).rank(method="dense").to_frame())
@@ -220,13 +183,13 @@ def load_csv_regression(
     if split is None:
         train, test = _regression_rows(len(x), rows, test_fraction, seed)
     else:
-        held = _test_rows(path, split, values, test_fraction, seed)
-        train, test = np.flatnonzero(~held), np.flatnonzero(held)
+        train, test = np.flatnonzero(~split), np.flatnonzero(split)
     basis = slice(None) if rows is not None else train
-    x = (x - x[basis].mean(0)) / _spread(x[basis])
+    deviation = x[basis].std(0, ddof=1)
+    x = (x - x[basis].mean(0)) / np.where(deviation > 0, deviation, 1.0)
     if len(values[basis]) < 2 or np.ptp(values[basis]) == 0:
         raise HoldfastError(
-            f"{str(path)!r}: target {target!r} has no two different values to train on; there is nothing to predict."
+            f"{str(path)!r}: target {target!r} has the same value in all training rows; there is nothing to predict."
         )
     values = (values - values[basis].mean()) / values[basis].std(ddof=1)
     made = RegressionTask(f"{path.stem}:{target}", x[train], values[train], x[test], values[test])
@@ -234,28 +197,20 @@ def load_csv_regression(
     return made.noted(f"file {path}", *notes, drawn=split is None and rows is None)
 
 
-def _check_regression(path: Path, table: pd.DataFrame, y: pd.Series) -> None:
-    target = y.name
-    if not len(table.columns):
-        raise HoldfastError(f"{str(path)!r}: there is no column beside the target {target!r} to predict it from.")
-    bad = y[y.isna()] if pd.api.types.is_numeric_dtype(y) else y[pd.to_numeric(y, errors="coerce").isna()]
-    if len(bad) or not pd.api.types.is_numeric_dtype(y):
-        where = ""
+def _check_target(path: Path, y: pd.Series) -> None:
+    bad = y[y.isna()] if is_numeric(y) else y[pd.to_numeric(y, errors="coerce").isna()]
+    if len(bad) or not is_numeric(y):
+        first = ""
         if len(bad):
-            where = f" (line {bad.index[0] + 2}: {'empty' if pd.isna(bad.iloc[0]) else repr(bad.iloc[0])})"
+            first = f" (line {bad.index[0] + 2}: {'empty' if pd.isna(bad.iloc[0]) else repr(bad.iloc[0])})"
         raise HoldfastError(
-            f"{str(path)!r}: target {target!r} has text or empty cells{where}; regression needs numbers."
+            f"{str(path)!r}: target {y.name!r} has text or empty cells{first}; regression needs numbers."
         )
     check_size(path, y)
 
 
-def _spread(x: np.ndarray) -> np.ndarray:
-    spread = x.std(0, ddof=1)
-    return np.where(spread > 0, spread, 1.0)
-
-
 def _regression_rows(count: int, rows: int | None, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.model_selection import train_test_split  # slow to import, and needed here alone
+    from sklearn.model_selection import train_test_split  # slow to import
 
     everything = np.arange(count)
     if rows is not None:
@@ -269,8 +224,10 @@ def _regression_rows(count: int, rows: int | None, fraction: float, seed: int) -
     return np.sort(train), np.sort(test)
 
 
-def _read(path: Path, target: str | None, notes: list[str]) -> tuple[pd.DataFrame, str]:
-    """The table, and the target column's name once it is known to exist."""
+def _read(
+    path: Path, target: str | None, drop: Sequence[str], rows: int | None, notes: list[str]
+) -> tuple[pd.DataFrame, str, np.ndarray | None]:
+    """The table of inputs and target, the target's name, and which rows are for testing by a column `split`."""
     table = read_csv(path, notes)
     if target is None:
         columns = ", ".join(map(str, table.columns[:12]))
@@ -280,10 +237,22 @@ def _read(path: Path, target: str | None, notes: list[str]) -> tuple[pd.DataFram
         )
     if target not in table.columns:
         raise unknown(f"column of {path.name}", target, map(str, table.columns))
-    return table, target
-
-
-def _test_rows(
-    path: Path, split: pd.Series | None, y: np.ndarray, fraction: float, seed: int, names: Sequence[str] | None = None
-) -> np.ndarray:
-    return draw_test_rows(path, y, fraction, seed, names) if split is None else split.to_numpy()
+    for column in drop:
+        if column not in table.columns:
+            raise unknown(f"column of {path.name} to drop:", column, map(str, table.columns))
+    if target in drop:
+        raise HoldfastError(f"{str(path)!r}: {target!r} is the target and cannot be dropped.")
+    table = table.drop(columns=list(drop))
+    split, test = split_column(path, table, target), None
+    if split is not None and rows is not None:
+        raise HoldfastError(
+            f"{str(path)!r} has a column {split!r}, and rows is {rows}; leave rows out, or drop that column "
+            f"(drop={split})."
+        )
+    if split is not None:
+        train, test = split_rows(path, table.pop(split), notes)
+        kept = train | test
+        table, test = table[kept], test[kept]
+    if len(table.columns) == 1:
+        raise HoldfastError(f"{str(path)!r}: there is no column beside the target {target!r} to predict it from.")
+    return table, target, test

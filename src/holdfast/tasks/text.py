@@ -1,4 +1,4 @@
-"""Text classification: sentences become rows of token ids once, when they are loaded, and are then arrays as others."""
+"""Text classification: loading turns sentences into arrays of token ids."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from holdfast.tasks.classification import ArrayTask
 from holdfast.tasks.tokenizers import Tokenizer, Vocabulary
 
 LENGTH = 64
-"""Tokens a sentence, where a task says nothing else: enough for news with their titles, and for most sentences."""
+"""Default number of tokens a sentence: enough for short news with their titles, and for most sentences."""
 
 
 class TextTask(ArrayTask):
     """Classification of sentences, as token ids of one length.
 
-    A batch's x has shape (N, L) and is int64. Behind a sentence's end stands the vocabulary's padding id; models tell
-    from it what to look at.
+    A batch's x has shape (N, L) and is int64. The vocabulary's padding id follows a sentence's end; models mask it.
 
     Args:
         name: shown in reports and errors.
@@ -31,11 +30,11 @@ class TextTask(ArrayTask):
         y_train: integer labels of shape (N,), in [0, classes).
         x_test: like `x_train`.
         y_test: like `y_train`.
-        class_names: one name a class; fixes the number of classes (default: largest training label + 1).
+        class_names: one name a class; sets the number of classes (default: largest training label + 1).
         vocabulary: what the ids mean.
 
     Raises:
-        HoldfastError: see `ArrayTask`; and for ids that are no integers or outside of the vocabulary.
+        HoldfastError: see `ArrayTask`; and for ids that are not integers or outside of the vocabulary.
 
     Example:
         >>> from holdfast.tasks.tokenizers import load_tokenizer
@@ -74,13 +73,13 @@ class TextTask(ArrayTask):
         return a.astype(np.int64)
 
     def with_inputs(self, train: Tensor, test: Tensor) -> Self:
-        """See `Task.with_inputs`; what takes the place of ids has no vocabulary."""
+        """See `Task.with_inputs`; the new inputs have no vocabulary."""
         task = super().with_inputs(train, test)
         task.vocabulary = None
         return task
 
     def facts(self) -> TaskFacts:
-        """See `Task.facts`; the hash is also over the vocabulary, and the facts name the tokenizer."""
+        """See `Task.facts`; the hash covers the vocabulary, and the facts name the tokenizer."""
         facts = super().facts()
         if self.vocabulary is None:
             return facts
@@ -97,7 +96,7 @@ def text_task(
     tokenizer: Tokenizer,
     length: int = LENGTH,
 ) -> TextTask:
-    """Returns a task over sentences that are in memory.
+    """Returns a task over sentences in memory.
 
     Args:
         name: shown in reports and errors.
@@ -105,7 +104,7 @@ def text_task(
         test: likewise.
         class_names: one name a class.
         tokenizer: makes the ids.
-        length: tokens a sentence; longer ones are cut off.
+        length: tokens a sentence; longer sentences are cut off.
     """
     x_train, x_test = (tokenizer.encode(part[0], length) for part in (train, test))
     return TextTask(name, x_train, train[1], x_test, test[1], class_names, vocabulary=tokenizer.vocabulary)

@@ -38,20 +38,20 @@ def load_text(
 ) -> TextTask:
     """Reads a table of sentences: a `.parquet` or `.csv` file.
 
-    A column `split` fixes the split: `train` and `test`, or where there is no `test`, what is for validation (`dev`,
+    A column `split` sets the split: `train` and `test`, or if there is no `test`, the rows for validation (`dev`,
     `val`, ...). Without it, `test_fraction` of every class is drawn by `seed`.
 
     Args:
         path: the file.
         tokenizer: makes the ids.
-        length: tokens a sentence; longer ones are cut off.
+        length: tokens a sentence; longer sentences are cut off.
         text: columns with text, which are joined; by default `title`, if there is one, and `text`.
         target: column with the label; its distinct values, sorted, are the classes. By default `label`.
         test_fraction: share of the rows to test on, in (0, 1).
         seed: of the split.
 
     Raises:
-        HoldfastError: if the file cannot be read, a column does not exist, a label is empty, or there are too many.
+        HoldfastError: if the file cannot be read, a column does not exist, a label is empty, or too many labels differ.
     """
     notes: list[str] = []
     table = _read(path, notes)
@@ -67,7 +67,7 @@ def load_text(
         table, test = table[learned | held], held[learned | held]
     elif split is None:
         unused = unused_split(table.drop(columns=[*columns, target]))
-        notes += [f"column {unused!r} holds words of a split and was not used; call it split"] if unused else []
+        notes += [f"column {unused!r} holds the words of a split and was not used; call it split"] if unused else []
     labels = table[target]
     if labels.isna().any():
         raise HoldfastError(f"{str(path)!r}: column {target!r} has {int(labels.isna().sum())} empty labels; drop them.")

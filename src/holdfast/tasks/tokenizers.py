@@ -1,4 +1,4 @@
-"""Tokenizers: what turns sentences into rows of integers, and how two of them are told apart."""
+"""Tokenizers turn sentences into rows of integers; a `Vocabulary` identifies one."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _BUCKETS = 1024
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which token each integer stands for, in short: enough to tell whether a model and a task mean the same.
+    """Identifies the meaning of token ids, so that a model's and a task's can be compared.
 
     Attributes:
-        name: of the tokenizer, as it was asked for; of a folder, its last part.
+        name: of the tokenizer, as given; for a folder, its last part.
         size: number of tokens; ids are below it.
-        pad: the id behind the end of a sentence.
+        pad: the padding id.
         sha256: over all tokens with their ids.
     """
 
@@ -40,16 +40,16 @@ class Vocabulary:
     sha256: str
 
     def agrees(self, other: Vocabulary) -> bool:
-        """Says whether ids mean the same in both, whatever the tokenizers are called."""
+        """Returns whether ids mean the same in both, whatever the tokenizers' names."""
         return (self.sha256, self.pad) == (other.sha256, other.pad)
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer that is loaded.
+    """A loaded tokenizer.
 
     Attributes:
-        vocabulary: its tokens.
+        vocabulary: identifies its tokens.
         fast: one of transformers' fast tokenizers; None: words are hashed, see `load_tokenizer`.
     """
 
@@ -57,11 +57,11 @@ class Tokenizer:
     fast: Any = field(default=None, repr=False, compare=False)
 
     def encode(self, texts: Sequence[str], length: int) -> npt.NDArray[np.int64]:
-        """Returns token ids, cut off and filled up to one length; the filling is on the right.
+        """Returns token ids, truncated and padded on the right to one length.
 
         Args:
             texts: N sentences.
-            length: tokens a sentence, those that the tokenizer adds included.
+            length: tokens a sentence, including those that the tokenizer adds.
 
         Returns:
             Ids of shape (N, length), int64.
@@ -76,13 +76,13 @@ class Tokenizer:
         """
         rows = self._cut(list(texts), length)
         ids = np.full((len(rows), length), self.vocabulary.pad, dtype=np.int64)
-        for row, found in zip(ids, rows, strict=True):
-            row[: len(found)] = found
+        for padded, row in zip(ids, rows, strict=True):
+            padded[: len(row)] = row
         return ids
 
     def _cut(self, texts: list[str], length: int) -> list[list[int]]:
         if self.fast is None:
-            return [[_bucket(word) for word in _split(text)[:length]] for text in texts]
+            return [[_bucket(word) for word in re.findall(r"\w+|[^\w\s]", text.lower())[:length]] for text in texts]
         added = self.fast.num_special_tokens_to_add()
         if length <= added:
             raise HoldfastError(
@@ -90,8 +90,8 @@ class Tokenizer:
                 f"expected at least {added + 1}."
             )
         options = {"return_attention_mask": False, "return_token_type_ids": False}
-        found = self.fast(texts, truncation=True, max_length=length, padding=False, **options)
-        return [list(row) for row in found["input_ids"]]
+        encoded = self.fast(texts, truncation=True, max_length=length, padding=False, **options)
+        return [list(row) for row in encoded["input_ids"]]
 
 
 @lru_cache(maxsize=8)
@@ -101,11 +101,11 @@ def load_tokenizer(name: str, data_dir: Path | None = None) -> Tokenizer:
     Args:
         name: a folder with `tokenizer.json`, here or in the data folder; `package:NAME/FOLDER`, a folder inside an
             installed package; a name on the Hub (which needs a network, or its cache); or `words`, which hashes words
-            and signs into 1,023 numbers, needs nothing, and suits models that are trained from scratch.
+            and punctuation into 1,023 numbers, needs no files, and suits models that are trained from scratch.
         data_dir: the data folder.
 
     Raises:
-        HoldfastError: if there is none, it is not a fast one, or it has no token to fill up with.
+        HoldfastError: if it does not exist, is not a fast tokenizer, or has no padding token.
 
     Example:
         >>> load_tokenizer("words").vocabulary.size
@@ -116,36 +116,36 @@ def load_tokenizer(name: str, data_dir: Path | None = None) -> Tokenizer:
         return Tokenizer(Vocabulary(WORDS, _BUCKETS, 0, digest))
     from transformers import AutoTokenizer
 
-    place = located(name, data_dir)
-    folder = Path(place).is_dir()
+    source = located(name, data_dir)
+    folder = Path(source).is_dir()
     try:
-        fast = AutoTokenizer.from_pretrained(place, use_fast=True, trust_remote_code=False, local_files_only=folder)
-    except Exception as error:  # whatever a network, a cache and many file formats raise
-        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        fast = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False, local_files_only=folder)
+    except Exception as error:  # a network, a cache and many file formats raise different exceptions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         hint = (
             "Expected a folder with tokenizer.json, as save_pretrained writes it."
             if folder
-            else f"There is no folder {name!r} here, and fetching it from the Hub needs a network (or its cache). Name "
-            "where it is with the task's `tokenizer`."
+            else f"There is no folder {name!r} here, and fetching it from the Hub needs a network (or its cache). Give "
+            "its folder as the task's `tokenizer`."
         )
-        raise HoldfastError(f"The tokenizer {name!r} cannot be loaded: {said}. {hint}") from error
+        raise HoldfastError(f"The tokenizer {name!r} cannot be loaded: {reason}. {hint}") from error
     if not getattr(fast, "is_fast", False):
-        raise HoldfastError(f"The tokenizer {name!r} is no fast one; expected a folder with tokenizer.json.")
+        raise HoldfastError(f"The tokenizer {name!r} is not a fast one; expected a folder with tokenizer.json.")
     pad = fast.pad_token_id if fast.pad_token_id is not None else fast.eos_token_id
     if pad is None:
         raise HoldfastError(
-            f"The tokenizer {name!r} has neither a padding nor an end token to fill sentences up with; set its "
-            "pad_token and save it."
+            f"The tokenizer {name!r} has neither a padding nor an end token for padding sentences; set its pad_token "
+            "and save it."
         )
     tokens = json.dumps(sorted(fast.get_vocab().items()), ensure_ascii=True)
-    label = name if name.startswith(PACKAGE) or not folder else Path(place).name
+    label = name if name.startswith(PACKAGE) or not folder else Path(source).name
     return Tokenizer(Vocabulary(label, len(fast), int(pad), hashlib.sha256(tokens.encode()).hexdigest()), fast)
 
 
 def located(name: str, data_dir: Path | str | None = None) -> str:
-    """Returns where a folder of that name is: inside a package, here, or in the data folder; else the name itself.
+    """Returns the path of a folder inside a package, here, or in the data folder; otherwise the name itself.
 
-    A package is found, not imported: none of its code is run.
+    The package is not imported, and its code is not run.
 
     Raises:
         HoldfastError: if a package or the folder in it does not exist, or there are two such folders.
@@ -156,31 +156,27 @@ def located(name: str, data_dir: Path | str | None = None) -> str:
     """
     if name.startswith(PACKAGE):
         return str(_in_package(name.removeprefix(PACKAGE)))
-    found = place(name, data_dir, is_there=Path.is_dir)
-    return name if found is None else str(found)
+    folder = place(name, data_dir, is_there=Path.is_dir)
+    return name if folder is None else str(folder)
 
 
 def _in_package(name: str) -> Path:
     package, _, inner = name.partition("/")
     if not package.isidentifier():  # finding `a.b` would import a
-        raise HoldfastError(f"package:{name}: {package!r} is no top-level package; write package:NAME/FOLDER.")
+        raise HoldfastError(f"package:{name}: {package!r} is not a top-level package; write package:NAME/FOLDER.")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise HoldfastError(
             f"package:{name}: no package {package!r} is installed; pip install {package.replace('_', '-')}, or name a "
             "folder."
         )
-    found = Path(next(iter(spec.submodule_search_locations))) / inner
-    if ".." in Path(inner).parts or not found.is_dir():
+    folder = Path(next(iter(spec.submodule_search_locations))) / inner
+    if ".." in Path(inner).parts or not folder.is_dir():
         raise HoldfastError(f"package:{name}: the package {package!r} has no folder {inner!r}.")
-    return found
+    return folder
 
 
-def _split(text: str) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", text.lower())
-
-
-@lru_cache(maxsize=100_000)  # a few words make most of any text
+@lru_cache(maxsize=100_000)  # a few words make up most of any text
 def _bucket(word: str) -> int:
-    """An id from 1 on: 0 is for what is behind the end."""
+    """An id from 1 on: 0 is the padding."""
     return 1 + int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest()) % (_BUCKETS - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.errors import HoldfastError, unknown
+from holdfast.errors import HoldfastError
 from holdfast.models.families import diffusion
-from holdfast.models.family import FAMILIES, Built, Family, Values, for_channels
+from holdfast.models.family import FAMILIES, Built, Family, Shape, Values, check_known, for_channels
 from holdfast.models.spec import ModelSpec
 from holdfast.tasks import Schedule, Task
 from holdfast.tasks.schedule import SCHEDULES
@@ -27,12 +28,12 @@ Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
 @dataclass(frozen=True, repr=False)
 class BuiltIn(Family):
-    """One architecture that is built in.
+    """One built-in architecture.
 
     Attributes:
         builder: takes `input_shape` and `num_outputs`, and options by keyword only.
         head: dotted name of the head.
-        norm: mean and std of the input normalisation by default; None: none.
+        norm: default mean and std of the input normalisation; None: inputs are not normalised.
     """
 
     builder: Callable[..., nn.Module]
@@ -42,14 +43,10 @@ class BuiltIn(Family):
     def __repr__(self) -> str:
         return f"{self.builder.__module__}.{self.builder.__qualname__}"
 
-    def build(
-        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
-    ) -> Built:
+    def build(self, spec: ModelSpec, input_shape: Shape, num_outputs: int, data_dir: Path | str | None) -> Built:
         """See `Family.build`."""
-        known = inspect.getfullargspec(self.builder).kwonlyargs
+        check_known(spec, inspect.getfullargspec(self.builder).kwonlyargs)
         for option, value in spec.options.items():
-            if option not in known:
-                raise unknown(f"option of model {spec.name!r}:", option, known)
             if isinstance(value, int) and value < 1:
                 raise HoldfastError(f"Model {spec.name!r}: {option} is {value}; expected at least 1.")
         try:
@@ -65,7 +62,7 @@ class BuiltIn(Family):
         """See `Family.released_options`; always refused."""
         self.build(ModelSpec(name=name), task.input_shape, task.num_outputs, None)
         raise HoldfastError(
-            f"{name!r} is an architecture without weights; add its weights (.safetensors), or give a "
+            f"{name!r} is an architecture without weights; give its weights (.safetensors), or a "
             "model.safetensors that Holdfast saved."
         )
 
@@ -73,14 +70,12 @@ class BuiltIn(Family):
 class BuiltInUNet(BuiltIn):
     """The U-Net, with the schedule of its noise."""
 
-    def build(
-        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
-    ) -> Built:
-        """See `Family.build`. Weights travel and a folder does not: a schedule's configuration replaces its folder."""
+    def build(self, spec: ModelSpec, input_shape: Shape, num_outputs: int, data_dir: Path | str | None) -> Built:
+        """See `Family.build`. Saved weights must not need a schedule's folder: its configuration replaces it."""
         network = super().build(spec, input_shape, num_outputs, data_dir).network
-        wanted = spec.options.get("schedule", "linear")
-        schedule = Schedule(wanted) if isinstance(wanted, Mapping) else Schedule.named(wanted)
-        if wanted not in SCHEDULES:
+        named = spec.options.get("schedule", "linear")
+        schedule = Schedule(named) if isinstance(named, Mapping) else Schedule.named(named)
+        if named not in SCHEDULES:
             spec = spec.model_copy(update={"options": {**spec.options, "schedule": schedule.config}})
         return Built(network, spec, self.head, scheduler=schedule.config)
 
@@ -113,9 +108,7 @@ class MLP(nn.Module):
 
     def __init__(self, input_shape: tuple[int, ...], num_outputs: int, *, width: int = 128, depth: int = 2) -> None:
         super().__init__()
-        size = 1
-        for n in input_shape:
-            size *= n
+        size = math.prod(input_shape)
         layers: list[nn.Module] = [nn.Flatten()]
         for _ in range(depth):
             layers += [nn.Linear(size, width), nn.ReLU()]
@@ -227,7 +220,7 @@ class CifarResNet(nn.Module):
 
 @built_in("mnist_cnn", "fc2", MNIST)
 class MnistCNN(nn.Module):
-    """Two 5x5 convolutions with pooling and a hidden layer, as in PyTorch's first MNIST example; from 16 pixels on.
+    """Two 5x5 convolutions with pooling and a hidden layer, as in PyTorch's first MNIST example; at least 16 pixels.
 
     Layers are named as in the common weights: `conv1`, `conv2`, `fc1`, `fc2`.
 
@@ -239,13 +232,15 @@ class MnistCNN(nn.Module):
     def __init__(self, input_shape: tuple[int, ...], num_outputs: int) -> None:
         super().__init__()
         channels, height, width = input_shape
-        # Each stage: a convolution without padding takes 4 pixels a side, pooling a half.
-        left, wide = (((n - 4) // 2 - 4) // 2 for n in (height, width))
-        if min(left, wide) < 1:
-            raise ValueError(f"images of {height}x{width} pixels vanish in its convolutions; give at least 16x16")
+        # Each stage: a convolution without padding removes 4 pixels a side, pooling halves the rest.
+        rows, columns = (((n - 4) // 2 - 4) // 2 for n in (height, width))
+        if min(rows, columns) < 1:
+            raise ValueError(
+                f"images of {height}x{width} pixels are too small for its convolutions; give at least 16x16"
+            )
         self.conv1 = nn.Conv2d(channels, 20, 5)
         self.conv2 = nn.Conv2d(20, 50, 5)
-        self.fc1 = nn.Linear(50 * left * wide, 500)
+        self.fc1 = nn.Linear(50 * rows * columns, 500)
         self.fc2 = nn.Linear(500, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -272,16 +267,16 @@ class _Attention(nn.Module):
         parts = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         query, key, value = (p.reshape(*p.shape[:-1], self.heads, -1).transpose(-3, -2) for p in parts)
         dropout = self.dropout if self.training else 0.0
-        seen = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        out: Tensor = self.out_proj(seen.transpose(-3, -2).flatten(-2))
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        out: Tensor = self.out_proj(mixed.transpose(-3, -2).flatten(-2))
         return out
 
 
 class _EncoderLayer(nn.Module):
     """A post-norm transformer layer with ReLU, its tensors named as in `nn.TransformerEncoderLayer`.
 
-    PyTorch's own has a fast path in evaluation that reads the weights past the layers that hold them: a module
-    that replaces a layer, such as a low-rank adapter, would be trained and then not be scored.
+    In evaluation, PyTorch's own layer has a fast path that reads weights without calling their layers: a module that
+    replaces a layer, such as a low-rank adapter, would be trained but not scored.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
@@ -310,7 +305,7 @@ class CifarViT(nn.Module):
         depth: encoder layers.
         heads: of the attention; they divide the width.
         hidden: units between the two linear layers of an encoder layer.
-        dropout: share that is dropped, in training.
+        dropout: share that is dropped in training.
     """
 
     def __init__(
@@ -326,12 +321,12 @@ class CifarViT(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        channels, height, across = input_shape
-        if height % patch or across % patch:
-            raise ValueError(f"images of {height}x{across} pixels are no whole number of {patch}x{patch} patches")
+        channels, rows, columns = input_shape
+        if rows % patch or columns % patch:
+            raise ValueError(f"images of {rows}x{columns} pixels are not a whole number of {patch}x{patch} patches")
         if width % heads:
             raise ValueError(f"{heads} heads do not divide a width of {width}")
-        tokens = 1 + (height // patch) * (across // patch)
+        tokens = 1 + (rows // patch) * (columns // patch)
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, patch)})
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, width), std=0.02))
@@ -352,14 +347,14 @@ _VGG = {11: "A", 13: "B", 16: "D", 19: "E"}
 
 @built_in("cifar_vgg", "head", IMAGENET)
 class CifarVGG(nn.Module):
-    """VGG's convolutions, pooled to one position, and two small hidden layers; for images from 32 pixels on.
+    """VGG's convolutions, pooled to one position, and two small hidden layers; for images of at least 32 pixels.
 
     Args:
         input_shape: (channels, height, width).
         num_outputs: number of logits.
         depth: 11, 13, 16 or 19, as the original counts its layers.
         hidden: units of each of the two hidden layers.
-        dropout: share of them that is dropped, in training.
+        dropout: share of these units that is dropped in training.
         norm: "batch" for BatchNorm behind each convolution, or "none".
     """
 
@@ -379,7 +374,7 @@ class CifarVGG(nn.Module):
         if depth not in _VGG:
             raise ValueError(f"depth is {depth}; expected one of {', '.join(map(str, _VGG))}")
         if min(input_shape[1:]) < 32:
-            raise ValueError("images shrink to nothing in its five poolings; give at least 32x32")
+            raise ValueError("images are too small for its five poolings; give at least 32x32")
         self.features = make_layers(cfgs[_VGG[depth]], batch_norm=norm == "batch")
         if input_shape[0] != 3:
             self.features[0] = nn.Conv2d(input_shape[0], 64, 3, padding=1)
@@ -411,11 +406,11 @@ def small_caformer(
     """Returns timm's CAFormer (convolutions in two stages, attention in two), small enough to train on two cores.
 
     Args:
-        input_shape: (channels, height, width), from 32 pixels on.
+        input_shape: (channels, height, width), at least 32 pixels a side.
         num_outputs: number of logits.
         widths: channels of the four stages; those of the last two in steps of 32, the width of an attention head.
         depths: blocks of the four stages.
-        drop_path: share of the residual branches that is dropped, in training.
+        drop_path: share of the residual branches that is dropped in training.
     """
     from timm.models import metaformer
 

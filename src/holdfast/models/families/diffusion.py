@@ -1,4 +1,4 @@
-"""Denoisers: U-Nets of diffusers, built in or from a folder, and the folder written again for others to open."""
+"""Denoisers: U-Nets of diffusers, built in or from a folder, and saved as a folder of diffusers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.models.family import Built, Family, register
+from holdfast.models.family import Built, Family, Shape, check_known, register
 from holdfast.models.introspection import first_line
 from holdfast.models.spec import ModelSpec
 from holdfast.models.split_model import SplitModel
@@ -22,18 +22,18 @@ HEAD: Final = "conv_out"
 """The last layer of a U-Net of diffusers."""
 
 PREDICTIONS: Final = ("epsilon", "v_prediction", "sample")
-"""What a network may answer with, by the name that diffusers has for it; see `Denoiser.forward`."""
+"""Quantities that a network may predict, by their names in diffusers; see `Denoiser.forward`."""
 
 
 class Denoiser(SplitModel):
-    """A diffusion model as Holdfast sees it: a U-Net, and the scheduler that it was trained with.
+    """A diffusion model: a U-Net, and the scheduler that it was trained with.
 
     Its inputs are those of a `DenoisingTask`: noised images with their time steps as the last channel. Its head is the
     last convolution, which makes the image.
 
     Args:
-        network: an `UNet2DModel` of diffusers, of as many output as input channels.
-        scheduler: configuration of its DDPM or DDIM scheduler; None: the one of Ho et al. 2020.
+        network: a `UNet2DModel` of diffusers with as many output as input channels.
+        scheduler: configuration of its DDPM or DDIM scheduler; None: that of Ho et al. 2020.
         name: shown in reports.
         factory: see `SplitModel`.
         spec: see `SplitModel`.
@@ -42,7 +42,7 @@ class Denoiser(SplitModel):
         schedule: of the noise that it was trained on.
 
     Raises:
-        HoldfastError: if the network predicts a variance as well or wants a class, or the scheduler is of no use.
+        HoldfastError: if the network also predicts a variance or needs a class, or the scheduler is not supported.
 
     Example:
         >>> from holdfast.tasks import load_task
@@ -73,18 +73,18 @@ class Denoiser(SplitModel):
         config: Any = network.config
         if config.in_channels != config.out_channels:
             raise HoldfastError(
-                f"{name}: the network takes {config.in_channels} channels and answers with {config.out_channels}; "
-                "networks that predict a variance as well are not supported."
+                f"{name}: the network takes {config.in_channels} channels and returns {config.out_channels}; networks "
+                "that also predict a variance are not supported."
             )
         if config.num_class_embeds is not None or config.class_embed_type is not None:
-            raise HoldfastError(f"{name}: the network wants the class of each image; give an unconditional one.")
+            raise HoldfastError(f"{name}: the network needs the class of each image; give an unconditional one.")
 
     def _check_head(self) -> None:
         if not isinstance(getattr(self.network, HEAD, None), nn.Conv2d):
-            raise HoldfastError(f"{self.name}: the network has no last convolution {HEAD!r}; expected an UNet2DModel.")
+            raise HoldfastError(f"{self.name}: the network has no last convolution {HEAD!r}; expected a UNet2DModel.")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the predicted noise, whatever it is that the network answers with.
+        """Returns the predicted noise, computed from the network's prediction.
 
         With a = alpha-bar_t, v = sqrt(a) epsilon - sqrt(1 - a) x_0 (Salimans and Ho 2022), so that
         epsilon = sqrt(a) v + sqrt(1 - a) x_t; and from x_0, epsilon = (x_t - sqrt(a) x_0) / sqrt(1 - a).
@@ -97,42 +97,32 @@ class Denoiser(SplitModel):
         """
         t = x[:, -1, 0, 0].round().long()
         noised = x[:, :-1].to(self.precision or self.dtype)
-        answer: Tensor = self.network(noised, t).sample
+        output: Tensor = self.network(noised, t).sample
         if self.predicts == "epsilon":
-            return answer
+            return output
         # In float32 at least: in bfloat16, 0.9999 is 1, and 1 - alpha-bar would be 0.
         a = self.schedule.alpha_bar.to(t.device)[t.clamp(0, self.schedule.steps - 1)].view(-1, 1, 1, 1)
-        noise = (
-            a.sqrt() * answer + (1 - a).sqrt() * noised
-            if self.predicts == "v_prediction"
-            else (noised - a.sqrt() * answer) / (1 - a).sqrt()
-        )
-        return noise.to(answer.dtype)
+        if self.predicts == "v_prediction":
+            return (a.sqrt() * output + (1 - a).sqrt() * noised).to(output.dtype)
+        return ((noised - a.sqrt() * output) / (1 - a).sqrt()).to(output.dtype)
 
     def reset_head(self, num_outputs: int | None = None) -> None:
-        """See `SplitModel.reset_head`; the number of channels is that of the images, and stays."""
-        old = self.head
-        assert isinstance(old, nn.Conv2d)
+        """See `SplitModel.reset_head`; the number of outputs stays that of the images' channels."""
+        old: Any = self.head
         if num_outputs not in (None, old.out_channels):
             raise HoldfastError(
-                f"{self.name} makes images of {old.out_channels} channels, and {num_outputs} are wanted; set the "
+                f"{self.name} makes images of {old.out_channels} channels, and {num_outputs} are needed; set the "
                 "task's channels."
             )
-        kernel, padding = old.kernel_size[0], old.padding
-        assert not isinstance(padding, str)
-        self.put_head(
-            nn.Conv2d(
-                old.in_channels, old.out_channels, kernel, padding=padding[0],
-                device=old.weight.device, dtype=old.weight.dtype,
-            )
-        )  # fmt: skip
+        like = {"padding": old.padding, "device": old.weight.device, "dtype": old.weight.dtype}
+        self.put_head(nn.Conv2d(old.in_channels, old.out_channels, old.kernel_size, **like))
 
     def input_settings(self) -> list[Any]:
-        """See `SplitModel.input_settings`: also by which schedule, and what the network's answers stand for."""
+        """See `SplitModel.input_settings`: also the configuration of the schedule."""
         return [*super().input_settings(), self.schedule.config]
 
     def add_extractor(self) -> None:
-        """Refused: between a U-Net's body and its last convolution there is an image, and no vector of features.
+        """Refused: a U-Net's last convolution takes a map over pixels, not a vector of features.
 
         Raises:
             HoldfastError: always.
@@ -140,10 +130,10 @@ class Denoiser(SplitModel):
         raise HoldfastError(f"{self.name}: a linear extractor goes before a linear head, and a denoiser has none.")
 
     def check_schedule(self, schedule: Schedule, task: str) -> None:
-        """Refuses the noise of a task that is not the model's own.
+        """Refuses a task whose noise schedule is not the model's own.
 
         Raises:
-            HoldfastError: saying which, and how to set the task's.
+            HoldfastError: naming both, and how to set the task's.
         """
         if not schedule.same_noise(self.schedule):
             raise HoldfastError(
@@ -154,14 +144,14 @@ class Denoiser(SplitModel):
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
-        """Shape of a picture that its pipelines draw; None: the configuration does not say."""
+        """Shape of the images that its pipelines draw; None: the configuration has no size."""
         config: Any = self.network.config
         size = config.sample_size
         sides = (size, size) if isinstance(size, int) else size
         return None if sides is None else (config.in_channels, *sides)
 
     def pipeline(self, *, ddim: bool = False) -> Any:
-        """Returns a plain diffusers pipeline around this very network: `DDPMPipeline`, or `DDIMPipeline`."""
+        """Returns a diffusers pipeline that shares this network: `DDPMPipeline`, or `DDIMPipeline`."""
         from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
         config = {k: v for k, v in self.schedule.config.items() if k != "_class_name"}
@@ -185,18 +175,18 @@ def unet(
     attention: int = 8,
     schedule: str | Mapping[str, Any] = "linear",
 ) -> nn.Module:
-    """A U-Net: stages of half the size each, with attention where images are small. By default one for two cores.
+    """A U-Net whose stages halve the size, with attention at small sizes; by default small enough for two CPU cores.
 
-    The one of Ho et al. 2020 for 32 pixels has the widths 128, 256, 256, 256, two layers, and attention at 16.
+    That of Ho et al. 2020 for 32 pixels has the widths 128, 256, 256, 256, two layers, and attention at 16.
 
     Args:
         input_shape: of a denoising task: (channels + 1, height, width).
         num_outputs: channels.
         widths: channels of each stage, at least 8.
         layers: residual blocks a stage on the way down; one more on the way up.
-        attention: pixels a side of the largest images with attention; on large ones it costs more than all else.
-        schedule: of the noise: a name or a folder (see `Schedule.named`), or a scheduler's configuration. The network
-            is the same with each.
+        attention: pixels a side of the largest maps with attention, which dominates the cost at large sizes.
+        schedule: of the noise: a name or a folder (see `Schedule.named`), or a scheduler's configuration. It does not
+            change the network.
     """
     from diffusers import UNet2DModel
 
@@ -208,7 +198,7 @@ def unet(
         raise ValueError(f"widths is {list(widths)}; expected at least one stage, of 8 or more channels each")
     if any(side % smallest for side in sides):
         raise ValueError(f"{len(widths)} stages need sides that are multiples of {smallest}; set image_size")
-    seen = [max(sides) // 2**i <= attention for i in range(len(widths))]
+    attends = [max(sides) // 2**i <= attention for i in range(len(widths))]
     return in_order(
         UNet2DModel(
             sample_size=sides[0] if sides[0] == sides[1] else tuple(sides),
@@ -216,17 +206,17 @@ def unet(
             out_channels=num_outputs,
             block_out_channels=tuple(widths),
             layers_per_block=layers,
-            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in seen),
-            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(seen)),
+            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
             norm_num_groups=math.gcd(8, *widths),
         )
     )
 
 
 def in_order(network: nn.Module) -> nn.Module:
-    """Lists a U-Net's stages in the order in which they run, which is what tells its last block; in place.
+    """Orders a U-Net's stages as they run, in place, so that its last block is found.
 
-    diffusers registers the middle behind the way up.
+    diffusers registers the middle after the up blocks.
     """
     for name in ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", HEAD):
         if name in network._modules:
@@ -235,15 +225,15 @@ def in_order(network: nn.Module) -> nn.Module:
 
 
 def is_pipeline(name: str) -> bool:
-    """Whether something is a folder that a pipeline of diffusers was saved in."""
+    """Whether a name is that of a folder with a pipeline of diffusers."""
     return (Path(name).expanduser() / "model_index.json").is_file()
 
 
 def architecture(config: Mapping[str, Any]) -> nn.Module:
-    """Builds a U-Net with fresh weights from its configuration; nothing is read or fetched.
+    """Builds a U-Net with fresh weights from its configuration, without reading or fetching any.
 
     Raises:
-        HoldfastError: if diffusers can make nothing of it.
+        HoldfastError: if diffusers cannot build it.
     """
     from diffusers import UNet2DModel
 
@@ -253,17 +243,17 @@ def architecture(config: Mapping[str, Any]) -> nn.Module:
         raise HoldfastError(f"No U-Net can be built from its configuration: {first_line(error)}.") from error
 
 
-def pretrained(place: str) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
-    """Loads a U-Net with its weights: safetensors only, and no code from anywhere but diffusers.
+def pretrained(place: str) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
+    """Loads a U-Net with its weights: safetensors only, and no code beside that of diffusers.
 
     Args:
-        place: a folder that a pipeline was saved in, or a name on the Hub (which needs a network, or its cache).
+        place: a folder with a pipeline, or a name on the Hub (which needs a network, or its cache).
 
     Returns:
-        The network, the configuration of its scheduler, and what a reader should know.
+        The network, the configuration of its scheduler, and notes for a reader.
 
     Raises:
-        HoldfastError: if there is no such model, or it is not an unconditional U-Net.
+        HoldfastError: if the model does not exist, or is not an unconditional U-Net.
     """
     from diffusers import DDPMScheduler, UNet2DModel
 
@@ -274,29 +264,28 @@ def pretrained(place: str) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
         _check_index(root)
         if (root / "unet_ema").is_dir():
             notes = (
-                f"{place} has averaged weights (EMA) in unet_ema beside those in unet, which were taken. The others "
-                "are had with --weights (or `weights:`) and the file in there.",
+                f"{place} has averaged weights (EMA) in unet_ema beside those in unet, which were used. For the "
+                "averaged ones, give the file in unet_ema as --weights (`weights:` in a recipe).",
             )
     try:
         inside = local or _is_nested(place)
-        network, found = UNet2DModel.from_pretrained(
+        network, info = UNet2DModel.from_pretrained(
             place,
             subfolder="unet" if inside else None,
             use_safetensors=True,
             local_files_only=local,
-            low_cpu_mem_usage=False,  # else what is missing is left without any values
+            low_cpu_mem_usage=False,  # otherwise missing tensors have no values
             output_loading_info=True,
         )
         scheduler = DDPMScheduler.load_config(place, subfolder="scheduler" if inside else None, local_files_only=local)
     except Exception as error:  # a network, a cache and unknown files may raise anything
         raise HoldfastError(
-            f"diffusers:{place} cannot be loaded as an UNet2DModel in safetensors with a scheduler: "
-            f"{first_line(error)}."
+            f"diffusers:{place} cannot be loaded as a UNet2DModel in safetensors with a scheduler: {first_line(error)}."
         ) from error
     if not isinstance(scheduler, dict):
-        raise HoldfastError(f"diffusers:{place}: {scheduler!r} is no configuration of a scheduler.")
-    if found["missing_keys"]:
-        raise HoldfastError(f"diffusers:{place} has no weights for {', '.join(sorted(found['missing_keys'])[:3])}.")
+        raise HoldfastError(f"diffusers:{place}: {scheduler!r} is not a scheduler's configuration.")
+    if info["missing_keys"]:
+        raise HoldfastError(f"diffusers:{place} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}.")
     return in_order(network.eval()), scheduler, notes
 
 
@@ -314,45 +303,36 @@ def _is_nested(name: str) -> bool:
 def _check_index(root: Path) -> None:
     index = root / "model_index.json"
     if not index.is_file() and (root / "config.json").is_file():
-        raise HoldfastError(f"diffusers:{root} is a folder as transformers write it; name it hf:{root}.")
+        raise HoldfastError(f"diffusers:{root} is a folder of transformers; name it hf:{root}.")
     try:
         parts = json.loads(index.read_bytes())
-        found = parts.get("unet")
+        kind = parts.get("unet")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise HoldfastError(f"{str(root)!r} is no folder of a diffusers pipeline: {first_line(error)}.") from error
-    if found != ["diffusers", "UNet2DModel"]:
+        raise HoldfastError(f"{str(root)!r} is not a folder of a diffusers pipeline: {first_line(error)}.") from error
+    if kind != ["diffusers", "UNet2DModel"]:
         raise HoldfastError(
-            f"{str(root)!r} holds a pipeline ({parts.get('_class_name')}) whose unet is {found}; expected an "
+            f"{str(root)!r} holds a pipeline ({parts.get('_class_name')}) whose unet is {kind}; expected an "
             "unconditional one, ['diffusers', 'UNet2DModel']."
         )
-
-
-def plain_config(network: nn.Module) -> dict[str, Any]:
-    """Returns the configuration of a U-Net, as it goes into a file."""
-    config: Any = network.config
-    return dict(json.loads(json.dumps({k: v for k, v in dict(config).items() if not k.startswith("_")})))
 
 
 @register("diffusers:NAME")
 class DiffusersFamily(Family):
     """Pipelines of diffusers, by a folder or a name on the Hub."""
 
-    def build(
-        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
-    ) -> Built:
+    def build(self, spec: ModelSpec, input_shape: Shape, num_outputs: int, data_dir: Path | str | None) -> Built:
         """See `Family.build`."""
-        unused = [o for o in spec.options if o not in ("config", "scheduler")]
-        if unused:
-            raise unknown(f"option of model {spec.name!r}:", unused[0], ["config", "scheduler"])
+        check_known(spec, ["config", "scheduler"])
         if "config" in spec.options:
             network = architecture(spec.options["config"])
             return Built(network, spec, scheduler=spec.options.get("scheduler") or {})
         place = located(spec.name.removeprefix("diffusers:"), data_dir)
         network, scheduler, notes = pretrained(place)
+        plain = {k: v for k, v in dict(network.config).items() if not k.startswith("_")}
         rebuild = spec.model_copy(
             update={
                 "name": f"diffusers:{Path(place).name}" if Path(place).is_dir() else spec.name,
-                "options": {"config": plain_config(network), "scheduler": Schedule(scheduler).config},
+                "options": {"config": json.loads(json.dumps(plain)), "scheduler": Schedule(scheduler).config},
             }
         )
         return Built(network, rebuild, scheduler=scheduler, loaded=spec.weights is None, notes=notes)

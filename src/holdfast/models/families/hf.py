@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from holdfast.errors import HoldfastError, unknown
+from holdfast.errors import HoldfastError
 from holdfast.models import wrappers
 from holdfast.models.families import hf_text, hf_vision
-from holdfast.models.family import Built, Family, for_channels, register
+from holdfast.models.family import Built, Family, Shape, check_known, config_in, for_channels, register
 from holdfast.models.labels import names_in
 from holdfast.models.spec import ModelSpec, find_weights
+from holdfast.models.split_model import SplitModel
 from holdfast.tasks import Task, located
-
-if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
-    from holdfast.models.split_model import SplitModel
 
 
 @register("hf:NAME")
@@ -29,20 +23,17 @@ class HuggingFaceFamily(Family):
     """Models by a folder, a name on the Hub, or `package:NAME/FOLDER`."""
 
     def for_task(self, spec: ModelSpec, task: Task) -> ModelSpec:
-        """See `Family.for_task`: of text, the model reads the task's ids, unless its weights say which it reads."""
+        """See `Family.for_task`: text models get the task's vocabulary, unless saved weights have one."""
         if "num_labels" in spec.options and (spec.weights is not None or spec.options.get("config") is not None):
             raise HoldfastError(
-                f"{spec.name}: num_labels puts a fresh head in the place of the model's own, and there is none such "
-                "with `weights` or `config`; leave it out."
+                f"{spec.name}: num_labels replaces the model's own head by a fresh one, which is not possible with "
+                "`weights` or `config`; leave it out."
             )
-        read = task.vocabulary
-        if read is None or "vocabulary" in spec.options:
+        if task.vocabulary is None or "vocabulary" in spec.options:
             return spec
-        return spec.model_copy(update={"options": {**spec.options, "vocabulary": asdict(read)}})
+        return spec.model_copy(update={"options": {**spec.options, "vocabulary": asdict(task.vocabulary)}})
 
-    def build(
-        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
-    ) -> Built:
+    def build(self, spec: ModelSpec, input_shape: Shape, num_outputs: int, data_dir: Path | str | None) -> Built:
         """See `Family.build`."""
         if "vocabulary" in spec.options:
             return _build_language(spec, num_outputs, data_dir)
@@ -59,14 +50,10 @@ class HuggingFaceFamily(Family):
 
     def name_of_folder(self, folder: Path) -> ModelSpec | None:
         """See `Family.name_of_folder`."""
-        try:
-            config = json.loads((folder / "config.json").read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return None
-        return ModelSpec(name=f"hf:{folder}") if isinstance(config, dict) and "model_type" in config else None
+        return ModelSpec(name=f"hf:{folder}") if "model_type" in config_in(folder) else None
 
     def save_pretrained(self, model: SplitModel, folder: Path) -> None:
-        """Writes what `from_pretrained` of transformers reads, with the tokenizer, or the preprocessor of images."""
+        """Writes a folder for `from_pretrained` of transformers, with the tokenizer, or the preprocessor of images."""
         network: Any = model.network
         labels = dict((model.spec or {})["options"]["config"].get("id2label", {}))
         if len(labels) != model.num_outputs:  # of a head that was replaced
@@ -81,15 +68,13 @@ class HuggingFaceFamily(Family):
                 hf_vision.write_normalisation(model.mean, model.std, folder)
         else:
             raise HoldfastError(
-                f"{model.name} got a head that transformers do not know; write it with save(FILE), and read it with "
+                f"{model.name} has a head that transformers cannot read; write it with save(FILE), and read it with "
                 "SplitModel.from_pretrained(FILE, task)."
             )
 
 
 def _build_vision(spec: ModelSpec, input_shape: tuple[int, ...], data_dir: Path | str | None) -> Built:
-    unused = [o for o in spec.options if o not in ("config", "num_labels")]
-    if unused:
-        raise unknown(f"option of model {spec.name!r}:", unused[0], ["config", "num_labels"])
+    check_known(spec, ["config", "num_labels"])
     config = spec.options.get("config")
     if config is not None:
         return Built(hf_vision.architecture(spec.name.removeprefix("hf:"), config), spec, foreign=True)
@@ -99,41 +84,28 @@ def _build_vision(spec: ModelSpec, input_shape: tuple[int, ...], data_dir: Path 
         network, config, notes = hf_vision.with_weights(place, find_weights(spec.weights, data_dir))
     else:
         network, config = hf_vision.pretrained(place, **spec.options)
-    found = wrappers.unwrapped(network, spec.name)  # adapters beside the model become a part of its weights
-    network, merged = found.network, found.notes
+    plain = wrappers.unwrapped(network, spec.name)  # merges adapters in the folder into the weights
+    notes += plain.notes
     norm = hf_vision.normalisation(place)
     mean, std = for_channels(norm, input_shape) if norm is not None else (None, None)
     name = f"hf:{Path(place).name}" if Path(place).is_dir() else spec.name
     rebuild = spec.model_copy(
         update={"name": name, "options": {"config": config}, "mean": spec.mean or mean, "std": spec.std or std}
     )
-    missing = f"{name} comes without a preprocessor configuration; images in [0, 1] are handed to it as they are."
-    return Built(
-        network,
-        rebuild,
-        norm=(mean, std),
-        foreign=True,
-        loaded=True,
-        notes=(*notes, *merged) if norm is not None or spec.mean else (*notes, *merged, missing),
-    )
+    if norm is None and not spec.mean:
+        notes += (
+            f"{name} comes without a preprocessor configuration; it gets images in [0, 1] without normalisation.",
+        )
+    return Built(plain.network, rebuild, norm=(mean, std), foreign=True, loaded=True, notes=notes)
 
 
 def _build_language(spec: ModelSpec, num_outputs: int, data_dir: Path | str | None) -> Built:
     name = spec.name.removeprefix("hf:")
     configured = spec.options.get("config") is not None
     place = name if configured else located(name, data_dir)
-    built = hf_text.build(name, place, spec.options, num_outputs)
-    folder = not configured and Path(place).is_dir() and not name.startswith("package:")
-    rebuild = spec.model_copy(
-        update={"name": f"hf:{Path(place).name}" if folder else spec.name, "options": built.options}
-    )
-    return Built(
-        built.network,
-        rebuild,
-        head="head" if isinstance(built.network, hf_text.Pooled) else None,
-        foreign=True,
-        vocabulary=built.vocabulary,
-        tokenizer=None if configured else place,
-        fresh_head=built.fresh_head and spec.weights is None,
-        notes=built.notes,
-    )
+    built = hf_text.build(spec, place, num_outputs)
+    if configured:
+        return built
+    folder = Path(place).is_dir() and not name.startswith("package:")
+    rebuild = built.rebuild.model_copy(update={"name": f"hf:{Path(place).name}"}) if folder else built.rebuild
+    return replace(built, rebuild=rebuild, tokenizer=place)

@@ -1,18 +1,18 @@
 """Language models of Hugging Face's transformers as classifiers of token ids: encoders and causal models, pooled.
 
 A sequence classifier keeps its own head. Any other encoder, and any causal model, becomes a `Pooled`: its last hidden
-states are pooled to one vector a sentence, and a linear head reads that. Weights are safetensors only, and no code that
-comes with a model is run.
+states are pooled to one vector a sentence, which a linear head reads. Weights are safetensors only, and a model's own
+code is never run.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -21,34 +21,40 @@ from torch import Tensor, nn
 from holdfast.errors import HoldfastError, unknown
 from holdfast.models import wrappers
 from holdfast.models.families import hf_vision
-from holdfast.models.families.hf_files import check_config, configuration, listed, plain_config, quiet, unusable
+from holdfast.models.families.hf_files import (
+    check_config,
+    configuration,
+    from_pretrained,
+    listed,
+    plain_config,
+    unusable,
+)
+from holdfast.models.family import Built, check_known
 from holdfast.models.introspection import first_line, logits_of
+from holdfast.models.spec import ModelSpec
+from holdfast.models.split_model import SplitModel
 from holdfast.runtime.storage import load_tensors, save_tensors, write_atomic
 from holdfast.tasks import Vocabulary, load_tokenizer
 
-if TYPE_CHECKING:
-    from holdfast.models.split_model import SplitModel
-
 OWN = "own"
 POOLINGS: Final = ("mean", "cls", "last", OWN)
-"""How hidden states become one vector: their mean, the first, the last, or as the model's own classifier does."""
+"""How hidden states become one vector: their mean, the first, the last, or by the model's own classifier."""
 
 OPTIONS: Final = ("config", "pooling", "num_labels", "vocabulary")
 
 
 class Pooled(nn.Module):
-    """An encoder, pooling over all positions but padding, and a linear head.
+    """An encoder, pooling over all positions except padding, and a linear head.
 
     Args:
-        body: maps `input_ids` and `attention_mask` to something with `last_hidden_state`, shape (N, L, width).
+        body: maps `input_ids` and `attention_mask` to an object with `last_hidden_state`, shape (N, L, width).
         width: of the hidden states.
         num_outputs: of the head, which is freshly initialised from torch's global generator.
         pooling: `mean`, `cls` (the first position) or `last`.
-        pad: the id behind the end of a sentence.
+        pad: the padding id.
 
     Attributes:
-        cuts: whether a batch is read up to the end of its longest sentence; without, hidden states of all batches have
-            one shape.
+        cuts: whether a batch is cut to its longest sentence; if not, hidden states of all batches have one shape.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -56,7 +62,7 @@ class Pooled(nn.Module):
         >>> body = BertModel(BertConfig(**sizes), add_pooling_layer=False).eval()
         >>> network = Pooled(body, 8, 3, pooling="mean", pad=0)
         >>> short, long = network(torch.tensor([[5, 6, 0, 0], [5, 6, 7, 8]]))
-        >>> torch.allclose(short, network(torch.tensor([[5, 6]]))[0], atol=1e-5)  # padding is not seen
+        >>> torch.allclose(short, network(torch.tensor([[5, 6]]))[0], atol=1e-5)  # padding has no effect
         True
     """
 
@@ -86,11 +92,11 @@ class Pooled(nn.Module):
 
 
 class Masked(nn.Module):
-    """A sequence classifier of transformers that tells from token ids alone what is padding.
+    """A sequence classifier of transformers that computes its attention mask from the token ids.
 
     Args:
-        model: maps `input_ids` and `attention_mask` to something with `logits`.
-        pad: the id behind the end of a sentence.
+        model: maps `input_ids` and `attention_mask` to an object with `logits`.
+        pad: the padding id.
 
     Attributes:
         cuts: see `Pooled`.
@@ -109,123 +115,114 @@ class Masked(nn.Module):
 
 
 def _read(ids: Tensor, pad: int, cuts: bool) -> tuple[Tensor, Tensor]:
-    """A batch up to the end of its longest sentence, which saves time and changes nothing else, and what is seen."""
+    """A batch cut to its longest sentence, which only saves time, and its mask; see `seen`."""
     mask = seen(ids, pad)
     longest = int(mask.sum(1).max()) if cuts else ids.shape[1]
     return ids[:, :longest], mask[:, :longest]
 
 
 def seen(ids: Tensor, pad: int) -> Tensor:
-    """Returns which positions belong to a sentence: all up to the last one before the padding, and always the first.
+    """Returns which positions belong to a sentence: all before the padding at its end, and always the first.
 
-    Where the end token serves as padding, it may also stand inside a sentence.
+    A padding id inside a sentence counts as a word, since an end token may serve as padding.
 
     Example:
         >>> seen(torch.tensor([[3, 0, 4, 0], [0, 0, 0, 0]]), 0).int().tolist()
         [[1, 1, 1, 0], [1, 0, 0, 0]]
     """
     later = (ids != pad).long().flip(1).cummax(1).values.flip(1).bool()
-    later[:, 0] = True  # attention over nothing would not be a number
+    later[:, 0] = True  # attention over no position is NaN
     return later
 
 
-@dataclass(frozen=True)
-class Built:
-    """A network for token ids.
-
-    Attributes:
-        network: a `Pooled` or a `Masked`.
-        options: what rebuilds its architecture with fresh weights; plain values.
-        vocabulary: what its ids mean.
-        fresh_head: whether its head, or all of it, is freshly initialised.
-        notes: see `SplitModel`.
-    """
-
-    network: Pooled | Masked
-    options: dict[str, Any]
-    vocabulary: Vocabulary
-    fresh_head: bool
-    notes: tuple[str, ...] = ()
-
-
-def build(name: str, place: str, options: Mapping[str, Any], num_outputs: int) -> Built:
-    """Builds a classifier of token ids.
+def build(spec: ModelSpec, place: str, num_outputs: int) -> Built:
+    """Builds a classifier of token ids, a `Pooled` or a `Masked`.
 
     Args:
-        name: for messages.
-        place: a folder, or a name on the Hub; not looked at if `options` hold a configuration.
-        options: of `OPTIONS`; `vocabulary` is always among them.
-        num_outputs: classes of its task, for a head that is new.
+        spec: its options are of `OPTIONS`, and have a `vocabulary`.
+        place: a folder, or a name on the Hub; not used if the options have a configuration.
+        num_outputs: classes of its task, for a new head.
 
     Raises:
-        HoldfastError: if there is no such model, or it cannot read this vocabulary, or an option is unknown or would
-            do nothing.
+        HoldfastError: if the model does not exist or cannot read this vocabulary, or an option is unknown or would have
+            no effect.
     """
-    for option in options:
-        if option not in OPTIONS:
-            raise unknown(f"option of model 'hf:{name}':", option, OPTIONS)
+    check_known(spec, OPTIONS)
+    name, options = spec.name.removeprefix("hf:"), spec.options
     vocabulary = _vocabulary(name, options["vocabulary"])
     pooling = options.get("pooling")
     if pooling is not None and pooling not in POOLINGS:
         raise unknown("pooling", str(pooling), POOLINGS)
+    network: Pooled | Masked
+    notes: tuple[str, ...] = ()
     if options.get("config") is not None:
-        network = _from_config(name, options["config"], pooling, num_outputs, vocabulary)
-        return Built(network, {**options, "pooling": _pooling_of(network)}, vocabulary, fresh_head=True)
-    config = configuration(place)
-    _check_vocabulary(name, place, config, vocabulary)
-    own = _is_classifier(config) if pooling is None else pooling == OWN
-    if not own and options.get("num_labels") not in (None, num_outputs):
-        raise HoldfastError(
-            f"hf:{name}: num_labels puts a fresh head in the place of a classifier's own, and a head on pooled "
-            f"features is new in any case, with the {num_outputs} outputs that the task asks for; leave it out."
+        network, fresh_head = _from_config(name, options["config"], pooling, num_outputs, vocabulary), True
+        kept = {**options, "pooling": _pooling_of(network)}
+    else:
+        config = configuration(place)
+        _check_vocabulary(name, place, config, vocabulary)
+        is_classifier = any(str(a).endswith("ForSequenceClassification") for a in config.architectures or ())
+        own = is_classifier if pooling is None else pooling == OWN
+        if not own and options.get("num_labels") not in (None, num_outputs):
+            raise HoldfastError(
+                f"hf:{name}: num_labels replaces a classifier's own head by a fresh one, but a head on pooled features "
+                f"is always new, with the {num_outputs} outputs of the task; leave it out."
+            )
+        network, plain, fresh_head, notes = (
+            _own(name, place, config, options.get("num_labels"), vocabulary)
+            if own
+            else _pooled(name, place, config, pooling, num_outputs, vocabulary)
         )
-    found = (
-        _own(name, place, config, options.get("num_labels"), vocabulary)
-        if own
-        else _pooled(name, place, config, pooling, num_outputs, vocabulary)
+        kept = {"config": plain, "pooling": _pooling_of(network), "vocabulary": asdict(vocabulary)}
+    return Built(
+        network,
+        spec.model_copy(update={"options": kept}),
+        head="head" if isinstance(network, Pooled) else None,
+        foreign=True,
+        vocabulary=vocabulary,
+        fresh_head=fresh_head and spec.weights is None,
+        notes=notes,
     )
-    network, plain, fresh_head, notes = found
-    kept = {"config": plain, "pooling": _pooling_of(network), "vocabulary": asdict(vocabulary)}
-    return Built(network, kept, vocabulary, fresh_head, notes)
 
 
-_Found = tuple[Pooled | Masked, dict[str, Any], bool, tuple[str, ...]]
+_Loaded = tuple[Pooled | Masked, dict[str, Any], bool, tuple[str, ...]]
+"""A network, its configuration, whether its head is fresh, and notes."""
 
 
 def _pooled(
     name: str, place: str, config: Any, pooling: str | None, num_outputs: int, vocabulary: Vocabulary
-) -> _Found:
-    """An encoder's or a causal model's weights, with a head that is new."""
+) -> _Loaded:
+    """An encoder's or a causal model's weights, with a new head."""
     from transformers import AutoModel
 
     _refuse_pairs(name, config)
-    body, found = _loaded(name, AutoModel, place)
-    missing = [key for key in found["missing_keys"] if not key.startswith("pooler.")]
+    body, missing_keys, notes = _loaded(name, AutoModel, place)
+    missing = [key for key in missing_keys if not key.startswith("pooler.")]
     if missing:
-        raise HoldfastError(f"hf:{name} has no weights for {listed(missing)}; it is no trained encoder.")
+        raise HoldfastError(f"hf:{name} has no weights for {listed(missing)}; it is not a trained encoder.")
     chosen = pooling or _its_pooling(place) or ("last" if _is_causal(config) else "mean")
     network = Pooled(_without_pooler(body), config.hidden_size, num_outputs, pooling=chosen, pad=vocabulary.pad)
-    return network, plain_config(config), not _has_head(network, place), found["notes"]
+    return network, plain_config(config), not _has_head(network, place), notes
 
 
-def _own(name: str, place: str, config: Any, num_labels: int | None, vocabulary: Vocabulary) -> _Found:
+def _own(name: str, place: str, config: Any, num_labels: int | None, vocabulary: Vocabulary) -> _Loaded:
     """A sequence classifier with its own head, or with a fresh one of `num_labels` outputs."""
     from transformers import AutoModelForSequenceClassification
 
     _refuse_pairs(name, config)
     fresh = num_labels is not None and config.num_labels != num_labels
     more = {"num_labels": num_labels, "ignore_mismatched_sizes": True} if fresh else {}
-    model, found = _loaded(name, AutoModelForSequenceClassification, place, **more)
-    if found["missing_keys"] and not fresh:
+    model, missing, notes = _loaded(name, AutoModelForSequenceClassification, place, **more)
+    if missing and not fresh:
         raise HoldfastError(
-            f"hf:{name} has no weights for {listed(found['missing_keys'])}; it is no trained classifier. Leave pooling "
-            "out, or set mean, cls or last, for a head that is new."
+            f"hf:{name} has no weights for {listed(missing)}; it is not a trained classifier. Leave pooling out, or "
+            "set mean, cls or last, for a new head."
         )
     plain = plain_config(model.config)
     score = getattr(model, "score", None)
     if not isinstance(score, nn.Linear):
-        return Masked(model, vocabulary.pad), plain, fresh, found["notes"]
-    # A causal model scores every position and takes the last. Pooled first, it is the same, and the head gets vectors.
+        return Masked(model, vocabulary.pad), plain, fresh, notes
+    # A causal model scores every position and takes the last. Pooling first is equivalent, and gives the head vectors.
     body: Any = model.base_model
     network = Pooled(body, score.in_features, score.out_features, pooling="last", pad=vocabulary.pad)
     with torch.no_grad():
@@ -233,13 +230,13 @@ def _own(name: str, place: str, config: Any, num_labels: int | None, vocabulary:
         nn.init.zeros_(network.head.bias)
         if score.bias is not None:
             network.head.bias.copy_(score.bias)
-    return network, plain, fresh, found["notes"]
+    return network, plain, fresh, notes
 
 
 def _from_config(
     name: str, config: Mapping[str, Any], pooling: str | None, num_outputs: int, vocabulary: Vocabulary
 ) -> Pooled | Masked:
-    """Fresh weights by a configuration, which may be untrusted; nothing is read or fetched."""
+    """Fresh weights by a configuration, which may be untrusted."""
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     check_config(name, config)
@@ -262,21 +259,18 @@ def _from_config(
         ) from error
 
 
-def _loaded(name: str, kind: Any, place: str, **more: Any) -> tuple[nn.Module, dict[str, Any]]:
+def _loaded(name: str, kind: Any, place: str, **more: Any) -> tuple[Any, Sequence[str], tuple[str, ...]]:
+    """A network with adapters merged, the names of tensors without weights, and notes."""
     try:
-        with quiet():
-            network, found = kind.from_pretrained(
-                place, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True,
-                local_files_only=Path(place).is_dir(), **more,
-            )  # fmt: skip
-    except Exception as error:  # what hundreds of models, a network and a cache raise
+        network, info = from_pretrained(kind, place, **more)
+    except Exception as error:  # hundreds of models, a network and a cache raise different exceptions
         raise unusable(name, error) from error
     merged = wrappers.unwrapped(network, f"hf:{name}")
-    return merged.network, {**found, "notes": merged.notes}
+    return merged.network, info["missing_keys"], merged.notes
 
 
 def _without_pooler(body: Any) -> nn.Module:
-    """Without what some encoders compute of the first position for another purpose; it would be trained by nothing."""
+    """Removes the pooler of some encoders, which is not used and would not be trained."""
     if isinstance(getattr(body, "pooler", None), nn.Module):
         body.pooler = None
     encoder: nn.Module = body
@@ -287,12 +281,8 @@ def _pooling_of(network: Pooled | Masked) -> str:
     return network.pooling if isinstance(network, Pooled) else OWN
 
 
-def _is_classifier(config: Any) -> bool:
-    return any(str(a).endswith("ForSequenceClassification") for a in config.architectures or ())
-
-
 def _is_causal(config: Any) -> bool:
-    """Whether a position sees only those before it: no masked words can then have been what it was trained on."""
+    """Whether a position sees only those before it; types that also exist as masked language models do not count."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -303,11 +293,10 @@ def _is_causal(config: Any) -> bool:
 
 
 def _its_pooling(place: str) -> str | None:
-    """How a sentence encoder's own files say that it is pooled; None if they do not, or in a way that is unknown."""
-    path = Path(place) / "1_Pooling" / "config.json"
+    """The pooling in a sentence encoder's own files; None if they have none, or one that is not supported."""
     try:
-        said = json.loads(path.read_bytes())
-        return next((pooling for pooling, mode in _MODES.items() if said.get(mode) is True), None)
+        modes = json.loads((Path(place) / "1_Pooling" / "config.json").read_bytes())
+        return next((pooling for pooling, mode in _MODES.items() if modes.get(mode) is True), None)
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -315,8 +304,7 @@ def _its_pooling(place: str) -> str | None:
 def _refuse_pairs(name: str, config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise HoldfastError(
-            f"hf:{name} is an encoder and a decoder in one ({config.model_type}); expected an encoder or a causal "
-            "model."
+            f"hf:{name} is an encoder-decoder model ({config.model_type}); expected an encoder or a causal model."
         )
 
 
@@ -328,56 +316,53 @@ def _vocabulary(name: str, values: Any) -> Vocabulary:
 
 
 def _check_vocabulary(name: str, place: str, config: Any, vocabulary: Vocabulary) -> None:
-    """Refuses ids that mean something else to the model than to the task."""
+    """Refuses a task whose token ids are not the model's."""
     _check_size(name, config, vocabulary)
     if any((Path(place) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         own = load_tokenizer(place).vocabulary
         if not own.agrees(vocabulary):
             raise HoldfastError(
-                f"The task's ids are those of the tokenizer {vocabulary.name!r}, and hf:{name} brings another; leave "
-                "the task's `tokenizer` out, so that the model's own is taken."
+                f"The task's ids are those of the tokenizer {vocabulary.name!r}, and hf:{name} has another; leave the "
+                "task's `tokenizer` out, so that the model's own is used."
             )
 
 
 def _check_size(name: str, config: Any, vocabulary: Vocabulary) -> None:
     if vocabulary.size > config.vocab_size:
         raise HoldfastError(
-            f"hf:{name} knows {config.vocab_size} tokens, and the tokenizer {vocabulary.name!r} has {vocabulary.size}; "
+            f"hf:{name} has {config.vocab_size} tokens, and the tokenizer {vocabulary.name!r} has {vocabulary.size}; "
             "give the task the model's own tokenizer."
         )
 
 
-# Written for transformers
+# Saving for transformers
 
 _HEAD = "head.safetensors"
 _MODES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
 
 
 def write(network: Pooled | Masked, folder: Path, names: dict[int, str]) -> None:
-    """Writes a language model as transformers do.
+    """Writes a language model in the format of transformers.
 
     A sequence classifier is written as one. Transformers have no class for any other pooled model: its body is written
-    for `AutoModel`, its pooling as sentence encoders say it (`1_Pooling/config.json`), and its head as
+    for `AutoModel`, its pooling in the format of sentence encoders (`1_Pooling/config.json`), and its head as
     `head.safetensors`, which Holdfast reads.
     """
-    whole: Any = network.model if isinstance(network, Masked) else _scorer(network, names)
-    if whole is not None:
-        hf_vision.write(whole, folder, names)
+    classifier: Any = network.model if isinstance(network, Masked) else _scorer(network, names)
+    if classifier is not None:
+        hf_vision.write(classifier, folder, names)
         return
     assert isinstance(network, Pooled)
     hf_vision.write(network.body, folder, names)
     save_tensors(folder / _HEAD, network.head.state_dict(), {})
     (folder / "1_Pooling").mkdir(exist_ok=True)
-    said = {"word_embedding_dimension": network.head.in_features}
-    said |= {mode: pooling == network.pooling for pooling, mode in _MODES.items()}
-    write_atomic(folder / "1_Pooling" / "config.json", json.dumps(said, indent=2))
+    config = {"word_embedding_dimension": network.head.in_features}
+    config |= {mode: pooling == network.pooling for pooling, mode in _MODES.items()}
+    write_atomic(folder / "1_Pooling" / "config.json", json.dumps(config, indent=2))
 
 
 def _scorer(network: Pooled, names: dict[int, str]) -> Any:
-    """A causal model's own classifier with these weights, which scores the last token; None if there is no such class.
-
-    Its head has no bias.
-    """
+    """A causal model's own classifier with these weights, which scores the last token without a bias, or None."""
     from transformers import AutoModelForSequenceClassification
 
     body: Any = network.body
@@ -388,7 +373,7 @@ def _scorer(network: Pooled, names: dict[int, str]) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):
             model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    except ValueError:  # no classifier of this kind
+    except ValueError:  # transformers has no classifier for this model
         return None
     score = getattr(model, "score", None)
     if not isinstance(score, nn.Linear) or score.bias is not None:
@@ -399,34 +384,34 @@ def _scorer(network: Pooled, names: dict[int, str]) -> Any:
 
 
 def _has_head(network: Pooled, place: str) -> bool:
-    """Loads the head that `write` left beside a body, if it is for as many classes."""
+    """Loads the head that `write` saved beside a body, if it has as many classes."""
     path = Path(place) / _HEAD
     if not path.is_file():
         return False
-    found, _ = load_tensors(path)
+    saved, _ = load_tensors(path)
     own = network.head.state_dict()
-    if found.keys() != own.keys() or any(found[name].shape != tensor.shape for name, tensor in own.items()):
+    if saved.keys() != own.keys() or any(saved[name].shape != tensor.shape for name, tensor in own.items()):
         return False
-    network.head.load_state_dict(found)
+    network.head.load_state_dict(saved)
     return True
 
 
 def write_tokenizer(model: SplitModel, folder: Path) -> None:
-    """Writes the tokenizer of a language model, found where the model was loaded from or by its name.
+    """Writes the tokenizer of a language model, from the folder that the model was loaded from or by its name.
 
     Raises:
-        HoldfastError: if it is not found, or it is another one.
+        HoldfastError: if the tokenizer is not found, or has another vocabulary.
     """
     assert model.vocabulary is not None
     for place in filter(None, (model.tokenizer, model.vocabulary.name)):
         try:
-            found = load_tokenizer(place)
+            tokenizer = load_tokenizer(place)
         except HoldfastError:
             continue
-        if found.fast is not None and found.vocabulary.agrees(model.vocabulary):
-            found.fast.save_pretrained(folder)
+        if tokenizer.fast is not None and tokenizer.vocabulary.agrees(model.vocabulary):
+            tokenizer.fast.save_pretrained(folder)
             return
     raise HoldfastError(
-        f"{model.name}: its tokenizer {model.vocabulary.name!r} is not found, and a folder for transformers needs one. "
-        "Set model.tokenizer to a folder with its tokenizer.json; or write the model with save(FILE)."
+        f"{model.name}: its tokenizer {model.vocabulary.name!r} was not found, and a folder for transformers needs "
+        "one. Set model.tokenizer to a folder with its tokenizer.json, or write the model with save(FILE)."
     )

@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from holdfast.errors import HoldfastError
 from holdfast.models.families.hf_files import (
     check_config,
     configuration,
+    from_pretrained,
     is_folder,
     listed,
     plain_config,
@@ -34,25 +34,27 @@ def pretrained(name: str, num_labels: int | None = None) -> tuple[nn.Module, dic
 
     Args:
         name: a folder that `save_pretrained` wrote, or a name on the Hub (which needs a network, or its cache).
-        num_labels: replace the head by a fresh one with so many outputs, if its own has another number.
+        num_labels: outputs of a fresh head, which replaces the model's own if that has another number; None: keep it.
 
     Returns:
         The network and its configuration, from which `architecture` rebuilds it.
 
     Raises:
-        HoldfastError: if there is no such model, it has no safetensors, or it needs code of its own.
+        HoldfastError: if the model does not exist, has no safetensors, or needs remote code.
     """
+    from transformers import AutoModelForImageClassification
+
     config = configuration(name)
     fresh = num_labels is not None and config.num_labels != num_labels
     more = {"num_labels": num_labels, "ignore_mismatched_sizes": True} if fresh else {}
     try:
-        network, found = _from_pretrained(name, **more)
-    except Exception as error:  # what hundreds of models, a network and a cache raise
+        network, info = from_pretrained(AutoModelForImageClassification, name, **more)
+    except Exception as error:  # hundreds of models, a network and a cache raise different exceptions
         raise unusable(name, error) from error
-    if found["missing_keys"] and not fresh:
+    if info["missing_keys"] and not fresh:
         raise HoldfastError(
-            f"hf:{name} has no weights for {listed(found['missing_keys'])}; it is no trained image classifier. Train "
-            "its head first, and save the whole."
+            f"hf:{name} has no weights for {listed(info['missing_keys'])}; it is not a trained image classifier. Train "
+            "its head first, and save the whole model."
         )
     return network, plain_config(network.config)
 
@@ -60,22 +62,24 @@ def pretrained(name: str, num_labels: int | None = None) -> tuple[nn.Module, dic
 def with_weights(name: str, path: Path) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
     """Loads other weights into a classifier, strictly.
 
-    Files on the Hub may call tensors otherwise than the classes of today do; transformers itself knows how.
+    Old files may have other names of tensors than today's classes; transformers itself converts them.
 
     Args:
-        name: where the configuration is read from.
-        path: the weights; of what transformers saved, or of its state dict.
+        name: of the folder or model with the configuration.
+        path: the weights, saved by transformers or from a state dict.
 
     Returns:
-        The network, its configuration (see `pretrained`), and how the weights were understood.
+        The network, its configuration (see `pretrained`), and notes on how the weights were read.
 
     Raises:
-        HoldfastError: if they are unusable, or do not fit.
+        HoldfastError: if the weights are unusable, or do not fit.
     """
+    from transformers import AutoModelForImageClassification
+
     config = configuration(name)
     read = read_weights(path)
     tensors, renamed = without_wrappers(read.tensors)
-    # Quantised weights are integers that mean something only with their scales, which are stored elsewhere.
+    # Quantised weights are integers, and useless without their scales, which are stored elsewhere.
     integers = {n for n, t in tensors.items() if t.dim() and not t.is_floating_point()}
     if integers:
         raise HoldfastError(
@@ -85,35 +89,24 @@ def with_weights(name: str, path: Path) -> tuple[nn.Module, dict[str, Any], tupl
         config.save_pretrained(folder)
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
         try:
-            network, found = _from_pretrained(folder)
+            network, info = from_pretrained(AutoModelForImageClassification, folder)
         except Exception as error:
             raise HoldfastError(f"{str(path)!r} does not fit hf:{name}: {first_line(error)}.") from error
     for what in ("missing", "unexpected"):
-        if found[f"{what}_keys"]:
-            raise HoldfastError(f"{str(path)!r} does not fit hf:{name}: {what} {listed(found[f'{what}_keys'])}.")
+        if info[f"{what}_keys"]:
+            raise HoldfastError(f"{str(path)!r} does not fit hf:{name}: {what} {listed(info[f'{what}_keys'])}.")
     return network, plain_config(config), (*read.notes, *renamed)
 
 
-def _from_pretrained(name: str, **more: Any) -> tuple[nn.Module, dict[str, Any]]:
-    from transformers import AutoModelForImageClassification
-
-    with quiet():
-        network, found = AutoModelForImageClassification.from_pretrained(
-            name, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True,
-            local_files_only=is_folder(name), **more,
-        )  # fmt: skip
-    return network, found
-
-
 def architecture(name: str, config: dict[str, Any]) -> nn.Module:
-    """Builds a classifier with fresh weights from its configuration; nothing is read or fetched.
+    """Builds a classifier with fresh weights from its configuration, without reading or fetching any.
 
     Args:
         name: for messages.
-        config: what `pretrained` returned; if it comes from a file, it is untrusted.
+        config: returned by `pretrained`, or from a file, which is untrusted.
 
     Raises:
-        HoldfastError: if no image classifier can be made from the configuration.
+        HoldfastError: if the configuration is not that of an image classifier.
     """
     from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -141,7 +134,7 @@ def normalisation(name: str) -> Normalisation | None:
     try:
         with quiet():
             read, _ = ImageProcessingMixin.get_image_processor_dict(name, local_files_only=is_folder(name))
-    except Exception:  # the weights were found, so that there is none
+    except Exception:  # the weights were found, so the preprocessor is missing
         return None
     scale = 255 * (read.get("rescale_factor", 1 / 255) if read.get("do_rescale", True) else 1.0)
     shift = 1.0 if read.get("rescale_offset") else 0.0
@@ -152,7 +145,7 @@ def normalisation(name: str) -> Normalisation | None:
 
 
 def write(network: Any, folder: Path, names: dict[int, str]) -> None:
-    """Writes a classifier, whose outputs have these names, as transformers do; its configuration is changed."""
+    """Writes a classifier with `save_pretrained`, and the names of its outputs into its configuration."""
     network.config.id2label = names
     network.config.label2id = {name: i for i, name in names.items()}
     with quiet():

@@ -1,4 +1,4 @@
-"""The source files of the user's code: the one that is named, and what it imports from the folders around it."""
+"""The source files of the user's code: the named one, and those that it imports from the folders around it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _INSTALLED = ("torch", "torchvision", "timm", "transformers", "diffusers", "hold
 """Packages whose versions are in every result; their sources are not read."""
 
 _PATH = tuple(sys.path)
-"""Python's path as the process was started: what is put there later is for another file's imports."""
+"""Python's path at the start of the process: later entries are for another file's imports."""
 
 _COMPILED = (".so", ".pyd")
 
 
 def sha256(path: Path, name: str) -> str:
-    """Returns a hash over a source file and all that it imports, directly or not, from beside it.
+    """Returns a hash over a source file and the files beside it that it imports, directly or not.
 
-    Beside it means its own folder, or the one that its package is in, and other folders on Python's path that hold
-    neither Python's own modules nor installed packages; of an installed package, its own modules. Imports are read
-    from the sources, also those inside functions, and not by running them.
+    Files beside it are those in its own folder, or in that of its package, and in other folders on Python's path
+    without Python's own modules or installed packages; for an installed package, its own modules. Imports, also those
+    inside functions, are read from the sources, without running them.
 
     Args:
         path: of the file.
-        name: of the module as it was named; a path for a file that is run by itself.
+        name: of the module; a path for a file that is run by itself.
 
     Example:
         >>> import tempfile
@@ -49,7 +49,7 @@ def sha256(path: Path, name: str) -> str:
 
 
 def files(path: Path, name: str) -> dict[str, Path]:
-    """Returns the source files by their name below the folder that they are imported from; see `sha256`."""
+    """Returns the source files by their path relative to the folder that they are imported from; see `sha256`."""
     path = path.resolve()
     module = "" if name.endswith(".py") else name
     home = path.parent
@@ -82,7 +82,7 @@ def files(path: Path, name: str) -> dict[str, Path]:
 
 
 def _located(parts: tuple[str, ...], roots: list[Path]) -> Iterator[tuple[str, Path, Path]]:
-    """The files of a dotted name and of the packages around it, in the first root that has its beginning."""
+    """The files of a dotted name and of the packages around it, in the first root that has one of them."""
     if parts[0] in _INSTALLED:
         return
     for root in roots:
@@ -103,10 +103,10 @@ def _file_of(root: Path, parts: tuple[str, ...] | list[str]) -> Path | None:
 
 
 def _imports(file: Path, module: str) -> Iterator[tuple[str, ...]]:
-    """The dotted names that a source imports; of `from a import b` both `a` and `a.b`, for b may be a module."""
+    """The dotted names that a source imports; for `from a import b` both `a` and `a.b`, as b may be a module."""
     try:
         tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):  # it is hashed as it is; importing it raises the error
+    except (SyntaxError, ValueError):  # importing it raises the error
         return
     package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(tree):
@@ -133,7 +133,7 @@ def _calls_import(node: ast.Call) -> bool:
 
 
 def is_installed(folder: Path) -> bool:
-    """Whether a folder is one of Python's own, or one that packages are installed in."""
+    """Whether a folder belongs to Python itself, or to installed packages."""
     return any(folder.is_relative_to(place) for place in _installed_places())
 
 

@@ -1,6 +1,6 @@
 """Models from the user's code: `package.module:function`, or `path/to/file.py:function`.
 
-This runs the code. It is for code that you trust as much as this program itself.
+This runs the code, which you must trust as much as this program.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from holdfast.errors import HoldfastError, unknown
 from holdfast.models import wrappers
 from holdfast.models.families import source_files
-from holdfast.models.family import CODE, FAMILIES, Built, Family, Values, register
+from holdfast.models.family import CODE, FAMILIES, Built, Family, Shape, Values, register
 from holdfast.models.introspection import first_line
 from holdfast.models.labels import names_of
 from holdfast.models.spec import ModelSpec
@@ -33,7 +33,7 @@ from holdfast.models.split_model import SplitModel
 
 @dataclass(frozen=True)
 class Code:
-    """A function that makes a network, found anew wherever this object is unpickled.
+    """A function that makes a network; a process that unpickles this object imports it.
 
     Attributes:
         source: a module's dotted name, or the absolute path of a file.
@@ -45,21 +45,21 @@ class Code:
 
     @classmethod
     def named(cls, name: str) -> Code:
-        """Returns the code of a name, without running it yet; a path becomes absolute.
+        """Returns the code of a name without running it; a path becomes absolute.
 
         Raises:
-            HoldfastError: if there is no such file, or the name lacks a part.
+            HoldfastError: if the file does not exist, or the name lacks a part.
         """
         source, _, function = name.rpartition(":")
         if not source or not function:
             raise HoldfastError(
-                f"{name!r} is no place of a function; write package.module:function or file.py:function."
+                f"{name!r} does not name a function; write package.module:function or file.py:function."
             )
         if not _is_file(source):
             return cls(source, function)
         path = Path(source).expanduser().resolve()
         if not path.is_file():
-            raise HoldfastError(f"{name!r}: there is no file {str(path)!r}.")
+            raise HoldfastError(f"{name!r}: the file {str(path)!r} does not exist.")
         return cls(str(path), function)
 
     @property
@@ -68,19 +68,19 @@ class Code:
         return f"{Path(self.source).name if _is_file(self.source) else self.source}:{self.function}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The process that unpickles this needs the module before the network, whose classes it defines.
+        # A process that unpickles this needs the module, which defines the network's classes, before the network.
         return _imported, (self.source, self.function)
 
     @property
     def sha256(self) -> str:
-        """Hash of the source file and of what it imports from beside it; of the module's name, where there is none.
+        """Hash of the source file and the files that it imports beside it; without a file, of the module's name.
 
         See `holdfast.models.families.source_files`. Files that the code opens are not included.
         """
         path = getattr(self.module(), "__file__", None)
-        return (
-            source_files.sha256(Path(path), self.source) if path else hashlib.sha256(self.source.encode()).hexdigest()
-        )
+        if path:
+            return source_files.sha256(Path(path), self.source)
+        return hashlib.sha256(self.source.encode()).hexdigest()
 
     def module(self) -> ModuleType:
         """Imports the module, or runs the file (once a process).
@@ -95,7 +95,7 @@ class Code:
             raise
         except SystemExit as error:
             raise HoldfastError(
-                f"{self.label!r} ends the program when it is imported (sys.exit, or argparse); put what a script does "
+                f"{self.label!r} ends the program when it is imported (sys.exit, or argparse); put a script's actions "
                 'under `if __name__ == "__main__":`.'
             ) from error
         except ModuleNotFoundError as error:
@@ -107,13 +107,13 @@ class Code:
             )
             raise HoldfastError(
                 f"{self.label!r}: there is no module {missing!r} here; "
-                + (f"did you mean {near[0]}:{self.function}? Else " if near else "")
+                + (f"did you mean {near[0]}:{self.function}? Otherwise " if near else "")
                 + f"give a file as path/to/file.py:{self.function}."
             ) from error
         except ImportError as error:
             hint = ""
             if "relative import" in str(error):
-                hint = " Name it by its package, package.module:function, from the folder that the package is in."
+                hint = " Name it by its package, package.module:function, in the folder that contains the package."
             raise HoldfastError(f"{self._failed('cannot be imported', error)}{hint}") from error
         except Exception as error:
             raise self._failed("cannot be imported", error) from error
@@ -121,27 +121,27 @@ class Code:
         return module
 
     def _refuse_changed(self, module: ModuleType) -> None:
-        """Refuses code that was changed after this process imported it: Python would run what it was before."""
+        """Refuses code that was changed after this process imported it: Python would run the old code."""
         path = getattr(module, "__file__", None)
         if path is None or not Path(path).is_file() or source_files.is_installed(Path(path)):
             return
         now = source_files.sha256(Path(path), self.source)
         if _IMPORTED.setdefault(path, now) != now:
             raise HoldfastError(
-                f"{self.label!r}, or what it imports from beside it, was changed since it was imported here; start a "
-                "new process, which runs it as it is now."
+                f"{self.label!r}, or a file that it imports beside it, was changed after this process imported it; "
+                "start a new process, which runs the new code."
             )
 
     def build(self, input_shape: tuple[int, ...], num_outputs: int, options: dict[str, Any]) -> nn.Module | SplitModel:
         """Calls the function: with `input_shape` and `num_outputs` if it takes them, and with the options.
 
         Raises:
-            HoldfastError: if there is no such function, it does not take the options, raises, or returns no module.
+            HoldfastError: if the function does not exist, does not take the options, raises, or returns no module.
         """
         function = self._find()
         sizes = {"input_shape": input_shape, "num_outputs": num_outputs}
-        takes = _parameters(function)
-        given = {**{k: v for k, v in sizes.items() if k in takes}, **options}
+        parameters = _parameters(function)
+        given = {**{k: v for k, v in sizes.items() if k in parameters}, **options}
         try:
             with _undisturbed():
                 made = function(**given)
@@ -152,34 +152,32 @@ class Code:
         except Exception as error:
             raise self._failed(f"raised when it was called with {given or 'no arguments'}", error) from error
         if not isinstance(made, nn.Module):
-            raise HoldfastError(
-                f"{self.label!r} returned {_kind(made)}; expected a torch.nn.Module.{_mend(made, self.label)}"
-            )
+            kind = f"the class {made.__name__}" if isinstance(made, type) else type(made).__name__
+            raise HoldfastError(f"{self.label!r} returned {kind}; expected a torch.nn.Module.{_hint(made, self.label)}")
         return made
 
     def _find(self) -> Callable[..., Any]:
-        found: Any = self.module()
+        function: Any = self.module()
         for part in self.function.split("."):
-            if not hasattr(found, part):
-                names = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")]
+            if not hasattr(function, part):
+                names = [n for n, v in vars(function).items() if callable(v) and not n.startswith("_")]
                 raise unknown(f"function in {self.label.rpartition(':')[0]!r}:", self.function, names)
-            found = getattr(found, part)
-        if not callable(found):
+            function = getattr(function, part)
+        if not callable(function):
             raise HoldfastError(
-                f"{self.label!r} is {type(found).__name__}; expected a function that returns a network."
+                f"{self.label!r} is {type(function).__name__}; expected a function that returns a network."
             )
-        made: Callable[..., Any] = found
-        return made
+        return function  # type: ignore[no-any-return]
 
     def _failed(self, what: str, error: Exception) -> HoldfastError:
         return HoldfastError(f"{self.label!r} {what}: {type(error).__name__}: {first_line(error)}.")
 
 
 def loaded_layers(first: nn.Module, again: nn.Module) -> list[str]:
-    """Returns the layers of a network built twice, under different seeds, whose weights cannot be fresh.
+    """Returns the layers whose weights are not fresh, from two networks built under different seeds.
 
-    A function that builds a network may load its weights as well. A layer counts that has a parameter which came out
-    the same twice, and is not constant.
+    A function that builds a network may also load its weights. A layer counts if it has a parameter that is the same
+    in both networks and not constant.
 
     Example:
         >>> loaded_layers(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -189,12 +187,12 @@ def loaded_layers(first: nn.Module, again: nn.Module) -> list[str]:
         ['0']
     """
     before = dict(first.named_parameters())
-    same = [n for n, p in again.named_parameters() if n in before and _same(p, before[n]) and not _constant(p)]
-    return list(dict.fromkeys(n.rpartition(".")[0] for n in same))
+    same = [(n, p) for n, p in again.named_parameters() if n in before and torch.equal(p, before[n])]
+    return list(dict.fromkeys(n.rpartition(".")[0] for n, p in same if (p != p.flatten()[:1]).any()))
 
 
 def renew(network: nn.Module, layers: list[str], name: str) -> None:
-    """Initialises layers anew: the scratch control must not have weights that were loaded.
+    """Initialises layers anew: the scratch control must not have loaded weights.
 
     Raises:
         HoldfastError: naming the layer, if it cannot initialise itself.
@@ -203,20 +201,16 @@ def renew(network: nn.Module, layers: list[str], name: str) -> None:
         layer = network.get_submodule(dotted)
         if not hasattr(layer, "reset_parameters"):
             raise HoldfastError(
-                f"{name} gives the same weights whenever it is called, and layer {dotted or '(root)'!r} "
-                f"({type(layer).__name__}) has no reset_parameters: the scratch control needs fresh ones. Let the "
+                f"{name} returns the same weights in every call, and layer {dotted or '(root)'!r} "
+                f"({type(layer).__name__}) has no reset_parameters: the scratch control needs fresh weights. Let the "
                 "function return an untrained network, and give its weights as .safetensors (--weights)."
             )
         initialise: Callable[[], None] = layer.reset_parameters  # type: ignore[assignment]
         initialise()
 
 
-def _kind(made: Any) -> str:
-    return f"the class {made.__name__}" if isinstance(made, type) else type(made).__name__
-
-
-def _mend(made: Any, label: str) -> str:
-    """What to do about something that was returned instead of a network."""
+def _hint(made: Any, label: str) -> str:
+    """A hint about an object that was returned instead of a network."""
     if isinstance(made, type):
         return " Let it return an object of the class, not the class itself."
     if made is None:
@@ -228,18 +222,10 @@ def _mend(made: Any, label: str) -> str:
         )
     parts = made.values() if isinstance(made, Mapping) else made if isinstance(made, list | tuple) else ()
     if any(isinstance(part, nn.Module) for part in parts):
-        return " Return the network in it alone."
+        return " Return only the network in it."
     if isinstance(getattr(made, "model", None), nn.Module):
         return " Return its `model`."
     return ""
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
-
-
-def _constant(values: Tensor) -> bool:
-    return bool((values == values.flatten()[:1]).all())
 
 
 def _is_file(source: str) -> bool:
@@ -247,12 +233,12 @@ def _is_file(source: str) -> bool:
 
 
 _IMPORTED: dict[str, str] = {}
-"""Hash of the code by its file, when it was first imported in this process."""
+"""Hash of the code by its file, at its first import in this process."""
 
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Restores torch's global settings, which the user's code may change: they must not affect what runs later."""
+    """Restores torch's global settings, which the user's code may change, so that later code is not affected."""
     before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device()
     try:
         yield
@@ -270,12 +256,12 @@ def _imported(source: str, function: str) -> Code:
 
 
 _FOLDERS: set[Path] = set()
-"""Folders from which files were run, and modules beside them imported."""
+"""Folders of the files that were run."""
 
 
 @contextlib.contextmanager
 def _first_on_path(folder: Path) -> Iterator[None]:
-    """Imports from a folder first, as Python does with a program's own; later only what is nowhere else."""
+    """Puts a folder first on Python's path, and afterwards last."""
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     try:
@@ -292,7 +278,7 @@ def _from_name(name: str) -> ModuleType:
 
 
 def _from_file(path: Path) -> ModuleType:
-    """Runs a file as a module of its own, whose name depends on its path alone: pickled classes are found by it."""
+    """Runs a file as a module whose name depends only on its path, so that pickled classes are found."""
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -300,7 +286,7 @@ def _from_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look up their module
     try:
         with _first_on_path(path.parent):
             spec.loader.exec_module(module)
@@ -312,24 +298,24 @@ def _from_file(path: Path) -> ModuleType:
 
 
 def _refuse_twins(path: Path) -> None:
-    """Refuses a file beside which stands a module of a name that was imported from beside another file.
+    """Refuses a file next to a module whose name another file's neighbour already has.
 
-    Python keeps one module a name: this file would silently get the other's.
+    Python keeps one module a name: this file would silently import the other's.
     """
     for twin in sorted(path.parent.iterdir()):
         taken = Path(getattr(sys.modules.get(twin.stem), "__file__", None) or "")
         home = taken.parent.parent if taken.name == "__init__.py" else taken.parent
         if home in _FOLDERS and home != path.parent:
             raise HoldfastError(
-                f"{str(path)!r} stands beside {twin.name!r}, and another file that was run beside {str(taken)!r}: "
-                "Python keeps one module a name, and would mix them. Rename one of the two."
+                f"{str(path)!r} is beside {twin.name!r}, and another file that was run is beside {str(taken)!r}: "
+                "Python keeps one module a name, and would mix them up. Rename one of the two."
             )
 
 
 def _parameters(function: Callable[..., Any]) -> list[str]:
     try:
         return list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # of something written in C
+    except (TypeError, ValueError):  # a function in C has no signature
         return []
 
 
@@ -337,9 +323,7 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
 class CodeFamily(Family):
     """Networks that a function of the user's code returns."""
 
-    def build(
-        self, spec: ModelSpec, input_shape: tuple[int, ...], num_outputs: int, data_dir: Path | str | None
-    ) -> Built:
+    def build(self, spec: ModelSpec, input_shape: Shape, num_outputs: int, data_dir: Path | str | None) -> Built:
         """See `Family.build`; this runs the code."""
         code = Code.named(spec.name)
         made = code.build(input_shape, num_outputs, spec.options)
@@ -351,8 +335,8 @@ class CodeFamily(Family):
             mean, std = (None if v is None else tuple(v.flatten().tolist()) for v in (split.mean, split.std))
             norm = (mean, std)
         else:
-            found = wrappers.unwrapped(made, code.label, spec.head)
-            network, notes = found.network, found.notes
+            plain = wrappers.unwrapped(made, code.label, spec.head)
+            network, notes = plain.network, plain.notes
             norm = _own_normalisation(network) if len(input_shape) == 3 else None
         return Built(
             network,
@@ -393,7 +377,7 @@ class _CodeFactory:
 
 
 def _own_normalisation(network: nn.Module) -> tuple[Values, Values] | None:
-    """Mean and std in a network's configuration, as timm's have it; None if there are none, or they are unusable."""
+    """Mean and std in a network's configuration, in timm's format; None if they are missing or unusable."""
     for attribute in ("pretrained_cfg", "default_cfg"):
         config = getattr(network, attribute, None)
         values = [config.get(key) if isinstance(config, Mapping) else None for key in ("mean", "std")]

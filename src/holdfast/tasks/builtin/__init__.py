@@ -1,4 +1,4 @@
-"""Tasks with a name: one file each, which registers a function that makes the task.
+"""Named tasks: each file registers a function that makes the task.
 
     @TASKS.register("wine")
     def wine() -> ArrayTask: ...
@@ -19,7 +19,7 @@ TASKS: Registry[Callable[..., Task]] = Registry("task", "holdfast.tasks.builtin"
 
 
 def is_sentences(name: str) -> bool:
-    """Says whether a named task is made with a tokenizer.
+    """Returns whether a named task needs a tokenizer.
 
     Example:
         >>> is_sentences("phrases-mood"), is_sentences("digits")

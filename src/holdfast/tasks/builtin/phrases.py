@@ -1,7 +1,7 @@
 """Made-up sentences with three kinds of labels: text without a file, for examples and tests of recipes.
 
-A few frames are filled with words. The sentences do not represent a language: a result on them says
-nothing about real text.
+A few frames are filled with words. The sentences do not represent a language, so results on them do not carry over to
+real text.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _TRAIN, _TEST = 480, 240
 
 @TASKS.register("phrases-topic")
 def phrases_topic(tokenizer: Tokenizer, length: int = LENGTH) -> TextTask:
-    """Returns sentences labelled by what they are about."""
+    """Returns sentences labelled by topic."""
     return _phrases("topic", tokenizer, length)
 
 
@@ -65,7 +65,7 @@ def phrases_form(tokenizer: Tokenizer, length: int = LENGTH) -> TextTask:
 
 
 def _phrases(label: str, tokenizer: Tokenizer, length: int) -> TextTask:
-    """Each task has sentences of its own, drawn by a seed that never changes."""
+    """Each task has its own sentences, drawn by a fixed seed."""
     rng = np.random.default_rng(list(_LABELS).index(label))
     wanted = list(_LABELS[label])
 
