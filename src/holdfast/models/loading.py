@@ -83,10 +83,10 @@ def _split(spec: ModelSpec, built: Built, task: Task) -> SplitModel:
                 "which are not normalised; leave head, mean and std out."
             )
         model = diffusion.Denoiser(built.network, scheduler=built.scheduler, **more)
-    elif built.foreign:
+    elif built.foreign or head is None:
         model = SplitModel.of(built.network, task, head=head, mean=mean, std=std, **more)
     else:
-        model = SplitModel(built.network, str(head), mean=mean, std=std, **more)
+        model = SplitModel(built.network, head, mean=mean, std=std, **more)
     model.notes += built.notes
     if built.code is not None:
         model.code = built.code
