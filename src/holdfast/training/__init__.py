@@ -1,0 +1,44 @@
+"""Fine-tuning, in one place: defenses simulate it, adversaries run it."""
+
+from holdfast.training.finetuning import finetune, optimizer_of, pretrain, reshape_gradient
+from holdfast.training.starts import (
+    ADAPTED,
+    SHRINK,
+    not_applicable,
+    prepare,
+    renew_blocks,
+    renewed,
+    shrink_and_perturb,
+    trained_modules,
+)
+from holdfast.training.strategy import (
+    OPTIMIZERS,
+    Gradient,
+    Initialisation,
+    Precision,
+    PretrainSpec,
+    Scope,
+    Strategy,
+)
+
+__all__ = [
+    "ADAPTED",
+    "OPTIMIZERS",
+    "SHRINK",
+    "Gradient",
+    "Initialisation",
+    "Precision",
+    "PretrainSpec",
+    "Scope",
+    "Strategy",
+    "finetune",
+    "not_applicable",
+    "optimizer_of",
+    "prepare",
+    "pretrain",
+    "renew_blocks",
+    "renewed",
+    "reshape_gradient",
+    "shrink_and_perturb",
+    "trained_modules",
+]

@@ -1,0 +1,170 @@
+"""Fine-tuning steps and pretraining."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from holdfast.models import SplitModel
+from holdfast.runtime.devices import autocast
+from holdfast.runtime.distributed import ProcessGroup, process_group
+from holdfast.runtime.run import Run
+from holdfast.tasks import Task
+from holdfast.training.starts import trained_modules
+from holdfast.training.strategy import OPTIMIZERS, Gradient, PretrainSpec, Strategy
+
+BURN_IN = 10.0
+"""The learning rate in a burn-in is so many times higher."""
+
+
+def optimizer_of(model: SplitModel, strategy: Strategy) -> torch.optim.Optimizer:
+    """Returns a strategy's optimizer over what it moves in a model that is where it starts from (see `prepare`)."""
+    moved = [p for p in model.parameters() if p.requires_grad]
+    return OPTIMIZERS[strategy.optimizer](moved, strategy.learning_rate, strategy.weight_decay)
+
+
+def finetune(
+    model: SplitModel,
+    task: Task,
+    strategy: Strategy,
+    *,
+    generator: torch.Generator,
+    device: torch.device,
+    burn_in: int = 0,
+    penalty: Callable[[], Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    together: ProcessGroup | None = None,
+) -> Iterator[Tensor]:
+    """Fine-tunes a model in place, without end: take as many steps as you want.
+
+    Before every step the model is put in training mode (see `Strategy.scope`), so that the caller may score it in
+    between.
+
+    Args:
+        model: already in the state that the strategy starts from (see `prepare`).
+        task: the data and the loss.
+        strategy: optimizer, learning rate, batch size and scope.
+        generator: draws the batches.
+        device: where model and data are.
+        burn_in: first steps, which are taken at `BURN_IN` times the learning rate.
+        penalty: called once a step, in training mode; what it returns is added to the loss.
+        optimizer: continues with this one, made by `optimizer_of` for this model and strategy; None: a new one.
+        together: the processes that train one model, each on batches of its own; None: this one trains its own.
+
+    Yields:
+        The training loss of each step, a detached scalar, after the step.
+    """
+    moved = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer_of(model, strategy) if optimizer is None else optimizer
+    alone = trained_modules(model, strategy)
+    batches = task.batches("train", strategy.batch_size, generator=generator, device=device)
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups if step in (0, burn_in) else ():
+            group["lr"] = strategy.learning_rate * (BURN_IN if step < burn_in else 1)
+        model.train(strategy.scope not in ("head", "last-block"))
+        for module in alone:
+            module.train()
+        with autocast(device, strategy.precision == "bf16"):
+            loss = task.loss(model, batch)
+            total = loss if penalty is None else loss + penalty()
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()  # type: ignore[no-untyped-call]
+        if together is not None:
+            together.average_gradients(moved)
+            together.sync_buffers(model)
+        if strategy.gradient != "raw":
+            reshape_gradient(moved, strategy.gradient)
+        optimizer.step()
+        yield loss.detach()
+
+
+def reshape_gradient(parameters: Iterable[nn.Parameter], gradient: Gradient) -> None:
+    """Changes gradients in place as `Strategy.gradient` says.
+
+    Example:
+        >>> p = nn.Parameter(torch.zeros(2))
+        >>> p.grad = torch.tensor([3e-30, 4e-30])
+        >>> reshape_gradient([p], "normalised")
+        >>> p.grad
+        tensor([0.6000, 0.8000])
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads or gradient == "raw":
+        return
+    for g in grads:
+        torch.nan_to_num_(g)
+    if gradient == "sign":
+        torch._foreach_sign_(grads)
+        return
+    # By the largest entry first: a defense may leave tiny gradients on purpose, whose squares are all 0.
+    for length in (_largest, _norm):
+        size = length(grads)
+        if size > 0:
+            for g in grads:
+                g.div_(size)
+
+
+def _largest(grads: list[Tensor]) -> float:
+    return max(float(g.abs().max()) for g in grads)
+
+
+def _norm(grads: list[Tensor]) -> float:
+    return math.hypot(*(float(g.norm()) for g in grads))
+
+
+def _averaged(model: nn.Module, decay: float) -> AveragedModel:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+
+
+def pretrain(
+    model: SplitModel,
+    task: Task,
+    *,
+    steps: int = 600,
+    strategy: Strategy | None = None,
+    ema: float | None = None,
+    seed: int = 0,
+    run: Run | None = None,
+) -> SplitModel:
+    """Trains a copy of a model on a task; if several processes were launched, they train it together.
+
+    Args:
+        model: left as it is.
+        task: what to learn.
+        steps: gradient steps.
+        strategy: optimizer, learning rate, batch size; by default Adam at 2e-3 with batches of 64.
+        ema: decay of an exponential moving average of the weights, which is then the result, as is usual for diffusion
+            models; None: the last weights are.
+        seed: of the batches; ignored if a `run` is given.
+        run: seed, device and progress display.
+
+    Returns:
+        The trained model.
+
+    Example:
+        >>> import holdfast
+        >>> task = holdfast.load_task("digits[0-4]")
+        >>> model = holdfast.pretrain(holdfast.load_model("mlp", task), task, steps=100)
+        >>> task.score(model) > 0.9
+        True
+    """
+    run = run or Run(seed)
+    strategy = strategy or PretrainSpec().strategy()
+    trained = model.clone().to(run.device)
+    group = process_group()
+    with run.seeded(*group.own("pretrain")) as generator, run.progress("Training the original", steps) as bar:
+        training = finetune(trained, task, strategy, generator=generator, device=run.device, together=group)
+        average = None if ema is None else _averaged(trained, ema)
+        for _ in range(steps):
+            next(training)
+            if average is not None:
+                average.update_parameters(trained)
+            bar.tick()
+    if average is not None:
+        trained.load_state_dict(average.module.state_dict())
+    group.broadcast_state(trained)
+    return trained.eval()

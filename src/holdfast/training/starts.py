@@ -1,0 +1,186 @@
+"""The state that a strategy starts from: fresh parts, adapters, and which parameters move."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Final
+
+import torch
+from torch import nn
+
+from holdfast.errors import HoldfastError
+from holdfast.models import SplitModel, is_normalisation
+from holdfast.models.blocks import Block
+from holdfast.tasks import Task
+from holdfast.training.strategy import Scope, Strategy
+
+
+def not_applicable(strategy: Strategy, model: SplitModel, task: Task) -> str | None:
+    """Says why a strategy cannot start on a model and a task, or None if it can."""
+    if strategy.initialisation == "direct" and model.num_outputs < task.num_outputs:
+        return f"it keeps the head, which has {model.num_outputs} outputs, and the task has {task.num_outputs} classes"
+    if strategy.scope == "norm" and not _normalisations(model):
+        return "it has no normalisation layer with parameters"
+    if strategy.scope in ADAPTED and not _adaptable(model, strategy.scope):
+        where = "attention" if strategy.scope == "lora-attention" else "body"
+        return f"its {where} has no linear or convolutional layer that takes adapters"
+    return _no_blocks(strategy, model)
+
+
+def _no_blocks(strategy: Strategy, model: SplitModel) -> str | None:
+    if strategy.renews or strategy.scope == "last-block":
+        blocks = model.blocks()
+        if not blocks:
+            return "its body has no layer with weights, so there is no last block"
+        if strategy.initialisation == "last-half" and len(blocks) == 1:
+            return "its body is a single block, which has no last half"
+    reason = model.not_renewable() if strategy.needs_fresh_model else None
+    return None if reason is None else f"a part of the body should start anew, and {reason}"
+
+
+def prepare(
+    model: SplitModel, strategy: Strategy, task: Task, reference: SplitModel | None = None
+) -> list[nn.Parameter]:
+    """Puts a model into the state that a strategy starts from, in place.
+
+    A fresh head has one output a class and is drawn from torch's global generator.
+
+    Args:
+        model: what the adversary got.
+        strategy: how it starts and what moves.
+        task: its number of classes sizes a fresh head.
+        reference: a fresh model, for the blocks that start anew; None: one is drawn if it is needed.
+
+    Returns:
+        The parameters that the strategy moves.
+
+    Raises:
+        HoldfastError: if the strategy is not applicable.
+    """
+    reason = not_applicable(strategy, model, task)
+    if reason is not None:
+        raise HoldfastError(f"{strategy} cannot be run on {task.name!r}: {reason}.")
+    if strategy.needs_fresh_model:
+        reference = reference if reference is not None else model.fresh()
+        renew_blocks(model, strategy, reference)
+    if strategy.initialisation == "shrink-perturb":
+        assert reference is not None
+        shrink_and_perturb(model, reference)
+    if strategy.initialisation != "direct":
+        model.reset_head(task.num_outputs)
+    if strategy.scope in ADAPTED:
+        _add_adapters(model, strategy)
+    else:
+        for parameter in model.parameters():
+            parameter.requires_grad_(strategy.scope == "all" and parameter.is_floating_point())
+        for module in _moved_modules(model, strategy.scope):
+            module.requires_grad_(True)
+    model.head.requires_grad_(True)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def renew_blocks(model: SplitModel, strategy: Strategy, reference: SplitModel) -> None:
+    """Gives the blocks that a strategy starts anew the reference's weights; done twice, it changes nothing more."""
+    model.reinitialise([name for name, _ in renewed(model, strategy)], reference)
+
+
+SHRINK = 0.5
+"""What "shrink-perturb" keeps of a weight; the rest is a fresh one's."""
+
+
+@torch.no_grad()
+def shrink_and_perturb(model: SplitModel, reference: SplitModel) -> None:
+    """Makes every weight of two and more axes half of what it is and half of the reference's, in place.
+
+    Example:
+        >>> from holdfast.tasks import load_task
+        >>> import holdfast
+        >>> model = holdfast.load_model("mlp", load_task("digits[0-4]"))
+        >>> before, fresh = model.clone(), model.fresh()
+        >>> shrink_and_perturb(model, fresh)
+        >>> torch.equal(model.head.weight, 0.5 * before.head.weight + 0.5 * fresh.head.weight)
+        True
+    """
+    fresh = dict(reference.network.named_parameters())
+    for name, weight in model.network.named_parameters():
+        like = fresh.get(name)
+        if weight.dim() > 1 and like is not None and like.shape == weight.shape:
+            weight.mul_(SHRINK).add_(like.to(weight), alpha=1 - SHRINK)
+
+
+def renewed(model: SplitModel, strategy: Strategy) -> Block:
+    """Returns the layers of the body that a strategy starts anew, with their dotted names in `model.network`."""
+    if not strategy.renews:
+        return []
+    blocks = model.blocks()
+    kept = len(blocks) - 1 if strategy.initialisation == "last-block" else len(blocks) // 2
+    return [layer for block in blocks[kept:] for layer in block]
+
+
+def trained_modules(model: SplitModel, strategy: Strategy) -> list[nn.Module]:
+    """Returns the modules in training mode where only a part of the model is trained; see `Strategy.scope`."""
+    return _moved_modules(model, "last-block") if strategy.scope == "last-block" else []
+
+
+def _moved_modules(model: SplitModel, scope: Scope) -> list[nn.Module]:
+    """The modules trained beside the head, for scopes other than "all" and adapters."""
+    if scope == "last-block":
+        return [module for _, module in model.blocks()[-1]]
+    return _normalisations(model) if scope == "norm" else []
+
+
+def _normalisations(model: SplitModel) -> list[nn.Module]:
+    return [m for m in model.network.modules() if is_normalisation(m) and any(True for _ in m.parameters())]
+
+
+ADAPTED: Final[tuple[Scope, ...]] = ("lora", "lora-attention")
+"""Scopes that put adapters beside layers."""
+
+LORA_ALPHA = 16
+"""Adapters are scaled by this over their rank."""
+
+
+def _adaptable(model: SplitModel, scope: Scope) -> list[str]:
+    """Layers of the body that peft can put an adapter beside: plain ones, whose weights no other module reads.
+
+    Attention is recognised by the name of its class.
+    """
+    attention = [n for n, m in model.network.named_modules() if "attention" in type(m).__name__.lower()]
+    names = []
+    for parent, module in model.network.named_modules():
+        if isinstance(module, nn.MultiheadAttention):  # it uses the weights of its projection, not the layer
+            continue
+        for child, layer in module.named_children():
+            name = f"{parent}.{child}" if parent else child
+            plain = (
+                type(layer) is nn.Linear
+                or _is_transposed(layer)
+                or (type(layer) is nn.Conv2d and layer.groups == 1 and set(layer.dilation) == {1})
+            )
+            wanted = scope == "lora" or any(name.startswith(f"{place}.") for place in attention)
+            if plain and wanted and name != model.head_name:
+                names.append(name)
+    return names
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    """Whether it is the linear layer of GPT-2's code in transformers, which stores its weight transposed."""
+    return (type(layer).__module__, type(layer).__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def _add_adapters(model: SplitModel, strategy: Strategy) -> None:
+    import peft
+
+    names = _adaptable(model, strategy.scope)
+    pattern = "|".join(map(re.escape, names))
+    # peft takes the setting for all layers together, and corrects it for those that it does not fit, with a warning.
+    transposed = any(_is_transposed(model.network.get_submodule(name)) for name in names)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        peft.inject_adapter_in_model(
+            peft.LoraConfig(
+                r=strategy.rank, lora_alpha=LORA_ALPHA, target_modules=f"({pattern})", fan_in_fan_out=transposed
+            ),
+            model.network,
+        )

@@ -1,0 +1,138 @@
+"""How a model is fine-tuned: the phi of SOPHON as settings, and the optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, Final, Literal, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from holdfast.errors import HoldfastError, unknown
+
+Initialisation = Literal["direct", "head", "last-block", "last-half", "shrink-perturb"]
+Scope = Literal["all", "head", "last-block", "norm", "lora", "lora-attention"]
+Gradient = Literal["raw", "normalised", "sign"]
+Precision = Literal["float32", "bf16"]
+OptimizerFactory = Callable[[Iterable[nn.Parameter], float, float], torch.optim.Optimizer]
+
+
+def _sgd(**fixed: Any) -> OptimizerFactory:
+    return lambda params, lr, decay: torch.optim.SGD(params, lr=lr, weight_decay=decay, **fixed)
+
+
+OPTIMIZERS: Final[dict[str, OptimizerFactory]] = {
+    "sgd": _sgd(fused=True),
+    "momentum": _sgd(momentum=0.9, fused=True),
+    "nesterov": _sgd(momentum=0.9, nesterov=True, fused=True),
+    "adagrad": lambda params, lr, decay: torch.optim.Adagrad(params, lr=lr, weight_decay=decay),
+    "adadelta": lambda params, lr, decay: torch.optim.Adadelta(params, lr=lr, weight_decay=decay),
+    "adam": lambda params, lr, decay: torch.optim.Adam(params, lr=lr, weight_decay=decay, fused=True),
+    "adamw": lambda params, lr, decay: torch.optim.AdamW(params, lr=lr, weight_decay=decay, fused=True),
+}
+"""Optimizers by name: (parameters, learning rate, weight decay) -> optimizer. Momentum is 0.9, as usual."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How a model is fine-tuned: the phi of SOPHON, section 2.2.
+
+    The paper's three are direct+all, initFC+all (`initialisation="head", scope="all"`) and initFC+FC (both "head").
+
+    Attributes:
+        initialisation: start from the whole model ("direct"), or with a part of it freshly initialised: the head
+            ("head"), the head and the last block of the body ("last-block"), or the head and the second half of its
+            blocks ("last-half"); see `SplitModel.blocks`. Or with every weight halved, half of a fresh one added, and a
+            fresh head ("shrink-perturb", after Ash and Adams, NeurIPS 2020). The head as torch initialises it, other
+            layers as the architecture does.
+        scope: which parameters move, always with the head: "all"; "head", it alone; "last-block"; "norm", scale and
+            shift of every normalisation layer; "lora", low-rank adapters beside every linear and convolutional layer;
+            "lora-attention", only beside those of attention, as is usual for diffusion models. With "head" and
+            "last-block", what does not move stays in evaluation mode. With "norm" and adapters the whole model is in
+            training mode, as in all fine-tuning: BatchNorm sees the statistics of the new data.
+        optimizer: a name of `OPTIMIZERS`.
+        learning_rate: constant, above 0.
+        batch_size: samples a step; capped at the size of the training split.
+        weight_decay: at least 0.
+        gradient: what the optimizer gets: the gradient ("raw"), all of it scaled to length 1 ("normalised"), or its
+            signs ("sign"). In the last two, what is not a number counts as 0.
+        rank: of the adapters.
+        precision: of the forward and backward pass: the weights' own ("float32"), or bfloat16 where torch.autocast
+            takes it ("bf16"), which is faster on hardware that has it. Weights, optimizer and scores keep theirs.
+
+    Raises:
+        HoldfastError: for an unknown name or a number out of range.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # where a recipe writes one, a misspelled key is an error
+
+    initialisation: Initialisation = "direct"
+    scope: Scope = "all"
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    batch_size: int = 50
+    weight_decay: float = 0.0
+    gradient: Gradient = "raw"
+    rank: int = 8
+    precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        named = {"initialisation": Initialisation, "scope": Scope, "gradient": Gradient, "precision": Precision}
+        for name, known in named.items():
+            if getattr(self, name) not in get_args(known):
+                raise unknown(name, getattr(self, name), get_args(known))
+        if not self.learning_rate > 0:
+            raise HoldfastError(f"learning_rate is {self.learning_rate}; expected a number above 0.")
+        for name in ("batch_size", "rank"):
+            if getattr(self, name) < 1:
+                raise HoldfastError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if not self.weight_decay >= 0:
+            raise HoldfastError(f"weight_decay is {self.weight_decay}; expected at least 0.")
+
+    @property
+    def renews(self) -> bool:
+        """Whether a part of the body starts anew."""
+        return self.initialisation in ("last-block", "last-half")
+
+    @property
+    def needs_fresh_model(self) -> bool:
+        """Whether the start takes weights from a fresh model."""
+        return self.renews or self.initialisation == "shrink-perturb"
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the settings as plain values; `gradient`, `rank` and `precision` only where not the default.
+
+        Published batteries have hashes of these settings, which a setting added later must not change.
+
+        Example:
+            >>> list(Strategy(gradient="sign").settings())[-2:]
+            ['weight_decay', 'gradient']
+        """
+        later = {f.name: f.default for f in fields(self) if f.name in ("gradient", "rank", "precision")}
+        return {k: v for k, v in asdict(self).items() if v != later.get(k, MISSING)}
+
+
+class PretrainSpec(BaseModel):
+    """How the original model is made where no weights are given: honest training on the benign task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(600, ge=1)
+    optimizer: str = "adam"
+    learning_rate: float = 2e-3
+    batch_size: int = 64
+    weight_decay: float = 0.0
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Keep an exponential moving average of the weights with this decay, and take it in the end.",
+    )
+
+    def strategy(self) -> Strategy:
+        """Returns the strategy to train with."""
+        return Strategy("direct", "all", self.optimizer, self.learning_rate, self.batch_size, self.weight_decay)
