@@ -1,7 +1,7 @@
 """Red flags before the attacks: signs in a released model that its resistance is not what it seems.
 
-A model is compared with the original and with a fresh one: what these show as well was not done by a defense.
-The limits stand here, and their reasons in docs/red-flags.md.
+A model is compared with the original and with a fresh one: what they show too was not done by a defense.
+The reasons for the limits are in docs/red-flags.md.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from holdfast.runtime.run import Run
 from holdfast.tasks import Task
 
 SCALE_WARNING, SCALE_CRITICAL = 10.0, 100.0
-"""How many times above the largest, or below the smallest, of the original's and a fresh model's layers."""
+"""Factor above the largest, or below the smallest, value of the original's and a fresh model's layers."""
 
 MAX_BLOCKED = 0.1
-"""Share of weight tensors that may get no gradient at all, beyond what the original and a fresh model show."""
+"""Share of weight tensors that may get no gradient, beyond that of the original and a fresh model."""
 
 MAX_DEAD_UNITS, MAX_DEAD_SAMPLES = 0.3, 0.3
 MAX_SHIFT, MAX_FACTOR = 5.0, 30.0
@@ -30,7 +30,7 @@ MAX_FALSE_GRADIENT = 0.3
 MAX_CONDITION = 1e3
 MAX_HIDDEN = 0.05
 MAX_LOST = 0.02
-"""Benign score that released weights may lose inside the original's code."""
+"""Benign score that released weights may lose in the original's code."""
 
 Severity = Literal["warning", "critical"]
 
@@ -38,18 +38,18 @@ Severity = Literal["warning", "critical"]
 def red_flags(
     released: SplitModel, original: SplitModel, fresh: SplitModel, *, benign: Task, restricted: Task, run: Run
 ) -> list[Flag]:
-    """Returns what is suspicious about a released model before any attack.
+    """Returns the red flags of a released model before any attack.
 
     Args:
-        released: the model in question; nothing is assumed about its code, and it is left as it is.
-        original: what it was before.
-        fresh: the original's architecture with new weights.
+        released: the audited model; it may have any code, and is not changed.
+        original: the model before immunization.
+        fresh: the original's architecture with fresh weights.
         benign: the model's own task.
         restricted: the task that it should resist.
         run: seed and device.
 
     Returns:
-        Flags, the worst first; empty if nothing was found.
+        Flags, critical ones first; empty if there are none.
 
     Example:
         >>> from holdfast.models import load_model
@@ -64,7 +64,7 @@ def red_flags(
     """
     tasks: dict[str, Any] = {"benign": benign, "restricted": restricted, "run": run}
     own = inspect(released, **tasks)
-    # Whether the original's gradients lie as well matters only if the released model's do.
+    # The original's gradients are checked only if the released model's are wrong, because that takes long.
     suspicious = "derivatives" in own.failures or max(own.false_gradients.values(), default=0.0) > MAX_FALSE_GRADIENT
     usual = inspect(original, **tasks, parts=[part for part in PARTS if suspicious or part != "derivatives"])
     controls = usual, inspect(fresh, **tasks, parts=OF_FRESH)
@@ -73,14 +73,14 @@ def red_flags(
 
 
 OF_FRESH: Final[tuple[Part, ...]] = ("evaluation", "gradients")
-"""What a fresh model is measured for; no check compares more of it."""
+"""Measurements of a fresh model that checks compare with."""
 
 
 def flags_of_code(released: SplitModel, original: SplitModel, *, benign: Task, run: Run) -> list[Flag]:
-    """Returns what is suspicious about the code of a released model.
+    """Returns the red flags of a released model's code.
 
-    Attacks reach only the tensors that training moves. Code can store knowledge elsewhere, and can detect
-    training; then all attacks may be on a decoy. Inside the original's code neither is possible.
+    Attacks change only the tensors that training changes. Code can store knowledge elsewhere, and can detect training;
+    then all attacks may be on a decoy. In the original's code neither is possible.
     """
     flags = []
     differences = architecture_differences(released, original)
@@ -97,13 +97,13 @@ def flags_of_code(released: SplitModel, original: SplitModel, *, benign: Task, r
 
 
 def _lost_without_code(released: SplitModel, original: SplitModel, benign: Task, run: Run) -> str | None:
-    """What is lost when the weights are put into the original's code; None if nothing is."""
+    """Returns what is lost when the weights are put into the original's code; None if nothing is."""
     inside = transplant(released, original)
     if inside is None:
         return "its tensors do not fit the original's code."
     try:
         own, alone = (benign.audit_score(m.clone().to(run.device)) for m in (released, inside))
-    except Exception:  # arbitrary code; its failure raises another flag
+    except Exception:  # arbitrary code; another flag reports that it fails
         return None
     if not math.isfinite(own) or alone >= own - MAX_LOST:
         return None
@@ -114,7 +114,7 @@ def _lost_without_code(released: SplitModel, original: SplitModel, benign: Task,
 
 
 def compare(released: Inspection, original: Inspection, fresh: Inspection) -> list[Flag]:
-    """Returns what is suspicious in what was measured of a released model, against the original and a fresh one."""
+    """Returns the red flags in the measurements of a released model, compared with the original and a fresh one."""
     return _one_each([flag for check in CHECKS for flag in check(released, original, fresh)])
 
 
@@ -144,11 +144,11 @@ REMEDIES = {
     "Collapses when fine-tuned": "Find what breaks when weights move and remove it; audit with smaller steps as well.",
     "Collapsed learning rates": "Attack with rates between and beyond those of the battery, and with rescaled layers.",
 }
-"""What to do, by name of the flag; the names are headings in docs/red-flags.md."""
+"""Remedies by name of the flag; the names are headings in docs/red-flags.md."""
 
 
 def _one_each(flags: Sequence[Flag]) -> list[Flag]:
-    """Puts flags of one name together."""
+    """Merges flags with the same name."""
     merged: dict[str, Flag] = {}
     for flag in flags:
         before = merged.setdefault(flag.name, flag)
@@ -159,7 +159,7 @@ def _one_each(flags: Sequence[Flag]) -> list[Flag]:
 
 
 def raised(name: str, severity: Severity, found: str) -> Flag:
-    """Returns a flag with the remedy that belongs to its name."""
+    """Returns a flag with the remedy for its name."""
     return Flag(name=name, severity=severity, found=found, remedy=REMEDIES[name])
 
 
@@ -177,17 +177,17 @@ def _failures(released: Inspection, original: Inspection, fresh: Inspection) -> 
 
 def _gradients(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
     names = ("Vanishing gradients", "Exploding gradients")
-    for setting, found in released.gradients.items():
+    for setting, gradients in released.gradients.items():
         others = [i.gradients.get(setting, {}) for i in (original, fresh)]
         samples = "a fresh head on restricted" if setting == "fresh head" else "its own head on benign"
-        blocked = _share_of_zeros(found)
+        blocked = _share_of_zeros(gradients)
         if blocked > max(map(_share_of_zeros, others)) + MAX_BLOCKED:
             yield raised(names[0], "critical", f"With {samples} samples, {blocked:.0%} of the weight tensors get none.")
-        wrong = [name for name, g in found.items() if not math.isfinite(g)]
+        wrong = [name for name, g in gradients.items() if not math.isfinite(g)]
         if wrong:
             yield raised(names[1], "critical", f"With {samples} samples, that of {wrong[0]} is not finite.")
         usual = [g for each in others for g in each.values() if 0 < g < math.inf]
-        sizes = {n: g for n, g in found.items() if 0 < g < math.inf}
+        sizes = {n: g for n, g in gradients.items() if 0 < g < math.inf}
         if usual and sizes:
             what = f"With {samples} samples, the gradient"
             yield from _beyond(sizes, usual, what, "of the weights' length", names)
@@ -201,25 +201,25 @@ def _scales(released: Inspection, original: Inspection, fresh: Inspection) -> It
     sides = [(i.weights, i.activations) for i in (released, original, fresh)]
     for what, (own, *others) in zip(("The weight", "The output"), zip(*sides, strict=True), strict=True):
         usual = [v for each in others for v in each.values() if 0 < v < math.inf]
-        found = {n: v for n, v in own.items() if 0 < v < math.inf}
-        if usual and found:
-            yield from _beyond(found, usual, what, "in root mean square", ("Unusual scales", "Unusual scales"))
+        sizes = {n: v for n, v in own.items() if 0 < v < math.inf}
+        if usual and sizes:
+            yield from _beyond(sizes, usual, what, "in root mean square", ("Unusual scales", "Unusual scales"))
 
 
 def _beyond(
-    found: Mapping[str, float], usual: Sequence[float], what: str, unit: str, names: tuple[str, str]
+    sizes: Mapping[str, float], usual: Sequence[float], what: str, unit: str, names: tuple[str, str]
 ) -> Iterator[Flag]:
-    """A flag for the smallest and one for the largest value, if they are far outside of what is usual."""
-    least, most = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
+    """Raises flags for the smallest and the largest value, if they are far outside the usual range."""
+    least, most = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
     for name, layer, limit, excess, than in (
-        (names[0], least, min(usual), min(usual) / found[least], "below the smallest"),
-        (names[1], most, max(usual), found[most] / max(usual), "above the largest"),
+        (names[0], least, min(usual), min(usual) / sizes[least], "below the smallest"),
+        (names[1], most, max(usual), sizes[most] / max(usual), "above the largest"),
     ):
         if excess > SCALE_WARNING:
             yield raised(
                 name,
                 "critical" if excess > SCALE_CRITICAL else "warning",
-                f"{what} of {layer} is {found[layer]:.1e} {unit}, a factor of {excess:.0e} {than} in the original and "
+                f"{what} of {layer} is {sizes[layer]:.1e} {unit}, a factor of {excess:.0e} {than} in the original and "
                 f"a fresh model ({limit:.1e}).",
             )
 
