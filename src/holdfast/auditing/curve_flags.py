@@ -55,14 +55,9 @@ def flags_of_curves(curves: Sequence[Curve], adversaries: Mapping[str, Mapping[s
         if gained > MIN_UNDONE:
             top = max((v for (role, _), v in best.items() if role == "original"), default=math.inf)
             all_undone = name == "Resistance that can be undone" and with_it > top - MIN_UNDONE / 2
-            flags.append(
-                raised(
-                    name,
-                    "critical" if all_undone else "warning",
-                    f"The best direct fine-tuning reaches {on_it:.1%} and the best one {words} {with_it:.1%}; on the "
-                    f"original they reach {on_original:.1%} and {with_original:.1%}.",
-                )
-            )
+            found = f"The best direct fine-tuning reaches {on_it:.1%} and the best one {words} {with_it:.1%}; on the "
+            found += f"original they reach {on_original:.1%} and {with_original:.1%}."
+            flags.append(raised(name, "critical" if all_undone else "warning", found))
     return [*flags, *_collapse(best, {n: adversaries[n] for n in plain})]
 
 
@@ -100,10 +95,9 @@ def _collapse(best: Mapping[tuple[str, str], float], adversaries: Mapping[str, M
     learning = {role: learns(role) for role in ("immunized", "original", "scratch")}
     usual = min(len(learning["original"]), len(learning["scratch"]))
     if usual >= MIN_RATES and len(learning["immunized"]) <= usual / 2:
-        yield raised(
-            "Collapsed learning rates",
-            "warning",
+        found = (
             f"Of {len(rates)} pairs of optimizer and rate, {len(learning['immunized'])} reach {middle:.1%} on it "
             f"({', '.join(learning['immunized']) or 'none'}), {len(learning['original'])} on the original and "
-            f"{len(learning['scratch'])} from scratch.",
+            f"{len(learning['scratch'])} from scratch."
         )
+        yield raised("Collapsed learning rates", "warning", found)

@@ -168,11 +168,9 @@ def _failures(released: Inspection, original: Inspection, fresh: Inspection) -> 
     if failed:
         reasons = "; ".join(dict.fromkeys(failed.values()))
         yield raised("Failing code", "critical", f"It raised while its {', '.join(failed)} was looked at: {reasons}.")
-    broken = [task for task, size in released.logits.items() if not math.isfinite(size)]
+    broken = " and ".join(task for task, size in released.logits.items() if not math.isfinite(size))
     if broken:
-        yield raised(
-            "Outputs that are not finite", "critical", f"Logits on {' and '.join(broken)} samples are not finite."
-        )
+        yield raised("Outputs that are not finite", "critical", f"Logits on {broken} samples are not finite.")
 
 
 def _gradients(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
@@ -216,42 +214,29 @@ def _beyond(
         (names[1], most, max(usual), sizes[most] / max(usual), "above the largest"),
     ):
         if excess > SCALE_WARNING:
-            yield raised(
-                name,
-                "critical" if excess > SCALE_CRITICAL else "warning",
-                f"{what} of {layer} is {sizes[layer]:.1e} {unit}, a factor of {excess:.0e} {than} in the original and "
-                f"a fresh model ({limit:.1e}).",
-            )
+            found = f"{what} of {layer} is {sizes[layer]:.1e} {unit}, a factor of {excess:.0e} {than} in the original "
+            found += f"and a fresh model ({limit:.1e})."
+            yield raised(name, "critical" if excess > SCALE_CRITICAL else "warning", found)
 
 
 def _in_a_row(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
     usual = max(original.in_a_row.values(), default=1.0)
     for layer, condition in released.in_a_row.items():
         if condition > max(MAX_CONDITION, 10 * usual):
-            yield raised(
-                "Linear layers in a row",
-                "critical",
-                f"What {layer} gets comes straight from another linear layer, of condition number {condition:.0e}.",
-            )
+            found = f"What {layer} gets comes straight from another linear layer, of condition number {condition:.0e}."
+            yield raised("Linear layers in a row", "critical", found)
 
 
 def _dead(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
     share, layer = released.dead_units
     usual = max(original.dead_units[0], fresh.dead_units[0])
     if share > usual + MAX_DEAD_UNITS:
-        yield raised(
-            "Dead units",
-            "warning",
-            f"{share:.0%} of the units that feed {layer} are zero for every restricted sample (original: at most "
-            f"{original.dead_units[0]:.0%}).",
-        )
+        found = f"{share:.0%} of the units that feed {layer} are zero for every restricted sample (original: at most "
+        yield raised("Dead units", "warning", f"{found}{original.dead_units[0]:.0%}).")
     share, layer = released.dead_samples
     if share > max(original.dead_samples[0], fresh.dead_samples[0]) + MAX_DEAD_SAMPLES:
-        yield raised(
-            "Dead units",
-            "critical",
-            f"For {share:.0%} of the restricted samples, all that {layer} gets is zero: they teach nothing.",
-        )
+        found = f"For {share:.0%} of the restricted samples, all that {layer} gets is zero: they teach nothing."
+        yield raised("Dead units", "critical", found)
 
 
 def _statistics(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
@@ -261,12 +246,11 @@ def _statistics(released: Inspection, original: Inspection, fresh: Inspection) -
     factor = max((s.factor for s in usual), default=1.0)
     for name, s in estimated:
         if s.shift > max(MAX_SHIFT, 5 * shift) or s.factor > max(MAX_FACTOR, 5 * factor):
-            yield raised(
-                "Poisoned BatchNorm statistics",
-                "critical",
+            found = (
                 f"Benign data is {s.shift:.1f} running standard deviations from the running mean of {name}, and its "
-                f"variance another by a factor of {s.factor:.1f} (original: at most {shift:.1f}, {factor:.1f}).",
             )
+            found += f"variance another by a factor of {s.factor:.1f} (original: at most {shift:.1f}, {factor:.1f})."
+            yield raised("Poisoned BatchNorm statistics", "critical", found)
             break
     allowed = {s.momentum for s in original.statistics.values()}
     strange = [(n, s.momentum) for n, s in released.statistics.items() if s.momentum not in {*allowed, None}]
@@ -278,11 +262,8 @@ def _statistics(released: Inspection, original: Inspection, fresh: Inspection) -
     eps = max((s.eps for s in original.statistics.values()), default=0.0)
     for name, s in estimated:
         if s.eps > max(1.0, 10 * eps):
-            yield raised(
-                "Poisoned BatchNorm statistics",
-                "warning",
-                f"The eps of {name} is {s.eps:.1g} times its typical variance: it does the scaling.",
-            )
+            found = f"The eps of {name} is {s.eps:.1g} times its typical variance: it does the scaling."
+            yield raised("Poisoned BatchNorm statistics", "warning", found)
             break
 
 
@@ -306,27 +287,22 @@ def _logits(released: Inspection, original: Inspection, fresh: Inspection) -> It
     size, usual = (max(i.logits.values(), default=0.0) for i in (released, original))
     usual = max(usual, max(fresh.logits.values(), default=0.0))
     if SCALE_CRITICAL * usual < size < math.inf:
-        yield raised(
-            "Saturated logits", "critical", f"They are {size:.1e} in root mean square (original: {usual:.1e})."
-        )
+        found = f"They are {size:.1e} in root mean square (original: {usual:.1e})."
+        yield raised("Saturated logits", "critical", found)
 
 
 def _repeated(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
     if released.unrepeatable > max(MAX_UNREPEATABLE, 2 * original.unrepeatable):
-        yield raised(
-            "Unrepeatable outputs",
-            "critical",
-            f"Two equal calls in evaluation mode differ by {released.unrepeatable:.1%} of the spread of the logits.",
-        )
+        found = f"Two equal calls in evaluation mode differ by {released.unrepeatable:.1%} of the spread of the logits."
+        yield raised("Unrepeatable outputs", "critical", found)
 
 
 def _state(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
     for mode, names in released.moved.items():
         if len(names) > len(original.moved.get(mode, [])):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            yield raised(
-                "State that moves by itself", "critical", f"Forward passes in {mode} mode change {names[0]}{more}."
-            )
+            found = f"Forward passes in {mode} mode change {names[0]}{more}."
+            yield raised("State that moves by itself", "critical", found)
 
 
 def _truth(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
@@ -334,35 +310,26 @@ def _truth(released: Inspection, original: Inspection, fresh: Inspection) -> Ite
     wrong = {n: e for n, e in released.false_gradients.items() if e > max(MAX_FALSE_GRADIENT, 2 * usual)}
     if wrong:
         worst = max(wrong, key=wrong.__getitem__)
-        yield raised(
-            "Gradients that lie",
-            "critical",
-            f"Along random directions, the slope of the loss that autograd gives for {worst} and the one that is "
-            f"measured differ by {wrong[worst]:.0%} of their sum; so do those of {len(wrong) - 1} other groups.",
-        )
+        found = f"Along random directions, the slope of the loss that autograd gives for {worst} and the one that is "
+        found += f"measured differ by {wrong[worst]:.0%} of their sum; so do those of {len(wrong) - 1} other groups."
+        yield raised("Gradients that lie", "critical", found)
 
 
 def _hidden(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
     if "tensors" in released.failures:
         return
-    more = released.hidden - original.hidden
-    if more > MAX_HIDDEN * original.parameters[0]:
-        yield raised(
-            "Hidden weights",
-            "critical",
-            f"Beyond parameters, it holds {more} numbers more than the original (the original's parameters: "
-            f"{original.parameters[0]}).",
+    more, (usual, usual_trainable) = released.hidden - original.hidden, original.parameters
+    if more > MAX_HIDDEN * usual:
+        found = (
+            f"Beyond parameters, it holds {more} numbers more than the original (the original's parameters: {usual})."
         )
-    everything, trainable = released.parameters
-    had = original.parameters[1] > 0
+        yield raised("Hidden weights", "critical", found)
+    total, trainable = released.parameters
     if not trainable:
-        yield raised(
-            "No trainable parameters", "critical" if had else "warning", f"None of its {everything} parameters is."
-        )
-    elif (everything - trainable) / everything > 0.01 + 1 - original.parameters[1] / max(1, original.parameters[0]):
-        yield raised(
-            "Frozen weights", "warning", f"{everything - trainable} of its {everything} parameters are frozen."
-        )
+        severity: Severity = "critical" if usual_trainable else "warning"
+        yield raised("No trainable parameters", severity, f"None of its {total} parameters is.")
+    elif (total - trainable) / total > 0.01 + 1 - usual_trainable / max(1, usual):
+        yield raised("Frozen weights", "warning", f"{total - trainable} of its {total} parameters are frozen.")
 
 
 CHECKS: tuple[Callable[[Inspection, Inspection, Inspection], Iterator[Flag]], ...] = (

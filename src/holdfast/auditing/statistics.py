@@ -62,11 +62,6 @@ class Battery:
         stacked = [[[f if f is not None else lost for f in c.folds] for c in seeds] for seeds in by_name]
         return cls(names, np.asarray(stacked, dtype=np.float64), both_ways)
 
-    @property
-    def seeds(self) -> int:
-        """Number of seeds."""
-        return int(self.scores.shape[1])
-
     def only(self, names: Sequence[str]) -> Battery:
         """Returns the battery of some of the adversaries."""
         return Battery(tuple(names), self.scores[[self.names.index(name) for name in names]], self.both_ways)
@@ -153,11 +148,11 @@ class Comparison:
         None for a single seed, or a single fold in a half, because one value has no spread.
         """
         first = next(iter(self.batteries.values()))
-        widths = [half.shape[2] for half in first.best]
-        if min(first.seeds, *widths) < 2:
+        counts = [first.scores.shape[1], *(half.shape[2] for half in first.best)]
+        if min(counts) < 2:
             return None
         generator = np.random.default_rng(self.seed)
-        by_seed, *by_fold = [_resampled(n, generator) for n in (first.seeds, *widths)]
+        by_seed, *by_fold = [_resampled(n, generator) for n in counts]
         deviations = {}
         for role, battery in self.batteries.items():
             folds = [weights @ half.mean(0).T for weights, half in zip(by_fold, battery.best, strict=True)]

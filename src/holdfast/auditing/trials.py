@@ -211,16 +211,9 @@ class TrialRunner:
         jobs = [Job(trial.key, trial, f"{trial.role}: {trial.name}") for trial in trials]
         store = JournalStore(self.journal, {t.key: partial(_kept, t, self.context.budgets) for t in trials})
         return run_jobs(
-            TrialContext.curves,
-            self.context,
-            jobs,
-            store,
-            run=self.context.run,
-            executor=self.executor,
-            description=description,
-            together=self.context.together,
-            finished=self.context.run.finished_trial,
-        )
+            TrialContext.curves, self.context, jobs, store, run=self.context.run, executor=self.executor,
+            description=description, together=self.context.together, finished=self.context.run.finished_trial,
+        )  # fmt: skip
 
 
 def _kept(trial: Trial, budgets: tuple[int, ...], entry: Any) -> Curve:

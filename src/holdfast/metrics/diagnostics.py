@@ -188,26 +188,25 @@ class _Watch:
 
     def __enter__(self) -> _Watch:
         self._hooks = []
-        for name, layer in self.model.network.named_modules():
+        self._names = {layer: name for name, layer in self.model.network.named_modules()}
+        for layer in self._names:
             if not any(layer.children()) or isinstance(layer, nn.Conv2d | nn.Linear):
-                self._hooks.append(layer.register_forward_hook(self._hook(name)))
+                self._hooks.append(layer.register_forward_hook(self._hook))
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
-                return
-            self.outputs[name] = rms(output)
-            if isinstance(layer, Norm) and layer.running_mean is not None:
-                self.statistics[name] = _statistics(layer, args[0])
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                self._linear_layer(name, layer, args[0], output)
-
-        return hook
+    def _hook(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
+            return
+        name = self._names[layer]
+        self.outputs[name] = rms(output)
+        if isinstance(layer, Norm) and layer.running_mean is not None:
+            self.statistics[name] = _statistics(layer, args[0])
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            self._linear_layer(name, layer, args[0], output)
 
     def _linear_layer(self, name: str, layer: nn.Conv2d | nn.Linear, inputs: Tensor, output: Tensor) -> None:
         _, before = self._linear.get(id(inputs), (None, None))

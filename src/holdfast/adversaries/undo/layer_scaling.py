@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -181,15 +180,13 @@ def _rms(output: Any) -> float | None:
 
 def _output_sizes(model: SplitModel, x: Tensor) -> dict[str, float]:
     """Root mean square of each layer's first output."""
+    names = {m: n for n, m in model.network.named_modules() if own_weights(m)}
     sizes: dict[str, float] = {}
 
-    def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            size = _rms(output)
-            if size is not None:
-                sizes.setdefault(name, size)
+    def after(layer: nn.Module, _: Any, output: Any) -> None:
+        size = _rms(output)
+        if size is not None:
+            sizes.setdefault(names[layer], size)
 
-        return keep
-
-    run_batch(model, x, (m.register_forward_hook(after(n)) for n, m in model.network.named_modules() if own_weights(m)))
+    run_batch(model, x, (m.register_forward_hook(after) for m in names))
     return sizes
