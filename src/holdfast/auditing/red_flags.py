@@ -109,7 +109,7 @@ def _lost_without_code(released: SplitModel, original: SplitModel, benign: Task,
         return None
     return (
         f"its weights in the original's code score {alone:.1%} on the benign task instead of {own:.1%}: something else "
-        "than these weights does the work."
+        "than these weights contributes to the score."
     )
 
 
@@ -126,19 +126,18 @@ REMEDIES = {
     "Unusual scales": "Rescale the layers so that outputs stay what they are, and audit again.",
     "Linear layers in a row": "Multiply the layers into one, and audit that; include whitened and closed-form probes.",
     "Dead units": "Revive the units (noise, another activation), and audit with adversaries that do.",
-    "Poisoned BatchNorm statistics": "Estimate the statistics anew on benign data and put momentum and eps to usual "
-    "values; if the benign score is lost by that, it was held by the trick alone.",
+    "Poisoned BatchNorm statistics": "Estimate the statistics again on benign data, and set momentum and eps to usual "
+    "values; if the benign score is lost by that, it depended on the trick.",
     "Another model in training mode": "Make training mode do what evaluation mode does, and audit again.",
-    "Saturated logits": "Divide the head's weights, or remove what flattens the logits behind it, and audit again.",
+    "Saturated logits": "Divide the head's weights, or remove what flattens the logits, and audit again.",
     "Unrepeatable outputs": "Remove the noise from evaluation mode, and audit again.",
     "State that moves by itself": "Remove what writes to weights or buffers in a forward pass, and audit again.",
     "Gradients that lie": "Replace the operation by an ordinary one with the same outputs, and audit again.",
-    "Hidden weights": "Make them parameters, and audit again.",
+    "Hidden weights": "Turn them into parameters, and audit again.",
     "Frozen weights": "Set requires_grad on all parameters: an adversary can unfreeze any layer of its copy.",
     "No trainable parameters": "Set requires_grad on all parameters: an adversary can unfreeze its copy.",
     "Another architecture": "Audit its weights in the original's code as well, if they fit there.",
-    "Code that cannot be replaced": "Release the weights for the original's code, or for published layers, and audit "
-    "these.",
+    "Code that cannot be replaced": "Release the weights for the original's code or published layers, and audit those.",
     "Resistance that can be undone": "Count the attacks with undo moves; do not report the plain ones alone.",
     "Resistance of the head alone": "Train the defense against adversaries that replace the head.",
     "Collapses when fine-tuned": "Find what breaks when weights move and remove it; audit with smaller steps as well.",
@@ -167,7 +166,7 @@ def _failures(released: Inspection, original: Inspection, fresh: Inspection) -> 
     failed = {part: why for part, why in released.failures.items() if part not in original.failures}
     if failed:
         reasons = "; ".join(dict.fromkeys(failed.values()))
-        yield raised("Failing code", "critical", f"It raised while its {', '.join(failed)} was looked at: {reasons}.")
+        yield raised("Failing code", "critical", f"Measuring its {', '.join(failed)} raised errors: {reasons}.")
     broken = " and ".join(task for task, size in released.logits.items() if not math.isfinite(size))
     if broken:
         yield raised("Outputs that are not finite", "critical", f"Logits on {broken} samples are not finite.")
@@ -235,7 +234,7 @@ def _dead(released: Inspection, original: Inspection, fresh: Inspection) -> Iter
         yield raised("Dead units", "warning", f"{found}{original.dead_units[0]:.0%}).")
     share, layer = released.dead_samples
     if share > max(original.dead_samples[0], fresh.dead_samples[0]) + MAX_DEAD_SAMPLES:
-        found = f"For {share:.0%} of the restricted samples, all that {layer} gets is zero: they teach nothing."
+        found = f"For {share:.0%} of the restricted samples, all inputs of {layer} are zero, so they cannot train it."
         yield raised("Dead units", "critical", found)
 
 
@@ -262,7 +261,7 @@ def _statistics(released: Inspection, original: Inspection, fresh: Inspection) -
     eps = max((s.eps for s in original.statistics.values()), default=0.0)
     for name, s in estimated:
         if s.eps > max(1.0, 10 * eps):
-            found = f"The eps of {name} is {s.eps:.1g} times its typical variance: it does the scaling."
+            found = f"The eps of {name} is {s.eps:.1g} times its typical variance, and dominates the scaling."
             yield raised("Poisoned BatchNorm statistics", "warning", found)
             break
 
@@ -320,14 +319,12 @@ def _hidden(released: Inspection, original: Inspection, fresh: Inspection) -> It
         return
     more, (usual, usual_trainable) = released.hidden - original.hidden, original.parameters
     if more > MAX_HIDDEN * usual:
-        found = (
-            f"Beyond parameters, it holds {more} numbers more than the original (the original's parameters: {usual})."
-        )
+        found = f"Outside of parameters, it has {more} more numbers than the original, which has {usual} parameters."
         yield raised("Hidden weights", "critical", found)
     total, trainable = released.parameters
     if not trainable:
         severity: Severity = "critical" if usual_trainable else "warning"
-        yield raised("No trainable parameters", severity, f"None of its {total} parameters is.")
+        yield raised("No trainable parameters", severity, f"None of its {total} parameters is trainable.")
     elif (total - trainable) / total > 0.01 + 1 - usual_trainable / max(1, usual):
         yield raised("Frozen weights", "warning", f"{total - trainable} of its {total} parameters are frozen.")
 

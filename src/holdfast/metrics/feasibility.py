@@ -149,11 +149,11 @@ def _label(bound: float, noise: float, *, few: bool) -> str:
 def _noise_reason(noise: float) -> str:
     if not math.isfinite(noise):
         return (
-            "There are too few benign samples to tell what sampling alone makes of RIR*: two halves share no direction."
+            "There are too few benign samples to measure the effect of sampling on RIR*: two halves share no direction."
         )
     return (
-        f"Sampling alone makes RIR* {_text(noise)} between two halves of the benign samples, where it should be 1: "
-        "only what is well above that is a property of the tasks."
+        f"Because of sampling, RIR* is {_text(noise)} between two halves of the benign samples, where it should be 1: "
+        "only values well above that are a property of the tasks."
     )
 
 
@@ -204,8 +204,8 @@ def _reasons(
     width = problems[0].features
     if not common:
         reasons.append(
-            f"The two tasks share none of {width} directions, and on those nothing is bounded: all numbers are with a "
-            f"ridge of {ridge:g} on all of them."
+            f"The two tasks share none of {width} directions, so there is no bound without a ridge: all numbers are "
+            f"with a ridge of {ridge:g} on all of them."
         )
     elif common < width:
         ranks = f"the benign features span {problems[0].spectrum.rank}"

@@ -66,7 +66,7 @@ def sample(
     if steps is not None and not 1 <= steps <= length:
         raise HoldfastError(f"steps is {steps}; expected 1 to {length}, the steps that the model was trained for.")
     if count < 1 or batch < 1:
-        raise HoldfastError(f"{count} pictures in batches of {batch} were asked for; expected at least 1 of both.")
+        raise HoldfastError(f"count is {count} and batch {batch}; expected at least 1 of both.")
     if not 0 <= eta <= 1:
         raise HoldfastError(f"eta is {eta}; expected 0 to 1.")
     if model.sample_shape is None:

@@ -11,9 +11,9 @@ from holdfast.adversaries.undo.introspection import (
     counterpart,
     fresh_values,
     in_order,
-    mend,
     own_biases,
     own_weights,
+    repair,
     run_batch,
     some_samples,
 )
@@ -32,7 +32,7 @@ def revive(
     A unit is dead if its input to the next layer with weights is constant over the samples (with a single sample:
     zero). A BatchNorm in between is reset for this unit.
     """
-    mend(model, reference)
+    repair(model, reference)
     x = some_samples(task, generator, device)
     order = in_order(model, x)
     for _ in order:  # a mostly dead layer hides dead units behind it: check again after reviving it

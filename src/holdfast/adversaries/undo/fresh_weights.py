@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from holdfast.adversaries.undo.introspection import batch_statistics, counterpart, fresh_values, mend, own_weights
+from holdfast.adversaries.undo.introspection import batch_statistics, counterpart, fresh_values, own_weights, repair
 from holdfast.adversaries.undo.layer_scaling import norm_of
 from holdfast.adversaries.undo.moves import undo_move
 from holdfast.models import SplitModel
@@ -23,7 +23,7 @@ def shrink_perturb(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
     """Halves every weight and adds half of the reference's: w <- 0.5 w + 0.5 fresh."""
-    mend(model, reference)
+    repair(model, reference)
     for name, layer in model.network.named_modules():
         for key, weight in own_weights(layer).items():
             weight.mul_(SHRINK).add_(fresh_values(layer, counterpart(reference, name), key), alpha=NOISE)
@@ -38,7 +38,7 @@ def reset_worst(
     Compared are the logarithms of the norms of weights and gradients, relative to the reference and to the median over
     layers, because all layers of a trained network may have larger weights or smaller gradients.
     """
-    mend(model, reference)
+    repair(model, reference)
     own, fresh = (_statistics(m, task, generator.clone_state(), device) for m in (model, reference))
     holds_head = {n for n in own if not n or f"{model.head_name}.".startswith(f"{n}.")}
     names = [n for n in own if n in fresh and n not in holds_head]

@@ -70,7 +70,7 @@ def activations(model: SplitModel) -> list[tuple[nn.Module, str]]:
 
 
 def _nothing_to_pass(model: SplitModel) -> str | None:
-    return None if activations(model) else "it has no activation that is a module of its own"
+    return None if activations(model) else "it has no activation modules"
 
 
 @undo_move("activation", idle=_nothing_to_pass)

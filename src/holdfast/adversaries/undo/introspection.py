@@ -120,7 +120,7 @@ def fresh_values(layer: nn.Module, reference: nn.Module | None, name: str) -> Te
 
 
 @torch.no_grad()
-def mend(model: SplitModel, reference: SplitModel) -> None:
+def repair(model: SplitModel, reference: SplitModel) -> None:
     """Replaces values that are not finite: in weights by the reference's, in other parameters by 0 (scales: 1)."""
     for name, layer in model.network.named_modules():
         weights = own_weights(layer)

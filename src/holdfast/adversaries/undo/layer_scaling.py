@@ -13,9 +13,9 @@ from holdfast.adversaries.undo.introspection import (
     counterpart,
     fresh_values,
     in_order,
-    mend,
     own_biases,
     own_weights,
+    repair,
     run_batch,
     some_samples,
 )
@@ -42,7 +42,7 @@ def rescale(
     normalisation by the factor of its inputs. So the outputs of a sequential network with ReLU change by one factor
     only, and its predictions do not change.
     """
-    mend(model, reference)
+    repair(model, reference)
     arriving = 1.0
     for name, layer in in_order(model, some_samples(task, generator, device)):
         like = counterpart(reference, name)
@@ -119,7 +119,7 @@ def equalise(
     Only layers and normalisations that are off by more than `FACTOR` are scaled. Biases and running statistics are
     scaled as in `rescale`, so that the outputs of a sequential network with ReLU change by one factor only.
     """
-    mend(model, reference)
+    repair(model, reference)
     x = some_samples(task, generator, device)
     wanted = _output_sizes(reference, x)
     layers = dict(reversed([(m, n) for n, m in in_order(model, x)]))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from holdfast.adversaries.undo.introspection import counterpart, in_order, mend, some_samples
+from holdfast.adversaries.undo.introspection import counterpart, in_order, repair, some_samples
 from holdfast.adversaries.undo.layer_scaling import FACTOR, absorb, keep_slope
 from holdfast.adversaries.undo.moves import undo_move
 from holdfast.models import SplitModel, is_normalisation
@@ -28,7 +28,7 @@ def balance(
     The next layer in order of execution is scaled inversely. In unknown code that layer need not be the one that reads
     the unit: if outputs on the samples in evaluation mode change, the change is undone.
     """
-    mend(model, reference)
+    repair(model, reference)
     x = some_samples(task, generator, device)
     training = model.training
     order = in_order(model, x)
