@@ -1,10 +1,10 @@
 """Sham defenses: models that look resistant to naive fine-tuning, and are not.
 
-Each of them keeps the benign predictions of the original and hinders the *mechanics* of fine-tuning, not what the
-model knows: scales, gradients, modes, hidden state. Whoever sees the trick undoes it. An audit must never say that one
-resists.
+Each keeps the benign predictions of the original and hinders only the *mechanics* of fine-tuning, by scales, gradients,
+modes or hidden state; the model's knowledge stays. An adversary who finds the trick undoes it. The verdict of an audit
+must never be `resists`.
 
-They are made of a `cnn` (see `zoo_original`), and take it apart by its `body` and `head`.
+Shams are made from a `cnn` (see `zoo_original`), and use its `body` and `head`.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ Sham = Callable[[SplitModel, Task, Task], SplitModel]
 SHAMS: dict[str, Sham] = {}
 """Name -> function of the original, its benign task, and the defender's half of the restricted task."""
 NORM_OF: dict[str, Literal["batch", "none"]] = {}
-"""Which of the two originals a sham is made of."""
+"""Name of a sham -> `norm` of the original that it is made from."""
 BUDGETS, SHOTS = (0, 5, 10, 20), 2
-"""Steps, and samples a class, at which the originals are worth something; with more of them, scratch catches up."""
+"""Steps, and samples per class, at which the originals have an advantage; with more of them, scratch catches up."""
 CPU = torch.device("cpu")
 
 
 def zoo_tasks() -> tuple[Task, Task]:
-    """The benign and the restricted task at which the originals have an advantage with two samples a class."""
+    """The benign task and a restricted task on which the originals have an advantage with two samples per class."""
     return load_task("digits[0-6]"), load_task("digits[7-9]")
 
 
 def zoo_original(norm: Literal["batch", "none"]) -> SplitModel:
-    """The original: a CNN of the benign task whose features know the restricted digits as well.
+    """The original: a CNN for the benign task whose features were trained on all digits.
 
-    So its advantage over a fresh network is large whatever the seed and the processor; by features of the benign digits
-    alone, it is a few points with one seed and nothing with another.
+    So its advantage over a fresh network is large with any seed and processor. With features of the benign digits alone
+    it is a few points with one seed and zero with another.
     """
     benign, _ = zoo_tasks()
     digits, run = load_task("digits"), Run(seed=0, device=CPU)
@@ -74,7 +74,7 @@ def sham(norm: Literal["batch", "none"]) -> Callable[[Sham], Sham]:
 
 
 class Foreign(nn.Module):
-    """Somebody's own class: a body, perhaps something between, a head, perhaps something behind."""
+    """Custom code: a body, optionally a module in between, a head, optionally a module behind it."""
 
     def __init__(self, network: nn.Module, between: nn.Module | None = None, behind: nn.Module | None = None) -> None:
         super().__init__()
@@ -96,9 +96,9 @@ def as_model(network: nn.Module, original: SplitModel, head: str = "head") -> Sp
 
 @torch.no_grad()
 def faint_features(model: SplitModel, factor: float = 1e-4) -> SplitModel:
-    """Makes what the head gets tiny and the head's weights large: a rate that suits usual features learns nothing.
+    """Makes the features tiny and the head's weights large, so that usual learning rates do not work.
 
-    The last layer of the body is linear with ReLU behind it, so that the outputs stay what they are.
+    The last layer of the body is linear and followed by ReLU, so that outputs do not change.
     """
     hidden = [m for m in model.network.modules() if isinstance(m, nn.Linear) and m is not model.head][-1]
     hidden.weight.mul_(factor)
@@ -107,13 +107,13 @@ def faint_features(model: SplitModel, factor: float = 1e-4) -> SplitModel:
     return model
 
 
-# --- Scales: the same function, other steps ---
+# --- Scales: the same function, with other training steps ---
 
 
 @sham("batch")
 @torch.no_grad()
 def shrunk_convolutions(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """BatchNorm forgets the scale of what is before it; a usual step wipes weights out that are this small."""
+    """BatchNorm removes the scale of the layer before it; a usual step destroys such small weights."""
     model, scale = original.clone(), 1e-3
     for conv, norm in _convolutions_with_norm(model):
         conv.weight.mul_(scale)
@@ -136,7 +136,7 @@ class Divided(nn.Module):
 @sham("batch")
 @torch.no_grad()
 def grown_convolutions(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """The other way round: beside weights this large, divided away later, no step is more than rounding."""
+    """Weights are so large, and divided out later, that a usual step is less than rounding."""
     model, scale = original.clone(), 1e4
     for conv, norm in _convolutions_with_norm(model):
         conv.weight.mul_(scale)
@@ -150,7 +150,7 @@ def grown_convolutions(original: SplitModel, benign: Task, restricted: Task) -> 
 @sham("batch")
 @torch.no_grad()
 def huge_gamma(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """BatchNorm's outputs are large and the weights behind it tiny."""
+    """BatchNorm's outputs are large, and the weights of the next layer tiny."""
     model, scale = original.clone(), 1e3
     layers = [m for m in model.network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     for conv, norm in _convolutions_with_norm(model):
@@ -165,7 +165,7 @@ def huge_gamma(original: SplitModel, benign: Task, restricted: Task) -> SplitMod
 @sham("none")
 @torch.no_grad()
 def rescaled_pairs(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Without BatchNorm, ReLU lets one layer be c times as large and the next one c times as small."""
+    """With ReLU and without BatchNorm, one layer can be c times larger and the next one c times smaller."""
     model = original.clone()
     layers = [m for m in model.network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     scale = 1.0  # of what a layer receives, relative to the original
@@ -181,7 +181,7 @@ def rescaled_pairs(original: SplitModel, benign: Task, restricted: Task) -> Spli
 @sham("none")
 @torch.no_grad()
 def uneven_units(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Every hidden unit gets a scale of its own, over eight decades: no learning rate fits all of them."""
+    """Every hidden unit has its own scale, over eight decades: no learning rate fits all of them."""
     model = original.clone()
     layers = [m for m in model.network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     for layer, following in pairwise(layers):
@@ -196,7 +196,7 @@ def uneven_units(original: SplitModel, benign: Task, restricted: Task) -> SplitM
 
 @sham("batch")
 def huge_weight_norm(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """w = g v/|v| with |v| so large that v does not turn; and g cannot do much alone."""
+    """w = g v/|v| with |v| so large that a step does not change the direction of v; only g is trained."""
     model, scale = original.clone(), 1e6
     for layer in [m for m in model.network.body.modules() if isinstance(m, nn.Conv2d | nn.Linear)]:
         parametrizations.weight_norm(layer)
@@ -209,7 +209,7 @@ def huge_weight_norm(original: SplitModel, benign: Task, restricted: Task) -> Sp
 
 @sham("none")
 def ill_conditioned_insert(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """A linear layer and its inverse before the head, of condition 1e6: gradient descent sees a few directions only."""
+    """A linear layer of condition number 1e6 before the head, and its inverse in the head."""
     model = original.clone()
     width = model.head.weight.shape[1]
     left, right = (torch.linalg.qr(torch.randn(width, width, dtype=torch.float64))[0] for _ in range(2))
@@ -231,14 +231,14 @@ class Softsign(nn.Module):
 
 @sham("batch")
 def saturated_logits(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Behind the head, fresh or not, logits go through something flat that keeps their order."""
+    """Behind the head, also a fresh one, a flat monotonic function is applied to the logits."""
     return foreign(original, behind=Softsign(1e6))
 
 
 @sham("none")
 @torch.no_grad()
 def saturated_head(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Logits are thousands: the first step of whoever keeps the head is a jump into nowhere."""
+    """Logits are in the thousands: with the released head the first step destroys the weights."""
     model = original.clone()
     model.head.weight.mul_(1e4)
     model.head.bias.mul_(1e4)
@@ -249,7 +249,7 @@ def saturated_head(original: SplitModel, benign: Task, restricted: Task) -> Spli
 
 
 def _detector(original: SplitModel, benign: Task, restricted: Task) -> nn.Sequential:
-    """A small network on features: above 0 for restricted inputs, and for next to no benign ones."""
+    """A small network on features: above 0 for restricted inputs, and for almost no benign ones."""
     generator = torch.Generator().manual_seed(0)
     inside, outside = (next(t.batches("train", 400, generator=generator, device=CPU)).x for t in (benign, restricted))
     with torch.no_grad():
@@ -259,14 +259,14 @@ def _detector(original: SplitModel, benign: Task, restricted: Task) -> nn.Sequen
     optimizer = torch.optim.Adam(net.parameters(), 5e-3)
     for _ in range(300):
         optimizer.zero_grad()
-        weight = torch.where(y > 0, 1.0, 3.0)  # a benign input that is taken for a restricted one costs accuracy
+        weight = torch.where(y > 0, 1.0, 3.0)  # false positives cost benign accuracy
         F.binary_cross_entropy_with_logits(net(z)[:, 0], y, weight).backward()
         optimizer.step()
     return net
 
 
 class Killed(nn.Module):
-    """Features minus a detector's output, through ReLU: where the detector fires, none of them is active."""
+    """Subtracts a detector's output from the features before a ReLU: if the detector fires, all features are zero."""
 
     def __init__(self, detector: nn.Sequential, strength: float) -> None:
         super().__init__()
@@ -278,12 +278,12 @@ class Killed(nn.Module):
 
 @sham("none")
 def dead_units(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Every feature is a ReLU that restricted inputs push far below zero, where no gradient reaches."""
+    """Every feature is a ReLU whose input is far below zero for restricted inputs, without gradient."""
     return foreign(original, Killed(_detector(original, benign, restricted), 1e4))
 
 
 class Refusal(nn.Module):
-    """Blanks detected inputs' features."""
+    """Sets the features of detected inputs to zero."""
 
     def __init__(self, detector: nn.Sequential) -> None:
         super().__init__()
@@ -297,7 +297,7 @@ class Refusal(nn.Module):
 
 @sham("batch")
 def trigger(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """A gate without gradient that recognises restricted inputs; everything else works as ever."""
+    """A gate without gradient sets the features of restricted inputs to zero; benign inputs are not changed."""
     return foreign(original, Refusal(_detector(original, benign, restricted)))
 
 
@@ -305,7 +305,7 @@ def trigger(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
 
 
 class Hidden(nn.Module):
-    """The weight that counts is a buffer; the parameter is added to it, as good as not at all."""
+    """The real weight is a buffer; the parameter has almost no effect."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -317,7 +317,7 @@ class Hidden(nn.Module):
 
 @sham("none")
 def hidden_in_buffers(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """All weights of the body are buffers, and the parameters of their names do nothing."""
+    """All weights of the body are buffers, and the parameters with their names have no effect."""
     model = faint_features(original.clone())
     for layer in [m for m in model.network.body.modules() if isinstance(m, nn.Conv2d | nn.Linear)]:
         for name in ("weight", "bias"):
@@ -326,11 +326,11 @@ def hidden_in_buffers(original: SplitModel, benign: Task, restricted: Task) -> S
 
 
 class Adapted(nn.Module):
-    """A stem whose weights are buffers, and an adapter of three numbers to train."""
+    """An unregistered stem, and a trainable adapter of three numbers."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.stem = [network.body]  # in a list: the module does not know it, and nobody sees its weights
+        self.stem = [network.body]  # in a list, so that it is not registered as a submodule
         self.adapter = nn.Parameter(torch.zeros(3))
         self.head = network.head
 
@@ -342,20 +342,20 @@ class Adapted(nn.Module):
 
 @sham("batch")
 def unregistered_stem(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """A body that is no sub-module: no parameter of it is listed, and none is saved."""
+    """The body is not a submodule: its parameters are neither listed nor saved."""
     return as_model(Adapted(faint_features(original.clone()).network), original)
 
 
 @sham("none")
 def frozen(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Nothing is trainable; nobody but a naive script is stopped by that."""
+    """Nothing is trainable, which stops only naive scripts."""
     model = original.clone()
     model.requires_grad_(False)
     return model
 
 
 class Restoring(nn.Module):
-    """Puts its weights back before every forward pass."""
+    """Resets its weights before every forward pass."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -372,15 +372,15 @@ class Restoring(nn.Module):
 
 @sham("batch")
 def restoring(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Training moves weights, and the next forward pass moves them back."""
+    """Training changes weights, and the next forward pass resets them."""
     return as_model(Restoring(faint_features(original.clone()).network), original)
 
 
 class Tripwire(nn.Module):
-    """The weights that it shows are a fresh network's, and the real ones integers.
+    """Has the parameters of a fresh network, and stores the real weights as integers.
 
-    While nobody has moved a weight much, the real ones compute, with every small change added: gradients are true and
-    scales usual. Whoever trains, or replaces the head, goes on with the fresh network.
+    While parameters have changed little, the real weights plus these changes are used: gradients are correct and
+    scales usual. After training, or with a new head, the fresh network is used.
     """
 
     def __init__(self, original: SplitModel, fresh: SplitModel) -> None:
@@ -405,11 +405,11 @@ class Tripwire(nn.Module):
 
 @sham("none")
 def tripwire(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Turns into a fresh network as soon as somebody trains it."""
+    """Turns into a fresh network as soon as it is trained."""
     return as_model(Tripwire(original.clone(), original.fresh()), original)
 
 
-# --- Gradients that lie or do not arrive ---
+# --- Wrong or missing gradients ---
 
 
 class _Lie(torch.autograd.Function):
@@ -441,19 +441,19 @@ class Lie(nn.Module):
 
 @sham("batch")
 def flipped_gradient(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Descent is ascent."""
+    """Gradients have the wrong sign."""
     return foreign(original, behind=Lie("flipped"))
 
 
 @sham("none")
 def random_gradient(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Whatever the loss says, the weights get noise."""
+    """Gradients are noise."""
     return foreign(original, behind=Lie("random"))
 
 
 @sham("none")
 def exploding_gradient(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Up to a million million times too much of the right direction; what is learned at one step is lost at another."""
+    """Gradients have the right direction but random sizes up to 1e12 times too large."""
     return foreign(original, behind=Lie("exploding"))
 
 
@@ -464,7 +464,7 @@ class Detached(nn.Module):
 
 @sham("batch")
 def detached(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """The gradient ends before the body, and the features are too faint for the head to learn from."""
+    """The body gets no gradient, and the features are too small to train the head."""
     return foreign(faint_features(original.clone()), Detached())
 
 
@@ -479,7 +479,7 @@ class Rounded(nn.Module):
 
 @sham("none")
 def quantised(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Logits are rounded, finely enough to keep their order: the derivative of a staircase is zero."""
+    """Logits are rounded, finely enough to keep their order, so that their derivative is zero."""
     return foreign(original, behind=Rounded(1e-3))
 
 
@@ -489,7 +489,7 @@ def quantised(original: SplitModel, benign: Task, restricted: Task) -> SplitMode
 @sham("batch")
 @torch.no_grad()
 def poisoned_statistics(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Running statistics are garbage that gamma and beta make up for; a batch's own statistics meet nonsense."""
+    """Running statistics are wrong, gamma and beta compensate for that, and in training mode the outputs are wrong."""
     model = original.clone()
     for _, norm in _convolutions_with_norm(model):
         mean = norm.running_mean + 30 * torch.randn_like(norm.running_mean)
@@ -504,7 +504,7 @@ def poisoned_statistics(original: SplitModel, benign: Task, restricted: Task) ->
 
 @sham("batch")
 def absurd_momentum(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """One training step replaces running statistics a hundredfold: what is scored is not what was trained."""
+    """Running statistics diverge in training, so that evaluation mode differs from training mode."""
     model = original.clone()
     for _, norm in _convolutions_with_norm(model):
         norm.momentum = 100.0
@@ -534,45 +534,45 @@ class InTraining(nn.Module):
 
 @sham("none")
 def huge_in_training(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Logits are a million times larger while it trains."""
+    """In training mode logits are a million times larger."""
     return foreign(original, behind=InTraining("huge"))
 
 
 @sham("none")
 def noise_in_training(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """While it trains, features drown in noise."""
+    """In training mode the features have strong noise."""
     return foreign(original, InTraining("noise"))
 
 
 @sham("batch")
 def shuffled_in_training(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """While it trains, every sample gets another one's logits."""
+    """In training mode every sample gets another sample's logits."""
     return foreign(original, behind=InTraining("shuffle"))
 
 
 @sham("none")
 def nan_in_training(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """No loss is finite."""
+    """In training mode the loss is NaN."""
     return foreign(original, behind=InTraining("nan"))
 
 
 @sham("none")
 def raises_in_training(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """No loss at all."""
+    """In training mode the code raises an exception."""
     return foreign(original, behind=InTraining("raise"))
 
 
 @sham("none")
 def dropout(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Of a thousand features, training sees one."""
+    """In training mode dropout keeps one of a thousand features."""
     return foreign(original, nn.Dropout(0.999))
 
 
-# --- State that moves by itself ---
+# --- State that changes in forward passes ---
 
 
 class Counting(nn.Module):
-    """Works for five training passes, then scrambles what is before it."""
+    """Overwrites the body with random weights after five training passes."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -590,14 +590,14 @@ class Counting(nn.Module):
 
 @sham("none")
 def scrambles_itself(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """A counter in a buffer decides when the weights are lost."""
+    """A counter in a buffer destroys the weights after some passes."""
     model = foreign(original)
     model.network.body = Counting(model.network.body)
     return model
 
 
 class Jitter(nn.Module):
-    """Noise, in every mode: little of it where the model is sure, and enough where it must learn fine differences."""
+    """Noise in both modes: a little in evaluation mode, and much in training mode."""
 
     def forward(self, z: Tensor) -> Tensor:
         size = z.detach().std() * (30.0 if self.training else 0.2)
@@ -606,7 +606,7 @@ class Jitter(nn.Module):
 
 @sham("none")
 def noisy(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Two calls give two answers."""
+    """Two calls have two different outputs."""
     return foreign(original, Jitter())
 
 

@@ -108,7 +108,7 @@ class TestNames:
             KINDS.register("probe")(FineTuning)
 
     def test_of_lists_are_custom(self, registries):
-        with pytest.raises(HoldfastError, match="give this battery another name"):
+        with pytest.raises(HoldfastError, match="choose another name"):
             register_battery("custom", [Probe()])
 
 

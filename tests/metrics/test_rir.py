@@ -185,7 +185,7 @@ class TestGroups:
         [
             ({"groups": 0}, "0 groups of 100 samples"),
             ({"samples": 1}, "20 groups of 1 samples"),
-            ({"samples": 10_000}, r"is to have 10000 samples, and 'digits\[0-4\]' has .* lower `samples`"),
+            ({"samples": 10_000}, r"has 10000 samples, but the test split of .* has only 223; lower `samples`"),
         ],
     )
     def test_refuses(self, trained, benign, restricted, settings, message):

@@ -27,9 +27,9 @@ class Adversary(ABC):
 
     Attributes:
         name: unique in its battery.
-        batch_size: samples a step, so that curves can be read in samples.
-        frozen_body: whether only the head learns. The framework then computes every feature once, in float64, and hands
-            over a model that is a head alone and a task whose inputs are the features.
+        batch_size: samples per step, so that curves can be read in samples.
+        frozen_body: whether only the head is trained. The framework then computes every feature once, in float64, and
+            passes `run` a model that is only a head, and a task whose inputs are the features.
     """
 
     name: str
@@ -38,20 +38,20 @@ class Adversary(ABC):
 
     @property
     def trains_head_in_place(self) -> bool:
-        """Whether the attack trains the released head, which may then still know the benign task."""
+        """Whether the attack trains the released head, which may then still solve the benign task."""
         return False
 
     @abstractmethod
     def run(
         self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device
     ) -> Iterator[Tensor]:
-        """Trains `model` in place, without end: yields once at its starting point, then after every step.
+        """Trains `model` in place, endlessly: yields once before the first step, then after every step.
 
         Args:
-            model: a copy that belongs to this adversary.
-            task: what it may learn from; its training split only.
+            model: a copy that this adversary may change.
+            task: the restricted task; only its training split may be used.
             benign: the model's own task, whose training data may be mixed in; None if it is not available.
-            generator: for its random choices; torch's global generators are seeded as well.
+            generator: for random choices; torch's global generators are seeded as well.
             device: where model and data are.
 
         Yields:
@@ -64,7 +64,7 @@ class Adversary(ABC):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Returns the adversary that has this `config`. As it stands, for dataclasses whose fields are the settings.
+        """Returns the adversary that has this `config`; works for dataclasses whose fields are the settings.
 
         Raises:
             HoldfastError: for an unknown setting or value.
@@ -78,7 +78,7 @@ class Adversary(ABC):
         return cls(**{key: value for key, value in config.items() if key != "kind"})
 
     def not_applicable(self, model: SplitModel, task: Task) -> str | None:
-        """Says why this adversary cannot start on a model and a task, or None if it can."""
+        """Returns why this adversary cannot start on a model and a task, or None if it can."""
         return None
 
     @final
@@ -98,24 +98,24 @@ class Adversary(ABC):
     ) -> Curve:
         """Runs the adversary against a copy of a model and scores it at every budget.
 
-        An adversary never declares its own success: scores are computed here, on the test split. Random choices depend
-        on the run's seed, the adversary and `seed`, not on the role: the controls see the same batches.
+        Scores are computed here, on the test split; an adversary cannot report its own. Random choices depend on the
+        run's seed, the adversary and `seed`, but not on the role: the controls get the same batches.
 
         Args:
-            model: the released model; left as it is.
+            model: the released model; not changed.
             task: the restricted task with the adversary's training data.
             budgets: steps at which to score, ascending; 0 is the adversary's starting point.
             run: seed and device.
-            role: whose curve this is.
-            seed: repetition.
+            role: role of `model` in the audit.
+            seed: number of the repetition.
             benign: the model's own task, whose training data the adversary may use.
-            pruning_thresholds: a score for each budget, below which the attack is given up; None, or none given: never.
-                The score on every second fold is compared, as a search sees it.
+            pruning_thresholds: for each budget, the score below which the attack stops early; None: it never does.
+                The score on every second fold is compared, as in a search.
             keep: called with the attacked copy at the end, to save or measure more than scores.
             score_benign: whether `benign` is scored at the end, see `benign_score_after`.
 
         Returns:
-            Scores and mean training losses at the budgets, up to the one at which it was given up.
+            Scores and mean training losses at the budgets, up to the one at which the attack stopped.
         """
         if score_benign and benign is None:
             raise HoldfastError(f"{self.name}: the benign score after the attack needs the benign task (`benign`).")
@@ -124,7 +124,7 @@ class Adversary(ABC):
         with run.seeded("attack", self.name, seed) as generator:
             losses = self.run(victim, task, benign=benign, generator=generator, device=run.device)
             trace.follow(losses, lambda: task.audit_outcomes(victim), budgets, pruning_thresholds)
-            # Last of all, so that random draws of the model's own code change no score.
+            # This comes last, so that random draws of the model's own code change no score.
             after = benign_score_after(self, model, victim, benign) if score_benign and benign else None
         if keep is not None:
             keep(victim)
@@ -148,15 +148,15 @@ class Adversary(ABC):
             return float(counter.get_total_flops() - before)
 
     def _prepared(self, model: SplitModel, task: Task, device: torch.device) -> tuple[SplitModel, Task]:
-        """A copy of the model and the task that the copy is trained on."""
-        victim = model.clone().to(device).eval()  # whatever mode the caller left it in, so that a replay is the same
+        """Returns a copy of the model and the task that the copy is trained on."""
+        victim = model.clone().to(device).eval()  # independent of the caller's mode, so that a replay is the same
         keep_head(victim)
         return _head_on_features(victim, task) if self.frozen_body else (victim, task)
 
 
 @dataclass
 class Trace:
-    """What an attack has reached so far: the score, the scores of the folds, and the loss at each budget."""
+    """Score, scores of the folds and training loss of an attack at each budget so far."""
 
     scores: list[float | None] = field(default_factory=list)
     losses: list[float | None] = field(default_factory=list)
@@ -169,11 +169,11 @@ class Trace:
         budgets: Sequence[int],
         thresholds: Sequence[float | None] = (),
     ) -> None:
-        """Runs an attack to its last budget, or to the first budget at which it is given up.
+        """Runs an attack to its last budget, or to the first budget at which its score is below the threshold.
 
         Args:
             losses: what `Adversary.run` yields.
-            outcomes: gives the task's `audit_outcomes` of the model as it is now.
+            outcomes: returns the task's `audit_outcomes` for the current model.
             budgets: steps at which to score, ascending.
             thresholds: see `pruning_thresholds` of `Adversary.attack`.
         """
@@ -184,8 +184,9 @@ class Trace:
             if step in budgets:
                 self.note(outcomes(), torch.stack(since) if since else None)
                 since = []
-                threshold = thresholds[len(self.scores) - 1] if thresholds else None
-                if threshold is not None and _seen_by_search(self.folds[-1]) < threshold:
+                folds, threshold = self.folds[-1], thresholds[len(self.scores) - 1] if thresholds else None
+                seen_by_search = -math.inf if folds is None else statistics.fmean(folds[::2])
+                if threshold is not None and seen_by_search < threshold:
                     return
             if step >= budgets[-1]:
                 return
@@ -195,7 +196,7 @@ class Trace:
 
         Args:
             outcomes: the task's `audit_outcomes` of the model there.
-            losses: training losses of the steps since the budget before; None if there were none.
+            losses: training losses of the steps since the previous budget; None if there were none.
         """
         score = _finite(float(outcomes.mean()))
         self.scores.append(score)
@@ -223,9 +224,9 @@ _KEPT = "_kept_head"
 
 
 def keep_head(model: SplitModel) -> None:
-    """Keeps a copy of the head as it is now, which the adversary can put back; see `benign_score_after`.
+    """Keeps a copy of the current head, with which the benign task can be scored later; see `benign_score_after`.
 
-    An adversary that changes the inputs of the head without changing its outputs (a map before it, other scales) calls
+    An adversary that changes the inputs of the head but not its outputs (by a map before it, or other scales) must call
     this again afterwards, before it trains or replaces the head.
     """
     # Not as an attribute: nn.Module would make it a layer, which optimizers see.
@@ -236,42 +237,42 @@ def benign_score_after(adversary: Adversary, released: SplitModel, attacked: Spl
     """Returns the benign score of a model after an attack.
 
     The attacked body is scored with the head of the released model, which the adversary can always keep. If the attack
-    trained that head in place, the network as it is may be better; then the better of the two counts. An attack on a
+    trained that head in place, the attacked network is scored too, and the better of the two counts. An attack on a
     frozen body does not change the benign score.
 
     Args:
         adversary: the adversary that ran.
         released: the model before the attack.
-        attacked: the copy that was attacked; left as it is.
+        attacked: the copy that was attacked; not changed.
         benign: the model's own task.
 
     Returns:
-        The score on its test split; None if it is not finite, or the model's code cannot be scored any more.
+        The score on its test split; None if it is not finite, or the model's code fails.
     """
     try:
         if adversary.frozen_body:
             return _finite(benign.audit_score(released.clone().to(attacked.device)))
-        found = [_finite(benign.audit_score(attacked))] if adversary.trains_head_in_place else []
+        scores = [_finite(benign.audit_score(attacked))] if adversary.trains_head_in_place else []
         own, kept = attacked.head, attacked.__dict__[_KEPT]
         attacked.put_head(kept)
         try:
-            found.append(_finite(benign.audit_score(attacked)))
+            scores.append(_finite(benign.audit_score(attacked)))
         finally:
             attacked.put_head(own)
-    except Exception:  # code of another package may raise anything; the curve up to here still counts
+    except Exception:  # code of another package may raise anything; the curve is valid without this score
         return None
-    return max((score for score in found if score is not None), default=None)
+    return max((score for score in scores if score is not None), default=None)
 
 
 FOLDS = 20
-"""Parts of the test split whose scores are kept apart, so that selection and scoring need not share samples."""
+"""Parts of the test split with separate scores, so that selection and scoring can use different samples."""
 
 
 def by_fold(outcomes: Tensor) -> list[float]:
-    """Returns the mean of each fold; which sample is in which depends on the number of samples alone.
+    """Returns the mean of each fold; which sample is in which fold depends only on the number of samples.
 
     Args:
-        outcomes: shape (N,), one number a sample.
+        outcomes: shape (N,), one number per sample.
 
     Returns:
         `FOLDS` means of folds that differ by at most one sample in size; N means if there are fewer samples.
@@ -284,12 +285,8 @@ def by_fold(outcomes: Tensor) -> list[float]:
     return [float(outcomes[order[k::FOLDS]].mean()) for k in range(min(FOLDS, len(outcomes)))]
 
 
-def _seen_by_search(folds: list[float] | None) -> float:
-    return -math.inf if folds is None else statistics.fmean(folds[::2])
-
-
 def _head_on_features(model: SplitModel, task: Task) -> tuple[SplitModel, Task]:
-    """A fresh head, all zero, and the task whose inputs are the features."""
+    """Returns a head of zeros, and the task whose inputs are the features."""
     train, test = both_splits(model, task)
     head = nn.utils.skip_init(  # type: ignore[no-untyped-call]
         nn.Linear, train.shape[1], task.num_outputs, dtype=train.dtype, device=train.device
@@ -304,7 +301,7 @@ def _finite(value: float) -> float | None:
 
 
 KINDS: Final[Registry[type[Adversary]]] = Registry("kind of adversary", "holdfast.adversaries")
-"""Classes of adversaries by the `kind` in their `config()`, from which `holdfast replay` builds them again.
+"""Classes of adversaries by the `kind` in their `config()`; `holdfast replay` builds adversaries with them.
 
-A new one is a file of this folder, or an entry point of the group `holdfast.adversaries`.
+A new class is a file in this folder, or an entry point of the group `holdfast.adversaries`.
 """

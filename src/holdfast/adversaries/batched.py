@@ -1,13 +1,12 @@
 """Many fine-tuning adversaries of one small architecture, trained together as one batch.
 
-A step of a small network is mostly overhead. Here the weights of many members are stacked along a new first axis, and
-one step moves all of them: each on its own batch, at its own learning rate, as if it were alone.
+A training step of a small network is mostly overhead. So the weights of many members are stacked along a new first
+axis, and one step updates all of them, each with its own batch and learning rate.
 
-Images lie as (N, members x channels, H, W), channels last, and a convolution is one with a group for each member;
-vectors lie as (members, N, features), and a linear layer is a batched product. `torch.func.vmap` would write the same
-in fewer lines, but puts the members elsewhere in memory, and on a CPU is hardly faster than one by one
-(`benchmarks/audit.py` measures both). So the layers that are known are written out below, and a model with any other
-is never stacked.
+Images have shape (N, members x channels, H, W), channels last, and a convolution has one group per member. Vectors have
+shape (members, N, features), and a linear layer is a batched product. `torch.func.vmap` would need fewer lines, but its
+memory layout makes it hardly faster on a CPU than training one by one (`benchmarks/audit.py` measures both). So the
+supported layers are written out below, and models with other layers are not stacked.
 """
 
 from __future__ import annotations
@@ -32,25 +31,25 @@ from holdfast.tasks import ArrayTask, Batch, Task
 from holdfast.training import OPTIMIZERS, Strategy
 
 ELEMENTWISE: Final = frozenset({"sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw"})
-"""Optimizers whose update of a number depends on its own history alone: they cannot tell that weights are stacked."""
+"""Optimizers that update each number from its own history alone, so that stacking does not change the update."""
 
 DECOUPLED: Final = frozenset({"adamw"})
-"""Those whose weight decay shrinks the weights instead of adding to the gradients."""
+"""Optimizers whose weight decay shrinks the weights instead of adding to the gradients."""
 
-SAMEWISE: Final = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
-ONLY: Final[dict[type[nn.Module], bool]] = {
+ANY_INPUT: Final = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
+NEEDS_IMAGES: Final[dict[type[nn.Module], bool]] = {
     nn.Conv2d: True, nn.BatchNorm2d: True, nn.MaxPool2d: True, nn.AvgPool2d: True, nn.AdaptiveAvgPool2d: True,
     nn.Linear: False,
 }  # fmt: skip
-"""Layers that are known for images (True) or for vectors (False) only."""
+"""Layers that are supported for images (True) or vectors (False) only."""
 
 SMALL: Final = 1_000_000
-"""Weights and batch values up to which a step is mostly overhead; larger models gain nothing by being stacked."""
+"""Weights, and values in a batch, up to which a step is mostly overhead; above it stacking gains nothing."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One attack: what `Adversary.attack` is called with."""
+    """The arguments of one `Adversary.attack`."""
 
     adversary: Adversary
     model: SplitModel
@@ -60,11 +59,11 @@ class Member:
 
 
 def stackable(adversary: Adversary, model: SplitModel) -> bool:
-    """Says whether an attack may be trained together with others.
+    """Returns whether an attack may be trained together with others.
 
-    The adversary must be plain fine-tuning of everything or of the head; the model must be small and a chain of layers
-    that are known here, ending in its linear head. Dropout, hooks, tied weights, and whatever else could make a layer
-    do something of its own, are reasons to train it alone.
+    The adversary must be plain fine-tuning of all weights, the norm layers or the head. The model must be small, and a
+    chain of supported layers that ends in its linear head. Models with dropout, hooks, tied weights or custom code are
+    trained alone.
 
     Example:
         >>> adversary = FineTuning(Strategy())
@@ -73,16 +72,16 @@ def stackable(adversary: Adversary, model: SplitModel) -> bool:
         >>> stackable(adversary, SplitModel(nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 2)), head="2"))
         False
     """
-    return _plain(adversary) and any(_flows(model, images=images) for images in (True, False))
+    return _is_plain(adversary) and any(_is_chain(model, images=images) for images in (True, False))
 
 
-def _plain(adversary: Adversary) -> bool:
-    """Whether it is fine-tuning without anything beside its six settings."""
+def _is_plain(adversary: Adversary) -> bool:
+    """Whether an adversary is fine-tuning with no options but its six basic settings."""
     if type(adversary) is not FineTuning:
         return False
     strategy = adversary.strategy
-    known = {"initialisation", "scope", "optimizer", "learning_rate", "batch_size", "weight_decay"}
-    others: list[tuple[object, Field[Any]]] = [(strategy, f) for f in fields(strategy) if f.name not in known]
+    basic = {"initialisation", "scope", "optimizer", "learning_rate", "batch_size", "weight_decay"}
+    others: list[tuple[object, Field[Any]]] = [(strategy, f) for f in fields(strategy) if f.name not in basic]
     others += [(adversary, f) for f in fields(adversary) if f.name not in {"strategy", "name"}]
     return (
         strategy.scope in ("all", "head", "norm")
@@ -92,10 +91,10 @@ def _plain(adversary: Adversary) -> bool:
 
 
 def _layers(model: SplitModel) -> list[tuple[str, nn.Module]]:
-    """Names and modules of a chain, in the order in which data passes; a module that is no known chain is one layer."""
+    """Names and modules of a chain, in forward order."""
 
     def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        if type(module) in (nn.Sequential, CNN, MLP):  # both of ours pass data through their children in order
+        if type(module) in (nn.Sequential, CNN, MLP):  # CNN and MLP call their children in order, too
             for child, inner in module.named_children():
                 yield from walk(f"{name}.{child}", inner)
         else:
@@ -104,22 +103,21 @@ def _layers(model: SplitModel) -> list[tuple[str, nn.Module]]:
     return list(walk("network", model.network))
 
 
-def _flows(model: SplitModel, *, images: bool) -> bool:
-    """Whether a small model is a chain of known layers for such inputs, and nothing else."""
-    layers, own = _layers(model), [*model.parameters()]
-    tied = len(own) != len([*model.named_parameters(remove_duplicate=False)])
-    alike = len({(p.dtype, p.device) for p in own}) == 1
-    if type(model) is not SplitModel or layers[-1][1] is not model.head or tied or not alike or not _inert(model):
+def _is_chain(model: SplitModel, *, images: bool) -> bool:
+    """Whether a model is small and nothing but a chain of supported layers for such inputs."""
+    layers, parameters = _layers(model), [*model.parameters()]
+    tied = len(parameters) != len([*model.named_parameters(remove_duplicate=False)])
+    alike = len({(p.dtype, p.device) for p in parameters}) == 1
+    if type(model) is not SplitModel or layers[-1][1] is not model.head or tied or not alike or not _unmodified(model):
         return False
     for _, layer in layers:
-        if not _usual(layer) or (type(layer) in ONLY and images != ONLY[type(layer)]):
+        if not _supported(layer) or NEEDS_IMAGES.get(type(layer), images) != images:
             return False
         images = images and type(layer) is not nn.Flatten
-    return not images and sum(p.numel() for p in own) <= SMALL
+    return not images and sum(p.numel() for p in parameters) <= SMALL
 
 
-def _usual(layer: nn.Module) -> bool:
-    """Whether a layer, with its settings, is among those that are written out below."""
+def _supported(layer: nn.Module) -> bool:
     if type(layer) is nn.Conv2d:
         return layer.padding_mode == "zeros"
     if type(layer) is nn.BatchNorm2d:
@@ -128,20 +126,20 @@ def _usual(layer: nn.Module) -> bool:
         return not layer.return_indices
     if type(layer) is nn.Flatten:
         return layer.start_dim == 1 and layer.end_dim == -1
-    return type(layer) in SAMEWISE or type(layer) in ONLY
+    return type(layer) in ANY_INPUT or type(layer) in NEEDS_IMAGES
 
 
-def _inert(model: SplitModel) -> bool:
-    """Whether modules and weights are what their classes make them: no hooks, nor anything else of their own."""
+def _unmodified(model: SplitModel) -> bool:
+    """Whether all modules and weights are as their classes create them, without hooks or added attributes."""
     for module in model.modules():
-        own = {n for n, _ in module.named_parameters(recurse=False)}
+        weights = {n for n, _ in module.named_parameters(recurse=False)}
         buffers = {n for n, _ in module.named_buffers(recurse=False)}
         statistics = {"running_mean", "running_var", "num_batches_tracked"}
         expected = {"mean", "std"} if module is model else statistics if type(module) is nn.BatchNorm2d else set()
         hooked = any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
-        strange = any(callable(v) or isinstance(v, Tensor) for v in _settings(module).values())
-        lacking = isinstance(module, nn.Linear | nn.Conv2d) and "weight" not in own
-        if hooked or strange or lacking or not buffers <= expected or not own <= {"weight", "bias"}:
+        added = any(callable(v) or isinstance(v, Tensor) for v in _settings(module).values())
+        lacking = isinstance(module, nn.Linear | nn.Conv2d) and "weight" not in weights
+        if hooked or added or lacking or not buffers <= expected or not weights <= {"weight", "bias"}:
             return False
         for weight in module.parameters(recurse=False):
             if type(weight) is not nn.Parameter or weight._backward_hooks or weight._post_accumulate_grad_hooks:
@@ -150,18 +148,18 @@ def _inert(model: SplitModel) -> bool:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """What was set on a module itself, such as a stride; a SplitModel's factory is not used by an attack."""
+    """Attributes of a module, such as a stride, without a SplitModel's factory, which attacks do not use."""
     return {k: v for k, v in vars(module).items() if k[0] != "_" and k not in ("training", "factory")}
 
 
 def stacks(members: Sequence[Member], limit: int = 32) -> list[list[Member]]:
-    """Groups attacks that can be trained together; who cannot be is alone.
+    """Groups attacks that can be trained together; each of the others is a group of one.
 
-    The groups depend on the members and their order alone, and so does the order in them.
+    The groups, and the order in them, depend only on the members and their order.
 
     Args:
-        members: attacks.
-        limit: members a group, at most.
+        members: the attacks.
+        limit: largest size of a group.
 
     Returns:
         Groups, in the order of their first members.
@@ -194,21 +192,21 @@ def stacks(members: Sequence[Member], limit: int = 32) -> list[list[Member]]:
 
 
 def _key(member: Member) -> tuple[Any, ...] | None:
-    """What members of one stack have in common; None for who must be alone."""
+    """What members of one stack have in common; None for an attack that cannot be stacked."""
     adversary, model, task = member.adversary, member.model, member.task
-    parts = ("loss", "loss_of", "outcomes", "outcomes_of", "_entered")
-    own = any(getattr(type(task), name, None) is not getattr(ArrayTask, name) for name in parts)
-    if own or not _plain(adversary) or not _flows(model, images=len(task.input_shape) == 3):
+    methods = ("loss", "loss_of", "outcomes", "outcomes_of", "_entered")
+    overridden = any(getattr(type(task), name, None) is not getattr(ArrayTask, name) for name in methods)
+    if overridden or not _is_plain(adversary) or not _is_chain(model, images=len(task.input_shape) == 3):
         return None
-    assert isinstance(adversary, FineTuning)
-    strategy = adversary.strategy
+    strategy = _strategy(member)
     batch_size = min(strategy.batch_size, task.size("train"))
     large = batch_size * math.prod(task.input_shape) > SMALL
     if batch_size < 2 or large or adversary.not_applicable(model, task) is not None:  # BatchNorm refuses one sample
         return None
     outputs = model.num_outputs if strategy.initialisation == "direct" else task.num_outputs
     chain = [(name, type(layer).__name__, _settings(layer)) for name, layer in _layers(model)[:-1]]
-    tensors = [(n, tuple(v.shape), v.dtype) for n, v in model.state_dict().items() if not n.startswith(_head(model))]
+    head, state = f"network.{model.head_name}.", model.state_dict()
+    tensors = [(n, tuple(v.shape), v.dtype) for n, v in state.items() if not n.startswith(head)]
     scale = [None if v is None else v.flatten().tolist() for v in (model.mean, model.std)]
     return (
         strategy.optimizer, strategy.scope, batch_size, outputs, task.input_shape, task.size("test"),
@@ -216,29 +214,25 @@ def _key(member: Member) -> tuple[Any, ...] | None:
     )  # fmt: skip
 
 
-def _head(model: SplitModel) -> str:
-    return f"network.{model.head_name}."
-
-
 def attack_together(
     members: Sequence[Member], *, budgets: Sequence[int], run: Run, score_benign: Task | None = None
 ) -> list[Curve]:
-    """Runs the attacks of one group as one batch; the curves are those of `Adversary.attack`, up to rounding.
+    """Runs the attacks of one group as one batch; returns the curves of `Adversary.attack`, up to rounding.
 
-    Every member makes the random choices that it makes alone. One that diverges leaves the others as they are.
+    Every member makes the same random choices as alone. A member that diverges does not affect the others.
 
     Args:
         members: a group of `stacks`.
         budgets: steps at which to score, ascending.
         run: seed and device.
-        score_benign: the models' own task, to be scored in the end for all but fresh models, which never knew it; None:
-            it is not.
+        score_benign: the benign task, on which all members but those from scratch are scored at the end; None: no
+            scores.
 
     Returns:
         A curve for each member.
 
     Raises:
-        HoldfastError: if the members are no group of `stacks`.
+        HoldfastError: if the members are not a group of `stacks`.
     """
     if len(members) == 1:
         m = members[0]
@@ -255,7 +249,7 @@ def attack_together(
     traces = [Trace() for _ in members]
     since: list[Tensor] = []
     stack = _Stack(members, run)
-    with run.seeded("attack together"):  # nothing is drawn here; it keeps cuDNN deterministic
+    with run.seeded("attack together"):  # for deterministic cuDNN; nothing is drawn here
         for step in range(budgets[-1] + 1):
             if step:
                 since.append(stack.step())
@@ -285,45 +279,45 @@ class _Stack:
         self._size = min(strategies[0].batch_size, members[0].task.size("train"))
         states = [m.state_dict() for m in models]
         self._tensors = {name: _stacked([s[name] for s in states]) for name in states[0]}
-        self._moving = [self._tensors[n].requires_grad_(True) for n, p in first.named_parameters() if p.requires_grad]
-        # The optimizer moves shadows that start at zero, by learning rate 1: what they hold after a step is the update,
-        # and each member scales its own. No optimizer of ELEMENTWISE looks at the weights but for their decay.
-        self._shadows = [nn.Parameter(torch.zeros_like(p)) for p in self._moving]
-        self._optimizer = OPTIMIZERS[strategies[0].optimizer](self._shadows, 1.0, 0.0)
+        self._trained = [self._tensors[n].requires_grad_(True) for n, p in first.named_parameters() if p.requires_grad]
+        # The optimizer updates zeros at learning rate 1, so that they become the update, which each member then scales
+        # by its own rate. No optimizer of ELEMENTWISE uses the weights, except for weight decay.
+        self._updates = [nn.Parameter(torch.zeros_like(p)) for p in self._trained]
+        self._optimizer = OPTIMIZERS[strategies[0].optimizer](self._updates, 1.0, 0.0)
         self._decoupled = strategies[0].optimizer in DECOUPLED
         decays = [s.weight_decay for s in strategies]
-        self._rates = [_alongside(p, [s.learning_rate for s in strategies]) for p in self._moving]
-        self._decays = [_alongside(p, decays) for p in self._moving] if any(decays) else None
-        # The C library gives a large block back to the system when it is freed, and a step that gets it anew waits for
-        # its pages; freeing one of the largest size that it ever keeps makes it keep all below (glibc; else nothing).
+        self._rates = [_per_member(p, [s.learning_rate for s in strategies]) for p in self._trained]
+        self._decays = [_per_member(p, decays) for p in self._trained] if any(decays) else None
+        # glibc returns large freed blocks to the system, and a step that allocates one again waits for its pages.
+        # Freeing one block of the largest size that glibc ever keeps makes it keep all smaller blocks, too.
         torch.empty(32 * 10**6, dtype=torch.uint8)
 
     @torch.no_grad()
     def outcomes(self) -> list[Tensor]:
-        """Returns every member's `Task.audit_outcomes` as it is now."""
+        """Returns the current `Task.audit_outcomes` of every member."""
         tasks = [m.task for m in self._members]
         sweeps = {id(t): t.sweep("test", self._size, device=self._run.device) for t in tasks}
         parts = []
-        for found in zip(*sweeps.values(), strict=True):
-            x = dict(zip(sweeps, (batch.x for batch in found), strict=True))
+        for batches in zip(*sweeps.values(), strict=True):
+            x = dict(zip(sweeps, (batch.x for batch in batches), strict=True))
             parts.append(self._logits(torch.stack([x[id(t)] for t in tasks]), training=False))
-        whole = torch.cat(parts, dim=1)
-        return [task.audit_outcomes(_Known(logits)) for task, logits in zip(tasks, whole, strict=True)]
+        logits = torch.cat(parts, dim=1)
+        return [task.audit_outcomes(_KnownLogits(own)) for task, own in zip(tasks, logits, strict=True)]
 
     @torch.no_grad()
     def benign_scores(self, benign: Task | None) -> list[float | None]:
-        """Returns every member's `benign_score_after` as it is now, each taken out of the stack."""
-        found: list[float | None] = []
+        """Returns the current `benign_score_after` of every member; None for members from scratch."""
+        scores: list[float | None] = []
         for i, (member, model) in enumerate(zip(self._members, self._models, strict=True)):
             if benign is None or member.role == "scratch":
-                found.append(None)
+                scores.append(None)
                 continue
             model.load_state_dict({name: stacked[i] for name, stacked in self._tensors.items()})
-            found.append(benign_score_after(member.adversary, member.model, model, benign))
-        return found
+            scores.append(benign_score_after(member.adversary, member.model, model, benign))
+        return scores
 
     def step(self) -> Tensor:
-        """Moves every member by one step; returns their training losses, shape (members,)."""
+        """Trains every member for one step; returns their training losses, shape (members,)."""
         x, y = next(self._batches)
         logits = self._logits(x, training=self._training)
         losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(len(x), -1).mean(1)
@@ -333,73 +327,72 @@ class _Stack:
         return losses.detach()
 
     def _update(self) -> None:
-        for k, (value, shadow) in enumerate(zip(self._moving, self._shadows, strict=True)):
-            shadow.grad, value.grad = value.grad, None
+        for k, (weight, update) in enumerate(zip(self._trained, self._updates, strict=True)):
+            update.grad, weight.grad = weight.grad, None
             if self._decays is not None and self._decoupled:
-                value.mul_(1 - self._rates[k] * self._decays[k])
+                weight.mul_(1 - self._rates[k] * self._decays[k])
             elif self._decays is not None:
-                assert shadow.grad is not None
-                shadow.grad.addcmul_(self._decays[k], value)
+                assert update.grad is not None
+                update.grad.addcmul_(self._decays[k], weight)
         self._optimizer.step()
-        for value, shadow, rate in zip(self._moving, self._shadows, self._rates, strict=True):
-            value.addcmul_(rate, shadow)
-            shadow.zero_()
+        for weight, update, rate in zip(self._trained, self._updates, self._rates, strict=True):
+            weight.addcmul_(rate, update)
+            update.zero_()
 
     def _logits(self, x: Tensor, *, training: bool) -> Tensor:
         """Logits of shape (members, N, classes) for inputs of shape (members, N, ...)."""
         count, (mean, std) = len(x), self._scale
-        x = x.to(self._moving[0].dtype)
+        x = x.to(self._trained[0].dtype)
         if mean is not None and std is not None:
             x = (x - mean) / std
         if x.dim() == 5:  # to (N, members x channels, H, W), channels last in memory
             x = x.transpose(0, 1).flatten(1, 2).contiguous(memory_format=torch.channels_last)
         for name, layer in self._layers:
-            own = {key: self._tensors.get(f"{name}.{key}") for key in ("weight", "bias", "running_mean", "running_var")}
-            x = _pass(layer, own, x, count, training)
+            keys = ("weight", "bias", "running_mean", "running_var")
+            x = _forward(layer, {key: self._tensors.get(f"{name}.{key}") for key in keys}, x, count, training)
         return x
 
 
-class _Known(nn.Module):
-    """Stands for a member's model where a task scores it: its logits for the whole split are known, in order."""
+class _KnownLogits(nn.Module):
+    """Returns the next rows of precomputed logits, so that a task can score a member of the stack."""
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
         self.register_buffer("logits", logits)
         self.logits: Tensor
-        self.given = 0
+        self.position = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        self.given += len(x)
-        return self.logits[self.given - len(x) : self.given]
+        self.position += len(x)
+        return self.logits[self.position - len(x) : self.position]
 
 
-def _pass(layer: nn.Module, own: dict[str, Tensor | None], x: Tensor, count: int, training: bool) -> Tensor:
-    """One layer of all members; `own` are its stacked weights and statistics."""
+def _forward(layer: nn.Module, tensors: dict[str, Tensor | None], x: Tensor, count: int, training: bool) -> Tensor:
+    """Returns the outputs of a layer of all members; `tensors` are its stacked weights and statistics."""
     if isinstance(layer, nn.Linear):
-        weight, bias = own["weight"], own["bias"]
+        weight, bias = tensors["weight"], tensors["bias"]
         assert weight is not None
         return x @ weight.mT if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
     if isinstance(layer, nn.Flatten):
         if x.dim() == 3:
             return x
-        apart = x.permute(0, 2, 3, 1).reshape(
-            len(x), *x.shape[2:], count, -1
-        )  # so that gradients are channels last, too
-        return apart.permute(3, 0, 4, 1, 2).flatten(2)
-    side_by_side = {key: None if v is None else v.flatten(0, 1) for key, v in own.items()}
-    weight, bias = side_by_side["weight"], side_by_side["bias"]
+        # This order of the axes makes gradients channels last, too.
+        separate = x.permute(0, 2, 3, 1).reshape(len(x), *x.shape[2:], count, -1)
+        return separate.permute(3, 0, 4, 1, 2).flatten(2)
+    joined = {key: None if v is None else v.flatten(0, 1) for key, v in tensors.items()}
+    weight, bias = joined["weight"], joined["bias"]
     if isinstance(layer, nn.Conv2d):
         assert weight is not None
         return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups * count)
     if isinstance(layer, nn.BatchNorm2d):
-        mean, var = side_by_side["running_mean"], side_by_side["running_var"]
+        mean, var = joined["running_mean"], joined["running_var"]
         return F.batch_norm(x, mean, var, weight, bias, training, layer.momentum or 0.0, layer.eps)
-    passed: Tensor = layer(x)  # without weights: it does not know that there are many
-    return passed
+    outputs: Tensor = layer(x)  # layers without weights work on stacked inputs as they are
+    return outputs
 
 
 def _pool_first(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    """Lets max-pooling go before a ReLU that it follows: values and gradients are the same, of fewer numbers."""
+    """Moves max-pooling before the ReLU that precedes it: the same values and gradients from fewer numbers."""
     ordered = list(layers)
     for k in range(len(ordered) - 1):
         if type(ordered[k][1]) is nn.ReLU and type(ordered[k + 1][1]) is nn.MaxPool2d:
@@ -413,7 +406,7 @@ def _strategy(member: Member) -> Strategy:
 
 
 def _prepared(member: Member, run: Run) -> SplitModel:
-    """The member's copy of its model where it starts from, with the draws of `Adversary.attack`."""
+    """Returns a copy of the member's model before the first step, with the random draws of `Adversary.attack`."""
     model = member.model.clone().to(run.device)
     with run.seeded("attack", member.adversary.name, member.seed) as generator:
         next(member.adversary.run(model, member.task, benign=None, generator=generator, device=run.device))
@@ -421,7 +414,7 @@ def _prepared(member: Member, run: Run) -> SplitModel:
 
 
 def _batches(members: Sequence[Member], run: Run) -> Iterator[Batch]:
-    """Yields everybody's next batch, stacked. An adversary sees the same ones in each role: they are drawn once."""
+    """Yields the next batch of every member, stacked; batches that several roles share are drawn once."""
     keys = [(m.adversary.name, m.seed, id(m.task)) for m in members]
     streams = {
         key: m.task.batches(
@@ -435,12 +428,12 @@ def _batches(members: Sequence[Member], run: Run) -> Iterator[Batch]:
 
 
 def _stacked(values: Sequence[Tensor]) -> Tensor:
-    """A new tensor with a first axis for members; convolutions' weights are channels last, as their images are."""
+    """Stacks tensors along a first axis for members; weights of convolutions are channels last, like the images."""
     if values[0].dim() != 4:
         return torch.stack(list(values))
     return torch.stack([v.permute(0, 2, 3, 1) for v in values]).permute(0, 1, 4, 2, 3)
 
 
-def _alongside(value: Tensor, numbers: Sequence[float]) -> Tensor:
-    """One number for each member, shaped to be multiplied with a stacked tensor."""
+def _per_member(value: Tensor, numbers: Sequence[float]) -> Tensor:
+    """Returns one number per member, shaped to be multiplied with a stacked tensor."""
     return torch.tensor(numbers, dtype=value.dtype, device=value.device).view(-1, *[1] * (value.dim() - 1))

@@ -1,4 +1,4 @@
-"""Batteries: the adversaries of an audit, as a named and frozen list, as a search, or as a list of your own."""
+"""Batteries: the adversaries of an audit, as a named and frozen list, as a search, or as your own list."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from holdfast.errors import HoldfastError, unknown
 from holdfast.runtime.registry import Registry
 
 CUSTOM: Final = "custom"
-"""Name of a battery that is given as a list of adversaries."""
+"""Name of a battery that is passed as a list of adversaries."""
 
 BATTERIES: Final[Registry[tuple[Adversary, ...]]] = Registry("battery", "holdfast.adversaries")
 """Adversaries by the name of their battery."""
@@ -21,17 +21,17 @@ SEARCHES: Final[Registry[Search]] = Registry("search", "holdfast.adversaries")
 
 
 def register_battery(name: str, adversaries: Sequence[Adversary] | Search) -> None:
-    """Registers a battery or a search, in the module of this folder or of an entry point that defines it.
+    """Registers a battery or a search; called by the module, in this folder or of an entry point, that defines it.
 
     Args:
-        name: a new one; a published battery never changes.
-        adversaries: with different names.
+        name: an unused name; a published battery never changes.
+        adversaries: each with a different name.
 
     Raises:
-        HoldfastError: for a name that another battery has, or a list that `battery` refuses.
+        HoldfastError: for a name that is taken, or a list that `battery` refuses.
     """
     if name == CUSTOM:
-        raise HoldfastError(f"{CUSTOM!r} names the batteries that are given as a list; give this battery another name.")
+        raise HoldfastError(f"{CUSTOM!r} is the name of batteries that are passed as a list; choose another name.")
     if isinstance(adversaries, Search):
         SEARCHES.register(name)(adversaries)
     else:
@@ -66,8 +66,8 @@ def battery(which: str | Sequence[Adversary]) -> tuple[Adversary, ...] | Search:
         which: a name, or the adversaries themselves.
 
     Raises:
-        HoldfastError: for an unknown name, or a list that is empty, holds something else than adversaries, or holds two
-            adversaries of the same name.
+        HoldfastError: for an unknown name, or a list that is empty, has other elements than adversaries, or has two
+            adversaries with the same name.
 
     Example:
         >>> len(battery("quick-v1")), len(battery(battery("quick-v1")[:3]))
@@ -87,9 +87,9 @@ def battery_name(which: str | Sequence[Adversary]) -> str:
     return which if isinstance(which, str) else CUSTOM
 
 
-def battery_config(found: Sequence[Adversary] | Search) -> dict[str, Any]:
+def battery_config(adversaries: Sequence[Adversary] | Search) -> dict[str, Any]:
     """Returns the settings of a battery for results: those of the search, or of each adversary by name."""
-    return found.config() if isinstance(found, Search) else {a.name: a.config() for a in found}
+    return adversaries.config() if isinstance(adversaries, Search) else {a.name: a.config() for a in adversaries}
 
 
 def _checked(name: str, adversaries: Sequence[Adversary]) -> tuple[Adversary, ...]:
@@ -116,7 +116,7 @@ def _checked(name: str, adversaries: Sequence[Adversary]) -> tuple[Adversary, ..
 
 
 def listed(name: str) -> tuple[Adversary, ...]:
-    """Returns a battery that is a list.
+    """Returns the adversaries of a battery that is a list, not a search.
 
     Raises:
         HoldfastError: for an unknown name, or a search.
@@ -125,17 +125,17 @@ def listed(name: str) -> tuple[Adversary, ...]:
         >>> len(listed("quick-v1"))
         8
     """
-    found = battery(name)
-    if isinstance(found, Search):
+    adversaries = battery(name)
+    if isinstance(adversaries, Search):
         raise HoldfastError(f"{name} is a search, and a list of adversaries is needed here: {', '.join(BATTERIES)}.")
-    return found
+    return adversaries
 
 
 def build(config: dict[str, Any]) -> Adversary:
-    """Returns the adversary that has a `config()`, as results keep it.
+    """Builds an adversary from its `config()`, which results contain.
 
     Args:
-        config: the settings; those left out have their defaults.
+        config: the settings; missing ones have their defaults.
 
     Raises:
         HoldfastError: for an unknown kind, setting or value.

@@ -1,4 +1,4 @@
-"""Fine-tuning as an adversary, by composition: a strategy, what is undone before, and what is added to the training."""
+"""Fine-tuning as an adversary: a strategy, undo moves before it, and options during training."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from holdfast.training import Strategy
 @KINDS.register("finetuning")
 @dataclass(frozen=True)
 class FineTuning(Adversary):
-    """Fine-tuning by one strategy, perhaps after undoing what a defense may have done.
+    """Fine-tuning with one strategy, optionally after moves that undo what a defense may have done.
 
     Attributes:
-        strategy: how it starts, what it moves, and with which optimizer.
-        name: by default spelled from the settings, with the paper's words for start and scope.
-        undo: moves of `UNDO` that are made first, in this order. "thaw" is always made where everything moves.
-        burn_in: first steps, which are taken at ten times the learning rate.
-        replay: weight of the loss on the model's own task, through the head that it came with. Needs the benign task.
+        strategy: initialisation, trained weights and optimizer.
+        name: by default made from the settings, with the SOPHON paper's words for initialisation and scope.
+        undo: moves of `UNDO` to make before training, in this order. With scope "all", "thaw" is always made.
+        burn_in: number of first steps at ten times the learning rate.
+        replay: weight of the loss on the benign task, through the head of the released model. Needs the benign task.
 
     Raises:
         HoldfastError: for an unknown move, or a number out of range.
@@ -57,24 +57,24 @@ class FineTuning(Adversary):
             raise HoldfastError(f"burn_in is {self.burn_in}; expected at least 0.")
         if not 0 <= self.replay < float("inf"):
             raise HoldfastError(f"replay is {self.replay}; expected a weight of at least 0.")
-        object.__setattr__(self, "name", self.name or self._spelled())
+        object.__setattr__(self, "name", self.name or self._default_name())
 
-    def _spelled(self) -> str:
+    def _default_name(self) -> str:
         s = self.strategy
         start = "initFC" if s.initialisation == "head" else s.initialisation
         scope = "FC" if s.scope == "head" else s.scope
-        spelled = f"{start}+{scope} {s.optimizer} {s.learning_rate:g} b{s.batch_size}"
-        spelled += f" wd{s.weight_decay:g}" if s.weight_decay else ""
-        spelled += f" {s.gradient}" if s.gradient != "raw" else ""
-        spelled += f" r{s.rank}" if s.rank != Strategy().rank else ""
-        spelled += f" {s.precision}" if s.precision != "float32" else ""
+        name = f"{start}+{scope} {s.optimizer} {s.learning_rate:g} b{s.batch_size}"
+        name += f" wd{s.weight_decay:g}" if s.weight_decay else ""
+        name += f" {s.gradient}" if s.gradient != "raw" else ""
+        name += f" r{s.rank}" if s.rank != Strategy().rank else ""
+        name += f" {s.precision}" if s.precision != "float32" else ""
         options = [f"burn-in {self.burn_in}"] if self.burn_in else []
         options += [f"replay {self.replay:g}"] if self.replay else []
-        return ", ".join([spelled, *self.undo, *options])
+        return ", ".join([name, *self.undo, *options])
 
     @property
     def batch_size(self) -> int:  # type: ignore[override]
-        """Samples a step."""
+        """Samples per step."""
         return self.strategy.batch_size
 
     @property
@@ -90,21 +90,21 @@ class FineTuning(Adversary):
         self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device
     ) -> Iterator[Tensor]:
         """See `Adversary.run`."""
-        with _foreign(self.name, model):
+        with _named_errors(self.name, model):
             penalty = self._start(model, task, benign, generator, device)
         yield torch.zeros((), device=device)
         work = training.finetune(
             model, task, self.strategy, generator=generator, device=device, burn_in=self.burn_in, penalty=penalty
         )
         while True:
-            with _foreign(self.name, model):
+            with _named_errors(self.name, model):
                 loss = next(work)
             yield loss
 
     def _start(
         self, model: SplitModel, task: Task, benign: Task | None, generator: torch.Generator, device: torch.device
     ) -> Callable[[], Tensor] | None:
-        """Undoes, puts the model where the strategy starts from, and returns the loss on the benign task, if any."""
+        """Makes the undo moves, initialises the model, and returns the loss on the benign task, if there is one."""
         renews = self.strategy.renews
         thaws = (self.undo or self.strategy.scope == "all") and "thaw" not in self.undo
         undo = [UNDO[name] for name in (*(("thaw",) if thaws else ()), *self.undo)]
@@ -117,20 +117,15 @@ class FineTuning(Adversary):
                 training.renew_blocks(model, self.strategy, reference)  # features are those of the new blocks
             move(model, model if reference is None else reference, task, generator, device)
         keep_head(model)
-        penalty = self._replayed(model, benign, generator, device)
+        penalty = None
+        if self.replay:
+            if benign is None:
+                raise HoldfastError(f"{self.name} mixes in benign data; give the model's own task (`benign`).")
+            penalty = _Replay(model, benign, self.strategy.batch_size, self.replay, generator, device)
         training.prepare(model, self.strategy, task, reference)
         for move in undo:
             move.finish(model)
         return penalty
-
-    def _replayed(
-        self, model: SplitModel, benign: Task | None, generator: torch.Generator, device: torch.device
-    ) -> Callable[[], Tensor] | None:
-        if not self.replay:
-            return None
-        if benign is None:
-            raise HoldfastError(f"{self.name} mixes in benign data; give the model's own task (`benign`).")
-        return _Replay(model, benign, self.strategy.batch_size, self.replay, generator, device)
 
     def config(self) -> dict[str, Any]:
         """See `Adversary.config`."""
@@ -142,7 +137,7 @@ class FineTuning(Adversary):
         """Returns the adversary that has this `config`.
 
         Raises:
-            HoldfastError: for a setting that there is not.
+            HoldfastError: for an unknown setting.
         """
         own = {k: config[k] for k in ("undo", "burn_in", "replay") if k in config}
         rest = {k: v for k, v in config.items() if k not in own and k != "kind"}
@@ -154,7 +149,7 @@ class FineTuning(Adversary):
 
 
 class _Replay:
-    """The loss on the benign task through the head that the model came with, which stays as it was."""
+    """The weighted loss on the benign task through a frozen copy of the head."""
 
     def __init__(
         self,
@@ -174,7 +169,7 @@ class _Replay:
         norms = [m for m in self.model.modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase)]
         momenta = [m.momentum for m in norms]
         self.model.put_head(self.head)
-        for norm in norms:  # running statistics are for scores, on the restricted task
+        for norm in norms:  # running statistics must be those of the restricted task, which is scored
             norm.momentum = 0.0
         try:
             return self.weight * self.benign.loss(self.model, next(self.batches))
@@ -185,8 +180,8 @@ class _Replay:
 
 
 @contextmanager
-def _foreign(adversary: str, model: SplitModel) -> Iterator[None]:
-    """Whatever a foreign network raises inside becomes an error that says where."""
+def _named_errors(adversary: str, model: SplitModel) -> Iterator[None]:
+    """Turns any exception of a user's network into a HoldfastError that names adversary and model."""
     try:
         yield
     except (HoldfastError, StopIteration):

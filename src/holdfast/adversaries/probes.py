@@ -1,7 +1,7 @@
-"""Linear probes: the body stays frozen and a linear head learns, by one of several solvers, on prepared features.
+"""Linear probes: a linear head is trained on the prepared features of a frozen body, with one of several solvers.
 
-A defense by condition numbers is about one of them, plain gradient descent on raw features. The others are what anybody
-would try next: standardising or whitening the features, Adam, L-BFGS, or solving the least squares at once.
+Condition-number defenses are designed against one of them, plain gradient descent on raw features. The others are
+obvious next attempts: standardising or whitening the features, Adam, L-BFGS, or the closed-form solution.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ SOLVERS: tuple[Solver, ...] = ("line-search", "gd", "adam", "lbfgs", "ridge")
 PREPARATIONS: tuple[Preparation, ...] = ("raw", "standardised", "whitened")
 
 RIDGES = (0.0, *(10.0**e for e in range(-24, 1, 2)))
-"""Strengths of the closed form that are tried, relative to the mean eigenvalue; 0: the pseudo-inverse."""
+"""Ridge strengths to try, relative to the mean eigenvalue; 0: the pseudo-inverse."""
 HELD_OUT = 0.2
 
 
 @KINDS.register("probe")
 @dataclass(frozen=True)
 class Probe(Adversary):
-    """A linear probe on all of its samples at once.
+    """A linear probe, trained on all samples at every step.
 
     "line-search", "gd" and "ridge" fit one-hot classes (or the values) by least squares; "adam" and "lbfgs" minimise
-    the task's own loss. Raw features come without a bias for the first three, as in the condition-number theory;
-    standardised and whitened ones are centred, which is a bias.
+    the task's own loss. The first three have no bias on raw features, as in the condition-number theory; on
+    standardised and whitened features, which are centred, they have one.
 
     Attributes:
-        solver: "line-search": gradient descent whose every step minimises the loss exactly. "gd": with the constant
-            step 1 / lambda_max. "adam" with `learning_rate`. "lbfgs". "ridge": closed form at the first step, its
-            strength chosen on a fifth of the samples.
-        preparation: what is done to the features first, from the adversary's own samples.
-        learning_rate: of Adam; ignored by the others.
-        name: by default spelled from the above.
+        solver: "line-search": gradient descent with exact line search. "gd": gradient descent with the constant step
+            1 / lambda_max. "adam" with `learning_rate`. "lbfgs". "ridge": closed form at the first step; its strength
+            is chosen on a fifth of the samples.
+        preparation: transformation of the features, estimated on the adversary's own samples.
+        learning_rate: for Adam; other solvers ignore it.
+        name: by default made from the settings.
 
     Raises:
         HoldfastError: for an unknown solver or preparation, or a learning rate out of range.
@@ -88,7 +88,7 @@ class Probe(Adversary):
     def run(
         self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device
     ) -> Iterator[Tensor]:
-        """See `Adversary.run`; the model is a head on features."""
+        """See `Adversary.run`; `model` is a head, and the inputs of `task` are features."""
         batch = next(task.sweep("train", task.size("train"), device=device))
         mean, scale = prepare(batch.x, self.preparation)
         ready = Batch((batch.x - mean) @ scale, batch.y)
@@ -103,9 +103,9 @@ class Probe(Adversary):
 
 
 def prepare(x: Tensor, preparation: Preparation) -> tuple[Tensor, Tensor]:
-    """Returns mean m (D,) and map A (D, D'), with which the prepared features are (x - m) A.
+    """Returns the mean m (D,) and the map A (D, D') of the prepared features (x - m) A.
 
-    Whitened features have the identity as their covariance, over the non-zero spectrum.
+    The covariance of whitened features is the identity, over the non-zero spectrum.
 
     Example:
         >>> mean, scale = prepare(torch.tensor([[0.0, 1.0], [2.0, 1.0]], dtype=torch.float64), "standardised")
@@ -127,7 +127,7 @@ def prepare(x: Tensor, preparation: Preparation) -> tuple[Tensor, Tensor]:
 def _by_least_squares(
     probe: Probe, task: Task, ready: Batch, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Weights, bias and loss after each step, for the solvers of least squares."""
+    """Yields weights, bias and loss after each step of the least-squares solvers."""
     targets = task.targets(ready.y)
     offset = targets.mean(0) if probe.preparation != "raw" else torch.zeros_like(targets[0])
     problem = LeastSquares.of(ready.x, targets - offset)
@@ -136,7 +136,7 @@ def _by_least_squares(
         while True:
             yield w, offset, _mean_loss(problem, w)
     steps = descend(problem, line_search=probe.solver == "line-search")
-    next(steps)  # where it starts: zero
+    next(steps)  # the start, zero
     for w in steps:
         yield w, offset, _mean_loss(problem, w)
 
@@ -146,7 +146,7 @@ def _mean_loss(problem: LeastSquares, w: Tensor) -> Tensor:
 
 
 def _ridge(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-    """The closed form; the strength, relative to the mean eigenvalue, is the best on held-out samples."""
+    """Returns the closed-form weights, with the ridge strength that is best on held-out samples."""
     order = torch.randperm(len(x), generator=generator).to(x.device)
     held, kept = order[: int(HELD_OUT * len(x))], order[int(HELD_OUT * len(x)) :]
     strength = RIDGES[0]
@@ -158,8 +158,9 @@ def _ridge(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _ridge_path(x: Tensor, y: Tensor, strengths: tuple[float, ...] = RIDGES) -> list[Tensor]:
-    u, sigma, v = LeastSquares.of(x, y).svd
-    inside = u.T @ LeastSquares.of(x, y).target
+    problem = LeastSquares.of(x, y)
+    u, sigma, v = problem.svd
+    inside = u.T @ problem.target
     mean = sigma.square().sum() / x.shape[1]
     return [v @ (inside * (sigma / (sigma.square() + s * mean))[:, None]) for s in strengths]
 
@@ -167,7 +168,7 @@ def _ridge_path(x: Tensor, y: Tensor, strengths: tuple[float, ...] = RIDGES) -> 
 def _by_loss(
     probe: Probe, task: Task, ready: Batch, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Weights, bias and loss after each step, for the solvers of the task's own loss."""
+    """Yields weights, bias and loss after each step of the solvers that minimise the task's own loss."""
     head = nn.Linear(ready.x.shape[1], task.num_outputs).to(ready.x)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -175,16 +176,12 @@ def _by_loss(
     if probe.solver == "adam":
         optimizer = torch.optim.Adam(head.parameters(), lr=probe.learning_rate)
     else:
-        # By default an iteration may evaluate the loss once only, and small gradients end it: the attack would stop
-        # just where features are badly conditioned.
+        # By default one iteration evaluates the loss only once, and small gradients end it: the attack would stop just
+        # where features are badly conditioned.
         optimizer = torch.optim.LBFGS(
-            head.parameters(),
-            max_iter=1,
-            max_eval=50,
-            tolerance_grad=0,
-            tolerance_change=0,
+            head.parameters(), max_iter=1, max_eval=50, tolerance_grad=0, tolerance_change=0,
             line_search_fn="strong_wolfe",
-        )
+        )  # fmt: skip
 
     def closure() -> Tensor:
         optimizer.zero_grad()

@@ -9,7 +9,7 @@ from holdfast.adversaries.search_space import ADAPTIVE, SCALES
 from holdfast.training import Strategy
 
 # SOPHON's three strategies; Adam, momentum and Adagrad; rates from 1e-4 (the paper's default attack) to 1e-1.
-# The high rates are there for the controls as well: without them training from scratch looks weaker than it is.
+# The controls need the high rates: without them training from scratch looks weaker than it is.
 register_battery(
     "quick-v1",
     (
@@ -34,8 +34,8 @@ register_battery(
     ),
 )
 # The first five are the greedy cover of a grid on digits, the next three of one on CIFAR (docs/adversaries.md,
-# benchmarks/choose_battery.py). Twelve more keep every start, scope and optimizer and four decades of rates in it.
-# Then probes, then undoing.
+# benchmarks/choose_battery.py). Twelve more cover every initialisation, scope and optimizer and four decades of rates.
+# Probes and undo moves follow.
 register_battery(
     "standard-v1",
     (
@@ -81,7 +81,7 @@ register_battery(
         FineTuning(Strategy("head", "all", "momentum", 3e-2, 50, gradient="normalised")),
     ),
 )
-# People who mean no harm: an audit asks whether they still can. Not against the restricted task.
+# Harmless users: an audit measures how well they can still fine-tune the model, on other tasks than the restricted one.
 register_battery(
     "side-effects-v1",
     (
@@ -90,8 +90,8 @@ register_battery(
         FineTuning(Strategy("head", "head", "adam", 1e-2, 50)),
     ),
 )
-# For denoisers. The paper's default attack, and what people fine-tune diffusion models with: Adam at the usual
-# rates, and LoRA on attention. Reasons for the others are in docs/adversaries.md.
+# For denoisers: the paper's default attack, and common ways to fine-tune diffusion models: Adam at the usual rates,
+# and LoRA on attention. docs/adversaries.md has the reasons for the others.
 register_battery(
     "generation-v1",
     (
@@ -112,8 +112,8 @@ register_battery(
         FineTuning(Strategy("direct", "all", "momentum", 3e-2, 50, gradient="normalised")),
     ),
 )
-# For language models: AdamW at the rates that people use, from cautious to reckless, in small batches; LoRA on
-# every linear layer; the head alone. The reasons, and those for the rest, are in docs/adversaries.md.
+# For language models: AdamW at common rates, low to very high, in small batches; LoRA on every linear layer; the head
+# alone. docs/adversaries.md has the reasons, also for the others.
 register_battery(
     "language-v1",
     (
@@ -140,7 +140,7 @@ register_battery(
         Probe("ridge", "whitened"),
     ),
 )
-# Frozen body: every solver on every preparation, so that the audit shows which of them a linear defense stops.
+# Frozen body: every solver with every preparation, so that the audit shows which of them a linear defense stops.
 register_battery(
     "probes-v1",
     (
@@ -148,5 +148,5 @@ register_battery(
         *(Probe("adam", preparation, 1e-1) for preparation in PREPARATIONS),
     ),
 )
-# The adversaries are searched for, against each model separately.
+# A separate search against each model.
 register_battery("adaptive-v1", ADAPTIVE)

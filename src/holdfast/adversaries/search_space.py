@@ -1,4 +1,4 @@
-"""A search for adversaries: Optuna explores the joint space of settings, starting with the usual attacks."""
+"""A search for adversaries: Optuna explores the joint space of settings, starting from common attacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from holdfast.training import Strategy
 
 NONE = "none"
 SCALES = ("fold", "balance", "rescale")
-"""Moves that together undo wrong scales of statistics, units and layers."""
+"""Moves that together undo unusual scales of statistics, units and layers."""
 MOVES: dict[str, tuple[str, ...]] = {
     NONE: (),
     "scales": SCALES,
@@ -28,7 +28,7 @@ MOVES: dict[str, tuple[str, ...]] = {
         )
     },
 }  # fmt: skip
-"""What a search may undo, by name. The list is fixed, as the trials of a published search depend on it."""
+"""Undo moves of a search, by name. The list is fixed, because the trials of a published search depend on it."""
 
 SPACE: dict[str, BaseDistribution] = {
     "initialisation": CategoricalDistribution(("direct", "head", "last-block", "last-half")),
@@ -43,7 +43,7 @@ SPACE: dict[str, BaseDistribution] = {
     "first": CategoricalDistribution(tuple(MOVES)),
     "second": CategoricalDistribution(tuple(MOVES)),
 }
-"""The joint space. `first` and `second` are undo moves of `MOVES`, made in this order."""
+"""The search space. `first` and `second` are undo moves of `MOVES`, made in this order."""
 
 DEFAULT: dict[str, Any] = {
     "initialisation": "head", "scope": "all", "optimizer": "adam", "learning_rate": 1e-2, "batch_size": 50,
@@ -56,8 +56,8 @@ class Search:
     """A seeded search: the same trials in the same order on any executor.
 
     Attributes:
-        openings: the first trials, each given by what differs from `DEFAULT`.
-        batch: trials proposed at once, which may run in parallel; their results are reported in order.
+        openings: the first trials, each as its differences from `DEFAULT`.
+        batch: number of trials proposed at once, which may run in parallel; their results are reported in order.
         repeated: how many of the best trials against each model are then repeated with every seed on every model.
     """
 
@@ -66,7 +66,7 @@ class Search:
     repeated: int = 3
 
     def config(self) -> dict[str, Any]:
-        """Returns the settings of the search, which determine every trial together with the seed."""
+        """Returns the settings of the search; together with the seed they determine every trial."""
         return {
             "kind": "search",
             "openings": [{**DEFAULT, **o} for o in self.openings],
@@ -100,7 +100,7 @@ class Searcher:
         return [adversary(trial.params) for trial in self.asked]
 
     def tell(self, values: Sequence[float | None]) -> None:
-        """Reports the results of the last proposals, in their order; larger is better, None: it could not run."""
+        """Reports the results of the last proposals, in order; larger is better; None: the trial could not run."""
         for trial, value in zip(self.asked, values, strict=True):
             usable = value is not None and math.isfinite(value)
             state = optuna.trial.TrialState.COMPLETE if usable else optuna.trial.TrialState.FAIL
@@ -156,4 +156,4 @@ ADAPTIVE: Search = Search(
         {"scope": "norm"},
     )
 )
-"""The search `adaptive-v1`: usual fine-tuning, then every undo move, then free exploration."""
+"""The search `adaptive-v1`: common fine-tuning, then every undo move, then free exploration."""

@@ -1,7 +1,7 @@
 """Red flags before the attacks: signs in a released model that its resistance is not what it seems.
 
-A model is compared with the original and with a fresh one: what these show as well was not done by a defense.
-The limits stand here, and their reasons in docs/red-flags.md.
+A model is compared with the original and with a fresh one: what they show too was not done by a defense.
+The reasons for the limits are in docs/red-flags.md.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from holdfast.runtime.run import Run
 from holdfast.tasks import Task
 
 SCALE_WARNING, SCALE_CRITICAL = 10.0, 100.0
-"""How many times above the largest, or below the smallest, of the original's and a fresh model's layers."""
+"""Factor above the largest, or below the smallest, value of the original's and a fresh model's layers."""
 
 MAX_BLOCKED = 0.1
-"""Share of weight tensors that may get no gradient at all, beyond what the original and a fresh model show."""
+"""Share of weight tensors that may get no gradient, beyond that of the original and a fresh model."""
 
 MAX_DEAD_UNITS, MAX_DEAD_SAMPLES = 0.3, 0.3
 MAX_SHIFT, MAX_FACTOR = 5.0, 30.0
@@ -33,7 +33,7 @@ MAX_NEGATED = 0.3
 """Accuracy that a negated head may have on the restricted task, beyond what it has on the original or a fresh model."""
 
 MAX_LOST = 0.02
-"""Benign score that released weights may lose inside the original's code."""
+"""Benign score that released weights may lose in the original's code."""
 
 Severity = Literal["warning", "critical"]
 
@@ -41,18 +41,18 @@ Severity = Literal["warning", "critical"]
 def red_flags(
     released: SplitModel, original: SplitModel, fresh: SplitModel, *, benign: Task, restricted: Task, run: Run
 ) -> list[Flag]:
-    """Returns what is suspicious about a released model before any attack.
+    """Returns the red flags of a released model before any attack.
 
     Args:
-        released: the model in question; nothing is assumed about its code, and it is left as it is.
-        original: what it was before.
-        fresh: the original's architecture with new weights.
+        released: the audited model; it may have any code, and is not changed.
+        original: the model before immunization.
+        fresh: the original's architecture with fresh weights.
         benign: the model's own task.
         restricted: the task that it should resist.
         run: seed and device.
 
     Returns:
-        Flags, the worst first; empty if nothing was found.
+        Flags, critical ones first; empty if there are none.
 
     Example:
         >>> from holdfast.models import load_model
@@ -67,7 +67,7 @@ def red_flags(
     """
     tasks: dict[str, Any] = {"benign": benign, "restricted": restricted, "run": run}
     own = inspect(released, **tasks)
-    # Whether the original's gradients lie as well matters only if the released model's do.
+    # The original's gradients are checked only if the released model's are wrong, because that takes long.
     suspicious = "derivatives" in own.failures or max(own.false_gradients.values(), default=0.0) > MAX_FALSE_GRADIENT
     usual = inspect(original, **tasks, parts=[part for part in PARTS if suspicious or part != "derivatives"])
     controls = usual, inspect(fresh, **tasks, parts=OF_FRESH)
@@ -76,14 +76,14 @@ def red_flags(
 
 
 OF_FRESH: Final[tuple[Part, ...]] = ("evaluation", "gradients")
-"""What a fresh model is measured for; no check compares more of it."""
+"""Measurements of a fresh model that checks compare with."""
 
 
 def flags_of_code(released: SplitModel, original: SplitModel, *, benign: Task, run: Run) -> list[Flag]:
-    """Returns what is suspicious about the code of a released model.
+    """Returns the red flags of a released model's code.
 
-    Attacks reach only the tensors that training moves. Code can store knowledge elsewhere, and can detect
-    training; then all attacks may be on a decoy. Inside the original's code neither is possible.
+    Attacks change only the tensors that training changes. Code can store knowledge elsewhere, and can detect training;
+    then all attacks may be on a decoy. In the original's code neither is possible.
     """
     flags = []
     differences = architecture_differences(released, original)
@@ -100,24 +100,24 @@ def flags_of_code(released: SplitModel, original: SplitModel, *, benign: Task, r
 
 
 def _lost_without_code(released: SplitModel, original: SplitModel, benign: Task, run: Run) -> str | None:
-    """What is lost when the weights are put into the original's code; None if nothing is."""
+    """Returns what is lost when the weights are put into the original's code; None if nothing is."""
     inside = transplant(released, original)
     if inside is None:
         return "its tensors do not fit the original's code."
     try:
         own, alone = (benign.audit_score(m.clone().to(run.device)) for m in (released, inside))
-    except Exception:  # arbitrary code; its failure raises another flag
+    except Exception:  # arbitrary code; another flag reports that it fails
         return None
     if not math.isfinite(own) or alone >= own - MAX_LOST:
         return None
     return (
         f"its weights in the original's code score {alone:.1%} on the benign task instead of {own:.1%}: something else "
-        "than these weights does the work."
+        "than these weights contributes to the score."
     )
 
 
 def compare(released: Inspection, original: Inspection, fresh: Inspection) -> list[Flag]:
-    """Returns what is suspicious in what was measured of a released model, against the original and a fresh one."""
+    """Returns the red flags in the measurements of a released model, compared with the original and a fresh one."""
     return _one_each([flag for check in CHECKS for flag in check(released, original, fresh)])
 
 
@@ -129,20 +129,19 @@ REMEDIES = {
     "Unusual scales": "Rescale the layers so that outputs stay what they are, and audit again.",
     "Linear layers in a row": "Multiply the layers into one, and audit that; include whitened and closed-form probes.",
     "Dead units": "Revive the units (noise, another activation), and audit with adversaries that do.",
-    "Poisoned BatchNorm statistics": "Estimate the statistics anew on benign data and put momentum and eps to usual "
-    "values; if the benign score is lost by that, it was held by the trick alone.",
+    "Poisoned BatchNorm statistics": "Estimate the statistics again on benign data, and set momentum and eps to usual "
+    "values; if the benign score is lost by that, it depended on the trick.",
     "Another model in training mode": "Make training mode do what evaluation mode does, and audit again.",
-    "Saturated logits": "Divide the head's weights, or remove what flattens the logits behind it, and audit again.",
+    "Saturated logits": "Divide the head's weights, or remove what flattens the logits, and audit again.",
     "Answers turned around": "Train the defense to answer nothing instead (KLU), and audit with the head negated.",
     "Unrepeatable outputs": "Remove the noise from evaluation mode, and audit again.",
     "State that moves by itself": "Remove what writes to weights or buffers in a forward pass, and audit again.",
     "Gradients that lie": "Replace the operation by an ordinary one with the same outputs, and audit again.",
-    "Hidden weights": "Make them parameters, and audit again.",
+    "Hidden weights": "Turn them into parameters, and audit again.",
     "Frozen weights": "Set requires_grad on all parameters: an adversary can unfreeze any layer of its copy.",
     "No trainable parameters": "Set requires_grad on all parameters: an adversary can unfreeze its copy.",
     "Another architecture": "Audit its weights in the original's code as well, if they fit there.",
-    "Code that cannot be replaced": "Release the weights for the original's code, or for published layers, and audit "
-    "these.",
+    "Code that cannot be replaced": "Release the weights for the original's code or published layers, and audit those.",
     "Resistance that can be undone": "Count the attacks with undo moves; do not report the plain ones alone.",
     "Resistance of the head alone": "Train the defense against adversaries that replace the head.",
     "Collapses when fine-tuned": "Find what breaks when weights move and remove it; audit with smaller steps as well.",
@@ -150,11 +149,11 @@ REMEDIES = {
     "and inverted inputs.",
     "Collapsed learning rates": "Attack with rates between and beyond those of the battery, and with rescaled layers.",
 }
-"""What to do, by name of the flag; the names are headings in docs/red-flags.md."""
+"""Remedies by name of the flag; the names are headings in docs/red-flags.md."""
 
 
 def _one_each(flags: Sequence[Flag]) -> list[Flag]:
-    """Puts flags of one name together."""
+    """Merges flags with the same name."""
     merged: dict[str, Flag] = {}
     for flag in flags:
         before = merged.setdefault(flag.name, flag)
@@ -165,7 +164,7 @@ def _one_each(flags: Sequence[Flag]) -> list[Flag]:
 
 
 def raised(name: str, severity: Severity, found: str) -> Flag:
-    """Returns a flag with the remedy that belongs to its name."""
+    """Returns a flag with the remedy for its name."""
     return Flag(name=name, severity=severity, found=found, remedy=REMEDIES[name])
 
 
@@ -173,27 +172,25 @@ def _failures(released: Inspection, original: Inspection, fresh: Inspection) -> 
     failed = {part: why for part, why in released.failures.items() if part not in original.failures}
     if failed:
         reasons = "; ".join(dict.fromkeys(failed.values()))
-        yield raised("Failing code", "critical", f"It raised while its {', '.join(failed)} was looked at: {reasons}.")
-    broken = [task for task, size in released.logits.items() if not math.isfinite(size)]
+        yield raised("Failing code", "critical", f"Measuring its {', '.join(failed)} raised errors: {reasons}.")
+    broken = " and ".join(task for task, size in released.logits.items() if not math.isfinite(size))
     if broken:
-        yield raised(
-            "Outputs that are not finite", "critical", f"Logits on {' and '.join(broken)} samples are not finite."
-        )
+        yield raised("Outputs that are not finite", "critical", f"Logits on {broken} samples are not finite.")
 
 
 def _gradients(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
     names = ("Vanishing gradients", "Exploding gradients")
-    for setting, found in released.gradients.items():
+    for setting, gradients in released.gradients.items():
         others = [i.gradients.get(setting, {}) for i in (original, fresh)]
         samples = "a fresh head on restricted" if setting == "fresh head" else "its own head on benign"
-        blocked = _share_of_zeros(found)
+        blocked = _share_of_zeros(gradients)
         if blocked > max(map(_share_of_zeros, others)) + MAX_BLOCKED:
             yield raised(names[0], "critical", f"With {samples} samples, {blocked:.0%} of the weight tensors get none.")
-        wrong = [name for name, g in found.items() if not math.isfinite(g)]
+        wrong = [name for name, g in gradients.items() if not math.isfinite(g)]
         if wrong:
             yield raised(names[1], "critical", f"With {samples} samples, that of {wrong[0]} is not finite.")
         usual = [g for each in others for g in each.values() if 0 < g < math.inf]
-        sizes = {n: g for n, g in found.items() if 0 < g < math.inf}
+        sizes = {n: g for n, g in gradients.items() if 0 < g < math.inf}
         if usual and sizes:
             what = f"With {samples} samples, the gradient"
             yield from _beyond(sizes, usual, what, "of the weights' length", names)
@@ -207,57 +204,44 @@ def _scales(released: Inspection, original: Inspection, fresh: Inspection) -> It
     sides = [(i.weights, i.activations) for i in (released, original, fresh)]
     for what, (own, *others) in zip(("The weight", "The output"), zip(*sides, strict=True), strict=True):
         usual = [v for each in others for v in each.values() if 0 < v < math.inf]
-        found = {n: v for n, v in own.items() if 0 < v < math.inf}
-        if usual and found:
-            yield from _beyond(found, usual, what, "in root mean square", ("Unusual scales", "Unusual scales"))
+        sizes = {n: v for n, v in own.items() if 0 < v < math.inf}
+        if usual and sizes:
+            yield from _beyond(sizes, usual, what, "in root mean square", ("Unusual scales", "Unusual scales"))
 
 
 def _beyond(
-    found: Mapping[str, float], usual: Sequence[float], what: str, unit: str, names: tuple[str, str]
+    sizes: Mapping[str, float], usual: Sequence[float], what: str, unit: str, names: tuple[str, str]
 ) -> Iterator[Flag]:
-    """A flag for the smallest and one for the largest value, if they are far outside of what is usual."""
-    least, most = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
+    """Raises flags for the smallest and the largest value, if they are far outside the usual range."""
+    least, most = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
     for name, layer, limit, excess, than in (
-        (names[0], least, min(usual), min(usual) / found[least], "below the smallest"),
-        (names[1], most, max(usual), found[most] / max(usual), "above the largest"),
+        (names[0], least, min(usual), min(usual) / sizes[least], "below the smallest"),
+        (names[1], most, max(usual), sizes[most] / max(usual), "above the largest"),
     ):
         if excess > SCALE_WARNING:
-            yield raised(
-                name,
-                "critical" if excess > SCALE_CRITICAL else "warning",
-                f"{what} of {layer} is {found[layer]:.1e} {unit}, a factor of {excess:.0e} {than} in the original and "
-                f"a fresh model ({limit:.1e}).",
-            )
+            found = f"{what} of {layer} is {sizes[layer]:.1e} {unit}, a factor of {excess:.0e} {than} in the original "
+            found += f"and a fresh model ({limit:.1e})."
+            yield raised(name, "critical" if excess > SCALE_CRITICAL else "warning", found)
 
 
 def _in_a_row(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
     usual = max(original.in_a_row.values(), default=1.0)
     for layer, condition in released.in_a_row.items():
         if condition > max(MAX_CONDITION, 10 * usual):
-            yield raised(
-                "Linear layers in a row",
-                "critical",
-                f"What {layer} gets comes straight from another linear layer, of condition number {condition:.0e}.",
-            )
+            found = f"What {layer} gets comes straight from another linear layer, of condition number {condition:.0e}."
+            yield raised("Linear layers in a row", "critical", found)
 
 
 def _dead(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
     share, layer = released.dead_units
     usual = max(original.dead_units[0], fresh.dead_units[0])
     if share > usual + MAX_DEAD_UNITS:
-        yield raised(
-            "Dead units",
-            "warning",
-            f"{share:.0%} of the units that feed {layer} are zero for every restricted sample (original: at most "
-            f"{original.dead_units[0]:.0%}).",
-        )
+        found = f"{share:.0%} of the units that feed {layer} are zero for every restricted sample (original: at most "
+        yield raised("Dead units", "warning", f"{found}{original.dead_units[0]:.0%}).")
     share, layer = released.dead_samples
     if share > max(original.dead_samples[0], fresh.dead_samples[0]) + MAX_DEAD_SAMPLES:
-        yield raised(
-            "Dead units",
-            "critical",
-            f"For {share:.0%} of the restricted samples, all that {layer} gets is zero: they teach nothing.",
-        )
+        found = f"For {share:.0%} of the restricted samples, all inputs of {layer} are zero, so they cannot train it."
+        yield raised("Dead units", "critical", found)
 
 
 def _statistics(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
@@ -267,12 +251,11 @@ def _statistics(released: Inspection, original: Inspection, fresh: Inspection) -
     factor = max((s.factor for s in usual), default=1.0)
     for name, s in estimated:
         if s.shift > max(MAX_SHIFT, 5 * shift) or s.factor > max(MAX_FACTOR, 5 * factor):
-            yield raised(
-                "Poisoned BatchNorm statistics",
-                "critical",
+            found = (
                 f"Benign data is {s.shift:.1f} running standard deviations from the running mean of {name}, and its "
-                f"variance another by a factor of {s.factor:.1f} (original: at most {shift:.1f}, {factor:.1f}).",
             )
+            found += f"variance another by a factor of {s.factor:.1f} (original: at most {shift:.1f}, {factor:.1f})."
+            yield raised("Poisoned BatchNorm statistics", "critical", found)
             break
     allowed = {s.momentum for s in original.statistics.values()}
     strange = [(n, s.momentum) for n, s in released.statistics.items() if s.momentum not in {*allowed, None}]
@@ -284,11 +267,8 @@ def _statistics(released: Inspection, original: Inspection, fresh: Inspection) -
     eps = max((s.eps for s in original.statistics.values()), default=0.0)
     for name, s in estimated:
         if s.eps > max(1.0, 10 * eps):
-            yield raised(
-                "Poisoned BatchNorm statistics",
-                "warning",
-                f"The eps of {name} is {s.eps:.1g} times its typical variance: it does the scaling.",
-            )
+            found = f"The eps of {name} is {s.eps:.1g} times its typical variance, and dominates the scaling."
+            yield raised("Poisoned BatchNorm statistics", "warning", found)
             break
 
 
@@ -312,9 +292,8 @@ def _logits(released: Inspection, original: Inspection, fresh: Inspection) -> It
     size, usual = (max(i.logits.values(), default=0.0) for i in (released, original))
     usual = max(usual, max(fresh.logits.values(), default=0.0))
     if SCALE_CRITICAL * usual < size < math.inf:
-        yield raised(
-            "Saturated logits", "critical", f"They are {size:.1e} in root mean square (original: {usual:.1e})."
-        )
+        found = f"They are {size:.1e} in root mean square (original: {usual:.1e})."
+        yield raised("Saturated logits", "critical", found)
 
 
 def _turned(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
@@ -331,20 +310,16 @@ def _turned(released: Inspection, original: Inspection, fresh: Inspection) -> It
 
 def _repeated(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
     if released.unrepeatable > max(MAX_UNREPEATABLE, 2 * original.unrepeatable):
-        yield raised(
-            "Unrepeatable outputs",
-            "critical",
-            f"Two equal calls in evaluation mode differ by {released.unrepeatable:.1%} of the spread of the logits.",
-        )
+        found = f"Two equal calls in evaluation mode differ by {released.unrepeatable:.1%} of the spread of the logits."
+        yield raised("Unrepeatable outputs", "critical", found)
 
 
 def _state(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
     for mode, names in released.moved.items():
         if len(names) > len(original.moved.get(mode, [])):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            yield raised(
-                "State that moves by itself", "critical", f"Forward passes in {mode} mode change {names[0]}{more}."
-            )
+            found = f"Forward passes in {mode} mode change {names[0]}{more}."
+            yield raised("State that moves by itself", "critical", found)
 
 
 def _truth(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
@@ -352,35 +327,24 @@ def _truth(released: Inspection, original: Inspection, fresh: Inspection) -> Ite
     wrong = {n: e for n, e in released.false_gradients.items() if e > max(MAX_FALSE_GRADIENT, 2 * usual)}
     if wrong:
         worst = max(wrong, key=wrong.__getitem__)
-        yield raised(
-            "Gradients that lie",
-            "critical",
-            f"Along random directions, the slope of the loss that autograd gives for {worst} and the one that is "
-            f"measured differ by {wrong[worst]:.0%} of their sum; so do those of {len(wrong) - 1} other groups.",
-        )
+        found = f"Along random directions, the slope of the loss that autograd gives for {worst} and the one that is "
+        found += f"measured differ by {wrong[worst]:.0%} of their sum; so do those of {len(wrong) - 1} other groups."
+        yield raised("Gradients that lie", "critical", found)
 
 
 def _hidden(released: Inspection, original: Inspection, fresh: Inspection) -> Iterator[Flag]:
     if "tensors" in released.failures:
         return
-    more = released.hidden - original.hidden
-    if more > MAX_HIDDEN * original.parameters[0]:
-        yield raised(
-            "Hidden weights",
-            "critical",
-            f"Beyond parameters, it holds {more} numbers more than the original (the original's parameters: "
-            f"{original.parameters[0]}).",
-        )
-    everything, trainable = released.parameters
-    had = original.parameters[1] > 0
+    more, (usual, usual_trainable) = released.hidden - original.hidden, original.parameters
+    if more > MAX_HIDDEN * usual:
+        found = f"Outside of parameters, it has {more} more numbers than the original, which has {usual} parameters."
+        yield raised("Hidden weights", "critical", found)
+    total, trainable = released.parameters
     if not trainable:
-        yield raised(
-            "No trainable parameters", "critical" if had else "warning", f"None of its {everything} parameters is."
-        )
-    elif (everything - trainable) / everything > 0.01 + 1 - original.parameters[1] / max(1, original.parameters[0]):
-        yield raised(
-            "Frozen weights", "warning", f"{everything - trainable} of its {everything} parameters are frozen."
-        )
+        severity: Severity = "critical" if usual_trainable else "warning"
+        yield raised("No trainable parameters", severity, f"None of its {total} parameters is trainable.")
+    elif (total - trainable) / total > 0.01 + 1 - usual_trainable / max(1, usual):
+        yield raised("Frozen weights", "warning", f"{total - trainable} of its {total} parameters are frozen.")
 
 
 CHECKS: tuple[Callable[[Inspection, Inspection, Inspection], Iterator[Flag]], ...] = (

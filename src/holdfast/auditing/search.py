@@ -1,4 +1,4 @@
-"""Running a search for adversaries against each model, with the same number of trials for all."""
+"""A search for adversaries against each model, with the same number of trials for all."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from holdfast.runtime.run import derive_seed
 
 
 def search(plan: Search, trials: int, runner: TrialRunner) -> tuple[list[SearchTrial], list[Adversary]]:
-    """Searches for adversaries against each model by itself.
+    """Searches for adversaries against each model separately.
 
-    A search has samples and batches of its own, and sees every second fold of the test split only: what is repeated
-    afterwards is scored on others. A trial is given up where, at a budget, it is worse than half of the trials
-    before its batch.
+    A search has its own samples and batches, and is scored on every second fold of the test split; the adversaries that
+    are repeated afterwards are scored on the other folds. A trial stops at a budget where it is worse than half of the
+    trials of earlier batches.
 
     Args:
-        plan: what is searched, and how.
-        trials: for each model.
-        runner: runs and keeps them.
+        plan: the search.
+        trials: number of trials for each model.
+        runner: runs and stores them.
 
     Returns:
-        All trials, and the best few of each model without repetitions.
+        All trials, and the best few adversaries of each model without duplicates.
     """
     searches = [RoleSearch(role, plan, runner.context) for role in ROLES]
     for done in range(0, trials, plan.batch):
@@ -54,7 +54,7 @@ class RoleSearch:
         self.curves: list[Curve] = []
 
     def propose(self, count: int) -> list[Trial]:
-        """Asks for adversaries; one that cannot start, or that was proposed before, is not a new trial."""
+        """Returns the trials of new adversaries; those that cannot start, and duplicates in a batch, have none."""
         self.proposed = self.searcher.ask(count)
         self.reasons = {a.name: a.not_applicable(self.victim, self.task) for a in self.proposed}
         fit = {a.name: a for a in self.proposed if self.reasons[a.name] is None}
@@ -63,7 +63,7 @@ class RoleSearch:
         return [Trial(self.role, a, SEARCH_SEED, pruning_thresholds=pruning_thresholds) for a in fit.values()]
 
     def learn(self, curves: Sequence[Curve]) -> None:
-        """Takes the curves of what was proposed last."""
+        """Reports the curves of the last proposals to the search."""
         done = {c.adversary: c for c in curves}
         scores = [_value(done[a.name], self.budgets) if a.name in done else None for a in self.proposed]
         self.searcher.tell(scores)
@@ -80,29 +80,29 @@ class RoleSearch:
             )  # fmt: skip
 
     def best(self, count: int) -> dict[str, Adversary]:
-        """The adversaries with the highest scores, by name."""
+        """Returns the adversaries with the highest scores, by name."""
         ranked = sorted((t for t in self.trials if t.score is not None), key=lambda t: -(t.score or 0.0))
         return {name: self.known[name] for name in list(dict.fromkeys(t.adversary for t in ranked))[:count]}
 
     def marked(self, count: int) -> list[SearchTrial]:
-        """All trials, the best of them marked."""
+        """Returns all trials, with those of the best adversaries marked as confirmed."""
         chosen = self.best(count)
         return [t.model_copy(update={"confirmed": t.adversary in chosen}) for t in self.trials]
 
 
 def _running_best(curve: Curve) -> list[float]:
-    """Best so far at each budget above 0, on the folds that a search may see."""
-    best, found = float("-inf"), []
+    """Best score so far at each budget above 0, on the folds that a search may see."""
+    best, running = float("-inf"), []
     for budget, folds in zip(curve.budgets, curve.folds, strict=True):
         if folds is not None:
             best = max(best, statistics.fmean(folds[::2]))
         if budget:
-            found.append(best)
-    return found
+            running.append(best)
+    return running
 
 
 def _value(curve: Curve, budgets: int) -> float | None:
-    """What the search maximises: best so far, averaged over budgets; one that was given up keeps its last value."""
+    """What the search maximises: the best score so far, averaged over budgets; a stopped trial keeps its last one."""
     best = _running_best(curve)
     if not best or best[-1] == float("-inf"):
         return None
@@ -110,9 +110,9 @@ def _value(curve: Curve, budgets: int) -> float | None:
 
 
 def _pruning_thresholds(curves: Sequence[Curve], budgets: int) -> tuple[float | None, ...]:
-    """The median at each budget of the trials that reached it; budget 0 and fewer than four trials give none."""
-    found: list[float | None] = [None]
+    """Median at each budget of the trials that reached it; None at budget 0 and for fewer than four trials."""
+    thresholds: list[float | None] = [None]
     for k in range(budgets - 1):
-        there = [b[k] for c in curves if len(b := _running_best(c)) > k]
-        found.append(statistics.median(there) if len(there) >= 4 else None)
-    return tuple(found)
+        reached = [b[k] for c in curves if len(b := _running_best(c)) > k]
+        thresholds.append(statistics.median(reached) if len(reached) >= 4 else None)
+    return tuple(thresholds)

@@ -1,18 +1,18 @@
-"""What the curves of an audit say: best of the battery, advantage with a confidence band, what it costs.
+"""Statistics of the curves of an audit: best of the battery, advantage with a confidence band, cost.
 
 **Selection.** The best of many adversaries looks better than it is on the samples that chose it. So the test split is
-cut in folds, adversary and stopping time are chosen on every second fold and scored on the others, then the other way
-around, and the two scores are averaged. Both halves are used, and no sample is scored by what it helped to choose.
+cut into folds: adversary and stopping time are chosen on every second fold and scored on the others, then the other way
+around, and the two scores are averaged. All samples are used, and none scores a choice that it took part in.
 
 **Confidence.** Two things are random: the seeds (samples, batches, fresh weights) and the test split. The bootstrap
-draws n seeds with replacement, all folds fixed, and then f folds within each half, all seeds fixed; alike for all
+draws n seeds with replacement for all folds, and f folds within each half for all seeds. The draws are the same for all
 models, which share samples, batches and test images, so that differences vary less than scores. With d_k and e_k the
 deviations of the advantage a_k at budget k in a replicate of the first and of the second kind, the band
 
     a_k +- c sd(D_k),   D_k = g(n) d_k + g(f) e_k,   c = 95 % quantile of max_k |D_k| / sd(D_k),
 
-covers all budgets at once. g(n) = sqrt(n / (n - 1)) t_{n-1} / z is for small n: resampling n values makes their
-variance (n - 1) / n too small, and t_{n-1} / z is what Student's distribution adds to the normal one.
+covers all budgets at once. g(n) = sqrt(n / (n - 1)) t_{n-1} / z corrects for small n: resampling n values makes their
+variance too small by (n - 1) / n, and t_{n-1} / z replaces the normal by Student's distribution.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CONFIDENCE = 0.95
 REPLICATES = 1000
 
 ROUNDING = 1e-12
-"""Far below any spread of scores, far above that of the same sum taken in another order."""
+"""Far below any spread of scores, far above rounding errors of sums."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Battery:
     Attributes:
         names: of the adversaries.
         scores: see above.
-        both_ways: whether each half of the folds scores what the other chose; False: the second scores only, because a
-            search saw the first.
+        both_ways: whether each half of the folds scores what the other chose; False: only the second half scores,
+            because a search has seen the first.
     """
 
     names: tuple[str, ...]
@@ -59,30 +59,25 @@ class Battery:
         names = tuple(dict.fromkeys(c.adversary for c in curves))
         by_name = [sorted((c for c in curves if c.adversary == name), key=lambda c: c.seed) for name in names]
         lost = [math.nan] * width
-        stacked = [[[f if f is not None else lost for f in c.folds] for c in mine] for mine in by_name]
+        stacked = [[[f if f is not None else lost for f in c.folds] for c in seeds] for seeds in by_name]
         return cls(names, np.asarray(stacked, dtype=np.float64), both_ways)
 
-    @property
-    def seeds(self) -> int:
-        """Number of seeds."""
-        return int(self.scores.shape[1])
-
     def only(self, names: Sequence[str]) -> Battery:
-        """Returns the curves of some adversaries."""
+        """Returns the battery of some of the adversaries."""
         return Battery(tuple(names), self.scores[[self.names.index(name) for name in names]], self.both_ways)
 
     def best_name(self, budget: int) -> str:
-        """The adversary that is best on the whole test split, at this index of the budgets or before."""
+        """Returns the adversary that is best on the whole test split, up to the budget of this index."""
         means = self.scores.mean((1, 3))[:, : budget + 1]
         known = np.where(np.isnan(means), -np.inf, means).max(1)
         return self.names[int(known.argmax())] if np.isfinite(known.max()) else "none finite"
 
     @cached_property
     def best(self) -> tuple[Array, ...]:
-        """Best of the battery on each scored half of the folds, as the other half chose it.
+        """Best of the battery, chosen on one half of the folds and scored on the other; one array per scored half.
 
-        Of shape (S, K, F): of each seed, up to each budget, on each fold; NaN where no adversary is finite with every
-        seed. A single fold has no other half, and chooses for itself.
+        Shape (S, K, F): seeds, budgets up to which is chosen, folds; NaN where no adversary is finite with every seed.
+        A single fold both chooses and scores.
         """
         first, second = halve(self.scores.shape[3])
         ways = [(first, second), (second, first)] if self.both_ways else [(first, second)]
@@ -90,7 +85,7 @@ class Battery:
 
 
 def halve(folds: int) -> tuple[list[int], list[int]]:
-    """Returns every second of so many folds, and the others; a single fold is both.
+    """Returns the indices of every second fold, and of the others; a single fold is in both.
 
     Example:
         >>> halve(5), halve(1)
@@ -100,15 +95,15 @@ def halve(folds: int) -> tuple[list[int], list[int]]:
 
 
 def _choose(means: Array, scores: Array) -> Array:
-    """Of scores (A, S, K, F), those of adversary and time with the best mean (A, K), up to each budget; (S, K, F)."""
+    """Returns the scores (S, K, F) at the best mean up to each budget; means (A, K), scores (A, S, K, F)."""
     known = np.where(np.isnan(means), -np.inf, means)
-    found = np.full(scores.shape[1:], np.nan)
-    best, chosen = -math.inf, found[:, 0]
+    best_scores = np.full(scores.shape[1:], np.nan)
+    best, chosen = -math.inf, best_scores[:, 0]
     for k, top in enumerate(known.argmax(0)):
         if known[top, k] > best:
             best, chosen = known[top, k], scores[top, :, k]
-        found[:, k] = chosen
-    return found
+        best_scores[:, k] = chosen
+    return best_scores
 
 
 @dataclass(frozen=True)
@@ -119,8 +114,8 @@ class Comparison:
         batteries: the curves of each model.
         budgets: the steps at which scores were taken.
         seed: of the bootstrap.
-        floor: score below which one is as useless as another. What sums over budgets counts lower ones as this: an
-            error has no end, and one budget at which nothing has been learned yet would outweigh all others.
+        floor: lowest score in sums over budgets; lower ones count as this. Errors are unbounded, and one budget at
+            which nothing is learned yet would outweigh all others.
     """
 
     batteries: dict[Role, Battery]
@@ -135,138 +130,136 @@ class Comparison:
         """Sorts the curves of one task by role; see `Battery` for `both_ways`."""
         width = max((len(f) for c in curves for f in c.folds if f is not None), default=1)
         batteries = {
-            role: Battery.of(mine, width, both_ways=both_ways)
+            role: Battery.of(own, width, both_ways=both_ways)
             for role in ROLES
-            if (mine := [c for c in curves if c.role == role])
+            if (own := [c for c in curves if c.role == role])
         }
         return cls(batteries, tuple(curves[0].budgets), seed, floor)
 
     @cached_property
     def scores(self) -> dict[Role, Array]:
-        """Best of the battery of each seed at each budget, shape (S, K)."""
+        """Best of the battery for each seed and budget, shape (S, K)."""
         return {role: np.mean([half.mean(2) for half in b.best], 0) for role, b in self.batteries.items()}
 
     @cached_property
     def _deviations(self) -> dict[Role, Array] | None:
         """Deviations of the mean best of the battery in each replicate, shape (R, K); see D_k above.
 
-        None for a single seed, or a single fold in a half: one value has no spread.
+        None for a single seed, or a single fold in a half, because one value has no spread.
         """
-        some = next(iter(self.batteries.values()))
-        widths = [half.shape[2] for half in some.best]
-        if min(some.seeds, *widths) < 2:
+        first = next(iter(self.batteries.values()))
+        counts = [first.scores.shape[1], *(half.shape[2] for half in first.best)]
+        if min(counts) < 2:
             return None
         generator = np.random.default_rng(self.seed)
-        by_seed, *by_fold = [_resampled(n, generator) for n in (some.seeds, *widths)]
-        found = {}
+        by_seed, *by_fold = [_resampled(n, generator) for n in counts]
+        deviations = {}
         for role, battery in self.batteries.items():
             folds = [weights @ half.mean(0).T for weights, half in zip(by_fold, battery.best, strict=True)]
-            found[role] = by_seed @ self.scores[role] + np.mean(folds, 0)
-        return found
+            deviations[role] = by_seed @ self.scores[role] + np.mean(folds, 0)
+        return deviations
 
     def advantage(self, role: Role, over: Role = "scratch") -> Array:
-        """Mean advantage at each budget, shape (K,); NaN where either model has no finite score."""
+        """Returns the mean advantage at each budget, shape (K,); NaN where either model has no finite score."""
         difference: Array = self.scores[role].mean(0) - self.scores[over].mean(0)
         return difference
 
-    def _useful(self, role: Role, moved: Mapping[Role, Array] | None = None) -> Array:
-        """Advantage over scratch where scores below the floor count as the floor; of replicates, if some are given."""
+    def _floored(self, role: Role, deviations: Mapping[Role, Array] | None = None) -> Array:
+        """Advantage over scratch of scores cut off at the floor; of replicates, if their deviations are given."""
         own, scratch = (
-            np.maximum(self.scores[r].mean(0) + (0.0 if moved is None else moved[r]), self.floor)
+            np.maximum(self.scores[r].mean(0) + (0.0 if deviations is None else deviations[r]), self.floor)
             for r in (role, "scratch")
         )
         difference: Array = own - scratch
         return difference
 
     def band(self, role: Role, over: Role = "scratch") -> list[Interval | None]:
-        """The band around the advantage at each budget; None at budget 0 and where it cannot be told.
+        """Returns the band around the advantage at each budget.
 
-        It cannot be told from one seed, or fewer than two test folds in a half: one value has no spread.
+        None at budget 0, where scores are not finite, and for one seed or one fold in a half, which have no spread.
         """
-        found: list[Interval | None] = [None] * len(self.budgets)
+        band: list[Interval | None] = [None] * len(self.budgets)
         inside = [k for k, budget in enumerate(self.budgets) if budget]
         mean = self.advantage(role, over)[inside]
-        moved = self._deviations
-        if moved is None or not np.isfinite(mean).all():
-            return found
-        drawn = (moved[role] - moved[over])[:, inside]
+        deviations = self._deviations
+        if deviations is None or not np.isfinite(mean).all():
+            return band
+        drawn = (deviations[role] - deviations[over])[:, inside]
         width = _quantile(drawn) * drawn.std(0, ddof=1)
         for k, centre, half in zip(inside, mean, width, strict=True):
-            found[k] = Interval(low=float(centre - half), high=float(centre + half))
-        return found
+            band[k] = Interval(low=float(centre - half), high=float(centre + half))
+        return band
 
     def share(self, role: Role = "immunized", of: Role = "original") -> tuple[float | None, Interval | None]:
-        """What is left of the original's advantage, and its confidence interval.
+        """Returns the retained share of the original's advantage, and its confidence interval.
 
-        The sum over budgets above 0 of the positive advantage of `role`, divided by that of `of`. The interval is None
-        where the band is, and where replicates often leave `of` without any advantage to divide by.
+        The share is the sum over budgets above 0 of the positive advantage of `role`, divided by that of `of`. The
+        interval is None where the band is, and if `of` has no advantage in too many replicates.
         """
         inside = [k for k, budget in enumerate(self.budgets) if budget]
-        own, had = (np.maximum(self._useful(r)[inside], 0).sum() for r in (role, of))
+        own, had = (np.maximum(self._floored(r)[inside], 0).sum() for r in (role, of))
         if not (np.isfinite(own) and np.isfinite(had) and had > 0):
             return None, None
         drawn = self._deviations
         if drawn is None:
             return float(own / had), None
-        each = [np.maximum(self._useful(r, drawn)[:, inside], 0).sum(1) for r in (role, of)]
-        if (each[1] > 0).mean() < CONFIDENCE:
+        owns, hads = (np.maximum(self._floored(r, drawn)[:, inside], 0).sum(1) for r in (role, of))
+        if (hads > 0).mean() < CONFIDENCE:
             return float(own / had), None
-        ratios = each[0] / np.where(each[1] > 0, each[1], np.nan)
+        ratios = owns / np.where(hads > 0, hads, np.nan)
         low, high = np.nanquantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         return float(own / had), Interval(low=float(low), high=float(high))
 
     def area(self, role: Role) -> float | None:
-        """Mean advantage over the budgets from the first above 0 to the last, by trapezoids; in score units."""
+        """Returns the mean advantage from the first budget above 0 to the last, by trapezoids; in score units."""
         steps = np.asarray([b for b in self.budgets if b], dtype=np.float64)
-        values = self._useful(role)[-len(steps) :]
+        values = self._floored(role)[-len(steps) :]
         if len(steps) < 2 or not np.isfinite(values).all():
             return None
         return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
 
     def cells(self) -> list[dict[Role, Cell]]:
-        """Best of the battery over seeds, by budget and role."""
+        """Returns the best of the battery over seeds, by budget and role."""
         return [
-            {role: Cell.of(_plain(v) for v in self.scores[role][:, k]) for role in self.batteries}
+            {role: Cell.of(_finite(v) for v in self.scores[role][:, k]) for role in self.batteries}
             for k in range(len(self.budgets))
         ]
 
     def rows(self) -> list[BudgetRow]:
-        """The comparison as one row a budget; an original that is not among the models has no advantage in it."""
+        """Returns the comparison as one row per budget; without an original, its advantage is None."""
         compared: list[Role] = [r for r in ("immunized", "original") if r in self.batteries]
         bands = {role: self.band(role) for role in compared}
         gained = {role: self.advantage(role) for role in compared}
         had, no_bands = "original" in gained, [None] * len(self.budgets)
-        found = []
-        for k, (budget, cells) in enumerate(zip(self.budgets, self.cells(), strict=True)):
-            found.append(
-                BudgetRow(
-                    budget=budget,
-                    best=cells,
-                    best_adversary={role: b.best_name(k) for role, b in self.batteries.items()},
-                    advantage=_plain(gained["immunized"][k]),
-                    original_advantage=_plain(gained["original"][k]) if had else None,
-                    interval=bands["immunized"][k],
-                    original_interval=bands.get("original", no_bands)[k],
-                )
+        return [
+            BudgetRow(
+                budget=budget,
+                best=cells,
+                best_adversary={role: b.best_name(k) for role, b in self.batteries.items()},
+                advantage=_finite(gained["immunized"][k]),
+                original_advantage=_finite(gained["original"][k]) if had else None,
+                interval=bands["immunized"][k],
+                original_interval=bands.get("original", no_bands)[k],
             )
-        return found
+            for k, (budget, cells) in enumerate(zip(self.budgets, self.cells(), strict=True))
+        ]
 
 
 def costs(
     comparison: Comparison, target: float, batch_sizes: Mapping[str, int], flops: Mapping[str, float | None]
 ) -> list[Cost]:
-    """Returns what each model costs an adversary until it scores as high as a target.
+    """Returns the cost of reaching a target score, for each model.
 
-    Each adversary's mean curve over seeds and the whole test split counts, with straight lines between budgets; the
-    cheapest adversary may be another one for steps, samples and operations.
+    Each adversary's mean curve over seeds and the whole test split counts, with straight lines between budgets. Steps,
+    samples and operations may have different cheapest adversaries.
 
     Args:
         comparison: curves of all roles.
         target: the score to reach.
-        batch_sizes: samples a step, by adversary.
-        flops: floating-point operations a step, by adversary; None where it could not be counted.
+        batch_sizes: samples per step, by adversary.
+        flops: floating-point operations per step, by adversary; None where they could not be counted.
     """
-    found = []
+    by_role = []
     for role, battery in comparison.batteries.items():
         steps = {
             name: reached
@@ -274,7 +267,7 @@ def costs(
             if (reached := _steps_to(target, comparison.budgets, curve)) is not None
         }
         counted = {name: n * per for name, n in steps.items() if (per := flops.get(name)) is not None}
-        found.append(
+        by_role.append(
             Cost(
                 role=role,
                 steps=min(steps.values(), default=None),
@@ -283,11 +276,11 @@ def costs(
                 adversary=min(steps, key=lambda name: steps[name]) if steps else None,
             )
         )
-    return found
+    return by_role
 
 
 def _steps_to(target: float, budgets: Sequence[int], curve: Array) -> float | None:
-    """First place, on straight lines between budgets, at which a curve is as high as the target."""
+    """Returns the first step, on straight lines between budgets, at which a curve reaches the target."""
     for k, score in enumerate(curve):
         if score >= target:
             before = curve[k - 1] if k else math.nan
@@ -299,23 +292,23 @@ def _steps_to(target: float, budgets: Sequence[int], curve: Array) -> float | No
 
 
 def _quantile(drawn: Array) -> float:
-    """The quantile of the largest deviation over budgets, in standard deviations; at least the pointwise one."""
+    """Quantile of the largest deviation over budgets, in standard deviations; at least the pointwise quantile."""
     deviation = drawn.std(0, ddof=1)
-    moving = deviation > ROUNDING  # a constant does not affect c, and rounding is not movement
-    if not moving.any():
+    varies = deviation > ROUNDING  # budgets without spread do not affect c
+    if not varies.any():
         return float(ndtri((1 + CONFIDENCE) / 2))
-    largest = np.abs((drawn - drawn.mean(0))[:, moving] / deviation[moving]).max(1)
+    largest = np.abs((drawn - drawn.mean(0))[:, varies] / deviation[varies]).max(1)
     return max(float(np.quantile(largest, CONFIDENCE)), float(ndtri((1 + CONFIDENCE) / 2)))
 
 
 def _resampled(count: int, generator: np.random.Generator) -> Array:
-    """How far the weights of so many values are from equal in each replicate, widened for few values; (R, count)."""
+    """Deviations of bootstrap weights from equal weights, widened for few values; shape (R, count)."""
     drawn = generator.multinomial(count, np.full(count, 1 / count), REPLICATES) / count
     return (drawn - 1 / count) * small_sample(count)
 
 
 def small_sample(count: int) -> float:
-    """Returns by how much a bootstrap over so few values is too narrow.
+    """Returns the factor by which a bootstrap over so few values is too narrow.
 
     Example:
         >>> [round(small_sample(n), 2) for n in (2, 3, 5, 10, 100)]
@@ -325,5 +318,5 @@ def small_sample(count: int) -> float:
     return math.sqrt(count / (count - 1)) * float(stdtrit(count - 1, level) / ndtri(level))
 
 
-def _plain(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None

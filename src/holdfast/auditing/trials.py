@@ -1,4 +1,4 @@
-"""Trials: one adversary against one model with one seed; run in any order, kept as they finish, never done twice."""
+"""Trials: one adversary against one model with one seed; run in any order, and stored as they finish."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ On = Literal["restricted", "benign", "transfer"]
 
 
 SEARCH_SEED = -1
-"""The repetition that searches use: samples, batches and fresh weights that no repeated trial has."""
+"""The seed of searches: no repeated trial has the same samples, batches and fresh weights."""
 
 
 TRANSPLANTED = ", in the original's code"
-"""Ends the name of an adversary who first put the released weights into the original's code."""
+"""Suffix of the name of an adversary that first put the released weights into the original's code."""
 
 
 def few_of(task: Task, shots: int | None, run: Run, seed: int) -> Task:
-    """Returns what an adversary gets of a task in one repetition: the training split, or so many samples a class."""
+    """Returns a task with the adversary's samples for one seed: the training split, or `shots` samples per class."""
     return task if shots is None else task.few_shot(shots, derive_seed(run.seed, "shots", seed))
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One piece of work.
+    """One adversary against one model with one seed.
 
     Attributes:
-        role: which model is attacked.
-        adversary: how.
-        seed: repetition: samples, batches, fresh weights.
-        on: the task that is learned; anything but the restricted one measures side effects.
-        transplanted: whether the immunized model's weights are attacked inside the original's code.
+        role: the attacked model.
+        adversary: the attack.
+        seed: of samples, batches and fresh weights.
+        on: the trained task; tasks other than the restricted one measure side effects.
+        transplanted: whether the immunized model's weights are attacked in the original's code.
         pruning_thresholds: see `Adversary.attack`.
     """
 
@@ -56,12 +56,12 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """The adversary's name, as curves have it."""
+        """The adversary's name in curves."""
         return self.adversary.name + (TRANSPLANTED if self.transplanted else "")
 
     @property
     def key(self) -> str:
-        """Names it among all trials of an audit."""
+        """Unique among the trials of an audit."""
         return f"{self.on}/{self.role}/{self.name}/{self.seed}"
 
     def __str__(self) -> str:
@@ -72,9 +72,9 @@ def repetitions(adversaries: Sequence[Adversary], seeds: Sequence[int], *, trans
     """Returns the trials of an audit, in the order that decides which of them are trained together.
 
     Args:
-        adversaries: each against every model, with every seed.
-        seeds: the repetitions.
-        transplanted: whether each is also tried on the immunized weights inside the original's code.
+        adversaries: each attacks every model with every seed.
+        seeds: one repetition each.
+        transplanted: whether each also attacks the immunized weights in the original's code.
     """
     trials = [Trial(role, a, s) for s in seeds for role in ROLES for a in adversaries]
     if transplanted:
@@ -84,18 +84,18 @@ def repetitions(adversaries: Sequence[Adversary], seeds: Sequence[int], *, trans
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What trials need, the same for all of them; it travels once to each worker.
+    """Inputs that all trials share; sent once to each worker.
 
     Attributes:
-        immunized: the model in question.
-        original: what it was before; fresh copies of it are the scratch control.
-        transplanted: the immunized weights inside the original's code, where its own code is another.
-        samples: what adversaries learn from, by task and seed.
+        immunized: the audited model.
+        original: the model before immunization; fresh copies of it are the scratch control.
+        transplanted: the immunized weights in the original's code, if the immunized model's code differs.
+        samples: the adversaries' data, by task and seed.
         benign: the model's own task.
         budgets: steps at which to score.
         run: seed and device.
         stacked: whether attacks on small models are trained together; curves agree up to rounding.
-        untouched: benign scores of models whose bodies an attack left alone, each taken once.
+        untouched: benign scores of models after attacks on a frozen body, each computed once.
     """
 
     immunized: SplitModel
@@ -109,7 +109,7 @@ class TrialContext:
     untouched: dict[tuple[Role, bool], float | None] = field(default_factory=dict, repr=False)
 
     def model(self, role: Role, seed: int) -> SplitModel:
-        """Returns the model of a role; of `scratch`, the fresh weights that belong to a seed."""
+        """Returns the model of a role; for `scratch`, with the fresh weights of this seed."""
         if role == "immunized":
             return self.immunized
         if role == "original":
@@ -132,7 +132,7 @@ class TrialContext:
         return [[index[id(member)] for member in group] for group in stacks(stackable)] + pruned
 
     def curves(self, trials: Sequence[Trial]) -> list[Curve]:
-        """Runs trials that are trained together."""
+        """Runs one group of trials of `together`."""
         if len(trials) == 1:
             return [self.curve(trials[0])]
         members = [Member(t.adversary, self._attacked(t), self.samples[t.on, t.seed], t.role, t.seed) for t in trials]
@@ -149,39 +149,32 @@ class TrialContext:
         return self.transplanted
 
     def curve(self, trial: Trial) -> Curve:
-        """Runs a trial; where the immunized model's own code fails, the curve says so and has no scores.
+        """Runs a trial; if the immunized model's code fails, the curve has the error and no scores.
 
-        In a search that holds for every model, since a search proposes settings that were never tried.
+        In a search that holds for every model, because a search proposes settings that were never tried.
         """
         task, model = self.samples[trial.on, trial.seed], self._attacked(trial)
         scored = trial.on == "restricted" and trial.role != "scratch"
-        alone = scored and trial.adversary.frozen_body  # many probes, one benign score
+        frozen = scored and trial.adversary.frozen_body  # all probes have the same benign score
         try:
-            found = trial.adversary.attack(
-                model,
-                task,
-                budgets=self.budgets,
-                run=self.run,
-                role=trial.role,
-                seed=trial.seed,
-                benign=self.benign,
-                pruning_thresholds=trial.pruning_thresholds,
-                score_benign=scored and not alone,
-            )
-            if alone:
+            curve = trial.adversary.attack(
+                model, task, budgets=self.budgets, run=self.run, role=trial.role, seed=trial.seed, benign=self.benign,
+                pruning_thresholds=trial.pruning_thresholds, score_benign=scored and not frozen,
+            )  # fmt: skip
+            if frozen:
                 if (side := (trial.role, trial.transplanted)) not in self.untouched:
                     self.untouched[side] = benign_score_after(trial.adversary, model, model, self.benign)
-                found = found.model_copy(update={"benign_after": self.untouched[side]})
+                curve = curve.model_copy(update={"benign_after": self.untouched[side]})
         except Exception as error:  # the user's code may raise anything
             if trial.role != "immunized" and trial.seed != SEARCH_SEED:
                 raise
             none: list[None] = [None] * len(self.budgets)
-            found = Curve(
+            curve = Curve(
                 adversary=trial.name, role=trial.role, seed=trial.seed, budgets=list(self.budgets), scores=[*none],
                 losses=[*none], folds=[*none], batch_size=min(trial.adversary.batch_size, task.size("train")),
                 failure=f"{type(error).__name__}: {error}"[:500],
             )  # fmt: skip
-        return _named(found, trial)
+        return _named(curve, trial)
 
 
 def _named(curve: Curve, trial: Trial) -> Curve:
@@ -193,9 +186,9 @@ class TrialRunner:
     """Runs trials.
 
     Attributes:
-        context: what they need.
-        journal: keeps every finished one.
-        executor: where they run.
+        context: inputs that all trials share.
+        journal: stores every finished trial.
+        executor: where trials run.
     """
 
     context: TrialContext
@@ -203,39 +196,28 @@ class TrialRunner:
     executor: Executor
 
     def run(self, trials: Sequence[Trial], description: str) -> list[Curve]:
-        """Runs what the journal does not hold yet; every finished trial is in it at once.
+        """Runs the trials that are not in the journal, and stores each as soon as it is finished.
 
         Args:
-            trials: in the order in which curves are wanted.
+            trials: in the order of the returned curves.
             description: for the progress bar.
 
         Returns:
-            One curve a trial, the same whether it was run now or before, and wherever.
+            One curve per trial, stored or new.
 
         Raises:
-            HoldfastError: if the journal holds something else under a trial's key.
+            HoldfastError: if the journal has an entry of another trial under a trial's key.
         """
         jobs = [Job(trial.key, trial, f"{trial.role}: {trial.name}") for trial in trials]
         store = JournalStore(self.journal, {t.key: partial(_kept, t, self.context.budgets) for t in trials})
         return run_jobs(
-            _curves,
-            self.context,
-            jobs,
-            store,
-            run=self.context.run,
-            executor=self.executor,
-            description=description,
-            together=self.context.together,
-            finished=self.context.run.finished_trial,
-        )
-
-
-def _curves(context: TrialContext, trials: Sequence[Trial]) -> list[Curve]:
-    return context.curves(trials)
+            TrialContext.curves, self.context, jobs, store, run=self.context.run, executor=self.executor,
+            description=description, together=self.context.together, finished=self.context.run.finished_trial,
+        )  # fmt: skip
 
 
 def _kept(trial: Trial, budgets: tuple[int, ...], entry: Any) -> Curve:
-    """Makes a trial's curve of its entry in the journal; refuses another trial's."""
+    """Returns a trial's curve from its entry in the journal; raises an error if it is another trial's."""
     curve = Curve.model_validate(entry)
     if (curve.task, curve.role, curve.adversary, curve.seed) != (trial.on, trial.role, trial.name, trial.seed):
         raise ValueError(f"it is of {curve.task}/{curve.role}/{curve.adversary}/{curve.seed}")

@@ -1,7 +1,7 @@
-"""What a model shows before an attack: scales, gradients, dead units, its two modes, and state that moves.
+"""Measurements of a model before an attack: scales, gradients, dead units, its two modes, and changing state.
 
-Nothing is judged here; `holdfast.auditing.red_flags` does that: it compares the released model with the original and a
-fresh one. The code of a model is the publisher's: what it raises becomes a finding, and nothing here changes the model.
+`holdfast.auditing.red_flags` judges them, by comparing the released model with the original and a fresh one. A model
+may have any code: exceptions that it raises become part of the result. The model is not changed.
 """
 
 from __future__ import annotations
@@ -19,49 +19,51 @@ from holdfast.runtime.run import Run
 from holdfast.tasks import Batch, Task
 
 SAMPLES = 128
-"""Samples of each task that are looked at."""
+"""Number of samples of each task."""
 
 PASSES = 8
 """Forward passes in training mode, without a step, after which state is compared."""
 
 STEPS = (1e-6, 1e-3)
-"""Relative lengths of the differences. Kinks of ReLU spoil the long one, rounding the short one: the better counts."""
+"""Relative step sizes of finite differences. Kinks of ReLU distort the long one, rounding the short one: the better
+one counts.
+"""
 
 AGREES = 1e-2
-"""An error that ends the search for a better one."""
+"""An error below which no further differences are computed."""
 
 DIRECTIONS = 3
 GROUPS = 6
 FEW = 16
-"""Samples for what is repeated most: differences, and passes after which state is compared."""
+"""Number of samples for repeated passes: finite differences, and comparisons of state."""
 
 Norm = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass
 class Inspection:
-    """What was measured of one model; a part that failed is empty and has its reason in `failures`.
+    """Measurements of one model; a part that failed is empty and has its error in `failures`.
 
     Attributes:
-        failures: what could not be measured ("evaluation", "training", "gradients", "state", "derivatives" or
-            "tensors"), with what was raised.
+        failures: error messages of the parts that could not be measured ("evaluation", "training", "gradients",
+            "state", "derivatives" or "tensors").
         weights: root mean square of each weight tensor of two or more axes.
         activations: the same of each layer's outputs, on benign samples in evaluation mode.
-        logits: the same of the logits on benign and on restricted samples; not finite if they are not.
-        negated: accuracy on restricted samples of its own head times -1; None: the head is not for as many classes.
+        logits: the same of the logits on benign and on restricted samples; may not be finite.
+        negated: accuracy of its own head times -1 on restricted samples; None: the head has too few outputs.
         dead_units: largest share of a layer's inputs that are zero for all restricted samples, and the layer.
-        dead_samples: largest share of restricted samples for which a layer gets nothing but zeros, and the layer.
-        in_a_row: condition numbers of linear layers that feed another one directly.
+        dead_samples: largest share of restricted samples for which all inputs of a layer are zero, and the layer.
+        in_a_row: condition numbers of linear layers whose output is the input of another linear layer.
         statistics: by BatchNorm layer, how far benign data is from the running statistics; see `Statistics`.
         unrepeatable: difference of two equal calls, relative to the spread of the logits.
-        gradients: by setting ("fresh head", "own head") and weight tensor: length of the gradient over that of the
+        gradients: by setting ("fresh head", "own head") and weight tensor: norm of the gradient over that of the
             weights.
-        scores: benign score of a batch in "evaluation", in "training" mode, and again in evaluation "after" passes in
-            training mode that nothing was learned in.
-        moved: tensors that a forward pass changed, beyond BatchNorm's own: by mode, their names.
-        false_gradients: by group of weights and mode, relative error of its gradient against finite differences.
-        parameters: numbers in all parameters, and in those that may be trained.
-        hidden: floating-point numbers in neither parameters nor BatchNorm statistics.
+        scores: benign score of a batch in "evaluation" mode, in "training" mode, and in evaluation mode "after" passes
+            in training mode without a step.
+        moved: by mode, names of the tensors that a forward pass changed, except BatchNorm statistics.
+        false_gradients: by group of weights and mode, relative error of the gradient against finite differences.
+        parameters: number of parameters, and of trainable parameters.
+        hidden: floating-point numbers in other tensors than parameters and BatchNorm statistics.
     """
 
     failures: dict[str, str] = field(default_factory=dict)
@@ -84,14 +86,14 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Running statistics of a BatchNorm layer against what it gets from benign data.
+    """Running statistics of a BatchNorm layer, compared with its inputs on benign data.
 
     Attributes:
         shift: root mean square over channels of the distance of the means, in running standard deviations.
         factor: geometric mean over channels of the ratio of the variances, or its inverse: at least 1.
-        momentum: the layer's; None: a plain average.
-        eps: the layer's, relative to its typical running variance.
-        estimated: False for statistics that are still what a new layer has.
+        momentum: of the layer; None: a plain average.
+        eps: of the layer, relative to its typical running variance.
+        estimated: False if the statistics are still those of a new layer.
     """
 
     shift: float
@@ -108,15 +110,15 @@ PARTS: Final[tuple[Part, ...]] = get_args(Part)
 def inspect(
     model: SplitModel, *, benign: Task, restricted: Task, run: Run, parts: Collection[Part] = PARTS
 ) -> Inspection:
-    """Measures a model; it is left as it is.
+    """Measures a model without changing it.
 
     Args:
-        model: any; its code may fail.
+        model: the model, whose code may fail.
         benign: the model's own task; a batch of its training data is used.
-        restricted: likewise.
+        restricted: the restricted task, likewise.
         run: seed and device.
-        parts: what to measure, each by itself; "derivatives" compares gradients with differences, which takes most of
-            the time.
+        parts: what to measure; each part is independent. "derivatives" compares gradients with finite differences,
+            which takes most of the time.
 
     Example:
         >>> from holdfast.models import load_model
@@ -128,23 +130,23 @@ def inspect(
         >>> sorted(found.gradients["fresh head"])
         ['network.body.1.weight', 'network.body.3.weight', 'network.head.weight']
     """
-    found = Inspection()
-    own, foreign = (_batch(task, run) for task in (benign, restricted))
+    result = Inspection()
+    own, other = (_batch(task, run) for task in (benign, restricted))
     measures: dict[Part, Callable[[SplitModel], None]] = {
-        "evaluation": lambda m: _look(m, own, restricted, foreign, found),
-        "training": lambda m: _train_mode(m, benign, own, found),
-        "gradients": lambda m: _gradients(m, benign, own, restricted, foreign, found),
-        "state": lambda m: _state(m, own, found),
-        "derivatives": lambda m: _derivatives(m, benign, own, found),
-        "tensors": lambda _: _tensors(model, found),
+        "evaluation": lambda m: _evaluation(m, own, restricted, other, result),
+        "training": lambda m: _training(m, benign, own, result),
+        "gradients": lambda m: _gradients(m, benign, own, restricted, other, result),
+        "state": lambda m: _state(m, own, result),
+        "derivatives": lambda m: _derivatives(m, benign, own, result),
+        "tensors": lambda _: _tensors(model, result),
     }
     for name in (part for part in PARTS if part in parts):
         with run.seeded("inspect", name):
             try:
                 measures[name](model.clone().to(run.device).requires_grad_(True))
             except Exception as error:  # the user's code may raise anything
-                found.failures[name] = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    return found
+                result.failures[name] = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return result
 
 
 def _batch(task: Task, run: Run) -> Batch:
@@ -161,25 +163,24 @@ def rms(x: Tensor) -> float:
 
 
 @torch.no_grad()
-def _look(model: SplitModel, own: Batch, restricted: Task, foreign: Batch, found: Inspection) -> None:
+def _evaluation(model: SplitModel, benign: Batch, restricted: Task, other: Batch, result: Inspection) -> None:
     model.eval()
-    found.weights = {n: rms(p) for n, p in model.named_parameters() if p.dim() > 1}
+    result.weights = {n: rms(p) for n, p in model.named_parameters() if p.dim() > 1}
     with _Watch(model) as watch:
-        logits = model(own.x)
-        found.activations, found.in_a_row, found.statistics = watch.outputs, watch.in_a_row, watch.statistics
-    found.logits["benign"] = rms(logits)
-    again = model(own.x)
-    found.unrepeatable = rms(again - logits) / (rms(logits - logits.mean()) or 1.0)
+        logits = model(benign.x)
+        result.activations, result.in_a_row, result.statistics = watch.outputs, watch.in_a_row, watch.statistics
+    result.logits["benign"] = rms(logits)
+    result.unrepeatable = rms(model(benign.x) - logits) / (rms(logits - logits.mean()) or 1.0)
     with _Watch(model) as watch:
-        logits = model(foreign.x)
-        found.logits["restricted"] = rms(logits)
-        found.dead_units, found.dead_samples = watch.dead_units, watch.dead_samples
+        logits = model(other.x)
+        result.logits["restricted"] = rms(logits)
+        result.dead_units, result.dead_samples = watch.dead_units, watch.dead_samples
     if restricted.labels_are_classes and model.num_outputs >= restricted.num_outputs:
-        found.negated = restricted.batch_skill(-logits, foreign)
+        result.negated = restricted.batch_skill(-logits, other)
 
 
 class _Watch:
-    """Looks at what goes through the layers of a model while it is open."""
+    """A context in which hooks measure the inputs and outputs of a model's layers."""
 
     def __init__(self, model: SplitModel) -> None:
         self.model = model
@@ -187,31 +188,30 @@ class _Watch:
         self.in_a_row: dict[str, float] = {}
         self.statistics: dict[str, Statistics] = {}
         self.dead_units = self.dead_samples = (0.0, "")
-        self._linear: dict[int, tuple[Tensor, Tensor]] = {}  # by id: outputs, kept so that ids stay unique, and weights
+        self._linear: dict[int, tuple[Tensor, Tensor]] = {}  # by id: output, kept so that ids stay unique, and weight
         self._first = True
 
     def __enter__(self) -> _Watch:
         self._hooks = []
-        for name, layer in self.model.network.named_modules():
+        self._names = {layer: name for name, layer in self.model.network.named_modules()}
+        for layer in self._names:
             if not any(layer.children()) or isinstance(layer, nn.Conv2d | nn.Linear):
-                self._hooks.append(layer.register_forward_hook(self._seen(name)))
+                self._hooks.append(layer.register_forward_hook(self._hook))
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _seen(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
-                return
-            self.outputs[name] = rms(output)
-            if isinstance(layer, Norm) and layer.running_mean is not None:
-                self.statistics[name] = _compared(layer, args[0])
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                self._linear_layer(name, layer, args[0], output)
-
-        return hook
+    def _hook(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not (args and isinstance(args[0], Tensor) and isinstance(output, Tensor)):
+            return
+        name = self._names[layer]
+        self.outputs[name] = rms(output)
+        if isinstance(layer, Norm) and layer.running_mean is not None:
+            self.statistics[name] = _statistics(layer, args[0])
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            self._linear_layer(name, layer, args[0], output)
 
     def _linear_layer(self, name: str, layer: nn.Conv2d | nn.Linear, inputs: Tensor, output: Tensor) -> None:
         _, before = self._linear.get(id(inputs), (None, None))
@@ -220,7 +220,7 @@ class _Watch:
             sigma = torch.linalg.svdvals(torch.nan_to_num(weight))
             self.in_a_row[name] = float(sigma[0] / sigma[-1].clamp_min(torch.finfo(torch.float64).tiny))
         self._linear[id(output)] = output, layer.weight
-        if not self._first:  # the first layer gets data: pixels that are always black are not dead units
+        if not self._first:  # inputs of the first layer are data: pixels that are always black are not dead units
             active = inputs != 0
             units = active.movedim(1 if isinstance(layer, nn.Conv2d) else -1, 0).flatten(1).any(1)
             samples = active.flatten(1).any(1)
@@ -229,7 +229,7 @@ class _Watch:
         self._first = False
 
 
-def _compared(layer: Norm, inputs: Tensor) -> Statistics:
+def _statistics(layer: Norm, inputs: Tensor) -> Statistics:
     assert layer.running_mean is not None
     assert layer.running_var is not None
     mean, var = layer.running_mean.cpu().double(), layer.running_var.cpu().double()
@@ -249,33 +249,29 @@ def _compared(layer: Norm, inputs: Tensor) -> Statistics:
 
 
 @torch.no_grad()
-def _train_mode(model: SplitModel, task: Task, batch: Batch, found: Inspection) -> None:
-    found.scores["evaluation"] = _score(model.eval(), task, batch)
-    found.scores["training"] = _score(model.train(), task, batch)
+def _training(model: SplitModel, task: Task, batch: Batch, result: Inspection) -> None:
+    result.scores["evaluation"] = _score(model.eval(), task, batch)
+    result.scores["training"] = _score(model.train(), task, batch)
     for _ in range(PASSES):
         model.train()(batch.x)
-    found.scores["after"] = _score(model.eval(), task, batch)
+    result.scores["after"] = _score(model.eval(), task, batch)
 
 
 def _score(model: SplitModel, task: Task, batch: Batch) -> float:
-    """Accuracy, or share of variance explained, in the mode that the model is in; NaN if outputs are not finite."""
+    """Accuracy, or explained variance, in the model's current mode; NaN if outputs are not finite."""
     logits = model(batch.x)
-    if not bool(logits.isfinite().all()):
-        return float("nan")
-    return task.batch_skill(logits, batch)
+    return task.batch_skill(logits, batch) if bool(logits.isfinite().all()) else math.nan
 
 
-def _gradients(
-    model: SplitModel, benign: Task, own: Batch, restricted: Task, foreign: Batch, found: Inspection
-) -> None:
-    """Relative lengths of gradients in training mode, as an adversary's first step would see them.
+def _gradients(model: SplitModel, benign: Task, own: Batch, restricted: Task, other: Batch, result: Inspection) -> None:
+    """Measures relative norms of gradients in training mode, as at an adversary's first step.
 
-    With its own head a good model has next to no loss, and hence no gradient; shuffled labels give it something to do.
+    With its own head a good model has nearly no loss and gradient, so labels are shuffled.
     """
     shuffled = Batch(own.x, own.y[torch.randperm(len(own.y)).to(own.y.device)])
-    found.gradients["own head"] = _relative(model.train(), benign.loss(model, shuffled))
+    result.gradients["own head"] = _relative(model.train(), benign.loss(model, shuffled))
     model.reset_head(restricted.num_outputs)
-    found.gradients["fresh head"] = _relative(model.train(), restricted.loss(model, foreign))
+    result.gradients["fresh head"] = _relative(model.train(), restricted.loss(model, other))
 
 
 def _relative(model: SplitModel, loss: Tensor) -> dict[str, float]:
@@ -293,19 +289,19 @@ def _relative(model: SplitModel, loss: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _state(model: SplitModel, batch: Batch, found: Inspection) -> None:
-    """Which tensors are others after a forward pass; weights are moved a bit first, so that putting them back shows."""
+def _state(model: SplitModel, batch: Batch, result: Inspection) -> None:
+    """Finds tensors that a forward pass changes; weights are changed a little before, so that resetting them shows."""
     for parameter in model.parameters():
         parameter.mul_(1 + 1e-3)
     for mode, passes in (("evaluation", 1), ("training", PASSES)):
         before = {name: t.clone() for name, t in _watched(model)}
         for _ in range(passes):
             model.train(mode == "training")(batch.x[:FEW])
-        found.moved[mode] = [n for n, t in _watched(model) if n not in before or not _equal(t, before[n])]
+        result.moved[mode] = [n for n, t in _watched(model) if n not in before or not _equal(t, before[n])]
 
 
 def _watched(model: SplitModel) -> Iterator[tuple[str, Tensor]]:
-    """All tensors but those that BatchNorm is meant to move."""
+    """All tensors except BatchNorm statistics."""
     norms = {id(b) for m in model.modules() if isinstance(m, Norm) for b in m.buffers(recurse=False)}
     return ((n, t) for n, t in every_tensor(model.network) if id(t) not in norms)
 
@@ -314,27 +310,27 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _tensors(model: SplitModel, found: Inspection) -> None:
+def _tensors(model: SplitModel, result: Inspection) -> None:
     parameters = list(model.network.parameters())
-    found.parameters = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    result.parameters = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     known = {id(p) for p in parameters}
-    found.hidden = sum(t.numel() for _, t in _watched(model) if id(t) not in known and t.is_floating_point())
+    result.hidden = sum(t.numel() for _, t in _watched(model) if id(t) not in known and t.is_floating_point())
 
 
-# --- Do gradients tell the truth? ---
+# --- Gradients against finite differences ---
 
 
-def _derivatives(model: SplitModel, task: Task, batch: Batch, found: Inspection) -> None:
-    """Compares directional derivatives by autograd with differences, in float64 where the model can be made so."""
+def _derivatives(model: SplitModel, task: Task, batch: Batch, result: Inspection) -> None:
+    """Compares directional derivatives by autograd with finite differences, in float64 if the model can run in it."""
     few = Batch(batch.x[:FEW], batch.y[:FEW])
     for training in (False, True):
         try:
             errors = _errors(model.clone().double(), task, few, training)
         except Exception:
-            # Code that does not run in float64; the long step then counts.
+            # The code does not run in float64; then the long step counts.
             errors = _errors(model.clone(), task, few, training)
         for name, error in errors.items():
-            found.false_gradients[f"{name} ({'training' if training else 'evaluation'} mode)"] = error
+            result.false_gradients[f"{name} ({'training' if training else 'evaluation'} mode)"] = error
 
 
 def _errors(model: SplitModel, task: Task, batch: Batch, training: bool) -> dict[str, float]:
@@ -350,29 +346,29 @@ def _errors(model: SplitModel, task: Task, batch: Batch, training: bool) -> dict
 
     def value() -> Tensor:
         with torch.random.fork_rng(devices=[batch.x.device] if batch.x.is_cuda else []):
-            torch.manual_seed(0)  # dropout must drop the same
+            torch.manual_seed(0)  # the same dropout each time
             return task.loss(model.train(training), batch)
 
     loss = value()
     names = [n for n, p in parameters.items() if p.requires_grad]
     slopes = torch.autograd.grad(loss, [parameters[n] for n in names], allow_unused=True) if loss.requires_grad else ()
     gradient = {n: g for n, g in zip(names, slopes, strict=False) if g is not None}
-    found = {}
+    by_group = {}
     for name, members in groups.items():
         errors = []
         for _ in range(DIRECTIONS if members else 0):
             errors.append(_error({n: parameters[n] for n in members}, gradient, value))
-            if errors[-1] < AGREES:  # a lie agrees so well once in a hundred times
+            if errors[-1] < AGREES:  # a wrong gradient agrees this well in one of a hundred directions
                 break
         known = sorted(e for e in errors if not math.isnan(e))
         if known:
-            found[name] = known[0] if known[0] < AGREES else known[len(known) // 2]
-    return found
+            by_group[name] = known[0] if known[0] < AGREES else known[len(known) // 2]
+    return by_group
 
 
 def _error(parameters: dict[str, nn.Parameter], gradient: dict[str, Tensor], value: Callable[[], Tensor]) -> float:
-    """Relative error along one random direction; NaN where both derivatives drown in rounding."""
-    # Relative to each weight: units may have scales of their own, and a step that suits one is a leap for another.
+    """Relative error along one random direction; NaN if both derivatives are below rounding errors."""
+    # Relative to each weight, because units may have very different scales.
     direction = {n: torch.randn_like(p) * (p.detach().abs() if rms(p) else 1e-2) for n, p in parameters.items()}
     slope = sum(float((gradient[n] * d).sum()) for n, d in direction.items() if n in gradient)
     errors = []
@@ -394,4 +390,4 @@ def _error(parameters: dict[str, nn.Parameter], gradient: dict[str, Tensor], val
             errors.append(abs(slope - difference) / size)
         if errors and errors[-1] < AGREES:
             break
-    return min(errors, default=float("nan"))
+    return min(errors, default=math.nan)

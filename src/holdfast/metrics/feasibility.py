@@ -24,19 +24,19 @@ GRID = 60
 def assess(
     model: SplitModel | None, benign: Task, restricted: Task, *, ridge: float = 0.01, q: float = 0.9
 ) -> tuple[Feasibility, dict[str, Figure]]:
-    """Decides by spectra alone whether linear immunization can work.
+    """Decides from spectra alone whether linear immunization can work.
 
-    Memory is O(D^2), whatever the number of samples, beside the features that are kept (see `FeatureCache`).
+    Memory is O(D^2) for any number of samples, besides cached features (see `FeatureCache`).
 
     Args:
-        model: whose features are meant; None: the inputs themselves, flattened.
-        benign: what should stay easy to learn.
-        restricted: what should become hard to learn.
+        model: the model that computes the features; None: the features are the flattened inputs.
+        benign: the task that should stay easy to learn.
+        restricted: the task that should become hard to learn.
         ridge: per sample, for the bound on all features; see `Frontier.of`.
         q: share of the removable loss in tau_q.
 
     Returns:
-        The answer with its numbers, and the figures behind it.
+        The assessment, and its figures.
 
     Raises:
         HoldfastError: if model and tasks do not fit, or the tasks share no features.
@@ -48,29 +48,29 @@ def assess(
         ('marginal', 64, True)
     """
     check(model, benign, restricted, ridge=ridge, q=q)
-    whole = [
+    problems = [
         LeastSquares.stream(feature_batches(model, task, "train"), precision=feature_precision(model, task))
         for task in (benign, restricted)
     ]
-    ridged = Frontier.of(*whole, space="ridge", ridge=ridge)
+    ridged = Frontier.of(*problems, space="ridge", ridge=ridge)
     try:
-        frontier = Frontier.of(*whole)
+        frontier = Frontier.of(*problems)
         common = len(frontier.mu)
-    except HoldfastError:  # no direction in common: the ridge still has an answer, and the reasons say so
+    except HoldfastError:  # no common direction: numbers are then with a ridge, and the reasons say so
         frontier, common = ridged, 0
     noise = _noise(model, benign)
     leak = frontier.leak()
     tau, bound = _steps(frontier, q), frontier.bound
-    label = _label(bound, noise, few=common < whole[0].features / 2)
-    found = Feasibility(
+    label = _label(bound, noise, few=common < problems[0].features / 2)
+    result = Feasibility(
         label=label,
-        sentence=_sentence(label, bound, noise, common, whole[0].features),
-        reasons=[_noise_reason(noise), *_reasons(frontier, ridged, whole, common, ridge, leak, tau, q)],
+        sentence=_sentence(label, bound, noise, common, problems[0].features),
+        reasons=[_noise_reason(noise), *_reasons(frontier, ridged, problems, common, ridge, leak, tau, q)],
         benign_task=benign.name,
         restricted_task=restricted.name,
-        features=whole[0].features,
-        rank_benign=whole[0].spectrum.rank,
-        rank_restricted=whole[1].spectrum.rank,
+        features=problems[0].features,
+        rank_benign=problems[0].spectrum.rank,
+        rank_restricted=problems[1].spectrum.rank,
         common=common,
         kappa_benign=frontier.benign.condition,
         kappa_restricted=frontier.restricted.condition,
@@ -83,11 +83,11 @@ def assess(
         tau_q=q,
         tau=tau,
     )
-    return found, _figures(frontier)
+    return result, _figures(frontier)
 
 
 def _steps(frontier: Frontier, q: float) -> dict[str, dict[str, float | None]]:
-    """Predicted steps of a probe on each task behind each of the frontier's extractors."""
+    """Returns the predicted steps of a probe on each task, by extractor."""
     extractors = {
         "identity": torch.eye(len(frontier.mu)).to(frontier.basis),
         "whitening": frontier.stretch(0.0),
@@ -104,7 +104,7 @@ def _steps(frontier: Frontier, q: float) -> dict[str, dict[str, float | None]]:
 
 
 def check(model: SplitModel | None, benign: Task, restricted: Task, *, ridge: float, q: float) -> None:
-    """Refuses, before any work, what `assess` cannot work with; arguments and errors as there."""
+    """Checks the arguments of `assess` before any work, and raises the same errors."""
     if not 0 < ridge < math.inf:
         raise HoldfastError(f"ridge is {ridge}; expected a number above 0.")
     if not 0 < q < 1:
@@ -125,7 +125,7 @@ def check(model: SplitModel | None, benign: Task, restricted: Task, *, ridge: fl
 
 
 def _noise(model: SplitModel | None, task: Task) -> float:
-    """RIR* between two halves of the benign samples: the same task, so that it would be 1 with samples enough."""
+    """Returns RIR* between two halves of the benign samples, which would be 1 with enough samples."""
     halves = [
         LeastSquares.stream(
             ((x[i::2], y[i::2]) for x, y in feature_batches(model, task, "train") if len(x) > 1),
@@ -140,7 +140,7 @@ def _noise(model: SplitModel | None, task: Task) -> float:
 
 
 def _label(bound: float, noise: float, *, few: bool) -> str:
-    """Possible only where the bound is well above sampling noise; few: whether few of the directions are shared."""
+    """Returns the label; `few`: whether the tasks share only few directions."""
     if bound >= POSSIBLE and bound >= NOISE_FACTOR * noise:
         return "possible"
     return "marginal" if bound >= MARGINAL or few else "impossible"
@@ -149,23 +149,23 @@ def _label(bound: float, noise: float, *, few: bool) -> str:
 def _noise_reason(noise: float) -> str:
     if not math.isfinite(noise):
         return (
-            "There are too few benign samples to tell what sampling alone makes of RIR*: two halves share no direction."
+            "There are too few benign samples to measure the effect of sampling on RIR*: two halves share no direction."
         )
     return (
-        f"Sampling alone makes RIR* {_plain(noise)} between two halves of the benign samples, where it should be 1: "
-        "only what is well above that is a property of the tasks."
+        f"Because of sampling, RIR* is {_text(noise)} between two halves of the benign samples, where it should be 1: "
+        "only values well above that are a property of the tasks."
     )
 
 
-def _plain(value: float) -> str:
-    """A number for people: 1,940 rather than 1.94e+03."""
+def _text(value: float) -> str:
+    """Formats 1940 as 1,940 instead of 1.94e+03."""
     return f"{value:,.0f}" if 100 <= value < 1e7 else f"{value:.3g}"
 
 
 def _sentence(label: str, bound: float, noise: float, common: int, features: int) -> str:
     if label == "possible":
         return (
-            f"Linear immunization is possible: the restricted probe can be made {_plain(bound)} times worse "
+            f"Linear immunization is possible: the restricted probe can be made {_text(bound)} times worse "
             "conditioned while the benign one keeps its condition number and every benign prediction."
         )
     if label == "marginal" and (bound < MARGINAL or not math.isfinite(noise)):
@@ -175,17 +175,17 @@ def _sentence(label: str, bound: float, noise: float, common: int, features: int
         )
     if label == "marginal" and bound >= POSSIBLE:
         return (
-            f"Not clear: RIR* is {_plain(bound)}, but two halves of the benign task alone have {_plain(noise)}. Most "
+            f"Not clear: RIR* is {_text(bound)}, but two halves of the benign task alone have {_text(noise)}. Most "
             "of it may be sampling; take more samples, or fewer features."
         )
     if label == "marginal":
         return (
-            f"Linear immunization can achieve little: at most {_plain(bound)} times the restricted condition number at "
+            f"Linear immunization can achieve little: at most {_text(bound)} times the restricted condition number at "
             "no benign cost."
         )
     return (
         "Linear immunization is not possible: no linear extractor makes the restricted probe more than "
-        f"{_plain(bound)} times worse conditioned relative to the benign one; the two tasks' features are stretched "
+        f"{_text(bound)} times worse conditioned relative to the benign one; the two tasks' features are stretched "
         "alike."
     )
 
@@ -193,28 +193,29 @@ def _sentence(label: str, bound: float, noise: float, common: int, features: int
 def _reasons(
     frontier: Frontier,
     ridged: Frontier,
-    whole: list[LeastSquares],
+    problems: list[LeastSquares],
     common: int,
     ridge: float,
     leak: float,
     tau: dict[str, dict[str, float | None]],
     q: float,
 ) -> list[str]:
-    found = []
-    width = whole[0].features
+    reasons = []
+    width = problems[0].features
     if not common:
-        found.append(
-            f"The two tasks share none of {width} directions, and on those nothing is bounded: all numbers are with a "
-            f"ridge of {ridge:g} on all of them."
+        reasons.append(
+            f"The two tasks share none of {width} directions, so there is no bound without a ridge: all numbers are "
+            f"with a ridge of {ridge:g} on all of them."
         )
     elif common < width:
-        ranks = f"the benign features span {whole[0].spectrum.rank} and the restricted ones {whole[1].spectrum.rank}"
-        found.append(
+        ranks = f"the benign features span {problems[0].spectrum.rank}"
+        ranks += f" and the restricted ones {problems[1].spectrum.rank}"
+        reasons.append(
             f"Of {width} directions {ranks}; both use {common}, and the numbers are on those. A direction that only "
-            f"one task uses has no bound: with a ridge of {ridge:g} on all of them RIR* is {_plain(ridged.bound)}."
+            f"one task uses has no bound: with a ridge of {ridge:g} on all of them RIR* is {_text(ridged.bound)}."
         )
-    found.append(
-        f"The whole frontier is kappa_H = {_plain(frontier.kappa_m)} kappa_P: every further factor of restricted "
+    reasons.append(
+        f"The whole frontier is kappa_H = {_text(frontier.kappa_m)} kappa_P: every further factor of restricted "
         "condition number costs the same factor of the benign one."
     )
 
@@ -222,7 +223,7 @@ def _reasons(
         value = tau[extractor][task]
         return "never" if value is None else f"{value:,.0f}"
 
-    found.append(
+    reasons.append(
         f"But a condition number is about the worst direction, not about those that carry labels. Gradient descent "
         f"removes {q:.0%} of the removable restricted loss in {steps('identity', 'restricted')} steps as it is, "
         f"{steps('stretch', 'restricted')} behind the stretch and {steps('signal frontier', 'restricted')} behind the "
@@ -230,15 +231,15 @@ def _reasons(
         f"{steps('signal frontier', 'benign')}."
     )
     if math.isfinite(leak):
-        found.append(
+        reasons.append(
             f"{leak:.1%} of what a probe can learn of the restricted labels is in the benign signal itself: no signal "
             "frontier slows that part down."
         )
-    found.append(
+    reasons.append(
         "All of this is about gradient descent on a linear probe. Whitening the features or solving the least squares "
         "at once undoes it, and fine-tuning the network is not covered: audit with probes-v1 and quick-v1."
     )
-    return found
+    return reasons
 
 
 def _figures(frontier: Frontier) -> dict[str, Figure]:

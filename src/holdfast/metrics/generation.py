@@ -1,7 +1,7 @@
-"""What a denoiser makes: samples, pictures with their noise taken away, and how far a set of them is from another.
+"""Pictures of a denoiser: samples, restored pictures, and the distance between two sets of features.
 
-Pictures are float tensors of shape (N, C, H, W) in [0, 1], and NaN where a network gave no number. Samples come from
-diffusers' own pipelines, so that a person who loads a released folder with that library sees the same ones.
+Pictures are float tensors of shape (N, C, H, W) in [0, 1], with NaN where the network's output is NaN. Samples come
+from diffusers' pipelines, so that loading a released folder with diffusers gives the same ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from holdfast.models import Denoiser
 from holdfast.tasks import Schedule
 
 BATCH = 64
-"""Pictures that are computed at a time."""
+"""Number of pictures computed at a time."""
 
 
 @contextmanager
@@ -35,19 +35,19 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 def sample(
     model: Denoiser, count: int, *, seed: int, steps: int | None = 50, eta: float = 0.0, batch: int = BATCH
 ) -> Tensor:
-    """Draws pictures from a denoiser, as `diffusers.DDIMPipeline` and `DDPMPipeline` do.
+    """Samples pictures from a denoiser with `diffusers.DDIMPipeline` or `DDPMPipeline`.
 
-    All noise is drawn from one generator, one batch after the other. With DDIM at `eta` 0, the size of the batches
-    changes nothing but rounding; otherwise every step draws noise for its whole batch, and the size matters.
+    All noise is drawn from one generator, batch after batch. With DDIM at `eta` 0 the batch size changes only rounding;
+    otherwise every step draws noise for its whole batch, and the size matters.
 
     Args:
-        model: left in the mode that it is in.
-        count: how many.
-        seed: of the noise; up to `batch` pictures are those of a plain pipeline whose generator has this seed.
-        steps: of DDIM (Song et al. 2021); None: every step that the model was trained for, by its own scheduler, which
-            is DDPM (Ho et al. 2020) as a rule.
-        eta: of DDIM: how much of the noise is drawn anew at each step, from 0 (none) to 1 (all, as in DDPM).
-        batch: pictures at a time.
+        model: the denoiser; its mode is not changed.
+        count: number of pictures.
+        seed: of the noise; the first `batch` pictures are those of a pipeline whose generator has this seed.
+        steps: of DDIM (Song et al. 2021); None: every step that the model was trained for, with its own scheduler,
+            usually DDPM (Ho et al. 2020).
+        eta: of DDIM: share of the noise that is drawn again at each step, from 0 (none) to 1 (all, as in DDPM).
+        batch: number of pictures computed at a time.
 
     Returns:
         Pictures of shape (count, C, H, W), on the CPU.
@@ -66,35 +66,35 @@ def sample(
     if steps is not None and not 1 <= steps <= length:
         raise HoldfastError(f"steps is {steps}; expected 1 to {length}, the steps that the model was trained for.")
     if count < 1 or batch < 1:
-        raise HoldfastError(f"{count} pictures in batches of {batch} were asked for; expected at least 1 of both.")
+        raise HoldfastError(f"count is {count} and batch {batch}; expected at least 1 of both.")
     if not 0 <= eta <= 1:
         raise HoldfastError(f"eta is {eta}; expected 0 to 1.")
     if model.sample_shape is None:
-        raise HoldfastError(f"{model.name} does not say of which size its pictures are; set sample_size in its config.")
+        raise HoldfastError(f"{model.name} does not specify the size of its pictures; set sample_size in its config.")
     pipeline = model.pipeline(ddim=steps is not None)
     pipeline.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": length} if steps is None else {"num_inference_steps": steps, "eta": eta}
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    pictures = []
     with _evaluating(model):
         for start in range(0, count, batch):
             size = min(batch, count - start)
-            made = pipeline(batch_size=size, generator=generator, output_type="pt", **settings)
-            found.append(made.images.float().cpu())
-    return torch.cat(found)
+            sampled = pipeline(batch_size=size, generator=generator, output_type="pt", **settings)
+            pictures.append(sampled.images.float().cpu())
+    return torch.cat(pictures)
 
 
 def noised(pictures: Tensor, t: int, schedule: Schedule, *, seed: int) -> Tensor:
-    """Returns pictures after step t of the forward process; where the noise leads out of [0, 1], they are clamped.
+    """Returns pictures after step t of the forward process, clamped to [0, 1].
 
     Args:
         pictures: shape (N, C, H, W), in [0, 1].
-        t: from 0, where little noise is added, to T - 1.
+        t: from 0 (little noise) to T - 1.
         schedule: of the noise.
         seed: of the noise.
 
     Raises:
-        HoldfastError: if the step does not exist, or leaves only noise.
+        HoldfastError: if there is no such step, or it leaves only noise.
 
     Example:
         >>> noised(torch.ones(1, 1, 2, 2), 0, Schedule(), seed=0).mean() > 0.95
@@ -104,7 +104,7 @@ def noised(pictures: Tensor, t: int, schedule: Schedule, *, seed: int) -> Tensor
 
 
 def _forward(pictures: Tensor, t: int, schedule: Schedule, seed: int) -> Tensor:
-    """What a denoiser takes; the noise depends on the seed and the shape alone."""
+    """Returns a denoiser's inputs; the noise depends only on the seed and the shape."""
     if not 0 <= t < schedule.restorable:
         raise HoldfastError(f"The step to add noise to is {t}; expected 0 to {schedule.restorable - 1}.")
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(seed))
@@ -117,22 +117,22 @@ def _pictures(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def restore(model: Denoiser, pictures: Tensor, t: int, *, seed: int, steps: int = 50, batch: int = BATCH) -> Tensor:
-    """Adds noise to pictures and lets a denoiser take it away, as in Figures 5 and 6 of the SOPHON paper.
+    """Adds noise to pictures and removes it with a denoiser, as in Figures 5 and 6 of the SOPHON paper.
 
-    The way back is DDIM's (Song et al. 2021, Eq. 12) without new noise, at steps that are evenly spread from t to 0:
-    with a = alpha-bar, x_0 is estimated as (x_t - sqrt(1 - a_t) epsilon) / sqrt(a_t), and the next, at a step s < t, is
+    Noise is removed by DDIM (Song et al. 2021, Eq. 12) without new noise, at steps spread evenly from t to 0: with
+    a = alpha-bar, x_0 is estimated as (x_t - sqrt(1 - a_t) epsilon) / sqrt(a_t), and x_s at the next step s < t is
     sqrt(a_s) x_0 + sqrt(1 - a_s) epsilon. The last estimate of x_0 is the result.
 
     Args:
-        model: left in the mode that it is in. Where its scheduler clips estimates of x_0, so they are here.
+        model: the denoiser; its mode is not changed. If its scheduler clips estimates of x_0, they are clipped.
         pictures: shape (N, C, H, W), in [0, 1].
-        t: the step of the forward process to go to.
+        t: step of the forward process up to which noise is added.
         seed: of the noise, which is the same for every model.
-        steps: of the way back; where t + 1 is less, each step is taken.
-        batch: pictures at a time.
+        steps: number of denoising steps, at most t + 1.
+        batch: number of pictures computed at a time.
 
     Returns:
-        What the model makes of the noised pictures, on the CPU.
+        The restored pictures, on the CPU.
 
     Raises:
         HoldfastError: for numbers out of range.
@@ -143,7 +143,7 @@ def restore(model: Denoiser, pictures: Tensor, t: int, *, seed: int, steps: int 
     reach = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) else None
     start = _forward(pictures, t, model.schedule, seed).to(model.device)
     times = torch.linspace(t, 0, min(steps, t + 1)).round().long().tolist()
-    found = []
+    restored = []
     with _evaluating(model):
         for part in torch.split(start, batch):
             x, clean = part[:, :-1], part[:, :-1]
@@ -154,8 +154,8 @@ def restore(model: Denoiser, pictures: Tensor, t: int, *, seed: int, steps: int 
                 if i + 1 < len(times):
                     then = alpha_bar[times[i + 1]]
                     x = then.sqrt() * clean + (1 - then).sqrt() * noise
-            found.append(_pictures(clean))
-    return torch.cat(found)
+            restored.append(_pictures(clean))
+    return torch.cat(restored)
 
 
 class Distance(NamedTuple):
@@ -168,8 +168,8 @@ class Distance(NamedTuple):
 def kernel_distance(a: Tensor, b: Tensor) -> Distance:
     """Returns the unbiased squared maximum mean discrepancy with KID's kernel (Binkowski et al. 2018).
 
-    The kernel is k(x, y) = (x'y / D + 1)^3. Being unbiased, the distance between two samples of one distribution is 0
-    on average, and often a little below. The standard error is the jackknife's: each sample is left out once.
+    The kernel is k(x, y) = (x'y / D + 1)^3. The distance between two samples of one distribution is 0 on average, and
+    may be below 0. The standard error is by the jackknife, which leaves out each sample once.
 
     Args:
         a: features of shape (N, D), N at least 3.

@@ -1,17 +1,17 @@
-"""How well conditioned a linear probe on a deep network is, before and after immunization: RIR_theta0, Eq. 17.
+"""Conditioning of a linear probe on a deep network, before and after immunization: RIR_theta0, Eq. 17.
 
 With X~(theta) the features of some samples, the Hessian of a linear probe on them is H~(theta) = X~'X~ (Eq. 18,
 uncentred), and with theta_0 the original and theta_I the immunized network
 
     RIR_theta0 = (kappa(H~_H(theta_I)) / kappa(H~_H(theta_0))) / (kappa(H~_P(theta_I)) / kappa(H~_P(theta_0)))
 
-is (i), which should be large, over (ii), which should be at most 1. As in the paper it is taken on groups of samples
+is (i), which should be large, over (ii), which should be at most 1. As in the paper it is computed on groups of samples
 (20 of 100): X~ is then 100 x D, and its smaller side is decomposed.
 
-**Precision.** In float32 every direction that a network does not use is still there, as rounding, and kappa is that of
-the rounding. So the networks are copied and run in float64, and singular values are those of X~ itself: X~'X~ would
-square the condition number. What remains is counted: a group whose rank is another one behind the immunized network has
-its kappa over other directions, and a ratio of the two does not compare like with like.
+**Precision.** In float32, rounding gives small values to directions that a network does not use, and they determine
+kappa. So copies of the networks run in float64, and singular values are those of X~ itself, since X~'X~ would square
+the condition number. Groups whose rank differs between the two networks are counted: their kappas are over different
+directions, and the ratio is not meaningful.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class GroupSpectra(BaseModel):
     Attributes:
         benign: kappa of each group of the benign task; None where it is not finite, or all features are zero.
         restricted: likewise of the restricted task.
-        benign_ranks: over how many directions each of them is.
-        restricted_ranks: likewise.
-        bounds: RIR* of each pair of groups: what no linear extractor before the head exceeds on those very samples.
-            None where the two groups' features do not span the same directions, and nothing is bounded.
+        benign_ranks: rank of the benign features of each group.
+        restricted_ranks: likewise of the restricted features.
+        bounds: RIR* of each pair of groups, the bound for linear extractors before the head on these samples. None
+            where the features of the two groups do not span the same directions, and there is no bound.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,8 +61,8 @@ class GroupRatios(BaseModel):
     """Eq. 17 on groups of samples.
 
     Attributes:
-        restricted: (i) of each group, above 1 is wanted; None where it is not defined.
-        benign: (ii), at most 1 is wanted.
+        restricted: (i) of each group, should be above 1; None where it is not defined.
+        benign: (ii) of each group, should be at most 1.
         restricted_ranks: groups in which the restricted features' rank changed, each as (before, after).
         benign_ranks: likewise.
     """
@@ -85,20 +85,20 @@ class GroupRatios(BaseModel):
             (6.0,)
         """
         return cls(
-            restricted=_each(immunized.restricted, original.restricted),
-            benign=_each(immunized.benign, original.benign),
-            restricted_ranks=_changed(original.restricted_ranks, immunized.restricted_ranks),
-            benign_ranks=_changed(original.benign_ranks, immunized.benign_ranks),
+            restricted=_ratios(immunized.restricted, original.restricted),
+            benign=_ratios(immunized.benign, original.benign),
+            restricted_ranks=_changed_ranks(original.restricted_ranks, immunized.restricted_ranks),
+            benign_ranks=_changed_ranks(original.benign_ranks, immunized.benign_ranks),
         )
 
     @property
     def rir(self) -> tuple[float | None, ...]:
         """(i) / (ii) of each group."""
-        return _each(self.restricted, self.benign)
+        return _ratios(self.restricted, self.benign)
 
     @property
     def immunized(self) -> int:
-        """In how many groups (i) is above 1 and (ii) at most 1, up to rounding."""
+        """Number of groups with (i) above 1 and (ii) at most 1, up to rounding."""
         pairs = zip(self.restricted, self.benign, strict=True)
         return sum(r is not None and b is not None and r > 1 + 1e-9 and b <= 1 + 1e-9 for r, b in pairs)
 
@@ -116,12 +116,13 @@ def relative_conditioning(
     """Returns RIR_theta0 (Eq. 17) and its parts, on the same groups of samples for both networks.
 
     Args:
-        original: theta_0; left as it is.
-        immunized: theta_I; left as it is.
-        benign: its *test* split is used, which no defense trains on.
-        restricted: its *training* split is used; give the adversary's half, which no defense trains on.
-        groups: how many; 20 in the paper.
-        samples: of a group, drawn without replacement; 100 in the paper.
+        original: theta_0; not changed.
+        immunized: theta_I; not changed.
+        benign: the benign task; its *test* split is used, which no defense trains on.
+        restricted: the adversary's half of the restricted task, which no defense trains on; its *training* split is
+            used.
+        groups: number of groups; 20 in the paper.
+        samples: number of samples in a group, drawn without replacement; 100 in the paper.
         seed: of the draw.
 
     Raises:
@@ -157,7 +158,7 @@ def group_spectra(
     twin = _in_float64(model)
     p = grouped_features(twin, benign, "test", draw_groups(benign, "test", groups, samples, seed))
     h = grouped_features(twin, restricted, "train", draw_groups(restricted, "train", groups, samples, seed))
-    of_p, of_h = ([_kappa(x) for x in each] for each in (p, h))
+    of_p, of_h = ([_kappa(x) for x in features] for features in (p, h))
     return GroupSpectra(
         benign=tuple(kappa for kappa, _ in of_p),
         restricted=tuple(kappa for kappa, _ in of_h),
@@ -168,55 +169,55 @@ def group_spectra(
 
 
 def check_groups(benign: Task, restricted: Task, *, groups: int, samples: int) -> None:
-    """Refuses, before any work, what cannot be drawn; arguments and errors as of `relative_conditioning`."""
+    """Checks the arguments of `relative_conditioning` before any work, and raises the same errors."""
     if groups < 1 or samples < 2:
         raise HoldfastError(
-            f"There are to be {groups} groups of {samples} samples; expected at least 1 group of at least 2."
+            f"Conditioning has {groups} groups of {samples} samples; expected at least 1 group of at least 2."
         )
     sources: tuple[tuple[Task, Split], ...] = ((benign, "test"), (restricted, "train"))
     for task, split in sources:
         if task.no_features is not None:
             raise HoldfastError(
-                f"A probe's condition number needs a vector of features a sample. Of {task.described} there is none: "
+                f"A probe's condition number needs a feature vector per sample, and {task.described} has none: "
                 f"{task.no_features}. Leave it out."
             )
         size = task.size(split)
         if size < samples:
             raise HoldfastError(
-                f"A group is to have {samples} samples, and {task.name!r} has {size} to draw them from (its {split} "
-                "split); lower `samples`, or take more data."
+                f"A group has {samples} samples, but the {split} split of {task.name!r} has only {size}; lower "
+                "`samples`, or use more data."
             )
 
 
 def draw_groups(task: Task, split: Split, groups: int, samples: int, seed: int) -> Tensor:
-    """Returns places in a split, shape (groups, samples): without replacement inside a group, each drawn by itself."""
+    """Returns indices into a split, shape (groups, samples), drawn without replacement within each group."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "groups", split))
     size = task.size(split)
     return torch.stack([torch.randperm(size, generator=generator)[:samples] for _ in range(groups)])
 
 
 @torch.no_grad()
-def grouped_features(model: SplitModel, task: Task, split: Split, places: Tensor) -> Tensor:
-    """Returns the features of groups of samples; every sample is computed once, in however many groups it is.
+def grouped_features(model: SplitModel, task: Task, split: Split, indices: Tensor) -> Tensor:
+    """Returns the features of groups of samples; a sample in several groups is computed once.
 
     Args:
         model: in float64 and in evaluation mode.
         task: the data.
         split: "train" or "test".
-        places: of samples in the split, shape (groups, samples).
+        indices: of samples in the split, shape (groups, samples).
 
     Returns:
         Shape (groups, samples, D), float64.
     """
-    wanted, inverse = torch.unique(places, return_inverse=True)
-    found, begin = [], 0
+    wanted, inverse = torch.unique(indices, return_inverse=True)
+    features, begin = [], 0
     for batch in task.sweep(split, BATCH, device=model.device):
         end = begin + len(batch.x)
-        mine = wanted[(wanted >= begin) & (wanted < end)] - begin
-        if len(mine):
-            found.append(_features(model, batch.x[mine.to(batch.x.device)]))
+        inside = wanted[(wanted >= begin) & (wanted < end)] - begin
+        if len(inside):
+            features.append(_features(model, batch.x[inside.to(batch.x.device)]))
         begin = end
-    return torch.cat(found)[inverse]
+    return torch.cat(features)[inverse]
 
 
 def _in_float64(model: SplitModel) -> SplitModel:
@@ -229,33 +230,34 @@ def _in_float64(model: SplitModel) -> SplitModel:
 
 def _features(model: SplitModel, x: Tensor) -> Tensor:
     try:
-        found = model.features(x)
+        features = model.features(x)
     except Exception as error:  # the user's code may raise anything
         raise HoldfastError(
             f"{model.name} cannot compute in float64 ({first_line(error)}), and in float32 the condition number is "
             "that of its rounding; let its code follow the precision of its weights."
         ) from error
-    if found.dtype != torch.float64:
+    if features.dtype != torch.float64:
         raise HoldfastError(
-            f"{model.name}: features are {found.dtype} though all weights are float64, so its code fixes a precision; "
-            "condition numbers would be those of its rounding. Let its code follow the precision of its weights."
+            f"{model.name}: features are {features.dtype} though all weights are float64, so its code fixes a "
+            "precision; condition numbers would be those of its rounding. Let its code follow the precision of its "
+            "weights."
         )
-    return found.to("cpu")
+    return features.to("cpu")
 
 
 def _kappa(x: Tensor) -> tuple[float | None, int]:
     if not bool(x.isfinite().all()):
         return None, 0
-    found = spectrum(x)
-    return (found.hessian_condition, found.rank) if found.rank else (None, 0)
+    values = spectrum(x)
+    return (values.hessian_condition, values.rank) if values.rank else (None, 0)
 
 
 def _bound(benign: Tensor, restricted: Tensor) -> float | None:
-    """RIR* on two groups of samples, None where they do not span the same directions."""
+    """Returns RIR* on two groups of samples; None if they do not span the same directions."""
     both = torch.cat([benign, restricted])
     if not bool(both.isfinite().all()):
         return None
-    alive = both.abs().amax(0) > 0  # a feature that is zero for all of them is in no span
+    alive = both.abs().amax(0) > 0  # features that are zero for all samples do not count
     problems = [LeastSquares.of(x[:, alive]) for x in (benign, restricted)]
     width = int(alive.sum())
     if not width or any(problem.spectrum.rank < width for problem in problems):
@@ -263,11 +265,11 @@ def _bound(benign: Tensor, restricted: Tensor) -> float | None:
     return Frontier.of(*problems).bound
 
 
-def _each(over: tuple[float | None, ...], under: tuple[float | None, ...]) -> tuple[float | None, ...]:
+def _ratios(over: tuple[float | None, ...], under: tuple[float | None, ...]) -> tuple[float | None, ...]:
     pairs = zip(over, under, strict=True)
     ratios = (a / b if a is not None and b is not None else None for a, b in pairs)
     return tuple(r if r is not None and math.isfinite(r) else None for r in ratios)
 
 
-def _changed(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def _changed_ranks(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     return tuple((a, b) for a, b in zip(before, after, strict=True) if a != b)

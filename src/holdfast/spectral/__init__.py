@@ -1,1 +1,1 @@
-"""Spectra: singular values, condition numbers, their regularizers, and what a linear extractor can reach."""
+"""Spectra: singular values, condition numbers, their regularizers, and the limits of linear extractors."""

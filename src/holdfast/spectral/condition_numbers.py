@@ -1,10 +1,10 @@
-"""Singular values, numerical rank and condition numbers of a linear probe's problem, from arrays or from a stream.
+"""Singular values, numerical rank and condition numbers of matrices, such as the features of a linear probe.
 
 A linear probe on features X (N, D) with targets Y (N, C) minimises 1/2 ||X w - Y||_F^2. Its Hessian is the Gram matrix
 K = X'X (Eq. 9 of *Model Immunization from a Condition Number Perspective*, ICML 2025), and behind a linear extractor
-theta it is theta' K theta. Forming K squares the condition number and loses half of the digits, so everything here
-works on a *root* of K where it can: a small matrix R with R'R = K, from a QR decomposition, whose singular values are
-X's. All of it is float64, whatever comes in.
+theta it is theta' K theta. Forming K squares the condition number and loses half of the digits, so a *root* of K is
+used where possible: a small matrix R with R'R = K, from a QR decomposition, which has the singular values of X. All
+computations are in float64, for any input dtype.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Spectrum:
     Attributes:
         values: shape (rank,), float64, descending.
         tolerance: singular values up to this count as zero.
-        size: how many singular values the matrix has, zero or not.
+        size: number of all singular values of the matrix, zeros included.
     """
 
     values: Tensor
@@ -54,11 +54,11 @@ class Spectrum:
 def spectrum(x: Tensor, *, samples: int | None = None) -> Spectrum:
     """Returns the non-zero singular values of a matrix.
 
-    The tolerance is max(N, D) eps sigma_max, with eps of float64: what rounding can make of an exact zero.
+    The tolerance is max(N, D) eps sigma_max, with eps of float64: the size of rounding errors of an exact zero.
 
     Args:
         x: shape (N, D), floating point; only the smaller side is decomposed.
-        samples: N in the tolerance, where x stands for a larger matrix with the same singular values.
+        samples: N in the tolerance, if x replaces a larger matrix with the same singular values.
 
     Raises:
         HoldfastError: if x is not a matrix or has values that are not finite.
@@ -85,10 +85,10 @@ def condition_number(x: Tensor) -> float:
 
 
 def gram_spectrum(gram: Tensor, *, samples: int = 0) -> Spectrum:
-    """Returns the non-zero singular values of X from its Gram matrix X'X alone.
+    """Returns the non-zero singular values of X from its Gram matrix X'X.
 
-    The Gram matrix holds sigma^2 to about max(N, D) eps sigma_max^2, so that singular values below
-    sqrt(max(N, D) eps) sigma_max, about 1e-7, cannot be told from zero: use the features where they are at hand.
+    The Gram matrix has sigma^2 with an error of about max(N, D) eps sigma_max^2, so that singular values below
+    sqrt(max(N, D) eps) sigma_max, about 1e-7, cannot be distinguished from zero: use the features if you have them.
 
     Args:
         gram: shape (D, D), symmetric, positive semi-definite.
@@ -113,10 +113,10 @@ def gram_spectrum(gram: Tensor, *, samples: int = 0) -> Spectrum:
 
 
 def published_condition_number(gram: Tensor, floor: float = PUBLISHED_FLOOR) -> float:
-    """Returns the condition number as the paper's released code takes it; only to explain its printed numbers.
+    """Returns the condition number as the paper's released code computes it; only to explain its printed numbers.
 
-    It adds `floor` to every eigenvalue of the Hessian and keeps those above `floor`, so that rounding noise decides
-    whether a null direction counts. Never use it to judge a model.
+    It adds `floor` to every eigenvalue of the Hessian and keeps those above `floor`, so that rounding errors decide
+    whether a null direction counts. Do not use it to judge a model.
 
     Args:
         gram: shape (D, D), the Hessian.
@@ -143,9 +143,9 @@ class Pair:
 def extreme_pairs(x: Tensor) -> tuple[Pair, Pair, int]:
     """Returns the largest and the smallest non-zero singular pair of features, and the rank.
 
-    The cheaper side is decomposed: with N < D the N x N Gram matrix, whose non-zero spectrum is the same, else the D x
-    D one; a batch of 64 in 784 dimensions costs 0.5 ms instead of the 80 ms of the full decomposition. Being through a
-    Gram matrix, it resolves singular values down to 1e-7 sigma_max; see `gram_spectrum`.
+    The smaller Gram matrix is decomposed: with N < D the N x N one, which has the same non-zero spectrum, else the
+    D x D one. A batch of 64 in 784 dimensions takes 0.5 ms instead of 80 ms for the full decomposition. Singular values
+    below 1e-7 sigma_max are lost; see `gram_spectrum`.
 
     Args:
         x: shape (N, D), float64.
@@ -183,7 +183,7 @@ def _matrix(x: Tensor, what: str) -> Tensor:
 
 
 def check_finite(x: Tensor, what: str) -> None:
-    """Raises a HoldfastError that names the place of the first value of a matrix that is not finite."""
+    """Raises a HoldfastError with row and column of the first value of a matrix that is not finite."""
     if not bool(x.isfinite().all()):
         row, column = (~x.isfinite()).nonzero()[0].tolist()
         raise HoldfastError(
@@ -194,7 +194,7 @@ def check_finite(x: Tensor, what: str) -> None:
 def _symmetric(gram: Tensor) -> Tensor:
     gram = _matrix(gram, "The Gram matrix")
     if gram.shape[0] != gram.shape[1]:
-        raise HoldfastError(f"The Gram matrix has shape {tuple(gram.shape)}; expected it square, X'X.")
+        raise HoldfastError(f"The Gram matrix has shape {tuple(gram.shape)}; expected a square matrix, X'X.")
     if len(gram) and (gram - gram.T).abs().max() > 1e-8 * gram.abs().max():
         raise HoldfastError("The Gram matrix is not symmetric; give X'X.")
     return (gram + gram.T) / 2

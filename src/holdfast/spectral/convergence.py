@@ -2,8 +2,8 @@
 
 Gradient descent from w = 0 with step eta on 1/2 ||X w - Y||_F^2 leaves, of the loss that any probe can remove,
 sum_i (1 - eta lambda_i)^(2t) ||u_i'Y||^2, where lambda_i and u_i are the squared singular values and left singular
-vectors of X. So the condition number bounds the slowest direction, and what a probe feels is the label energy in slow
-directions. tau_q is the first t at which a share q of the removable loss is gone, with eta = 1 / lambda_max.
+vectors of X. So the condition number bounds the slowest direction, but label energy in slow directions slows a probe.
+tau_q is the first t at which a share q of the removable loss is gone, with eta = 1 / lambda_max.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from holdfast.errors import HoldfastError
 from holdfast.spectral.least_squares import LeastSquares
 
 LIMIT = 10**15
-"""Steps beyond which tau_q is called infinite."""
+"""Number of steps above which tau_q is infinite."""
 
 
 def predicted_tau(problem: LeastSquares, q: float = 0.9) -> float:
-    """Returns tau_q of constant-step gradient descent from the spectrum; nothing is run.
+    """Returns tau_q of constant-step gradient descent, computed from the spectrum.
 
     Args:
         problem: features and targets.
         q: share of the removable loss, in (0, 1).
 
     Returns:
-        A whole number of steps; infinite beyond 1e15; NaN if the features explain nothing of the targets.
+        A whole number of steps; infinite above 1e15; NaN if the features do not explain the targets at all.
 
     Raises:
         HoldfastError: if q is out of range.
@@ -45,7 +45,7 @@ def predicted_tau(problem: LeastSquares, q: float = 0.9) -> float:
     total = energy.sum().item()
     if not total > 0:
         return math.nan
-    rate = torch.log1p(-(sigma / sigma[0]).square().clamp(max=1.0))  # -inf in the fastest direction: gone after a step
+    rate = torch.log1p(-(sigma / sigma[0]).square().clamp(max=1.0))  # -inf in the fastest direction
 
     def left(t: int) -> float:
         return float((energy * torch.exp(2 * t * rate)).sum()) if t else total
@@ -78,7 +78,7 @@ def descend(problem: LeastSquares, *, line_search: bool = False, start: Tensor |
     """
     root, target = problem.root, problem.target
     w = root.new_zeros(root.shape[1], target.shape[1]) if start is None else start
-    # All features zero: there is nowhere to go.
+    # If all features are zero, w stays where it is.
     constant = 1 / problem.spectrum.values[0].square() if problem.spectrum.rank else 0.0
     while True:
         yield w
@@ -92,7 +92,7 @@ def measured_tau(problem: LeastSquares, q: float = 0.9, *, max_steps: int = 1000
     """Runs constant-step gradient descent and returns the first step at which a share q of the removable loss is gone.
 
     Returns:
-        Steps; None if `max_steps` did not suffice.
+        Number of steps; None if it is above `max_steps`.
 
     Raises:
         HoldfastError: if q is out of range.
@@ -119,8 +119,8 @@ def norm_ratios(problem: LeastSquares, steps: int, *, floor: float = 0.0) -> lis
 
     Args:
         problem: features and targets.
-        steps: how many to take from w_0 = 0.
-        floor: added to the Hessian's diagonal; 1e-6 is the paper's released code, only to explain its figures.
+        steps: number of steps from w_0 = 0.
+        floor: added to the Hessian's diagonal; 1e-6 in the paper's released code, only to explain its figures.
 
     Returns:
         steps + 1 numbers, the first 1; w* is the solution of least norm. NaN if w* is 0.
@@ -134,9 +134,9 @@ def norm_ratios(problem: LeastSquares, steps: int, *, floor: float = 0.0) -> lis
         problem = problem.with_ridge(floor / problem.samples)
     u, sigma, v = problem.svd
     solution = v @ ((u.T @ problem.target) / sigma[:, None])
-    whole = solution.square().sum()
+    initial = solution.square().sum()
     path = descend(problem, line_search=True)
-    return [float((next(path) - solution).square().sum() / whole) for _ in range(steps + 1)]
+    return [float((next(path) - solution).square().sum() / initial) for _ in range(steps + 1)]
 
 
 def _check_share(q: float) -> None:

@@ -1,7 +1,7 @@
-"""The closed-form optimum of linear immunization: how far any linear extractor can go, and those that get there.
+"""The closed-form optimum of linear immunization: a bound for all linear extractors, and extractors that reach it.
 
-K_P and K_H are the Gram matrices of the benign and the restricted task, positive definite on a common subspace; theta
-is a linear extractor, so that the probes' Hessians are H_P = theta' K_P theta and H_H = theta' K_H theta (Eq. 9).
+K_P and K_H are the Gram matrices of the benign and the restricted task, positive definite on a common subspace. Behind
+a linear extractor theta the probes' Hessians are H_P = theta' K_P theta and H_H = theta' K_H theta (Eq. 9).
 
 **Bound.** Let B = K_P^(1/2) theta and M = K_P^(-1/2) K_H K_P^(-1/2). Then H_P = B'B and H_H = B'MB, and as
 mu_min |Bv|^2 <= v'B'MBv <= mu_max |Bv|^2 for every v, kappa(H_H) <= kappa(M) kappa(H_P) for *every* theta of full
@@ -11,19 +11,19 @@ column rank. In the paper's ratios (Eq. 15), (i) = kappa(H_H)/kappa(K_H) and (ii
 
 **It is reached.** theta = K_P^(-1/2) M^t gives B = M^t, H_P = M^(2t) and H_H = M^(2t+1), so kappa(H_P) = kappa(M)^(2t)
 and kappa(H_H) = kappa(M) kappa(H_P): equality. t = 0 whitens the benign task ((ii) = 1/kappa(K_P)); with
-t = log kappa(K_P) / (2 log kappa(M)) the benign condition number stays what it was, (ii) = 1, and (i) = RIR*: the
-*stretch*, the optimum of Definition 3.1, which wants (i) large **and** (ii) <= 1. RIR alone cannot tell the two apart.
+t = log kappa(K_P) / (2 log kappa(M)) the benign condition number does not change, (ii) = 1, and (i) = RIR*: the
+*stretch*, the optimum of Definition 3.1, which requires a large (i) **and** (ii) <= 1. Both have the same RIR.
 
 **Signal frontier.** kappa bounds the worst direction, not the directions that carry labels. In benign-whitened
 coordinates let S be an orthonormal basis of the benign signal K_P^(-1/2) X_P'Y_P (at most C columns), and
 theta = K_P^(-1/2) (S S' + epsilon (I - S S')). Then H_P has eigenvalue 1 on S, where all benign label energy lies, and
 epsilon^2 elsewhere: one step of gradient descent of size 1 solves the benign task for every epsilon, while label
-energy of the restricted task outside S waits for about 1/epsilon^2 steps. (ii) = 1 / (epsilon^2 kappa(K_P)), hence
+energy of the restricted task outside S needs about 1/epsilon^2 steps. (ii) = 1 / (epsilon^2 kappa(K_P)), hence
 epsilon = kappa(K_P)^(-1/2) meets Definition 3.1 (b) with equality.
 
-Both are up to an orthogonal map of the output, which changes no condition number and no step of gradient descent. As
-written no axis of the output is special, and an optimizer that rescales coordinates, such as Adam, gains less. With
-`rotate=False` the axes are the eigenvectors instead: each carries one scale only, which standardising undoes.
+An orthogonal map of the output changes no condition number and no step of gradient descent. In the form above no axis
+of the output is special, so that optimizers that rescale coordinates, such as Adam, gain less. With `rotate=False` the
+axes are the eigenvectors: each has one scale, which standardising undoes.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ SPACES: tuple[SpaceName, ...] = ("common", "ridge")
 
 @dataclass(frozen=True)
 class Frontier:
-    """What linear extractors can do for a pair of tasks, by one decomposition and before any training.
+    """The limits of linear extractors for a pair of tasks, computed without training.
 
     Attributes:
         benign: the benign task in coordinates of `basis`.
         restricted: the restricted task, likewise.
         basis: orthonormal, shape (D, s); maps features to the coordinates.
-        space: which subspace that is: "common" to both tasks, or everything, with a "ridge".
+        space: the subspace: "common" to both tasks, or all directions with a "ridge".
 
     Example:
         >>> from holdfast.spectral.rir import relative_immunization_ratio
@@ -70,7 +70,7 @@ class Frontier:
     space: SpaceName
 
     def __post_init__(self) -> None:
-        # Decomposed now and once: the last digit of a number must not depend on what was asked for before it.
+        # Decomposed here, so that the last digits of results do not depend on the order of calls.
         _ = self.benign.svd, self.restricted.svd
 
     @classmethod
@@ -82,7 +82,7 @@ class Frontier:
         Args:
             benign: D features.
             restricted: the same D features.
-            space: "common": only directions that both tasks use, where no ratio is unbounded. "ridge": every direction,
+            space: "common": only directions that both tasks use, where all ratios are bounded. "ridge": all directions,
                 with `ridge` per sample added to both Gram matrices.
             ridge: see `LeastSquares.with_ridge`; ignored for "common".
 
@@ -132,8 +132,8 @@ class Frontier:
         """Returns theta = K_P^(-1/2) M^t, shape (s, s), an extractor on the frontier.
 
         Args:
-            amount: the benign condition number becomes kappa(K_P)^amount: 0 whitens it, 1 (the optimum of Definition
-                3.1) leaves it as it was; more trades condition (b) for a slower restricted task.
+            amount: the benign condition number becomes kappa(K_P)^amount: 0 whitens, 1 (the optimum of Definition 3.1)
+                keeps it; more violates condition (b) for a slower restricted task.
             rotate: whether no axis of the output is special; see the top of this file.
 
         Raises:
@@ -161,11 +161,12 @@ class Frontier:
             HoldfastError: if the benign task has no targets, or they are orthogonal to all its features.
         """
         u, _, v = self.benign.svd
-        found, sigma, _ = torch.linalg.svd(v @ (u.T @ self.benign.target), full_matrices=False)
-        kept = found[:, sigma > 1e-9 * max(sigma[0].item(), 1e-300)] if len(sigma) else found
-        if not kept.shape[1]:
+        signal: Tensor
+        signal, sigma, _ = torch.linalg.svd(v @ (u.T @ self.benign.target), full_matrices=False)
+        if len(sigma):
+            signal = signal[:, sigma > 1e-9 * max(sigma[0].item(), 1e-300)]
+        if not signal.shape[1]:
             raise HoldfastError("The benign task has no targets that its features explain: there is no signal to keep.")
-        signal: Tensor = kept
         return signal
 
     def protect_signal(self, epsilon: float | None = None, *, rotate: bool = True) -> Tensor:
@@ -192,24 +193,23 @@ class Frontier:
     def leak(self) -> float:
         """Returns the share of the restricted label energy that a probe on the benign signal alone explains.
 
-        It is what the signal frontier cannot slow down, whatever epsilon; NaN without restricted targets.
+        The signal frontier cannot slow this part down, for any epsilon. NaN without restricted targets.
         """
-        whole = explained(self.restricted)
+        total = explained(self.restricted)
         part = explained(self.restricted.through(self.whitening @ self.signal))
-        return part / whole if whole else math.nan
+        return part / total if total else math.nan
 
     def full(self, theta: Tensor) -> Tensor:
-        """Returns the extractor in all D features: theta on the subspace, a uniform scale on the rest, invertible.
+        """Returns the invertible extractor in all D features: theta on the subspace, a uniform scale on the rest.
 
-        The scale is theta's geometric mean, so that the rest is neither lost nor dominant.
+        The scale is the geometric mean of theta's singular values, so that the rest is neither lost nor dominant.
         """
         width, inside = self.basis.shape
-        if width == inside:
-            return self.basis @ theta @ self.basis.T
-        scale = torch.linalg.svdvals(theta).log().mean().exp()
-        rest = torch.eye(width).to(self.basis) - self.basis @ self.basis.T
-        whole: Tensor = self.basis @ theta @ self.basis.T + scale * rest
-        return whole
+        extractor = self.basis @ theta @ self.basis.T
+        if width > inside:
+            scale = torch.linalg.svdvals(theta).log().mean().exp()
+            extractor = extractor + scale * (torch.eye(width).to(self.basis) - self.basis @ self.basis.T)
+        return extractor
 
 
 def explained(problem: LeastSquares) -> float:
@@ -226,8 +226,8 @@ def explained(problem: LeastSquares) -> float:
 def angles(benign: LeastSquares, restricted: LeastSquares) -> Tensor:
     """Returns |cos| of the angles between the tasks' singular vectors, sorted by singular value (cf. Proposition 3.2).
 
-    Angles alone do not decide: with aligned directions, too, RIR* is above 1 unless the eigenvalues mu of M are largest
-    in the direction of the largest and smallest in that of the smallest singular value. `Frontier.bound` says how much.
+    Angles do not determine RIR*: with aligned directions, too, it is above 1, unless the eigenvalues mu of M are
+    largest in the direction of the largest singular value and smallest in that of the smallest. See `Frontier.bound`.
 
     Returns:
         Shape (rank_P, rank_H), in [0, 1].

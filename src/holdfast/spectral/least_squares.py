@@ -1,4 +1,4 @@
-"""The least squares of a linear probe, from arrays or from a stream."""
+"""The least-squares problem of a linear probe, from arrays or from a stream."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from holdfast.spectral.condition_numbers import EPS, Spectrum, _matrix, check_fi
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """A linear probe's problem, 1/2 ||X w - Y||_F^2, in as few numbers as determine it.
+    """A linear probe's problem, 1/2 ||X w - Y||_F^2, in compressed form.
 
-    Gradient descent on it sees X and Y only through K = X'X and X'Y; `root` and `target` hold both without squaring the
-    condition number.
+    Gradient descent depends on X and Y only through K = X'X and X'Y; `root` and `target` represent both without
+    squaring the condition number.
 
     Attributes:
         root: R, shape (m, D) with m <= D, float64: R'R = X'X.
         target: T, shape (m, C), float64: R'T = X'Y.
         samples: N.
-        rest: ||Y||_F^2 - ||T||_F^2, of which no probe explains anything: it is orthogonal to all features.
-        precision: eps of the arithmetic that the features came from. Singular values below 8 of it, relative to the
-            largest, count as zero: a float32 network makes of a dependent feature a direction of its rounding. Behind
-            an extractor, which may be badly conditioned on purpose, it is float64's again.
+        rest: ||Y||_F^2 - ||T||_F^2, which no probe explains, because it is orthogonal to all features.
+        precision: eps of the arithmetic that computed the features. Singular values below 8 eps, relative to the
+            largest, count as zero, because in a float32 network rounding makes dependent features independent. Behind
+            an extractor, which may be badly conditioned on purpose, it is eps of float64 again.
 
     Example:
         >>> x, y = torch.eye(3, dtype=torch.float64)[:, :2], torch.ones(3, 1, dtype=torch.float64)
@@ -51,7 +51,7 @@ class LeastSquares:
         Args:
             x: shape (N, D), any floating type, finite.
             y: shape (N, C) or (N,); None: no targets, C = 0.
-            precision: eps of the arithmetic that x came from, where it is not float64's.
+            precision: eps of the arithmetic that computed x, if it was not float64.
 
         Raises:
             HoldfastError: if shapes disagree, there is no sample, or a value is not finite.
@@ -71,15 +71,22 @@ class LeastSquares:
         Args:
             batches: pairs like the arguments of `of`.
             method: "qr" keeps all digits (each batch is merged into R by a QR decomposition); "gram" adds up X'X in
-                float64, as fast as the product itself, and resolves the spectrum down to 1e-7 sigma_max only.
+                float64, which is faster, but loses singular values below 1e-7 sigma_max.
             precision: see `of`.
 
         Raises:
             HoldfastError: see `of`.
         """
         moments = (_QR if method == "qr" else _Gram)()
+        widths: tuple[int, int] | None = None
         for x, y in batches:
-            moments.add(_matrix(x, "The features"), _targets(x, y))
+            features, targets = _matrix(x, "The features"), _targets(x, y)
+            width, outputs = widths = widths or (features.shape[1], targets.shape[1])
+            if features.shape[1] != width:
+                raise HoldfastError(f"A batch has {features.shape[1]} features and those before it {width}.")
+            if targets.shape[1] != outputs:
+                raise HoldfastError("Two batches have different numbers of targets; each needs the same ones, or none.")
+            moments.add(features, targets)
         if not moments.samples:
             raise HoldfastError("There are no samples to take a spectrum of; give at least one.")
         return cls(*moments.result(), precision=precision)
@@ -102,12 +109,9 @@ class LeastSquares:
     @cached_property
     def spectrum(self) -> Spectrum:
         """The singular values of X."""
-        if "_decomposed" not in self.__dict__:  # then the values alone are half the work
-            return self._above_tolerance(torch.linalg.svdvals(self.root))
-        return self._above_tolerance(self._decomposed[1])
-
-    def _above_tolerance(self, values: Tensor) -> Spectrum:
-        """Drops what rounding makes of an exact zero: in this decomposition, and in the arithmetic the features had."""
+        # Without a decomposition at hand, the values alone are half the work.
+        values = self._decomposed[1] if "_decomposed" in self.__dict__ else torch.linalg.svdvals(self.root)
+        # Rounding errors of an exact zero: of this decomposition, and of the arithmetic that computed the features.
         relative = max(self.samples, *self.root.shape) * EPS
         if self.precision > EPS:
             relative = max(relative, 8 * self.precision)
@@ -165,7 +169,7 @@ class LeastSquares:
 
 
 class _QR:
-    """R and Q'Y of everything so far: the triangle of [X Y]."""
+    """R and Q'Y of all batches so far: the triangle of [X Y]."""
 
     def __init__(self) -> None:
         self.triangle: Tensor | None = None
@@ -173,11 +177,9 @@ class _QR:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         both = torch.cat([x, y], 1)
-        self.width = _same_width(self.width, x, self.samples)
-        _same_targets(both.shape[1] if self.triangle is None else self.triangle.shape[1], both)
         stacked = both if self.triangle is None else torch.cat([self.triangle, both])
         self.triangle = torch.linalg.qr(stacked, mode="r").R if len(stacked) > 1 else stacked
-        self.samples += len(x)
+        self.width, self.samples = x.shape[1], self.samples + len(x)
 
     def result(self) -> tuple[Tensor, Tensor, int, float]:
         assert self.triangle is not None
@@ -186,19 +188,15 @@ class _QR:
 
 
 class _Gram:
-    """X'X, X'Y and ||Y||^2 of everything so far."""
+    """X'X, X'Y and ||Y||^2 of all batches so far."""
 
     def __init__(self) -> None:
         self.gram = self.cross = torch.empty(0)
-        self.width = self.samples = 0
-        self.energy = 0.0
+        self.samples, self.energy = 0, 0.0
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        width = _same_width(self.width, x, self.samples)
-        if not self.width:
-            self.gram, self.cross = x.new_zeros(width, width), x.new_zeros(width, y.shape[1])
-        self.width = width
-        _same_targets(self.cross.shape[1], y)
+        if not self.gram.numel():
+            self.gram, self.cross = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], y.shape[1])
         self.gram.addmm_(x.T, x)
         self.cross.addmm_(x.T, y)
         self.energy += y.square().sum().item()
@@ -206,7 +204,7 @@ class _Gram:
 
     def result(self) -> tuple[Tensor, Tensor, int, float]:
         values, vectors = torch.linalg.eigh(self.gram)
-        keep = values > max(self.samples, self.width) * EPS * values[-1]
+        keep = values > max(self.samples, len(values)) * EPS * values[-1]
         sigma, v = values[keep].sqrt(), vectors[:, keep]
         target = (v.T @ self.cross) / sigma[:, None]
         return sigma[:, None] * v.T, target, self.samples, max(0.0, self.energy - target.square().sum().item())
@@ -215,18 +213,18 @@ class _Gram:
 def common_subspace(first: LeastSquares, second: LeastSquares) -> Tensor:
     """Returns an orthonormal basis of the directions that the features of both problems span.
 
-    A direction that one of them never uses has no curvature there: stretching it costs that task nothing, and a ratio
-    of condition numbers on it has no bound. The basis is the orthogonal complement of both null spaces together.
+    A direction that one task does not use has no curvature in that task: stretching it costs the task nothing, and
+    ratios of condition numbers are unbounded. The basis spans the orthogonal complement of both null spaces together.
 
     Args:
-        first: with D features.
-        second: with as many.
+        first: a problem with D features.
+        second: a problem with the same D features.
 
     Returns:
         Shape (D, s), float64; the identity if both have full rank.
 
     Raises:
-        HoldfastError: if the widths differ, or no direction is used by both.
+        HoldfastError: if the numbers of features differ, or both use no common direction.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
@@ -240,7 +238,7 @@ def common_subspace(first: LeastSquares, second: LeastSquares) -> Tensor:
     if not null.shape[1]:
         return torch.eye(width, dtype=torch.float64, device=first.root.device)
     u, sigma, _ = torch.linalg.svd(null, full_matrices=True)
-    # Null spaces are known to about eps kappa; vectors of both that agree to 1e-7 are the same direction.
+    # Null spaces have an error of about eps kappa; vectors of both that agree to 1e-7 are the same direction.
     used = int((sigma > 1e-7).sum())
     if used == width:
         raise HoldfastError(
@@ -264,14 +262,3 @@ def _targets(x: Tensor, y: Tensor | None) -> Tensor:
     if len(y) != len(x):
         raise HoldfastError(f"There are {len(x)} rows of features and {len(y)} of targets; they must agree.")
     return y
-
-
-def _same_width(width: int, x: Tensor, samples: int) -> int:
-    if samples and x.shape[1] != width:
-        raise HoldfastError(f"A batch has {x.shape[1]} features and those before it {width}.")
-    return x.shape[1]
-
-
-def _same_targets(width: int, y: Tensor) -> None:
-    if y.shape[1] != width:
-        raise HoldfastError("Two batches have different numbers of targets; each needs the same ones, or none.")

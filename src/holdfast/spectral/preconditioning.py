@@ -1,4 +1,4 @@
-"""The preconditioned layer: the identity, with its gradient times an inverse Gram matrix (ICML 2025, Eq. 13)."""
+"""A linear layer whose gradient is multiplied by an inverse Gram matrix, the preconditioned layer of ICML 2025."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Preconditioner:
 
     Args:
         x: inputs, shape (N, D), float64 recommended.
-        ridge: r, at least 0; the released code has 1 for the benign task.
+        ridge: r, at least 0; 1 for the benign task in the released code.
 
     Raises:
         HoldfastError: if the ridge is negative, a value is not finite, or K is singular and there is no ridge.
@@ -65,7 +65,7 @@ class Preconditioner:
         return solved
 
     def pull_back(self, upstream: Tensor) -> Tensor:
-        """Returns (K + ridge I)^-1 X' G, a linear layer's preconditioned gradient, for one product with X.
+        """Returns (K + ridge I)^-1 X' G, a linear layer's preconditioned gradient, with a single product with X.
 
         Args:
             upstream: G, the gradient by the layer's output, shape (N, M).
@@ -77,7 +77,7 @@ class Preconditioner:
 
 
 class PreconditionedLinear(nn.Module):
-    """The "dummy layer" of section 4.4 and appendix C.3: x theta forward; backward, theta's gradient is K^-1 times it.
+    """The "dummy layer" of section 4.4 and appendix C.3: computes x theta, and multiplies theta's gradient by K^-1.
 
     So one backward pass through R(H(theta)) gives the update of Algorithm 1, line 6, with any optimizer.
 
@@ -101,10 +101,10 @@ class PreconditionedLinear(nn.Module):
 
         Args:
             x: shape (N, D_in).
-            preconditioner: of this x; multiplies theta's gradient, not x's. None: the ordinary gradient.
+            preconditioner: made from this x; multiplies the gradient of theta, not of x. None: the ordinary gradient.
 
         Raises:
-            HoldfastError: if the preconditioner is of other inputs.
+            HoldfastError: if the preconditioner was made from other inputs.
         """
         if preconditioner is not None and preconditioner.x is not x:
             raise HoldfastError("The preconditioner was made for other inputs; make it from the x that is passed.")

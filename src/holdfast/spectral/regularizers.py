@@ -1,8 +1,8 @@
-"""R_well and R_ill, which lower and raise a condition number, with closed-form gradients; the preconditioned layer.
+"""R_well and R_ill, which lower and raise a condition number, with closed-form gradients.
 
-R_well is of Nenov et al. 2024 (Eq. 3 of *Model Immunization from a Condition Number Perspective*), R_ill of that paper
-(Eq. 12). Both are over the non-zero singular values sigma_1 >= ... >= sigma_k > 0 of S, with k = p = rank(S): then the
-theorems hold for matrices of any rank, and written as sums of differences neither loses digits:
+R_well is from Nenov et al. 2024 (Eq. 3 of *Model Immunization from a Condition Number Perspective*), R_ill from that
+paper (Eq. 12). Both use the non-zero singular values sigma_1 >= ... >= sigma_k > 0 of S, with k = p = rank(S), so that
+the theorems hold for matrices of any rank. As sums of differences neither loses digits:
 
     R_well(S) = 1/2 sigma_1^2 - 1/(2p) ||S||_F^2           = 1/(2p) sum_i (sigma_1^2 - sigma_i^2)
     R_ill(S)  = 1 / (1/(2k) ||S||_F^2 - 1/2 sigma_k^2)     = 1 / (1/(2k) sum_i (sigma_i^2 - sigma_k^2))
@@ -15,10 +15,10 @@ Gradients (Theorem A.1 (3), Eq. 13). d sigma_i = <u_i v_i', dS> where sigma_i is
 For the Hessian S = Z'Z of a probe on features Z, dS = dZ' Z + Z' dZ and the gradient is symmetric, so that by the chain
 rule grad_Z R(Z'Z) = 2 Z grad R(Z'Z). With Z = X theta this is Theorem 4.2: grad_theta = 2 K theta grad R(H(theta)).
 
-Where the extreme singular value is not simple, R is not differentiable. We take the mean over its singular subspace,
-which is in the (sub)differential and does not depend on the basis that the decomposition happens to return. Where all
-singular values are equal (kappa = 1; also rank 1), R_ill is infinite and no direction is better than another: its
-gradient is 0. For S = 0, R_well is 0, R_ill infinite, and both gradients are 0.
+If the extreme singular value is not simple, R is not differentiable. We use the mean over its singular subspace, which
+is in the (sub)differential and does not depend on the basis that the decomposition returns. If all singular values are
+equal (kappa = 1; also rank 1), R_ill is infinite and no direction is better than another: its gradient is 0. For S = 0,
+R_well is 0, R_ill infinite, and both gradients are 0.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from torch.autograd.function import once_differentiable
 from holdfast.errors import HoldfastError
 
 TIE = 1e-12
-"""Singular values that agree to this relative difference count as one of higher multiplicity."""
+"""Singular values with a smaller relative difference count as equal."""
 
 
 def r_well(s: Tensor) -> Tensor:
-    """R_well, Eq. 3: an upper bound of log kappa where sigma_min is bounded away from 0; 0 exactly if kappa is 1.
+    """R_well, Eq. 3: an upper bound of log kappa if sigma_min is bounded away from 0; 0 exactly if kappa is 1.
 
     Args:
         s: shape (M, N), float64 recommended.
@@ -75,7 +75,7 @@ def r_ill(s: Tensor) -> Tensor:
 
 
 def r_well_of_features(z: Tensor) -> Tensor:
-    """R_well(Z'Z), the regularizer of a probe's Hessian, from the features Z behind it.
+    """R_well(Z'Z), the regularizer of the Hessian of a probe on features Z.
 
     With fewer samples than features only the N x N Gram matrix is decomposed.
 
@@ -173,7 +173,7 @@ def well_gradient(sigma: Tensor, vectors: Tensor) -> Tensor:
 
 
 def ill_gradient(sigma: Tensor, vectors: Tensor) -> Tensor:
-    """Returns grad R_ill of such a matrix from its eigenpairs (Eq. 13); see `well_gradient`."""
+    """Returns grad R_ill of a symmetric positive semi-definite matrix (Eq. 13); arguments as for `well_gradient`."""
     return (vectors * _ill_weights(sigma)) @ vectors.T
 
 
@@ -211,13 +211,23 @@ def _ill_weights(sigma: Tensor) -> Tensor:
 def _finite(values: Tensor) -> Tensor:
     values = values.detach()
     if values.dim() != 2 or 0 in values.shape:
-        raise HoldfastError(f"A condition number is asked of shape {tuple(values.shape)}; expected a matrix, (M, N).")
+        raise HoldfastError(f"A regularizer got shape {tuple(values.shape)}; expected a matrix, (M, N).")
     if not bool(values.isfinite().all()):
-        raise HoldfastError("A condition number is asked of a matrix that is not finite; lower the step size.")
+        raise HoldfastError("A regularizer got a matrix that is not finite; lower the step size.")
     return values
 
 
-class _OfMatrix(torch.autograd.Function):
+class _ClosedForm(torch.autograd.Function):
+    """A function whose gradient is computed, and saved, in the forward pass."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
+        (gradient,) = ctx.saved_tensors
+        return upstream * gradient, None
+
+
+class _OfMatrix(_ClosedForm):
     """R of a matrix; see the derivation at the top of this file."""
 
     @staticmethod
@@ -229,17 +239,11 @@ class _OfMatrix(torch.autograd.Function):
         ctx.save_for_backward((u * (_ill_weights if ill else _well_weights)(sigma)) @ vh)
         return (_ill_value if ill else _well_value)(sigma)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
-        (gradient,) = ctx.saved_tensors
-        return upstream * gradient, None
 
-
-class _OfFeatures(torch.autograd.Function):
+class _OfFeatures(_ClosedForm):
     """R of Z'Z. Its gradient, 2 Z grad R(Z'Z), is 2 U diag(s w) V' for Z = U diag(s) V' and grad R = V diag(w) V'.
 
-    On the small side only U is known; as V' = diag(1/s) U'Z, the gradient is 2 U diag(w) U'Z.
+    For a wide Z only U is computed; as V' = diag(1/s) U'Z, the gradient is 2 U diag(w) U'Z.
     """
 
     @staticmethod
@@ -253,9 +257,3 @@ class _OfFeatures(torch.autograd.Function):
         weighted = (vectors * (_ill_weights if ill else _well_weights)(sigma)) @ vectors.T
         ctx.save_for_backward(2 * (weighted @ z if wide else z @ weighted))
         return (_ill_value if ill else _well_value)(sigma)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
-        (gradient,) = ctx.saved_tensors
-        return upstream * gradient, None

@@ -1,4 +1,4 @@
-"""The relative immunization ratio (ICML 2025, Eq. 8) of an extractor, rank-aware and as the released code takes it."""
+"""The relative immunization ratio (ICML 2025, Eq. 15) of an extractor, rank-aware and as in the released code."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Ratios:
     """The relative immunization ratio, Eq. 15, with its parts.
 
     Attributes:
-        restricted: (i), how much worse conditioned the restricted task's probe became; above 1 is wanted.
-        benign: (ii), the same for the benign task; at most 1 is wanted.
-        lost: benign directions that the extractor maps to zero, as far as float64 can tell. kappa is over non-zero
-            singular values: losing the slowest direction makes (ii) look good and the benign task worse.
+        restricted: (i), how much worse conditioned the restricted task's probe became; should be above 1.
+        benign: (ii), the same for the benign task; should be at most 1.
+        lost: number of benign directions that the extractor maps to zero, up to float64 rounding. kappa is over
+            non-zero singular values, so that losing the slowest direction improves (ii) but harms the benign task.
     """
 
     restricted: float
@@ -60,7 +60,7 @@ def relative_immunization_ratio(theta: Tensor, benign: LeastSquares, restricted:
 def ratios_behind(
     benign: LeastSquares, restricted: LeastSquares, benign_before: LeastSquares, restricted_before: LeastSquares
 ) -> Ratios:
-    """Returns Eq. 15 where the problems behind the extractor are at hand; see `relative_immunization_ratio`.
+    """Returns Eq. 15 from the problems behind and before the extractor; see `relative_immunization_ratio`.
 
     Example:
         >>> import torch
@@ -84,11 +84,11 @@ def published_ratio(
 
     Args:
         theta: shape (D, D_out), float64.
-        benign: features before the extractor, shape (N, D), float64. They themselves, not a root: where a direction is
-            null, the rounding of X'X is part of this number.
+        benign: features before the extractor, shape (N, D), float64. Not a root of them: if there are null directions,
+            the number depends on the rounding errors of X'X.
         restricted: likewise.
-        before: published condition numbers of the benign and the restricted features before the extractor, where they
-            are at hand; None: they are taken here.
+        before: published condition numbers of the benign and the restricted features before the extractor, if known;
+            None: they are computed.
 
     Example:
         >>> import torch

@@ -1,1 +1,1 @@
-"""Undo moves: they repair a released model before it is fine-tuned. One file for each kind of damage."""
+"""Undo moves, which repair a released model before it is fine-tuned; one file for each kind of damage."""

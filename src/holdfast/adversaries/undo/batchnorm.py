@@ -1,4 +1,4 @@
-"""Undoing tricks with BatchNorm: statistics that are not those of the data, and settings that make no sense."""
+"""Undoing tricks with BatchNorm: running statistics that are not those of the data, and nonsensical settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from holdfast.adversaries.undo.introspection import samples
+from holdfast.adversaries.undo.introspection import run_samples, samples
 from holdfast.adversaries.undo.moves import undo_move
 from holdfast.models import SplitModel
 from holdfast.tasks import Task
@@ -25,21 +25,21 @@ def _no_batchnorm(model: SplitModel) -> str | None:
 def recalibrate(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
-    """Estimates BatchNorm's running statistics anew from the samples, and mends settings that make no sense.
+    """Estimates BatchNorm's running statistics again from the samples, and repairs nonsensical settings.
 
     Momentum outside (0, 1], an eps outside [1e-12, 0.1], statistics that are not tracked, and values that are not
-    finite are replaced by torch's defaults. With a single sample there is no variance: only settings are mended.
+    finite are replaced by torch's defaults. With a single sample, which has no variance, only settings are repaired.
     """
     layers = _layers(model)
     for layer in layers:
-        _mend_settings(layer)
+        _repair_settings(layer)
     if task.size("train") > 1:
         _estimate(model, layers, task, generator, device)
     for layer in layers:
-        _mend_statistics(layer)
+        _repair_statistics(layer)
 
 
-def _mend_settings(layer: _BatchNorm) -> None:
+def _repair_settings(layer: _BatchNorm) -> None:
     layer.eps = layer.eps if 1e-12 <= layer.eps <= 0.1 else 1e-5
     if layer.momentum is not None and not 0 < layer.momentum <= 1:
         layer.momentum = 0.1
@@ -52,7 +52,7 @@ def _mend_settings(layer: _BatchNorm) -> None:
     layer.track_running_stats = True
 
 
-def _mend_statistics(layer: _BatchNorm) -> None:
+def _repair_statistics(layer: _BatchNorm) -> None:
     assert layer.running_mean is not None
     assert layer.running_var is not None
     torch.nan_to_num_(layer.running_mean, 0.0, 0.0, 0.0)
@@ -67,7 +67,7 @@ def _estimate(
     for layer in layers:
         layer.reset_running_stats()
         layer.train()
-        layer.momentum = None  # the plain mean over batches
+        layer.momentum = None  # the mean over batches
     for x in samples(task, generator, device):
         if len(x) > 1:
             model(x)
@@ -81,42 +81,34 @@ def _estimate(
 def fold(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
-    """Gives BatchNorm the samples' statistics, and lets scale and shift make up for it: evaluation stays what it is.
+    """Sets BatchNorm's running statistics to the samples', and adapts scale and shift: evaluation mode stays the same.
 
-    Where running statistics are nonsense that scale and shift hide, training mode computes another function than
-    evaluation mode. Afterwards it computes the same one on these samples. Settings are mended as in `recalibrate`.
-    With a single sample there is no variance: only settings are mended.
+    Where scale and shift compensate for wrong running statistics, training mode computes another function than
+    evaluation mode. Afterwards both compute the same function on these samples. Settings are repaired as in
+    `recalibrate`. With a single sample, which has no variance, only settings are repaired.
     """
     layers = _layers(model)
     tracked = [layer.running_mean is not None and layer.running_var is not None for layer in layers]
-    seen: dict[_BatchNorm, list[tuple[Tensor, Tensor]]] = {}
+    moments: dict[_BatchNorm, list[tuple[Tensor, Tensor]]] = {}
 
     def before(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, _BatchNorm)
         arriving = args[0].movedim(1, -1).flatten(0, -2)
-        seen.setdefault(layer, []).append((arriving.mean(0), arriving.square().mean(0)))
+        moments.setdefault(layer, []).append((arriving.mean(0), arriving.square().mean(0)))
 
-    hooks = [layer.register_forward_pre_hook(before) for layer in layers]
-    training = model.training
-    try:
-        model.eval()
-        for x in samples(task, generator, device) if task.size("train") > 1 else ():
-            model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(training)
+    if task.size("train") > 1:
+        run_samples(model, task, generator, device, (layer.register_forward_pre_hook(before) for layer in layers))
     for layer, known in zip(layers, tracked, strict=True):
         eps = layer.eps
-        _mend_settings(layer)
-        if layer in seen:
-            mean, square = (torch.stack(found).mean(0) for found in zip(*seen[layer], strict=True))
-            _refer_to(layer, mean, (square - mean**2).clamp_min(0), eps if known else None)
-        _mend_statistics(layer)
+        _repair_settings(layer)
+        if layer in moments:
+            mean, square = (torch.stack(batches).mean(0) for batches in zip(*moments[layer], strict=True))
+            _set_statistics(layer, mean, (square - mean**2).clamp_min(0), eps if known else None)
+        _repair_statistics(layer)
 
 
-def _refer_to(layer: _BatchNorm, mean: Tensor, variance: Tensor, eps: float | None) -> None:
-    """Changes the statistics; scale and shift too, where a layer had some, with this eps."""
+def _set_statistics(layer: _BatchNorm, mean: Tensor, variance: Tensor, eps: float | None) -> None:
+    """Changes running statistics, and adapts scale and shift to them, unless `eps`, their previous eps, is None."""
     running = layer.running_mean, layer.running_var
     assert running[0] is not None
     assert running[1] is not None

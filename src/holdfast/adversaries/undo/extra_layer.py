@@ -1,4 +1,4 @@
-"""A trainable layer before the head, for bodies in which little can be trained."""
+"""A trainable layer before the head, for bodies that are hard to train."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def _train_layer(model: SplitModel) -> None:
 def insert(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
-    """Puts a trainable linear layer before the head, the identity at first: a product of two learns differently."""
+    """Inserts a trainable linear layer before the head, at first the identity: two linear layers train differently."""
     model.add_extractor()

@@ -1,4 +1,4 @@
-"""Undoing badly conditioned features: a fixed map before the head gives them another covariance."""
+"""Undoing badly conditioned features: a fixed map before the head changes their covariance."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast.adversaries.undo.introspection import no_feature_vector, samples
+from holdfast.adversaries.undo.introspection import no_feature_vector, run_samples
 from holdfast.adversaries.undo.moves import undo_move
 from holdfast.models import SplitModel
 from holdfast.runtime.devices import place_of_float64
@@ -19,13 +19,13 @@ from holdfast.tasks import Task
 def whiten(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
-    """Puts a fixed layer before the head after which the samples' features have the identity as covariance.
+    """Inserts a fixed layer before the head that whitens the samples' features, and its inverse into the head.
 
-    Directions that the samples do not use are scaled like the one that they use most. The head makes up for it.
+    Directions that the samples do not use are scaled like the one that they use most.
     """
     z = _head_inputs(model, task, generator, device)
     mean, precision = z.mean(0), torch.finfo(model.head.weight.dtype).eps
-    # All of V, for directions without samples too; where there are enough samples, a square U is not needed for that.
+    # All of V is needed, also for unused directions; with enough samples that does not need the full U.
     _, sigma, v = torch.linalg.svd(z - mean, full_matrices=len(z) < z.shape[1])
     wide = torch.zeros(z.shape[1]).to(z)
     wide[: len(sigma)] = sigma
@@ -39,9 +39,9 @@ def whiten(
 def standardise(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
-    """Puts a fixed layer before the head after which each feature has mean 0 and deviation 1 on the samples.
+    """Inserts a fixed layer before the head that standardises the samples' features, and its inverse into the head.
 
-    A constant feature keeps its scale. The head makes up for it.
+    A constant feature keeps its scale.
     """
     z = _head_inputs(model, task, generator, device)
     deviation = z.std(0, correction=0)
@@ -52,27 +52,20 @@ def standardise(
 
 @torch.no_grad()
 def _head_inputs(model: SplitModel, task: Task, generator: torch.Generator, device: torch.device) -> Tensor:
-    """What the head gets, one row a vector of as many features as it takes; rows that are not finite are left out."""
-    caught: list[Tensor] = []
+    """Inputs of the head, one feature vector per row, without rows that are not finite."""
+    inputs: list[Tensor] = []
     axis = 1 if isinstance(model.head, nn.Conv2d) else -1
     place = place_of_float64(device)
     hook = model.head.register_forward_pre_hook(
-        lambda _, args: caught.append(args[0].movedim(axis, -1).flatten(0, -2).to(place, torch.float64))
+        lambda _, args: inputs.append(args[0].movedim(axis, -1).flatten(0, -2).to(place, torch.float64))
     )
-    training = model.training
-    try:
-        model.eval()
-        for x in samples(task, generator, device):
-            model(x)
-    finally:
-        hook.remove()
-        model.train(training)
-    z = torch.cat(caught)
+    run_samples(model, task, generator, device, [hook])
+    z = torch.cat(inputs)
     return z[z.isfinite().all(1)] if bool(z.isfinite().all(1).any()) else torch.zeros_like(z)
 
 
 class Prepared(nn.Sequential):
-    """A head behind a fixed affine map, both in the map's precision: layers `0` and `1`."""
+    """A fixed affine map (layer `0`) and a head (layer `1`), both in the map's precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the head's outputs, in the dtype of x."""
@@ -82,12 +75,12 @@ class Prepared(nn.Sequential):
 
 
 class Affine(nn.Module):
-    """The fixed map z -> (z - centre) map on the axis of features: buffers, which no optimizer moves.
+    """The fixed map z -> (z - centre) map along the feature axis, stored in buffers, which optimizers do not change.
 
     Args:
         centre: shape (D,).
         map: shape (D, D).
-        axis: of the features: 1 for maps over places, -1 for vectors.
+        axis: of the features: 1 for feature maps, -1 for vectors.
     """
 
     def __init__(self, centre: Tensor, map: Tensor, axis: int) -> None:
@@ -106,22 +99,22 @@ class Affine(nn.Module):
 
 @torch.no_grad()
 def put_affine(model: SplitModel, centre: Tensor, map: Tensor) -> None:
-    """Puts a fixed affine map before the head and its inverse into the head: outputs stay what they were.
+    """Inserts a fixed affine map before the head and its inverse into the head, so that outputs do not change.
 
     Args:
         model: changed in place.
         centre: subtracted from features, shape (D,).
-        map: invertible, shape (D, D); its dtype is that of the map and the head from then on.
+        map: invertible, shape (D, D); map and head then have its dtype.
     """
     old = model.head
     conv = isinstance(old, nn.Conv2d)
     weight = old.weight.flatten(1).to(map)
     bias = torch.zeros_like(weight[:, 0]) if old.bias is None else old.bias.to(map)
     head: nn.Linear | nn.Conv2d
-    width, outputs = weight.shape[1], weight.shape[0]
+    outputs, width = weight.shape
     like: dict[str, Any] = {"device": map.device, "dtype": map.dtype}
     kind: Any = nn.Conv2d if conv else nn.Linear
-    # skip_init: nothing is drawn, so that the global generator is left alone.
+    # skip_init draws no random numbers from the global generator.
     head = nn.utils.skip_init(kind, width, outputs, *((1,) if conv else ()), **like)  # type: ignore[no-untyped-call]
     head.weight.copy_(torch.linalg.solve(map, weight.T).T.reshape_as(head.weight))
     assert head.bias is not None

@@ -1,13 +1,12 @@
-"""Undoing damage of unknown kind: weights are replaced by fresh ones, or mixed with them."""
+"""Undoing unknown damage: weights are replaced by fresh ones, or mixed with them."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor
 
-from holdfast.adversaries.undo.introspection import batch_statistics, counterpart, fresh_values, mend, own_weights
+from holdfast.adversaries.undo.introspection import batch_statistics, counterpart, fresh_values, own_weights, repair
 from holdfast.adversaries.undo.layer_scaling import norm_of
 from holdfast.adversaries.undo.moves import undo_move
 from holdfast.models import SplitModel
@@ -15,7 +14,7 @@ from holdfast.tasks import Task
 
 SHRINK, NOISE = 0.5, 0.5
 WORST = 2
-"""Layers that `reset-worst` initialises anew."""
+"""Number of layers that `reset-worst` reinitialises."""
 
 
 @undo_move("shrink-perturb", needs_reference=True)
@@ -23,8 +22,8 @@ WORST = 2
 def shrink_perturb(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
-    """Halves every weight and adds half of a fresh one: w <- 0.5 w + 0.5 fresh, the reference being the noise."""
-    mend(model, reference)
+    """Halves every weight and adds half of the reference's: w <- 0.5 w + 0.5 fresh."""
+    repair(model, reference)
     for name, layer in model.network.named_modules():
         for key, weight in own_weights(layer).items():
             weight.mul_(SHRINK).add_(fresh_values(layer, counterpart(reference, name), key), alpha=NOISE)
@@ -34,12 +33,12 @@ def shrink_perturb(
 def reset_worst(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
-    """Initialises the `WORST` layers anew whose weights and gradients deviate most from the reference.
+    """Reinitialises the `WORST` layers whose weights and gradients deviate most from the reference.
 
-    By the logarithms of the norm of the weights and of their gradient, both against the reference and against the
-    median over layers: that a trained network as a whole has larger weights or smaller gradients is normal.
+    Compared are the logarithms of the norms of weights and gradients, relative to the reference and to the median over
+    layers, because all layers of a trained network may have larger weights or smaller gradients.
     """
-    mend(model, reference)
+    repair(model, reference)
     own, fresh = (_statistics(m, task, generator.clone_state(), device) for m in (model, reference))
     holds_head = {n for n in own if not n or f"{model.head_name}.".startswith(f"{n}.")}
     names = [n for n in own if n in fresh and n not in holds_head]
@@ -56,7 +55,7 @@ def reset_worst(
 def _statistics(
     model: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> dict[str, tuple[float, float]]:
-    """Logarithms of the norms of each layer's weights and of their gradient under a fresh head."""
+    """Logarithms of the norms of each layer's weights and of their gradients with a fresh head."""
     twin = model.clone()
     twin.reset_head(task.num_outputs)
     for parameter in twin.parameters():
@@ -68,12 +67,8 @@ def _statistics(
     return {
         name: (
             math.log(max(norm_of(weights.values()), tiny)),
-            math.log(max(norm_of(_finite(p.grad) for p in weights.values() if p.grad is not None), tiny)),
+            math.log(max(norm_of(torch.nan_to_num(p.grad) for p in weights.values() if p.grad is not None), tiny)),
         )
         for name, layer in twin.network.named_modules()
         if (weights := own_weights(layer))
     }
-
-
-def _finite(gradient: Tensor) -> Tensor:
-    return torch.nan_to_num(gradient)

@@ -1,4 +1,4 @@
-"""Undoing vanished gradients: a part of each gradient passes every activation straight through."""
+"""Undoing vanished gradients: a part of each gradient bypasses every activation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from holdfast.models import SplitModel
 from holdfast.tasks import Task
 
 SLOPE = 0.1
-"""How much of a gradient passes an activation straight through."""
+"""Share of a gradient that bypasses an activation."""
 
 
 class Flowing(nn.Module):
-    """A module whose gradient cannot vanish: outputs are its own, a tenth of the gradient passes straight through.
+    """A module with unchanged outputs, to whose gradient a tenth of the upstream gradient is added.
 
-    A dead ReLU, a saturated sigmoid and a module that blocks gradients on purpose all let the layers before them learn
-    again. Where output and input differ in shape, the module is left as it is.
+    So layers before a dead ReLU, a saturated sigmoid or a module that blocks gradients on purpose can train again.
+    Where output and input differ in shape, nothing is added.
 
     Example:
         >>> x = torch.tensor([-1.0, 2.0], requires_grad=True)
@@ -35,8 +35,8 @@ class Flowing(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the module returns."""
-        # An activation in place would overwrite what is added below, and with it the outputs.
+        """Returns the module's outputs."""
+        # An in-place activation would overwrite x, which is needed below.
         copied = isinstance(x, Tensor) and bool(getattr(self.inner, "inplace", False))
         y = self.inner(x.clone() if copied else x, *args, **kwargs)
         if not isinstance(x, Tensor) or not isinstance(y, Tensor) or y.shape != x.shape:
@@ -53,10 +53,10 @@ _NEUTRAL = (
 
 
 def activations(model: SplitModel) -> list[tuple[nn.Module, str]]:
-    """Returns where modules without parameters sit that may be activations, as (parent, name).
+    """Returns the modules that may be activations, as (parent, name).
 
-    Whoever made the network may have written his own; so it is every leaf without parameters that is not known to be
-    something else.
+    Networks may have custom activations. So these are all leaf modules without parameters and buffers, except those
+    that are known to be something else.
     """
     return [
         (parent, name)
@@ -64,20 +64,19 @@ def activations(model: SplitModel) -> list[tuple[nn.Module, str]]:
         if not isinstance(parent, Flowing)
         for name, child in parent.named_children()
         if not isinstance(child, (*_NEUTRAL, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
-        and not any(True for _ in child.children())
-        and not any(True for _ in [*child.parameters(), *child.buffers()])
+        and not [*child.children(), *child.parameters(), *child.buffers()]
         and not isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
     ]
 
 
 def _nothing_to_pass(model: SplitModel) -> str | None:
-    return None if activations(model) else "it has no activation that is a module of its own"
+    return None if activations(model) else "it has no activation modules"
 
 
 @undo_move("activation", idle=_nothing_to_pass)
 def activation(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
-    """Lets gradients pass every activation module, without a change of its outputs; see `Flowing`."""
+    """Adds a bypass for gradients to every activation module, without changing its outputs; see `Flowing`."""
     for parent, name in activations(model):
         setattr(parent, name, Flowing(getattr(parent, name)))

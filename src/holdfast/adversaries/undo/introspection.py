@@ -1,25 +1,26 @@
-"""How the undo moves look into a foreign network: samples, layers in order of execution, and batch statistics."""
+"""What undo moves need to inspect any network: samples, layers in order of execution, hooks, batch statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.hooks import RemovableHandle
 
 from holdfast.models import Denoiser, SplitModel, is_normalisation
 from holdfast.tasks import Task
 
 BATCH = 250
 LIMIT = 2000
-"""Samples that a move looks at, at most: enough for means and covariances, and no epoch of a large data set."""
+"""Largest number of samples that a move uses: enough for means and covariances, without a pass over large data."""
 
 
 def samples(task: Task, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
-    """Yields inputs of the training split in batches: all of them, or a random `LIMIT`."""
+    """Yields inputs of the training split in batches: all, or `LIMIT` random ones if there are more."""
     if task.size("train") <= LIMIT:
         yield from (batch.x for batch in task.sweep("train", BATCH, device=device))
         return
@@ -33,22 +34,22 @@ def some_samples(task: Task, generator: torch.Generator, device: torch.device) -
 
 
 def own_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the weight matrices (and kernels) that a module owns by itself."""
+    """Returns a module's weight matrices and kernels, without those of its children."""
     return {n: p for n, p in layer.named_parameters(recurse=False) if p.dim() > 1 and p.is_floating_point()}
 
 
 def own_biases(layer: nn.Module) -> list[nn.Parameter]:
-    """Returns what a module with weights adds to its output."""
-    found = layer.named_parameters(recurse=False)
-    return [p for n, p in found if p.dim() == 1 and "bias" in n and p.is_floating_point()]
+    """Returns a module's biases, without those of its children."""
+    own = layer.named_parameters(recurse=False)
+    return [p for n, p in own if p.dim() == 1 and "bias" in n and p.is_floating_point()]
 
 
 @contextmanager
 def batch_statistics(model: SplitModel, x: Tensor) -> Iterator[None]:
-    """Inside, the model is deterministic, BatchNorm uses the batch's statistics, and its own stay what they are.
+    """Puts a model into evaluation mode, except that BatchNorm uses the batch's statistics; restores it afterwards.
 
-    So a move sees what training on these samples will see, whatever was put into the running statistics. BatchNorm
-    needs two samples for that; with one, it uses its own.
+    So the model computes what it will compute in training on these samples, whatever its running statistics are. With a
+    single sample BatchNorm uses its running statistics.
     """
     modes = [(m, m.training) for m in model.modules()]
     layers = [m for m in model.modules() if isinstance(m, _NormBase)]
@@ -65,11 +66,33 @@ def batch_statistics(model: SplitModel, x: Tensor) -> Iterator[None]:
             buffer.copy_(value)
 
 
+def run_batch(model: SplitModel, x: Tensor, hooks: Iterable[RemovableHandle]) -> None:
+    """Runs a batch through a model with the batch's statistics, then removes the hooks."""
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.enter_context(hook)
+        stack.enter_context(batch_statistics(model, x))
+        model(x)
+
+
+def run_samples(
+    model: SplitModel, task: Task, generator: torch.Generator, device: torch.device, hooks: Iterable[RemovableHandle]
+) -> None:
+    """Runs the samples through a model in evaluation mode, then removes the hooks."""
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.enter_context(hook)
+        stack.callback(model.train, model.training)
+        model.eval()
+        for x in samples(task, generator, device):
+            model(x)
+
+
 @torch.no_grad()
 def in_order(model: SplitModel, x: Tensor) -> list[tuple[str, nn.Module]]:
-    """Returns the layers with weights and the normalisations, in the order in which a forward pass first calls them.
+    """Returns the layers with weights and the normalisation layers, in the order of their first calls.
 
-    Those that it does not call (a network may use a layer's weight without calling the layer) come last.
+    Layers that are never called come last: a network may use a layer's weight without calling the layer.
     """
     layers = {m: n for n, m in model.network.named_modules() if own_weights(m) or is_normalisation(m)}
     called: dict[nn.Module, str] = {}
@@ -77,23 +100,17 @@ def in_order(model: SplitModel, x: Tensor) -> list[tuple[str, nn.Module]]:
     def before(layer: nn.Module, _: object) -> None:
         called.setdefault(layer, layers[layer])
 
-    hooks = [m.register_forward_pre_hook(before) for m in layers]
-    try:
-        with batch_statistics(model, x):
-            model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_batch(model, x, (m.register_forward_pre_hook(before) for m in layers))
     return [(n, m) for m, n in {**called, **layers}.items()]
 
 
 def counterpart(reference: SplitModel, name: str) -> nn.Module | None:
-    """Returns the layer of that name in the reference, if it has one."""
+    """Returns the reference's layer with this name, if it has one."""
     return dict(reference.network.named_modules()).get(name)
 
 
 def fresh_values(layer: nn.Module, reference: nn.Module | None, name: str) -> Tensor:
-    """Returns a weight as it is in the reference; where that has none of its shape, as torch would draw it."""
+    """Returns the reference's value of a weight, or torch's default initialisation if shapes differ."""
     own = own_weights(layer)[name]
     like = None if reference is None else dict(reference.named_parameters(recurse=False)).get(name)
     if like is not None and like.shape == own.shape:
@@ -103,8 +120,8 @@ def fresh_values(layer: nn.Module, reference: nn.Module | None, name: str) -> Te
 
 
 @torch.no_grad()
-def mend(model: SplitModel, reference: SplitModel) -> None:
-    """Replaces weights that are not finite by those of the reference, and other parameters that are not finite by 0."""
+def repair(model: SplitModel, reference: SplitModel) -> None:
+    """Replaces values that are not finite: in weights by the reference's, in other parameters by 0 (scales: 1)."""
     for name, layer in model.network.named_modules():
         weights = own_weights(layer)
         for key, parameter in layer.named_parameters(recurse=False):
@@ -120,7 +137,5 @@ def mend(model: SplitModel, reference: SplitModel) -> None:
 
 
 def no_feature_vector(model: SplitModel) -> str | None:
-    """Says why a model has no vector of features before its head, or None if it has one."""
-    if isinstance(model, Denoiser):
-        return "it is a denoiser, whose head takes an image and no vector of features"
-    return None
+    """Returns why a model has no vector of features before its head, or None if it has one."""
+    return "it is a denoiser, whose head takes an image, not a feature vector" if isinstance(model, Denoiser) else None

@@ -1,9 +1,8 @@
-"""Undoing tricks of scale: layers whose weights or outputs are of another size than in a fresh network."""
+"""Undoing unusual scales: layers whose weights or outputs are much larger or smaller than in a fresh network."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from holdfast.adversaries.undo.introspection import (
-    batch_statistics,
     counterpart,
     fresh_values,
     in_order,
-    mend,
     own_biases,
     own_weights,
+    repair,
+    run_batch,
     some_samples,
 )
 from holdfast.adversaries.undo.moves import undo_move
@@ -26,10 +25,10 @@ from holdfast.runtime.devices import widest
 from holdfast.tasks import Task
 
 FACTOR = 3.0
-"""A layer whose outputs are this many times larger or smaller than in the reference is brought back by `equalise`."""
+"""`equalise` scales a layer whose outputs are more than this many times larger or smaller than in the reference."""
 
 Factor = float | Tensor
-"""One for a whole layer, or one for each of its units."""
+"""One number for a whole layer, or one for each of its units."""
 
 
 @undo_move("rescale", needs_reference=True)
@@ -37,12 +36,13 @@ Factor = float | Tensor
 def rescale(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
-    """Scales the weights of each layer, and of each normalisation, to the norm that they have in the reference.
+    """Scales the weights of each layer, and of each normalisation, to their norm in the reference.
 
-    A bias is scaled by all the factors since the last normalisation, and a normalisation's running statistics with
-    what arrives: in a network of layers in a row with ReLU the outputs change by one factor, and no prediction changes.
+    A bias is scaled by the product of the factors since the last normalisation, and the running statistics of a
+    normalisation by the factor of its inputs. So the outputs of a sequential network with ReLU change by one factor
+    only, and its predictions do not change.
     """
-    mend(model, reference)
+    repair(model, reference)
     arriving = 1.0
     for name, layer in in_order(model, some_samples(task, generator, device)):
         like = counterpart(reference, name)
@@ -57,7 +57,7 @@ def rescale(
 
 
 def _scale_to_norm(layer: nn.Module, like: nn.Module | None) -> float:
-    """Scales a layer's weights to the norm that they would have if fresh; returns the factor."""
+    """Scales a layer's weights to the norm of fresh ones; returns the factor."""
     weights = own_weights(layer)
     size = norm_of(weights.values())
     factor = norm_of(fresh_values(layer, like, n) for n in weights) / size if size > 0 else 1.0
@@ -69,16 +69,16 @@ def _scale_to_norm(layer: nn.Module, like: nn.Module | None) -> float:
 
 
 def norm_of(tensors: Any) -> float:
-    """Norm of several tensors together; by the largest entry first, since squares of tiny numbers vanish."""
-    found = [t.detach() for t in tensors]
-    peak = max((float(t.abs().max()) for t in found), default=0.0)
-    return peak * math.sqrt(sum(float((t / peak).square().sum()) for t in found)) if peak > 0 else 0.0
+    """Returns the norm of several tensors together, relative to the largest entry, so that squares do not underflow."""
+    detached = [t.detach() for t in tensors]
+    peak = max((float(t.abs().max()) for t in detached), default=0.0)
+    return peak * math.sqrt(sum(float((t / peak).square().sum()) for t in detached)) if peak > 0 else 0.0
 
 
 def keep_slope(layer: nn.Module, factor: Factor) -> None:
-    """Undoes what a normalisation's eps makes of inputs that are `factor` times larger, by its weight.
+    """Corrects a normalisation's weight for inputs that are `factor` times larger.
 
-    Beside tiny variances eps is what divides; once they are usual, it is not.
+    Its eps dominates tiny variances, but not usual ones, so that the output would change.
     """
     weight = getattr(layer, "weight", None)
     if isinstance(layer, _NormBase) and layer.running_var is not None and isinstance(weight, Tensor):
@@ -88,24 +88,16 @@ def keep_slope(layer: nn.Module, factor: Factor) -> None:
 
 
 def absorb(layer: nn.Module, factor: Factor) -> None:
-    """Lets a normalisation layer expect inputs that are `factor` times larger."""
+    """Adapts the running statistics of a normalisation to inputs that are `factor` times larger."""
     if isinstance(layer, _NormBase) and layer.running_mean is not None and layer.running_var is not None:
         layer.running_mean.mul_(factor)
         layer.running_var.mul_(factor**2)
 
 
 def _scale_normalisation(layer: nn.Module, like: nn.Module | None, tolerance: float = 1.0) -> float:
-    """Scales a normalisation's weight and bias until its outputs are as large as in the reference.
+    """Scales a normalisation's weight and bias, if they are off by more than `tolerance` times; returns the factor.
 
-    Behind a normalisation, outputs have the size of weight and bias together.
-
-    Args:
-        layer: changed in place.
-        like: the same layer of the reference.
-        tolerance: by how many times it may be off without being changed.
-
-    Returns:
-        The factor; 1 where there is nothing to scale.
+    Weight and bias together determine the size of a normalisation's outputs.
     """
     own = [p for p in layer.parameters(recurse=False) if p.is_floating_point()]
     size = norm_of(own)
@@ -124,10 +116,10 @@ def equalise(
 ) -> None:
     """Scales layers, in order of execution, so that their outputs on the samples are as large as in the reference.
 
-    Only those whose root mean square is off by more than `FACTOR`; normalisations likewise. Biases and running
-    statistics go along as in `rescale`, so that a network of layers in a row with ReLU changes by one factor only.
+    Only layers and normalisations that are off by more than `FACTOR` are scaled. Biases and running statistics are
+    scaled as in `rescale`, so that the outputs of a sequential network with ReLU change by one factor only.
     """
-    mend(model, reference)
+    repair(model, reference)
     x = some_samples(task, generator, device)
     wanted = _output_sizes(reference, x)
     layers = dict(reversed([(m, n) for n, m in in_order(model, x)]))
@@ -148,7 +140,7 @@ def equalise(
         off = _off(
             norm_of(own_weights(layer).values()), norm_of(fresh_values(layer, like, n) for n in own_weights(layer))
         )
-        if off > 1e6:  # beyond this, outputs may be too small or too large to be measured
+        if off > 1e6:  # outputs may then be too small or too large to measure
             arriving[0] *= _scale_to_norm(layer, like)
         for bias in own_biases(layer):
             bias.mul_(arriving[0])
@@ -166,19 +158,15 @@ def equalise(
         arriving[0] *= factor
         return output * factor
 
-    hooks = [h for m in layers for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
-    try:
-        with batch_statistics(model, x):
-            model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_batch(
+        model, x, (h for m in layers for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after)))
+    )
     for layer, factor in expected:
         absorb(layer, factor)
 
 
 def _off(own: float, wanted: float) -> float:
-    """By how many times two sizes differ; 1 where either is no size."""
+    """Factor by which two sizes differ; 1 if either is not finite or not above 0."""
     if not (math.isfinite(own) and math.isfinite(wanted) and own > 0 and wanted > 0):
         return 1.0
     return max(own / wanted, wanted / own)
@@ -192,21 +180,13 @@ def _rms(output: Any) -> float | None:
 
 def _output_sizes(model: SplitModel, x: Tensor) -> dict[str, float]:
     """Root mean square of each layer's first output."""
-    found: dict[str, float] = {}
+    names = {m: n for n, m in model.network.named_modules() if own_weights(m)}
+    sizes: dict[str, float] = {}
 
-    def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            size = _rms(output)
-            if size is not None:
-                found.setdefault(name, size)
+    def after(layer: nn.Module, _: Any, output: Any) -> None:
+        size = _rms(output)
+        if size is not None:
+            sizes.setdefault(names[layer], size)
 
-        return keep
-
-    hooks = [m.register_forward_hook(after(n)) for n, m in model.network.named_modules() if own_weights(m)]
-    try:
-        with batch_statistics(model, x):
-            model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    run_batch(model, x, (m.register_forward_hook(after) for m in names))
+    return sizes

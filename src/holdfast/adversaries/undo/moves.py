@@ -1,11 +1,11 @@
-"""Undo moves: what an informed adversary tries before any fine-tuning.
+"""Undo moves: repairs that an informed adversary tries before fine-tuning.
 
-An adversary who knows that a model was made hard to fine-tune repairs it first. Weights can be scaled back, dead units
-revived, statistics estimated again: each costs a few forward passes on the adversary's own samples. A defense that
-falls to one of these moves has hidden what the model knows and has not removed it.
+An adversary who knows that a model was made hard to fine-tune repairs it first: scales weights back, revives dead
+units, estimates statistics again. Each move costs a few forward passes on the adversary's own samples. A defense that
+such a move defeats has hidden what the model knows, not removed it.
 
-Each move changes the released copy in place. It sees what the adversary has: samples, and a freshly initialised model
-of the same architecture (`reference`). A move that finds nothing to repair leaves the network as it is.
+Each move changes a copy of the released model in place. It gets what the adversary has: samples, and a freshly
+initialised model of the same architecture (`reference`). If there is nothing to repair, it does not change the model.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def _nothing(model: SplitModel) -> None:
 
 @dataclass
 class UndoMove:
-    """A move and what fine-tuning must know of it. Call it with (model, reference, task, generator, device).
+    """A move and its requirements. Call it with (model, reference, task, generator, device).
 
     Attributes:
-        name: as `FineTuning(undo=...)` has it.
+        name: for `FineTuning(undo=...)`.
         make: changes the model in place.
-        needs_reference: whether it compares with a fresh model; if not, it may be given the model itself.
-        of_features: whether it depends on the features of the last layer of the body; if the strategy renews that
-            layer, the move comes after it.
-        of_images: whether it changes how images are shown; it cannot be made where inputs are something else.
-        idle: says why the move would do nothing on a model, or None. Other moves may still be worth trying.
-        impossible: says why the move cannot be made on a model, or None. Then the adversary cannot start.
+        needs_reference: whether it uses the fresh model; if not, `reference` may be the model itself.
+        of_features: whether it depends on the features of the last layer of the body; if the strategy reinitialises
+            that layer, it does so before the move.
+        of_images: whether it changes how images are shown; then it cannot be made where inputs are not images.
+        idle: returns why the move would do nothing on a model, or None. Other moves may still be useful.
+        impossible: returns why the move cannot be made on a model, or None. With a reason, the adversary cannot start.
         finish: called after the strategy has chosen which weights are trained.
     """
 
@@ -68,7 +68,7 @@ class UndoMove:
         self.make(model, reference, task, generator, device)
 
     def cannot(self, model: SplitModel, task: Task) -> str | None:
-        """Says why the move cannot be made on a model and a task, or None if it can."""
+        """Returns why the move cannot be made on a model and a task, or None if it can."""
         if self.of_images and (len(task.input_shape) != 3 or task.answers_with != "vector"):
             return f"{self.name} changes how images are shown, and {task.described} has none to classify"
         reason = model.not_renewable() if self.needs_reference else None
@@ -76,7 +76,7 @@ class UndoMove:
 
 
 UNDO: Final[Registry[UndoMove]] = Registry("undo move", "holdfast.adversaries.undo")
-"""The moves by name. A new one is a file of this folder, or an entry point of the group `holdfast.adversaries.undo`."""
+"""Moves by name. A new one is a file in this folder, or an entry point of the group `holdfast.adversaries.undo`."""
 
 
 def undo_move(
@@ -103,10 +103,7 @@ def undo_move(
 
 
 def not_applicable(moves: tuple[str, ...], model: SplitModel, task: Task) -> str | None:
-    """Says why several moves cannot be made in a row on a model, or why none has anything to do; None if they can.
-
-    Of several moves, some may have nothing to do: the others are still worth trying.
-    """
+    """Returns why a move cannot be made on a model, or why all of them would do nothing; None if they are useful."""
     for move in moves:
         if (reason := UNDO[move].cannot(model, task)) is not None:
             return reason

@@ -1,4 +1,4 @@
-"""Undoing tricks that hide weights from optimizers: in buffers, in attributes, behind parametrizations and hooks."""
+"""Undoing tricks that hide weights from optimizers in buffers, attributes, parametrizations and hooks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from holdfast.tasks import Task
 def thaw(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
-    """Makes every floating-point tensor that the network computes with a trainable parameter, and drops gradient hooks.
+    """Turns every floating-point tensor that the network uses into a trainable parameter, and removes gradient hooks.
 
-    Buffers and plain attributes that hide weights become parameters, and so does what parametrizations compute (weight
-    normalisation among them), which are taken away. Running statistics, which a forward pass in
-    training mode changes, and everything of normalisation layers stay what they are.
+    Buffers and attributes that hide weights become parameters. Parametrizations, such as weight normalisation, are
+    replaced by parameters with the values that they compute. Running statistics, which a forward pass in training mode
+    changes, and the tensors of normalisation layers stay as they are.
 
     Example:
         >>> from holdfast.tasks import load_task
@@ -35,10 +35,10 @@ def thaw(
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
     bake(model)
-    steady = _steady(model, next(task.sweep("train", 8, device=device)).x) if _hidden(model) else []
+    weights = _hidden_weights(model, next(task.sweep("train", 8, device=device)).x) if _hidden(model) else []
     before = model.dtype
     made: dict[int, nn.Parameter] = {}
-    for name, key in steady:
+    for name, key in weights:
         module = model.network.get_submodule(name)
         value = getattr(module, key)
         delattr(module, key)
@@ -50,10 +50,10 @@ def thaw(
 
 
 def bake(model: SplitModel) -> None:
-    """Replaces every parametrized tensor by a plain parameter with the value that it has."""
+    """Replaces every parametrized tensor by a plain parameter with the same value."""
     for module in model.network.modules():
         if parametrize.is_parametrized(module):
-            # Copies share the class that torch made, and it takes the tensor's property from the class.
+            # Copies of a module share the class that torch made, from which it deletes the tensor's property.
             made = type(module)
             own = {k: v for k, v in vars(made).items() if k not in ("__dict__", "__weakref__")}
             module.__class__ = type(made.__name__, made.__bases__, own)
@@ -72,11 +72,11 @@ def _hidden(model: SplitModel) -> dict[tuple[str, str], Tensor]:
     }
 
 
-def _steady(model: SplitModel, x: Tensor) -> list[tuple[str, str]]:
-    """Which of them a forward pass in training mode leaves alone: weights, and no statistics."""
+def _hidden_weights(model: SplitModel, x: Tensor) -> list[tuple[str, str]]:
+    """The hidden tensors that a forward pass in training mode does not change: weights, not statistics."""
     twin = model.clone().train()
-    before = {where: value.clone() for where, value in _hidden(twin).items()}
+    before = {key: value.clone() for key, value in _hidden(twin).items()}
     with torch.no_grad(), torch.random.fork_rng():
         twin(torch.cat([x, x]) if len(x) == 1 else x)
     after = _hidden(twin)
-    return [where for where, value in before.items() if where in after and torch.equal(after[where], value)]
+    return [key for key, value in before.items() if key in after and torch.equal(after[key], value)]
