@@ -57,7 +57,7 @@ def package(tmp_path, monkeypatch, registries):
 def test_what_holdfast_has():
     assert list_adversaries() == ["finetuning", "probe"]
     assert set(list_batteries()) == {*BATTERIES, *SEARCHES} >= {"quick-v1", "standard-v1", "adaptive-v1"}
-    assert len(UNDO) == 13
+    assert len(UNDO) == 17
 
 
 @pytest.mark.trains
