@@ -648,7 +648,8 @@ AT_HAND = {
     "cifar100": "cifar100_objects", "celeba": "faces", "ffhq": "faces", "imagenet": "imagenette64",
     "stanford_cars": "stanford_cars40", "country211": "cifar100_objects",
 }  # fmt: skip
-SMALL = {"ntl": {"batch_size": 4}, "sophon": {"steps": 1, "batch_sizes": [4], "reinforcement_batch": 4}}
+SIMULATED = {"steps": 1, "batch_sizes": [4], "reinforcement_batch": 4}
+SMALL = {"ntl": {"batch_size": 4}, "sophon": SIMULATED, "trajectory-erasure": {**SIMULATED, "probe_batch": 40}}
 DEEP = {"batch_size": 8, "restricted_batch": 40, "epochs": None, "blocks": 1}
 IN_CLOSED_FORM = ("frontier", "signal-frontier", "leace")
 FEW = {"train_limit": 400, "test_limit": 10}
