@@ -16,7 +16,7 @@ def _layers(model: SplitModel) -> list[_BatchNorm]:
     return [m for m in model.network.modules() if isinstance(m, _BatchNorm)]
 
 
-def _no_batchnorm(model: SplitModel) -> str | None:
+def _no_batchnorm(model: SplitModel, task: Task) -> str | None:
     return None if _layers(model) else "it has no BatchNorm to recalibrate"
 
 

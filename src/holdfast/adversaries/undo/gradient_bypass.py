@@ -69,7 +69,7 @@ def activations(model: SplitModel) -> list[tuple[nn.Module, str]]:
     ]
 
 
-def _nothing_to_pass(model: SplitModel) -> str | None:
+def _nothing_to_pass(model: SplitModel, task: Task) -> str | None:
     return None if activations(model) else "it has no activation modules"
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.adversaries.undo.introspection import samples, some_samples
+from holdfast.adversaries.undo.introspection import samples
 from holdfast.adversaries.undo.moves import undo_move
 from holdfast.models import SplitModel
 from holdfast.tasks import Task
@@ -26,7 +26,28 @@ def _set_normalisation(model: SplitModel, mean: Tensor, std: Tensor) -> None:
     model.mean, model.std = mean.float(), std.float()
 
 
-@undo_move("invert-inputs", of_images=True)
+def _no_images(model: SplitModel, task: Task) -> str | None:
+    if len(task.input_shape) == 3 and task.answers_with == "vector":
+        return None
+    return f"it changes how images are shown, and {task.described} has none to classify"
+
+
+def _fixed_size(model: SplitModel, task: Task) -> str | None:
+    """Why the network cannot take enlarged images: it flattens its maps, or has a position for each patch."""
+    reason = _no_images(model, task)
+    if reason is not None:
+        return reason
+    larger = torch.zeros(2, *task.input_shape[:1], *(ENLARGED * side for side in task.input_shape[1:]))
+    try:
+        with torch.no_grad():
+            model.clone().eval()(larger.to(model.device))
+    except (RuntimeError, ValueError, AssertionError) as error:  # what networks raise for a shape that does not fit
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        return f"it does not take images {ENLARGED} times as wide and high ({first})"
+    return None
+
+
+@undo_move("invert-inputs", impossible=_no_images)
 @torch.no_grad()
 def invert_inputs(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
@@ -41,7 +62,7 @@ def invert_inputs(
     _set_normalisation(model, 1 - mean, -std)
 
 
-@undo_move("renormalise-inputs", of_images=True)
+@undo_move("renormalise-inputs", impossible=_no_images)
 @torch.no_grad()
 def renormalise_inputs(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
@@ -57,21 +78,12 @@ def renormalise_inputs(
     _set_normalisation(model, mean.view(-1, 1, 1), std.view(-1, 1, 1))
 
 
-@undo_move("enlarge-inputs", of_images=True)
+@undo_move("enlarge-inputs", impossible=_fixed_size)
 def enlarge_inputs(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
-    """Shows the network every image twice as wide and as high, where it takes images of that size.
-
-    A network that does not is left as it is: one that flattens its maps, or has a position for each patch.
-    """
-    with torch.no_grad():
-        x = some_samples(task, generator, device)[:2]
-        hook = model.network.register_forward_pre_hook(_enlarged)
-        try:
-            model.clone().eval()(x)
-        except (RuntimeError, ValueError, AssertionError):  # what networks raise for a shape that does not fit
-            hook.remove()
+    """Shows the network every image twice as wide and as high."""
+    model.network.register_forward_pre_hook(_enlarged)
 
 
 def _enlarged(network: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -136,6 +136,6 @@ def repair(model: SplitModel, reference: SplitModel) -> None:
             parameter.copy_(torch.where(parameter.isfinite(), parameter, fresh))
 
 
-def no_feature_vector(model: SplitModel) -> str | None:
+def no_feature_vector(model: SplitModel, task: Task) -> str | None:
     """Returns why a model has no vector of features before its head, or None if it has one."""
     return "it is a denoiser, whose head takes an image, not a feature vector" if isinstance(model, Denoiser) else None

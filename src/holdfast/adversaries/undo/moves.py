@@ -22,10 +22,10 @@ from holdfast.runtime.registry import Registry
 from holdfast.tasks import Task
 
 Make = Callable[[SplitModel, SplitModel, Task, torch.Generator, torch.device], None]
-Reason = Callable[[SplitModel], str | None]
+Reason = Callable[[SplitModel, Task], str | None]
 
 
-def _never(model: SplitModel) -> str | None:
+def _never(model: SplitModel, task: Task) -> str | None:
     return None
 
 
@@ -43,9 +43,9 @@ class UndoMove:
         needs_reference: whether it uses the fresh model; if not, `reference` may be the model itself.
         of_features: whether it depends on the features of the last layer of the body; if the strategy reinitialises
             that layer, it does so before the move.
-        of_images: whether it changes how images are shown; then it cannot be made where inputs are not images.
-        idle: returns why the move would do nothing on a model, or None. Other moves may still be useful.
-        impossible: returns why the move cannot be made on a model, or None. With a reason, the adversary cannot start.
+        idle: returns why the move would do nothing on a model and a task, or None. Other moves may still be useful.
+        impossible: returns why the move cannot be made on a model and a task, or None. With a reason, the adversary
+            cannot start.
         finish: called after the strategy has chosen which weights are trained.
     """
 
@@ -53,7 +53,6 @@ class UndoMove:
     make: Make
     needs_reference: bool = False
     of_features: bool = False
-    of_images: bool = False
     idle: Reason = _never
     impossible: Reason = _never
     finish: Callable[[SplitModel], None] = _nothing
@@ -69,10 +68,10 @@ class UndoMove:
 
     def cannot(self, model: SplitModel, task: Task) -> str | None:
         """Returns why the move cannot be made on a model and a task, or None if it can."""
-        if self.of_images and (len(task.input_shape) != 3 or task.answers_with != "vector"):
-            return f"{self.name} changes how images are shown, and {task.described} has none to classify"
         reason = model.not_renewable() if self.needs_reference else None
-        return self.impossible(model) if reason is None else f"{self.name} compares with a fresh model, and {reason}"
+        return (
+            self.impossible(model, task) if reason is None else f"{self.name} compares with a fresh model, and {reason}"
+        )
 
 
 UNDO: Final[Registry[UndoMove]] = Registry("undo move", "holdfast.adversaries.undo")
@@ -84,7 +83,6 @@ def undo_move(
     *,
     needs_reference: bool = False,
     of_features: bool = False,
-    of_images: bool = False,
     idle: Reason = _never,
     impossible: Reason = _never,
     finish: Callable[[SplitModel], None] = _nothing,
@@ -96,7 +94,7 @@ def undo_move(
     """
 
     def registered(make: Make) -> Make:
-        UNDO.register(name)(UndoMove(name, make, needs_reference, of_features, of_images, idle, impossible, finish))
+        UNDO.register(name)(UndoMove(name, make, needs_reference, of_features, idle, impossible, finish))
         return make
 
     return registered
@@ -107,5 +105,5 @@ def not_applicable(moves: tuple[str, ...], model: SplitModel, task: Task) -> str
     for move in moves:
         if (reason := UNDO[move].cannot(model, task)) is not None:
             return reason
-    reasons = [UNDO[move].idle(model) for move in moves]
+    reasons = [UNDO[move].idle(model, task) for move in moves]
     return reasons[0] if reasons and None not in reasons else None
