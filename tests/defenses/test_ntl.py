@@ -158,7 +158,7 @@ class TestNTL:
     def test_more_restricted_classes_than_outputs_are_refused(self, run):
         narrow, wide = toy_task(2), toy_task(3)
         model = SplitModel(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), "2")
-        with pytest.raises(HoldfastError, match=r"3 classes and the head.*2 outputs.*Keep at most 2"):
+        with pytest.raises(HoldfastError, match=r"3 classes, but the head.*2 outputs.*Keep at most 2"):
             BRIEF.immunize(model, narrow, wide, run=run)
 
     def test_fewer_restricted_classes_are_welcome(self, trained, benign, run):

@@ -11,15 +11,7 @@ from holdfast.training.starts import (
     shrink_and_perturb,
     trained_modules,
 )
-from holdfast.training.strategy import (
-    OPTIMIZERS,
-    Gradient,
-    Initialisation,
-    Precision,
-    PretrainSpec,
-    Scope,
-    Strategy,
-)
+from holdfast.training.strategy import OPTIMIZERS, Gradient, Initialisation, Precision, PretrainSpec, Scope, Strategy
 
 __all__ = [
     "ADAPTED",
