@@ -167,7 +167,7 @@ class TestNTL:
 
     def test_inputs_of_two_shapes_are_refused(self, model, benign, run):
         other = load_task("digits[5-9]").as_images(12)
-        with pytest.raises(HoldfastError, match=r"shape \(1, 8, 8\) and of .* \(1, 12, 12\)"):
+        with pytest.raises(HoldfastError, match=r"shape \(1, 8, 8\), those of .* \(1, 12, 12\)"):
             BRIEF.immunize(model, benign, other, run=run)
 
     def test_one_step_is_the_optimizers_on_the_equation(self, run):

@@ -89,7 +89,7 @@ class TestPhi:
             ({"validation_steps": 1}, "validation_steps is 1"),
             ({"probe_batch": 1}, "probe_batch is 1; expected at least 2"),
             ({"population": 2}, "no adversary is continued"),
-            ({"recovery_loops": 5, "guard": False}, "recovery_loops are the guard's"),
+            ({"recovery_loops": 5, "guard": False}, "recovery_loops need the guard"),
             ({"steps": 2, "gamma": (0.0, 0.0)}, "one above 0"),
             ({"steps": 2, "gamma": (1.0, -1.0)}, "at least 0"),
             ({"second_order": True, "strategies": (Strategy(optimizer="sgd", gradient="sign"),)}, "raw gradient"),
@@ -507,7 +507,7 @@ class TestRecovery:
         _, without = self.made(benign, restricted, run)
         assert any("halved" in e.message for e in without.events)
         _, record = self.made(benign, restricted, run, recovery_loops=60, reinforcement_lr=5e-3)
-        assert any("brought back to" in e.message for e in record.events)
+        assert any("recovered to" in e.message for e in record.events)
         assert not any("halved" in e.message for e in record.events)
         assert max(record.history["gradient_passes"]) == 2 * 2 + 1 + 60
 

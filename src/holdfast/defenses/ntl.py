@@ -226,7 +226,7 @@ class _Immunization(Immunization[NTL]):
         return {name: [float(value.detach())] for name, value in values.items()}
 
     def too_low(self, why: str) -> bool:
-        """See `Immunization.too_low`: only the result must be good."""
+        """See `Immunization.too_low`; only the final state must be good."""
         if self.go_back_at_the_end(why):
             self.record.completed = False
         return self.last

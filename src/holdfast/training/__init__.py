@@ -1,4 +1,4 @@
-"""Fine-tuning, in one place: defenses simulate it, adversaries run it."""
+"""Fine-tuning: defenses simulate it, adversaries run it."""
 
 from holdfast.training.finetuning import finetune, optimizer_of, pretrain, reshape_gradient
 from holdfast.training.starts import (
