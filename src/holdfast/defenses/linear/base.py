@@ -186,7 +186,7 @@ class IterativeDefense(LinearDefense):
             if iteration:
                 descent.step()
             if not bool(descent.theta.isfinite().all()):
-                record.events.append(Event(iteration=iteration, message="the extractor is no longer finite; stopped"))
+                record.events.append(Event(iteration=iteration, message="the extractor is not finite; stopped"))
                 break
             if iteration % MEASURE_EVERY == 0 or iteration == self.iterations:
                 ratios = problem.ratios(descent.theta)

@@ -44,7 +44,7 @@ class IMMA(IterativeDefense):
             HoldfastError: if the restricted task has no targets.
         """
         if not problem.frontier.restricted.target.shape[1]:
-            raise HoldfastError("imma simulates a probe on restricted targets, and the restricted task has none.")
+            raise HoldfastError("imma simulates a probe, and the restricted task has no targets for it.")
         return _Bilevel(self, problem, theta)
 
 
