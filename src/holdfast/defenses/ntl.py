@@ -53,12 +53,6 @@ def squared_distances(z: Tensor) -> Tensor:
     return (square[:, None] + square[None, :] - 2 * z @ z.T).clamp_min(0)
 
 
-def mean_distance(z: Tensor) -> Tensor:
-    """Returns the mean of ||z_i - z_j||^2 over pairs i != j, without a graph; 1 where it is 0."""
-    mean = squared_distances(z.detach()).sum() / max(len(z) * (len(z) - 1), 1)
-    return torch.where(mean > 0, mean, torch.ones_like(mean))
-
-
 def mmd(
     x: Tensor, y: Tensor, *, kernels: int = 5, multiplier: float = 2.0, bandwidth: Tensor | float | None = None
 ) -> Tensor:
@@ -77,7 +71,7 @@ def mmd(
         kernels: m.
         multiplier: q, from one kernel's width to the next.
         bandwidth: s; None: the mean of ||u - v||^2 over different samples of both batches, without its gradient, as
-            usual.
+            usual; 1 if all samples are equal.
 
     Example:
         >>> near, far = torch.zeros(4, 2), torch.full((4, 2), 9.0)
@@ -85,12 +79,12 @@ def mmd(
         (0.0, 7.47)
     """
     both = torch.cat([x, y])
-    s = mean_distance(both) if bandwidth is None else bandwidth
     squared = squared_distances(both)
-    kernel = sum(
-        (torch.exp(-squared / (s * multiplier ** (i - kernels // 2))) for i in range(kernels)),
-        torch.zeros_like(squared),
-    )
+    if bandwidth is None:
+        mean = squared.detach().sum() / max(len(both) * (len(both) - 1), 1)
+        bandwidth = torch.where(mean > 0, mean, torch.ones_like(mean))
+    widths = [bandwidth * multiplier ** (i - kernels // 2) for i in range(kernels)]
+    kernel = sum((torch.exp(-squared / width) for width in widths), torch.zeros_like(squared))
     n = len(x)
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
 
@@ -197,7 +191,6 @@ class _Immunization(Immunization[NTL]):
     shown = ("restricted_loss",)
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """See `Immunization.make_optimizers`."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         return {"optimizer": OPTIMIZERS[self.config.optimizer](trained, self.rate, self.config.weight_decay)}
 

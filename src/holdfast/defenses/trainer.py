@@ -260,7 +260,12 @@ class Immunization(ABC, Generic[Config]):
 
     def _check_benign_score(self) -> bool:
         """Keeps a good state; returns False if the guard put other weights into the model."""
-        self._check_weights_agree()
+        group = process_group()
+        if group.count > 1 and len(set(group.gather(tensors_sha256(snapshot(self.model))))) > 1:
+            raise HoldfastError(
+                f"{self.config.name}: the processes' weights differ after round {self.round}. In several processes a "
+                "defense must call `Immunization.average_gradients` before each step; or use one process."
+            )
         score = self.benign_score()
         self.record.history["benign_score"][-1] = score if math.isfinite(score) else None
         if self.guard.acceptable(score):
@@ -268,14 +273,6 @@ class Immunization(ABC, Generic[Config]):
         elif self.config.guard:
             return not self.too_low(self.guard.complaint(score))
         return True
-
-    def _check_weights_agree(self) -> None:
-        group = process_group()
-        if group.count > 1 and len(set(group.gather(tensors_sha256(snapshot(self.model))))) > 1:
-            raise HoldfastError(
-                f"{self.config.name}: the processes' weights differ after round {self.round}. In several processes a "
-                "defense must call `Immunization.average_gradients` before each step; or use one process."
-            )
 
     def _conclude(self) -> None:
         """Puts the best state into the model, and records an event if there is none."""

@@ -64,9 +64,8 @@ def prepare(
     if strategy.needs_fresh_model:
         reference = reference if reference is not None else model.fresh()
         renew_blocks(model, strategy, reference)
-    if strategy.initialisation == "shrink-perturb":
-        assert reference is not None
-        shrink_and_perturb(model, reference)
+        if strategy.initialisation == "shrink-perturb":
+            shrink_and_perturb(model, reference)
     if strategy.initialisation != "direct":
         model.reset_head(task.num_outputs)
     if strategy.scope in ADAPTED:

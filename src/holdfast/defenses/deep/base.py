@@ -131,7 +131,6 @@ class _Immunization(Immunization[DeepSettings]):
         return FrozenPrefix(self.original, self.config.blocks, tasks, self.config.cache_gib, self.say)
 
     def score_held_out(self) -> float:
-        """See `Immunization.score_held_out`."""
         return self.frozen.score_held_out(self.model)
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -263,11 +262,9 @@ class _Immunization(Immunization[DeepSettings]):
         return balanced
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """See `Immunization.saved`."""
         return {}, {"lambdas": self.lambdas}
 
     def restore_own(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """See `Immunization.restore_own`."""
         self.lambdas = dict(values["lambdas"])
 
     def too_low(self, why: str) -> bool:

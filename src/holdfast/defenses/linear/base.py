@@ -162,12 +162,9 @@ class IterativeDefense(LinearDefense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (
-            ("optimizer", ("adam", "gd")),
-            ("initialisation", ("identity", "random")),
-            ("keep", ("definition", "rir", "last")),
-        ):
-            self.refuse_unknown(name, known)
+        self.refuse_unknown("optimizer", ("adam", "gd"))
+        self.refuse_unknown("initialisation", ("identity", "random"))
+        self.refuse_unknown("keep", ("definition", "rir", "last"))
         self.refuse_below_one("iterations")
         self.refuse_not_above_zero("learning_rate")
 

@@ -68,7 +68,12 @@ class SimulationSettings(Defense):
         for name in ("initialisations", "scopes", "optimizers", "learning_rates", "batch_sizes"):
             if not getattr(self, name):
                 raise HoldfastError(f"{self.name}: {name} is empty; give at least one.")
-        self._check_population()
+        if self.population is not None and self.lifetime == 1:
+            raise HoldfastError(
+                f"{self.name}: population is {self.population} and lifetime is 1, so no adversary is continued; set "
+                "lifetime to 2 or more, or leave population out."
+            )
+        self.require(lambda value: value >= self.tasks, f"at least tasks, which is {self.tasks}", "population")
         self._check_gamma()
         if self.head_gradient and (self.lifetime > 1 or self.second_order):
             raise HoldfastError(
@@ -78,18 +83,6 @@ class SimulationSettings(Defense):
         phi = self.phi()  # checks each strategy before any work is done
         if self.second_order:
             _check_differentiable(self.name, phi)
-
-    def _check_population(self) -> None:
-        population = self.population
-        if population is not None and self.lifetime == 1:
-            raise HoldfastError(
-                f"{self.name}: population is {population} and lifetime is 1, so no adversary is continued; set "
-                "lifetime to 2 or more, or leave population out."
-            )
-        if population is not None and population < self.tasks:
-            raise HoldfastError(
-                f"{self.name}: population is {population}; expected at least tasks, which is {self.tasks}."
-            )
 
     def _check_gamma(self) -> None:
         gamma = self.gamma

@@ -271,15 +271,12 @@ class _Immunization(Immunization[Sophon]):
         return self.benign.loss_of(outputs, batch) + self.config.distillation * distance
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """See `Immunization.saved`."""
         return self.population.saved()
 
     def restore_own(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """See `Immunization.restore_own`."""
         self.population.restore(self.learned, tensors, values)
 
     def forget(self) -> None:
-        """See `Immunization.forget`."""
         self.population.clear()
 
     def too_low(self, why: str) -> bool:
