@@ -43,16 +43,6 @@ from holdfast.tasks import Task
 from holdfast.training import OPTIMIZERS
 
 
-def squared_distances(z: Tensor) -> Tensor:
-    """Returns ||z_i - z_j||^2, shape (N, N).
-
-    Features are centred first: without it, small distances are lost in the rounding of large products.
-    """
-    z = z - z.detach().mean(0)
-    square = z.square().sum(1)
-    return (square[:, None] + square[None, :] - 2 * z @ z.T).clamp_min(0)
-
-
 def mmd(
     x: Tensor, y: Tensor, *, kernels: int = 5, multiplier: float = 2.0, bandwidth: Tensor | float | None = None
 ) -> Tensor:
@@ -78,10 +68,12 @@ def mmd(
         >>> float(mmd(near, near)), round(float(mmd(near, far)), 2)
         (0.0, 7.47)
     """
-    both = torch.cat([x, y])
-    squared = squared_distances(both)
+    z = torch.cat([x, y])
+    z = z - z.detach().mean(0)  # otherwise small distances would be lost in the rounding of large products
+    norms = z.square().sum(1)
+    squared = (norms[:, None] + norms[None, :] - 2 * z @ z.T).clamp_min(0)
     if bandwidth is None:
-        mean = squared.detach().sum() / max(len(both) * (len(both) - 1), 1)
+        mean = squared.detach().sum() / max(len(z) * (len(z) - 1), 1)
         bandwidth = torch.where(mean > 0, mean, torch.ones_like(mean))
     widths = [bandwidth * multiplier ** (i - kernels // 2) for i in range(kernels)]
     kernel = sum((torch.exp(-squared / width) for width in widths), torch.zeros_like(squared))

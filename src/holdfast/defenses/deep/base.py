@@ -248,7 +248,8 @@ class _Immunization(Immunization[DeepSettings]):
             losses["benign_loss"] = self._benign_loss(logits.to(self.model.dtype), benign)
             for name, value in losses.items():
                 norms.setdefault(name, []).append(_norm(value, self.body()))
-        sizes = {name: _mean_of_finite(values) for name, values in norms.items()}
+        finite = {name: [norm for norm in values if math.isfinite(norm)] for name, values in norms.items()}
+        sizes = {name: sum(values) / len(values) if values else math.nan for name, values in finite.items()}
         balanced = {}
         for name, (given, multiple) in weights.items():
             for other in (name, "benign_loss") if given is None else ():
@@ -281,8 +282,3 @@ def _of_token_ids(task: Task) -> bool:
 def _norm(value: Tensor, parameters: Sequence[nn.Parameter]) -> float:
     grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
     return math.hypot(*(float(g.norm()) for g in grads if g is not None))
-
-
-def _mean_of_finite(values: Sequence[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan

@@ -175,8 +175,11 @@ class IterativeDefense(LinearDefense):
     def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, DefenseRecord]:
         """Descends, and returns one of the iterates; see `keep`."""
         generator = run.generator(self.name)
-        first = _initial(self.initialisation, problem.width, generator).to(problem.frontier.basis.device)
-        descent = self.start(problem, first, generator)
+        theta = torch.eye(problem.width, dtype=torch.float64)
+        if self.initialisation == "random":
+            bound = 1 / math.sqrt(problem.width)  # torch.nn.Linear's default
+            theta = (2 * torch.rand(theta.shape, generator=generator, dtype=torch.float64) - 1) * bound
+        descent = self.start(problem, theta.to(problem.frontier.basis.device), generator)
         record = DefenseRecord(history={name: [] for name in self.history_names})
         best: tuple[tuple[float, float], Tensor] | None = None
         for iteration in range(self.iterations + 1):
@@ -242,10 +245,3 @@ class GradientDescent(_Descent):
         for parameter, gradient in zip([self.theta, *self.others], self.gradients(), strict=True):
             parameter.grad = gradient
         self._optimizer.step()
-
-
-def _initial(start: str, width: int, generator: torch.Generator) -> Tensor:
-    if start == "identity":
-        return torch.eye(width, dtype=torch.float64)
-    bound = 1 / math.sqrt(width)  # torch.nn.Linear's default
-    return (2 * torch.rand(width, width, generator=generator, dtype=torch.float64) - 1) * bound

@@ -274,9 +274,9 @@ class Simulation:
 
     def _update_statistics(self, adversary: SimulatedAdversary) -> None:
         """Copies the model's statistics into the parts that stay in evaluation mode while another part is trained."""
-        model = adversary.model
-        trained = {id(b) for m in trained_modules(model, adversary.strategy) for b in m.buffers()}
-        if adversary.strategy.scope in ("head", "last-block"):
+        model, strategy = adversary.model, adversary.strategy
+        if strategy.scope in ("head", "last-block"):
+            trained = {id(b) for m in trained_modules(model, strategy) for b in m.buffers()}
             current = dict(self.model.network.named_buffers())
             for name, buffer in model.network.named_buffers():
                 if id(buffer) not in trained and name in current:
