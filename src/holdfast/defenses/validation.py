@@ -50,7 +50,7 @@ class Validation:
 
 
 def validation_score(model: SplitModel, task: Task, steps: int, *, run: Run) -> float:
-    """Returns the score of the best adversary in `VALIDATION`: the mean of the scores after half and after all steps.
+    """Returns the best score in `VALIDATION` after half of the steps and the best after all steps, averaged.
 
     Every call draws the same batches and fresh heads, so that scores of two states can be compared.
 
