@@ -1,4 +1,4 @@
-"""The verbs: immunize a model, audit a model, or run a whole recipe; each can leave a folder that others can read."""
+"""The functions of the package: immunize a model, audit it, or run a whole recipe; each can write a result folder."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class AuditOptions(TypedDict, total=False):
     Attributes:
         battery: the name of a battery, or a list of adversaries.
         budgets: fine-tuning steps at which to score; ascending, the first 0.
-        seeds: repetitions: other samples, batches and fresh weights each.
-        shots: the adversary's training samples a class; None: its whole half.
+        seeds: number of repetitions, each with other samples, batches and fresh weights.
+        shots: the adversary's training samples per class; None: its whole half.
         trials: of a search, for each model; other batteries have none.
-        reported: the restricted score after the last budget that the model's publisher claims.
-        reported_benign: the benign score of the original that its publisher claims.
-        side_effects: whether to measure how well harmless tasks are still learned.
+        reported: the restricted score after the last budget, as the model's publisher claims it.
+        reported_benign: the benign score of the original, as its publisher claims it.
+        side_effects: measure how well harmless tasks are still learned.
         stacked: train adversaries of small models together; curves agree up to rounding.
-        thresholds: limits of the verdict; those that are not named have their defaults.
+        thresholds: limits of the verdict; the others keep their defaults.
     """
 
     battery: str | Sequence[Adversary]
@@ -73,27 +73,27 @@ def immunize(
 ) -> SplitModel:
     """Returns an immunized copy of a model, with the defense's record on it.
 
-    The record is the copy's `immunization`, an `ImmunizationResult`: whether the defense gave up (`completed`), what it
-    decided while it ran (`events`), its `history`, and whether there is an immunized model at all (`nothing` says why
-    not). Look at it before you release anything.
+    The record is the copy's `immunization`, an `ImmunizationResult`: whether the defense finished (`completed`), its
+    decisions (`events`) and `history`, and why there is no immunized model, if there is none (`nothing`). Read it
+    before you release the model.
 
     Args:
         model: left as it is.
-        benign: what it must stay good at.
-        restricted: what it must not be fine-tuned to; only the defender's half of its training data is used.
+        benign: the task that it must stay good at.
+        restricted: the task that it must resist; only the defender's half of its training data is used.
         defense: a name, or a `Defense`.
         seed: of everything random.
         device: `auto`, or a torch device.
         threads: CPU threads of torch; None: its default. One is best for networks of the quickstart's size.
         folder: where to keep checkpoints, `model.safetensors` and `result.json`; a second call continues there.
         quiet: show no progress.
-        callbacks: are told of each round.
+        callbacks: called after each round.
         options: hyper-parameters of the defense, when it is given by name.
 
     Raises:
         HoldfastError: for input that cannot work, before any work is done.
     """
-    chosen = _chosen(defense, options)
+    chosen = _defense_of(defense, options)
     _check_objects({"model": model}, {"benign": benign, "restricted": restricted})
     threads = checked_threads(threads)
     model = model.unwrapped()
@@ -109,17 +109,17 @@ def immunize(
     return immunized
 
 
-def _chosen(defense: str | Defense, options: Mapping[str, Any]) -> Defense:
-    """Returns a defense by name with its settings, or as it was given."""
+def _defense_of(defense: str | Defense, options: Mapping[str, Any]) -> Defense:
+    """Returns the defense of this name with these settings, or a given `Defense`."""
     if isinstance(defense, str):
         return build_defense({"name": defense, **options})
     if not isinstance(defense, Defense):
-        made = f"an instance, such as {defense.__name__}()" if isinstance(defense, type) else "a name or a Defense"
-        raise HoldfastError(f"defense is {defense!r}; expected {made}.")
+        wanted = f"an instance, such as {defense.__name__}()" if isinstance(defense, type) else "a name or a Defense"
+        raise HoldfastError(f"defense is {defense!r}; expected {wanted}.")
     if options:
         raise HoldfastError(
-            f"{', '.join(options)}: settings go with the name of a defense; this one, {defense.name}, has its own. "
-            "Give them to its constructor."
+            f"{', '.join(options)}: settings go with the name of a defense; give those of this {defense.name} to its "
+            "constructor."
         )
     return defense
 
@@ -133,8 +133,8 @@ def _check_objects(models: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
             )
     for name, task in tasks.items():
         if not isinstance(task, Task):
-            what = repr(task) if isinstance(task, str) else type(task).__name__
-            raise HoldfastError(f"{name} is {what}; expected a task: holdfast.load_task(...).")
+            given = repr(task) if isinstance(task, str) else type(task).__name__
+            raise HoldfastError(f"{name} is {given}; expected a task: holdfast.load_task(...).")
 
 
 def audit(
@@ -157,27 +157,26 @@ def audit(
     """Audits a model against its controls.
 
     Args:
-        model: the released model in question.
-        original: what it was before immunization.
-        benign: its own task.
-        restricted: the task that it must not be fine-tuned to; adversaries get their half of its training data.
-        transfer: a harmless task that the model should still learn as well as the original does, if there is one.
+        model: the released model.
+        original: the model before immunization.
+        benign: the task of the original.
+        restricted: the task that the model must resist; adversaries get their half of its training data.
+        transfer: a harmless task that the model should still learn as well as the original does; optional.
         seed: of everything random.
         device: `auto`, or a torch device.
         threads: CPU threads of torch; None: its default. One is best for networks of the quickstart's size.
         folder: where to keep finished trials, `result.json` and `report.html`; a second call continues there.
         quiet: show no progress.
         executor: where trials run: `serial`, `processes`, `ray`, ...; it does not change the result.
-        callbacks: are told of each trial.
-        source: how the command line names the models and tasks, for `holdfast replay`.
+        callbacks: called after each trial.
+        source: names of the models and tasks on the command line, for `holdfast replay`.
         options: see `AuditOptions`.
 
     Raises:
         HoldfastError: for input that cannot work, before any work is done.
     """
-    _check_objects({"model": model, "original": original}, {"benign": benign, "restricted": restricted})
-    if transfer is not None:
-        _check_objects({}, {"transfer": transfer})
+    optional = {} if transfer is None else {"transfer": transfer}
+    _check_objects({"model": model, "original": original}, {"benign": benign, "restricted": restricted, **optional})
     settings = plain(dict(options))
     try:
         spec = AuditSpec.model_validate(settings)
@@ -185,20 +184,20 @@ def audit(
         raise readable(error, "audit", AuditSpec) from error
     refuse_truth_as_number(settings, spec, "audit")
     refuse_unused(spec, transfer is not None)
-    threads, chosen = checked_threads(threads), executors.executor(executor)
+    threads, executor = checked_threads(threads), executors.executor(executor)
     model, original = model.unwrapped(), original.unwrapped()
     title = f"Audit of {model.name} on {restricted.name}"
     workspace = Workspace.start("audit", title, seed, device, folder, quiet, callbacks=callbacks)
-    facts = {"model": model.facts().sha256, "original": original.facts().sha256}
     workspace.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
-    workspace.claim({"audit": spec.model_dump(mode="json"), **facts})
+    hashes = {"model": model.facts().sha256, "original": original.facts().sha256}
+    workspace.claim({"audit": spec.model_dump(mode="json"), **hashes})
     if source is not None:
-        # Beside the job's settings, not among them: a model that was moved is the same model.
+        # Not among the claimed settings: a model that was moved is still the same model.
         workspace.recipe = {**workspace.recipe, "source": dict(source)}
     workspace.note_model("original", original)
     workspace.note_model("immunized", model)
     with cpu_threads(threads):
-        result = workspace.audit(model, original, benign, halves(restricted)[1], transfer, spec, chosen)
+        result = workspace.audit(model, original, benign, halves(restricted)[1], transfer, spec, executor)
         if folder is not None:
             workspace.save(audit=result)
     return result
@@ -216,14 +215,14 @@ def feasibility(
     folder: Path | str | None = None,
     quiet: bool = True,
 ) -> Feasibility:
-    """Says from spectra alone whether a linear extractor can immunize a model, by how much, and at what benign cost.
+    """Predicts from spectra alone whether a linear extractor can immunize a model, how much, and at what benign cost.
 
     Args:
-        benign: what should stay easy to learn; its training split is used.
-        restricted: what should become hard to learn; the defender's half of its training split is used.
-        model: whose features are meant; None: the inputs themselves.
-        ridge: per sample, for the bound on features that one of the tasks does not use.
-        q: share of the removable loss in the predicted number of steps.
+        benign: the task that should stay easy to learn; its training split is used.
+        restricted: the task that should become hard to learn; the defender's half of its training split is used.
+        model: the model whose features are used; None: the inputs themselves.
+        ridge: per sample, for the bound on features that only one of the tasks uses.
+        q: share of the removable loss that the predicted number of steps removes.
         device: `auto`, or a torch device.
         threads: CPU threads of torch; None: its default.
         folder: where to write `result.json` and `report.html`.
@@ -236,10 +235,8 @@ def feasibility(
     threads = checked_threads(threads)
     model = None if model is None else model.unwrapped()
     check(model, benign, restricted, ridge=ridge, q=q)
-    on = "inputs" if model is None else model.name
-    workspace = Workspace.start(
-        "feasibility", f"{benign.name} against {restricted.name} on {on}", 0, device, folder, quiet
-    )
+    title = f"{benign.name} against {restricted.name} on {'inputs' if model is None else model.name}"
+    workspace = Workspace.start("feasibility", title, 0, device, folder, quiet)
     workspace.note_tasks({"benign": benign, "restricted": restricted})
     if model is not None:
         workspace.note_model("original", model)
@@ -247,7 +244,7 @@ def feasibility(
     with cpu_threads(threads), workspace.timed("feasibility"):
         placed = None if model is None else model.clone().to(workspace.run.device)
         workspace.run.say("Taking the spectra of both tasks")
-        found, figures = assess(placed, benign, halves(restricted)[0], ridge=ridge, q=q)
+        result, figures = assess(placed, benign, halves(restricted)[0], ridge=ridge, q=q)
     if folder is not None:
-        workspace.save(feasibility=found, figures=figures)
-    return found
+        workspace.save(feasibility=result, figures=figures)
+    return result

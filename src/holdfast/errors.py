@@ -1,4 +1,4 @@
-"""The one error that a user is meant to read: it names the bad value, what was expected and how to mend it."""
+"""The error for users: it names the bad value, what was expected and how to correct it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class HoldfastError(ValueError):
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> HoldfastError:
-    """Returns the error for a name that is not in a closed set, with the nearest known one as a suggestion.
+    """Returns the error for a name that is not among the known ones; it suggests the nearest.
 
     Example:
         >>> print(unknown("defense", "sofon", ["sophon"]))

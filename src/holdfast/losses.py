@@ -1,9 +1,9 @@
 """Losses that a defender minimises so that a model becomes worse at a restricted task.
 
-Ascending the cross-entropy does not converge: its gradient grows with the error (SOPHON, Eq. 10). The two losses
-of SOPHON, section 4.3.1, vanish where the defender wants to be. Symbols as in the paper: logits z,
-p = softmax(z) (there: y-hat), label y, C classes; of a denoiser, noise epsilon and its prediction epsilon-hat, for
-which section 4.3.2 has the last two losses.
+Ascending the cross-entropy does not converge: its gradient grows with the error (SOPHON, Eq. 10). The gradients of
+SOPHON's two losses for classifiers (section 4.3.1) vanish at the defender's goal. Symbols as in the paper: logits z,
+p = softmax(z) (there: y-hat), label y, C classes; for a denoiser (section 4.3.2), noise epsilon and its prediction
+epsilon-hat.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SuppressionLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """ICE, Eq. 11: the mean of -log(1 - p_y); it needs labels and suppresses this labelling only.
+    """ICE, Eq. 11: the mean of -log(1 - p_y); it needs labels and suppresses only this labelling.
 
     Derivation of the stable form: with a = z_y - log(sum over j != y of exp(z_j)) we have p_y = sigmoid(a), so that
-    -log(1 - p_y) = softplus(a). Its gradient is Eq. 12: p_y at the label and -p_i p_y / (1 - p_y) elsewhere. No
-    difference of large numbers is taken, so value and gradient are finite for any finite logits (tested up to 1e4).
+    -log(1 - p_y) = softplus(a). Its gradient is Eq. 12: p_y at the label and -p_i p_y / (1 - p_y) elsewhere. It takes
+    no difference of large numbers, so value and gradient are finite for any finite logits (tested up to 1e4).
 
     Args:
         logits: shape (N, C), floating point, C >= 2.
@@ -37,7 +37,7 @@ def inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         A scalar of the dtype of ``logits``, at least 0, and 0 where the label's probability is 0.
 
     Raises:
-        HoldfastError: if there are fewer than two classes: then no answer but the label is possible.
+        HoldfastError: if there are fewer than two classes.
 
     Example:
         >>> import torch
@@ -55,9 +55,9 @@ def inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def released_inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The loss of SOPHON's released code, CE(1 - z), in place of Eq. 11.
 
-    A softmax does not see the 1, so it is CE(-z): the mean of logsumexp(-z) + z_y. Its minimum is where the label's
-    logit is far *below* all others, so it keeps pushing where Eq. 11 is satisfied. With C equal logits its gradient at
-    the label is 1 - 1/C, that of Eq. 11 is 1/C: nine times as much with ten classes.
+    The 1 cancels in a softmax, so this is CE(-z): the mean of logsumexp(-z) + z_y. It falls until the label's logit is
+    far *below* all others, so it still has a gradient where that of Eq. 11 has vanished. With C equal logits its
+    gradient at the label is 1 - 1/C, that of Eq. 11 is 1/C: nine times as much with ten classes.
 
     Args:
         logits: shape (N, C), floating point, C >= 2.
@@ -120,10 +120,10 @@ def cross_entropy_ascent(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def denial_of_service(outputs: Tensor, noise: Tensor | None = None) -> Tensor:
-    """DoS, Eq. 16: the mean square of what a denoiser answers; at its minimum it answers nothing, to any image.
+    """DoS, Eq. 16: the mean square of a denoiser's outputs; at its minimum all outputs are 0, for any image.
 
     Its gradient is 2 epsilon-hat over the number of values, and vanishes at the goal. The paper writes a squared norm;
-    as with its L_MSE, ours is the mean over pixels: the same but for a factor.
+    as for its L_MSE, we take the mean over pixels, which differs by a factor.
 
     Args:
         outputs: epsilon-hat, shape (N, ...), floating point.
@@ -165,14 +165,14 @@ def ridge_probe(features: Tensor, labels: Tensor, ridge: float = 0.01) -> Tensor
 
         R2 = tr(Y' Z (Z'Z + lambda I)^-1 Z'Y) / ||Y||^2,    lambda = ridge * ||Z||_F^2 / min(N, D).
 
-    It contains no head, so that a new head gains nothing. lambda is relative to the mean
-    eigenvalue: scaling, shifting or rotating Z changes nothing. Shrinking one direction against the others does: what
-    lies in directions of less energy than lambda counts little here, and a probe that whitens reads it all the same.
-    With a smaller ridge less can be hidden there, and more samples are needed.
+    It contains no head, so an adversary gains nothing by a new one. lambda is relative to the mean eigenvalue: scaling,
+    shifting or rotating Z changes nothing. Shrinking one direction against the others does: directions of less energy
+    than lambda count little here, but a probe that whitens still reads them. A smaller ridge hides less there, and
+    needs more samples.
 
     By the push-through identity Z (Z'Z + lambda I)^-1 Z' = ZZ' (ZZ' + lambda I)^-1, so the smaller of the two Gram
-    matrices serves. R2 is at most min(N - 1, D) / (that + ridge), and noise is explained as well: the batch should have
-    several times as many samples as there are features, or the ridge should be large.
+    matrices is enough. R2 is at most min(N - 1, D) / (min(N - 1, D) + ridge), and noise is explained as well: use
+    several times as many samples as features, or a large ridge.
 
     Args:
         features: shape (N, D), floating point; the result is computed in float64.
@@ -197,11 +197,10 @@ def ridge_probe(features: Tensor, labels: Tensor, ridge: float = 0.01) -> Tensor
     z, y = _centred(features, labels)
     energy = z.square().sum()
     side = min(z.shape)
-    # Constant features: any lambda will do, as the numerator is 0.
+    # With constant features the numerator is 0, whatever lambda is.
     strength = torch.where(energy > 0, ridge * energy / side, torch.ones_like(energy))
-    gram = z @ z.T if len(z) <= z.shape[1] else z.T @ z
-    right = y if len(z) <= z.shape[1] else z.T @ y
-    # Non-finite features give nan, which the guard sees, and not an exception.
+    gram, right = _smaller_gram(z, y)
+    # Non-finite features give nan, which the guard notices, and not an exception.
     factor, info = torch.linalg.cholesky_ex(gram + strength * torch.eye(side, dtype=z.dtype, device=z.device))
     solved = torch.cholesky_solve(right, factor)
     # In the N x N case: y' K (K + lambda)^-1 y = y'y - lambda y' (K + lambda)^-1 y.
@@ -220,8 +219,9 @@ def descended_probe(features: Tensor, labels: Tensor, steps: int) -> Tensor:
         S_n(K) = sum over j < n of (I - K / lambda_max)^j / lambda_max,
 
     which needs neither inverse nor eigenvectors: S_2m = S_m + (I - K / lambda_max)^m S_m doubles n with two products,
-    and as K S(K) = Z S(Z'Z) Z' the smaller Gram matrix serves. Many steps make it the R2 of the closed form; few steps
-    see only what lies in directions of much energy. lambda_max is part of the adversary, and is not differentiated.
+    and as K S(K) = Z S(Z'Z) Z' the smaller Gram matrix is enough. With many steps it approaches the R2 of the closed
+    form; few steps explain only what lies in directions of much energy. lambda_max is part of the adversary, and is not
+    differentiated.
 
     Args:
         features: shape (N, D), floating point; the result is computed in float64.
@@ -243,23 +243,28 @@ def descended_probe(features: Tensor, labels: Tensor, steps: int) -> Tensor:
     if steps < 1:
         raise HoldfastError(f"The number of steps of a probe is {steps}; expected at least 1.")
     z, y = _centred(features, labels)
-    gram = z @ z.T if len(z) <= z.shape[1] else z.T @ z
-    right = y if len(z) <= z.shape[1] else z.T @ y
+    gram, right = _smaller_gram(z, y)
     if not bool(gram.detach().isfinite().all()):
         return features.sum() * math.nan
     largest = torch.linalg.eigvalsh(gram.detach())[-1]
     if not largest > 0:
         return features.sum() * 0.0
     one = torch.eye(len(gram), dtype=z.dtype, device=z.device)
-    power, total = one - gram / largest, one / largest  # of the binary digits of 2t, from the first on: n = 1
+    power, total = one - gram / largest, one / largest  # for n = 1, the first binary digit of 2t
     step = power
     for digit in bin(2 * steps)[3:]:
         total, power = total + power @ total, power @ power
         if digit == "1":
             total, power = total + power / largest, power @ step
-    whole = gram @ total if len(z) <= z.shape[1] else total
-    share: Tensor = (right * (whole @ right)).sum() / y.square().sum()
+    if len(z) <= z.shape[1]:
+        total = gram @ total
+    share: Tensor = (right * (total @ right)).sum() / y.square().sum()
     return share.to(features.dtype)
+
+
+def _smaller_gram(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Z Z' and Y if there are at most as many samples as features, else Z'Z and Z'Y."""
+    return (z @ z.T, y) if len(z) <= z.shape[1] else (z.T @ z, z.T @ y)
 
 
 def _centred(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,8 +281,8 @@ def distillation_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Ten
     """T^2 KL(teacher || student) at temperature T: its gradient does not shrink with T.
 
     Args:
-        logits: the student's, shape (N, C).
-        wanted: the teacher's, of the same shape.
+        logits: the student's logits, shape (N, C).
+        wanted: the teacher's logits, of the same shape.
         temperature: T, above 0.
 
     Example:
@@ -290,14 +295,14 @@ def distillation_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Ten
 
 @dataclass(frozen=True)
 class Objective:
-    """What a defender minimises at a simulated adversary: a loss of its logits, and what probes still explain.
+    """What a defender minimises at a simulated adversary: a loss of its logits, and the share that probes explain.
 
     Attributes:
-        loss: of logits and labels, at every step; None: none.
-        probe_weight: of `ridge_probe` at the end of a simulation, counted once for each of its steps; 0: none.
+        loss: of logits and labels, at every step; None: no such loss.
+        probe_weight: of `ridge_probe` at the end of a simulation, counted once for each of its steps; 0: no probe.
         ridge: of that probe.
         probe_batch: samples that it is fitted on.
-        probe_depth: blocks from the last one back whose features are probed; the mean over them counts.
+        probe_depth: number of last blocks whose features are probed; the mean over them counts.
     """
 
     loss: SuppressionLoss | None
@@ -315,7 +320,7 @@ LOSSES: Final[dict[str, SuppressionLoss]] = {
     "dos": denial_of_service,
     "mse-ascent": squared_error_ascent,
 }
-"""Suppression losses by the name that recipes and the command line use."""
+"""Suppression losses by their names in recipes and on the command line."""
 
 OF_DENOISING: Final = frozenset({"dos", "mse-ascent"})
-"""Those for denoisers; the others are for classifiers."""
+"""The losses for denoisers; the others are for classifiers."""

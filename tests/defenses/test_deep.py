@@ -351,7 +351,7 @@ def test_suppression_takes_from_the_probe_what_it_is_told_to(trained, images, ki
         (DeepRIll, {"ill_multiple": float("nan")}, "ill_multiple is nan"),
         (DeepIMMA, {"inner_steps": 0}, "inner_steps is 0"),
         (DeepOptKappa, {"lambda_kappa": -2.0}, "lambda_kappa is -2.0"),
-        (DeepCondition, {"precision": "bf16"}, "its rounding"),
+        (DeepCondition, {"precision": "bf16"}, "only rounding errors"),
         (RidgeProbeSuppression, {"weight": 0.0}, "weight is 0.0"),
         (RidgeProbeSuppression, {"restricted_batch": 1}, "restricted_batch is 1"),
         (SlowProbeSuppression, {"steps": 0}, "steps is 0"),

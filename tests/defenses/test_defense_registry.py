@@ -11,28 +11,12 @@ import holdfast
 from holdfast.defenses import DEFENSES, Sophon, build_defense, list_defenses, register_defense
 from holdfast.errors import HoldfastError
 from holdfast.runtime.registry import Registry
-from plugins import NOISE
+from plugins import NOISE, installed
 
 
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """Installs a package of one module that offers a defense by an entry point; the registry forgets it afterwards."""
-    list_defenses()
-    monkeypatch.setattr(DEFENSES, "_members", dict(DEFENSES._members))
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def install(code):
-        (tmp_path / "noisy_defenses.py").write_text(code)
-        facts = tmp_path / "noisy-1.0.dist-info"
-        facts.mkdir()
-        (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: noisy\nVersion: 1.0\n")
-        (facts / "entry_points.txt").write_text("[holdfast.defenses]\nnoise = noisy_defenses\n")
-        invalidate_caches()
-        DEFENSES._loaded = False
-
-    yield install
-    sys.modules.pop("noisy_defenses", None)
-    DEFENSES._loaded = True
+def with_defense(folder, code):
+    """Installs a package with one defense, for a `with` block."""
+    return installed(folder, {"noisy": ("holdfast.defenses", code)}, [DEFENSES])
 
 
 def test_the_names_are_sorted_and_each_class_stands_under_its_own():
@@ -42,15 +26,16 @@ def test_the_names_are_sorted_and_each_class_stands_under_its_own():
 
 
 @pytest.mark.trains
-def test_a_defense_of_another_package_is_built_and_run_by_name(installed, model, benign, restricted):
-    installed(NOISE)
-    assert "noise" in list_defenses()
-    assert build_defense({"name": "noise", "scale": "0.5"}).config() == {"scale": 0.5}
-    shaken = holdfast.immunize(model, benign=benign, restricted=restricted, defense="noise", scale=0.5)
-    assert shaken.facts().sha256 != model.facts().sha256
-    assert (shaken.immunization.defense, shaken.immunization.config) == ("noise", {"scale": 0.5})
-    with pytest.raises(HoldfastError, match="Unknown setting of defense 'noise': 'scales': did you mean 'scale'"):
-        build_defense({"name": "noise", "scales": 1})
+def test_a_defense_of_another_package_is_built_and_run_by_name(tmp_path, model, benign, restricted):
+    with with_defense(tmp_path, NOISE):
+        assert "noise" in list_defenses()
+        assert build_defense({"name": "noise", "scale": "0.5"}).config() == {"scale": 0.5}
+        shaken = holdfast.immunize(model, benign=benign, restricted=restricted, defense="noise", scale=0.5)
+        assert shaken.facts().sha256 != model.facts().sha256
+        assert (shaken.immunization.defense, shaken.immunization.config) == ("noise", {"scale": 0.5})
+        with pytest.raises(HoldfastError, match="Unknown setting of defense 'noise': 'scales': did you mean 'scale'"):
+            build_defense({"name": "noise", "scales": 1})
+    assert "noise" not in list_defenses()
 
 
 @pytest.mark.parametrize(
@@ -61,12 +46,12 @@ def test_a_defense_of_another_package_is_built_and_run_by_name(installed, model,
         (NOISE.replace('"noise"', '"ntl"'), "Two members of holdfast.defenses are called 'ntl'"),
     ],
 )
-def test_a_broken_package_is_named_each_time_and_not_passed_over(installed, code, why):
-    installed(code)
-    for _ in range(2):
-        with pytest.raises(HoldfastError, match=r"'noisy' offers a defense \(noise = noisy_defenses\).*Mend") as error:
-            build_defense({"name": "sophon"})
-        assert why in str(error.value)
+def test_a_broken_package_is_named_each_time_and_not_passed_over(tmp_path, code, why):
+    with with_defense(tmp_path, code):
+        for _ in range(2):
+            with pytest.raises(HoldfastError, match=r"'others' offers a defense \(noisy = noisy\).*Repair") as error:
+                build_defense({"name": "sophon"})
+            assert why in str(error.value)
 
 
 def test_a_second_defense_of_one_name_is_refused():

@@ -115,7 +115,7 @@ class TestAlgorithm1:
         alone = ConditionNumber(well_multiple=1e-6, more_multiples=(), **settings)
         theta, record = alone.extractor(problem, run=run)
         assert not problem.ratios(theta).immunized
-        assert "no immunization by Definition 3.1" in record.events[-1].message
+        assert "does not meet Definition 3.1" in record.events[-1].message
         searching = ConditionNumber(well_multiple=1e-6, more_multiples=(1e-5, 1e4), **settings)
         theta, record = searching.extractor(problem, run=run)
         assert problem.ratios(theta).immunized

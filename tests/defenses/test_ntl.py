@@ -158,7 +158,7 @@ class TestNTL:
     def test_more_restricted_classes_than_outputs_are_refused(self, run):
         narrow, wide = toy_task(2), toy_task(3)
         model = SplitModel(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), "2")
-        with pytest.raises(HoldfastError, match=r"3 classes and the head.*2 outputs.*Keep at most 2"):
+        with pytest.raises(HoldfastError, match=r"3 classes, but the head.*2 outputs.*Keep at most 2"):
             BRIEF.immunize(model, narrow, wide, run=run)
 
     def test_fewer_restricted_classes_are_welcome(self, trained, benign, run):
@@ -167,7 +167,7 @@ class TestNTL:
 
     def test_inputs_of_two_shapes_are_refused(self, model, benign, run):
         other = load_task("digits[5-9]").as_images(12)
-        with pytest.raises(HoldfastError, match=r"shape \(1, 8, 8\) and of .* \(1, 12, 12\)"):
+        with pytest.raises(HoldfastError, match=r"shape \(1, 8, 8\), those of .* \(1, 12, 12\)"):
             BRIEF.immunize(model, benign, other, run=run)
 
     def test_one_step_is_the_optimizers_on_the_equation(self, run):

@@ -73,11 +73,11 @@ class TestPhi:
     @pytest.mark.parametrize(
         ("settings", "match"),
         [
-            ({"scopes": ("lora",)}, "they are not in the model"),
-            ({"strategies": (Strategy(scope="lora"),)}, "they are not in the model"),
+            ({"scopes": ("lora",)}, "the immunized model has none"),
+            ({"strategies": (Strategy(scope="lora"),)}, "the immunized model has none"),
             ({"strategies": ()}, "strategies is empty"),
             ({"scopes": ()}, "scopes is empty"),
-            ({"tasks": 3, "population": 2, "lifetime": 2}, "population is 2 and tasks 3"),
+            ({"tasks": 3, "population": 2, "lifetime": 2}, "population is 2; expected at least tasks, which is 3"),
             ({"lifetime": 0}, "lifetime is 0"),
             ({"probe_weight": -1.0}, "probe_weight is -1.0"),
             ({"distillation": math.nan}, "distillation is nan"),
@@ -87,16 +87,16 @@ class TestPhi:
             ({"second_order": True, "optimizers": ("sgd",), "lifetime": 2}, "cannot be combined with lifetime"),
             ({"validate_every": 0}, "validate_every is 0"),
             ({"validation_steps": 1}, "validation_steps is 1"),
-            ({"probe_batch": 1}, "at least 2 samples"),
+            ({"probe_batch": 1}, "probe_batch is 1; expected at least 2"),
             ({"population": 2}, "no adversary is continued"),
-            ({"recovery_loops": 5, "guard": False}, "recovery_loops are the guard's"),
-            ({"steps": 2, "gamma": (0.0, 0.0)}, "one above it"),
+            ({"recovery_loops": 5, "guard": False}, "recovery_loops need the guard"),
+            ({"steps": 2, "gamma": (0.0, 0.0)}, "one above 0"),
             ({"steps": 2, "gamma": (1.0, -1.0)}, "at least 0"),
             ({"second_order": True, "strategies": (Strategy(optimizer="sgd", gradient="sign"),)}, "raw gradient"),
             ({"second_order": True, "strategies": (Strategy(optimizer="sgd", precision="bf16"),)}, "in float32"),
             ({"steps": 5, "evaluate_every": 2}, "expected a divisor of the 5 steps"),
-            ({"steps": 2, "evaluate_every": 2, "gamma": (1.0, 1.0)}, "no gamma beside it"),
-            ({"head_gradient": True, "lifetime": 2}, "head_gradient is for adversaries of one loop"),
+            ({"steps": 2, "evaluate_every": 2, "gamma": (1.0, 1.0)}, "without gamma"),
+            ({"head_gradient": True, "lifetime": 2}, "head_gradient works only with a lifetime of one loop"),
         ],
     )
     def test_refuses_what_cannot_work(self, settings, match):
@@ -507,7 +507,7 @@ class TestRecovery:
         _, without = self.made(benign, restricted, run)
         assert any("halved" in e.message for e in without.events)
         _, record = self.made(benign, restricted, run, recovery_loops=60, reinforcement_lr=5e-3)
-        assert any("brought back to" in e.message for e in record.events)
+        assert any("recovered to" in e.message for e in record.events)
         assert not any("halved" in e.message for e in record.events)
         assert max(record.history["gradient_passes"]) == 2 * 2 + 1 + 60
 
@@ -808,7 +808,7 @@ class TestNothingAchieved:
         made, record = Sophon(iterations=3, steps=1, guard_every=1).immunize(model, benign, restricted, run=run)
         assert made.facts().sha256 == model.facts().sha256
         assert not record.completed
-        assert "the model is as it was" in record.events[-1].message
+        assert "the model is unchanged" in record.events[-1].message
 
     def test_nor_is_a_state_that_nobody_examined(self, model, benign, restricted, run, monkeypatch):
         monkeypatch.setattr(BenignGuard, "limit", 2.0)

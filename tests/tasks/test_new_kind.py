@@ -67,7 +67,7 @@ class TestUse:
     def test_defenses_for_classes_refuse_it(self, tags, reader):
         benign, restricted = tags
         for defense, message in (
-            ("ntl", "it is for classification; got the tagging task 'tags-seen'"),
+            ("ntl", "ntl is for classification; got the tagging task 'tags-seen'"),
             ("sophon", "no suppression loss fits both the tagging task"),
             ("ridge-probe", "the tagging task 'tags-hidden' has none"),
         ):

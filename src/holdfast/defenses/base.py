@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from holdfast.tasks import Task
 
 @dataclass
 class DefenseRecord:
-    """What a defense notes while it works; it becomes the `immunization` part of the result.
+    """What a defense records while it works; it becomes the `immunization` part of the result.
 
     Attributes:
         history: one value a round for each series, or None where there is none.
@@ -74,19 +74,19 @@ class Defense(ABC):
         """Returns the result of an immunization, and stores it as `immunized.immunization`.
 
         Args:
-            record: what the defense noted.
+            record: the record that `immunize` returned.
             original: the model that it was given.
             immunized: the model that it returned.
         """
-        found = ImmunizationResult.model_validate(
+        result = ImmunizationResult.model_validate(
             {
                 **self.result(record).model_dump(mode="json"),  # as `result.json` will have it
                 "changed": immunized.facts().sha256 != original.facts().sha256,
                 "finite": all(bool(value.isfinite().all()) for value in immunized.network.state_dict().values()),
             }
         )
-        immunized.immunization = found
-        return found
+        immunized.immunization = result
+        return result
 
     def result(self, record: DefenseRecord) -> ImmunizationResult:
         """Returns the record in the form that `result.json` has."""
@@ -104,29 +104,25 @@ class Defense(ABC):
         if getattr(self, name) not in known:
             raise unknown(name, str(getattr(self, name)), known)
 
-    def refuse_below_one(self, *names: str) -> None:
-        """Refuses fields under 1; None is allowed."""
+    def require(self, allowed: Callable[[Any], bool], expected: str, *names: str) -> None:
+        """Refuses fields whose values are not allowed, and says what was expected; None is always allowed."""
         for name in names:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise HoldfastError(f"{self.name}: {name} is {value}; expected at least 1.")
+            if value is not None and not allowed(value):
+                raise HoldfastError(f"{self.name}: {name} is {value}; expected {expected}.")
+
+    def refuse_below_one(self, *names: str) -> None:
+        """Refuses fields under 1; None is allowed."""
+        self.require(lambda value: value >= 1, "at least 1", *names)
 
     def refuse_not_above_zero(self, *names: str) -> None:
         """Refuses fields that are not finite numbers above 0; None is allowed."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise HoldfastError(f"{self.name}: {name} is {value}; expected a number above 0.")
+        self.require(lambda value: 0 < value < math.inf, "a number above 0", *names)
 
     def refuse_negative(self, *names: str) -> None:
         """Refuses fields that are not finite numbers of at least 0; None is allowed."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise HoldfastError(f"{self.name}: {name} is {value}; expected a number of at least 0.")
+        self.require(lambda value: 0 <= value < math.inf, "a number of at least 0", *names)
 
     def refuse_no_share(self, *names: str) -> None:
-        """Refuses fields that are not strictly between 0 and 1."""
-        for name in names:
-            if not 0 < getattr(self, name) < 1:
-                raise HoldfastError(f"{self.name}: {name} is {getattr(self, name)}; expected a share between 0 and 1.")
+        """Refuses fields that are not strictly between 0 and 1; None is allowed."""
+        self.require(lambda value: 0 < value < 1, "a share between 0 and 1", *names)

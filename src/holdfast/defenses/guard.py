@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from holdfast.defenses.base import Defense
-from holdfast.errors import HoldfastError
 
 
 @dataclass
@@ -17,20 +16,20 @@ class GuardedDefense(Defense):
 
     Attributes:
         iterations: rounds.
-        guard: watch for non-finite values, after which the guard goes back to the last good state and halves the rate,
-            and for the benign score. Without a guard, a non-finite value ends the defense.
+        guard: check the benign score and look for non-finite values. After a non-finite value the guard goes back to
+            the last good state and halves the rate; without a guard, it ends the defense.
         guard_every: rounds between two measurements of the benign score.
         max_benign_drop: how far the held-out benign score of a good state may be below the original's; where the score
             is an error, by which share of the original's it may be higher. If the original was trained on the samples
             held out here, it scores higher on them than on test data, and falls further.
-        max_rollbacks: after as many returns the guard gives up, and the last good state is the result.
+        max_rollbacks: after this many returns the guard gives up, and the last good state is the result.
         holdout: share of the benign training data kept back for the guard.
-        ema: decay, a round, of an exponential moving average of the weights. The guard measures the average, validation
+        ema: decay per round of an exponential moving average of the weights. The guard measures the average, validation
             examines it, and it is the result, as is usual for diffusion models; training continues from the weights
-            themselves. None: nothing is averaged.
+            themselves. None: no average.
         validate_every: rounds between two validations by short adversaries (see `VALIDATION`). The result is then the
-            good state in which they reached least, not the last one. They are scored on a fifth of the defender's
-            restricted data, which is kept back for them. None: no validation.
+            good state with the lowest validation score, not the last one. The adversaries are scored on a fifth of the
+            defender's restricted data, which is kept back for them. None: no validation.
         validation_steps: steps of each of these adversaries.
 
     Raises:
@@ -50,19 +49,14 @@ class GuardedDefense(Defense):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_below_one("iterations", "guard_every", "max_rollbacks", "validate_every")
-        if self.validation_steps < 2:
-            raise HoldfastError(f"{self.name}: validation_steps is {self.validation_steps}; expected at least 2.")
-        if not 0 <= self.max_benign_drop <= 1:
-            raise HoldfastError(
-                f"{self.name}: max_benign_drop is {self.max_benign_drop}; expected a share from 0 to 1."
-            )
+        self.require(lambda value: value >= 2, "at least 2", "validation_steps")
+        self.require(lambda value: 0 <= value <= 1, "a share from 0 to 1", "max_benign_drop")
         self.refuse_no_share("holdout")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise HoldfastError(f"{self.name}: ema is {self.ema}; expected a decay between 0 and 1.")
+        self.require(lambda value: 0 < value < 1, "a decay between 0 and 1", "ema")
 
 
 class BenignGuard:
-    """Tells good states by their held-out benign score, and keeps the last one.
+    """Decides by the held-out benign score which states are good, and keeps the last good one.
 
     Args:
         max_drop: see `GuardedDefense.max_benign_drop`.

@@ -32,7 +32,7 @@ from holdfast.spectral.least_squares import LeastSquares
 from holdfast.tasks import Task
 
 LOST = 1e-10
-"""Correlations of features and labels below this, of at most 1, are rounding."""
+"""Correlations of features and labels below this, on a scale up to 1, are rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Eraser:
     Attributes:
         projection: shape (D, D), float64, idempotent.
         shift: shape (D,), float64; keeps the mean.
-        rank: how many directions are erased.
+        rank: number of erased directions.
     """
 
     projection: Tensor
@@ -55,7 +55,7 @@ class Eraser:
 
         Args:
             x: features, shape (N, D).
-            y: labels as a least-squares probe sees them (one-hot, or values), shape (N, C).
+            y: targets of a least-squares probe (one-hot labels, or values), shape (N, C).
             precision: of the arithmetic that x came from; see `LeastSquares`.
 
         Raises:
@@ -70,9 +70,9 @@ class Eraser:
         mean = x.mean(0)
         problem = LeastSquares.of(x - mean, y - y.mean(0), precision=precision)
         u, s, v = problem.svd
-        found, correlations, _ = torch.linalg.svd(u.T @ problem.target, full_matrices=False)
+        directions, correlations, _ = torch.linalg.svd(u.T @ problem.target, full_matrices=False)
         energy = (y - y.mean(0)).norm().item()
-        q = found[:, correlations > LOST * energy] if energy else found[:, :0]
+        q = directions[:, correlations > LOST * energy] if energy else directions[:, :0]
         removed = ((v / s) @ q) @ ((v * s) @ q).T
         identity = torch.eye(x.shape[1]).to(removed)
         return cls(identity - removed, mean @ removed, q.shape[1])
@@ -84,8 +84,8 @@ class LEACE(Defense):
     """Erases the restricted labels from a network's features; see the top of this file. Nothing is random.
 
     Attributes:
-        keep_benign: fit the head anew, by least squares on the benign training data, to the outputs that it had;
-            otherwise the head does not change, and benign outputs lose all that was erased.
+        keep_benign: refit the head to its earlier outputs, by least squares on the benign training data; otherwise the
+            head does not change, and benign outputs lose everything that was erased.
     """
 
     name: ClassVar[str] = "leace"
@@ -125,16 +125,16 @@ class LEACE(Defense):
 def _outputs(model: SplitModel, x: Tensor) -> Tensor:
     head = model.head
     with torch.no_grad():
-        found = x @ head.weight.flatten(1).to(x).T
-        return found if head.bias is None else found + head.bias.to(x)
+        outputs = x @ head.weight.flatten(1).to(x).T
+        return outputs if head.bias is None else outputs + head.bias.to(x)
 
 
 def _refit(model: SplitModel, x: Tensor, outputs: Tensor, precision: float) -> None:
-    """Gives the head the least-squares fit of outputs by erased features, of least norm where it is not unique."""
+    """Sets the head to the least-squares fit of the outputs by the erased features, of least norm if not unique."""
     head = model.head
     centre = torch.zeros_like(x[0]) if head.bias is None else x.mean(0)
     level = torch.zeros_like(outputs[0]) if head.bias is None else outputs.mean(0)
-    # A direction that is only rounding would get very large weights.
+    # `precision` excludes directions that are only rounding errors: they would get very large weights.
     problem = LeastSquares.of(x - centre, outputs - level, precision=precision)
     u, s, v = problem.svd
     weight = v @ ((u.T @ problem.target) / s[:, None])

@@ -5,7 +5,7 @@ The model unlearns the restricted task; fine-tuning is not simulated. For batche
 
     L = KL_P - min(c, a KL_H) * min(c, b MMD(z_P, z_H)),        a = b = 0.1, c = 1.
 
-KL is the divergence of the predictions from the labels. One-hot labels have entropy 0, so that it is the cross-entropy.
+KL is the divergence of the predictions from the labels. One-hot labels have entropy 0, so KL is the cross-entropy.
 Restricted label i stands for class i of the benign head.
 
 **Where the gradient vanishes.** Let A = min(c, a KL_H) and B = min(c, b MMD). Then
@@ -17,10 +17,10 @@ Restricted label i stands for class i of the benign head.
    kernels never reach this bound.
 3. Above both bounds, only the benign loss is left. L is at most c^2 below it: the restricted part is bounded.
 4. Where one factor is 0, the other has no gradient: while the features of the two tasks coincide (MMD = 0), the
-   restricted loss does not rise at all.
+   restricted loss does not rise.
 
-L does not depend on what fine-tuning does. It moves the features of the restricted task, but an adversary that lowers
-KL_H again still starts from a trained network.
+L does not simulate fine-tuning. It moves the features of the restricted task, but an adversary that lowers KL_H again
+still starts from a trained network.
 """
 
 from __future__ import annotations
@@ -43,22 +43,6 @@ from holdfast.tasks import Task
 from holdfast.training import OPTIMIZERS
 
 
-def squared_distances(z: Tensor) -> Tensor:
-    """Returns ||z_i - z_j||^2, shape (N, N).
-
-    Features are centred first: without it, small distances are lost in the rounding of large products.
-    """
-    z = z - z.detach().mean(0)
-    square = z.square().sum(1)
-    return (square[:, None] + square[None, :] - 2 * z @ z.T).clamp_min(0)
-
-
-def mean_distance(z: Tensor) -> Tensor:
-    """Returns the mean of ||z_i - z_j||^2 over pairs i != j, without a graph; 1 where it is 0."""
-    mean = squared_distances(z.detach()).sum() / max(len(z) * (len(z) - 1), 1)
-    return torch.where(mean > 0, mean, torch.ones_like(mean))
-
-
 def mmd(
     x: Tensor, y: Tensor, *, kernels: int = 5, multiplier: float = 2.0, bandwidth: Tensor | float | None = None
 ) -> Tensor:
@@ -76,21 +60,23 @@ def mmd(
         y: shape (M, D).
         kernels: m.
         multiplier: q, from one kernel's width to the next.
-        bandwidth: s; None: the mean of ||u - v||^2 over different samples of both batches, for which no gradient is
-            taken, as usual.
+        bandwidth: s; None: the mean of ||u - v||^2 over different samples of both batches, without its gradient, as
+            usual; 1 if all samples are equal.
 
     Example:
         >>> near, far = torch.zeros(4, 2), torch.full((4, 2), 9.0)
         >>> float(mmd(near, near)), round(float(mmd(near, far)), 2)
         (0.0, 7.47)
     """
-    both = torch.cat([x, y])
-    s = mean_distance(both) if bandwidth is None else bandwidth
-    squared = squared_distances(both)
-    kernel = sum(
-        (torch.exp(-squared / (s * multiplier ** (i - kernels // 2))) for i in range(kernels)),
-        torch.zeros_like(squared),
-    )
+    z = torch.cat([x, y])
+    z = z - z.detach().mean(0)  # otherwise small distances would be lost in the rounding of large products
+    norms = z.square().sum(1)
+    squared = (norms[:, None] + norms[None, :] - 2 * z @ z.T).clamp_min(0)
+    if bandwidth is None:
+        mean = squared.detach().sum() / max(len(z) * (len(z) - 1), 1)
+        bandwidth = torch.where(mean > 0, mean, torch.ones_like(mean))
+    widths = [bandwidth * multiplier ** (i - kernels // 2) for i in range(kernels)]
+    kernel = sum((torch.exp(-squared / width) for width in widths), torch.zeros_like(squared))
     n = len(x)
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
 
@@ -116,9 +102,9 @@ class NTL(GuardedDefense):
     A round is a step of the optimizer. Both batches pass through the network together: BatchNorm normalises them alike,
     as it will when the model is used.
 
-    A low benign score during training does not make the guard go back, because L contains the benign loss, which
-    repairs it. The result is always a state whose held-out benign score was good enough. See `GuardedDefense` for the
-    other settings.
+    The guard does not go back when the benign score is low during training, because the benign loss in L repairs it.
+    The result is always a state whose held-out benign score was good enough. See `GuardedDefense` for the other
+    settings.
 
     Attributes:
         learning_rate: of the optimizer.
@@ -172,19 +158,19 @@ class NTL(GuardedDefense):
                 outputs, or the folder holds the state of another immunization.
         """
         if not (benign.labels_are_classes and restricted.labels_are_classes):
-            raise HoldfastError(f"ntl: it is for classification; got {benign.described} and {restricted.described}.")
+            raise HoldfastError(f"ntl is for classification; got {benign.described} and {restricted.described}.")
         check_fits(model, benign, own_task=True)
         check_fits(model, restricted, own_task=False)
         if restricted.num_outputs > model.num_outputs:
             raise HoldfastError(
-                f"ntl: the restricted task {restricted.name!r} has {restricted.num_outputs} classes and the head, of "
-                f"the benign task {benign.name!r}, {model.num_outputs} outputs: restricted labels are classes of "
-                f"this head. Keep at most {model.num_outputs} restricted classes with NAME[...], or another defense."
+                f"ntl: the restricted task {restricted.name!r} has {restricted.num_outputs} classes, but the head of "
+                f"the benign task {benign.name!r} has only {model.num_outputs} outputs, which serve both tasks. Keep "
+                f"at most {model.num_outputs} restricted classes with NAME[...], or use another defense."
             )
         if restricted.input_shape != benign.input_shape:
             raise HoldfastError(
-                f"ntl: inputs of {benign.name!r} have shape {benign.input_shape} and of {restricted.name!r} "
-                f"{restricted.input_shape}; both pass through the network together. Set image_size and channels."
+                f"ntl: inputs of {benign.name!r} have shape {benign.input_shape}, those of {restricted.name!r} "
+                f"{restricted.input_shape}, and both pass through the network together; set image_size and channels."
             )
         return _Immunization(self, model, benign, restricted, run, rate=self.learning_rate).finish()
 
@@ -197,9 +183,8 @@ class _Immunization(Immunization[NTL]):
     shown = ("restricted_loss",)
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """See `Immunization.make_optimizers`."""
-        moved = [p for p in self.model.parameters() if p.requires_grad]
-        return {"optimizer": OPTIMIZERS[self.config.optimizer](moved, self.rate, self.config.weight_decay)}
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return {"optimizer": OPTIMIZERS[self.config.optimizer](trained, self.rate, self.config.weight_decay)}
 
     def one_round(self, generator: torch.Generator) -> dict[str, list[float]]:
         """A step on a fresh batch of each task."""
@@ -226,7 +211,7 @@ class _Immunization(Immunization[NTL]):
         return {name: [float(value.detach())] for name, value in values.items()}
 
     def too_low(self, why: str) -> bool:
-        """See `Immunization.too_low`: only the result must be good."""
+        """See `Immunization.too_low`; only the final state must be good."""
         if self.go_back_at_the_end(why):
             self.record.completed = False
         return self.last

@@ -1,4 +1,4 @@
-"""The registered defenses, and how one is built from its name and settings."""
+"""The registered defenses, and building one from its name and settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from holdfast.runtime.registry import Registry
 Kind = TypeVar("Kind", bound=type[Defense])
 
 DEFENSES: Final[Registry[type[Defense]]] = Registry("defense", "holdfast.defenses")
-"""Every defense by its name, those of other packages among them."""
+"""All defenses by name, including those of other packages."""
 
 
 def register_defense(kind: Kind) -> Kind:
@@ -56,8 +56,8 @@ def build_defense(settings: Mapping[str, Any]) -> Defense:
         if key not in known:
             raise unknown(f"setting of defense {name!r}:", key, known)
     try:
-        made = TypeAdapter(kind).validate_python(options)
+        defense = TypeAdapter(kind).validate_python(options)
     except ValidationError as error:
         raise readable(error, f"defense {name!r}", None) from error
-    refuse_truth_as_number(options, made, f"defense {name!r}")
-    return made
+    refuse_truth_as_number(options, defense, f"defense {name!r}")
+    return defense

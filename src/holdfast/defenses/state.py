@@ -17,7 +17,7 @@ from holdfast.runtime.storage import load_tensors, save_tensors
 State = dict[str, Tensor]
 
 FORMAT = 3
-"""Of the checkpoint; files with another number are refused."""
+"""Version of the checkpoint's format; files with another number are refused."""
 
 
 def snapshot(model: SplitModel) -> State:
@@ -34,8 +34,8 @@ class MovingAverage:
     """An exponential moving average of a network's state; without a decay, `state` stays empty.
 
     Args:
-        decay: of the average, a round; None: no average.
-        model: whose state is the first value.
+        decay: per round; None: no average.
+        model: its state is the first value.
     """
 
     def __init__(self, decay: float | None, model: SplitModel) -> None:
@@ -44,12 +44,12 @@ class MovingAverage:
         self.reset(model)
 
     def reset(self, model: SplitModel) -> None:
-        """Starts again from the present state."""
+        """Starts again from the current state of a model."""
         self.state = {} if self.decay is None else snapshot(model)
 
     @torch.no_grad()
     def update(self, model: SplitModel) -> None:
-        """Adds the present state."""
+        """Adds the current state of a model to the average."""
         if self.decay is None:
             return
         for name, value in model.network.state_dict().items():
@@ -91,13 +91,13 @@ class Checkpoint:
         tensors, meta = load_tensors(path)
         if meta.get("format") != FORMAT:
             raise HoldfastError(
-                f"{str(path)!r} was written by another version of Holdfast, and this one cannot continue it. "
+                f"{str(path)!r} was written by another version of Holdfast, and this version cannot continue it. "
                 "Choose another folder with --out, or finish it with the version that began it."
             )
         if meta.get("belongs_to") != self.belongs_to:
             raise HoldfastError(
-                f"{str(path)!r} is the state of another immunization (model, data, seed, settings or number of "
-                "processes differ): states are never mixed. Choose another folder with --out."
+                f"{str(path)!r} belongs to another immunization (model, data, seed, settings or number of processes "
+                "differ). Choose another folder with --out."
             )
         groups: dict[str, State] = {}
         for key, value in tensors.items():

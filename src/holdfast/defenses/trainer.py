@@ -1,4 +1,4 @@
-"""Training of a whole network in rounds, and what the guard does between them."""
+"""Training of a whole network in rounds, watched by the guard."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Config = TypeVar("Config", bound=GuardedDefense)
 class Immunization(ABC, Generic[Config]):
     """One run of a guarded defense.
 
-    A subclass says what a round is, which optimizers it has, and what happens where the benign score is too low. With
+    A subclass defines what a round is, which optimizers it has, and what happens if the benign score is too low. With
     several processes, each does every round on its own batches, and `average_gradients` combines them.
 
     Args:
@@ -41,12 +41,12 @@ class Immunization(ABC, Generic[Config]):
         benign: `self.benign` is the part that is trained on, `self.held_out` the part that the guard measures.
         restricted: the defender's half.
         run: seed, device, folder.
-        rate: learning rate that the guard halves; `self.rate`.
+        rate: the learning rate, stored as `self.rate`; the guard halves it.
     """
 
     title: str
     series: tuple[str, ...]
-    """Of the history, beside `iteration` and `benign_score`."""
+    """The series of the history, beside `iteration` and `benign_score`."""
     shown: tuple[str, ...]
     """The series that the progress bar shows, beside the benign score."""
     rate_name: str = "learning_rate"
@@ -91,7 +91,7 @@ class Immunization(ABC, Generic[Config]):
         )
         self.average = MovingAverage(config.ema, self.model)
 
-    # What a subclass defines.
+    # For a subclass to define.
 
     @abstractmethod
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -103,37 +103,37 @@ class Immunization(ABC, Generic[Config]):
 
     @abstractmethod
     def too_low(self, why: str) -> bool:
-        """Acts on a held-out benign score that is not acceptable.
+        """Reacts to a held-out benign score that is not acceptable.
 
         Returns:
             Whether it put other weights into the model.
         """
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns what else a checkpoint holds: tensors, and plain values."""
+        """Returns further parts of a checkpoint: tensors and plain values."""
         return {}, {}
 
     def restore_own(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Puts back what `saved` returned."""
 
     def forget(self) -> None:
-        """Drops what belongs to the state that the guard has just left."""
+        """Drops everything that belongs to the state that the guard has just left."""
 
     def score_held_out(self) -> float:
         """Returns this process's score of `self.model` on the held-out benign data."""
         return self.held_out.score(self.model)
 
-    # What a subclass calls.
+    # For a subclass to call.
 
     def average_gradients(self) -> None:
         """Replaces the gradients by their mean over all processes; call it between `backward` and the step.
 
-        With one process it does nothing. If a defense forgets it, the guard finds that weights differ.
+        With one process it does nothing. If a defense does not call it, the guard finds that weights differ.
         """
         process_group().average_gradients(self.model.parameters())
 
     def training_mode(self) -> None:
-        """Puts the model in training mode; a normalisation with frozen parameters keeps its statistics as well."""
+        """Puts the model in training mode; a BatchNorm layer with frozen parameters keeps its statistics as well."""
         self.model.train()
         for module in self.model.modules():
             own = list(module.parameters(recurse=False))
@@ -150,7 +150,7 @@ class Immunization(ABC, Generic[Config]):
         return self.round == self.config.iterations
 
     def say(self, message: str) -> None:
-        """Notes an event, and prints it."""
+        """Records an event, and prints it."""
         self.record.events.append(Event(iteration=self.round, message=message))
         self.run.say(f"round {self.round}: {message}")
 
@@ -174,7 +174,7 @@ class Immunization(ABC, Generic[Config]):
         self.say(f"{why}: back to the last good state, {self.rate_name} halved to {self.rate:.3g}")
 
     def go_back_at_the_end(self, why: str) -> bool:
-        """Returns to the last good state after the last round only: for a loss that can repair a low score."""
+        """Returns to the last good state, but only after the last round: for a loss that can repair a low score."""
         if self.last:
             restore(self.model, self.guard.good)
             self.say(f"{why}: the last good state is the result")
@@ -183,31 +183,34 @@ class Immunization(ABC, Generic[Config]):
     # The rounds.
 
     def finish(self) -> tuple[SplitModel, DefenseRecord]:
-        """Does the rounds that are missing, and returns the result."""
-        with self.run.seeded(self.config.name, "resume"):  # a restored part may first be made with random weights
+        """Does the missing rounds, and returns the result."""
+        with self.run.seeded(self.config.name, "resume"):  # some parts are drawn at random before they are restored
             self._resume()
-        config, saved = self.config, time.monotonic()
+        config, saved_at = self.config, time.monotonic()
         group = process_group()
         with self.run.progress(f"Immunizing ({self.title})", config.iterations, self.round) as bar:
             while not self.last and self.record.completed:
                 with self.run.seeded(*group.own(config.name, self.round, self.record.rollbacks)) as generator:
                     own = group.gather(self.one_round(generator))
                 group.sync_buffers(self.model)
-                finite = self._note({name: [v for values in own for v in values[name]] for name in self.series})
+                finite = self._record({name: [v for values in own for v in values[name]] for name in self.series})
                 self.round += 1
                 last = {name: self.record.history[name][-1] for name in self.series}
                 values = {name: value for name, value in last.items() if value is not None}
                 self.run.finished_round(config.name, self.round, values)
                 if finite:
                     self.average.update(self.model)
+                elif config.guard:
+                    self.go_back("a loss or a weight is not finite")
                 else:
-                    self._not_finite()
+                    self.say("a loss or a weight is not finite; the guard is off, so the defense ends here")
+                    self.record.completed = False
                 validates = config.validate_every is not None and self._due(config.validate_every)
                 measures = not finite or validates or self._due(config.guard_every)
                 note = self._measure(validates, finite) if measures else ""
-                if group.broadcast_object(measures or time.monotonic() - saved > SAVE_SECONDS):
+                if group.broadcast_object(measures or time.monotonic() - saved_at > SAVE_SECONDS):
                     self._save()
-                    saved = time.monotonic()
+                    saved_at = time.monotonic()
                 bar.tick(note)
         self._conclude()
         self.model.eval()
@@ -217,7 +220,7 @@ class Immunization(ABC, Generic[Config]):
     def _due(self, every: int) -> bool:
         return self.round % every == 0 or self.last
 
-    def _note(self, values: Mapping[str, list[float]]) -> bool:
+    def _record(self, values: Mapping[str, list[float]]) -> bool:
         """Writes a round into the history; returns whether everything is finite."""
         history = self.record.history
         history["iteration"].append(self.round + 1)
@@ -231,17 +234,10 @@ class Immunization(ABC, Generic[Config]):
             finite and all(bool(p.isfinite().all()) for p in self.model.parameters())
         )
 
-    def _not_finite(self) -> None:
-        if self.config.guard:
-            self.go_back("a loss or a weight is not finite")
-        else:
-            self.say("a loss or a weight is not finite; the guard is off, so this is where it ends")
-            self.record.completed = False
-
     def _measure(self, validates: bool, finite: bool) -> str:
         """Measures the state that would be released now, and returns a note for the progress bar.
 
-        If the guard does nothing, training continues from the weights that it had, not from their average.
+        Unless the guard changes the model, training continues from the weights themselves, not from their average.
         """
         score, note = math.nan, ""
         if finite:
@@ -249,10 +245,13 @@ class Immunization(ABC, Generic[Config]):
             if weights:
                 restore(self.model, self.average.state)
             unchanged = self._check_benign_score()
-            noted = self.record.history["benign_score"][-1]
-            score = math.nan if noted is None else float(noted)
+            recorded = self.record.history["benign_score"][-1]
+            score = math.nan if recorded is None else float(recorded)
             if validates and self.guard.acceptable(score):
-                note = f", validation {self._validate():.3f}"
+                assert self.validation is not None
+                validated = self.validation.examine(self.model, self.round)
+                self.record.history["validation_score"][-1] = validated if math.isfinite(validated) else None
+                note = f", validation {validated:.3f}"
             if weights and unchanged:
                 restore(self.model, weights)
             elif weights:
@@ -261,7 +260,12 @@ class Immunization(ABC, Generic[Config]):
 
     def _check_benign_score(self) -> bool:
         """Keeps a good state; returns False if the guard put other weights into the model."""
-        self._check_weights_agree()
+        group = process_group()
+        if group.count > 1 and len(set(group.gather(tensors_sha256(snapshot(self.model))))) > 1:
+            raise HoldfastError(
+                f"{self.config.name}: the processes' weights differ after round {self.round}. In several processes a "
+                "defense must call `Immunization.average_gradients` before each step; or use one process."
+            )
         score = self.benign_score()
         self.record.history["benign_score"][-1] = score if math.isfinite(score) else None
         if self.guard.acceptable(score):
@@ -270,35 +274,21 @@ class Immunization(ABC, Generic[Config]):
             return not self.too_low(self.guard.complaint(score))
         return True
 
-    def _check_weights_agree(self) -> None:
-        group = process_group()
-        if group.count > 1 and len(set(group.gather(tensors_sha256(snapshot(self.model))))) > 1:
-            raise HoldfastError(
-                f"{self.config.name}: the processes' weights differ after round {self.round}. In several processes a "
-                "defense calls `Immunization.average_gradients` between backward and each step; or use one process."
-            )
-
-    def _validate(self) -> float:
-        """Lets short adversaries examine a good state."""
-        assert self.validation is not None
-        score = self.validation.examine(self.model, self.round)
-        self.record.history["validation_score"][-1] = score if math.isfinite(score) else None
-        return score
-
     def _conclude(self) -> None:
-        """Puts the best state into the model, and notes an event where nothing was achieved."""
-        record, chosen = self.record, self.validation
+        """Puts the best state into the model, and records an event if there is none."""
+        record, validation = self.record, self.validation
         if self.average.state and record.completed:
             restore(self.model, self.average.state)
-        if chosen is not None and chosen.best:
-            self.say(f"kept the state after round {chosen.best_round}, of validation score {chosen.best_score:.3f}")
-            restore(self.model, chosen.best)
-        elif chosen is not None and record.completed:
+        if validation is not None and validation.best:
+            score = validation.best_score
+            self.say(f"kept the state after round {validation.best_round}, with validation score {score:.3f}")
+            restore(self.model, validation.best)
+        elif validation is not None and record.completed:
             record.completed = False
-            self.say("no state passed the guard and the validation, so that none was chosen")
+            self.say("no state passed both the guard and the validation, so none was chosen")
         if record.completed and self.config.guard and not self.guard.changed:
             record.completed = False
-            self.say("no state but the original's kept the benign score: the model is as it was")
+            self.say("only the original kept the benign score: the model is unchanged")
 
     def _shown(self, series: str) -> str:
         value = self.record.history[series][-1]
@@ -310,8 +300,8 @@ class Immunization(ABC, Generic[Config]):
         if self.checkpoint.path is None:
             return
         tensors, values = self.saved()
-        own = process_group().gather(({n: v.detach().cpu() for n, v in tensors.items()}, values))
-        parts = dict(zip(_parts(len(own)), own, strict=True))
+        gathered = process_group().gather(({n: v.detach().cpu() for n, v in tensors.items()}, values))
+        parts = dict(zip(_parts(len(gathered)), gathered, strict=True))
         best = self.validation if self.validation is not None and self.validation.best else None
         groups: dict[str, Mapping[str, Tensor]] = {
             "model": self.model.network.state_dict(),
@@ -331,20 +321,17 @@ class Immunization(ABC, Generic[Config]):
         self.checkpoint.write(groups, state)
 
     def _resume(self) -> None:
-        found = self.checkpoint.read()
-        if found is None:
+        checkpoint = self.checkpoint.read()
+        if checkpoint is None:
             return
-        groups, state = found
+        groups, state = checkpoint
 
         def on_device(label: str) -> State:
             return {n: v.to(self.run.device) for n, v in groups.get(label, {}).items()}
 
         restore(self.model, groups["model"])
-        self.guard.good, self.guard.changed, self.average.state = (
-            on_device("good"),
-            state["changed"],
-            on_device("average"),
-        )
+        self.guard.good, self.guard.changed = on_device("good"), state["changed"]
+        self.average.state = on_device("average")
         self.round, self.rate = state["round"], state["rate"]
         self.optimizers = self.make_optimizers()
         for label, optimizer in self.optimizers.items():
@@ -361,7 +348,7 @@ class Immunization(ABC, Generic[Config]):
 
 
 def _parts(processes: int) -> list[str]:
-    """The names of the processes' own parts of a checkpoint."""
+    """Names of the parts of a checkpoint that each process has for itself."""
     return ["own", *(f"own of {rank}" for rank in range(1, processes))]
 
 

@@ -21,14 +21,14 @@ VALIDATION: Final = (
     Strategy("direct", "all", "adamw", 2e-3, 40),
     Strategy("head", "all", "nesterov", 2e-2, 40),
 )
-"""Short adversaries of three kinds, with rates and batch sizes that no battery has."""
+"""Three short adversaries, with rates and batch sizes that no battery has."""
 
 VALIDATION_SHARE = 0.2
 """Share of the defender's restricted training data that is kept back to score these adversaries."""
 
 
 class Validation:
-    """Examines states, and keeps the one in which short adversaries reached least.
+    """Scores states by short adversaries, and keeps the state with the lowest score.
 
     Args:
         task: trains on one part of the defender's data, and is scored on another.
@@ -42,7 +42,7 @@ class Validation:
         self.best_score, self.best_round = math.inf, 0
 
     def examine(self, model: SplitModel, done: int) -> float:
-        """Returns the score of a state after so many rounds, and keeps it if it is the best one so far."""
+        """Returns the validation score of the state after `done` rounds, and keeps it if it is the best so far."""
         score = process_group().broadcast_object(validation_score(model, self.task, self.steps, run=self.run))
         if score < self.best_score:
             self.best, self.best_score, self.best_round = snapshot(model), score, done
@@ -50,7 +50,7 @@ class Validation:
 
 
 def validation_score(model: SplitModel, task: Task, steps: int, *, run: Run) -> float:
-    """Returns the score of the best adversary in `VALIDATION`, averaged over half and all of the steps.
+    """Returns the best score in `VALIDATION` after half of the steps and the best after all steps, averaged.
 
     Every call draws the same batches and fresh heads, so that scores of two states can be compared.
 
@@ -61,8 +61,8 @@ def validation_score(model: SplitModel, task: Task, steps: int, *, run: Run) -> 
         run: seed and device.
 
     Returns:
-        A score of the task as audits compare it, larger is better; nan if no adversary can start, or all of them end in
-        non-finite numbers.
+        A score of the task in the unit that audits compare, larger is better; nan if no adversary can start, or all end
+        in non-finite numbers.
     """
     budgets = (steps // 2, steps)
     best = [math.nan, math.nan]
@@ -78,6 +78,6 @@ def validation_score(model: SplitModel, task: Task, steps: int, *, run: Run) -> 
                 if step in budgets:
                     i = budgets.index(step)
                     score = task.audit_score(copy)
-                    if math.isfinite(score):  # an adversary that diverges does not make the best one worse
+                    if math.isfinite(score):  # an adversary that diverges does not count
                         best[i] = max(score, best[i]) if math.isfinite(best[i]) else score
     return sum(best) / len(best)

@@ -1,4 +1,4 @@
-"""Fine-tuning, in one place: defenses simulate it, adversaries run it."""
+"""Fine-tuning: defenses simulate it, adversaries run it."""
 
 from holdfast.training.finetuning import finetune, optimizer_of, pretrain, reshape_gradient
 from holdfast.training.starts import (
@@ -11,15 +11,7 @@ from holdfast.training.starts import (
     shrink_and_perturb,
     trained_modules,
 )
-from holdfast.training.strategy import (
-    OPTIMIZERS,
-    Gradient,
-    Initialisation,
-    Precision,
-    PretrainSpec,
-    Scope,
-    Strategy,
-)
+from holdfast.training.strategy import OPTIMIZERS, Gradient, Initialisation, Precision, PretrainSpec, Scope, Strategy
 
 __all__ = [
     "ADAPTED",

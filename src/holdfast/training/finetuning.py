@@ -18,13 +18,13 @@ from holdfast.training.starts import trained_modules
 from holdfast.training.strategy import OPTIMIZERS, Gradient, PretrainSpec, Strategy
 
 BURN_IN = 10.0
-"""The learning rate in a burn-in is so many times higher."""
+"""Factor on the learning rate during a burn-in."""
 
 
 def optimizer_of(model: SplitModel, strategy: Strategy) -> torch.optim.Optimizer:
-    """Returns a strategy's optimizer over what it moves in a model that is where it starts from (see `prepare`)."""
-    moved = [p for p in model.parameters() if p.requires_grad]
-    return OPTIMIZERS[strategy.optimizer](moved, strategy.learning_rate, strategy.weight_decay)
+    """Returns a strategy's optimizer over the trained parameters of a model that is prepared (see `prepare`)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return OPTIMIZERS[strategy.optimizer](trained, strategy.learning_rate, strategy.weight_decay)
 
 
 def finetune(
@@ -41,8 +41,7 @@ def finetune(
 ) -> Iterator[Tensor]:
     """Fine-tunes a model in place, without end: take as many steps as you want.
 
-    Before every step the model is put in training mode (see `Strategy.scope`), so that the caller may score it in
-    between.
+    Every step first puts the model in training mode (see `Strategy.scope`), so the caller may score it in between.
 
     Args:
         model: already in the state that the strategy starts from (see `prepare`).
@@ -50,23 +49,23 @@ def finetune(
         strategy: optimizer, learning rate, batch size and scope.
         generator: draws the batches.
         device: where model and data are.
-        burn_in: first steps, which are taken at `BURN_IN` times the learning rate.
-        penalty: called once a step, in training mode; what it returns is added to the loss.
-        optimizer: continues with this one, made by `optimizer_of` for this model and strategy; None: a new one.
-        together: the processes that train one model, each on batches of its own; None: this one trains its own.
+        burn_in: number of first steps that have `BURN_IN` times the learning rate.
+        penalty: called once a step, in training mode; its value is added to the loss.
+        optimizer: continue with this one, made by `optimizer_of` for this model and strategy; None: a new one.
+        together: the processes that train one model, each on its own batches; None: this process trains alone.
 
     Yields:
         The training loss of each step, a detached scalar, after the step.
     """
-    moved = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_of(model, strategy) if optimizer is None else optimizer
-    alone = trained_modules(model, strategy)
+    in_training_mode = trained_modules(model, strategy)
     batches = task.batches("train", strategy.batch_size, generator=generator, device=device)
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups if step in (0, burn_in) else ():
             group["lr"] = strategy.learning_rate * (BURN_IN if step < burn_in else 1)
         model.train(strategy.scope not in ("head", "last-block"))
-        for module in alone:
+        for module in in_training_mode:
             module.train()
         with autocast(device, strategy.precision == "bf16"):
             loss = task.loss(model, batch)
@@ -74,10 +73,10 @@ def finetune(
         optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         if together is not None:
-            together.average_gradients(moved)
+            together.average_gradients(trained)
             together.sync_buffers(model)
         if strategy.gradient != "raw":
-            reshape_gradient(moved, strategy.gradient)
+            reshape_gradient(trained, strategy.gradient)
         optimizer.step()
         yield loss.detach()
 
@@ -100,24 +99,14 @@ def reshape_gradient(parameters: Iterable[nn.Parameter], gradient: Gradient) -> 
     if gradient == "sign":
         torch._foreach_sign_(grads)
         return
-    # By the largest entry first: a defense may leave tiny gradients on purpose, whose squares are all 0.
-    for length in (_largest, _norm):
-        size = length(grads)
-        if size > 0:
-            for g in grads:
-                g.div_(size)
-
-
-def _largest(grads: list[Tensor]) -> float:
-    return max(float(g.abs().max()) for g in grads)
-
-
-def _norm(grads: list[Tensor]) -> float:
-    return math.hypot(*(float(g.norm()) for g in grads))
-
-
-def _averaged(model: nn.Module, decay: float) -> AveragedModel:
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+    largest = max(float(g.abs().max()) for g in grads)
+    if not largest > 0:
+        return
+    for g in grads:
+        g.div_(largest)  # first, as a defense may leave gradients so tiny that all their squares are 0
+    length = math.hypot(*(float(g.norm()) for g in grads))
+    for g in grads:
+        g.div_(length)
 
 
 def pretrain(
@@ -138,8 +127,8 @@ def pretrain(
         steps: gradient steps.
         strategy: optimizer, learning rate, batch size; by default Adam at 2e-3 with batches of 64.
         ema: decay of an exponential moving average of the weights, which is then the result, as is usual for diffusion
-            models; None: the last weights are.
-        seed: of the batches; ignored if a `run` is given.
+            models; None: the last weights are the result.
+        seed: decides the batches; ignored if a `run` is given.
         run: seed, device and progress display.
 
     Returns:
@@ -158,7 +147,7 @@ def pretrain(
     group = process_group()
     with run.seeded(*group.own("pretrain")) as generator, run.progress("Training the original", steps) as bar:
         training = finetune(trained, task, strategy, generator=generator, device=run.device, together=group)
-        average = None if ema is None else _averaged(trained, ema)
+        average = None if ema is None else AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(ema))  # type: ignore[no-untyped-call]
         for _ in range(steps):
             next(training)
             if average is not None:

@@ -1,4 +1,4 @@
-"""The state that a strategy starts from: fresh parts, adapters, and which parameters move."""
+"""The state that a strategy starts from: fresh parts, adapters, and which parameters are trained."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from holdfast.training.strategy import Scope, Strategy
 
 
 def not_applicable(strategy: Strategy, model: SplitModel, task: Task) -> str | None:
-    """Says why a strategy cannot start on a model and a task, or None if it can."""
+    """Returns why a strategy cannot start on a model and a task, or None if it can."""
     if strategy.initialisation == "direct" and model.num_outputs < task.num_outputs:
         return f"it keeps the head, which has {model.num_outputs} outputs, and the task has {task.num_outputs} classes"
     if strategy.scope == "norm" and not _normalisations(model):
         return "it has no normalisation layer with parameters"
     if strategy.scope in ADAPTED and not _adaptable(model, strategy.scope):
-        where = "attention" if strategy.scope == "lora-attention" else "body"
-        return f"its {where} has no linear or convolutional layer that takes adapters"
+        part = "attention" if strategy.scope == "lora-attention" else "body"
+        return f"its {part} has no linear or convolutional layer that takes adapters"
     return _no_blocks(strategy, model)
 
 
@@ -47,13 +47,13 @@ def prepare(
     A fresh head has one output a class and is drawn from torch's global generator.
 
     Args:
-        model: what the adversary got.
-        strategy: how it starts and what moves.
-        task: its number of classes sizes a fresh head.
-        reference: a fresh model, for the blocks that start anew; None: one is drawn if it is needed.
+        model: the model that the adversary received.
+        strategy: how it starts and what it trains.
+        task: its number of classes is the size of a fresh head.
+        reference: a fresh model, for the blocks that start anew; None: one is drawn if needed.
 
     Returns:
-        The parameters that the strategy moves.
+        The parameters that the strategy trains.
 
     Raises:
         HoldfastError: if the strategy is not applicable.
@@ -64,9 +64,8 @@ def prepare(
     if strategy.needs_fresh_model:
         reference = reference if reference is not None else model.fresh()
         renew_blocks(model, strategy, reference)
-    if strategy.initialisation == "shrink-perturb":
-        assert reference is not None
-        shrink_and_perturb(model, reference)
+        if strategy.initialisation == "shrink-perturb":
+            shrink_and_perturb(model, reference)
     if strategy.initialisation != "direct":
         model.reset_head(task.num_outputs)
     if strategy.scope in ADAPTED:
@@ -81,17 +80,17 @@ def prepare(
 
 
 def renew_blocks(model: SplitModel, strategy: Strategy, reference: SplitModel) -> None:
-    """Gives the blocks that a strategy starts anew the reference's weights; done twice, it changes nothing more."""
+    """Copies the reference's weights into the blocks that a strategy starts anew; it can be repeated."""
     model.reinitialise([name for name, _ in renewed(model, strategy)], reference)
 
 
 SHRINK = 0.5
-"""What "shrink-perturb" keeps of a weight; the rest is a fresh one's."""
+"""The share of a weight that "shrink-perturb" keeps; the rest comes from a fresh one."""
 
 
 @torch.no_grad()
 def shrink_and_perturb(model: SplitModel, reference: SplitModel) -> None:
-    """Makes every weight of two and more axes half of what it is and half of the reference's, in place.
+    """Replaces every weight of two or more axes by the mean of itself and the reference's, in place.
 
     Example:
         >>> from holdfast.tasks import load_task
@@ -119,12 +118,12 @@ def renewed(model: SplitModel, strategy: Strategy) -> Block:
 
 
 def trained_modules(model: SplitModel, strategy: Strategy) -> list[nn.Module]:
-    """Returns the modules in training mode where only a part of the model is trained; see `Strategy.scope`."""
+    """Returns the modules to put in training mode if only the last block is trained; see `Strategy.scope`."""
     return _moved_modules(model, "last-block") if strategy.scope == "last-block" else []
 
 
 def _moved_modules(model: SplitModel, scope: Scope) -> list[nn.Module]:
-    """The modules trained beside the head, for scopes other than "all" and adapters."""
+    """The modules that are trained beside the head, for scopes other than "all" and adapters."""
     if scope == "last-block":
         return [module for _, module in model.blocks()[-1]]
     return _normalisations(model) if scope == "norm" else []
@@ -135,21 +134,19 @@ def _normalisations(model: SplitModel) -> list[nn.Module]:
 
 
 ADAPTED: Final[tuple[Scope, ...]] = ("lora", "lora-attention")
-"""Scopes that put adapters beside layers."""
+"""Scopes that add adapters beside layers."""
 
 LORA_ALPHA = 16
-"""Adapters are scaled by this over their rank."""
+"""Adapters are scaled by this, divided by their rank."""
 
 
 def _adaptable(model: SplitModel, scope: Scope) -> list[str]:
-    """Layers of the body that peft can put an adapter beside: plain ones, whose weights no other module reads.
-
-    Attention is recognised by the name of its class.
-    """
+    """Names of the body's layers that peft can adapt: plain ones, whose weights no other module reads."""
+    # Attention is recognised by the name of its class.
     attention = [n for n, m in model.network.named_modules() if "attention" in type(m).__name__.lower()]
     names = []
     for parent, module in model.network.named_modules():
-        if isinstance(module, nn.MultiheadAttention):  # it uses the weights of its projection, not the layer
+        if isinstance(module, nn.MultiheadAttention):  # it reads the weights of its projection past the layer
             continue
         for child, layer in module.named_children():
             name = f"{parent}.{child}" if parent else child
@@ -158,14 +155,14 @@ def _adaptable(model: SplitModel, scope: Scope) -> list[str]:
                 or _is_transposed(layer)
                 or (type(layer) is nn.Conv2d and layer.groups == 1 and set(layer.dilation) == {1})
             )
-            wanted = scope == "lora" or any(name.startswith(f"{place}.") for place in attention)
+            wanted = scope == "lora" or any(name.startswith(f"{prefix}.") for prefix in attention)
             if plain and wanted and name != model.head_name:
                 names.append(name)
     return names
 
 
 def _is_transposed(layer: nn.Module) -> bool:
-    """Whether it is the linear layer of GPT-2's code in transformers, which stores its weight transposed."""
+    """Whether a layer is the linear layer of GPT-2 in transformers, which stores its weight transposed."""
     return (type(layer).__module__, type(layer).__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
@@ -174,13 +171,11 @@ def _add_adapters(model: SplitModel, strategy: Strategy) -> None:
 
     names = _adaptable(model, strategy.scope)
     pattern = "|".join(map(re.escape, names))
-    # peft takes the setting for all layers together, and corrects it for those that it does not fit, with a warning.
+    # peft has one setting for all layers, and corrects it with a warning for each layer that it does not fit.
     transposed = any(_is_transposed(model.network.get_submodule(name)) for name in names)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        peft.inject_adapter_in_model(
-            peft.LoraConfig(
-                r=strategy.rank, lora_alpha=LORA_ALPHA, target_modules=f"({pattern})", fan_in_fan_out=transposed
-            ),
-            model.network,
+        config = peft.LoraConfig(
+            r=strategy.rank, lora_alpha=LORA_ALPHA, target_modules=f"({pattern})", fan_in_fan_out=transposed
         )
+        peft.inject_adapter_in_model(config, model.network)

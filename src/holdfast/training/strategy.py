@@ -1,4 +1,4 @@
-"""How a model is fine-tuned: the phi of SOPHON as settings, and the optimizers."""
+"""How a model is fine-tuned: SOPHON's phi as settings, and the optimizers."""
 
 from __future__ import annotations
 
@@ -44,29 +44,30 @@ class Strategy:
     Attributes:
         initialisation: start from the whole model ("direct"), or with a part of it freshly initialised: the head
             ("head"), the head and the last block of the body ("last-block"), or the head and the second half of its
-            blocks ("last-half"); see `SplitModel.blocks`. Or with every weight halved, half of a fresh one added, and a
-            fresh head ("shrink-perturb", after Ash and Adams, NeurIPS 2020). The head as torch initialises it, other
-            layers as the architecture does.
-        scope: which parameters move, always with the head: "all"; "head", it alone; "last-block"; "norm", scale and
-            shift of every normalisation layer; "lora", low-rank adapters beside every linear and convolutional layer;
-            "lora-attention", only beside those of attention, as is usual for diffusion models. With "head" and
-            "last-block", what does not move stays in evaluation mode. With "norm" and adapters the whole model is in
-            training mode, as in all fine-tuning: BatchNorm sees the statistics of the new data.
+            blocks ("last-half"); see `SplitModel.blocks`. "shrink-perturb" halves every weight, adds half of a fresh
+            one, and draws a fresh head (after Ash and Adams, NeurIPS 2020). A fresh head is drawn as torch initialises
+            it, other layers as the architecture does.
+        scope: which parameters are trained, always with the head: "all"; "head", the head alone; "last-block"; "norm",
+            scale and shift of every normalisation layer; "lora", low-rank adapters beside every linear and
+            convolutional layer; "lora-attention", only beside those of attention, as is usual for diffusion models.
+            With "head" and "last-block", the rest stays in evaluation mode. With "norm" and adapters the whole model is
+            in training mode, as in all fine-tuning: BatchNorm sees the statistics of the new data.
         optimizer: a name of `OPTIMIZERS`.
         learning_rate: constant, above 0.
         batch_size: samples a step; capped at the size of the training split.
         weight_decay: at least 0.
-        gradient: what the optimizer gets: the gradient ("raw"), all of it scaled to length 1 ("normalised"), or its
-            signs ("sign"). In the last two, what is not a number counts as 0.
+        gradient: what the optimizer receives: the gradient ("raw"), the whole gradient scaled to length 1
+            ("normalised"), or its signs ("sign"). In the last two, nan counts as 0.
         rank: of the adapters.
-        precision: of the forward and backward pass: the weights' own ("float32"), or bfloat16 where torch.autocast
-            takes it ("bf16"), which is faster on hardware that has it. Weights, optimizer and scores keep theirs.
+        precision: of the forward and backward pass: that of the weights ("float32"), or bfloat16 where torch.autocast
+            considers it safe ("bf16"), which is faster on hardware that supports it. Weights, optimizer and scores
+            always keep the precision of the weights.
 
     Raises:
         HoldfastError: for an unknown name or a number out of range.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")  # where a recipe writes one, a misspelled key is an error
+    __pydantic_config__ = ConfigDict(extra="forbid")  # a misspelled key in a recipe is an error
 
     initialisation: Initialisation = "direct"
     scope: Scope = "all"
@@ -104,9 +105,9 @@ class Strategy:
         return self.renews or self.initialisation == "shrink-perturb"
 
     def settings(self) -> dict[str, Any]:
-        """Returns the settings as plain values; `gradient`, `rank` and `precision` only where not the default.
+        """Returns the settings as plain values; `gradient`, `rank` and `precision` only if not the default.
 
-        Published batteries have hashes of these settings, which a setting added later must not change.
+        Published batteries have hashes of these settings, which a setting that was added later must not change.
 
         Example:
             >>> list(Strategy(gradient="sign").settings())[-2:]
@@ -117,7 +118,7 @@ class Strategy:
 
 
 class PretrainSpec(BaseModel):
-    """How the original model is made where no weights are given: honest training on the benign task."""
+    """How the original model is trained on the benign task if no weights are given."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -127,10 +128,7 @@ class PretrainSpec(BaseModel):
     batch_size: int = 64
     weight_decay: float = 0.0
     ema: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="Keep an exponential moving average of the weights with this decay, and take it in the end.",
+        None, gt=0, lt=1, description="Decay of an exponential moving average of the weights, which is the result."
     )
 
     def strategy(self) -> Strategy:

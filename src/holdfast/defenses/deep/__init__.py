@@ -1,1 +1,1 @@
-"""Defenses that train the last blocks of a network by a term on its features. One file each."""
+"""Defenses that train the last blocks of a network by a term on its features."""

@@ -5,7 +5,7 @@
 theta are the weights of the last blocks of the body, omega those of the head, Z the features that the head receives,
 and R_i the terms of a defense. The earlier blocks are frozen, and their outputs are computed once
 (`holdfast.models.activation_cache`). The network is always in evaluation mode: features are those that a probe
-gets, BatchNorm keeps the original's statistics, and dropout is off.
+receives, BatchNorm keeps the original's statistics, and dropout is off.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from holdfast.tasks import Batch, Task
 from holdfast.training import OPTIMIZERS
 
 BALANCED_ON = 8
-"""Batches whose gradients' norms are averaged to balance the terms."""
+"""Number of batches over which gradient norms are averaged to balance the terms."""
 
 
 @dataclass
@@ -57,15 +57,15 @@ class DeepDefense(DeepSettings):
         check_fits(model, restricted, own_task=False)
         if self.mixing and _of_token_ids(benign):
             raise HoldfastError(
-                f"{self.name}: mixing is {self.mixing}, and the inputs of {benign.name!r} are token ids, which cannot "
+                f"{self.name}: mixing is {self.mixing}, but the inputs of {benign.name!r} are token ids, which cannot "
                 "be mixed; set mixing to 0."
             )
         for task in (benign, restricted):
             check_feature_width(model, task)
         if self.classes and not restricted.labels_are_classes:
             raise HoldfastError(
-                f"{self.name}: it simulates a probe that tells classes apart, and {restricted.described} has none; "
-                "give it a task of classification."
+                f"{self.name} simulates a probe for classes, and {restricted.described} has none; use a "
+                "classification task."
             )
         count = len(model.blocks())
         if count < self.blocks:
@@ -122,30 +122,27 @@ class _Immunization(Immunization[DeepSettings]):
     @cached_property
     def preservation(self) -> Preservation:
         """The distance of benign outputs and features from the original's."""
-        return Preservation(
-            self.config, self.config.precision, self.original, self.frozen, self.benign, self.run.device
-        )
+        return Preservation(self.config, self.config.precision, self.original, self.frozen, self.benign)
 
     @cached_property
     def frozen(self) -> FrozenPrefix:
-        """The frozen blocks, and the tasks behind them."""
+        """The frozen blocks, and the tasks as the trained blocks receive them."""
         tasks = Trained(self.benign, self.held_out, self.restricted)
         return FrozenPrefix(self.original, self.config.blocks, tasks, self.config.cache_gib, self.say)
 
     def score_held_out(self) -> float:
-        """See `Immunization.score_held_out`."""
         return self.frozen.score_held_out(self.model)
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """See `Immunization.make_optimizers`; the head alone has weight decay."""
+        """See `Immunization.make_optimizers`; only the head has weight decay."""
         body, head = self.body(), [p for p in self.model.head.parameters() if p.requires_grad]
         trained = {id(p) for p in (*body, *head)}
         for parameter in self.model.network.parameters():
             parameter.requires_grad_(id(parameter) in trained)
         if not body:
             raise HoldfastError(
-                f"{self.config.name}: the last {self.config.blocks} blocks of {self.model.name} have no parameter that "
-                "may be trained; un-freeze some (requires_grad_), or raise blocks."
+                f"{self.config.name}: all parameters in the last {self.config.blocks} blocks of {self.model.name} are "
+                "frozen; unfreeze some (requires_grad_), or raise blocks."
             )
         groups: list[Any] = [{"params": body, "weight_decay": 0.0}]
         if head:
@@ -153,7 +150,7 @@ class _Immunization(Immunization[DeepSettings]):
         return {"optimizer": OPTIMIZERS[self.config.optimizer](groups, self.rate, 0.0)}
 
     def body(self) -> list[nn.Parameter]:
-        """Returns the parameters of the last blocks that the model's owner left free."""
+        """Returns the parameters of the last blocks that the given model did not freeze."""
         blocks = self.model.blocks()[-self.config.blocks :]
         names = {f"{name}.{own}" for block in blocks for name, m in block for own, _ in m.named_parameters()}
         return [p for n, p in self.model.network.named_parameters() if n in names and self.trainable[n]]
@@ -163,8 +160,9 @@ class _Immunization(Immunization[DeepSettings]):
         if not self.lambdas:
             self.lambdas = process_group().broadcast_object(self._balance())
         optimizer = self.optimizers["optimizer"]
+        cosine = 0.5 * (1 + math.cos(math.pi * self.round / self.config.iterations))
         for group in optimizer.param_groups:
-            group["lr"] = self.rate * self._schedule()
+            group["lr"] = self.rate * (1.0 if self.config.schedule == "constant" else cosine)
         benign, restricted = map(self.frozen.enter, next(self.pairs))
         self.model.eval()
         outputs = self._outputs(benign)
@@ -177,15 +175,9 @@ class _Immunization(Immunization[DeepSettings]):
         optimizer.step()
         return {name: [float(value.detach())] for name, value in losses.items()}
 
-    def _schedule(self) -> float:
-        """Returns the share of the learning rate in this round."""
-        if self.config.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * self.round / self.config.iterations))
-
     @cached_property
     def pairs(self) -> Iterator[tuple[Batch, Batch]]:
-        """The batches from this round on; after a resume they continue where they were."""
+        """The batches from this round on; a resumed run continues with the next ones."""
         return itertools.islice(self._pairs("batches"), self.round, None)
 
     def _pairs(self, purpose: str) -> Iterator[tuple[Batch, Batch]]:
@@ -211,14 +203,14 @@ class _Immunization(Immunization[DeepSettings]):
         """The benign loss and each term, with their graphs."""
         config = self.config
         with autocast(self.run.device, config.precision == "bf16"):
-            _, theirs = self.frozen.runner(self.model).with_features(restricted.x)
+            _, restricted_features = self.frozen.runner(self.model).with_features(restricted.x)
             if not config.benign_loss:
                 logits = self._head_alone(features)
         loss = self._benign_loss(logits.to(self.model.dtype), benign)
-        finite = bool(features.isfinite().all()) and bool(theirs.isfinite().all())
-        if not finite:  # the guard acts on it; a decomposition would raise an error
-            return {"benign_loss": loss, **dict.fromkeys(config.terms, theirs.sum() * math.nan)}
-        return {"benign_loss": loss, **config.regularizers(FeatureBatch(features, theirs, restricted.y))}
+        finite = bool(features.isfinite().all()) and bool(restricted_features.isfinite().all())
+        if not finite:  # nan for the guard to notice; a decomposition would raise an error
+            return {"benign_loss": loss, **dict.fromkeys(config.terms, restricted_features.sum() * math.nan)}
+        return {"benign_loss": loss, **config.regularizers(FeatureBatch(features, restricted_features, restricted.y))}
 
     def _head_alone(self, features: Tensor) -> Tensor:
         head = self.model.head
@@ -227,7 +219,7 @@ class _Immunization(Immunization[DeepSettings]):
         return outputs.flatten(1)
 
     def _check_head_alone(self) -> None:
-        """Refuses to train the head alone where its outputs are not the logits."""
+        """Refuses to train the head alone if its outputs are not the logits."""
         if self.config.benign_loss:
             return
         batch = self.frozen.enter(next(iter(self.frozen.tasks.benign.sweep("train", 4, device=self.run.device))))
@@ -236,7 +228,7 @@ class _Immunization(Immunization[DeepSettings]):
             if not torch.allclose(self._head_alone(features).to(logits), logits, rtol=1e-3, atol=1e-5):
                 raise HoldfastError(
                     f"{self.config.name}: {self.model.name} changes its head's outputs before it returns them, so "
-                    "that the head cannot be trained alone; set benign_loss to true."
+                    "the head cannot be trained alone; set benign_loss to true."
                 )
 
     def _benign_loss(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -256,30 +248,28 @@ class _Immunization(Immunization[DeepSettings]):
             losses["benign_loss"] = self._benign_loss(logits.to(self.model.dtype), benign)
             for name, value in losses.items():
                 norms.setdefault(name, []).append(_norm(value, self.body()))
-        sizes = {name: _mean_of_finite(values) for name, values in norms.items()}
-        found = {}
+        finite = {name: [norm for norm in values if math.isfinite(norm)] for name, values in norms.items()}
+        sizes = {name: sum(values) / len(values) if values else math.nan for name, values in finite.items()}
+        balanced = {}
         for name, (given, multiple) in weights.items():
             for other in (name, "benign_loss") if given is None else ():
                 if not sizes[other] > 0:
                     raise HoldfastError(
                         f"{self.config.name}: the gradient of {other} by the last {self.config.blocks} blocks has norm "
-                        f"{sizes[other]:g} at the start, so that {name} cannot be balanced; give its lambda."
+                        f"{sizes[other]:g} at the start, so {name} cannot be balanced; give its lambda."
                     )
-            found[name] = multiple * sizes["benign_loss"] / sizes[name] if given is None else given
-        weights_text = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
-        self.say(f"weights by gradient norms: {weights_text}")
-        return found
+            balanced[name] = multiple * sizes["benign_loss"] / sizes[name] if given is None else given
+        self.say("weights by gradient norms: " + ", ".join(f"{name} {value:.3g}" for name, value in balanced.items()))
+        return balanced
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """See `Immunization.saved`."""
         return {}, {"lambdas": self.lambdas}
 
     def restore_own(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """See `Immunization.restore_own`."""
         self.lambdas = dict(values["lambdas"])
 
     def too_low(self, why: str) -> bool:
-        """See `Immunization.too_low`: only the result must be good."""
+        """See `Immunization.too_low`; only the final state must be good."""
         if self.go_back_at_the_end(why):
             self.record.completed = self.guard.changed
         return self.last
@@ -290,11 +280,5 @@ def _of_token_ids(task: Task) -> bool:
 
 
 def _norm(value: Tensor, parameters: Sequence[nn.Parameter]) -> float:
-    """Norm of a gradient; parameters that the value does not depend on add nothing."""
-    found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    return math.hypot(*(float(g.norm()) for g in found if g is not None))
-
-
-def _mean_of_finite(values: Sequence[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
+    grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    return math.hypot(*(float(g.norm()) for g in grads if g is not None))

@@ -1,7 +1,7 @@
 """Algorithm 1 for deep networks (ICML 2025, section 5.3), and the baselines that differ from it in the regularizer.
 
-R_well is of the benign batch's feature Gram matrix and R_ill of the restricted one's, each taken on its smaller side
-and in float64. theta is not linear, so that there is no K to precondition with: gradients are the plain ones.
+R_well is of the benign batch's feature Gram matrix and R_ill of the restricted one's, each computed on its smaller side
+and in float64. theta is not linear, so there is no K to precondition with, and gradients are the plain ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from holdfast.spectral.regularizers import r_ill_of_features, r_well_of_features
 class DeepCondition(DeepDefense):
     """Algorithm 1: R_well on the benign features, R_ill on the restricted ones, and the benign loss, together.
 
-    A batch should not have as many samples as there are features: such a Gram matrix is badly conditioned by chance.
+    Avoid batches with as many samples as there are features: such a Gram matrix is badly conditioned by chance.
 
     Attributes:
         lambda_well: lambda_P; None: balanced (see `DeepSettings.weights`).
@@ -117,9 +117,8 @@ class DeepOptKappa(DeepDefense):
 
     def regularizers(self, batch: FeatureBatch) -> dict[str, Tensor]:
         """See `DeepSettings.regularizers`."""
-        benign, restricted = (log_kappa(z) for z in (batch.benign, batch.restricted))
-        difference = benign - restricted if self.log else benign.exp() - restricted.exp()
-        return {"kappa_difference": difference}
+        benign, restricted = log_kappa(batch.benign), log_kappa(batch.restricted)
+        return {"kappa_difference": benign - restricted if self.log else benign.exp() - restricted.exp()}
 
     def weights(self) -> dict[str, tuple[float | None, float]]:
         """See `DeepSettings.weights`."""
@@ -130,7 +129,7 @@ def log_kappa(features: Tensor) -> Tensor:
     """Returns log kappa(Z'Z) over the non-zero spectrum, with its graph.
 
     Args:
-        features: Z, shape (N, D), floating point; their precision says what is zero, the result is float64.
+        features: Z, shape (N, D), floating point; their precision decides what counts as zero. The result is float64.
 
     Example:
         >>> round(log_kappa(torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]])).exp().item(), 6)
@@ -139,5 +138,5 @@ def log_kappa(features: Tensor) -> Tensor:
     sigma = torch.linalg.svdvals(features.double())
     floor = max(features.shape) * torch.finfo(features.dtype).eps * sigma.detach()[0]
     kept = sigma[sigma.detach() > floor]
-    found: Tensor = 2 * (kept[0].log() - kept[-1].log()) if len(kept) else 0 * sigma.sum()
-    return found
+    log: Tensor = 2 * (kept[0].log() - kept[-1].log()) if len(kept) else 0 * sigma.sum()
+    return log

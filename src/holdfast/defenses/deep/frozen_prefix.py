@@ -1,4 +1,4 @@
-"""The frozen blocks of a network: their outputs are computed once, where that is possible."""
+"""The frozen blocks of a network: their outputs are computed once, if possible."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from holdfast.tasks import Batch, Task
 from holdfast.tasks.base import Split
 
 _TRIED = 8
-"""Samples of each task on which it is tested whether the frozen blocks can be skipped."""
+"""Number of samples of each task that test whether the frozen blocks can be skipped."""
 
 
 class Trained(NamedTuple):
@@ -31,14 +31,14 @@ class Trained(NamedTuple):
 
 
 class FrozenPrefix:
-    """The frozen blocks of a network, and the tasks and models that follow after them.
+    """The frozen blocks of a network, and the tasks and models behind them.
 
     Args:
         original: the network before any training, on its device and in evaluation mode.
-        blocks: how many of the last ones are trained.
-        plain: the tasks, on inputs.
-        cache_gib: keep the outputs of the frozen blocks if they need at most so much memory.
-        say: called with the reason, where they have to run in every step.
+        blocks: how many of the last blocks are trained.
+        plain: the tasks with the network's inputs.
+        cache_gib: keep the outputs of the frozen blocks if they need at most this much memory.
+        say: called with the reason if the frozen blocks have to run in every step.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class FrozenPrefix:
 
     @cached_property
     def prefix(self) -> FrozenActivations | None:
-        """What the frozen blocks answer, if they can be spared."""
+        """Computes the outputs of the frozen blocks; None if the network cannot run without them."""
         frozen = self.original.blocks()[: -self.blocks]
         batches = [next(task.sweep("train", _TRIED, device=self.original.device)) for task in self.plain[::2]]
         try:
@@ -65,13 +65,12 @@ class FrozenPrefix:
             return False
         needed = sum(self.prefix.size(task, split) for task, split in self._needed()) / 2**30
         if needed > self.cache_gib:
-            why = f"to keep what they answer takes {needed:.1f} GiB, more than cache_gib"
-            self.say(f"the frozen blocks run in every step: {why}")
+            self.say(f"the frozen blocks run in every step: their outputs need {needed:.1f} GiB, more than cache_gib")
         return needed <= self.cache_gib
 
     @cached_property
     def tasks(self) -> Trained:
-        """The tasks; if activations are kept, the split in use consists of them."""
+        """The tasks; if activations are kept, the split in use holds them instead of inputs."""
         prefix = self.prefix
         if prefix is None or not self.kept:
             return self.plain
@@ -81,11 +80,11 @@ class FrozenPrefix:
         return (self.plain.benign, "train"), (self.plain.held_out, "test"), (self.plain.restricted, "train")
 
     def enter(self, batch: Batch) -> Batch:
-        """Returns a batch of `tasks` as `runner` takes it: what enters the first trained block, if possible."""
+        """Returns a batch of `tasks` for `runner`: the inputs of the first trained block, if possible."""
         return batch if self.prefix is None or self.kept else Batch(self.prefix.activations(batch.x), batch.y)
 
     def runner(self, model: SplitModel) -> SplitModel | FromActivations:
-        """Returns what computes a model's outputs from batches that have entered."""
+        """Returns a network that computes a model's outputs from batches that `enter` returned."""
         return model if self.prefix is None else FromActivations(self.prefix, model)
 
     def score_held_out(self, model: SplitModel) -> float:

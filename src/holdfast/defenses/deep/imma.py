@@ -18,7 +18,7 @@ from holdfast.defenses.registry import register_defense
 @register_defense
 @dataclass
 class DeepIMMA(DeepDefense):
-    """Bi-level optimization: below, a probe descends on the restricted loss; above, the body makes it end badly.
+    """Bi-level optimization: a probe descends the restricted loss below; the body raises its final loss above.
 
     Below, w_0 = 0 and w_{j+1} = w_j - eta grad_w L(D_H, w_j, theta), with the cross-entropy L of a batch and
     eta = 2 / lambda_max(Z'Z / N), as the Hessian of the cross-entropy is at most half of that Gram matrix. Above, theta
@@ -27,7 +27,7 @@ class DeepIMMA(DeepDefense):
 
     Attributes:
         inner_steps: J, the simulated probe's steps.
-        lambda_inner: weight of what theta ascends; None: balanced (see `DeepSettings.weights`).
+        lambda_inner: weight of the loss that theta ascends; None: balanced (see `DeepSettings.weights`).
         inner_multiple: multiplies the balanced weight.
     """
 

@@ -15,7 +15,7 @@ from holdfast.tasks import Batch, Task
 from holdfast.training import Precision
 
 STATISTICS = 2000
-"""Benign samples by which the scale of each feature is measured."""
+"""Number of benign samples from which the scale of each feature is measured."""
 
 
 class Preservation:
@@ -27,7 +27,6 @@ class Preservation:
         original: the model before any training.
         frozen: its frozen blocks.
         benign: the benign task.
-        device: where models and batches are.
     """
 
     def __init__(
@@ -37,10 +36,9 @@ class Preservation:
         original: SplitModel,
         frozen: FrozenPrefix,
         benign: Task,
-        device: torch.device,
     ) -> None:
         self.config, self.original, self.frozen, self.benign = config, original, frozen, benign
-        self.precision, self.device = precision, device
+        self.precision, self.device = precision, original.device
 
     def penalty(
         self, model: SplitModel, benign: Batch, logits: Tensor, features: Tensor, generator: torch.Generator
@@ -48,10 +46,10 @@ class Preservation:
         """Returns the weighted distances on a batch, with their graph.
 
         Args:
-            model: the one that is trained.
-            benign: a batch that has entered (see `FrozenPrefix.enter`).
-            logits: the model's on this batch.
-            features: likewise.
+            model: the trained model.
+            benign: a batch that `FrozenPrefix.enter` returned.
+            logits: the model's logits on this batch.
+            features: the model's features on this batch.
             generator: draws the mixtures.
         """
         config = self.config
@@ -61,8 +59,9 @@ class Preservation:
             with autocast(self.device, self.precision == "bf16"), torch.no_grad():
                 wanted, kept = theirs.with_features(benign.x)
             if config.distillation:
-                total = total + config.distillation * self._distance(logits.float(), wanted.float())
-            total = total + config.matching * self._apart(features, kept)
+                distance = self.benign.distance(logits.float(), wanted.float(), config.temperature)
+                total = total + config.distillation * distance
+            total = total + config.matching * self._distance(features, kept)
         if config.mixing:
             share = torch.rand(len(benign.x), *[1] * (benign.x.dim() - 1), generator=generator).to(benign.x)
             other = benign.x[torch.randperm(len(benign.x), generator=generator).to(benign.x.device)]
@@ -71,25 +70,22 @@ class Preservation:
                 features = ours.with_features(mixed)[1]
                 with torch.no_grad():
                     kept = theirs.with_features(mixed)[1]
-            total = total + config.mixing * self._apart(features, kept)
+            total = total + config.mixing * self._distance(features, kept)
         return total
 
-    def _distance(self, outputs: Tensor, wanted: Tensor) -> Tensor:
-        return self.benign.distance(outputs, wanted, self.config.temperature)
-
-    def _apart(self, features: Tensor, wanted: Tensor) -> Tensor:
+    def _distance(self, features: Tensor, wanted: Tensor) -> Tensor:
         return ((features.float() - wanted.float()) / self.spread).square().mean()
 
     @cached_property
     def spread(self) -> Tensor:
-        """Standard deviation of each of the original's features on benign samples; of dead ones, the mean of all."""
-        run, found, seen = self.frozen.runner(self.original), [], 0
+        """Standard deviation of each of the original's features on benign samples; for dead ones, the mean of all."""
+        runner, features, samples = self.frozen.runner(self.original), [], 0
         with torch.no_grad():
             for batch in self.frozen.tasks.benign.sweep("train", 250, device=self.device):
-                found.append(run.with_features(self.frozen.enter(batch).x)[1].float())
-                seen += len(batch.x)
-                if seen >= STATISTICS:
+                features.append(runner.with_features(self.frozen.enter(batch).x)[1].float())
+                samples += len(batch.x)
+                if samples >= STATISTICS:
                     break
-        deviation = torch.cat(found).std(0)
+        deviation = torch.cat(features).std(0)
         mean = deviation.mean().clamp_min(torch.finfo(deviation.dtype).tiny)
         return torch.where(deviation > 1e-3 * mean, deviation, mean)

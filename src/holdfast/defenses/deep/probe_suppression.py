@@ -1,7 +1,7 @@
-"""Suppression of linear probes: the body is trained so that its features say little of the restricted labels.
+"""Suppression of linear probes: the body is trained so that its features explain little of the restricted labels.
 
-kappa bounds how slowly plain gradient descent may go; it does not see where the labels are. These two do, and no head
-occurs in them (docs/probe-suppression.md).
+kappa bounds how slow plain gradient descent may be, but ignores where the labels are. These two defenses use the
+labels, and contain no head (docs/probe-suppression.md).
 """
 
 from __future__ import annotations
@@ -16,18 +16,16 @@ from holdfast.defenses.deep.settings import FeatureBatch
 from holdfast.defenses.registry import register_defense
 from holdfast.losses import descended_probe, ridge_probe
 
-_OURS = "Holdfast, docs/probe-suppression.md"
-
 
 @dataclass
 class ProbeSuppression(DeepDefense):
-    """What both have in common: how the model is held, and the weight of what is suppressed.
+    """The common settings of both: how benign features are preserved, and the weight of suppression.
 
     Attributes:
-        weight: mu, of what a probe explains.
+        weight: mu, weight of the share that a probe explains.
     """
 
-    citation: ClassVar[str] = _OURS
+    citation: ClassVar[str] = "Holdfast, docs/probe-suppression.md"
     terms: ClassVar[tuple[str, ...]] = ("explained",)
     classes: ClassVar[bool] = True
 
@@ -54,8 +52,8 @@ class ProbeSuppression(DeepDefense):
 class RidgeProbeSuppression(ProbeSuppression):
     """Minimises R2, the share of the restricted labels' energy that the best linear probe explains.
 
-    What is hidden from the closed form is hidden from every other linear probe, whitened or not. The features of benign
-    samples, and of mixtures of them, are held where the original has them, so that other tasks stay learnable.
+    What the closed form cannot explain, no other linear probe can, whitened or not. The features of benign samples, and
+    of mixtures of them, are kept near the original's, so that other tasks stay learnable.
 
     Attributes:
         ridge: relative strength of the probe's regularization; see `holdfast.losses.ridge_probe`.
@@ -79,8 +77,8 @@ class RidgeProbeSuppression(ProbeSuppression):
 class SlowProbeSuppression(ProbeSuppression):
     """Minimises the share that gradient descent on a linear probe has explained after some steps.
 
-    What lies in directions of little energy is then hidden well enough, so that less has to be removed; whitening
-    brings it back. The head is not simulated, and the features are centred, as a bias would.
+    It leaves labels in directions of little energy, so it removes less than `RidgeProbeSuppression`; but whitening
+    brings them back. The head is not simulated; features are centred, which has the effect of a bias.
 
     Attributes:
         steps: t, of the simulated descent.

@@ -1,4 +1,4 @@
-"""The hyper-parameters of defenses that train the last blocks of a network, and what such a defense defines."""
+"""The hyper-parameters of defenses that train the last blocks of a network, and the methods that each defines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from holdfast.training import OPTIMIZERS, Precision
 
 
 class FeatureBatch(NamedTuple):
-    """What a term is computed from: the features of a batch of each task.
+    """The features of a batch of each task, from which a term is computed.
 
     Attributes:
         benign: features, shape (N, D), in the network's precision.
@@ -38,9 +38,9 @@ class PreservationSettings(Defense):
         matching: weight of the squared distance of the benign features from the original's, each feature in units of
             its standard deviation, averaged over features; 0: none.
         mixing: weight of the same distance on mixtures of pairs of benign samples, which fixes the features at more
-            points than the samples themselves do; 0: none. Mixed are the inputs of the first block that is trained, or
-            the network's inputs where those of the block cannot be computed. Token ids cannot be mixed. None: 1, or 0
-            for token ids.
+            points than the samples themselves do; 0: none. The inputs of the first trained block are mixed, or the
+            network's inputs if those of the block cannot be computed. Token ids cannot be mixed. None: 1, or 0 for
+            token ids.
     """
 
     distillation: float = 0.0
@@ -61,13 +61,13 @@ class DeepSettings(PreservationSettings, GuardedDefense):
     A round is one step on a batch of each task. The samples of each task come in epochs; the shorter set starts its
     next epoch when it is exhausted, as the paper pairs them.
 
-    A low benign score during training does not make the guard go back, because the loss repairs it; but the result is
-    always a good state.
+    The guard does not go back when the benign score is low during training, because the loss repairs it; but the result
+    is always a good state.
 
     Attributes:
         iterations: steps.
         epochs: replaces `iterations`: passes over the shorter of both sets, as the paper counts them (ResNet-18: 3,
-            ViT: 2). An event says how many steps that was.
+            ViT: 2). An event gives the number of steps.
         blocks: how many of the last blocks of the body are trained (see `SplitModel.blocks`; the paper: the last two
             of a ResNet-18, the last one of a ViT). The head is trained as well.
         batch_size: benign samples a step.
@@ -79,7 +79,7 @@ class DeepSettings(PreservationSettings, GuardedDefense):
         label_smoothing: of the benign cross-entropy.
         benign_loss: whether the body is trained by the benign loss; without it, only the head is.
         precision: of forward and backward passes; see `Strategy.precision`. Terms are always computed in float64.
-        cache_gib: keep the outputs of the frozen blocks if they need at most so much memory; 0: never.
+        cache_gib: keep the outputs of the frozen blocks if they need at most this much memory; 0: never.
     """
 
     iterations: int = 400
@@ -101,9 +101,9 @@ class DeepSettings(PreservationSettings, GuardedDefense):
     terms: ClassVar[tuple[str, ...]]
     """Names of the regularizers."""
     classes: ClassVar[bool] = False
-    """Whether the restricted task must be a classification."""
+    """Whether the restricted task must be a classification task."""
     spectral: ClassVar[bool] = False
-    """Whether the smallest singular values of features are used; in bfloat16 they are only rounding."""
+    """Whether the smallest singular values of features are used; in bfloat16 they are only rounding errors."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,18 +112,14 @@ class DeepSettings(PreservationSettings, GuardedDefense):
         self.refuse_unknown("precision", get_args(Precision))
         if self.spectral and self.precision != "float32":
             raise HoldfastError(
-                f"{self.name}: precision is {self.precision}; the smallest singular values of features in it are its "
-                "rounding. Set precision to float32."
+                f"{self.name}: precision is {self.precision}, in which the smallest singular values of features are "
+                "only rounding errors; set precision to float32."
             )
         self.refuse_below_one("blocks", "batch_size")
-        if self.restricted_batch is not None and self.restricted_batch < 2:
-            raise HoldfastError(f"{self.name}: restricted_batch is {self.restricted_batch}; expected at least 2.")
+        self.require(lambda value: value >= 2, "at least 2", "restricted_batch")
         self.refuse_not_above_zero("learning_rate", "epochs")
         self.refuse_negative("head_weight_decay", "cache_gib")
-        if not 0 <= self.label_smoothing < 1:
-            raise HoldfastError(
-                f"{self.name}: label_smoothing is {self.label_smoothing}; expected a share of at least 0 and below 1."
-            )
+        self.require(lambda value: 0 <= value < 1, "a share of at least 0 and below 1", "label_smoothing")
 
     @abstractmethod
     def regularizers(self, batch: FeatureBatch) -> dict[str, Tensor]:

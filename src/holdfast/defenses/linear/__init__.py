@@ -1,1 +1,1 @@
-"""Defenses by a linear extractor. One file each."""
+"""Defenses by a linear extractor."""

@@ -22,7 +22,10 @@ from holdfast.spectral.rir import Ratios, relative_immunization_ratio
 from holdfast.tasks import Task
 
 LOGIT_TOLERANCE = 1e-5
-LOOK_EVERY = 10
+"""Benign outputs may change by this share of the largest one before an event says so."""
+
+MEASURE_EVERY = 10
+"""Iterations between two measurements of the ratios."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ class LinearProblem:
     """Two tasks as a linear extractor sees them, in coordinates of a subspace that both use.
 
     Attributes:
-        frontier: both tasks, and what any extractor can do for them.
+        frontier: both tasks, and the limits of what an extractor can do.
         benign: features and targets (x, y) before the change of coordinates, shapes (N, D) and (N, C).
-        restricted: likewise.
+        restricted: features and targets of the restricted task, likewise.
     """
 
     frontier: Frontier
@@ -51,8 +54,7 @@ class LinearProblem:
     ) -> LinearProblem:
         """Prepares features and targets of two tasks; see `Frontier.of` and `LeastSquares`."""
         problems = [LeastSquares.of(*task, precision=precision) for task in (benign, restricted)]
-        frontier = Frontier.of(*problems, space=space, ridge=ridge)
-        return cls(frontier, benign, restricted)
+        return cls(Frontier.of(*problems, space=space, ridge=ridge), benign, restricted)
 
     @cached_property
     def samples(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -77,12 +79,12 @@ class LinearProblem:
 class LinearDefense(Defense):
     """A defense that is a linear extractor theta.
 
-    A network gets theta between its body and its head, and theta^-1 folded into the head: benign outputs stay what they
-    were. theta is scaled so that the benign features keep their energy.
+    theta is inserted between a network's body and its head, and theta^-1 is folded into the head: benign outputs stay
+    the same. theta is scaled so that the benign features keep their energy.
 
     Attributes:
-        space: "common": only directions that both tasks use are moved against each other; "ridge": all of them, with
-            `ridge` per sample added to both Gram matrices.
+        space: "common": rescale only directions that both tasks use; "ridge": rescale all of them, with `ridge` per
+            sample added to both Gram matrices.
         ridge: see `space`.
     """
 
@@ -96,7 +98,7 @@ class LinearDefense(Defense):
 
     @abstractmethod
     def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, DefenseRecord]:
-        """Returns theta in coordinates, shape (s, s), invertible, and how it was found."""
+        """Returns theta in coordinates, shape (s, s), invertible, and the record of how it was made."""
 
     def immunize(
         self, model: SplitModel, benign: Task, restricted: Task, *, run: Run
@@ -119,17 +121,17 @@ class LinearDefense(Defense):
             precision=feature_precision(immunized, benign),
         )
         theta, record = self.extractor(problem, run=run)
-        whole = problem.frontier.full(theta)
-        whole = whole * (x.norm() / (x @ whole).norm())
-        some = next(iter(benign.sweep("train", 500, device=run.device))).x
+        extractor = problem.frontier.full(theta)
+        extractor = extractor * (x.norm() / (x @ extractor).norm())
+        inputs = next(iter(benign.sweep("train", 500, device=run.device))).x
         with torch.no_grad():
-            before = immunized(some)
-            immunized.insert_extractor(whole)
-            change = float((immunized(some) - before).abs().max() / before.abs().max())
+            before = immunized(inputs)
+            immunized.insert_extractor(extractor)
+            change = float((immunized(inputs) - before).abs().max() / before.abs().max())
         if change > LOGIT_TOLERANCE:
             message = (
                 f"benign outputs change by {change:.1e} of the largest one: the extractor is worse conditioned than "
-                f"{immunized.head.weight.dtype} resolves; a larger epsilon or a smaller stretch keeps them"
+                f"{immunized.head.weight.dtype} can resolve; use a larger epsilon or a smaller stretch"
             )
             record.events.append(Event(iteration=0, message=message))
         record.history.setdefault("output_change", []).append(change)
@@ -145,9 +147,9 @@ class IterativeDefense(LinearDefense):
         optimizer: "adam" (the paper's, for linear models) or "gd".
         learning_rate: of theta.
         initialisation: "identity", or "random" (torch's default for a linear layer, as in the paper).
-        keep: which of the iterates looked at: "definition", the one with the largest (i) among those with (ii) <= 1, as
-            Definition 3.1 wants it (the initial theta if nothing else has that); "rir", the one with the largest RIR,
-            by which the paper stops early; "last".
+        keep: which of the measured iterates is the result: "definition", the one with the largest (i) among those with
+            (ii) <= 1, as Definition 3.1 requires (the initial theta if no other qualifies); "rir", the one with the
+            largest RIR, by which the paper stops early; "last".
     """
 
     iterations: int = 300
@@ -160,35 +162,33 @@ class IterativeDefense(LinearDefense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (
-            ("optimizer", ("adam", "gd")),
-            ("initialisation", ("identity", "random")),
-            ("keep", ("definition", "rir", "last")),
-        ):
-            self.refuse_unknown(name, known)
+        self.refuse_unknown("optimizer", ("adam", "gd"))
+        self.refuse_unknown("initialisation", ("identity", "random"))
+        self.refuse_unknown("keep", ("definition", "rir", "last"))
         self.refuse_below_one("iterations")
         self.refuse_not_above_zero("learning_rate")
 
     @abstractmethod
     def start(self, problem: LinearProblem, theta: Tensor, generator: torch.Generator) -> _Descent:
-        """Returns the descent from theta; it owns everything else that is trained."""
+        """Returns the descent from theta; it holds everything else that is trained."""
 
     def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, DefenseRecord]:
-        """Descends and keeps an iterate; see `keep`."""
+        """Descends, and returns one of the iterates; see `keep`."""
         generator = run.generator(self.name)
-        first = _initial(self.initialisation, problem.width, generator).to(problem.frontier.basis.device)
-        descent = self.start(problem, first, generator)
+        theta = torch.eye(problem.width, dtype=torch.float64)
+        if self.initialisation == "random":
+            bound = 1 / math.sqrt(problem.width)  # torch.nn.Linear's default
+            theta = (2 * torch.rand(theta.shape, generator=generator, dtype=torch.float64) - 1) * bound
+        descent = self.start(problem, theta.to(problem.frontier.basis.device), generator)
         record = DefenseRecord(history={name: [] for name in self.history_names})
         best: tuple[tuple[float, float], Tensor] | None = None
         for iteration in range(self.iterations + 1):
             if iteration:
                 descent.step()
             if not bool(descent.theta.isfinite().all()):
-                record.events.append(
-                    Event(iteration=iteration, message="the extractor is not finite any more; stopped")
-                )
+                record.events.append(Event(iteration=iteration, message="the extractor is not finite; stopped"))
                 break
-            if iteration % LOOK_EVERY == 0 or iteration == self.iterations:
+            if iteration % MEASURE_EVERY == 0 or iteration == self.iterations:
                 ratios = problem.ratios(descent.theta)
                 values = (iteration, ratios.restricted, ratios.benign, ratios.rir)
                 for name, value in zip(self.history_names, values, strict=True):
@@ -199,7 +199,7 @@ class IterativeDefense(LinearDefense):
         assert best is not None
         ratios = problem.ratios(best[1])
         if self.keep == "definition" and not (ratios.restricted > 1 + 1e-9 and ratios.benign <= 1 and not ratios.lost):
-            message = "no iterate had (i) above 1 and (ii) at most 1; this one is no immunization by Definition 3.1"
+            message = "no iterate had (i) above 1 and (ii) at most 1; this one does not meet Definition 3.1"
             record.events.append(Event(iteration=self.iterations, message=message))
         return best[1], record
 
@@ -212,7 +212,7 @@ class IterativeDefense(LinearDefense):
 
 
 class _Descent(ABC):
-    """A descent of theta; a subclass says by which gradient."""
+    """A descent of theta; a subclass defines the step."""
 
     theta: Tensor
 
@@ -222,19 +222,19 @@ class _Descent(ABC):
 
 
 class GradientDescent(_Descent):
-    """Moves theta, and what is trained with it, by an optimizer over gradients that a subclass fills in.
+    """Moves theta and further parameters by an optimizer; a subclass computes the gradients.
 
     Args:
         defense: optimizer and learning rate.
-        theta: where to start.
+        theta: the initial theta.
         others: further parameters.
     """
 
     def __init__(self, defense: IterativeDefense, theta: Tensor, *others: Tensor) -> None:
         self.theta = theta.clone()
         self.others = [t.clone() for t in others]
-        kind = torch.optim.Adam if defense.optimizer == "adam" else torch.optim.SGD
-        self._optimizer = kind([self.theta, *self.others], lr=defense.learning_rate)
+        optimizer = torch.optim.Adam if defense.optimizer == "adam" else torch.optim.SGD
+        self._optimizer = optimizer([self.theta, *self.others], lr=defense.learning_rate)
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
@@ -245,10 +245,3 @@ class GradientDescent(_Descent):
         for parameter, gradient in zip([self.theta, *self.others], self.gradients(), strict=True):
             parameter.grad = gradient
         self._optimizer.step()
-
-
-def _initial(start: str, width: int, generator: torch.Generator) -> Tensor:
-    if start == "identity":
-        return torch.eye(width, dtype=torch.float64)
-    bound = 1 / math.sqrt(width)  # torch.nn.Linear's default
-    return (2 * torch.rand(width, width, generator=generator, dtype=torch.float64) - 1) * bound

@@ -10,6 +10,7 @@ exactly: K^-1 grad_theta R(H) = 2 theta grad R(H), and no system is solved.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -35,7 +36,7 @@ from holdfast.spectral.regularizers import (
 )
 
 RESOLVED = 1e12
-"""The largest condition number of a Hessian that guaranteed steps may reach: float64 does not resolve more."""
+"""The largest condition number of a Hessian that guaranteed steps may reach: float64 cannot resolve more."""
 
 CITATION = "Zheng, Bai, Bullins, Yeh, Model Immunization from a Condition Number Perspective, ICML 2025"
 
@@ -45,7 +46,7 @@ CITATION = "Zheng, Bai, Bullins, Yeh, Model Immunization from a Condition Number
 class ConditionNumber(IterativeDefense):
     """Algorithm 1: R_well on the benign task, R_ill on the restricted one, and the benign loss, together.
 
-    The benign loss is the squared error of a linear classifier omega that is trained along (line 4).
+    The benign loss is the squared error of a linear classifier omega, which is trained together with theta (line 4).
 
     Attributes:
         lambda_well: lambda_P; None: balanced, so that at the start its term has the norm of the loss's gradient (C.2).
@@ -53,14 +54,14 @@ class ConditionNumber(IterativeDefense):
         well_multiple: multiplies the balanced lambda_P. The paper searches over multiples and prints none; ours are
             from House Prices and six MNIST pairs.
         ill_multiple: multiplies the balanced lambda_H.
-        more_multiples: values of `well_multiple` that are tried in turn if no iterate has (i) above 1 and (ii) at most
-            1; each is an event. Only with `keep="definition"` and fixed steps.
+        more_multiples: values of `well_multiple` to try in turn if no iterate has (i) above 1 and (ii) at most 1; each
+            attempt is an event. Only with `keep="definition"` and fixed steps.
         step: "fixed": the joint update above with `optimizer` and `learning_rate`. "guaranteed": the two regularizers
             in turn, each with `guarantee` of its largest step of Theorem 4.3, so that each makes its own kappa
             monotone; it stops where an extreme eigenvalue is no longer simple, and has no loss term.
         guarantee: share of the largest step, in (0, 1).
-        batch_size: samples a step, of both tasks; None: all (exact K^-1). The released code has 64.
-        batch_ridge: added to the K of a batch before it is inverted; the released code has 1.
+        batch_size: samples a step, of both tasks; None: all (exact K^-1). The released code uses 64.
+        batch_ridge: added to the K of a batch before it is inverted; the released code uses 1.
     """
 
     name: ClassVar[str] = "condition"
@@ -80,17 +81,15 @@ class ConditionNumber(IterativeDefense):
         super().__post_init__()
         self.refuse_unknown("step", ("fixed", "guaranteed"))
         self.refuse_negative("lambda_well", "lambda_ill", "well_multiple", "ill_multiple")
-        if not all(0 < m < math.inf for m in self.more_multiples):
-            raise HoldfastError(f"{self.name}: more_multiples is {self.more_multiples}; expected numbers above 0.")
+        self.require(lambda value: all(0 < m < math.inf for m in value), "numbers above 0", "more_multiples")
         self.refuse_no_share("guarantee")
-        if self.batch_size is not None and self.batch_size < 2:
-            raise HoldfastError(f"{self.name}: batch_size is {self.batch_size}; expected at least 2, or none for all.")
+        self.require(lambda value: value >= 2, "at least 2, or none for all", "batch_size")
         self.refuse_not_above_zero("batch_ridge")
         if self.step == "guaranteed" and self.batch_size is not None:
-            raise HoldfastError(f"{self.name}: the guaranteed steps are of the whole tasks; leave batch_size out.")
+            raise HoldfastError(f"{self.name}: guaranteed steps use all samples; leave batch_size out.")
 
     def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, DefenseRecord]:
-        """Descends, again with the next of `more_multiples` where the result is no immunization."""
+        """Descends; tries the next of `more_multiples` if the result is not an immunization."""
         theta, record = super().extractor(problem, run=run)
         if self.keep != "definition" or self.step == "guaranteed" or not self.more_multiples:
             return theta, record
@@ -98,10 +97,10 @@ class ConditionNumber(IterativeDefense):
         if ratios.immunized and ratios.benign <= 1:
             return theta, record
         multiple, *rest = self.more_multiples
-        again, found = replace(self, well_multiple=multiple, more_multiples=tuple(rest)).extractor(problem, run=run)
+        theta, retry = replace(self, well_multiple=multiple, more_multiples=tuple(rest)).extractor(problem, run=run)
         message = f"no immunization with well_multiple {self.well_multiple:g}; tried {multiple:g}"
-        events = [*record.events, Event(iteration=self.iterations, message=message), *found.events]
-        return again, replace(found, events=events)
+        events = [*record.events, Event(iteration=self.iterations, message=message), *retry.events]
+        return theta, replace(retry, events=events)
 
     def start(self, problem: LinearProblem, theta: Tensor, generator: torch.Generator) -> _Descent:
         """See `IterativeDefense.start`."""
@@ -133,7 +132,7 @@ def eigenpairs(task: LeastSquares, theta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Algorithm1(GradientDescent):
-    """The joint update, full batch or mini-batch."""
+    """The joint update, in full batch or in mini-batches."""
 
     def __init__(
         self, defense: ConditionNumber, problem: LinearProblem, theta: Tensor, generator: torch.Generator
@@ -167,12 +166,13 @@ class _Algorithm1(GradientDescent):
             return loss, of_omega, well, ill
         (x, y), (x_restricted, _) = (_draw(pair, size, self.generator) for pair in self.problem.samples)
         loss, of_omega = _loss_gradients(x, y, theta, omega, len(x))
-        return loss, of_omega, self._batch(x, theta, False), self._batch(x_restricted, theta, True)
+        well, ill = self._batch(r_well_of_features, x), self._batch(r_ill_of_features, x_restricted)
+        return loss, of_omega, well, ill
 
-    def _batch(self, x: Tensor, theta: Tensor, ill: bool) -> Tensor:
-        layer = PreconditionedLinear(theta)
+    def _batch(self, regularizer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        layer = PreconditionedLinear(self.theta)
         z = layer(x, Preconditioner(x, self.defense.batch_ridge))
-        (r_ill_of_features if ill else r_well_of_features)(z).backward()  # type: ignore[no-untyped-call]
+        regularizer(z).backward()  # type: ignore[no-untyped-call]
         assert layer.theta.grad is not None
         return layer.theta.grad
 
@@ -193,11 +193,11 @@ class _Guaranteed(_Descent):
     def _move(self, step: float, gradient: Tensor) -> None:
         if 0 < step < math.inf:
             moved = self.theta - 2 * step * self.theta @ gradient
-            self.theta = moved * (math.sqrt(len(moved)) / moved.norm())  # kappa does not see the scale; floats do
+            self.theta = moved * (math.sqrt(len(moved)) / moved.norm())  # kappa ignores the scale; floats do not
 
 
 def _resolved_step(sigma: Tensor) -> float:
-    """The step with which kappa(H_H) reaches `RESOLVED`: by the guaranteed one alone it may cube at once.
+    """The step with which kappa(H_H) reaches `RESOLVED`: a guaranteed step alone may cube kappa at once.
 
     A step makes kappa' = kappa ((1 + a step) / (1 - b step))^2; see `ill_step_bound`.
     """
@@ -231,7 +231,7 @@ def _loss_gradients(x: Tensor, y: Tensor, theta: Tensor, omega: Tensor, samples:
 
 
 def _balance(loss: Tensor, term: Tensor) -> float:
-    """The factor that gives a term the norm of the loss's gradient; norm 1 where there is no loss to compare with."""
+    """The factor that gives a term the norm of the loss's gradient, or norm 1 if that gradient is 0."""
     size = term.norm().item()
     return (loss.norm().item() or 1.0) / size if size > 0 else 0.0
 

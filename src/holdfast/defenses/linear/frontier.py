@@ -10,7 +10,6 @@ from torch import Tensor
 from holdfast.defenses.base import DefenseRecord
 from holdfast.defenses.linear.base import LinearDefense, LinearProblem
 from holdfast.defenses.registry import register_defense
-from holdfast.errors import HoldfastError
 from holdfast.runtime.run import Run
 
 _OURS = "Holdfast, docs/frontier.md (after Zheng et al., ICML 2025)"
@@ -25,7 +24,7 @@ class FrontierDefense(LinearDefense):
 
     Attributes:
         stretch: 0 whitens the benign task, 1 (the optimum of Definition 3.1) leaves its condition number as it was.
-        rotate: whether no axis of the features is special; without it, standardising them undoes the extractor.
+        rotate: rotate the features so that no axis is special; otherwise standardising them undoes the extractor.
     """
 
     name: ClassVar[str] = "frontier"
@@ -48,12 +47,11 @@ class FrontierDefense(LinearDefense):
 class SignalFrontier(LinearDefense):
     """Protects the directions that carry benign labels and slows all others down; see `holdfast.spectral.frontier`.
 
-    It needs benign labels and restricted inputs only to report ratios: the extractor is made from the benign task
-    alone.
+    The extractor is made from the benign task alone; restricted inputs serve only to report ratios.
 
     Attributes:
         epsilon: scale of everything outside the benign signal, in (0, 1]; None: kappa(K_P)^(-1/2), with which (ii) = 1.
-        rotate: whether no axis of the features is special; without it, standardising them undoes the extractor.
+        rotate: rotate the features so that no axis is special; otherwise standardising them undoes the extractor.
     """
 
     name: ClassVar[str] = "signal-frontier"
@@ -64,10 +62,7 @@ class SignalFrontier(LinearDefense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.epsilon is not None and not 0 < self.epsilon <= 1:
-            raise HoldfastError(
-                f"signal-frontier: epsilon is {self.epsilon}; expected a number above 0 and at most 1, or none."
-            )
+        self.require(lambda value: 0 < value <= 1, "a number above 0 and at most 1, or none", "epsilon")
 
     def extractor(self, problem: LinearProblem, *, run: Run) -> tuple[Tensor, DefenseRecord]:
         """See `LinearDefense.extractor`."""

@@ -16,11 +16,11 @@ from holdfast.errors import HoldfastError
 @register_defense
 @dataclass
 class IMMA(IterativeDefense):
-    """Bi-level optimization: below, a probe descends on the restricted loss; above, theta makes it end badly.
+    """Bi-level optimization: a probe descends the restricted loss below; theta raises its final loss above.
 
     Below, w_0 = 0 and w_{j+1} = w_j - eta grad_w L(D_H, w_j, theta) with eta = 1 / lambda_max(H_H(theta)); above, theta
-    ascends L(D_H, w_J(theta), theta), back-propagated through every w_j. The step size is part of the adversary, not of
-    what theta may exploit, and is not differentiated.
+    ascends L(D_H, w_J(theta), theta), back-propagated through every w_j. The step size is part of the adversary and is
+    not differentiated, so theta cannot exploit it.
 
     Attributes:
         inner_steps: J, the simulated probe's steps.
@@ -44,7 +44,7 @@ class IMMA(IterativeDefense):
             HoldfastError: if the restricted task has no targets.
         """
         if not problem.frontier.restricted.target.shape[1]:
-            raise HoldfastError("imma: the restricted task has no targets, and it simulates a probe on them.")
+            raise HoldfastError("imma simulates a probe, and the restricted task has no targets for it.")
         return _Bilevel(self, problem, theta)
 
 

@@ -1,4 +1,4 @@
-"""Opt kappa, a baseline of the ICML 2025 paper: the condition numbers themselves, by gradient descent."""
+"""Opt kappa, a baseline of the ICML 2025 paper: gradient descent on the condition numbers themselves."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from holdfast.spectral.least_squares import LeastSquares
 class OptKappa(IterativeDefense):
     """Descends kappa(H_P(theta)) - kappa(H_H(theta)), or the difference of their logarithms.
 
-    kappa is not smooth and its gradient sees one pair of singular vectors at a time, which is what R_well and R_ill
-    mend.
+    kappa is not smooth, and its gradient depends on only one pair of singular vectors at a time; R_well and R_ill were
+    made to avoid both.
 
     Attributes:
         log: take logarithms; the plain difference is the paper's baseline.

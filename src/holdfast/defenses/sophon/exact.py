@@ -1,8 +1,8 @@
 """The exact meta-gradient of SOPHON's Eq. 4, through the graph of all simulated steps: for small K, and for tests.
 
 With phi_k = phi_(k-1) - eta v_k and v_k = mu v_(k-1) + grad L(phi_(k-1)), every term gamma_k L_alpha(phi_k) depends on
-theta through all earlier steps: its gradient has Hessian-vector products, and its graph grows with K. SOPHON, and the
-default here, therefore use the first order.
+theta through all earlier steps: its gradient has Hessian-vector products, and its graph grows with K. SOPHON and our
+default therefore use the first-order gradient.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from holdfast.defenses.sophon.simulation import SimulatedAdversary, Simulation, 
 from holdfast.tasks import Batch, Task
 
 MOMENTUM: Final = {"sgd": 0.0, "momentum": 0.9, "nesterov": 0.9}
-"""Optimizers with a differentiable step, and their momentum. Adam and its relatives divide by a root, which has no
+"""Optimizers with a differentiable step, and their momentum. Adaptive ones such as Adam divide by a root, which has no
 derivative where a gradient is 0."""
 
 
 class ExactSimulation(Simulation):
-    """As `Simulation`, with the exact gradient of Eq. 4. Adversaries train everything, with one of `MOMENTUM`."""
+    """`Simulation` with the exact gradient of Eq. 4. Adversaries train all parameters, with one of `MOMENTUM`."""
 
     def _simulate(
         self,
@@ -46,20 +46,19 @@ class ExactSimulation(Simulation):
         objective = total = torch.zeros((), device=self.device)
         for k in range(steps):
             with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no second derivative
-                loss_here = functional_call(loss_module, phi, next(training))
-                grads = torch.autograd.grad(loss_here, list(phi.values()), create_graph=True, allow_unused=True)
+                training_loss = functional_call(loss_module, phi, next(training))
+                grads = torch.autograd.grad(training_loss, list(phi.values()), create_graph=True, allow_unused=True)
             for (n, value), gradient in zip(list(phi.items()), grads, strict=True):
-                decayed = (
-                    strategy.weight_decay * value if gradient is None else gradient + strategy.weight_decay * value
-                )
+                decay = strategy.weight_decay * value
+                decayed = decay if gradient is None else gradient + decay
                 velocity[n] = momentum * velocity[n] + decayed
                 step = decayed + momentum * velocity[n] if strategy.optimizer == "nesterov" else velocity[n]
                 phi[n] = value - strategy.learning_rate * step
             batch = next(unseen)
             logits = functional_call(adversary.model, {n.removeprefix("model."): v for n, v in phi.items()}, batch.x)
-            here = loss(logits, batch.y)
-            total = total + here.detach()
-            objective = objective + (1.0 if gamma is None else gamma[k]) * here
+            suppression_loss = loss(logits, batch.y)
+            total = total + suppression_loss.detach()
+            objective = objective + (1.0 if gamma is None else gamma[k]) * suppression_loss
         parameters = list(adversary.model.parameters())
         grads = torch.autograd.grad(objective, [parameters[i] for i in adversary.shared], allow_unused=True)
         self._collect(adversary, grads, 1.0)
@@ -67,7 +66,7 @@ class ExactSimulation(Simulation):
 
 
 class _LossModule(nn.Module):
-    """The loss on a batch as a module, so that its parameters can be replaced by functions of others."""
+    """The loss on a batch as a module, so that its parameters can be replaced by functions of theta."""
 
     def __init__(self, model: nn.Module, task: Task) -> None:
         super().__init__()

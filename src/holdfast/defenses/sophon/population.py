@@ -23,10 +23,10 @@ class Population:
         model: the model being immunized.
         objective: what the defender minimises.
         phi: the strategies that adversaries are drawn from.
-        size: slots.
+        size: number of slots.
         lifetime: suppression loops after which another adversary takes the slot.
-        devices: where adversaries run; slot i has device i, modulo their number, and devices work at the same time.
-            None given: the model's.
+        devices: where adversaries run; slot i runs on device i, modulo their number, and devices work at the same time.
+            Empty: the model's device.
         kind: `Simulation`, or a subclass.
         options: of that class.
     """
@@ -48,7 +48,7 @@ class Population:
         self.clear()
 
     def clear(self) -> None:
-        """Drops all adversaries: for a model that the guard has put back."""
+        """Drops all adversaries; for use after the guard has gone back."""
         self.adversaries: dict[int, SimulatedAdversary] = {}
         self._unused_slots = set(range(self.size))
         self.next_slot = 0
@@ -69,9 +69,9 @@ class Population:
             task: defender's half of the restricted task.
             count: N, at most the size of the population.
             steps: K.
-            gamma: one weight a step, or None for 1.
-            generator: draws strategies and batches. The first adversary draws from it, every other one from a generator
-                of its own, so that the result does not depend on which runs first.
+            gamma: one weight per step, or None for 1.
+            generator: draws strategies and batches. The first adversary draws from it, every other one from its own
+                generator, so that the result does not depend on which runs first.
             evaluation: see `Simulation.run`.
         """
         for simulation in self.simulations:
@@ -79,12 +79,11 @@ class Population:
         seeds = torch.randint(2**62, (count - 1,), generator=generator).tolist()
         streams = [generator, *(torch.Generator().manual_seed(seed) for seed in seeds)]
         slots = [(self.next_slot + i) % self.size for i in range(count)]
-        first = generator
         self.next_slot = (self.next_slot + count) % self.size
 
         def adversary_of(slot: int, stream: torch.Generator) -> SimulatedAdversary:
-            if stream is not first and slot not in self.adversaries:
-                # Torch seeds the generators of all devices alike: without this, each draws the same fresh head.
+            if stream is not generator and slot not in self.adversaries:
+                # Torch seeds the generators of all devices alike: without this, each would draw the same fresh head.
                 torch.manual_seed(int(torch.randint(2**62, (), generator=stream)))
             return self._adversary(slot, task, stream)
 
@@ -95,14 +94,14 @@ class Population:
                 simulation.release(self.adversaries.pop(slot))
             return outcome
 
-        if len(self.simulations) == 1:  # in order, so that adversaries of a single loop share their memory
+        if len(self.simulations) == 1:  # one after another, so that adversaries of a single loop share their memory
             return [advance(slot, stream) for slot, stream in zip(slots, streams, strict=True)]
         for slot, stream in zip(slots, streams, strict=True):
-            adversary_of(slot, stream)  # fresh parts come from a global generator: in order, in one thread
-        lanes = [[i for i, slot in enumerate(slots) if self._simulation(slot) is s] for s in self.simulations]
-        with ThreadPoolExecutor(len(lanes)) as threads:
-            found = threads.map(lambda lane: [(i, advance(slots[i], streams[i])) for i in lane], lanes)
-            outcomes = dict(item for lane in found for item in lane)
+            adversary_of(slot, stream)  # in order and in one thread, as fresh parts come from a global generator
+        by_device = [[i for i, slot in enumerate(slots) if self._simulation(slot) is s] for s in self.simulations]
+        with ThreadPoolExecutor(len(by_device)) as threads:
+            results = threads.map(lambda share: [(i, advance(slots[i], streams[i])) for i in share], by_device)
+            outcomes = dict(item for result in results for item in result)
         for other in self.simulations[1:]:
             self.simulations[0].add_gradient_of(other)
         return [outcomes[i] for i in range(count)]
@@ -118,7 +117,7 @@ class Population:
         if slot not in self.adversaries:
             strategy = self.phi[int(torch.randint(len(self.phi), (), generator=stream))]
             self.adversaries[slot] = adversary = self._simulation(slot).start(strategy, task)
-            # The first ones end at different times: otherwise all would be at their start, and later all at their end.
+            # The first adversaries end at different times: otherwise all would begin and end together.
             first = slot in self._unused_slots
             adversary.max_loops = 1 + slot * self.lifetime // self.size if first else self.lifetime
             self._unused_slots.discard(slot)
@@ -136,7 +135,7 @@ class Population:
         return tensors, {"lives": counts, "turn": self.next_slot, "unborn": sorted(self._unused_slots)}
 
     def restore(self, task: Task, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Puts back what `saved` returned; see there."""
+        """Restores the population from what `saved` returned."""
         self.clear()
         self.next_slot, self._unused_slots = values["turn"], set(values["unborn"])
         for slot, counts in values["lives"].items():

@@ -6,6 +6,7 @@ the paper's (section 5.1.1) unless said otherwise.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -26,22 +27,23 @@ class SimulationSettings(Defense):
         steps: K, steps of each adversary in a suppression loop.
         gamma: weights of Eq. 4, one a step; None: all 1 (the paper does not give them). A step of weight 0 is not
             evaluated, which saves nearly half of its time.
-        evaluate_every: evaluate every so many steps only, with so many times the weight. Ours; the paper: every step.
+        evaluate_every: n: evaluate only every n-th step, with n times the weight. Ours; the paper: every step.
         initialisations: what adversaries start from; each draws one. The paper simulates "direct" and "head";
             "last-block", "last-half" and "shrink-perturb" are ours (see `Strategy`).
-        scopes: what they train; each draws one. The paper: everything.
+        scopes: what they train; each draws one. The paper: all parameters.
         optimizers: each draws one. The paper simulates Adam.
         learning_rates: each draws one.
         batch_sizes: each draws one.
         strategies: the whole of Phi as a list, instead of all combinations of the five settings above. Ours.
         population: adversaries that exist at the same time and are simulated in turn, at least `tasks`; None: `tasks`.
-        lifetime: suppression loops, of `steps` each, that an adversary continues for before a new one replaces it; 1:
-            each loop draws new ones, as in the paper.
+        lifetime: suppression loops, of `steps` each, after which a new adversary replaces this one; 1: each loop draws
+            new ones, as in the paper.
         disjoint: adversaries train on one half of the defender's data and are evaluated on the other, so that
             memorised samples do not count; False: both on all of it, as in the paper.
-        head_gradient: the gradient at an adversary's fresh head counts for the head of the released model, as in the
-            published code; False: it counts for nothing, as the derivative is zero.
-        second_order: the exact meta-gradient instead of the first-order one: for a small K, without Adam's relatives.
+        head_gradient: add the gradient at an adversary's fresh head to that of the released model's head, as the
+            published code does; False: leave it out, as the derivative is zero.
+        second_order: use the exact meta-gradient instead of the first-order one; for a small K, without adaptive
+            optimizers such as Adam.
     """
 
     tasks: int = 1
@@ -66,45 +68,36 @@ class SimulationSettings(Defense):
         for name in ("initialisations", "scopes", "optimizers", "learning_rates", "batch_sizes"):
             if not getattr(self, name):
                 raise HoldfastError(f"{self.name}: {name} is empty; give at least one.")
-        self._check_population()
+        if self.population is not None and self.lifetime == 1:
+            raise HoldfastError(
+                f"{self.name}: population is {self.population} and lifetime is 1, so no adversary is continued; set "
+                "lifetime to 2 or more, or leave population out."
+            )
+        self.require(lambda value: value >= self.tasks, f"at least tasks, which is {self.tasks}", "population")
         self._check_gamma()
         if self.head_gradient and (self.lifetime > 1 or self.second_order):
             raise HoldfastError(
-                f"{self.name}: head_gradient is for adversaries of one loop and the first-order meta-gradient; leave "
-                "lifetime and second_order out."
+                f"{self.name}: head_gradient works only with a lifetime of one loop and the first-order meta-gradient; "
+                "leave lifetime and second_order out."
             )
-        phi = self.phi()  # checks each strategy now, not in the middle of the work
+        phi = self.phi()  # checks each strategy before any work is done
         if self.second_order:
             _check_differentiable(self.name, phi)
-
-    def _check_population(self) -> None:
-        population = self.population
-        if population is not None and self.lifetime == 1:
-            raise HoldfastError(
-                f"{self.name}: population is {population} and lifetime 1, so that no adversary is continued; set "
-                "lifetime to 2 or more, or leave population out."
-            )
-        if population is not None and population < self.tasks:
-            raise HoldfastError(
-                f"{self.name}: population is {population} and tasks {self.tasks}: each loop needs as many adversaries."
-            )
 
     def _check_gamma(self) -> None:
         gamma = self.gamma
         if self.steps % self.evaluate_every or (gamma is not None and self.evaluate_every > 1):
             raise HoldfastError(
                 f"{self.name}: evaluate_every is {self.evaluate_every}; expected a divisor of the {self.steps} steps, "
-                "and no gamma beside it."
+                "without gamma."
             )
         if gamma is None:
             return
         if not (all(0 <= g < math.inf for g in gamma) and any(gamma)):
-            raise HoldfastError(
-                f"{self.name}: gamma is {gamma}; expected finite numbers of at least 0, and one above it."
-            )
+            raise HoldfastError(f"{self.name}: gamma is {gamma}; expected finite numbers of at least 0, one above 0.")
         if len(gamma) != self.steps:
             raise HoldfastError(
-                f"{self.name}: gamma has {len(gamma)} weights and there are {self.steps} steps; give one a step."
+                f"{self.name}: gamma has {len(gamma)} weights and there are {self.steps} steps; give one per step."
             )
 
     @property
@@ -119,36 +112,30 @@ class SimulationSettings(Defense):
         """Returns every strategy that may be simulated: the paper's Phi.
 
         Raises:
-            HoldfastError: for adapters, which the released model does not have.
+            HoldfastError: for adapters, which the released model does not have, or an empty list.
         """
         if self.strategies is not None:
             phi = list(self.strategies)
         else:
-            phi = [
-                Strategy(initialisation, scope, optimizer, rate, size)
-                for initialisation in self.initialisations
-                for scope in self.scopes
-                for optimizer in self.optimizers
-                for rate in self.learning_rates
-                for size in self.batch_sizes
-            ]
+            choices = (self.initialisations, self.scopes, self.optimizers, self.learning_rates, self.batch_sizes)
+            phi = [Strategy(*choice) for choice in itertools.product(*choices)]
         if not phi:
             raise HoldfastError(f"{self.name}: strategies is empty; give at least one, or leave it out.")
         if any(strategy.scope in ADAPTED for strategy in phi):
             raise HoldfastError(
-                f"{self.name}: adapters (lora) cannot be simulated: they are not in the model that is immunized. Scope "
-                "'all' is the stronger adversary."
+                f"{self.name}: adapters (lora) cannot be simulated, because the immunized model has none. Scope 'all' "
+                "is the stronger adversary."
             )
         return phi
 
 
 def _check_differentiable(name: str, phi: list[Strategy]) -> None:
-    """Refuses strategies through whose steps `ExactSimulation` cannot differentiate."""
+    """Refuses strategies that `ExactSimulation` cannot differentiate through."""
     for strategy in phi:
         plain = strategy.gradient == "raw" and strategy.precision == "float32"
         if strategy.optimizer not in MOMENTUM or strategy.scope != "all" or not plain:
             raise HoldfastError(
-                f"{name}: the exact meta-gradient is for adversaries that train everything with "
+                f"{name}: the exact meta-gradient is for adversaries that train all parameters with one of "
                 f"{', '.join(MOMENTUM)}, by the raw gradient, in float32; got {strategy}. Set optimizers, or "
                 "second_order: false."
             )
@@ -156,18 +143,17 @@ def _check_differentiable(name: str, phi: list[Strategy]) -> None:
 
 @dataclass
 class SuppressionSettings(Defense):
-    """Suppression: what the defender minimises along the simulated fine-tuning, and the step that it takes.
+    """Suppression: the loss that the defender minimises along the simulated fine-tuning, and its optimizer.
 
     Attributes:
         loss: suppression loss. For classifiers "ice" (Eq. 11), "klu" (Eq. 13), "released" (what the published code
             has for Eq. 11), or "ce-ascent", the unstable baseline; for denoisers "dos" (Eq. 16), or "mse-ascent", the
-            unstable baseline; "none", if there is a `probe_weight`.
-            By default ("auto"), "ice" for classifiers and "dos" for denoisers.
+            unstable baseline; "none", if there is a `probe_weight`. "auto": "ice" for classifiers, "dos" for denoisers.
         suppression_loops: l_FTS, suppression loops a round.
         suppression_lr: alpha, learning rate of suppression's Adam.
         joint_weight: add the meta-gradient, times this, to the gradient of the reinforcement loss in each of its loops,
             and take one step with both, instead of one step with each of two Adams. Adam divides by the size of its own
-            gradient, so that with two of them suppression moves each weight as far, whatever it costs the benign task.
+            gradient: with two of them, suppression moves each weight equally far, whatever that costs the benign task.
             Ours; None: two Adams, as in the paper.
         clip: the norm of the meta-gradient is clipped to this (published code; the value is ours); None: never.
         probe_weight: weight of `ridge_probe` on the adversaries' features, beside the suppression loss; 0: none, as in
@@ -191,15 +177,14 @@ class SuppressionSettings(Defense):
         super().__post_init__()
         if self.loss not in (*LOSSES, "auto", "none"):
             raise unknown("suppression loss", self.loss, [*LOSSES, "auto", "none"])
-        self.refuse_below_one("suppression_loops", "probe_batch", "probe_depth")
+        self.refuse_below_one("suppression_loops", "probe_depth")
         self.refuse_not_above_zero("suppression_lr", "joint_weight", "clip", "probe_ridge")
         self.refuse_negative("probe_weight")
         if self.loss == "none" and not self.probe_weight:
             raise HoldfastError(
                 f"{self.name}: loss is 'none' and probe_weight is 0, so nothing is suppressed; give one."
             )
-        if self.probe_batch < 2:
-            raise HoldfastError(f"{self.name}: probe_batch is {self.probe_batch}; a probe needs at least 2 samples.")
+        self.require(lambda value: value >= 2, "at least 2, the fewest samples that a probe needs", "probe_batch")
 
 
 @dataclass
@@ -213,7 +198,7 @@ class ReinforcementSettings(Defense):
         distillation: weight of KL(original || model) on benign batches, for denoisers of the squared difference of
             their outputs, beside the reinforcement loss; 0: none, as in the paper.
         temperature: of that distillation.
-        recovery_loops: where the benign score is too low, the guard first tries so many reinforcement loops; 0: none.
+        recovery_loops: if the benign score is too low, the guard first tries this many reinforcement loops; 0: none.
     """
 
     reinforcement_loops: int = 1

@@ -6,12 +6,13 @@ this map as the identity, the gradient with respect to theta is about the sum of
 
 So the graph of earlier steps is not needed: each gradient is added to a buffer and dropped, and memory does not grow
 with K. For a part that was initialised anew, the head or the last blocks, the Jacobian with respect to the released
-part is exactly zero: such simulations add no gradient to it. Where a start mixes every weight with a fresh one
+part is exactly zero: such simulations add no gradient to it. If a start mixes every weight with a fresh one
 ("shrink-perturb"), the Jacobian of these weights is the share that is kept. A parameter that no simulation reached has
 no gradient (None). With a gradient of zeros, Adam would still move it, by the moments of earlier loops.
 
-A simulated adversary may continue for several suppression loops. Between them theta moves, and the adversary with it:
-the difference phi - theta is kept, as a Jacobian of the identity implies. A long horizon then costs K steps a loop.
+A simulated adversary may continue for several suppression loops. Between them theta moves, and the adversary moves with
+it: the difference phi - theta is kept, as a Jacobian of the identity implies. A long horizon thus costs only K steps a
+loop.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class SimulatedAdversary:
         optimizer: its own, with its moments.
         shared: indices of the parameters that did not start anew, and the share of each that was kept; the gradient
             reaches these parameters of the model.
-        loops_done: suppression loops that it has been simulated in.
-        max_loops: after so many, another adversary replaces it.
+        loops_done: number of suppression loops in which it was simulated.
+        max_loops: after this many, another adversary replaces it.
     """
 
     model: SplitModel
@@ -68,13 +69,13 @@ class SimulatedAdversary:
 class Simulation:
     """Simulated fine-tuning and the first-order meta-gradient, in buffers that are made once.
 
-    Where blocks of the body start anew, a fresh model is drawn for each adversary.
+    If blocks of the body start anew, a fresh model is drawn for each adversary.
 
     Args:
         model: the model being immunized; never written to.
         objective: what the defender minimises; or its suppression loss alone.
         bf16: compute in bfloat16 where torch's autocast considers it safe.
-        compiled: let torch.compile make the adversaries' forward passes.
+        compiled: compile the adversaries' forward passes with torch.compile.
         head_gradient: see `SimulationSettings.head_gradient`.
         device: of the adversaries and of the gradient buffer; None: the model's.
     """
@@ -105,7 +106,7 @@ class Simulation:
         self._reached.clear()
 
     def gradients(self) -> list[Tensor | None]:
-        """Returns the meta-gradient of each parameter; None where no simulation since `zero` reached it."""
+        """Returns the meta-gradient of each parameter; None if no simulation has reached it since `zero`."""
         return [g if i in self._reached else None for i, g in enumerate(self.gradient)]
 
     def add_gradient_of(self, other: Simulation) -> None:
@@ -115,7 +116,7 @@ class Simulation:
     def start(self, strategy: Strategy, task: Task) -> SimulatedAdversary:
         """Returns a new adversary in the state that its strategy starts from.
 
-        Fresh parts are drawn from torch's global generator. The memory of a released adversary is used again.
+        Fresh parts are drawn from torch's global generator. The memory of a released adversary is reused.
         """
         copy, head = self._spare if self._spare is not None else self._copy()
         self._spare = None
@@ -135,7 +136,7 @@ class Simulation:
         return SimulatedAdversary(copy, head, strategy, optimizer_of(copy, strategy), shared)
 
     def release(self, adversary: SimulatedAdversary) -> None:
-        """Takes an adversary back; the next one gets its memory."""
+        """Gives an adversary's memory to the next one."""
         self._spare = adversary.model, adversary.head
 
     def _copy(self) -> tuple[SplitModel, nn.Module]:
@@ -144,8 +145,8 @@ class Simulation:
         body = (p for n, m in copy.network.named_modules() if m is not copy.head for p in m.parameters(recurse=False))
         if any(id(p) in head for p in body):
             raise HoldfastError(
-                f"{copy.name}: its head shares weights with its body, so that a simulated adversary cannot start one "
-                "anew without the other; untie them."
+                f"{copy.name}: its head shares weights with its body, so a simulated adversary cannot start one anew "
+                "without the other; untie them."
             )
         if self.compiled:
             copy.network.compile()
@@ -167,18 +168,18 @@ class Simulation:
             task: defender's half of the restricted task; fine-tuning batches R and evaluation batches T come from it.
             strategy: how the adversary fine-tunes.
             steps: K.
-            gamma: one weight a step, or None for 1.
+            gamma: one weight per step, or None for 1.
             generator: draws R and T.
-            evaluation: where T comes from instead, so that samples that the adversary memorised do not count.
+            evaluation: draw T from this task instead, so that samples that the adversary memorised do not count.
 
         Returns:
             The mean suppression loss over the steps that count, not finite if any step's was not, and the adversary's
             score on the last batch T.
         """
         adversary = self.start(strategy, task)
-        seen = self._simulate(adversary, task, steps, gamma, generator, evaluation or task)
+        outcome = self._simulate(adversary, task, steps, gamma, generator, evaluation or task)
         self.release(adversary)
-        return seen
+        return outcome
 
     def advance(
         self,
@@ -190,14 +191,14 @@ class Simulation:
         generator: torch.Generator,
         evaluation: Task | None = None,
     ) -> SimulationOutcome:
-        """As `run`, for an adversary that is new or was advanced before, and can be advanced again."""
+        """Like `run`, for an adversary that is new or was advanced before, and can be advanced again."""
         if adversary.loops_done:
             self._move(adversary, 1.0)
             self._update_statistics(adversary)
-        seen = self._simulate(adversary, task, steps, gamma, generator, evaluation or task)
+        outcome = self._simulate(adversary, task, steps, gamma, generator, evaluation or task)
         self._move(adversary, -1.0)
         adversary.loops_done += 1
-        return seen
+        return outcome
 
     def _simulate(
         self,
@@ -218,7 +219,7 @@ class Simulation:
         weights = gamma if gamma is not None else (1.0,) * steps
         evaluated = sum(weight > 0 for weight in weights)
         total = torch.zeros((), device=self.device)
-        # Without autocast's cache: it holds weights as they were before the step.
+        # Without autocast's cache, which holds weights from before the step.
         with autocast(self.device, self.bf16, cache=False):
             for k in range(steps):
                 next(training)
@@ -253,33 +254,33 @@ class Simulation:
         return loss.detach()
 
     def _collect(self, adversary: SimulatedAdversary, grads: Sequence[Tensor | None], weight: float) -> None:
-        """Adds gradients with respect to what the adversary kept of the model's parameters to the buffer."""
+        """Adds gradients of the shared parameters to the buffer, each times the share that was kept."""
         kept = adversary.shared.items()
         scaled = {i: g if g is None or share == 1 else share * g for (i, share), g in zip(kept, grads, strict=True)}
         self._accumulate(scaled, weight)
 
     def _accumulate(self, grads: Mapping[int, Tensor | None], weight: float) -> None:
-        found = {i: g.to(self.device) for i, g in grads.items() if g is not None}
-        self._reached.update(found)
-        if found:
-            torch._foreach_add_([self.gradient[i] for i in found], list(found.values()), alpha=weight)
+        reached = {i: g.to(self.device) for i, g in grads.items() if g is not None}
+        self._reached.update(reached)
+        if reached:
+            torch._foreach_add_([self.gradient[i] for i in reached], list(reached.values()), alpha=weight)
 
     @torch.no_grad()
     def _move(self, adversary: SimulatedAdversary, sign: float) -> None:
-        """Adds what the adversary keeps of the model's parameters to its own (sign 1), or subtracts it (sign -1)."""
+        """Adds the model's shared parameters to the adversary's (sign 1), or subtracts them (sign -1)."""
         parameters, own = list(self.model.parameters()), list(adversary.model.parameters())
         for i, share in adversary.shared.items():
             own[i].add_(parameters[i].to(self.device), alpha=sign * share)
 
     def _update_statistics(self, adversary: SimulatedAdversary) -> None:
-        """Where only a part is trained, the rest is in evaluation mode: it gets the model's present statistics."""
-        model = adversary.model
-        trained = {id(b) for m in trained_modules(model, adversary.strategy) for b in m.buffers()}
-        if adversary.strategy.scope in ("head", "last-block"):
-            theirs = dict(self.model.network.named_buffers())
+        """Copies the model's statistics into the parts that stay in evaluation mode while another part is trained."""
+        model, strategy = adversary.model, adversary.strategy
+        if strategy.scope in ("head", "last-block"):
+            trained = {id(b) for m in trained_modules(model, strategy) for b in m.buffers()}
+            current = dict(self.model.network.named_buffers())
             for name, buffer in model.network.named_buffers():
-                if id(buffer) not in trained and name in theirs:
-                    buffer.copy_(theirs[name])
+                if id(buffer) not in trained and name in current:
+                    buffer.copy_(current[name])
 
     def saved(self, adversary: SimulatedAdversary) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Returns the tensors and counts from which `restored` makes an adversary again, between two loops."""
@@ -290,7 +291,7 @@ class Simulation:
     def restored(
         self, strategy: Strategy, task: Task, tensors: Mapping[str, Tensor], counts: Mapping[str, int]
     ) -> SimulatedAdversary:
-        """Returns an adversary as it was `saved`."""
+        """Returns the adversary that was `saved`."""
         adversary = self.start(strategy, task)
         own = adversary.model.network.state_dict()
         for name, value in tensors.items():
@@ -304,7 +305,7 @@ class Simulation:
 
 @contextmanager
 def _requiring_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Parameters that the adversary does not train still have a meta-gradient."""
+    """Lets parameters that the adversary does not train have a meta-gradient."""
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
@@ -315,5 +316,5 @@ def _requiring_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def full_precision(values: Tensor) -> Tensor:
-    """Returns half-precision values in float32, in which losses are computed, and others as they are."""
+    """Returns half-precision values in float32, in which losses are computed, and other values unchanged."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

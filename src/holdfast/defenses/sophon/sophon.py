@@ -35,9 +35,9 @@ from holdfast.training import Precision, not_applicable
 @register_defense
 @dataclass
 class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, GuardedDefense):
-    """SOPHON, with hyper-parameters in groups.
+    """SOPHON, with its hyper-parameters in groups.
 
-    Each group is documented at its class; recipes and the constructor name every hyper-parameter directly:
+    Each group is documented in its class; recipes and the constructor name every hyper-parameter directly:
 
     - the simulated adversaries: `SimulationSettings`;
     - suppression, the step against them: `SuppressionSettings`;
@@ -47,7 +47,7 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
 
     Attributes:
         precision: of forward and backward passes: "float32", or "bf16" where torch's autocast considers it safe.
-        compile: let torch.compile make the forward passes: worth its start-up time for long runs.
+        compile: compile the forward passes with torch.compile; worth its start-up time in long runs.
 
     Raises:
         HoldfastError: for a value out of range.
@@ -64,7 +64,7 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
     )
 
     title: ClassVar[str] = "SOPHON"
-    """How the progress display calls it."""
+    """The name in the progress display."""
 
     precision: Precision = "float32"
     compile: bool = False
@@ -74,13 +74,11 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
         self.refuse_unknown("precision", get_args(Precision))
         if self.joint_weight is not None and (self.suppression_loops > 1 or self.reinforcement_loops < 1):
             raise HoldfastError(
-                f"{self.name}: joint_weight is for one suppression loop and at least one reinforcement loop a round; "
+                f"{self.name}: joint_weight needs one suppression loop and at least one reinforcement loop a round; "
                 "set them, or leave it out."
             )
         if self.recovery_loops > 0 and not self.guard:
-            raise HoldfastError(
-                f"{self.name}: recovery_loops are the guard's, which is off; set guard, or leave them out."
-            )
+            raise HoldfastError(f"{self.name}: recovery_loops need the guard, which is off; set guard, or drop them.")
         if self.second_order and (
             self.lifetime > 1 or self.probe_weight or self.precision != "float32" or self.compile
         ):
@@ -90,10 +88,10 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
             )
 
     def check_kinds(self, benign: Task, restricted: Task) -> None:
-        """Refuses kinds of tasks that cannot be combined, or that the losses are not for.
+        """Refuses kinds of tasks that do not fit together, or that do not fit the losses.
 
         Raises:
-            HoldfastError: saying which, and what to set.
+            HoldfastError: with the tasks' kinds and the setting to change.
         """
         fitting = restricted.suppression_losses
         if not fitting or benign.suppression_losses != fitting:
@@ -114,7 +112,7 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
 
     def resolved(self, benign: Task) -> Sophon:
         """See `Defense.resolved`."""
-        if self.loss != "auto" or not benign.suppression_losses:  # `check_kinds` refuses a task without
+        if self.loss != "auto" or not benign.suppression_losses:  # `check_kinds` refuses a task without losses
             return self
         settings: dict[str, Any] = {"loss": benign.suppression_losses[0]}
         return replace(self, **settings)
@@ -133,15 +131,15 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
         self.check_kinds(benign, restricted)
         if self.precision == "bf16" and model.dtype == torch.float64:
             raise HoldfastError(
-                f"{self.name}: precision is bf16 and {model.name} computes in float64, which autocast leaves alone; "
-                "set precision: float32."
+                f"{self.name}: precision is bf16, but {model.name} computes in float64, which autocast does not "
+                "change; set precision: float32."
             )
         check_fits(model, benign, own_task=True)
         check_fits(model, restricted, own_task=False)
         if self.head_gradient and model.num_outputs != restricted.num_outputs:
             raise HoldfastError(
                 f"{self.name}: head_gradient adds the gradient at a head of {restricted.num_outputs} outputs to one of "
-                f"{model.num_outputs}; leave it out, or choose tasks with as many classes."
+                f"{model.num_outputs}; leave it out, or choose tasks with equally many classes."
             )
         if self.probe_depth > len(model.blocks()):
             raise HoldfastError(
@@ -192,7 +190,7 @@ class _Immunization(Immunization[Sophon]):
         self.teacher = model.clone().to(run.device).eval() if config.distillation else None
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """See `Immunization.make_optimizers`; the guard halves the suppressor's rate alone."""
+        """See `Immunization.make_optimizers`; the guard halves only the suppressor's rate."""
         rates = {"suppressor": self.rate, "reinforcer": self.config.reinforcement_lr}
         if self.config.joint_weight is not None:
             del rates["suppressor"]
@@ -230,7 +228,7 @@ class _Immunization(Immunization[Sophon]):
 
     @torch.no_grad()
     def _join(self, waiting: Sequence[Tensor | None]) -> None:
-        """Adds the meta-gradient that waits for the joint step; see `SuppressionSettings.joint_weight`."""
+        """Adds the meta-gradient to the gradient of the joint step; see `SuppressionSettings.joint_weight`."""
         for parameter, gradient in zip(self.model.parameters(), waiting, strict=False):
             if gradient is not None and parameter.requires_grad:
                 own = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
@@ -263,7 +261,7 @@ class _Immunization(Immunization[Sophon]):
         return outcomes
 
     def _reinforcement_loss(self, batch: Batch) -> Tensor:
-        """L_beta, and the distance of the model's outputs from the original's."""
+        """L_beta, plus the weighted distance of the model's outputs from the original's."""
         if self.teacher is None:
             return self.benign.loss(self.model, batch)
         with torch.no_grad():
@@ -273,30 +271,26 @@ class _Immunization(Immunization[Sophon]):
         return self.benign.loss_of(outputs, batch) + self.config.distillation * distance
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """See `Immunization.saved`."""
         return self.population.saved()
 
     def restore_own(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """See `Immunization.restore_own`."""
         self.population.restore(self.learned, tensors, values)
 
     def forget(self) -> None:
-        """See `Immunization.forget`."""
         self.population.clear()
 
     def too_low(self, why: str) -> bool:
-        """See `Immunization.too_low`: reinforcement alone may recover the score; else the guard goes back."""
+        """See `Immunization.too_low`; if reinforcement alone does not recover the score, the guard goes back."""
         config = self.config
         if config.recovery_loops:
-            with self.run.seeded(
-                *process_group().own("sophon", "recovery", self.round, self.record.rollbacks)
-            ) as generator:
+            purpose = process_group().own("sophon", "recovery", self.round, self.record.rollbacks)
+            with self.run.seeded(*purpose) as generator:
                 self._reinforce(config.recovery_loops, generator)
             process_group().sync_buffers(self.model)
             self.record.history["gradient_passes"][-1] = self._passes() + config.recovery_loops
             score = self.benign_score()
             if self.guard.acceptable(score):
-                self.say(f"{why}: brought back to {score:.3f} by {config.recovery_loops} reinforcement loops")
+                self.say(f"{why}: recovered to {score:.3f} by {config.recovery_loops} reinforcement loops")
                 self.keep(score)
                 return True
         self.go_back(why)
@@ -304,6 +298,6 @@ class _Immunization(Immunization[Sophon]):
 
 
 def _devices(chosen: torch.device) -> list[torch.device]:
-    """Where simulated adversaries run: on all GPUs, as in the paper, unless one GPU was chosen by its number."""
+    """The devices of simulated adversaries: all GPUs, as in the paper, unless one GPU was chosen by its number."""
     count = torch.cuda.device_count() if chosen.type == "cuda" and chosen.index is None else 1
     return [torch.device("cuda", i) for i in range(count)] if count > 1 else [chosen]

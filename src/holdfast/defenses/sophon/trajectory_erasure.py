@@ -1,4 +1,4 @@
-"""Trajectory erasure: SOPHON's simulation, with losses that remove information instead of misdirecting the answer."""
+"""Trajectory erasure: SOPHON's simulation, with losses that remove information instead of changing the prediction."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from holdfast.defenses.sophon.sophon import Sophon
 class TrajectoryErasure(Sophon):
     """SOPHON's Algorithm 1 with other losses and adversaries; see docs/trajectory-erasure.md.
 
-    - KLU (Eq. 13) in place of ICE: the answer should say nothing. ICE moves the answer, and a new head reads the moved
-      answer as well as the right one.
-    - At the end of each simulation, ridge probes: no head at all should read the labels off the features.
-    - Strong adversaries, whose steps of 1e-2 shake off what weak suppression wrote.
-    - A large step of suppression. Where it costs too much, some reinforcement loops bring the benign score back.
+    - KLU (Eq. 13) in place of ICE: outputs should contain no information. ICE moves the predicted class, and a new head
+      reads the moved class as well as the right one.
+    - Ridge probes at the end of each simulation: no head at all should read the labels from the features.
+    - Strong adversaries, whose steps of 1e-2 undo weak suppression.
+    - A large suppression step. If it costs too much, reinforcement loops recover the benign score.
 
-    The settings are those of `Sophon` with other defaults, which were chosen on `mnist[0-4]` to `mnist[5-9]`.
+    The settings are those of `Sophon` with other defaults, chosen on `mnist[0-4]` to `mnist[5-9]`.
 
     Example:
         >>> TrajectoryErasure().loss, Sophon().loss
