@@ -110,7 +110,7 @@ class TestRecipe:
             (["benign.data=digitz"], "did you mean 'digits'"),
             (["model.name=cmn"], "did you mean 'cnn'"),
             (["audit.shots=1000"], "lower `shots`"),
-            (["audit.battery=quick"], "did you mean 'quick-v1'"),
+            (["audit.battery=quick"], "did you mean 'quick-v"),
             (["pretrain=null"], "the model has no weights"),
             (["restricted.channels=3"], "cannot take the inputs"),
             (["model.weights=no.safetensors"], "does not exist"),
