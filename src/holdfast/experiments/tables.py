@@ -151,13 +151,14 @@ def _trade_off(settings: Sequence[SettingScores], compared: Mapping[str, Mapping
                 continue
             areas = [mean_of(seed[1:]) for seed in ahead]
             own = {seed: made for (label, seed), made in setting.made.items() if label == model}
+            place: TableRow = {"setting": setting.name, "model": model}
+            lost = "benign drop" if setting.measure.percent else "benign rise"
             if not own:
-                found.append({"setting": setting.name, "model": model, "seed": "", "advantage": Cell.of(areas)})
+                found.append({**place, "seed": "", lost: Cell.of([]), "advantage": Cell.of(areas)})
             for seed, made in own.items():
-                row: TableRow = {"setting": setting.name, "model": model, "seed": str(seed)}
-                row["benign drop" if setting.measure.percent else "benign rise"] = setting.lost_by(made)
                 # Attack seed s meets the model of defense seed s mod their number.
-                found.append({**row, "advantage": Cell.of(areas[s] for s in range(len(areas)) if s % len(own) == seed)})
+                met = Cell.of(areas[s] for s in range(len(areas)) if s % len(own) == seed)
+                found.append({**place, "seed": str(seed), lost: setting.lost_by(made), "advantage": met})
     note = (
         "Of each immunized model: what it lost on the benign task, and the mean advantage over scratch that the best "
         "attack still has, over all epochs but 0 (mean ± standard error over seeds)."

@@ -57,7 +57,7 @@ def _points(table: Table, setting: str, timing: dict[str, float], alone: str) ->
             continue
         model, seed = str(row["model"]), str(row["seed"])
         lost = row.get("benign drop", row.get("benign rise"))
-        drop = 0.0 if lost is None else lost.mean if isinstance(lost, Cell) else None
+        drop = lost.mean if isinstance(lost, Cell) and lost.n else 0.0  # the original lost nothing
         if drop is None:
             continue
         seconds = timing.get(f"immunize {setting or alone}: {model}, seed {seed}")
@@ -91,6 +91,7 @@ def _plot(name: str, title: str, points: list[_Point], *, percent: bool) -> Plot
     plain = figure_of(height=420, legend=True, margin={"l": 64, "r": 12, "t": 12, "b": 48})
     plain.layout.pop("xaxis")
     figure.update_layout(plain.layout)
+    figure.update_layout(legend={"y": 1.1})  # clear of the points, also in two rows
     axis = {"zeroline": False, "fixedrange": True}
     figure.update_xaxes(axis)
     figure.update_yaxes(axis)
