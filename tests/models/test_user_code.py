@@ -212,8 +212,8 @@ class TestWhatIsReturned:
 @pytest.mark.parametrize(
     ("verb", "options", "message"),
     [
-        ("feasibility", ["--head", "fc"], "--head is of a model"),
-        ("feasibility", ["--mean", "0.5"], "--mean is of a model"),
+        ("feasibility", ["--head", "fc"], "--head needs a MODEL"),
+        ("feasibility", ["--mean", "0.5"], "--mean needs a MODEL"),
         ("audit", ["cnn.safetensors", "--original", "cnn.safetensors", "--trials", "9"], "quick-v1 is not a search"),
     ],
 )
