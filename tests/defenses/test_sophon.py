@@ -772,7 +772,7 @@ class TestAveraging:
         scores = iter([1e9, 0.0])
         monkeypatch.setattr(type(digit_images[0]), "score", lambda *_: next(scores))
         made, record = going.finish()
-        assert ("brought back" if recovery else "halved") in record.events[0].message
+        assert ("recovered to" if recovery else "halved") in record.events[0].message
         assert all(torch.equal(v, going.average.state[n]) for n, v in made.network.state_dict().items())
         same = made.facts().sha256 == denoiser.facts().sha256
         assert same is not bool(recovery)
