@@ -24,7 +24,7 @@ register_battery(
     ),
 )
 # Two more for what quick-v1 misses: a network that answers a constant on restricted samples, with hardly a gradient
-# back (docs/sophon-published.md). All of quick-v1 stays at one class's share there; these two do not.
+# back (docs/sophon-published.md). All of quick-v1 that trains the body stays at one class's share there.
 register_battery(
     "quick-v2",
     (
