@@ -83,10 +83,11 @@ def _constant(curves: Sequence[Curve], adversaries: Sequence[str], constant_scor
 
     found = [n for n in adversaries if stuck("immunized", n) and not stuck("original", n)]
     if found:
+        more = f"{found[0]}, ..." if len(found) > 1 else found[0]
         yield raised(
             "Constant answers",
             "critical" if len(found) > len(adversaries) / 2 else "warning",
-            f"After {len(found)} of {len(adversaries)} plain fine-tunings ({found[0]}, ...), every score of every seed "
+            f"After {len(found)} of {len(adversaries)} plain fine-tunings ({more}), every score of every seed "
             "is exactly the share of one class: the model gives one answer to all samples. The original does not.",
         )
 

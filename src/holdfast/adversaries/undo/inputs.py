@@ -68,14 +68,14 @@ def renormalise_inputs(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
     """Normalises each channel by the adversary's own images, so that the network gets mean 0 and deviation 1."""
-    count, total, square = 0, torch.zeros((), device=device), torch.zeros((), device=device)
+    count, total, square = 0, torch.zeros(()), torch.zeros(())  # on the CPU, as not every device has float64
     for x in samples(task, generator, device):
-        values = x.double().movedim(1, 0).flatten(1)
+        values = x.cpu().double().movedim(1, 0).flatten(1)
         count += values.shape[1]
         total, square = total + values.sum(1), square + values.square().sum(1)
     mean = total / count
     std = (square / count - mean.square()).clamp_min(LEAST_STD**2).sqrt()
-    _set_normalisation(model, mean.view(-1, 1, 1), std.view(-1, 1, 1))
+    _set_normalisation(model, *(v.view(-1, 1, 1).float().to(device) for v in (mean, std)))
 
 
 @undo_move("enlarge-inputs", impossible=_fixed_size)
