@@ -97,6 +97,7 @@ DEFENSES: dict[str, Defense] = {
 
 DENOISING: dict[str, Defense] = {
     "sophon-dos": Sophon(max_benign_drop=1.0, **_BRIEF),
+    "trajectory-erasure": TrajectoryErasure(max_benign_drop=1.0, recovery_loops=2, probe_batch=20, **_BRIEF),
     "sophon-mse-ascent": Sophon(loss="mse-ascent", max_benign_drop=1.0, **_BRIEF),
     "sophon-exact": Sophon(second_order=True, optimizers=("sgd", "momentum"), max_benign_drop=1.0, **_BRIEF),
     "sophon-bf16": Sophon(precision="bf16", max_benign_drop=1.0, **_BRIEF),

@@ -185,6 +185,13 @@ class TestRidgeProbe:
         z[0, 0] = value
         assert ridge_probe(z, torch.arange(6) % 2).isnan()
 
+    def test_values_are_explained_as_one_hot_classes_are(self):
+        z, y = torch.randn(12, 3, generator=_seeded(), dtype=torch.float64), torch.arange(12) % 3
+        one_hot = torch.nn.functional.one_hot(y).double()
+        assert torch.allclose(ridge_probe(z, one_hot), ridge_probe(z, y), rtol=1e-10)
+        values = 5 * z[:, :1] - 2 * z[:, 1:2] + 7
+        assert float(ridge_probe(z, values, 1e-9)) == pytest.approx(1, abs=1e-6)
+
     def test_refuses_one_class_and_no_ridge(self):
         with pytest.raises(HoldfastError, match="at least 2 classes"):
             ridge_probe(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))

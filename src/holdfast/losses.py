@@ -176,7 +176,7 @@ def ridge_probe(features: Tensor, labels: Tensor, ridge: float = 0.01) -> Tensor
 
     Args:
         features: shape (N, D), floating point; the result is computed in float64.
-        labels: shape (N,), int64; at least two different ones.
+        labels: classes, int64 of shape (N,), at least two different ones; or values to predict, shape (N, M).
         ridge: relative strength of the regularisation, above 0.
 
     Returns:
@@ -268,12 +268,15 @@ def _smaller_gram(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _centred(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Features and one-hot labels of a batch, centred, float64."""
+    """Features and one-hot labels (or values) of a batch, centred, float64."""
+    z = features.to(torch.float64)
+    if labels.dim() == 2:
+        y = labels.to(torch.float64)
+        return z - z.mean(0), y - y.mean(0)
     classes, index = torch.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise HoldfastError("A probe needs samples of at least 2 classes; the batch has one. Take a larger batch.")
     y = F.one_hot(index, len(classes)).to(torch.float64)
-    z = features.to(torch.float64)
     return z - z.mean(0), y - y.mean(0)
 
 

@@ -213,7 +213,7 @@ class TestImmunizeAndAudit:
             capsys, "feasibility", "--benign", "digits[0-4]@kind=denoising", "--restricted",
             "digits[5-9]@kind=denoising", "--out", tmp_path / "f",
         )  # fmt: skip
-        refused(done, "the denoising task", "SOPHON is the defense for denoisers")
+        refused(done, "the denoising task", "For denoisers there are sophon and trajectory-erasure")
 
     def test_exit_3_where_the_model_does_not_resist(self, files, tmp_path, capsys):
         """The original, audited as if it were immunized, on samples so few that it has an advantage."""

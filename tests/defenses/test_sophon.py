@@ -210,7 +210,7 @@ class TestSimulation:
         assert not close(gradient(2), gradient(1))
 
     def test_a_probe_deeper_than_the_body_is_refused(self, model, benign, restricted, run):
-        with pytest.raises(HoldfastError, match="probe_depth is 9 and the body of"):
+        with pytest.raises(HoldfastError, match="the depth of a probe is 9; expected 1 to"):
             Sophon(probe_weight=1.0, probe_depth=9).immunize(model, benign, restricted, run=run)
 
     def test_the_probe_reaches_what_the_adversary_freezes(self, small, task):
@@ -710,7 +710,7 @@ class TestKinds:
         ("settings", "words"),
         [
             ({"loss": "ice"}, "set loss to dos or mse-ascent"),
-            ({"probe_weight": 0.5}, "a denoiser has no features"),
+            ({"probe_weight": 0.5, "probe_depth": 2}, "the depth of a probe is 2; expected 1 for a denoiser"),
         ],
     )
     def test_what_a_denoiser_cannot_take_is_refused(self, denoiser, digit_images, run, settings, words):

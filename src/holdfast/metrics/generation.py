@@ -119,12 +119,11 @@ def _pictures(x: Tensor) -> Tensor:
 def restore(model: Denoiser, pictures: Tensor, t: int, *, seed: int, steps: int = 50, batch: int = BATCH) -> Tensor:
     """Adds noise to pictures and removes it with a denoiser, as in Figures 5 and 6 of the SOPHON paper.
 
-    Noise is removed by DDIM (Song et al. 2021, Eq. 12) without new noise, at steps spread evenly from t to 0: with
-    a = alpha-bar, x_0 is estimated as (x_t - sqrt(1 - a_t) epsilon) / sqrt(a_t), and x_s at the next step s < t is
-    sqrt(a_s) x_0 + sqrt(1 - a_s) epsilon. The last estimate of x_0 is the result.
+    Noise is removed by DDIM without new noise (see `Schedule.step_back`), at steps spread evenly from t to 0. The last
+    estimate of x_0 is the result.
 
     Args:
-        model: the denoiser; its mode is not changed. If its scheduler clips estimates of x_0, they are clipped.
+        model: the denoiser; its mode is not changed.
         pictures: shape (N, C, H, W), in [0, 1].
         t: step of the forward process up to which noise is added.
         seed: of the noise, which is the same for every model.
@@ -139,21 +138,16 @@ def restore(model: Denoiser, pictures: Tensor, t: int, *, seed: int, steps: int 
     """
     if steps < 1 or batch < 1:
         raise HoldfastError(f"steps is {steps} and batch {batch}; expected at least 1 of both.")
-    alpha_bar, config = model.schedule.alpha_bar, model.schedule.config
-    reach = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) else None
     start = _forward(pictures, t, model.schedule, seed).to(model.device)
     times = torch.linspace(t, 0, min(steps, t + 1)).round().long().tolist()
     restored = []
     with _evaluating(model):
         for part in torch.split(start, batch):
             x, clean = part[:, :-1], part[:, :-1]
-            for i, now in enumerate(times):
-                noise = model(torch.cat([x, torch.full_like(x[:, :1], now)], 1))
-                clean = (x - (1 - alpha_bar[now]).sqrt() * noise) / alpha_bar[now].sqrt()
-                clean = clean if reach is None else clean.clamp(-reach, reach)
-                if i + 1 < len(times):
-                    then = alpha_bar[times[i + 1]]
-                    x = then.sqrt() * clean + (1 - then).sqrt() * noise
+            for now, following in zip(times, [*times[1:], 0], strict=True):
+                step = torch.full((len(x),), now, device=x.device)
+                then = torch.full_like(step, following)
+                x, clean = model.schedule.step_back(x, model(model.schedule.with_steps(x, step)), step, then)
             restored.append(_pictures(clean))
     return torch.cat(restored)
 

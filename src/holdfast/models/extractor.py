@@ -189,6 +189,13 @@ class ExtractorNetwork(SplitNetwork):
         blocks[-1].append((f"{extracted_head}.0", self.extractor_layer()))
         return blocks
 
+    def not_probed(self, depth: int) -> str | None:
+        """Returns why `features_by_depth` would fail, or None if it works."""
+        blocks = max(1, len(self.blocks()))
+        if 1 <= depth <= blocks:
+            return None
+        return f"the depth of a probe is {depth}; expected 1 to {blocks}, the blocks of the body"
+
     def features_by_depth(self, x: Tensor, depth: int) -> list[Tensor]:
         """Returns what the last blocks of the body make of inputs, the shallowest first, in one forward pass.
 
@@ -211,9 +218,10 @@ class ExtractorNetwork(SplitNetwork):
             >>> [z.shape[1] for z in model.features_by_depth(torch.zeros(2, 1, 8, 8), 2)]
             [128, 64]
         """
+        reason = self.not_probed(depth)
+        if reason is not None:
+            raise HoldfastError(f"{self.name}: {reason}.")
         blocks = self.blocks()
-        if not 1 <= depth <= max(1, len(blocks)):
-            raise HoldfastError(f"{self.name}: depth is {depth}; expected 1 to {len(blocks)}, the blocks of its body.")
         caught: list[Tensor] = []
         hooks = [
             block[-1][1].register_forward_hook(lambda _, __, output: caught.append(_pooled(output)))

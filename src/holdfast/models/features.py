@@ -201,7 +201,7 @@ def check_feature_width(model: SplitModel | None, task: Task) -> None:
     if task.no_features is not None:
         raise HoldfastError(
             f"Linear extractors and spectra need a vector of features a sample, which {task.described} does not have: "
-            f"{task.no_features}. SOPHON is the defense for denoisers."
+            f"{task.no_features}. For denoisers there are sophon and trajectory-erasure."
         )
     if model is None:
         return

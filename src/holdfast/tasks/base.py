@@ -14,6 +14,7 @@ from holdfast.results import TaskFacts
 from holdfast.results.terms import Words, words
 
 if TYPE_CHECKING:
+    from holdfast.tasks.schedule import Schedule
     from holdfast.tasks.tokenizers import Vocabulary
 
 Split = Literal["train", "test"]
@@ -45,6 +46,7 @@ class Task(ABC):
         no_features: why samples have no feature vectors for linear probes; None: they have.
         suppression_losses: names in `holdfast.losses.LOSSES` that fit the task, the default one first; defenses that
             need one refuse a task without any.
+        sampling_schedule: of the noise, if a model of the task draws samples; None: it does not.
         vocabulary: of the token ids, if the inputs are such.
     """
 
@@ -55,6 +57,7 @@ class Task(ABC):
     labels_are_classes: ClassVar[bool] = False
     no_features: ClassVar[str | None] = None
     suppression_losses: ClassVar[tuple[str, ...]] = ()
+    sampling_schedule: Schedule | None = None
     vocabulary: Vocabulary | None = None
     higher_is_better: bool
     input_shape: tuple[int, ...]
@@ -81,6 +84,10 @@ class Task(ABC):
     @abstractmethod
     def targets(self, y: Tensor) -> Tensor:
         """Returns a batch's targets for a least-squares probe, float64: one-hot classes, or the values."""
+
+    def probe_targets(self, y: Tensor) -> Tensor:
+        """Returns a batch's targets for `holdfast.losses.ridge_probe`, one for each row of `features_by_depth`."""
+        return y
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

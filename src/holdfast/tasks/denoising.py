@@ -163,6 +163,11 @@ class DenoisingTask(ArrayTask):
         return (self.num_outputs, *self.input_shape[1:])
 
     @property
+    def sampling_schedule(self) -> Schedule | None:  # type: ignore[override]
+        """See `Task`; a model of some time steps only does not draw samples."""
+        return None if self.timesteps else self.schedule
+
+    @property
     def audit_unit(self) -> str:
         """See `Task.audit_unit`."""
         return "skill"
@@ -222,6 +227,10 @@ class DenoisingTask(ArrayTask):
     def targets(self, y: Tensor) -> Tensor:
         """See `Task.targets`: the noise, shape (N, C H W)."""
         return y.flatten(1).to(torch.float64)
+
+    def probe_targets(self, y: Tensor) -> Tensor:
+        """See `Task.probe_targets`: the noise of each pixel, shape (N H W, C)."""
+        return y.movedim(1, -1).flatten(0, -2)
 
     def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
         """See `Task.loss_of`."""

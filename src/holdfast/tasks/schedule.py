@@ -108,8 +108,35 @@ class Schedule:
             Shape (N, C + 1, H, W); the last channel is t everywhere, so that a batch stays one tensor.
         """
         alpha_bar = self.alpha_bar.to(images.device)[t].view(-1, 1, 1, 1)
-        mixed = alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise
-        return torch.cat([mixed, t.to(mixed).view(-1, 1, 1, 1).expand(-1, 1, *mixed.shape[2:])], 1)
+        return self.with_steps(alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise, t)
+
+    @staticmethod
+    def with_steps(x: Tensor, t: Tensor) -> Tensor:
+        """Returns a denoiser's inputs: images x_t, with their time steps as one more channel."""
+        return torch.cat([x, t.to(x).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])], 1)
+
+    def step_back(self, x: Tensor, noise: Tensor, now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
+        """Removes noise by DDIM without new noise (Song et al. 2021, Eq. 12).
+
+        With a = alpha-bar, x_0 is estimated as (x_t - sqrt(1 - a_t) epsilon) / sqrt(a_t), and x_s at an earlier step s
+        is sqrt(a_s) x_0 + sqrt(1 - a_s) epsilon. If the scheduler clips estimates of x_0, they are clipped.
+
+        Args:
+            x: images x_t, shape (N, C, H, W).
+            noise: the predicted epsilon, like the images.
+            now: t of each image, int64, shape (N,).
+            then: s of each image, from 0 to t, int64, shape (N,).
+
+        Returns:
+            The images x_s, and the estimates of x_0.
+        """
+        alpha_bar = self.alpha_bar.to(x.device)
+        before, after = (alpha_bar[steps].view(-1, 1, 1, 1) for steps in (now, then))
+        clean = (x - (1 - before).sqrt() * noise) / before.sqrt()
+        if self.config.get("clip_sample", True):
+            reach = float(self.config.get("clip_sample_range", 1.0))
+            clean = clean.clamp(-reach, reach)
+        return after.sqrt() * clean + (1 - after).sqrt() * noise, clean
 
     def describe(self) -> str:
         """Returns the schedule in a few words."""

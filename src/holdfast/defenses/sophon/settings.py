@@ -157,7 +157,7 @@ class SuppressionSettings(Defense):
             Ours; None: two Adams, as in the paper.
         clip: the norm of the meta-gradient is clipped to this (published code; the value is ours); None: never.
         probe_weight: weight of `ridge_probe` on the adversaries' features, beside the suppression loss; 0: none, as in
-            the paper.
+            the paper. For denoisers the probe reads the noise of each pixel.
         probe_ridge: see `ridge_probe`.
         probe_batch: samples that this probe is fitted on.
         probe_depth: blocks of the body, from the last one back, whose features are probed; 1: what the head receives.
@@ -198,6 +198,9 @@ class ReinforcementSettings(Defense):
         distillation: weight of KL(original || model) on benign batches, for denoisers of the squared difference of
             their outputs, beside the reinforcement loss; 0: none, as in the paper.
         temperature: of that distillation.
+        sampling: weight of the squared difference from the original's outputs on the states that the model passes
+            while it draws images (see `SamplingStates`), beside the reinforcement loss; for denoisers alone. Ours; 0:
+            none, as in the paper. None: the defense's own default.
         recovery_loops: if the benign score is too low, the guard first tries this many reinforcement loops; 0: none.
     """
 
@@ -206,10 +209,11 @@ class ReinforcementSettings(Defense):
     reinforcement_batch: int = 200
     distillation: float = 0.0
     temperature: float = 2.0
+    sampling: float | None = None
     recovery_loops: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_below_one("reinforcement_batch")
         self.refuse_not_above_zero("reinforcement_lr", "temperature")
-        self.refuse_negative("distillation", "recovery_loops")
+        self.refuse_negative("distillation", "sampling", "recovery_loops")

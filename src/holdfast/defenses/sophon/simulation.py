@@ -237,10 +237,11 @@ class Simulation:
                 probed = next(
                     evaluation.batches("train", objective.probe_batch, generator=generator, device=self.device)
                 )
-                if len(torch.unique(probed.y)) > 1:  # a probe needs two classes
+                targets = evaluation.probe_targets(probed.y)
+                if len(torch.unique(targets)) > 1:  # a probe needs two classes
                     with _requiring_gradients(frozen):
                         depths = model.features_by_depth(probed.x, objective.probe_depth)
-                        shares = [ridge_probe(full_precision(z), probed.y, objective.ridge) for z in depths]
+                        shares = [ridge_probe(full_precision(z), targets, objective.ridge) for z in depths]
                         share = torch.stack(shares).mean()
                         weight = objective.probe_weight
                         total += weight * evaluated * self._add(adversary, share, weight * sum(weights))

@@ -19,6 +19,7 @@ from holdfast.defenses.guard import GuardedDefense
 from holdfast.defenses.registry import register_defense
 from holdfast.defenses.sophon.exact import ExactSimulation
 from holdfast.defenses.sophon.population import Population
+from holdfast.defenses.sophon.sampling import SamplingStates
 from holdfast.defenses.sophon.settings import ReinforcementSettings, SimulationSettings, SuppressionSettings
 from holdfast.defenses.sophon.simulation import Simulation, SimulationOutcome, full_precision
 from holdfast.defenses.trainer import Immunization
@@ -66,6 +67,9 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
     title: ClassVar[str] = "SOPHON"
     """The name in the progress display."""
 
+    sampling_default: ClassVar[float] = 0.0
+    """What `sampling` is for a denoiser that draws images, if it is None."""
+
     precision: Precision = "float32"
     compile: bool = False
 
@@ -104,18 +108,24 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
                 f"{self.name}: the loss {self.loss!r} is not for {restricted.described}; set loss to "
                 f"{' or '.join(fitting)}."
             )
-        if self.probe_weight and restricted.no_features is not None:
+        if self.sampling and benign.sampling_schedule is None:
             raise HoldfastError(
-                f"{self.name}: probe_weight is the weight of probes on features, and {restricted.no_features}; set "
-                "it to 0."
+                f"{self.name}: sampling is {self.sampling:g}, and a model of {benign.described} draws no samples; "
+                "leave it out."
             )
 
     def resolved(self, benign: Task) -> Sophon:
         """See `Defense.resolved`."""
-        if self.loss != "auto" or not benign.suppression_losses:  # `check_kinds` refuses a task without losses
-            return self
-        settings: dict[str, Any] = {"loss": benign.suppression_losses[0]}
+        settings: dict[str, Any] = {}
+        if self.loss == "auto" and benign.suppression_losses:  # `check_kinds` refuses a task without losses
+            settings["loss"] = self.preferred_loss(benign)
+        if self.sampling is None:
+            settings["sampling"] = self.sampling_default if benign.sampling_schedule is not None else 0.0
         return replace(self, **settings)
+
+    def preferred_loss(self, benign: Task) -> str:
+        """Returns the suppression loss that "auto" stands for."""
+        return benign.suppression_losses[0]
 
     def immunize(
         self, model: SplitModel, benign: Task, restricted: Task, *, run: Run
@@ -141,11 +151,9 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
                 f"{self.name}: head_gradient adds the gradient at a head of {restricted.num_outputs} outputs to one of "
                 f"{model.num_outputs}; leave it out, or choose tasks with equally many classes."
             )
-        if self.probe_depth > len(model.blocks()):
-            raise HoldfastError(
-                f"{self.name}: probe_depth is {self.probe_depth} and the body of {model.name} has "
-                f"{len(model.blocks())} blocks; expected at most that."
-            )
+        reason = model.not_probed(self.probe_depth) if self.probe_weight else None
+        if reason is not None:
+            raise HoldfastError(f"{self.name}: {model.name}: {reason}. Set probe_depth, or probe_weight: 0.")
         for strategy in self.phi():
             reason = not_applicable(strategy, model, restricted)
             if reason is not None:
@@ -155,6 +163,10 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
                     "(or strategies)."
                 )
         return _Immunization(self.resolved(benign), model, benign, restricted, run).finish()
+
+
+SAMPLING = "sampling/"
+"""Prefix of the tensors of `SamplingStates` in a checkpoint."""
 
 
 class _Immunization(Immunization[Sophon]):
@@ -187,7 +199,8 @@ class _Immunization(Immunization[Sophon]):
             if config.disjoint
             else (self.restricted, self.restricted)
         )
-        self.teacher = model.clone().to(run.device).eval() if config.distillation else None
+        self.original = model.clone().to(run.device).eval() if config.distillation or config.sampling else None
+        self.states: SamplingStates | None = None
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """See `Immunization.make_optimizers`; the guard halves only the suppressor's rate."""
@@ -218,6 +231,8 @@ class _Immunization(Immunization[Sophon]):
         for _ in range(loops):
             with autocast(self.run.device, config.precision == "bf16"):
                 loss = self._reinforcement_loss(next(batches))
+                if config.sampling:
+                    loss = loss + config.sampling * self._sampling_loss(generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             self.average_gradients()
@@ -262,22 +277,50 @@ class _Immunization(Immunization[Sophon]):
 
     def _reinforcement_loss(self, batch: Batch) -> Tensor:
         """L_beta, plus the weighted distance of the model's outputs from the original's."""
-        if self.teacher is None:
+        if not self.config.distillation:
             return self.benign.loss(self.model, batch)
-        with torch.no_grad():
-            wanted = full_precision(self.teacher(batch.x))
-        outputs = full_precision(self.model(batch.x))
-        distance = self.benign.distance(outputs, wanted, self.config.temperature)
+        outputs, distance = self._distance(batch.x)
         return self.benign.loss_of(outputs, batch) + self.config.distillation * distance
 
+    def _distance(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's outputs, and how far they are from the original's."""
+        assert self.original is not None
+        with torch.no_grad():
+            wanted = full_precision(self.original(x))
+        outputs = full_precision(self.model(x))
+        return outputs, self.benign.distance(outputs, wanted, self.config.temperature)
+
+    def _sampling_loss(self, generator: torch.Generator) -> Tensor:
+        """The distance on states that the model passes while it draws images; these go one step on."""
+        if self.states is None:
+            self.states = self._new_states(generator)
+            assert self.original is not None
+            self.states.spread(self.original, generator)
+        outputs, distance = self._distance(self.states.inputs())
+        self.states.advance(outputs.detach(), generator)
+        return distance
+
+    def _new_states(self, generator: torch.Generator) -> SamplingStates:
+        schedule = self.benign.sampling_schedule
+        assert schedule is not None
+        count, device = self.config.reinforcement_batch, self.run.device
+        return SamplingStates(schedule, self.benign.output_shape, count, device=device, generator=generator)
+
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.population.saved()
+        tensors, values = self.population.saved()
+        states = {} if self.states is None else self.states.saved()
+        return {**tensors, **{f"{SAMPLING}{n}": v for n, v in states.items()}}, values
 
     def restore_own(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        self.population.restore(self.learned, tensors, values)
+        states = {n.removeprefix(SAMPLING): v for n, v in tensors.items() if n.startswith(SAMPLING)}
+        self.population.restore(self.learned, {n: v for n, v in tensors.items() if not n.startswith(SAMPLING)}, values)
+        if states:
+            self.states = self._new_states(torch.Generator().manual_seed(0))  # replaced by the saved ones
+            self.states.restore(states)
 
     def forget(self) -> None:
         self.population.clear()
+        self.states = None
 
     def too_low(self, why: str) -> bool:
         """See `Immunization.too_low`; if reinforcement alone does not recover the score, the guard goes back."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
@@ -105,6 +106,34 @@ class Denoiser(SplitModel):
         if self.predicts == "v_prediction":
             return (a.sqrt() * output + (1 - a).sqrt() * noised).to(output.dtype)
         return ((noised - a.sqrt() * output) / (1 - a).sqrt()).to(output.dtype)
+
+    def not_probed(self, depth: int) -> str | None:
+        """See `SplitModel.not_probed`: for the last block of models that predict epsilon."""
+        if self.predicts != "epsilon":
+            return f"a probe reads the noise from features, and the network predicts {self.predicts}"
+        return None if depth == 1 else f"the depth of a probe is {depth}; expected 1 for a denoiser"
+
+    def features_by_depth(self, x: Tensor, depth: int) -> list[Tensor]:
+        """Returns what the last convolution sees at each pixel; see `SplitModel.features_by_depth`.
+
+        Args:
+            x: inputs as a task yields them, shape (N, C + 1, H, W).
+            depth: 1.
+
+        Returns:
+            One tensor of shape (N H W, D), where D counts the channels within the convolution's kernel: the head
+            is a linear map of a row.
+
+        Raises:
+            HoldfastError: if `not_probed`.
+        """
+        reason = self.not_probed(depth)
+        if reason is not None:
+            raise HoldfastError(f"{self.name}: {reason}.")
+        head: Any = self.head
+        maps = self.features(x).view(len(x), head.in_channels, *x.shape[2:])
+        patches = F.unfold(maps, head.kernel_size, padding=head.padding)
+        return [patches.movedim(1, -1).flatten(0, 1)]
 
     def reset_head(self, num_outputs: int | None = None) -> None:
         """See `SplitModel.reset_head`; the number of outputs stays that of the images' channels."""

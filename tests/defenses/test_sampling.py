@@ -1,0 +1,170 @@
+"""What a denoiser answers while it draws images is kept, and probes read the noise from its features."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from holdfast.defenses import Sophon, TrajectoryErasure
+from holdfast.defenses.sophon.sampling import SamplingStates
+from holdfast.errors import HoldfastError
+from holdfast.losses import ridge_probe
+from holdfast.metrics.generation import sample
+from holdfast.models import ModelSpec, load_model
+from holdfast.runtime.run import Run
+from holdfast.tasks import Schedule, load_task
+
+CPU = torch.device("cpu")
+BRIEF = {"iterations": 2, "steps": 2, "batch_sizes": (20,), "reinforcement_batch": 12, "probe_batch": 12,
+         "guard": False, "recovery_loops": 0, "optimizers": ("adam",)}  # fmt: skip
+
+
+def stream(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def states(count=6, schedule=None):
+    return SamplingStates(schedule or Schedule(), (1, 8, 8), count, device=CPU, generator=stream())
+
+
+class TestStates:
+    def test_they_take_the_steps_of_ddim(self, denoiser, monkeypatch):
+        """From the noise of `sample`, at its time steps, they end in its images."""
+        from diffusers import DDIMScheduler
+
+        taken = states(3)
+        scheduler = DDIMScheduler.from_config(denoiser.schedule.config)
+        scheduler.set_timesteps(50)
+        taken.t = torch.full((3,), int(scheduler.timesteps[0]))
+        taken.x = torch.randn(3, 1, 8, 8, generator=stream(4))
+        with torch.no_grad():
+            for _ in range(49):
+                taken.advance(denoiser(taken.inputs()), stream())
+            last = int(taken.t[0])
+            _, clean = taken.schedule.step_back(taken.x, denoiser(taken.inputs()), taken.t, taken.t)
+        assert last == int(scheduler.timesteps[-1])
+        drawn = sample(denoiser, 3, seed=4, steps=50)
+        assert torch.allclose((clean / 2 + 0.5).clamp(0, 1), drawn, atol=0.02)  # diffusers ends at alpha-bar 1
+
+    def test_a_finished_image_gives_way_to_noise(self):
+        running = states()
+        running.t[0] = 3
+        before = running.x.clone()
+        running.advance(torch.zeros_like(running.x), stream(1))
+        assert int(running.t[0]) >= 980
+        assert (running.t[1:] < 980).all()
+        assert not torch.allclose(running.x[0], before[0])
+
+    def test_an_image_that_is_not_finite_gives_way_to_noise(self):
+        running = states()
+        running.advance(torch.full_like(running.x, torch.nan), stream(1))
+        assert running.x.isfinite().all()
+
+    def test_they_are_spread_over_all_time_steps(self, denoiser):
+        running = states(200)
+        with torch.no_grad():
+            running.spread(denoiser, stream())
+        counts = torch.histc(running.t.float(), 5, 0, 1000)
+        assert (counts > 15).all()
+        assert len({int(t) % running.stride for t in running.t}) == running.stride
+
+    def test_only_those_that_are_named_move(self):
+        running = states()
+        before, times = running.x.clone(), running.t.clone()
+        running.advance(torch.zeros_like(running.x), stream(), torch.tensor([True, False] * 3))
+        assert torch.equal(running.x[1::2], before[1::2])
+        assert torch.equal(running.t[1::2], times[1::2])
+        assert torch.equal(running.t[::2], times[::2] - running.stride)
+
+    def test_a_short_schedule_has_no_step_of_zero(self):
+        running = states(schedule=Schedule({"num_train_timesteps": 7}))
+        for _ in range(20):
+            running.advance(torch.zeros_like(running.x), stream())
+        assert ((running.t >= 0) & (running.t < 7)).all()
+
+    def test_without_a_signal_at_the_end_they_begin_before_it(self):
+        schedule = Schedule({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
+        assert (states(50, schedule).t < schedule.restorable).all()
+
+
+class TestSampling:
+    def test_the_default_is_for_denoisers_that_draw_images(self, benign, digit_images):
+        assert TrajectoryErasure().resolved(digit_images[0]).sampling == 1
+        assert TrajectoryErasure().resolved(digit_images[0]).loss == "dos"
+        assert TrajectoryErasure().resolved(benign).sampling == 0
+        assert TrajectoryErasure().resolved(load_task("digits@kind=denoising,timesteps=1")).sampling == 0
+        assert TrajectoryErasure(sampling=3.0).resolved(digit_images[0]).sampling == 3
+        assert Sophon().resolved(digit_images[0]).sampling == 0
+
+    def test_a_classifier_draws_nothing(self, model, benign, restricted, run):
+        with pytest.raises(HoldfastError, match="draws no samples"):
+            Sophon(sampling=1.0).immunize(model, benign, restricted, run=run)
+
+    def test_it_holds_the_outputs_on_the_way(self, denoiser, digit_images):
+        """Against the same reinforcement without it, the outputs stay nearer to the original's."""
+
+        def distance(weight):
+            settings = Sophon(**{**BRIEF, "iterations": 6, "suppression_lr": 3e-3, "reinforcement_loops": 3,
+                                 "reinforcement_lr": 2e-3}, sampling=weight)  # fmt: skip
+            made, _ = settings.immunize(denoiser, *digit_images, run=Run(0, CPU))
+            on_the_way = states(60)
+            with torch.no_grad():
+                on_the_way.spread(denoiser, stream(9))
+                x = on_the_way.inputs()
+                return float((made(x) - denoiser(x)).square().mean())
+
+        assert distance(10.0) < 0.7 * distance(0.0)
+
+    def test_at_the_original_it_costs_nothing(self, denoiser, digit_images, run):
+        """The first reinforcement loop alone: the distance and its gradient are zero there."""
+        settings = {**BRIEF, "iterations": 1, "reinforcement_loops": 1, "suppression_lr": 1e-12}
+        plain, with_it = (
+            Sophon(**settings, sampling=weight).immunize(denoiser, *digit_images, run=run)[1].history
+            for weight in (0.0, 5.0)
+        )
+        assert with_it["reinforcement_loss"] == pytest.approx(plain["reinforcement_loss"], rel=1e-5)
+
+
+class TestPixelProbe:
+    def test_a_row_is_what_the_head_sees(self, denoiser, digit_images):
+        batch = next(digit_images[0].batches("test", 4, device=CPU))
+        with torch.no_grad():
+            (rows,) = denoiser.features_by_depth(batch.x, 1)
+            head = denoiser.head
+            outputs = digit_images[0].probe_targets(denoiser(batch.x))
+        assert torch.allclose(rows @ head.weight.flatten(1).T + head.bias, outputs, atol=1e-5)
+
+    def test_it_explains_at_least_what_the_head_does(self, denoiser, digit_images):
+        batch = next(digit_images[0].batches("test", 64, device=CPU))
+        with torch.no_grad():
+            (rows,) = denoiser.features_by_depth(batch.x, 1)
+            targets = digit_images[0].probe_targets(batch.y)
+            head = 1 - digit_images[0].loss_of(denoiser(batch.x), batch) / targets.var(correction=0)
+            probe = ridge_probe(rows, targets, 1e-8)
+        assert float(head) - 1e-6 <= float(probe) <= 1
+
+    @pytest.mark.parametrize("depth", [0, 2])
+    def test_it_is_for_the_last_block(self, denoiser, depth):
+        with pytest.raises(HoldfastError, match="expected 1 for a denoiser"):
+            denoiser.features_by_depth(torch.zeros(1, 2, 8, 8), depth)
+
+    def test_the_network_must_predict_the_noise(self, digit_images):
+        schedule = {"prediction_type": "v_prediction"}
+        task = load_task("digits@kind=denoising")
+        other = load_model(ModelSpec(name="unet", options={"widths": [8], "schedule": schedule}), task)
+        assert "predicts v_prediction" in str(other.not_probed(1))
+        with pytest.raises(HoldfastError, match="predicts v_prediction"):
+            other.features_by_depth(torch.zeros(1, 2, 8, 8), 1)
+
+    def test_suppression_lowers_it(self, denoiser, digit_images):
+        """Probes alone, without DoS: less of the restricted noise can be read from the features."""
+        settings = Sophon(**{**BRIEF, "iterations": 10, "suppression_lr": 3e-3}, loss="none", probe_weight=1.0)
+        made, _ = settings.immunize(denoiser, *digit_images, run=Run(0, CPU))
+        batch = next(digit_images[1].batches("test", 100, device=CPU))
+
+        def explained(model):
+            with torch.no_grad():
+                (rows,) = model.features_by_depth(batch.x, 1)
+            return float(ridge_probe(rows, digit_images[1].probe_targets(batch.y)))
+
+        assert explained(made) < explained(denoiser) - 0.02
