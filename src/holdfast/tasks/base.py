@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from holdfast.errors import HoldfastError
 from holdfast.results import TaskFacts
 from holdfast.results.terms import Words, words
 
@@ -202,6 +203,14 @@ class Task(ABC):
     @abstractmethod
     def with_inputs(self, train: Tensor, test: Tensor) -> Self:
         """Returns this task on other inputs for the same samples, such as features; shapes (N, D), floating point."""
+
+    def with_timesteps(self, timesteps: Sequence[int]) -> Self:
+        """Returns a denoising task at these time steps alone.
+
+        Raises:
+            HoldfastError: for another kind of task, or if the schedule has no such time step.
+        """
+        raise HoldfastError(f"{self.described} has no time steps.")
 
     @abstractmethod
     def facts(self) -> TaskFacts:

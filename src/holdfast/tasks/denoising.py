@@ -116,6 +116,10 @@ class DenoisingTask(ArrayTask):
         """Returns the same images with other noise."""
         return type(self).of(self, schedule, self.timesteps)
 
+    def with_timesteps(self, timesteps: Sequence[int]) -> Self:
+        """See `Task.with_timesteps`."""
+        return type(self).of(self, self.schedule, timesteps)
+
     def _checked_steps(self, name: str, timesteps: Sequence[int]) -> tuple[int, ...]:
         wrong = [t for t in timesteps if not 0 <= t < self.schedule.steps]
         if wrong or len(set(timesteps)) < len(timesteps):

@@ -149,6 +149,9 @@ class SuppressionSettings(Defense):
         loss: suppression loss. For classifiers "ice" (Eq. 11), "klu" (Eq. 13), "released" (what the published code
             has for Eq. 11), or "ce-ascent", the unstable baseline; for denoisers "dos" (Eq. 16), or "mse-ascent", the
             unstable baseline; "none", if there is a `probe_weight`. "auto": "ice" for classifiers, "dos" for denoisers.
+        max_timestep: the last time step at which adversaries are evaluated, for denoisers. Under much noise restricted
+            images look like benign ones, and suppression there acts on both. Ours; None: all time steps, as in the
+            paper.
         suppression_loops: l_FTS, suppression loops a round.
         suppression_lr: alpha, learning rate of suppression's Adam.
         joint_weight: add the meta-gradient, times this, to the gradient of the reinforcement loss in each of its loops,
@@ -164,6 +167,7 @@ class SuppressionSettings(Defense):
     """
 
     loss: Literal["auto", "ice", "klu", "released", "ce-ascent", "dos", "mse-ascent", "none"] = "auto"
+    max_timestep: int | None = None
     suppression_loops: int = 1
     suppression_lr: float = 3e-4
     joint_weight: float | None = None
@@ -179,7 +183,7 @@ class SuppressionSettings(Defense):
             raise unknown("suppression loss", self.loss, [*LOSSES, "auto", "none"])
         self.refuse_below_one("suppression_loops", "probe_depth")
         self.refuse_not_above_zero("suppression_lr", "joint_weight", "clip", "probe_ridge")
-        self.refuse_negative("probe_weight")
+        self.refuse_negative("probe_weight", "max_timestep")
         if self.loss == "none" and not self.probe_weight:
             raise HoldfastError(
                 f"{self.name}: loss is 'none' and probe_weight is 0, so nothing is suppressed; give one."

@@ -108,6 +108,11 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
                 f"{self.name}: the loss {self.loss!r} is not for {restricted.described}; set loss to "
                 f"{' or '.join(fitting)}."
             )
+        if self.max_timestep is not None and restricted.sampling_schedule is None:
+            raise HoldfastError(
+                f"{self.name}: max_timestep is {self.max_timestep}, and {restricted.described} does not have all time "
+                "steps of a noise schedule; leave it out."
+            )
         if self.sampling and benign.sampling_schedule is None:
             raise HoldfastError(
                 f"{self.name}: sampling is {self.sampling:g}, and a model of {benign.described} draws no samples; "
@@ -199,6 +204,8 @@ class _Immunization(Immunization[Sophon]):
             if config.disjoint
             else (self.restricted, self.restricted)
         )
+        if config.max_timestep is not None:
+            self.evaluated = self.evaluated.with_timesteps(range(config.max_timestep + 1))
         self.original = model.clone().to(run.device).eval() if config.distillation or config.sampling else None
         self.states: SamplingStates | None = None
 
