@@ -7,6 +7,7 @@ import torch
 
 from holdfast.defenses import Sophon, TrajectoryErasure
 from holdfast.defenses.sophon.sampling import SamplingStates
+from holdfast.defenses.sophon.simulation import Simulation
 from holdfast.errors import HoldfastError
 from holdfast.losses import ridge_probe
 from holdfast.metrics.generation import sample
@@ -168,3 +169,46 @@ class TestPixelProbe:
             return float(ridge_probe(rows, digit_images[1].probe_targets(batch.y)))
 
         assert explained(made) < explained(denoiser) - 0.02
+
+
+class TestMaxTimestep:
+    def test_adversaries_are_evaluated_up_to_it(self, denoiser, digit_images, monkeypatch):
+        evaluated, run = [], Simulation.run
+        monkeypatch.setattr(
+            Simulation,
+            "run",
+            lambda self, task, *rest, evaluation=None, **more: (
+                evaluated.append((task, evaluation)) or run(self, task, *rest, evaluation=evaluation, **more)
+            ),
+        )
+        advance = Simulation.advance
+        monkeypatch.setattr(
+            Simulation,
+            "advance",
+            lambda self, adversary, task, *rest, evaluation=None, **more: (
+                evaluated.append((task, evaluation))
+                or advance(self, adversary, task, *rest, evaluation=evaluation, **more)
+            ),
+        )
+        Sophon(**BRIEF, max_timestep=300).immunize(denoiser, *digit_images, run=Run(0, CPU))
+        learned, scored = evaluated[0]
+        assert learned.timesteps == ()
+        assert scored.timesteps == tuple(range(301))
+
+    @pytest.mark.parametrize("steps", [-1, 1000])
+    def test_there_must_be_such_a_step(self, denoiser, digit_images, run, steps):
+        with pytest.raises(HoldfastError, match=rf"max_timestep is {steps}\b"):
+            Sophon(max_timestep=steps).immunize(denoiser, *digit_images, run=run)
+
+    def test_a_classifier_has_none(self, model, benign, restricted, run):
+        with pytest.raises(HoldfastError, match="does not have all time steps"):
+            Sophon(max_timestep=3).immunize(model, benign, restricted, run=run)
+        with pytest.raises(HoldfastError, match="has no time steps"):
+            benign.with_timesteps([1])
+
+    def test_a_task_at_some_time_steps_has_only_these(self, digit_images):
+        narrow = digit_images[0].with_timesteps([3, 5])
+        batch = next(narrow.batches("train", 50, generator=stream(), device=CPU))
+        assert set(batch.x[:, -1].flatten().tolist()) == {3.0, 5.0}
+        assert narrow.sampling_schedule is None
+        assert digit_images[0].timesteps == ()

@@ -108,11 +108,18 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
                 f"{self.name}: the loss {self.loss!r} is not for {restricted.described}; set loss to "
                 f"{' or '.join(fitting)}."
             )
-        if self.max_timestep is not None and restricted.sampling_schedule is None:
-            raise HoldfastError(
-                f"{self.name}: max_timestep is {self.max_timestep}, and {restricted.described} does not have all time "
-                "steps of a noise schedule; leave it out."
-            )
+        if self.max_timestep is not None:
+            schedule = restricted.sampling_schedule
+            if schedule is None:
+                raise HoldfastError(
+                    f"{self.name}: max_timestep is {self.max_timestep}, and {restricted.described} does not have all "
+                    "time steps of a noise schedule; leave it out."
+                )
+            if self.max_timestep >= schedule.steps:
+                raise HoldfastError(
+                    f"{self.name}: max_timestep is {self.max_timestep}; expected 0 to {schedule.steps - 1}, the time "
+                    f"steps of {restricted.described}."
+                )
         if self.sampling and benign.sampling_schedule is None:
             raise HoldfastError(
                 f"{self.name}: sampling is {self.sampling:g}, and a model of {benign.described} draws no samples; "
