@@ -29,7 +29,7 @@ def states(count=6, schedule=None):
 
 
 class TestStates:
-    def test_they_take_the_steps_of_ddim(self, denoiser, monkeypatch):
+    def test_they_take_the_steps_of_ddim(self, denoiser):
         """From the noise of `sample`, at its time steps, they end in its images."""
         from diffusers import DDIMScheduler
 
