@@ -22,7 +22,7 @@ from holdfast.runtime.callbacks import Callback
 from holdfast.runtime.devices import cpu_threads, resolve_device
 from holdfast.runtime.executors import Executor
 from holdfast.runtime.run import Run
-from holdfast.tasks import Task, TaskSpec, load_task
+from holdfast.tasks import Task, TaskSpec
 from holdfast.tasks.splits import halves
 from holdfast.training import PretrainSpec
 
@@ -215,7 +215,9 @@ def _run_protocol(recipe: ProtocolRecipe, options: _Options) -> RunResult:
     wanted_tasks = dict.fromkeys(
         task for spec in specs.values() for task in (spec.benign, spec.restricted, spec.transfer) if task
     )
-    tasks = {spec: load_task(spec, data_dir=data_dir) for spec in wanted_tasks}  # each once, if in several settings
+    tasks = {
+        spec: load_task_for(spec, None, data_dir=data_dir) for spec in wanted_tasks
+    }  # each once, if in several settings
     check_kinds(recipe.settings, tasks)
     settings = {name: _setting(name, spec, tasks, recipe.shots, data_dir, run) for name, spec in specs.items()}
     for measurement in recipe.chosen_measurements():

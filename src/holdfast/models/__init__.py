@@ -4,6 +4,7 @@ from holdfast.models.activation_cache import FromActivations, FrozenActivations
 from holdfast.models.blocks import is_normalisation
 from holdfast.models.compatibility import architecture_differences, check_fits
 from holdfast.models.families.diffusion import Denoiser
+from holdfast.models.families.hf_causal import CausalModel
 from holdfast.models.family import FAMILIES, Built, Family, is_code, list_models, register
 from holdfast.models.features import both_splits, check_feature_width, feature_batches, feature_precision, features
 from holdfast.models.introspection import every_tensor
@@ -16,6 +17,7 @@ from holdfast.models.transplant import foreign_code, transplant
 __all__ = [
     "FAMILIES",
     "Built",
+    "CausalModel",
     "Denoiser",
     "Family",
     "FromActivations",

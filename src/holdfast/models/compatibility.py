@@ -38,11 +38,10 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
             f"{model.name} has no trainable parameters; unfreeze those that may be trained (requires_grad_)."
         )
     if model.answers_with != task.answers_with:
-        what = "is a denoiser" if isinstance(model, Denoiser) else "is not a denoiser"
+        what = _KINDS.get(model.answers_with, "a model")
         raise HoldfastError(
-            f"{model.name} {what}: it returns one {model.answers_with} a sample, and {task.described} needs one "
-            f"{task.answers_with}. A denoiser's tasks are written NAME@kind=denoising (kind: denoising in a recipe), "
-            "and models for them are `unet` or a diffusers folder."
+            f"{model.name} is {what}: it answers with one {model.answers_with} a {_UNITS[model.answers_with]}, and "
+            f"{task.described} needs one {task.answers_with}. {_REMEDIES[task.answers_with]}"
         )
     if isinstance(model, Denoiser) and isinstance(task, DenoisingTask) and own_task:
         model.check_schedule(task.schedule, task.name)
@@ -62,13 +61,15 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
             f"{first_line(error)}. For images, set the task's image_size and channels to what the model "
             "expects; for text, take a language model (hf:NAME), and set the task's length."
         ) from error
-    wanted = (len(batch.x), model.num_outputs, *task.output_shape[1:])
+    shape = list(task.output_shape)
+    shape[task.output_axis] = model.num_outputs
+    wanted = (len(batch.x), *shape)
     if tuple(logits.shape) != wanted:
         raise HoldfastError(
             f"{model.name} returns {tuple(logits.shape)} for {len(batch.x)} inputs; its head "
             f"{model.head_name!r} says {wanted}."
         )
-    if own_task and model.num_outputs != task.num_outputs:
+    if own_task and not task.takes_outputs(model.num_outputs):
         raise HoldfastError(
             f"{model.name} has {model.num_outputs} outputs and its task {task.name!r} {task.num_outputs} classes; "
             "they must agree. Keep the right classes with NAME[...], or build the model for this task."
@@ -77,6 +78,16 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
         raise HoldfastError(
             f"{model.name} returns values that are not finite on task {task.name!r}; its weights cannot be used."
         )
+
+
+_KINDS = {"noise": "a denoiser", "vector": "not a denoiser or language model", "next token": "a language model"}
+_UNITS = {"noise": "sample", "vector": "sample", "next token": "position"}
+_REMEDIES = {
+    "noise": "Models for it are `unet` or a diffusers folder.",
+    "vector": "A denoiser's tasks are written NAME@kind=denoising, those of a causal language model "
+    "NAME@kind=next-token (kind: in a recipe).",
+    "next token": "A model for it is a causal language model, hf:FOLDER.",
+}
 
 
 def _check_normalisation(model: SplitModel, task: Task) -> None:

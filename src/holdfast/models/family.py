@@ -36,6 +36,7 @@ class Built:
         norm: mean and std of the input normalisation, or twice None.
         foreign: whether its structure is unknown, so that a forward pass has to show it.
         scheduler: the configuration of its scheduler, if it is a denoiser.
+        kind: the class of model that it becomes, if it is not a `SplitModel` and not a denoiser.
         loaded: whether it already has the weights of the spec.
         code: SHA-256 of the user's code that made it.
         factory: builds it anew, if the family's `build` with `rebuild` cannot.
@@ -51,6 +52,7 @@ class Built:
     norm: tuple[Values | None, Values | None] = (None, None)
     foreign: bool = False
     scheduler: Mapping[str, Any] | None = None
+    kind: type[SplitModel] | None = None
     loaded: bool = False
     code: str | None = None
     factory: Callable[[], nn.Module] | None = None

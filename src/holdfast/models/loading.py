@@ -83,6 +83,8 @@ def _split(spec: ModelSpec, built: Built, task: Task) -> SplitModel:
                 "which are not normalised; leave head, mean and std out."
             )
         model = diffusion.Denoiser(built.network, scheduler=built.scheduler, **more)
+    elif built.kind is not None:
+        model = built.kind(built.network, str(head), **more)
     elif built.foreign or head is None:
         model = SplitModel.of(built.network, task, head=head, mean=mean, std=std, **more)
     else:

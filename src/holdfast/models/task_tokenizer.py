@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from holdfast.models.sampled_text import sampled_task
 from holdfast.models.spec import ModelSpec, spec_of
 from holdfast.tasks import Task, TaskSpec, is_text, load_task, parse_spec
 
@@ -36,4 +37,7 @@ def read_by(
 
 def load_task_for(task: str | TaskSpec, model: str | ModelSpec | None, *, data_dir: Path | str | None = None) -> Task:
     """Loads a task with its model's tokenizer: see `read_by` and `load_task`."""
-    return load_task(read_by(task, model, data_dir=data_dir), data_dir=data_dir)
+    read = read_by(task, model, data_dir=data_dir)
+    if isinstance(read, TaskSpec) and read.sampled is not None:
+        return sampled_task(read, data_dir)
+    return load_task(read, data_dir=data_dir)

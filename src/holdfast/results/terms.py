@@ -37,6 +37,16 @@ KNOWN: Final = {
         by_class=False,
         has_features=False,
     ),
+    "language skill": Words(
+        guess="a unigram model",
+        chance="unigram model",
+        samples="sequences",
+        answers="test text",
+        note="Language skill is 1 minus the negative log-likelihood a token over that of a unigram model, which knows "
+        "how frequent each token is and nothing else: 100% is perfect, 0% as good as the unigram model.",
+        by_class=False,
+        has_features=False,
+    ),
 }
 """By the unit of an audit: for the kinds of task in Holdfast, and for results without words."""
 

@@ -6,6 +6,7 @@ from holdfast.tasks.classification import ArrayTask
 from holdfast.tasks.denoising import DenoisingTask
 from holdfast.tasks.in_memory import InMemoryTask
 from holdfast.tasks.loading import is_text, list_tasks, load_task
+from holdfast.tasks.next_token import NextTokenTask
 from holdfast.tasks.regression import RegressionTask
 from holdfast.tasks.schedule import Schedule
 from holdfast.tasks.spec import TaskSpec, parse_spec
@@ -18,6 +19,7 @@ __all__ = [
     "Batch",
     "DenoisingTask",
     "InMemoryTask",
+    "NextTokenTask",
     "RegressionTask",
     "Schedule",
     "Task",

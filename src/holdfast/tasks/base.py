@@ -41,8 +41,8 @@ class Task(ABC):
         num_outputs: classes, width of the target, or channels of an image.
         chance: the score of `baseline` on the test split.
         baseline: the predictor whose score is `chance`.
-        answers_with: what a model must return for a sample: one "vector", or the "noise" of an image. It must equal the
-            `answers_with` of the model's class.
+        answers_with: what a model must return for a sample: one "vector", the "noise" of an image, or logits of the
+            "next token" at every position. It must equal the `answers_with` of the model's class.
         labels_are_classes: whether targets are int64 class labels of shape (N,), and outputs are logits of the classes.
         no_features: why samples have no feature vectors for linear probes; None: they have.
         suppression_losses: names in `holdfast.losses.LOSSES` that fit the task, the default one first; defenses that
@@ -86,8 +86,16 @@ class Task(ABC):
     def targets(self, y: Tensor) -> Tensor:
         """Returns a batch's targets for a least-squares probe, float64: one-hot classes, or the values."""
 
+    def counted(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the outputs and targets that a suppression loss of `holdfast.losses` takes; by default all."""
+        return outputs, y
+
+    def probed_rows(self, y: Tensor) -> Tensor | slice:
+        """Returns which rows of `features_by_depth` have a target for a probe; by default all."""
+        return slice(None)
+
     def probe_targets(self, y: Tensor) -> Tensor:
-        """Returns a batch's targets for `holdfast.losses.ridge_probe`, one for each row of `features_by_depth`."""
+        """Returns a batch's targets for `holdfast.losses.ridge_probe`, one for each of the `probed_rows`."""
         return y
 
     @abstractmethod
@@ -137,6 +145,13 @@ class Task(ABC):
     def output_shape(self) -> tuple[int, ...]:
         """Shape of a model's output for one input."""
         return (self.num_outputs,)
+
+    output_axis: ClassVar[int] = 0
+    """The axis of `output_shape` that has `num_outputs` entries."""
+
+    def takes_outputs(self, count: int) -> bool:
+        """Returns whether a model with so many outputs can be scored on this task, its own: `num_outputs`."""
+        return count == self.num_outputs
 
     @property
     def described(self) -> str:

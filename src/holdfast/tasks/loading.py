@@ -20,7 +20,7 @@ from holdfast.tasks.paths import DATA_VARIABLE, data_folder, place
 from holdfast.tasks.schedule import Schedule
 from holdfast.tasks.spec import TaskSpec, parse_classes, parse_spec, split_off
 from holdfast.tasks.text import LENGTH
-from holdfast.tasks.tokenizers import load_tokenizer
+from holdfast.tasks.tokenizers import Tokenizer, load_tokenizer
 
 
 def list_tasks() -> list[str]:
@@ -56,9 +56,10 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ta
     """
     spec = parse_spec(task) if isinstance(task, str) else task
     source, classes = split_off(spec.data)
-    for key in ("schedule", "timesteps"):
-        if getattr(spec, key) and spec.kind != "denoising":
-            raise HoldfastError(f"Task {spec.data!r}: {key} is for kind=denoising, and its kind is {spec.kind}.")
+    for kind, keys in _OF_KINDS.items():
+        for key in keys:
+            if getattr(spec, key) != TaskSpec.model_fields[key].default and spec.kind != kind:
+                raise HoldfastError(f"Task {spec.data!r}: {key} is for kind={kind}, and its kind is {spec.kind}.")
     folder = _folder(data_dir)
     if is_text(spec, data_dir=data_dir):
         loaded = _load_text(source, spec, folder)
@@ -104,6 +105,8 @@ def is_text(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> bool
         source, _ = split_off(spec.data)
     except HoldfastError:  # `load_task` raises it again
         return False
+    if spec.kind == "next-token":
+        return True
     if source in TASKS:
         return is_sentences(source)
     path = _place(source, _folder(data_dir))
@@ -130,8 +133,10 @@ def _refuse_text_settings(spec: TaskSpec) -> None:
 
 
 def _load_text(source: str, spec: TaskSpec, folder: Path | None) -> Task:
-    if spec.kind != "classification" or spec.image_size is not None or spec.channels is not None:
-        raise HoldfastError(f"Task {spec.data!r}: text is for classification; leave kind, image_size and channels out.")
+    if spec.kind not in ("classification", "next-token") or spec.image_size is not None or spec.channels is not None:
+        raise HoldfastError(
+            f"Task {spec.data!r}: text is for classification and next-token; leave image_size and channels out."
+        )
     if spec.tokenizer is None:
         raise HoldfastError(
             f"Task {spec.data!r} is text and needs a tokenizer: {spec.data}@tokenizer=FOLDER, or the recipe's key. "
@@ -139,6 +144,8 @@ def _load_text(source: str, spec: TaskSpec, folder: Path | None) -> Task:
         )
     tokenizer, length = load_tokenizer(spec.tokenizer.removeprefix("hf:"), folder), spec.length or LENGTH
     _refuse_idle(spec, "text", "invert", "drop", "encoding", "bins", "fill", "rows")
+    if spec.kind == "next-token":
+        return _load_next_token(source, spec, folder, tokenizer)
     if source in TASKS:
         _refuse_idle(spec, source, "text", "target")
         _check_alone(source)
@@ -151,6 +158,17 @@ def _load_text(source: str, spec: TaskSpec, folder: Path | None) -> Task:
 
     drawn: dict[str, Any] = {"test_fraction": spec.test_fraction, "seed": spec.seed}
     return load_text(path, tokenizer=tokenizer, length=length, text=spec.text, target=spec.target, **drawn)
+
+
+def _load_next_token(source: str, spec: TaskSpec, folder: Path | None, tokenizer: Tokenizer) -> Task:
+    from holdfast.tasks.next_token_files import load_next_token
+
+    path = _place(source, folder)
+    if path is None or path.suffix not in TEXT_SUFFIXES:
+        found = f"{str(path)!r} is none" if path is not None else "there is no such file here or in the data folder"
+        raise HoldfastError(f"Task {spec.data!r}: next-token reads a file of {', '.join(TEXT_SUFFIXES)}, and {found}.")
+    settings = spec.model_dump(include={"length", "text", "target", "measure", "loss_on", "test_fraction", "seed"})
+    return load_next_token(path, tokenizer=tokenizer, **settings)
 
 
 def _load(source: str, spec: TaskSpec, folder: Path | None) -> Task:
@@ -214,7 +232,7 @@ def _place(source: str, folder: Path | None) -> Path | None:
     return place(
         source,
         folder if folder is not None else "",
-        endings=(".npz", ".parquet", ".csv", ""),
+        endings=(".npz", ".parquet", ".csv", ".jsonl", ".txt", ""),
         is_there=lambda p: p.is_dir() or (p.is_file() and bool(p.suffix)),
     )
 
@@ -223,6 +241,12 @@ def _check_alone(source: str) -> None:
     if Path(source).is_dir():
         raise HoldfastError(f"{source!r} is both a named task and a folder here; write ./{source} for the folder.")
 
+
+TEXT_SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+"""Files that become tasks of language models."""
+
+_OF_KINDS = {"denoising": ("schedule", "timesteps"), "next-token": ("measure", "loss_on")}
+"""Settings that one kind of task has alone."""
 
 _OF_TABLES = ("target", "drop", "encoding", "bins", "fill", "rows")
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.text import LENGTH
 
 MAX_CLASSES = 100_000
+SAMPLED: Final = "sampled"
+"""The `data` of a task that the model itself writes."""
 _NAME = re.compile(r"^(?P<source>[^\[\]]+)(\[(?P<classes>[^\[\]]*)\])?$")
 
 
@@ -27,17 +29,31 @@ class TaskSpec(BaseModel):
         None, description="Label column of a table, or the column to predict; for an .npz of sounds, the labels (y)."
     )
     text: tuple[str, ...] = Field(
-        (), description="Columns of a table that hold sentences; A+B on a command line. Makes a CSV a text task."
+        (),
+        description="Columns of a table that hold sentences, or prompts (next-token); A+B on a command line. Makes a "
+        "CSV a text task.",
     )
     tokenizer: str | None = Field(
         None,
         description="For text: a folder, package:NAME/FOLDER, a name on the Hub, or `words`; by default that of an hf: "
         "model.",
     )
-    length: int | None = Field(None, ge=1, description=f"For text: tokens a sentence; null: {LENGTH}.")
-    kind: Literal["classification", "regression", "denoising"] = Field(
+    length: int | None = Field(
+        None, ge=1, description=f"For text: tokens a sentence; null: {LENGTH}, and 128 for next-token."
+    )
+    kind: Literal["classification", "regression", "denoising", "next-token"] = Field(
         "classification",
-        description="What is predicted: a class, a number of a CSV (regression), or the noise of images (denoising).",
+        description="What is predicted: a class, a number of a CSV (regression), the noise of images (denoising), or "
+        "the next token of a text (next-token).",
+    )
+    measure: Literal["nll", "exact", "choices"] | None = Field(
+        None,
+        description="For next-token, the score: negative log-likelihood a token (nll), the share of answers that "
+        "greedy decoding reproduces (exact), or of right choices (choices); null: choices if there is such a column, "
+        "else nll.",
+    )
+    loss_on: Literal["answer", "all"] = Field(
+        "answer", description="For next-token with prompts: whether the answer counts for the loss, or everything."
     )
     schedule: str | None = Field(
         None,
@@ -46,6 +62,9 @@ class TaskSpec(BaseModel):
     timesteps: tuple[int, ...] = Field(
         (),
         description="For denoising: the time steps that are drawn, A+B on a command line; none: all of the schedule.",
+    )
+    sampled: int | None = Field(
+        None, ge=2, description="For next-token: rows that the model itself writes, instead of `data`."
     )
     drop: tuple[str, ...] = Field((), description="Columns of a CSV to leave out; A+B on a command line.")
     encoding: Literal["onehot", "ordinal"] = Field(
@@ -70,6 +89,20 @@ class TaskSpec(BaseModel):
         description="Test share where the source has no split; 0 (regression): test on the training rows.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of that split.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_model(cls, values: object) -> object:
+        """`{sampled: 2000}` alone names no data and no kind."""
+        if isinstance(values, dict) and values.get("sampled") is not None:
+            return {"data": SAMPLED, "kind": "next-token", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _sampled(self) -> Self:
+        if (self.data == SAMPLED) != (self.sampled is not None) or (self.sampled and self.kind != "next-token"):
+            raise ValueError(f"data: {SAMPLED} is written by the model itself, {SAMPLED}: ROWS with kind: next-token")
+        return self
 
     @field_validator("drop", "text", "timesteps", mode="before")
     @classmethod

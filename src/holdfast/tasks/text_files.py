@@ -54,7 +54,7 @@ def load_text(
         HoldfastError: if the file cannot be read, a column does not exist, a label is empty, or too many labels differ.
     """
     notes: list[str] = []
-    table = _read(path, notes)
+    table = read_table(path, notes)
     columns = list(text) or [c for c in ("title", "text") if c in table.columns] or ["text"]
     target = target or "label"
     for column in (*columns, target):
@@ -85,7 +85,16 @@ def load_text(
     return made.noted(f"file {path}", *notes, drawn=drawn)
 
 
-def _read(path: Path, notes: list[str]) -> pd.DataFrame:
+def read_table(path: Path, notes: list[str]) -> pd.DataFrame:
+    """Reads a `.parquet` or `.csv` file; empty cells are NaN.
+
+    Args:
+        path: the file.
+        notes: gets notes about the file.
+
+    Raises:
+        HoldfastError: if it cannot be read.
+    """
     if path.suffix != ".parquet":  # "None" is a word, and may be a class
         return read_csv(path, notes, keep_default_na=False, na_values=[""])
     if not path.is_file():

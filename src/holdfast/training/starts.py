@@ -75,8 +75,14 @@ def prepare(
             parameter.requires_grad_(strategy.scope == "all" and parameter.is_floating_point())
         for module in _moved_modules(model, strategy.scope):
             module.requires_grad_(True)
-    model.head.requires_grad_(True)
+    model.head.requires_grad_(not _keeps_head(model, strategy))
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def _keeps_head(model: SplitModel, strategy: Strategy) -> bool:
+    """Whether the head is not trained: the output embedding of a language model, beside adapters or norm layers."""
+    beside = strategy.scope in (*ADAPTED, "norm")
+    return beside and strategy.initialisation == "direct" and model.answers_with == "next token"
 
 
 def renew_blocks(model: SplitModel, strategy: Strategy, reference: SplitModel) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
-from holdfast.models import Denoiser, SplitModel, is_normalisation
+from holdfast.models import SplitModel, is_normalisation
 from holdfast.tasks import Task
 
 BATCH = 250
@@ -138,4 +138,6 @@ def repair(model: SplitModel, reference: SplitModel) -> None:
 
 def no_feature_vector(model: SplitModel, task: Task) -> str | None:
     """Returns why a model has no vector of features before its head, or None if it has one."""
-    return "it is a denoiser, whose head takes an image, not a feature vector" if isinstance(model, Denoiser) else None
+    taken = {"noise": "it is a denoiser, whose head takes an image", "next token": "its head takes every position"}
+    what = taken.get(model.answers_with)
+    return None if what is None else f"{what}, not a feature vector"

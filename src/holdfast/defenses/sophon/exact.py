@@ -56,7 +56,7 @@ class ExactSimulation(Simulation):
                 phi[n] = value - strategy.learning_rate * step
             batch = next(unseen)
             logits = functional_call(adversary.model, {n.removeprefix("model."): v for n, v in phi.items()}, batch.x)
-            suppression_loss = loss(logits, batch.y)
+            suppression_loss = loss(*evaluation.counted(logits, batch.y))
             total = total + suppression_loss.detach()
             objective = objective + (1.0 if gamma is None else gamma[k]) * suppression_loss
         parameters = list(adversary.model.parameters())

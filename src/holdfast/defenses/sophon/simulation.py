@@ -25,7 +25,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from holdfast.errors import HoldfastError
 from holdfast.losses import Objective, SuppressionLoss, ridge_probe
 from holdfast.models import SplitModel
 from holdfast.runtime.devices import autocast
@@ -125,7 +124,7 @@ class Simulation:
             own.copy_(source)
         fresh = {id(p) for _, layer in renewed(copy, strategy) for p in layer.parameters()}
         if strategy.initialisation != "direct" and not self.head_gradient:
-            fresh |= {id(p) for p in head.parameters()}
+            fresh |= {id(p) for p in head.parameters()} - self._tied
         kept = SHRINK if strategy.initialisation == "shrink-perturb" else 1.0
         shared = {
             i: kept if p.dim() > 1 else 1.0
@@ -141,13 +140,10 @@ class Simulation:
 
     def _copy(self) -> tuple[SplitModel, nn.Module]:
         copy = self.model.clone().to(self.device)
-        head = {id(p) for p in copy.head.parameters()}
-        body = (p for n, m in copy.network.named_modules() if m is not copy.head for p in m.parameters(recurse=False))
-        if any(id(p) in head for p in body):
-            raise HoldfastError(
-                f"{copy.name}: its head shares weights with its body, so a simulated adversary cannot start one anew "
-                "without the other; untie them."
-            )
+        body = (m for m in copy.network.modules() if m is not copy.head)
+        in_body = {id(p) for m in body for p in m.parameters(recurse=False)}
+        # A weight that the head shares with the body stays in the body when an adversary starts the head anew.
+        self._tied = {id(p) for p in copy.head.parameters()} & in_body
         if self.compiled:
             copy.network.compile()
         return copy, copy.head
@@ -227,7 +223,7 @@ class Simulation:
                     batch = next(unseen)
                     with _requiring_gradients(frozen):
                         logits = full_precision(model(batch.x))
-                        total += self._add(adversary, objective.loss(logits, batch.y), weights[k])
+                        total += self._add(adversary, objective.loss(*evaluation.counted(logits, batch.y)), weights[k])
             if objective.loss is None:
                 batch = next(unseen)
                 with torch.no_grad():
@@ -241,7 +237,8 @@ class Simulation:
                 if len(torch.unique(targets)) > 1:  # a probe needs two classes
                     with _requiring_gradients(frozen):
                         depths = model.features_by_depth(probed.x, objective.probe_depth)
-                        shares = [ridge_probe(full_precision(z), targets, objective.ridge) for z in depths]
+                        rows = evaluation.probed_rows(probed.y)
+                        shares = [ridge_probe(full_precision(z)[rows], targets, objective.ridge) for z in depths]
                         share = torch.stack(shares).mean()
                         weight = objective.probe_weight
                         total += weight * evaluated * self._add(adversary, share, weight * sum(weights))

@@ -1,4 +1,4 @@
-"""Models of Hugging Face's transformers: image classifiers, and language models that classify."""
+"""Models of Hugging Face's transformers: image classifiers, and language models that classify or predict tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import nn
 
 from holdfast.errors import HoldfastError
 from holdfast.models import wrappers
-from holdfast.models.families import hf_text, hf_vision
+from holdfast.models.families import hf_causal, hf_text, hf_vision
+from holdfast.models.families.hf_causal import EVERY_POSITION, CausalModel
 from holdfast.models.family import Built, Family, Shape, check_known, config_in, for_channels, register
 from holdfast.models.labels import names_in
 from holdfast.models.spec import ModelSpec, find_weights
@@ -31,7 +32,15 @@ class HuggingFaceFamily(Family):
             )
         if task.vocabulary is None or "vocabulary" in spec.options:
             return spec
-        return spec.model_copy(update={"options": {**spec.options, "vocabulary": asdict(task.vocabulary)}})
+        options = {**spec.options, "vocabulary": asdict(task.vocabulary)}
+        if task.answers_with == CausalModel.answers_with:
+            given = options.setdefault("pooling", EVERY_POSITION)
+            if given != EVERY_POSITION:
+                raise HoldfastError(
+                    f"{spec.name}: pooling is {given}, and {task.described} needs an answer at every position; leave "
+                    "it out."
+                )
+        return spec.model_copy(update={"options": options})
 
     def build(self, spec: ModelSpec, input_shape: Shape, num_outputs: int, data_dir: Path | str | None) -> Built:
         """See `Family.build`."""
@@ -41,7 +50,8 @@ class HuggingFaceFamily(Family):
 
     def released_options(self, name: str, task: Task, *, own_head: bool) -> dict[str, Any]:
         """See `Family.released_options`."""
-        return {} if own_head else {"num_labels": task.num_outputs}
+        fresh = not own_head and task.answers_with == SplitModel.answers_with
+        return {"num_labels": task.num_outputs} if fresh else {}
 
     def output_names(self, spec: ModelSpec, built: Built, network: nn.Module) -> tuple[str, ...] | None:
         """See `Family.output_names`."""
@@ -55,6 +65,9 @@ class HuggingFaceFamily(Family):
     def save_pretrained(self, model: SplitModel, folder: Path) -> None:
         """Writes a folder for `from_pretrained` of transformers, with the tokenizer, or the preprocessor of images."""
         network: Any = model.network
+        if isinstance(model, CausalModel):
+            hf_causal.write(model, folder)
+            return
         labels = dict((model.spec or {})["options"]["config"].get("id2label", {}))
         if len(labels) != model.num_outputs:  # of a head that was replaced
             labels = {str(i): f"LABEL_{i}" for i in range(model.num_outputs)}
@@ -103,7 +116,8 @@ def _build_language(spec: ModelSpec, num_outputs: int, data_dir: Path | str | No
     name = spec.name.removeprefix("hf:")
     configured = spec.options.get("config") is not None
     place = name if configured else located(name, data_dir)
-    built = hf_text.build(spec, place, num_outputs)
+    causal = spec.options.get("pooling") == EVERY_POSITION
+    built = hf_causal.build(spec, place) if causal else hf_text.build(spec, place, num_outputs)
     if configured:
         return built
     folder = Path(place).is_dir() and not name.startswith("package:")

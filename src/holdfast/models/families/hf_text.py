@@ -149,7 +149,7 @@ def build(spec: ModelSpec, place: str, num_outputs: int) -> Built:
     """
     check_known(spec, OPTIONS)
     name, options = spec.name.removeprefix("hf:"), spec.options
-    vocabulary = _vocabulary(name, options["vocabulary"])
+    vocabulary = vocabulary_of(name, options["vocabulary"])
     pooling = options.get("pooling")
     if pooling is not None and pooling not in POOLINGS:
         raise unknown("pooling", str(pooling), POOLINGS)
@@ -160,7 +160,7 @@ def build(spec: ModelSpec, place: str, num_outputs: int) -> Built:
         kept = {**options, "pooling": _pooling_of(network)}
     else:
         config = configuration(place)
-        _check_vocabulary(name, place, config, vocabulary)
+        check_vocabulary(name, place, config, vocabulary)
         is_classifier = any(str(a).endswith("ForSequenceClassification") for a in config.architectures or ())
         own = is_classifier if pooling is None else pooling == OWN
         if not own and options.get("num_labels") not in (None, num_outputs):
@@ -200,7 +200,7 @@ def _pooled(
     missing = [key for key in missing_keys if not key.startswith("pooler.")]
     if missing:
         raise HoldfastError(f"hf:{name} has no weights for {listed(missing)}; it is not a trained encoder.")
-    chosen = pooling or _its_pooling(place) or ("last" if _is_causal(config) else "mean")
+    chosen = pooling or _its_pooling(place) or ("last" if is_causal(config) else "mean")
     network = Pooled(_without_pooler(body), config.hidden_size, num_outputs, pooling=chosen, pad=vocabulary.pad)
     return network, plain_config(config), not _has_head(network, place), notes
 
@@ -243,12 +243,12 @@ def _from_config(
     try:
         made = AutoConfig.for_model(**config)
         _refuse_pairs(name, made)
-        _check_size(name, made, vocabulary)
+        check_size(name, made, vocabulary)
         if pooling == OWN:
             model = AutoModelForSequenceClassification.from_config(made, trust_remote_code=False)
             return Masked(model, vocabulary.pad)
         body = AutoModel.from_config(made, trust_remote_code=False)
-        chosen = pooling or ("last" if _is_causal(made) else "mean")
+        chosen = pooling or ("last" if is_causal(made) else "mean")
         return Pooled(_without_pooler(body), made.hidden_size, num_outputs, pooling=chosen, pad=vocabulary.pad)
     except HoldfastError:
         raise
@@ -281,7 +281,7 @@ def _pooling_of(network: Pooled | Masked) -> str:
     return network.pooling if isinstance(network, Pooled) else OWN
 
 
-def _is_causal(config: Any) -> bool:
+def is_causal(config: Any) -> bool:
     """Whether a position sees only those before it; types that also exist as masked language models do not count."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -308,16 +308,17 @@ def _refuse_pairs(name: str, config: Any) -> None:
         )
 
 
-def _vocabulary(name: str, values: Any) -> Vocabulary:
+def vocabulary_of(name: str, values: Any) -> Vocabulary:
+    """Returns the vocabulary that an option describes; it may come from an untrusted file."""
     try:
         return TypeAdapter(Vocabulary).validate_python(values)
     except ValidationError as error:
         raise HoldfastError(f"hf:{name}: its description of a vocabulary is unusable: {first_line(error)}.") from error
 
 
-def _check_vocabulary(name: str, place: str, config: Any, vocabulary: Vocabulary) -> None:
+def check_vocabulary(name: str, place: str, config: Any, vocabulary: Vocabulary) -> None:
     """Refuses a task whose token ids are not the model's."""
-    _check_size(name, config, vocabulary)
+    check_size(name, config, vocabulary)
     if any((Path(place) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         own = load_tokenizer(place).vocabulary
         if not own.agrees(vocabulary):
@@ -327,7 +328,8 @@ def _check_vocabulary(name: str, place: str, config: Any, vocabulary: Vocabulary
             )
 
 
-def _check_size(name: str, config: Any, vocabulary: Vocabulary) -> None:
+def check_size(name: str, config: Any, vocabulary: Vocabulary) -> None:
+    """Refuses a vocabulary that is larger than the model's embedding."""
     if vocabulary.size > config.vocab_size:
         raise HoldfastError(
             f"hf:{name} has {config.vocab_size} tokens, and the tokenizer {vocabulary.name!r} has {vocabulary.size}; "
@@ -366,7 +368,7 @@ def _scorer(network: Pooled, names: dict[int, str]) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     body: Any = network.body
-    if network.pooling != "last" or not _is_causal(body.config) or bool(network.head.bias.any()):
+    if network.pooling != "last" or not is_causal(body.config) or bool(network.head.bias.any()):
         return None
     config = copy.deepcopy(body.config)
     config.id2label, config.pad_token_id = names, network.pad

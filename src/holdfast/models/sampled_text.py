@@ -1,0 +1,87 @@
+"""Text that a causal language model wrote itself, as its benign task.
+
+The data that a model was trained on are often not public. What it writes by itself stands for them: a model that
+gives its own text the same likelihood as before is still the same model there.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from holdfast.errors import HoldfastError
+from holdfast.models.families.hf_causal import CausalModel
+from holdfast.models.loading import load_model
+from holdfast.tasks import NextTokenTask, TaskSpec, load_tokenizer
+from holdfast.tasks.next_token import IGNORED
+from holdfast.tasks.next_token_files import WINDOW
+
+BATCH = 250
+"""Rows that are written at once."""
+
+
+def sampled_task(spec: TaskSpec, data_dir: Path | str | None = None) -> NextTokenTask:
+    """Returns a next-token task over rows that a model writes, at temperature 1, from its first token on.
+
+    Args:
+        spec: `sampled` rows; `tokenizer` is the folder or name of the model, and `length` the tokens of a row.
+            `test_fraction` of the rows are for testing, and `seed` decides what is written.
+        data_dir: see `load_model`.
+
+    Raises:
+        HoldfastError: if there is no such model, or a setting has no effect.
+    """
+    for key in ("text", "target", "measure", "train_limit", "test_limit", "image_size", "channels"):
+        if getattr(spec, key) != TaskSpec.model_fields[key].default:
+            raise HoldfastError(f"A task that is sampled from the model has no {key}; leave it out.")
+    if spec.tokenizer is None:
+        raise HoldfastError("A sampled task needs a model hf:NAME to write it; give one, or its folder as `tokenizer`.")
+    assert spec.sampled is not None
+    held = round(spec.sampled * spec.test_fraction)
+    if not 0 < held < spec.sampled:
+        raise HoldfastError(
+            f"sampled is {spec.sampled}, of which {held} rows would be for testing (test_fraction "
+            f"{spec.test_fraction:g}); both splits need at least one."
+        )
+    length = spec.length or WINDOW
+    folder = None if data_dir is None else str(data_dir)
+    ids, eos = _written(spec.tokenizer.removeprefix("hf:"), spec.sampled, length, spec.seed, folder)
+    over = np.cumsum(ids[:, 1:] == eos, axis=1) - (ids[:, 1:] == eos) > 0  # after the first end token
+    x, y = ids[:, :-1], np.where(over, IGNORED, ids[:, 1:])
+    vocabulary = load_tokenizer(spec.tokenizer.removeprefix("hf:"), data_dir and Path(data_dir)).vocabulary
+    task = NextTokenTask("sampled", (x[held:], y[held:]), (x[:held], y[:held]), vocabulary=vocabulary)
+    counted = f"{task.tokens('train')} training and {task.tokens('test')} test tokens count"
+    return task.noted(
+        f"{spec.sampled} rows of at most {length} tokens that {vocabulary.name} wrote, seed {spec.seed}", counted
+    )
+
+
+@lru_cache(maxsize=4)
+def _written(name: str, rows: int, length: int, seed: int, data_dir: str | None) -> tuple[np.ndarray, int]:
+    """Ids of shape (rows, length + 1), and the end token; rows are padded with it."""
+    folder = None if data_dir is None else Path(data_dir)
+    tokenizer = load_tokenizer(name, folder)
+    fast: Any = tokenizer.fast
+    start = None if fast is None else fast.bos_token_id if fast.bos_token_id is not None else fast.eos_token_id
+    if start is None or fast.eos_token_id is None:
+        raise HoldfastError(f"The tokenizer {name!r} has no start and end token, so nothing can be sampled.")
+    made_up = np.full((1, 2), start)
+    task = NextTokenTask("sampling", (made_up, made_up), (made_up, made_up), vocabulary=tokenizer.vocabulary)
+    model = load_model(f"hf:{name}", task, data_dir=folder)
+    assert isinstance(model, CausalModel)
+    network: Any = model.network.eval()
+    ids = np.full((rows, length + 1), fast.eos_token_id, dtype=np.int64)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for first in range(0, rows, BATCH):
+            count = min(BATCH, rows - first)
+            drawn = network.generate(
+                torch.full((count, 1), start), attention_mask=torch.ones(count, 1), max_new_tokens=length, do_sample=True, temperature=1.0, top_k=0,
+                top_p=1.0, pad_token_id=fast.eos_token_id, eos_token_id=fast.eos_token_id,
+            )  # fmt: skip
+            ids[first : first + count, : drawn.shape[1]] = drawn.numpy()
+    return ids, int(fast.eos_token_id)
