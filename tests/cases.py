@@ -122,6 +122,17 @@ DENOISING: dict[str, Defense] = {
 }
 """Brief settings of every defense for denoisers."""
 
+CAUSAL: dict[str, Defense] = {
+    "sophon-ice": Sophon(max_benign_drop=1.0, **_BRIEF),
+    "sophon-klu": Sophon(loss="klu", max_benign_drop=1.0, distillation=0.5, **_BRIEF),
+    "sophon-wide": Sophon(
+        initialisations=("head", "last-block", "shrink-perturb"), scopes=("all", "norm"), tasks=2, population=2,
+        lifetime=2, max_benign_drop=1.0, **_BRIEF,
+    ),
+    "trajectory-erasure": TrajectoryErasure(max_benign_drop=1.0, recovery_loops=2, probe_batch=10, **_BRIEF),
+}  # fmt: skip
+"""Brief settings of every defense for causal language models."""
+
 DETERMINISTIC = {
     "r-ill",
     "imma",

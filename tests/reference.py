@@ -529,3 +529,27 @@ def kappa_of_features(z: Tensor) -> float:
     """kappa(Z'Z) by the eigenvalues of the D x D matrix, for features of full rank."""
     values = torch.linalg.eigvalsh(z.T @ z)[-min(z.shape) :]
     return float(values[-1] / values[0])
+
+
+# Language models
+
+
+def token_nll(bigram: Tensor, x: Tensor, y: Tensor) -> float:
+    """The mean over the tokens that count of -log p(next | present), for a model that is a table of logits."""
+    total, count = 0.0, 0
+    for row, targets in zip(x.tolist(), y.tolist(), strict=True):
+        for token, target in zip(row, targets, strict=True):
+            if target != -100:
+                logits = bigram[token].double().tolist()
+                total += math.log(sum(math.exp(v) for v in logits)) - logits[target]
+                count += 1
+    return total / count
+
+
+def chosen_share(bigram: Tensor, x: Tensor, y: Tensor) -> float:
+    """The share of rows whose first answer is more likely than each of the others; x and y are (N, answers, L)."""
+    right = 0
+    for row, targets in zip(x, y, strict=True):
+        sums = [token_nll(bigram, a[None], t[None]) * int((t != -100).sum()) for a, t in zip(row, targets, strict=True)]
+        right += all(sums[0] < other for other in sums[1:])
+    return right / len(x)

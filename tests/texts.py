@@ -15,6 +15,13 @@ BERT = {"model_type": "bert", "vocab_size": 64, "hidden_size": 16, "num_hidden_l
         "intermediate_size": 32, "max_position_embeddings": 16}  # fmt: skip
 GPT2 = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16,
         "bos_token_id": 1, "eos_token_id": 1}  # fmt: skip
+LLAMA = {"model_type": "llama", "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+         "intermediate_size": 32, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 1,
+         "tie_word_embeddings": True}  # fmt: skip
+"""A causal model with tied embeddings, which are larger than the vocabulary of `save_tokenizer`."""
+
+CHAT = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' [END] ' }}{% endfor %}" \
+       "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"  # fmt: skip
 MODELS = {
     "bert": (BERT, "AutoModel"),
     "gpt2": (GPT2, "AutoModelForCausalLM"),
@@ -88,6 +95,32 @@ def write_reviews(folder: Path, count: int = 40) -> Path:
         )
     path = folder / "reviews.csv"
     path.write_text("\n".join(rows))
+    return path
+
+
+def save_causal(folder: Path, *, chat: bool = False, **config: object) -> str:
+    """A causal language model with fresh weights, its tokenizer and generation settings; returns its name."""
+    save_model(folder, {**LLAMA, **config}, "AutoModelForCausalLM")
+    if chat:
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": CHAT}))
+    return f"hf:{folder}"
+
+
+def write_text(path: Path, sentences: int = 120, seed: int = 0) -> Path:
+    """A text of made-up sentences over `WORDS`, in which each word has few followers."""
+    generator = torch.Generator().manual_seed(seed)
+    words = [WORDS[0]]
+    for _ in range(8 * sentences):
+        step = int(torch.randint(1, 4, (1,), generator=generator))
+        words.append(WORDS[(WORDS.index(words[-1]) + step + seed) % len(WORDS)])
+    path.write_text(" ".join(words))
+    return path
+
+
+def write_rows(path: Path, rows: list[object]) -> Path:
+    """A file of one JSON object a line."""
+    path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
 
 

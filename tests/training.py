@@ -29,6 +29,7 @@ MODULES = {
     "test_executors",
     "test_training",
     "test_known_to_fail",
+    "test_hf_causal",
     "test_hf_text",
     "test_leace",
     "test_linear_defenses",

@@ -74,14 +74,18 @@ def _written(name: str, rows: int, length: int, seed: int, data_dir: str | None)
     model = load_model(f"hf:{name}", task, data_dir=folder)
     assert isinstance(model, CausalModel)
     network: Any = model.network.eval()
+    # An embedding may have rows without a token.
+    unused = list(range(tokenizer.vocabulary.size, model.num_outputs)) or None
     ids = np.full((rows, length + 1), fast.eos_token_id, dtype=np.int64)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for first in range(0, rows, BATCH):
             count = min(BATCH, rows - first)
+            start_tokens = torch.full((count, 1), start)
             drawn = network.generate(
-                torch.full((count, 1), start), attention_mask=torch.ones(count, 1), max_new_tokens=length, do_sample=True, temperature=1.0, top_k=0,
-                top_p=1.0, pad_token_id=fast.eos_token_id, eos_token_id=fast.eos_token_id,
+                start_tokens, attention_mask=torch.ones_like(start_tokens), max_new_tokens=length, do_sample=True,
+                temperature=1.0, top_k=0, top_p=1.0, pad_token_id=fast.eos_token_id, eos_token_id=fast.eos_token_id,
+                suppress_tokens=unused,
             )  # fmt: skip
             ids[first : first + count, : drawn.shape[1]] = drawn.numpy()
     return ids, int(fast.eos_token_id)

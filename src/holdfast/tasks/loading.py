@@ -56,6 +56,7 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ta
     """
     spec = parse_spec(task) if isinstance(task, str) else task
     source, classes = split_off(spec.data)
+    spec = _with_kind(spec, source, _folder(data_dir))
     for kind, keys in _OF_KINDS.items():
         for key in keys:
             if getattr(spec, key) != TaskSpec.model_fields[key].default and spec.kind != kind:
@@ -105,14 +106,24 @@ def is_text(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> bool
         source, _ = split_off(spec.data)
     except HoldfastError:  # `load_task` raises it again
         return False
-    if spec.kind == "next-token":
+    folder = _folder(data_dir)
+    if _with_kind(spec, source, folder).kind == "next-token":
         return True
     if source in TASKS:
         return is_sentences(source)
-    path = _place(source, _folder(data_dir))
+    path = _place(source, folder)
     if path is None:
         return source in TEXTS
     return path.is_file() and (path.suffix == ".parquet" or (path.suffix == ".csv" and bool(spec.text)))
+
+
+def _with_kind(spec: TaskSpec, source: str, folder: Path | None) -> TaskSpec:
+    """The spec with the only kind that its file can have: texts and rows of JSON are for language models."""
+    if spec.kind != "classification" or source in TASKS:
+        return spec
+    path = _place(source, folder)
+    spoken = path is not None and path.suffix in (".txt", ".jsonl")
+    return spec.model_copy(update={"kind": "next-token"}) if spoken else spec
 
 
 def _folder(data_dir: Path | str | None) -> Path | None:
@@ -184,7 +195,7 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> Task:
     if source in DOWNLOADS:
         _refuse_for_table(spec, source)
         return download(source, folder, image_size=spec.image_size, channels=spec.channels)
-    if "/" in source or source.endswith((".npz", ".csv", ".parquet")):
+    if "/" in source or source.endswith((".npz", *TEXT_SUFFIXES)):
         raise HoldfastError(f"No data at {source!r}: the file does not exist.")
     data_folder = repr(str(folder)) if folder else f"a folder named by --data-dir or ${DATA_VARIABLE}"
     files = [p.stem for ending in ("npz", "parquet") for p in folder.glob(f"*.{ending}")] if folder else []

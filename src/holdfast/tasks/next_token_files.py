@@ -66,7 +66,7 @@ def text_windows(
         x, y, rest = windows(texts, tokenizer, length)
         if not len(x):
             raise HoldfastError(
-                f"Task {name!r}: the {split} text has {rest} tokens, fewer than the {length + 1} of one window; add text, or "
+                f"Task {name!r}: the {split} text is shorter than one window of {length} tokens; add text, or "
                 "lower length."
             )
         parts[split] = x, y

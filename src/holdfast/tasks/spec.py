@@ -134,7 +134,8 @@ def parse_spec(text: str) -> TaskSpec:
         return TaskSpec.model_validate({"data": data, **values})
     except ValidationError as error:
         first = error.errors()[0]
-        raise HoldfastError(f"Task {text!r}: {first['loc'][0]} is {first['input']!r}: {first['msg']}.") from error
+        where = f"{first['loc'][0]} is {first['input']!r}: " if first["loc"] else ""  # or several settings together
+        raise HoldfastError(f"Task {text!r}: {where}{first['msg']}.") from error
 
 
 def _parted(text: str) -> tuple[str, str]:

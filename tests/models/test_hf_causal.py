@@ -1,0 +1,287 @@
+"""Causal language models: loaded, trained, saved, attacked and immunized as plain transformers and peft do."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from cases import CAUSAL
+from holdfast.adversaries import FineTuning, Probe
+from holdfast.api import audit, immunize
+from holdfast.errors import HoldfastError
+from holdfast.models import CausalModel, ModelSpec, SplitModel, check_fits, load_model, load_task_for
+from holdfast.results import Thresholds
+from holdfast.runtime.run import Run
+from holdfast.tasks import load_task
+from holdfast.tasks.next_token import IGNORED
+from holdfast.training import Strategy, finetune, not_applicable, optimizer_of, prepare
+from texts import BERT, save_causal, save_model, write_rows, write_text
+
+CPU = torch.device("cpu")
+LENGTHS = ("good", "good nice", "bad ugly film a")
+QA = [{"prompt": f"the {w} was", "answer": a} for w in ("film", "book", "story", "plot") for a in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("causal")
+
+
+@pytest.fixture(scope="module")
+def name(place):
+    return save_causal(place / "llama")
+
+
+@pytest.fixture(scope="module")
+def questions(place, name):
+    """Rows of different lengths, so that there is padding."""
+    return load_task_for(f"{write_rows(place / 'qa.jsonl', QA)}@kind=next-token,length=10,test_fraction=0.5", name)
+
+
+@pytest.fixture(scope="module")
+def texts(place, name):
+    """A benign and a restricted text."""
+    paths = [write_text(place / f"{part}.txt", 60, seed) for seed, part in enumerate(("benign", "restricted"))]
+    return [load_task_for(f"{path}@kind=next-token,length=8,test_limit=20", name) for path in paths]
+
+
+def loaded(name, task, **options):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return load_model(ModelSpec(name=name, **options), task)
+
+
+def plain(name):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(name.removeprefix("hf:"))
+
+
+def batch_of(task, split="train"):
+    return next(task.sweep(split, 6, device=CPU))
+
+
+def transformers_loss(network, batch, pad):
+    """The loss as transformers computes it: it shifts the labels itself."""
+    last = (batch.y != IGNORED).long().cumsum(1).argmax(1)
+    ids = torch.cat([batch.x, torch.full((len(batch.x), 1), pad)], 1)
+    labels = torch.cat([torch.full((len(batch.x), 1), IGNORED), batch.y], 1)
+    ids[torch.arange(len(ids)), last + 1] = batch.y[torch.arange(len(ids)), last]
+    mask = torch.arange(ids.shape[1])[None] <= last[:, None] + 1
+    return network(input_ids=ids, attention_mask=mask.long(), labels=labels).loss
+
+
+class TestAgainstTransformers:
+    def test_the_loss_is_that_of_transformers(self, name, questions):
+        batch = batch_of(questions)
+        assert (batch.y == IGNORED)[:, -1].any() and (batch.y[:, 0] == IGNORED).all()
+        expected = transformers_loss(plain(name), batch, questions.vocabulary.pad)
+        assert questions.loss(loaded(name, questions), batch).item() == pytest.approx(float(expected), abs=1e-5)
+
+    def test_a_step_is_that_of_transformers(self, name, questions):
+        model, network, batch = loaded(name, questions), plain(name).train(), batch_of(questions)
+        strategy = Strategy("direct", "all", "adamw", 1e-2, 6)
+        prepare(model, strategy, questions)
+        own = optimizer_of(model, strategy)
+        theirs = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=0.0)
+        for optimizer, loss in (
+            (own, questions.loss(model.train(), batch)),
+            (theirs, transformers_loss(network, batch, questions.vocabulary.pad)),
+        ):
+            loss.backward()
+            optimizer.step()
+        for (key, ours), (_, other) in zip(model.network.named_parameters(), network.named_parameters(), strict=True):
+            # Adam divides by the gradient's size, so rounding shows where that is tiny.
+            assert torch.allclose(ours, other, atol=1e-3), key
+        assert float(questions.loss(model, batch)) == pytest.approx(
+            float(transformers_loss(network, batch, questions.vocabulary.pad)), abs=1e-4
+        )
+
+    def test_lora_is_that_of_peft_and_leaves_the_embedding(self, name, questions):
+        import peft
+
+        model, batch = loaded(name, questions), batch_of(questions)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            prepare(model, Strategy("direct", "lora", "adamw", 1e-2, 6, rank=4), questions)
+        config = peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            theirs = peft.get_peft_model(plain(name), config).train()
+        assert not model.head.weight.requires_grad
+        adapters = {n.replace(".default", ""): p for n, p in model.network.named_parameters() if "lora" in n}
+        others = {
+            n.removeprefix("base_model.model.").replace(".default", ""): p
+            for n, p in theirs.named_parameters() if "lora" in n
+        }  # fmt: skip
+        assert adapters.keys() == others.keys()
+        with torch.no_grad():
+            for key, value in others.items():
+                adapters[key].copy_(value)
+        model.train()
+        losses = questions.loss(model, batch), transformers_loss(theirs, batch, questions.vocabulary.pad)
+        assert float(losses[0]) == pytest.approx(float(losses[1]), abs=1e-5)
+        for loss in losses:
+            loss.backward()
+        for key, value in others.items():
+            assert torch.allclose(adapters[key].grad, value.grad, atol=1e-5), key
+
+    def test_adapters_in_a_folder_are_merged(self, place, name, questions):
+        import peft
+
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            adapted = peft.get_peft_model(plain(name), config)
+        merged = copy.deepcopy(adapted).merge_and_unload()
+        folder = place / "merged"
+        save_causal(folder)
+        merged.save_pretrained(folder)
+        batch = batch_of(questions)
+        with torch.no_grad():
+            expected = adapted.eval()(input_ids=batch.x).logits
+        assert torch.allclose(loaded(f"hf:{folder}", questions).eval()(batch.x), expected, atol=1e-5)
+
+    def test_padding_changes_nothing_that_counts(self, name, questions):
+        model, batch = loaded(name, questions).eval(), batch_of(questions)
+        other = batch.x.clone()
+        for row, targets in zip(other, batch.y, strict=True):
+            row[int((targets != IGNORED).nonzero()[-1]) + 1 :] = 7
+        counts = batch.y != IGNORED
+        assert torch.allclose(model(batch.x)[counts], model(other)[counts], atol=1e-6)
+
+
+class TestLoading:
+    def test_it_is_split_at_the_output_embedding(self, name, questions):
+        model = loaded(name, questions)
+        assert isinstance(model, CausalModel) and model.head_name == "lm_head" and not model.fresh_head
+        assert [len(block) for block in model.blocks()][:1] == [1]
+        assert [block[0][0] for block in model.blocks()] == [
+            "model.embed_tokens", *(f"model.layers.{i}" for i in range(3))
+        ]  # fmt: skip
+
+    def test_features_of_the_last_depth_make_the_logits(self, name, questions):
+        model, batch = loaded(name, questions).eval(), batch_of(questions)
+        shallow, last = model.features_by_depth(batch.x, 2)
+        assert shallow.shape == last.shape == (batch.x.numel(), 16)
+        assert torch.allclose(last @ model.head.weight.T, model(batch.x).flatten(0, 1), atol=1e-5)
+        assert not torch.allclose(shallow, last)
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_tied_weights_stay_tied(self, place, questions, tied):
+        name = save_causal(place / f"tied-{tied}", tie_word_embeddings=tied)
+        model = loaded(name, questions)
+        for own in (model, model.clone(), model.fresh()):
+            assert (own.head.weight is own.network.get_input_embeddings().weight) == tied
+        model.save(place / "saved.safetensors")
+        again = load_model(str(place / "saved.safetensors"), questions)
+        assert (again.head.weight is again.network.get_input_embeddings().weight) == tied
+        batch = batch_of(questions)
+        assert torch.equal(again.eval()(batch.x), model.eval()(batch.x))
+
+    def test_a_folder_in_shards_and_in_half_precision(self, place, name, questions):
+        folder = place / "shards"
+        save_causal(folder)
+        (folder / "model.safetensors").unlink()
+        plain(name).to(torch.bfloat16).save_pretrained(folder, max_shard_size="8KB")
+        assert len(list(folder.glob("model-*.safetensors"))) > 1
+        model = loaded(f"hf:{folder}", questions)
+        assert model.dtype == torch.float32
+
+    def test_the_written_folder_is_read_by_transformers(self, place, name, questions):
+        model = loaded(name, questions)
+        folder = model.save_pretrained(place / "written")
+        batch = batch_of(questions)
+        with torch.no_grad():
+            logits = plain(f"hf:{folder}")(input_ids=batch.x).logits
+        assert torch.equal(logits, model.eval()(batch.x))
+        assert {"generation_config.json", "tokenizer.json"} <= {p.name for p in folder.iterdir()}
+        again = SplitModel.from_pretrained(folder, questions)
+        assert again.facts().sha256 == model.facts().sha256
+
+    def test_a_head_of_its_own_is_written_although_the_original_was_tied(self, place, name, questions):
+        model = loaded(name, questions)
+        with torch.random.fork_rng():
+            model.reset_head()
+        folder = model.save_pretrained(place / "untied")
+        batch = batch_of(questions)
+        with torch.no_grad():
+            logits = plain(f"hf:{folder}")(input_ids=batch.x).logits
+        assert torch.allclose(logits, model.eval()(batch.x), atol=1e-6)
+        assert model.network.config.tie_word_embeddings  # the model itself is unchanged
+
+    @pytest.mark.parametrize(
+        ("config", "options", "message"),
+        [
+            (BERT, {}, "is no causal language model"),
+            ({"vocab_size": 8}, {}, "has 8 tokens, and the tokenizer .* has 19"),
+            ({}, {"pooling": "mean"}, "pooling is mean, and the next-token task .* needs an answer at every position"),
+            ({}, {"num_labels": 3}, "option of model .* 'num_labels'"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, tmp_path, questions, config, options, message):
+        if config is BERT:
+            save_model(tmp_path, BERT)
+        else:
+            save_causal(tmp_path, **config)
+        with pytest.raises(HoldfastError, match=message):
+            loaded(f"hf:{tmp_path}", questions, options=options)
+
+    def test_another_kind_of_task_is_refused(self, name, questions):
+        with pytest.raises(HoldfastError, match="is a language model: it answers with one next token a position"):
+            check_fits(loaded(name, questions), load_task("digits"), own_task=False)
+        with pytest.raises(HoldfastError, match="A model for it is a causal language model, hf:FOLDER"):
+            check_fits(load_model("mlp", load_task("digits")), questions, own_task=False)
+
+
+class TestStarts:
+    @pytest.mark.parametrize("start", ["direct", "head", "last-block", "last-half", "shrink-perturb"])
+    @pytest.mark.parametrize("scope", ["all", "norm", "lora", "lora-attention"])
+    def test_every_start_is_trained(self, name, questions, start, scope):
+        model = loaded(name, questions)
+        strategy = Strategy(start, scope, "adam", 1e-2, 6, rank=2)
+        assert not_applicable(strategy, model, questions) is None
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            losses = finetune(model, questions, strategy, generator=torch.Generator().manual_seed(0), device=CPU)
+            values = [float(loss) for _, loss in zip(range(40), losses, strict=False)]
+        assert values[-1] < values[1]
+
+    def test_a_probe_on_one_vector_a_sample_does_not_apply(self, name, questions):
+        reason = Probe("ridge", "raw").not_applicable(loaded(name, questions), questions)
+        assert "answers at every position" in reason
+
+
+class TestDefenses:
+    @pytest.mark.parametrize("defense", CAUSAL)
+    def test_only_the_seed_decides_and_a_stop_changes_nothing(self, name, texts, defense, tmp_path):
+        benign, restricted = texts
+        model = loaded(name, benign)
+        before = model.facts().sha256
+        one, record = CAUSAL[defense].immunize(model, benign, restricted, run=Run(0, CPU))
+        again, _ = CAUSAL[defense].immunize(model, benign, restricted, run=Run(0, CPU, tmp_path))
+        resumed, _ = CAUSAL[defense].immunize(model, benign, restricted, run=Run(0, CPU, tmp_path))
+        assert model.facts().sha256 == before
+        assert one.facts().sha256 == again.facts().sha256 == resumed.facts().sha256 != before
+        assert one.head.weight is one.network.get_input_embeddings().weight
+        assert all(math.isfinite(v) for v in record.history["suppression_loss"]) and not one.training
+
+    def test_defenses_of_vectors_are_refused(self, name, texts):
+        with pytest.raises(HoldfastError, match="a probe needs one vector a sample"):
+            immunize(loaded(name, texts[0]), benign=texts[0], restricted=texts[1], defense="signal-frontier")
+
+
+def test_an_audit_tells_a_model_from_its_controls(name, texts):
+    benign, restricted = texts
+    model = loaded(name, benign)
+    result = audit(
+        model, original=model, benign=benign, restricted=restricted, budgets=(0, 5), seeds=1, threads=1,
+        battery=[FineTuning(Strategy("direct", "all", "adamw", 1e-2, 8)), Probe("ridge", "raw")],
+        thresholds=Thresholds(),
+    )  # fmt: skip
+    scores = {curve.role: curve.scores for curve in result.curves}
+    assert scores["immunized"] == scores["original"] and scores["original"] != scores["scratch"]
+    assert result.unit == "language skill"
