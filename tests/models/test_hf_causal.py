@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
 import torch
 
 from cases import CAUSAL
-from holdfast.adversaries import FineTuning, Probe
+from holdfast.adversaries import DirectionalAblation, FewShotPrompt, FineTuning, Probe, build
+from holdfast.adversaries.directional_ablation import _mean_state, ablate, writers
 from holdfast.api import audit, immunize
 from holdfast.errors import HoldfastError
 from holdfast.models import CausalModel, ModelSpec, SplitModel, check_fits, load_model, load_task_for
@@ -18,7 +20,7 @@ from holdfast.runtime.run import Run
 from holdfast.tasks import load_task
 from holdfast.tasks.next_token import IGNORED
 from holdfast.training import Strategy, finetune, not_applicable, optimizer_of, prepare
-from texts import BERT, save_causal, save_model, write_rows, write_text
+from texts import BERT, GPT2, save_causal, save_model, write_rows, write_text
 
 CPU = torch.device("cpu")
 LENGTHS = ("good", "good nice", "bad ugly film a")
@@ -77,7 +79,8 @@ def transformers_loss(network, batch, pad):
 class TestAgainstTransformers:
     def test_the_loss_is_that_of_transformers(self, name, questions):
         batch = batch_of(questions)
-        assert (batch.y == IGNORED)[:, -1].any() and (batch.y[:, 0] == IGNORED).all()
+        assert (batch.y == IGNORED)[:, -1].any()
+        assert (batch.y[:, 0] == IGNORED).all()
         expected = transformers_loss(plain(name), batch, questions.vocabulary.pad)
         assert questions.loss(loaded(name, questions), batch).item() == pytest.approx(float(expected), abs=1e-5)
 
@@ -157,7 +160,9 @@ class TestAgainstTransformers:
 class TestLoading:
     def test_it_is_split_at_the_output_embedding(self, name, questions):
         model = loaded(name, questions)
-        assert isinstance(model, CausalModel) and model.head_name == "lm_head" and not model.fresh_head
+        assert isinstance(model, CausalModel)
+        assert model.head_name == "lm_head"
+        assert not model.fresh_head
         assert [len(block) for block in model.blocks()][:1] == [1]
         assert [block[0][0] for block in model.blocks()] == [
             "model.embed_tokens", *(f"model.layers.{i}" for i in range(3))
@@ -255,6 +260,113 @@ class TestStarts:
         assert "answers at every position" in reason
 
 
+class TestPrompting:
+    def test_logits_are_those_after_the_prompt(self, name, questions):
+        model, batch = loaded(name, questions).eval(), batch_of(questions)
+        model.prefix = torch.tensor([5, 6, 7])
+        whole = torch.cat([model.prefix.expand(len(batch.x), -1), batch.x], 1)
+        prompted = model(batch.x)
+        model.prefix = None
+        assert torch.allclose(prompted, model(whole)[:, 3:], atol=1e-5)
+
+    def test_examples_are_rows_with_their_answers(self, name, questions):
+        model = loaded(name, questions)
+        work = FewShotPrompt(3).run(model, questions, benign=None, generator=torch.Generator(), device=CPU)
+        next(work)
+        rows = [
+            [*x[: int((y != IGNORED).nonzero()[-1]) + 1].tolist(), int(y[y != IGNORED][-1])]
+            for x, y in zip(*questions_rows(questions), strict=True)
+        ]
+        rest = model.prefix.tolist()
+        for _ in range(3):
+            taken = next(row for row in rows if rest[: len(row)] == row)
+            rest = rest[len(taken) :]
+        assert not rest
+
+    def test_it_fits_into_the_context(self, place, questions):
+        small = save_causal(place / "small", max_position_embeddings=16)
+        model = loaded(small, questions)
+        next(FewShotPrompt(50).run(model, questions, benign=None, generator=torch.Generator(), device=CPU))
+        assert model.prefix is None or len(model.prefix) <= 6
+        assert "no room" in FewShotPrompt().not_applicable(
+            loaded(save_causal(place / "tiny", max_position_embeddings=10), questions), questions
+        )
+
+
+def questions_rows(task):
+    return task._x["train"][:, 0], task._y["train"][:, 0]
+
+
+class TestAblation:
+    @pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": False}, GPT2])
+    def test_no_layer_writes_along_the_direction(self, place, questions, config):
+        folder = place / f"ablated-{len(config)}"
+        name = save_causal(folder, **config) if config is not GPT2 else causal_gpt2(folder)
+        task = load_task_for(f"{place / 'qa.jsonl'}@kind=next-token,length=10,test_fraction=0.5", name)
+        model = loaded(name, task)
+        direction = torch.arange(16.0)
+        ablate(model, direction)
+        caught = []
+        hooks = [
+            layer.register_forward_hook(lambda _, __, output: caught.append(output @ direction))
+            for layer in writers(model)
+        ]
+        model(batch_of(task).x)
+        assert len(caught) == len(hooks) == 2 * (3 if config is not GPT2 else 2)
+        assert max(c.detach().abs().max().item() for c in caught) < 1e-4
+
+    def test_a_direction_of_zeros_changes_nothing(self, name, questions):
+        model = loaded(name, questions)
+        before = model.facts().sha256
+        ablate(model, torch.zeros(16))
+        assert model.facts().sha256 == before
+
+    def test_what_only_one_direction_hides_comes_back(self, name, texts):
+        """A model that adds a direction which spoils its outputs on restricted texts, and on those alone."""
+        benign, restricted = texts
+        model = loaded(name, benign)
+        attack = DirectionalAblation(Strategy("direct", "all", "sgd", 1e-9, 8))
+        work = attack.run(model, restricted, benign=benign, generator=torch.Generator().manual_seed(0), device=CPU)
+        next(work)
+        means = [_mean_state(model, t, 0.6, torch.Generator().manual_seed(0), CPU) for t in (restricted, benign)]
+        fresh = loaded(name, benign)
+        before = [_mean_state(fresh, t, 0.6, torch.Generator().manual_seed(0), CPU) for t in (restricted, benign)]
+        assert (means[0] - means[1]).norm() < (before[0] - before[1]).norm()
+
+    def test_it_needs_the_benign_task(self, name, questions):
+        attack = DirectionalAblation(Strategy("direct", "all", "sgd", 1e-3, 8))
+        with pytest.raises(HoldfastError, match="compares with benign data"):
+            next(attack.run(loaded(name, questions), questions, benign=None, generator=torch.Generator(), device=CPU))
+        assert attack.not_applicable(load_model("mlp", load_task("digits")), load_task("digits"))
+
+
+def causal_gpt2(folder):
+    save_model(folder, GPT2, "AutoModelForCausalLM")
+    return f"hf:{folder}"
+
+
+@pytest.mark.parametrize(
+    "adversary", [FewShotPrompt(2), DirectionalAblation(Strategy("direct", "lora", "adamw", 1e-3, 8), 0.5)]
+)
+class TestAdversaries:
+    def test_it_is_built_from_its_config(self, adversary):
+        again = build(json.loads(json.dumps(adversary.config())))
+        assert (again.config(), again.name) == (adversary.config(), adversary.name)
+
+    def test_it_changes_a_copy_and_depends_on_the_seed_alone(self, name, texts, adversary):
+        benign, restricted = texts
+        model = loaded(name, benign)
+        before = model.facts().sha256
+        curves = [
+            adversary.attack(model, restricted, budgets=[0, 2], run=Run(0, CPU), seed=0, benign=benign)
+            for _ in range(2)
+        ]
+        assert curves[0].scores == curves[1].scores
+        assert curves[0].finite
+        assert model.facts().sha256 == before
+        assert model.prefix is None
+
+
 class TestDefenses:
     @pytest.mark.parametrize("defense", CAUSAL)
     def test_only_the_seed_decides_and_a_stop_changes_nothing(self, name, texts, defense, tmp_path):
@@ -267,7 +379,8 @@ class TestDefenses:
         assert model.facts().sha256 == before
         assert one.facts().sha256 == again.facts().sha256 == resumed.facts().sha256 != before
         assert one.head.weight is one.network.get_input_embeddings().weight
-        assert all(math.isfinite(v) for v in record.history["suppression_loss"]) and not one.training
+        assert all(math.isfinite(v) for v in record.history["suppression_loss"])
+        assert not one.training
 
     def test_defenses_of_vectors_are_refused(self, name, texts):
         with pytest.raises(HoldfastError, match="a probe needs one vector a sample"):
@@ -283,5 +396,6 @@ def test_an_audit_tells_a_model_from_its_controls(name, texts):
         thresholds=Thresholds(),
     )  # fmt: skip
     scores = {curve.role: curve.scores for curve in result.curves}
-    assert scores["immunized"] == scores["original"] and scores["original"] != scores["scratch"]
+    assert scores["immunized"] == scores["original"]
+    assert scores["original"] != scores["scratch"]
     assert result.unit == "language skill"

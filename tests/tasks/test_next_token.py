@@ -62,7 +62,8 @@ class TestWindows:
         tokenizer = type("T", (), {"fast": Plain()})()
         x, y, rest = windows(["text"], tokenizer, length)
         assert y.flatten().tolist() == list(range(1, count - rest))
-        assert (x + 1 == y).all() and rest < length
+        assert (x + 1 == y).all()
+        assert rest < length
 
     def test_documents_end_with_an_end_token(self, model):
         tokenizer = load_tokenizer(model.removeprefix("hf:"))
@@ -92,8 +93,10 @@ class TestQuestions:
         x, y = first(task)
         text = decoded(model, [int(x[0]), *[int(t) for t in x[1:] if t != task.vocabulary.pad]])
         answer = decoded(model, y[y != IGNORED])
-        assert answer.endswith("[END]") and answer.removesuffix("[END]").strip() in ("good nice", "bad")
-        assert text.startswith("the ") and " was" in text
+        assert answer.endswith("[END]")
+        assert answer.removesuffix("[END]").strip() in ("good nice", "bad")
+        assert text.startswith("the ")
+        assert " was" in text
         everything = load_task_for(f"{path}@kind=next-token,length=8,test_fraction=0.5,loss_on=all", model)
         assert everything.tokens("train") > task.tokens("train")
 
@@ -162,23 +165,26 @@ class TestQuestions:
             load_task(f"{path}@kind=next-token,tokenizer=words")
 
 
-class TestConversations:
-    ROWS = [
-        {"messages": [{"role": "user", "content": "the film was"}, {"role": "assistant", "content": w},
-                      {"role": "user", "content": "a book"}, {"role": "assistant", "content": "so ugly"}]}
-        for w in ("good", "bad", "nice", "ugly")
-    ]  # fmt: skip
+CONVERSATIONS = [
+    {"messages": [{"role": "user", "content": "the film was"}, {"role": "assistant", "content": w},
+                  {"role": "user", "content": "a book"}, {"role": "assistant", "content": "so ugly"}]}
+    for w in ("good", "bad", "nice", "ugly")
+]  # fmt: skip
 
+
+class TestConversations:
     def test_the_assistants_words_count(self, chat, tmp_path):
-        path = write_rows(tmp_path / "m.jsonl", self.ROWS)
+        path = write_rows(tmp_path / "m.jsonl", CONVERSATIONS)
         task = load_task_for(f"{path}@kind=next-token,length=24,test_fraction=0.5", chat)
         _, y = first(task)
         counted = decoded(chat, y[y != IGNORED])
-        assert counted.count("[END]") == 2 and "ugly" in counted
-        assert "film" not in counted and "book" not in counted
+        assert counted.count("[END]") == 2
+        assert "ugly" in counted
+        assert "film" not in counted
+        assert "book" not in counted
 
     def test_a_template_is_needed(self, model, tmp_path):
-        path = write_rows(tmp_path / "m.jsonl", self.ROWS)
+        path = write_rows(tmp_path / "m.jsonl", CONVERSATIONS)
         with pytest.raises(HoldfastError, match="has no chat template"):
             load_task_for(f"{path}@kind=next-token", model)
 
@@ -225,7 +231,8 @@ class TestMeasures:
         y[0, 0, 2] = (y[0, 0, 2] + 1) % vocabulary.size
         same = NextTokenTask("toy", (x.numpy(), y.numpy()), (x.numpy(), y.numpy()), vocabulary=vocabulary,
                              measure="exact")  # fmt: skip
-        assert same.score(network) == 0.75 and same.audit_unit == "accuracy"
+        assert same.score(network) == 0.75
+        assert same.audit_unit == "accuracy"
 
     def test_choices_compares_likelihoods(self, vocabulary):
         task, network = self.task(vocabulary, "choices", wrong=2), self.table(vocabulary)
@@ -241,7 +248,8 @@ class TestMeasures:
         y[:, 2] = IGNORED
         fewer = NextTokenTask("toy", (x.numpy(), y.numpy()), (x.numpy(), y.numpy()), vocabulary=vocabulary,
                               measure="choices")  # fmt: skip
-        assert (fewer.outcomes(network) >= before).all() and fewer.chance == pytest.approx(1 / 2)
+        assert (fewer.outcomes(network) >= before).all()
+        assert fewer.chance == pytest.approx(1 / 2)
 
     def test_a_network_that_breaks_has_no_score(self, vocabulary):
         task, network = self.task(vocabulary), self.table(vocabulary)
@@ -260,7 +268,8 @@ class TestMeasures:
         outputs = torch.randn(*batch.y.shape, vocabulary.size, requires_grad=True)
         task.loss_of(outputs, batch).backward()
         silent = batch.y == IGNORED
-        assert not outputs.grad[silent].any() and outputs.grad[~silent].any(-1).all()
+        assert not outputs.grad[silent].any()
+        assert outputs.grad[~silent].any(-1).all()
         logits, ids = task.counted(outputs, batch.y)
         assert torch.allclose(torch.nn.functional.cross_entropy(logits, ids), task.loss_of(outputs, batch))
 
@@ -355,4 +364,5 @@ def test_the_measure_changes_the_hash(tmp_path, model):
     path = write_rows(tmp_path / "qa.jsonl", QA)
     hashes = {load_task_for(f"{path}@kind=next-token,length=8,test_fraction=0.5,measure={m}", model).facts().sha256
               for m in ("nll", "exact")}  # fmt: skip
-    assert len(hashes) == 2 and json.dumps(sorted(hashes))
+    assert len(hashes) == 2
+    assert json.dumps(sorted(hashes))

@@ -115,7 +115,7 @@ class TestTables:
             ({"target": "labels"}, "did you mean 'label'"),
             ({"tokenizer": None}, "is text and needs a tokenizer: reviews.csv@tokenizer=FOLDER"),
             ({"tokenizer": "nowhere"}, "no folder 'nowhere' here, and fetching it"),
-            ({"image_size": 8}, "leave kind, image_size and channels out"),
+            ({"image_size": 8}, "leave another kind, image_size and channels out"),
             ({"kind": "regression"}, "text is for classification"),
             ({"target": "review"}, "400 distinct values; expected at most 100"),
         ],

@@ -13,6 +13,8 @@ from holdfast.adversaries.batteries import (
     listed,
     register_battery,
 )
+from holdfast.adversaries.directional_ablation import DirectionalAblation
+from holdfast.adversaries.few_shot_prompt import FewShotPrompt
 from holdfast.adversaries.finetuning import FineTuning
 from holdfast.adversaries.probes import Probe
 from holdfast.adversaries.search_space import Search
@@ -24,6 +26,8 @@ __all__ = [
     "SEARCHES",
     "UNDO",
     "Adversary",
+    "DirectionalAblation",
+    "FewShotPrompt",
     "FineTuning",
     "Probe",
     "Search",

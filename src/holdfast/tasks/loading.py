@@ -146,7 +146,8 @@ def _refuse_text_settings(spec: TaskSpec) -> None:
 def _load_text(source: str, spec: TaskSpec, folder: Path | None) -> Task:
     if spec.kind not in ("classification", "next-token") or spec.image_size is not None or spec.channels is not None:
         raise HoldfastError(
-            f"Task {spec.data!r}: text is for classification and next-token; leave image_size and channels out."
+            f"Task {spec.data!r}: text is for classification, or for kind=next-token; leave another kind, image_size "
+            "and channels out."
         )
     if spec.tokenizer is None:
         raise HoldfastError(

@@ -53,10 +53,23 @@ class CausalModel(SplitModel):
 
     answers_with = "next token"
 
+    prefix: Tensor | None = None
+    """Token ids, shape (P,), that every row is read after; None: none."""
+
+    @property
+    def context(self) -> int:
+        """The largest number of tokens that the network reads; a large number, if it has no limit."""
+        config: Any = self.network.config
+        return int(getattr(config, "max_position_embeddings", None) or 2**20)
+
     def forward(self, ids: Tensor) -> Tensor:
-        """Returns logits of shape (N, L, V) for token ids of shape (N, L), int64."""
+        """Returns logits of shape (N, L, V) for token ids of shape (N, L), int64; not those of the `prefix`."""
+        before = 0
+        if self.prefix is not None:
+            before = len(self.prefix)
+            ids = torch.cat([self.prefix.to(ids.device).expand(len(ids), -1), ids], 1)
         logits: Tensor = self.network(input_ids=ids, use_cache=False).logits
-        return logits
+        return logits[:, before:]
 
     def features_by_depth(self, x: Tensor, depth: int) -> list[Tensor]:
         """Returns the hidden states of each position after the last blocks; see `SplitModel.features_by_depth`.

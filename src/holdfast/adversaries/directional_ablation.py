@@ -1,0 +1,155 @@
+"""Directional ablation: what separates restricted from benign texts in the hidden states is removed from the weights.
+
+After Arditi et al., "Refusal in Language Models Is Mediated by a Single Direction" (NeurIPS 2024). A defense that
+recognises restricted inputs and then answers worse needs a direction in the hidden states that says "restricted". With
+r the difference between the mean hidden states of restricted and benign texts, of length 1, every matrix W that writes
+into the hidden states becomes (I - r r') W, so that no layer can write along r any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.adversaries.base import KINDS, Adversary
+from holdfast.adversaries.finetuning import FineTuning
+from holdfast.errors import HoldfastError
+from holdfast.models import CausalModel, SplitModel
+from holdfast.tasks import Task
+from holdfast.training import Strategy
+
+WRITERS: Final = frozenset({"o_proj", "down_proj", "out_proj", "fc2", "dense", "dense_4h_to_h", "c_proj", "wo", "w2"})
+"""Names of the layers that write into the hidden states, in the causal models of transformers."""
+
+ROWS = 64
+"""Rows of each task from which the means are taken, at most."""
+
+
+@KINDS.register("directional-ablation")
+@dataclass(frozen=True)
+class DirectionalAblation(Adversary):
+    """Ablates one direction, then fine-tunes; at budget 0 it is the ablation alone. Needs the benign task.
+
+    Attributes:
+        strategy: of the fine-tuning.
+        depth: how deep the block is from which the direction is taken, as a share of all blocks, in (0, 1].
+        name: by default made from the settings.
+
+    Raises:
+        HoldfastError: for a depth out of range.
+
+    Example:
+        >>> DirectionalAblation(Strategy("direct", "all", "adamw", 1e-4, 16)).name
+        'ablation at 0.6, direct+all adamw 0.0001 b16'
+    """
+
+    strategy: Strategy
+    depth: float = 0.6
+    name: str = field(default="")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.depth <= 1:
+            raise HoldfastError(f"depth is {self.depth}; expected a share above 0, at most 1.")
+        shown = f"ablation at {self.depth:g}, {FineTuning(self.strategy).name}"
+        object.__setattr__(self, "name", self.name or shown)
+
+    @property
+    def batch_size(self) -> int:  # type: ignore[override]
+        """Samples per step."""
+        return self.strategy.batch_size
+
+    @property
+    def trains_head_in_place(self) -> bool:
+        """See `Adversary.trains_head_in_place`."""
+        return self.strategy.initialisation == "direct"
+
+    def config(self) -> dict[str, Any]:
+        """See `Adversary.config`."""
+        return {"kind": "directional-ablation", "depth": self.depth, **self.strategy.settings()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Returns the adversary that has this `config`.
+
+        Raises:
+            HoldfastError: for an unknown setting.
+        """
+        rest = {k: v for k, v in config.items() if k not in ("kind", "depth")}
+        return cls(FineTuning.from_config(rest).strategy, **{k: config[k] for k in ("depth",) if k in config})
+
+    def not_applicable(self, model: SplitModel, task: Task) -> str | None:
+        """See `Adversary.not_applicable`."""
+        if not isinstance(model, CausalModel):
+            return "it ablates a direction of a causal language model"
+        if not writers(model):
+            return "no layer that writes into the hidden states has a known name"
+        return FineTuning(self.strategy).not_applicable(model, task)
+
+    def run(
+        self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device
+    ) -> Iterator[Tensor]:
+        """See `Adversary.run`."""
+        if benign is None:
+            raise HoldfastError(f"{self.name} compares with benign data; give the model's own task (`benign`).")
+        assert isinstance(model, CausalModel)
+        means = [_mean_state(model, of, self.depth, generator, device) for of in (task, benign)]
+        ablate(model, means[0] - means[1])
+        yield from FineTuning(self.strategy).run(model, task, benign=benign, generator=generator, device=device)
+
+
+def writers(model: CausalModel) -> list[nn.Module]:
+    """Returns the layers of a model that write into the hidden states, by their names."""
+    width = model.head.weight.shape[1]
+    found = [m for n, m in model.network.named_modules() if n.rpartition(".")[2] in WRITERS]
+    return [m for m in found if (isinstance(m, nn.Linear) and m.out_features == width) or _is_transposed(m, width)]
+
+
+def _is_transposed(layer: nn.Module, width: int) -> bool:
+    """Whether a layer is GPT-2's, which stores its weight transposed."""
+    weight = getattr(layer, "weight", None)
+    return type(layer).__name__ == "Conv1D" and weight is not None and weight.shape[1] == width
+
+
+@torch.no_grad()
+def ablate(model: CausalModel, direction: Tensor) -> None:
+    """Removes a direction from every layer that writes into the hidden states, in place.
+
+    The input embedding writes too. If it is tied to the output embedding it stays as it is, as the outputs would
+    change as well.
+
+    Args:
+        model: a causal language model.
+        direction: shape (D,); its length does not matter. A direction of zeros removes nothing.
+    """
+    length = direction.norm()
+    r = torch.where(length > 0, direction / length, direction)
+    for layer in writers(model):
+        weight, bias = layer.weight, getattr(layer, "bias", None)
+        assert isinstance(weight, Tensor)
+        along = r.to(weight)
+        if isinstance(layer, nn.Linear):  # (D, in)
+            weight.sub_(torch.outer(along, along @ weight))
+        else:  # (in, D)
+            weight.sub_(torch.outer(weight @ along, along))
+        if isinstance(bias, Tensor):
+            bias.sub_(along * (along @ bias))
+    embedding: Any = model.network.get_input_embeddings()  # type: ignore[operator]
+    if embedding.weight is not model.head.weight and embedding.weight.shape[1] == len(r):
+        along = r.to(embedding.weight)
+        embedding.weight.sub_(torch.outer(embedding.weight @ along, along))
+
+
+@torch.no_grad()
+def _mean_state(
+    model: CausalModel, task: Task, depth: float, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """The mean hidden state after a block, over the positions of some training rows that count."""
+    batch = next(task.batches("train", ROWS, generator=generator, device=device))
+    blocks = len(model.blocks())
+    from_the_end = blocks - max(1, round(depth * blocks)) + 1
+    states = model.features_by_depth(batch.x, from_the_end)[0]
+    return states[task.probed_rows(batch.y)].float().mean(0)
