@@ -16,7 +16,7 @@ import torch
 from holdfast.errors import HoldfastError
 from holdfast.models.families.hf_causal import CausalModel
 from holdfast.models.loading import load_model
-from holdfast.tasks import NextTokenTask, TaskSpec, load_tokenizer
+from holdfast.tasks import NextTokenTask, TaskSpec, Tokenizer, load_tokenizer
 from holdfast.tasks.next_token import IGNORED
 from holdfast.tasks.next_token_files import WINDOW
 
@@ -89,3 +89,46 @@ def _written(name: str, rows: int, length: int, seed: int, data_dir: str | None)
             )  # fmt: skip
             ids[first : first + count, : drawn.shape[1]] = drawn.numpy()
     return ids, int(fast.eos_token_id)
+
+
+PROMPT_TOKENS = 24
+"""Tokens of a text that a model continues, if the text has no prompt of its own."""
+
+
+def continuations(
+    model: CausalModel, task: NextTokenTask, tokenizer: Tokenizer, *, rows: int, tokens: int, seed: int
+) -> list[tuple[str, str]]:
+    """Returns what a model writes after the beginnings of some test rows, at temperature 1.
+
+    Args:
+        model: on any device.
+        task: its first test rows give the prompts: what comes before the tokens that count, or the first 24 tokens of a
+            text.
+        tokenizer: the model's own.
+        rows: how many.
+        tokens: to write after each, at most.
+        seed: of the draws; the same for all models, so that equal models write the same.
+
+    Returns:
+        For each row, the prompt and what follows.
+    """
+    fast: Any = tokenizer.fast
+    network: Any = model.network
+    training = model.training
+    model.eval()
+    written = []
+    for x, y in zip(*next(task.sweep("test", rows, device=model.device)), strict=True):
+        first = int((y != IGNORED).nonzero()[0]) + 1
+        prompt = x[: max(first, min(PROMPT_TOKENS, len(x))) if first == 1 else first]
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            drawn = network.generate(
+                prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=tokens, do_sample=True,
+                temperature=1.0, top_k=0, top_p=1.0, pad_token_id=task.vocabulary.pad, renormalize_logits=True,
+                remove_invalid_values=True,
+            )  # fmt: skip
+        parts = (prompt, drawn[0, len(prompt) :])
+        before, after = (fast.decode(part.tolist(), skip_special_tokens=True) for part in parts)
+        written.append((str(before), str(after)))
+    model.train(training)
+    return written

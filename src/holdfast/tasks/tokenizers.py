@@ -20,6 +20,8 @@ from holdfast.tasks.paths import place
 
 PACKAGE = "package:"
 WORDS = "words"
+GGUF = ".gguf"
+"""Ending of the files of llama.cpp, with weights, configuration and tokenizer in one; transformers dequantises them."""
 _BUCKETS = 1024
 
 
@@ -99,8 +101,8 @@ def load_tokenizer(name: str, data_dir: Path | None = None) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
-        name: a folder with `tokenizer.json`, here or in the data folder; `package:NAME/FOLDER`, a folder inside an
-            installed package; a name on the Hub (which needs a network, or its cache); or `words`, which hashes words
+        name: a folder with `tokenizer.json` or a `.gguf` file, here or in the data folder; `package:NAME/FOLDER`, a
+            folder (or file) inside an installed package; a name on the Hub (which needs a network, or its cache); or `words`, which hashes words
             and punctuation into 1,023 numbers, needs no files, and suits models that are trained from scratch.
         data_dir: the data folder.
 
@@ -117,9 +119,12 @@ def load_tokenizer(name: str, data_dir: Path | None = None) -> Tokenizer:
     from transformers import AutoTokenizer
 
     source = located(name, data_dir)
-    folder = Path(source).is_dir()
+    place, more = transformers_place(source)
+    folder = Path(place).is_dir()
     try:
-        fast = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False, local_files_only=folder)
+        fast = AutoTokenizer.from_pretrained(
+            place, use_fast=True, trust_remote_code=False, local_files_only=folder, **more
+        )
     except Exception as error:  # a network, a cache and many file formats raise different exceptions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         hint = (
@@ -143,7 +148,7 @@ def load_tokenizer(name: str, data_dir: Path | None = None) -> Tokenizer:
 
 
 def located(name: str, data_dir: Path | str | None = None) -> str:
-    """Returns the path of a folder inside a package, here, or in the data folder; otherwise the name itself.
+    """Returns the path of a folder (or `.gguf` file) in a package, here, or in the data folder; else the name itself.
 
     The package is not imported, and its code is not run.
 
@@ -156,8 +161,21 @@ def located(name: str, data_dir: Path | str | None = None) -> str:
     """
     if name.startswith(PACKAGE):
         return str(_in_package(name.removeprefix(PACKAGE)))
-    folder = place(name, data_dir, is_there=Path.is_dir)
+    folder = place(name, data_dir, is_there=Path.is_file if name.endswith(GGUF) else Path.is_dir)
     return name if folder is None else str(folder)
+
+
+def transformers_place(source: str) -> tuple[str, dict[str, str]]:
+    """Returns the first argument of `from_pretrained`, and more that it needs, for a folder, a name or a `.gguf` file.
+
+    Example:
+        >>> transformers_place("models/small.Q4_1.gguf")
+        ('models', {'gguf_file': 'small.Q4_1.gguf'})
+    """
+    if not source.endswith(GGUF):
+        return source, {}
+    path = Path(source).expanduser()
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def _in_package(name: str) -> Path:
@@ -171,7 +189,8 @@ def _in_package(name: str) -> Path:
             "folder."
         )
     folder = Path(next(iter(spec.submodule_search_locations))) / inner
-    if ".." in Path(inner).parts or not folder.is_dir():
+    there = folder.is_file() if inner.endswith(GGUF) else folder.is_dir()
+    if ".." in Path(inner).parts or not there:
         raise HoldfastError(f"package:{name}: the package {package!r} has no folder {inner!r}.")
     return folder
 

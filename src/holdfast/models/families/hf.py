@@ -120,6 +120,6 @@ def _build_language(spec: ModelSpec, num_outputs: int, data_dir: Path | str | No
     built = hf_causal.build(spec, place) if causal else hf_text.build(spec, place, num_outputs)
     if configured:
         return built
-    folder = Path(place).is_dir() and not name.startswith("package:")
+    folder = Path(place).exists() and not name.startswith("package:")
     rebuild = built.rebuild.model_copy(update={"name": f"hf:{Path(place).name}"}) if folder else built.rebuild
     return replace(built, rebuild=rebuild, tokenizer=place)

@@ -14,6 +14,7 @@ from torch import nn
 from holdfast.errors import HoldfastError
 from holdfast.models.family import config_in
 from holdfast.models.introspection import first_line
+from holdfast.tasks.tokenizers import transformers_place
 
 NOT_ARCHITECTURE = (
     "architectures", "attn_implementation", "auto_map", "dtype", "experts_implementation", "label2id",
@@ -54,7 +55,10 @@ def configuration(name: str) -> Any:
     _refuse_adapter(name)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=is_folder(name))
+            place, more = transformers_place(name)
+            config = AutoConfig.from_pretrained(
+                place, trust_remote_code=False, local_files_only=is_folder(place), **more
+            )
     except Exception as error:
         raise unusable(name, error) from error
     refuse_timm(name, {"model_type": config.model_type})
@@ -62,15 +66,16 @@ def configuration(name: str) -> Any:
 
 
 def from_pretrained(kind: Any, name: str, **more: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """Loads a network of a class of transformers in float32: safetensors only, and no remote code.
+    """Loads a network of a class of transformers in float32: safetensors or GGUF only, and no remote code.
 
     Returns:
         The network, and a dictionary with its `missing_keys` and `unexpected_keys`.
     """
+    place, in_file = transformers_place(name)
     with quiet():
         network, info = kind.from_pretrained(
-            name, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True,
-            local_files_only=is_folder(name), **more,
+            place, use_safetensors=not in_file, trust_remote_code=False, dtype=torch.float32, output_loading_info=True,
+            local_files_only=is_folder(place), **in_file, **more,
         )  # fmt: skip
     return network, info
 

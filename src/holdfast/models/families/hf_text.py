@@ -35,6 +35,7 @@ from holdfast.models.spec import ModelSpec
 from holdfast.models.split_model import SplitModel
 from holdfast.runtime.storage import load_tensors, save_tensors, write_atomic
 from holdfast.tasks import Vocabulary, load_tokenizer
+from holdfast.tasks.tokenizers import GGUF
 
 OWN = "own"
 POOLINGS: Final = ("mean", "cls", "last", OWN)
@@ -319,7 +320,8 @@ def vocabulary_of(name: str, values: Any) -> Vocabulary:
 def check_vocabulary(name: str, place: str, config: Any, vocabulary: Vocabulary) -> None:
     """Refuses a task whose token ids are not the model's."""
     check_size(name, config, vocabulary)
-    if any((Path(place) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+    files = [Path(place) / file for file in ("tokenizer.json", "tokenizer_config.json")]
+    if place.endswith(GGUF) or any(file.is_file() for file in files):
         own = load_tokenizer(place).vocabulary
         if not own.agrees(vocabulary):
             raise HoldfastError(
