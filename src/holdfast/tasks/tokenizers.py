@@ -102,8 +102,9 @@ def load_tokenizer(name: str, data_dir: Path | None = None) -> Tokenizer:
 
     Args:
         name: a folder with `tokenizer.json` or a `.gguf` file, here or in the data folder; `package:NAME/FOLDER`, a
-            folder (or file) inside an installed package; a name on the Hub (which needs a network, or its cache); or `words`, which hashes words
-            and punctuation into 1,023 numbers, needs no files, and suits models that are trained from scratch.
+            folder (or file) inside an installed package; a name on the Hub (which needs a network, or its cache); or
+            `words`, which hashes words and punctuation into 1,023 numbers, needs no files, and suits models that are
+            trained from scratch.
         data_dir: the data folder.
 
     Raises:
