@@ -107,7 +107,7 @@ class TestTAR:
 
     def test_weights_and_subsampling_are_the_papers(self):
         d = TAR()
-        assert (d.lambda_tr, d.lambda_retain, d.representation_weight, d.evaluate_every) == (4.0, 1.0, 1.0, 4)
+        assert (d.lambda_tr, d.lambda_retain, d.evaluate_every) == (4.0, 1.0, 4)
         assert (d.depth, d.disjoint) == (None, True)
 
     def test_a_step_is_the_optimizers_on_the_equation(self, run):

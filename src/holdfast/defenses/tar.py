@@ -60,8 +60,8 @@ class TAR(SimulationSettings, GuardedDefense):
     """TAR for classification, with its hyper-parameters.
 
     The paper trains a language model of 8 billion weights: 750 outer steps at 2e-5, K = 64 inner steps of AdamW at
-    2e-6, 2e-5 or 4e-5. The defaults here are for small networks on a laptop. The weights of the losses and the
-    evaluation of every fourth inner step are the paper's.
+    2e-6, 2e-5 or 4e-5. The defaults here are for small networks on a laptop. Of the paper are `lambda_tr`,
+    `lambda_retain`, the hidden states of all blocks, and the evaluation of every fourth inner step.
 
     The paper applies TAR to a model that has already been made bad at the restricted task. To do the same, immunize the
     model with another defense first, and give the result to TAR. The network is in evaluation mode in outer steps:
@@ -79,7 +79,8 @@ class TAR(SimulationSettings, GuardedDefense):
         batch_size: benign samples of an outer step.
         lambda_tr: weight of the tamper-resistance loss (the paper: 4).
         lambda_retain: weight of the retain loss (the paper: 1).
-        representation_weight: of the distance of the hidden states, within the retain loss (the paper: 1).
+        representation_weight: of the distance of the hidden states, within the retain loss (the paper: 1). It grows with
+            the width of the network, so the default is ours.
         depth: number of last blocks whose hidden states are kept; None: all blocks, as in the paper.
 
     Raises:
@@ -100,14 +101,14 @@ class TAR(SimulationSettings, GuardedDefense):
         "Tamirisa et al., Tamper-Resistant Safeguards for Open-Weight LLMs, ICLR 2025 (arXiv 2408.00761)"
     )
 
-    iterations: int = 200
-    learning_rate: float = 1e-3
+    iterations: int = 300
+    learning_rate: float = 3e-3
     optimizer: str = "adamw"
     weight_decay: float = 0.0
     batch_size: int = 64
     lambda_tr: float = 4.0
     lambda_retain: float = 1.0
-    representation_weight: float = 1.0
+    representation_weight: float = 0.1
     depth: int | None = None
     steps: int = 16
     evaluate_every: int = 4
