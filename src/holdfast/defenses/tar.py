@@ -79,8 +79,8 @@ class TAR(SimulationSettings, GuardedDefense):
         batch_size: benign samples of an outer step.
         lambda_tr: weight of the tamper-resistance loss (the paper: 4).
         lambda_retain: weight of the retain loss (the paper: 1).
-        representation_weight: of the distance of the hidden states, within the retain loss (the paper: 1). It grows with
-            the width of the network, so the default is ours.
+        representation_weight: of the distance of the hidden states, within the retain loss (the paper: 1). The distance
+            grows with the width of the network, so the default is ours.
         depth: number of last blocks whose hidden states are kept; None: all blocks, as in the paper.
 
     Raises:
