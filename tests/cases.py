@@ -8,6 +8,7 @@ from holdfast.defenses import (
     IMMA,
     LEACE,
     NTL,
+    TAR,
     ConditionNumber,
     DeepCondition,
     DeepIMMA,
@@ -16,6 +17,7 @@ from holdfast.defenses import (
     Defense,
     FrontierDefense,
     OptKappa,
+    RepNoise,
     RidgeProbeSuppression,
     RIllOnly,
     SignalFrontier,
@@ -69,6 +71,8 @@ DEFENSES: dict[str, Defense] = {
     "ntl-momentum": NTL(
         iterations=3, batch_size=20, optimizer="momentum", guard_every=2, kernels=3, max_benign_drop=1.0
     ),
+    "tar": TAR(iterations=3, steps=4, tasks=2, batch_size=20, batch_sizes=(20,), guard_every=1, max_benign_drop=1.0),
+    "repnoise": RepNoise(iterations=4, batch_size=20, guard_every=1, max_benign_drop=1.0),
     "deep-condition": DeepCondition(**_DEEP),
     "deep-condition-whole": DeepCondition(cache_gib=0, optimizer="adam", schedule="constant", **_DEEP),
     "deep-condition-epochs": DeepCondition(epochs=0.5, lambda_well=1e-3, lambda_ill=1e-3, **_DEEP),

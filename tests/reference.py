@@ -447,6 +447,34 @@ def ntl(
     return benign - (one if one < clamp else clamp) * (two if two < clamp else clamp)
 
 
+# TAR (Tamirisa et al., ICLR 2025) and RepNoise (Rosati et al., NeurIPS 2024), sample by sample.
+
+
+def negative_entropy(logits: Tensor) -> Tensor:
+    """TAR's tamper-resistance loss: minus the entropy of each row's probabilities, averaged."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    total = torch.zeros((), dtype=logits.dtype)
+    for z in rows:
+        p = torch.exp(z) / torch.exp(z).sum()
+        for j in range(len(z)):
+            total = total + p[j] * torch.log(p[j])
+    return total / len(rows)
+
+
+def hidden_distance(states: list[Tensor], wanted: list[Tensor]) -> Tensor:
+    """TAR's representation term: squared L2 norms of differences, averaged over samples and depths."""
+    total = torch.zeros((), dtype=states[0].dtype)
+    for here, there in zip(states, wanted, strict=True):
+        for u, v in zip(here, there, strict=True):
+            total = total + sum((a - b) ** 2 for a, b in zip(u, v, strict=True)) / len(here)
+    return total / len(states)
+
+
+def noise_loss(states: list[Tensor], noise: list[Tensor], kernels: int, multiplier: float) -> Tensor:
+    """RepNoise's noise loss: the MMD of hidden states and Gaussian samples, averaged over depths."""
+    return sum(mmd(z, e, kernels, multiplier) for z, e in zip(states, noise, strict=True)) / len(states)
+
+
 def ridge_probe(features: Tensor, labels: Tensor, ridge: float) -> Tensor:
     """R2 of ridge regression from features to one-hot labels, centred; lambda is relative to the mean eigenvalue."""
     n, d = features.shape

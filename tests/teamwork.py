@@ -11,7 +11,7 @@ from accelerate import PartialState
 from torch import nn
 
 from holdfast.cli.main import main
-from holdfast.defenses import NTL, Sophon
+from holdfast.defenses import NTL, TAR, RepNoise, Sophon
 from holdfast.defenses.ntl import _Immunization
 from holdfast.defenses.trainer import Immunization
 from holdfast.errors import HoldfastError
@@ -139,6 +139,8 @@ def trains(folder: Path) -> dict[str, object]:
         Immunization.keep = keep
     resumed, _ = lasting.immunize(original, benign, restricted, run=resumable)
     ntl = NTL(iterations=3, batch_size=20, guard_every=1, max_benign_drop=1.0)
+    brief = {"iterations": 3, "batch_size": 20, "guard_every": 1, "max_benign_drop": 1.0}
+    others = {"tar": TAR(steps=4, batch_sizes=(20,), **brief), "repnoise": RepNoise(**brief)}
     forgets = _Forgets(ntl, original, benign, restricted, run, rate=1e-3)
     with alone():
         other_count = said(lambda: lasting.immunize(original, benign, restricted, run=resumable))
@@ -150,6 +152,7 @@ def trains(folder: Path) -> dict[str, object]:
         "resumed": resumed.facts().sha256,
         "killed at": len(list((folder / "killed").rglob("*.safetensors"))),
         "ntl": ntl.immunize(original, benign, restricted, run=run)[0].facts().sha256,
+        **{n: d.immunize(original, benign, restricted, run=run)[0].facts().sha256 for n, d in others.items()},
         "forgotten": said(forgets.finish),
         "other count": other_count,
     }

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -14,6 +16,7 @@ from holdfast.losses import (
     denial_of_service,
     inverse_cross_entropy,
     kl_from_uniform,
+    negative_entropy,
     released_inverse_cross_entropy,
     ridge_probe,
     squared_error_ascent,
@@ -138,6 +141,42 @@ def test_ascent_has_the_gradient_that_grows_with_the_error():
 def test_one_class_is_refused():
     with pytest.raises(HoldfastError, match="at least 2 classes"):
         inverse_cross_entropy(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))
+
+
+class TestNegativeEntropy:
+    @given(logits_and_labels())
+    def test_equals_the_equation(self, case):
+        logits = case[0]
+        assert negative_entropy(logits).item() == pytest.approx(reference.negative_entropy(logits).item(), abs=1e-9)
+
+    def test_averages_over_all_axes_but_the_last(self):
+        logits = torch.randn(2, 3, 4, dtype=torch.float64, generator=_seeded())
+        assert negative_entropy(logits).item() == pytest.approx(reference.negative_entropy(logits).item())
+        assert negative_entropy(logits) == negative_entropy(logits.flatten(0, 1), torch.arange(6) % 4)
+
+    def test_gradcheck(self):
+        logits = torch.randn(4, 5, dtype=torch.float64, generator=_seeded(), requires_grad=True)
+        assert torch.autograd.gradcheck(negative_entropy, logits)
+
+    @given(logits_and_labels(scale=1e4))
+    def test_lies_between_that_of_a_guess_and_0_with_a_finite_gradient(self, case):
+        logits = case[0].float().requires_grad_()
+        value = negative_entropy(logits)
+        assert -math.log(logits.shape[1]) - 1e-5 <= value.item() <= 1e-6
+        assert torch.autograd.grad(value, logits)[0].isfinite().all()
+
+    @given(logits_and_labels(), st.floats(-100, 100))
+    def test_adding_a_constant_to_all_logits_changes_nothing(self, case, shift):
+        assert negative_entropy(case[0] + shift).item() == pytest.approx(negative_entropy(case[0]).item(), abs=1e-9)
+
+    def test_pulls_towards_equal_logits_and_not_where_the_model_is_certain(self):
+        def pull(*logits):
+            z = torch.tensor([logits], dtype=torch.float64, requires_grad=True)
+            return torch.autograd.grad(negative_entropy(z), z)[0][0]
+
+        assert pull(1.0, 0.0, 0.0)[0] > 0.1  # descending lowers the largest logit
+        assert pull(0.0, 0.0, 0.0).abs().max() < 1e-12
+        assert pull(100.0, 0.0, 0.0).abs().max() < 1e-12
 
 
 @st.composite

@@ -34,6 +34,8 @@ MODULES = {
     "test_leace",
     "test_linear_defenses",
     "test_ntl",
+    "test_repnoise",
+    "test_tar",
     "test_samples",
     "test_runner",
     "test_activation_cache",

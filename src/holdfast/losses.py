@@ -296,6 +296,67 @@ def distillation_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Ten
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
+def negative_entropy(logits: Tensor, labels: Tensor | None = None) -> Tensor:
+    """The mean of sum over j of p_j log p_j: TAR's loss, at its minimum where all classes are equally likely.
+
+    Like KLU it has its minimum at the uniform distribution, but it is bounded: a wrong class that is certain costs 0,
+    not more. Its gradient, p_i (log p_i - sum over j of p_j log p_j), vanishes at the minimum, and where the model is
+    certain of one class.
+
+    Args:
+        logits: shape (..., C), floating point; the mean is over all axes but the last.
+        labels: ignored; accepted so that all suppression losses are called alike.
+
+    Returns:
+        A scalar of the dtype of ``logits``, from -log C to 0; finite for any finite logits.
+
+    Example:
+        >>> even, certain = torch.zeros(1, 4), torch.tensor([[100.0, 0.0, 0.0, 0.0]])
+        >>> round(negative_entropy(even).exp().item(), 4), abs(negative_entropy(certain).item()) < 1e-6
+        (0.25, True)
+    """
+    log = F.log_softmax(logits, -1)
+    return (log.exp() * log).sum(-1).mean()
+
+
+def mmd(
+    x: Tensor, y: Tensor, *, kernels: int = 5, multiplier: float = 2.0, bandwidth: Tensor | float | None = None
+) -> Tensor:
+    """Returns the squared maximum mean discrepancy of two batches of features, by a sum of Gaussian kernels.
+
+    With k(u, v) = sum_i exp(-||u - v||^2 / s_i), i = 0..m-1, and s_i = s * q^(i - floor(m / 2)),
+
+        MMD = mean k(x, x') + mean k(y, y') - 2 mean k(x, y)
+
+    over all pairs, a sample with itself included (the biased estimate): never negative, and below 2 m. It is the
+    squared norm of the difference of the mean embeddings; papers on NTL leave out "squared".
+
+    Args:
+        x: shape (N, D).
+        y: shape (M, D).
+        kernels: m.
+        multiplier: q, from one kernel's width to the next.
+        bandwidth: s; None: the mean of ||u - v||^2 over different samples of both batches, without its gradient, as
+            usual; 1 if all samples are equal.
+
+    Example:
+        >>> near, far = torch.zeros(4, 2), torch.full((4, 2), 9.0)
+        >>> float(mmd(near, near)), round(float(mmd(near, far)), 2)
+        (0.0, 7.47)
+    """
+    z = torch.cat([x, y])
+    z = z - z.detach().mean(0)  # otherwise small distances would be lost in the rounding of large products
+    norms = z.square().sum(1)
+    squared = (norms[:, None] + norms[None, :] - 2 * z @ z.T).clamp_min(0)
+    if bandwidth is None:
+        mean = squared.detach().sum() / max(len(z) * (len(z) - 1), 1)
+        bandwidth = torch.where(mean > 0, mean, torch.ones_like(mean))
+    widths = [bandwidth * multiplier ** (i - kernels // 2) for i in range(kernels)]
+    kernel = sum((torch.exp(-squared / width) for width in widths), torch.zeros_like(squared))
+    n = len(x)
+    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
+
+
 @dataclass(frozen=True)
 class Objective:
     """What a defender minimises at a simulated adversary: a loss of its logits, and the share that probes explain.

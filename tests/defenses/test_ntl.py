@@ -13,8 +13,9 @@ from torch import nn
 import reference
 from conftest import toy_task
 from holdfast.defenses import NTL
-from holdfast.defenses.ntl import mmd, ntl_loss
+from holdfast.defenses.ntl import ntl_loss
 from holdfast.errors import HoldfastError
+from holdfast.losses import mmd
 from holdfast.models import SplitModel
 from holdfast.runtime.run import Run, derive_seed
 from holdfast.tasks import load_task

@@ -101,7 +101,7 @@ class TestTwoProcesses:
             assert "already share the trials" in found["talks"]["workers"]
             assert "ACCELERATE_USE_CPU=true" in found["talks"]["device"]
 
-    @pytest.mark.parametrize("what", ["pretrained", "immunized", "resumed", "ntl"])
+    @pytest.mark.parametrize("what", ["pretrained", "immunized", "resumed", "ntl", "tar", "repnoise"])
     def test_hold_the_same_weights(self, both, what):
         assert both[0]["trains"][what] == both[1]["trains"][what]
 

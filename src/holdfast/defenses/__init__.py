@@ -13,14 +13,17 @@ from holdfast.defenses.linear.imma import IMMA
 from holdfast.defenses.linear.opt_kappa import OptKappa
 from holdfast.defenses.ntl import NTL
 from holdfast.defenses.registry import DEFENSES, build_defense, list_defenses, register_defense
+from holdfast.defenses.repnoise import RepNoise
 from holdfast.defenses.sophon.sophon import Sophon
 from holdfast.defenses.sophon.trajectory_erasure import TrajectoryErasure
+from holdfast.defenses.tar import TAR
 
 __all__ = [
     "DEFENSES",
     "IMMA",
     "LEACE",
     "NTL",
+    "TAR",
     "ConditionNumber",
     "DeepCondition",
     "DeepDefense",
@@ -34,6 +37,7 @@ __all__ = [
     "LinearProblem",
     "OptKappa",
     "RIllOnly",
+    "RepNoise",
     "RidgeProbeSuppression",
     "SignalFrontier",
     "SlowProbeSuppression",

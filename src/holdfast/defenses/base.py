@@ -99,6 +99,11 @@ class Defense(ABC):
             rollbacks=record.rollbacks,
         )
 
+    def refuse_without_logits(self, *tasks: Task) -> None:
+        """Refuses tasks whose models do not return logits of classes."""
+        if any("klu" not in task.suppression_losses for task in tasks):  # KLU is a loss of such logits
+            raise HoldfastError(f"{self.name} is for classification; got {' and '.join(t.described for t in tasks)}.")
+
     def refuse_unknown(self, name: str, known: Collection[str]) -> None:
         """Refuses a field that is not one of the known names."""
         if getattr(self, name) not in known:

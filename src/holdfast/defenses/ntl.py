@@ -37,48 +37,11 @@ from holdfast.defenses.guard import GuardedDefense
 from holdfast.defenses.registry import register_defense
 from holdfast.defenses.trainer import Immunization
 from holdfast.errors import HoldfastError
+from holdfast.losses import mmd
 from holdfast.models import SplitModel, check_fits
 from holdfast.runtime.run import Run
 from holdfast.tasks import Task
 from holdfast.training import OPTIMIZERS
-
-
-def mmd(
-    x: Tensor, y: Tensor, *, kernels: int = 5, multiplier: float = 2.0, bandwidth: Tensor | float | None = None
-) -> Tensor:
-    """Returns the squared maximum mean discrepancy of two batches of features, by a sum of Gaussian kernels.
-
-    With k(u, v) = sum_i exp(-||u - v||^2 / s_i), i = 0..m-1, and s_i = s * q^(i - floor(m / 2)),
-
-        MMD = mean k(x, x') + mean k(y, y') - 2 mean k(x, y)
-
-    over all pairs, a sample with itself included (the biased estimate): never negative, and below 2 m. It is the
-    squared norm of the difference of the mean embeddings; papers on NTL leave out "squared".
-
-    Args:
-        x: shape (N, D).
-        y: shape (M, D).
-        kernels: m.
-        multiplier: q, from one kernel's width to the next.
-        bandwidth: s; None: the mean of ||u - v||^2 over different samples of both batches, without its gradient, as
-            usual; 1 if all samples are equal.
-
-    Example:
-        >>> near, far = torch.zeros(4, 2), torch.full((4, 2), 9.0)
-        >>> float(mmd(near, near)), round(float(mmd(near, far)), 2)
-        (0.0, 7.47)
-    """
-    z = torch.cat([x, y])
-    z = z - z.detach().mean(0)  # otherwise small distances would be lost in the rounding of large products
-    norms = z.square().sum(1)
-    squared = (norms[:, None] + norms[None, :] - 2 * z @ z.T).clamp_min(0)
-    if bandwidth is None:
-        mean = squared.detach().sum() / max(len(z) * (len(z) - 1), 1)
-        bandwidth = torch.where(mean > 0, mean, torch.ones_like(mean))
-    widths = [bandwidth * multiplier ** (i - kernels // 2) for i in range(kernels)]
-    kernel = sum((torch.exp(-squared / width) for width in widths), torch.zeros_like(squared))
-    n = len(x)
-    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
 
 
 def ntl_loss(

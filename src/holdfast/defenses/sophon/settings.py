@@ -15,7 +15,9 @@ from holdfast.defenses.base import Defense
 from holdfast.defenses.sophon.exact import MOMENTUM
 from holdfast.errors import HoldfastError, unknown
 from holdfast.losses import LOSSES
-from holdfast.training import ADAPTED, Initialisation, Scope, Strategy
+from holdfast.models import SplitModel
+from holdfast.tasks import Task
+from holdfast.training import ADAPTED, Initialisation, Scope, Strategy, not_applicable
 
 
 @dataclass
@@ -127,6 +129,26 @@ class SimulationSettings(Defense):
                 "is the stronger adversary."
             )
         return phi
+
+    def check_starts(self, model: SplitModel, restricted: Task) -> None:
+        """Refuses a model or a task on which one of the simulated adversaries cannot start.
+
+        Raises:
+            HoldfastError: with the start and the settings to change.
+        """
+        if self.head_gradient and model.num_outputs != restricted.num_outputs:
+            raise HoldfastError(
+                f"{self.name}: head_gradient adds the gradient at a head of {restricted.num_outputs} outputs to one of "
+                f"{model.num_outputs}; leave it out, or choose tasks with equally many classes."
+            )
+        for strategy in self.phi():
+            reason = not_applicable(strategy, model, restricted)
+            if reason is not None:
+                raise HoldfastError(
+                    f"{self.name}: {reason}, so a start from '{strategy.initialisation}' that trains "
+                    f"'{strategy.scope}' cannot be simulated; leave it out of initialisations and scopes "
+                    "(or strategies)."
+                )
 
 
 def _check_differentiable(name: str, phi: list[Strategy]) -> None:

@@ -30,7 +30,7 @@ from holdfast.runtime.devices import autocast
 from holdfast.runtime.distributed import process_group
 from holdfast.runtime.run import Run, derive_seed
 from holdfast.tasks import Batch, Task
-from holdfast.training import Precision, not_applicable
+from holdfast.training import Precision
 
 
 @register_defense
@@ -158,22 +158,10 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
             )
         check_fits(model, benign, own_task=True)
         check_fits(model, restricted, own_task=False)
-        if self.head_gradient and model.num_outputs != restricted.num_outputs:
-            raise HoldfastError(
-                f"{self.name}: head_gradient adds the gradient at a head of {restricted.num_outputs} outputs to one of "
-                f"{model.num_outputs}; leave it out, or choose tasks with equally many classes."
-            )
         reason = model.not_probed(self.probe_depth) if self.probe_weight else None
         if reason is not None:
             raise HoldfastError(f"{self.name}: {model.name}: {reason}. Set probe_depth, or probe_weight: 0.")
-        for strategy in self.phi():
-            reason = not_applicable(strategy, model, restricted)
-            if reason is not None:
-                raise HoldfastError(
-                    f"{self.name}: {reason}, so a start from '{strategy.initialisation}' that trains "
-                    f"'{strategy.scope}' cannot be simulated; leave it out of initialisations and scopes "
-                    "(or strategies)."
-                )
+        self.check_starts(model, restricted)
         return _Immunization(self.resolved(benign), model, benign, restricted, run).finish()
 
 
