@@ -68,6 +68,8 @@ class FineTuning(Adversary):
         name += f" {s.gradient}" if s.gradient != "raw" else ""
         name += f" r{s.rank}" if s.rank != Strategy().rank else ""
         name += f" {s.precision}" if s.precision != "float32" else ""
+        name += f" cosine{s.schedule_steps}" if s.schedule == "cosine" else ""
+        name += f" warmup{s.warmup}" if s.warmup else ""
         options = [f"burn-in {self.burn_in}"] if self.burn_in else []
         options += [f"replay {self.replay:g}"] if self.replay else []
         return ", ".join([name, *self.undo, *options])
