@@ -158,6 +158,9 @@ ADVERSARIES: dict[str, Adversary] = {
         Strategy("head", "all", "adam", 4e-3, 20, schedule="cosine", schedule_steps=60, warmup=5)
     ),
     "replay": FineTuning(Strategy("head", "all", "adam", 2e-3, 20), replay=0.5),
+    "anchor": FineTuning(Strategy("head", "all", "adam", 2e-3, 20), anchor=1.0),
+    "anchor-and-replay": FineTuning(Strategy("head", "all", "adam", 2e-3, 20), anchor=1.0, replay=0.5),
+    "benign-first": FineTuning(Strategy("last-block", "all", "adam", 2e-3, 20), benign_first=5),
 } | {
     f"undo-{move}": FineTuning(Strategy("head", "all", "adam", 2e-3, 20), undo=(move,)) for move in UNDO
 }  # fmt: skip
