@@ -154,7 +154,7 @@ ADVERSARIES: dict[str, Adversary] = {
     for start, scope in (("direct", "all"), ("head", "all"), ("head", "head"))
     for optimizer, rate in (
         ("sgd", 0.1), ("momentum", 0.02), ("nesterov", 0.02), ("adagrad", 0.01), ("adadelta", 1.0), ("adam", 2e-3),
-        ("adamw", 2e-3),
+        ("adamw", 2e-3), ("adafactor", 0.05),
     )
 } | {
     f"probe-{solver}-{preparation}": Probe(solver, preparation, 0.1)
@@ -164,11 +164,18 @@ ADVERSARIES: dict[str, Adversary] = {
     "start-last-half": FineTuning(Strategy("last-half", "all", "adam", 2e-3, 20)),
     "scope-last-block": FineTuning(Strategy("head", "last-block", "adam", 2e-3, 20)),
     "scope-norm": FineTuning(Strategy("head", "norm", "adam", 1e-2, 20)),
+    "scope-embeddings": FineTuning(Strategy("head", "embeddings", "adam", 1e-2, 20)),
     "scope-lora": FineTuning(Strategy("head", "lora", "adam", 1e-2, 20, rank=4)),
     "gradient-normalised": FineTuning(Strategy("head", "all", "sgd", 0.1, 20, gradient="normalised")),
     "gradient-sign": FineTuning(Strategy("head", "all", "sgd", 2e-3, 20, gradient="sign")),
     "burn-in": FineTuning(Strategy("head", "all", "sgd", 0.05, 20), burn_in=3),
+    "cosine": FineTuning(
+        Strategy("head", "all", "adam", 4e-3, 20, schedule="cosine", schedule_steps=60, warmup=5)
+    ),
     "replay": FineTuning(Strategy("head", "all", "adam", 2e-3, 20), replay=0.5),
+    "anchor": FineTuning(Strategy("head", "all", "adam", 2e-3, 20), anchor=1.0),
+    "anchor-and-replay": FineTuning(Strategy("head", "all", "adam", 2e-3, 20), anchor=1.0, replay=0.5),
+    "benign-first": FineTuning(Strategy("last-block", "all", "adam", 2e-3, 20), benign_first=5),
 } | {
     f"undo-{move}": FineTuning(Strategy("head", "all", "adam", 2e-3, 20), undo=(move,)) for move in UNDO
 }  # fmt: skip

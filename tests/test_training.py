@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -17,18 +19,27 @@ def steps(model, task, strategy, n, seed=0):
     return [float(next(training)) for _ in range(n)]
 
 
+def flat(model):
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"optimizer": "adamm"}, "did you mean 'adam"),
         ({"initialisation": "heads"}, "did you mean 'head'"),
-        ({"scope": "everything"}, "Known: all, head, last-block, lora, lora-attention, norm"),
+        ({"scope": "everything"}, "Known: all, embeddings, head, last-block, lora, lora-attention, norm"),
         ({"learning_rate": 0.0}, "above 0"),
         ({"learning_rate": float("nan")}, "above 0"),
         ({"batch_size": 0}, "at least 1"),
         ({"weight_decay": -1.0}, "at least 0"),
         ({"gradient": "signs"}, "did you mean .sign"),
         ({"rank": 0}, "rank is 0"),
+        ({"schedule": "cosin"}, "did you mean .cosine"),
+        ({"schedule": "cosine"}, "schedule_steps is 0; a cosine needs more steps than its warm-up of 0"),
+        ({"schedule": "cosine", "schedule_steps": 5, "warmup": 5}, "more steps than its warm-up of 5"),
+        ({"schedule_steps": 5}, "a constant schedule has no end"),
+        ({"warmup": -1}, "warmup is -1"),
     ],
 )
 def test_bad_strategies(change, message):
@@ -51,6 +62,7 @@ def test_one_step_is_the_optimizers(model, benign, optimizer):
         "adadelta": lambda p: torch.optim.Adadelta(p, lr=0.01, weight_decay=1e-3),
         "adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=1e-3),
         "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=1e-3),
+        "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01, weight_decay=1e-3),
     }[optimizer](twin.parameters())
     batch = next(benign.batches("train", 20, generator=torch.Generator().manual_seed(0), device=CPU))
     twin.train()
@@ -58,6 +70,43 @@ def test_one_step_is_the_optimizers(model, benign, optimizer):
     plain.step()
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-6)
+
+
+class TestSchedules:
+    def test_a_cosine_is_torchs(self):
+        """The rates against torch's own scheduler, which counts from the end of the warm-up."""
+        strategy = Strategy(learning_rate=0.3, schedule="cosine", schedule_steps=12, warmup=4)
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
+        wanted = [0.3 * (k + 1) / 4 for k in range(4)]
+        for _ in range(9):
+            wanted.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            cosine.step()
+        assert [strategy.rate(k) for k in range(13)] == pytest.approx(wanted, abs=1e-12)
+        assert strategy.rate(12) == strategy.rate(1000) == 0
+
+    def test_a_constant_rate_may_have_a_warm_up(self):
+        strategy = Strategy(learning_rate=0.3, warmup=3)
+        assert [strategy.rate(k) for k in (0, 1, 2, 3, 99)] == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.3])
+
+    def test_steps_are_as_long_as_the_schedule_says(self, model, benign):
+        strategy = Strategy("direct", "all", "sgd", 0.2, 20, gradient="normalised", schedule="cosine",
+                            schedule_steps=5, warmup=2)  # fmt: skip
+        training = finetune(model, benign, strategy, generator=torch.Generator().manual_seed(0), device=CPU)
+        places = [flat(model)]
+        for _ in range(7):
+            next(training)
+            places.append(flat(model))
+        lengths = [float((b - a).norm()) for a, b in pairwise(places)]
+        assert lengths == pytest.approx([strategy.rate(k) for k in range(7)], rel=1e-3, abs=1e-9)
+        assert lengths[5:] == [0, 0]  # the attack is over
+
+    def test_settings_name_it_only_if_there_is_one(self):
+        assert not {"schedule", "schedule_steps", "warmup"} & set(Strategy().settings())
+        settings = Strategy(schedule="cosine", schedule_steps=9).settings()
+        assert Strategy(**settings) == Strategy(schedule="cosine", schedule_steps=9)
+        assert (settings["schedule"], settings["schedule_steps"]) == ("cosine", 9)
 
 
 def test_head_scope_freezes_the_body_and_its_statistics(model, benign):
@@ -257,6 +306,27 @@ class TestScopes:
         }  # fmt: skip
         plain = load_model(ModelSpec(name="cnn", options={"norm": "none"}), benign)
         assert "no normalisation layer" in not_applicable(Strategy(scope="norm"), plain, benign)
+
+    def test_embeddings(self, trained, benign):
+        class Reader(nn.Module):
+            """Reads pixels as tokens."""
+
+            def __init__(self):
+                super().__init__()
+                self.embed = nn.Embedding(17, 4)
+                self.norm = nn.LayerNorm(4)
+                self.mix = nn.Linear(4, 8)
+
+            def forward(self, x):
+                return self.mix(self.norm(self.embed((x * 16).long().flatten(1)))).mean(1)
+
+        model = SplitModel(nn.Sequential(Reader(), nn.Linear(8, 5)), "1")
+        changed = self.changed(model, benign, Strategy("direct", "embeddings", "adam", 0.01, 20))
+        assert changed == {"0.embed.weight", "0.norm.weight", "0.norm.bias", "1.weight", "1.bias"}
+        norms = self.changed(trained.clone(), benign, Strategy("direct", "embeddings", "adam", 0.01, 20))
+        assert norms == self.changed(trained.clone(), benign, Strategy("direct", "norm", "adam", 0.01, 20))
+        plain = load_model(ModelSpec(name="cnn", options={"norm": "none"}), benign)
+        assert "no embedding layer, and no norm" in not_applicable(Strategy(scope="embeddings"), plain, benign)
 
     @pytest.mark.parametrize("name", ["cnn", "mlp"])
     def test_adapters_start_as_nothing_and_are_all_that_moves(self, benign, name):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cases import ADVERSARIES
-from holdfast.adversaries import BATTERIES, UNDO, Adversary, FineTuning, Probe, battery, build
+from holdfast.adversaries import BATTERIES, SEARCHES, UNDO, Adversary, FineTuning, Probe, battery, build
+from holdfast.adversaries.benign_data import BenignTraining
 from holdfast.adversaries.probes import prepare
 from holdfast.errors import HoldfastError
 from holdfast.models import ModelSpec, features, load_model
@@ -17,7 +18,8 @@ from holdfast.runtime.run import fingerprint
 from holdfast.spectral.convergence import descend
 from holdfast.spectral.least_squares import LeastSquares
 from holdfast.tasks import load_task
-from holdfast.training import OPTIMIZERS, Initialisation, Scope, Strategy
+from holdfast.training import OPTIMIZERS, Initialisation, Scope, Strategy, finetune
+from holdfast.training import prepare as start
 
 CPU = torch.device("cpu")
 
@@ -68,6 +70,11 @@ class TestEveryAdversary:
         ({"kind": "finetuning", "undo": ["reviv"]}, "did you mean 'revive'"),
         ({"kind": "finetuning", "burn_in": -1}, "burn_in is -1"),
         ({"kind": "finetuning", "replay": float("nan")}, "replay is nan"),
+        ({"kind": "finetuning", "anchor": -1.0}, "anchor is -1.0"),
+        ({"kind": "finetuning", "benign_first": -1}, "benign_first is -1"),
+        ({"kind": "finetuning", "anchor": 1.0, "scope": "head"}, "anchor trains the body, and scope 'head' leaves it"),
+        ({"kind": "finetuning", "benign_first": 3, "scope": "head"}, "benign_first trains the body"),
+        ({"kind": "finetuning", "schedule": "cosine"}, "schedule_steps is 0"),
         ({"kind": "probe", "steps": 3}, "Unknown setting of Probe"),
     ],
 )
@@ -114,9 +121,95 @@ class TestOptions:
         assert torch.equal(model.network.body[1].running_mean, plain.network.body[1].running_mean)
         assert model.network.body[1].momentum == 0.1
 
-    def test_replay_needs_the_benign_task(self, trained, restricted, run):
+    @pytest.mark.parametrize("option", [{"replay": 1.0}, {"anchor": 1.0}, {"benign_first": 2}])
+    def test_benign_data_need_the_benign_task(self, option, trained, restricted, run):
         with pytest.raises(HoldfastError, match="give the model's own task"):
-            FineTuning(Strategy("head"), replay=1.0).attack(trained, restricted, budgets=(0, 1), run=run)
+            FineTuning(Strategy("head"), **option).attack(trained, restricted, budgets=(0, 1), run=run)
+
+    def test_an_anchor_keeps_the_outputs(self, trained, benign, restricted):
+        """Without it, the same attack leaves little of the benign task; it learns the restricted one as well."""
+        scores = []
+        for anchor in (0.0, 2.0):
+            model, head = trained.clone(), copy.deepcopy(trained.head)
+            self.run(FineTuning(Strategy("head", "all", "sgd", 0.2, 20), anchor=anchor), model, restricted, benign, 60)
+            assert restricted.score(model) > 0.6
+            model.put_head(head)
+            scores.append(benign.score(model))
+        assert scores[1] > scores[0] + 0.1
+
+    def test_an_anchors_gradient_is_that_of_the_written_out_divergence(self, trained, benign, restricted):
+        """KL(released || attacked) of class probabilities, in sums and logarithms, at a model that has moved."""
+        model = trained.clone()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        beside = BenignTraining(
+            model, trained.clone().eval(), benign, Strategy(batch_size=20), replay=0.0, anchor=0.7,
+            generator=torch.Generator().manual_seed(0), device=CPU,
+        )  # fmt: skip
+        twin = model.clone().eval()
+        beside.model.eval()
+        beside.penalty().backward()
+        x = next(benign.batches("train", 20, generator=torch.Generator().manual_seed(0), device=CPU)).x
+        p, q = trained.eval()(x).softmax(1).detach(), twin(x).softmax(1)
+        (0.7 * sum((a * (a / b).log()).sum() for a, b in zip(p, q, strict=True)) / len(x)).backward()
+        body = [n for n, _ in model.named_parameters() if not n.startswith(f"network.{model.head_name}")]
+        own, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
+        for name in body:
+            assert torch.allclose(own[name].grad, theirs[name].grad, atol=1e-6), name
+        assert all(p.grad is None for p in model.head.parameters())  # the released head is another copy
+
+    def test_an_anchor_is_of_the_model_as_received(self, trained, benign, restricted):
+        """A new last block is drawn towards the released outputs, not towards those of the fresh block."""
+        model, head = trained.clone(), copy.deepcopy(trained.head)
+        attack = FineTuning(Strategy("last-block", "all", "adam", 3e-3, 20), anchor=20.0)
+        self.run(attack, model, restricted, benign, 0)
+        before = self.as_released(model, head, benign)
+        self.run(attack, model := trained.clone(), restricted, benign, 60)
+        assert self.as_released(model, head, benign) > before + 0.3
+
+    def as_released(self, model, head, benign):
+        model.put_head(copy.deepcopy(head))
+        return benign.score(model)
+
+    def test_an_anchor_works_for_denoisers(self, denoiser, digit_images):
+        benign, restricted = (task.few_shot(20, 0) for task in digit_images)
+        moved = []
+        for anchor in (0.0, 10.0):
+            model = denoiser.clone()
+            attack = FineTuning(Strategy("direct", "all", "adam", 3e-3, 10), anchor=anchor)
+            self.run(attack, model, restricted, benign, 6)
+            x = next(benign.sweep("test", 50, device=CPU)).x
+            with torch.no_grad():
+                moved.append(float((model.eval()(x) - denoiser.eval()(x)).square().mean()))
+        assert moved[1] < moved[0]
+
+    def test_benign_first_is_benign_training_and_then_the_attack(self, trained, benign, restricted):
+        """The steps in two parts, by hand: the body through the released head, then the restricted task as usual."""
+        strategy = Strategy("head", "all", "momentum", 0.01, 20, schedule="cosine", schedule_steps=9)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model, twin = trained.clone(), trained.clone()
+            losses = self.run(FineTuning(strategy, benign_first=3), model, restricted, benign, steps=5)[1:]
+            torch.manual_seed(0)
+            kept = copy.deepcopy(twin.head).requires_grad_(False)
+            start(twin, strategy, restricted)
+            own, generator, found = twin.head, torch.Generator().manual_seed(0), []
+            twin.put_head(kept)
+            constant = Strategy("head", "all", "momentum", 0.01, 20)
+            found += islice(finetune(twin, benign, constant, generator=generator, device=CPU), 3)
+            twin.put_head(own)
+            found += islice(finetune(twin, restricted, strategy, generator=generator, device=CPU), 2)
+        assert losses == [float(loss) for loss in found]
+        for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+
+    def test_benign_first_is_paid_for(self, trained, benign, restricted, run):
+        """At budgets within it the head for the restricted task is still the fresh one."""
+        attack = FineTuning(Strategy("head", "all", "adam", 2e-3, 20), benign_first=20)
+        curve = attack.attack(trained, restricted, budgets=(0, 20, 80), run=run, benign=benign)
+        assert curve.scores[1] < 0.45
+        assert curve.scores[2] > 0.7
 
 
 def test_fine_tunings_config_says_it_all():
@@ -183,6 +276,11 @@ class TestBatteries:
         """If this fails: do not change the hash. Give the new battery a new name."""
         assert fingerprint({a.name: a.config() for a in BATTERIES[name]}) == frozen
 
+    def test_nor_does_a_published_search(self):
+        """New settings of `Strategy` and `FineTuning` are for a new search."""
+        frozen = "f22df2d95c5dfeeed60b60059aeaec7447188998f85fb53d92e87de6dc9ee680"
+        assert fingerprint(SEARCHES["adaptive-v1"].config()) == frozen
+
     def test_quick_covers_what_it_says(self):
         strategies = [a.strategy for a in battery("quick-v1")]
         assert 6 <= len(strategies) <= 8
@@ -222,8 +320,8 @@ class TestBatteries:
         assert 24 <= len(battery("standard-v1")) <= 40
         strategies = [a.strategy for a in tuned]
         assert {s.initialisation for s in strategies} == set(get_args(Initialisation)) - {"shrink-perturb"}  # newer
-        assert {s.scope for s in strategies} == set(get_args(Scope)) - {"lora-attention"}  # newer, and of denoisers
-        assert {s.optimizer for s in strategies} == set(OPTIMIZERS) - {"sgd"}
+        assert {s.scope for s in strategies} == set(get_args(Scope)) - {"lora-attention", "embeddings"}  # newer
+        assert {s.optimizer for s in strategies} == set(OPTIMIZERS) - {"sgd", "adafactor"}  # newer
         rates = [s.learning_rate for s in strategies]
         assert max(rates) >= 1e4 * min(rates)
         moves = {move for a in tuned for move in a.undo}

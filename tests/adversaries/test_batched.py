@@ -307,7 +307,13 @@ class TestWhoIsAlone:
             FineTuning(Strategy(), undo=("rescale",)),
             FineTuning(Strategy(), burn_in=3),
             FineTuning(Strategy(), replay=0.5),
+            FineTuning(Strategy(), anchor=0.5),
+            FineTuning(Strategy(), benign_first=2),
+            FineTuning(Strategy(schedule="cosine", schedule_steps=9)),
+            FineTuning(Strategy(warmup=2)),
+            FineTuning(Strategy(optimizer="adafactor")),  # its step depends on the mean of a whole tensor
             FineTuning(Strategy(gradient="sign")),
+            FineTuning(Strategy(scope="embeddings")),
             FineTuning(Strategy(scope="lora")),
             FineTuning(Strategy(scope="last-block")),
         ],

@@ -103,6 +103,19 @@ class TestAudit:
         }
         assert by_role["immunized"] == by_role["original"]
 
+    def test_the_best_attacks_by_benign_score_lost(self, itself):
+        """A looser bound admits all that a tighter one does; heads alone are within every bound."""
+        kept = [set(bound.adversaries["immunized"]) for bound in itself.bounds]
+        assert [bound.share for bound in itself.bounds] == [0.01, 0.05, 0.1]
+        assert "initFC+FC adam 0.01 b50" in kept[0]
+        assert kept[0] <= kept[1] <= kept[2] <= set(itself.adversaries)
+        for bound in itself.bounds:
+            assert bound.last.budget == itself.budgets[-1]
+            assert bound.last.best["scratch"].mean == pytest.approx(itself.by_budget[-1].best["scratch"].mean)
+            own = itself.benign.immunized
+            assert bound.benign_after["immunized"].mean >= own * (1 - bound.share) - 1e-9
+            assert bound.last.advantage == bound.last.original_advantage  # the original against itself
+
     def test_tables_hold_every_curve(self, itself):
         rows = tables(itself)["battery"].rows
         assert len(rows) == 3 * len(itself.adversaries)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from holdfast.adversaries import FineTuning, Probe
 from holdfast.adversaries.batched import Member, attack_together, stacks
-from holdfast.auditing.retention import benign_after, flags_of_collapse, keep_benign
-from holdfast.auditing.statistics import Comparison
+from holdfast.auditing.retention import benign_after, benign_bounds, flags_of_collapse, keep_benign
+from holdfast.auditing.statistics import Battery, Comparison
 from holdfast.models import SplitModel
 from holdfast.results import Curve, Side
 from holdfast.training import Strategy
@@ -131,6 +132,63 @@ class TestKeeping:
         curves = audit(immunized=(0.5, 0.88))
         assert keep_benign(curves, SIDE, None, Comparison.of(curves)) is None
         assert benign_after([c.model_copy(update={"benign_after": None}) for c in curves]) == {}
+
+
+class TestBounds:
+    def test_the_best_of_those_within_each(self):
+        """Strong costs the immunized model 8.9 % of its score, gentle 2.2 %."""
+        curves = audit(immunized=(0.82, 0.88))
+        one, five, ten = benign_bounds(curves, SIDE, Comparison.of(curves))
+        assert [each.share for each in (one, five, ten)] == [0.01, 0.05, 0.1]
+        assert (one.adversaries["immunized"], one.last, one.benign_after) == ([], None, {})
+        assert five.adversaries == {"immunized": ["gentle"], "original": ["strong"]}
+        assert five.last.best_adversary == {"immunized": "gentle", "original": "strong", "scratch": "strong"}
+        assert (five.last.budget, five.benign_after["immunized"].mean) == (10, 0.88)
+        assert five.last.advantage == pytest.approx(0.1)
+        assert set(ten.adversaries["immunized"]) == {"strong", "gentle"}
+        assert ten.last.advantage == pytest.approx(0.3)
+
+    def test_both_numbers_are_of_the_same_weights(self):
+        """An attack that was better earlier counts as it ended; from scratch the better, earlier score counts."""
+        curves = [
+            made
+            for seed in (0, 1)
+            for made in (
+                curve("immunized", "a", 0.9, (0.8, 0.6), seed),
+                curve("original", "a", 0.9, (0.2, 0.9), seed),
+                curve("scratch", "a", None, (0.5, 0.3), seed),
+            )
+        ]
+        full = Comparison.of(curves)
+        assert full.rows()[-1].best["immunized"].mean == pytest.approx(0.8)
+        (row, *_) = (each.last for each in benign_bounds(curves, SIDE, full))
+        assert row.best["immunized"].mean == pytest.approx(0.6)
+        assert row.best["scratch"].mean == full.rows()[-1].best["scratch"].mean == pytest.approx(0.5)
+
+    @pytest.mark.parametrize("both_ways", [True, False])
+    def test_scratch_is_that_of_the_audit(self, both_ways):
+        """The best over members and stopping times, against the audit's own rule, for random scores with ties."""
+        generator = np.random.default_rng(0)
+        for _ in range(50):
+            scores = generator.integers(0, 4, (3, 2, 4, 6)) / 4
+            scores[generator.random(scores.shape) < 0.1] = np.nan
+            battery = Battery(("a", "b", "c"), scores, both_ways)
+            for half, flat in zip(battery.best, battery.stopped_anywhere().best, strict=True):
+                np.testing.assert_array_equal(half[:, -1], flat[:, 0])
+
+    def test_a_score_that_is_not_finite_is_within_no_bound(self):
+        curves = audit(immunized=(None, None))
+        assert all(each.last is None for each in benign_bounds(curves, SIDE, Comparison.of(curves)))
+
+    def test_an_original_that_always_loses_its_task(self):
+        curves = audit(immunized=(0.9, 0.9), original=(0.2, 0.2))
+        (row, *_) = (each.last for each in benign_bounds(curves, SIDE, Comparison.of(curves)))
+        assert row.original_advantage is None
+        assert set(row.best) == {"immunized", "scratch"}
+
+    def test_without_a_measurement_there_are_none(self):
+        curves = [c.model_copy(update={"benign_after": None}) for c in audit(immunized=(0.9, 0.9))]
+        assert benign_bounds(curves, SIDE, Comparison.of(curves)) == []
 
 
 class TestCollapse:

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from holdfast.auditing.audit import tables
+from holdfast.auditing.retention import benign_bounds
+from holdfast.auditing.statistics import Comparison
 from holdfast.report import write_report
 from holdfast.report.html import render
 from holdfast.report.terminal import show
@@ -339,6 +341,28 @@ def test_costs_are_set_against_scratch_and_never_is_a_word() -> None:
     assert found["scratch"].startswith("67 1 × 3,338")
     never = [c.model_copy(update={"steps": None, "samples": None, "flops": None}) for c in audit.costs]
     assert page(audit=audit.model_copy(update={"costs": never})).text.count("never within the budget") == 3
+
+
+def test_the_best_attacks_by_benign_score_lost_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    audit = make_audit("fails")
+    first, second = audit.adversaries
+    costly = {first: 0.5, second: 0.95}
+    curves = [
+        c if c.role == "scratch" else c.model_copy(update={"benign_after": costly[c.adversary]}) for c in audit.curves
+    ]
+    bounds = benign_bounds(curves, audit.benign, Comparison.of(curves))
+    audit = audit.model_copy(update={"curves": curves, "bounds": bounds})
+    page = Page(render(make_result(audit=audit), FOLDER)).text
+    section = page[page.index("Best attacks by benign score lost") :]
+    assert "Each row is the best attack after which the model has lost at most this share" in section
+    assert "measured only after the last budget (100 steps)" in section
+    assert re.search(rf"1 % 1 of 2 95\.0.*?{re.escape(second)}.*?any 2 of 2 50\.0.*?{re.escape(first)}", section)
+    show(make_result(audit=audit), FOLDER)
+    printed = capsys.readouterr().out
+    assert re.search(r"1 % +│ +1 of 2 +│ +95\.0 +│ +52\.0", printed)
+    assert re.search(r"any +│ +2 of 2 +│ +50\.0 +│ +62\.0", printed)
+    older = Page(render(make_result(audit=make_audit("fails")), FOLDER)).text
+    assert "Best attacks by benign score lost" not in older
 
 
 def test_side_effects_and_search_are_shown() -> None:

@@ -233,3 +233,32 @@ def test_a_restored_optimizer_takes_the_same_step(fused, tmp_path):
     step(layer, optimizer, 2)
     step(again, restored, 2)
     assert torch.equal(layer.weight, again.weight)
+
+
+@pytest.mark.trains
+def test_means_over_rows_and_columns_are_restored(tmp_path):
+    """Adafactor keeps these instead of moments of the parameter's shape."""
+
+    def setting():
+        torch.manual_seed(0)
+        layer = torch.nn.Conv2d(3, 4, 3)
+        return layer, torch.optim.Adafactor(layer.parameters(), lr=0.1)
+
+    def step(layer, optimizer):
+        optimizer.zero_grad()
+        layer(torch.linspace(-1, 1, 384).view(2, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+
+    layer, optimizer = setting()
+    step(layer, optimizer)
+    again, restored = setting()
+    again.load_state_dict(layer.state_dict())
+    kept = optimizer_tensors(optimizer)
+    save_tensors(tmp_path / "s.safetensors", kept, {})
+    restore_optimizer(restored, load_tensors(tmp_path / "s.safetensors")[0])
+    step(layer, optimizer)
+    step(again, restored)
+    assert torch.equal(layer.weight, again.weight)
+    other = torch.optim.Adafactor([torch.nn.Parameter(torch.zeros(5, 3, 3, 3)), torch.nn.Parameter(torch.zeros(5))])
+    with pytest.raises(HoldfastError, match="does not match any of its parameters"):
+        restore_optimizer(other, kept)

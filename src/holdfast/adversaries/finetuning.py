@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from holdfast import training
 from holdfast.adversaries.base import KINDS, Adversary, keep_head
+from holdfast.adversaries.benign_data import BenignTraining
 from holdfast.adversaries.undo import moves
 from holdfast.adversaries.undo.moves import UNDO
 from holdfast.adversaries.undo.thaw import bake
@@ -20,6 +20,9 @@ from holdfast.errors import HoldfastError, unknown
 from holdfast.models import SplitModel
 from holdfast.tasks import Task
 from holdfast.training import Strategy
+
+OPTIONS = ("undo", "burn_in", "replay", "anchor", "benign_first")
+"""Settings of `FineTuning` besides its strategy; in results only if they are not the default."""
 
 
 @KINDS.register("finetuning")
@@ -31,17 +34,27 @@ class FineTuning(Adversary):
         strategy: initialisation, trained weights and optimizer.
         name: by default made from the settings, with the SOPHON paper's words for initialisation and scope.
         undo: moves of `UNDO` to make before training, in this order. With scope "all", "thaw" is always made.
-        burn_in: number of first steps at ten times the learning rate.
-        replay: weight of the loss on the benign task, through the head of the released model. Needs the benign task.
+        burn_in: number of first steps on the restricted task at ten times the learning rate.
+        replay: weight of the loss on the benign task, through the head of the released model.
+        anchor: weight of the distance between the outputs of the model under attack, through the same head, and those
+            of the model as received, on benign inputs; see `Task.distance`, for classes the KL divergence. It keeps the
+            model from collapsing.
+        benign_first: number of steps on the benign task alone, through the same head, before the restricted task. The
+            adversary pays for them: they count as steps of the budget, and at these budgets nothing of the restricted
+            task is learned yet. The optimizer then starts anew; schedule and burn-in count from there.
+
+    The last three need the benign task. `anchor` and `benign_first` train the body, so scope "head" refuses them.
 
     Raises:
-        HoldfastError: for an unknown move, or a number out of range.
+        HoldfastError: for an unknown move, a number out of range, or an option that has no effect.
 
     Example:
         >>> FineTuning(Strategy("head", "all", "adam", 1e-3)).name
         'initFC+all adam 0.001 b50'
         >>> FineTuning(Strategy("head"), undo=("equalise", "recalibrate"), burn_in=5, replay=0.5).name
         'initFC+all adam 0.001 b50, equalise, recalibrate, burn-in 5, replay 0.5'
+        >>> FineTuning(Strategy("head", schedule="cosine", schedule_steps=90), anchor=1.0, benign_first=10).name
+        'initFC+all adam 0.001 b50 cosine90, anchor 1, benign-first 10'
     """
 
     strategy: Strategy
@@ -49,14 +62,21 @@ class FineTuning(Adversary):
     undo: tuple[str, ...] = ()
     burn_in: int = 0
     replay: float = 0.0
+    anchor: float = 0.0
+    benign_first: int = 0
 
     def __post_init__(self) -> None:
         for move in self.undo:
             UNDO.lookup(move)
-        if self.burn_in < 0:
-            raise HoldfastError(f"burn_in is {self.burn_in}; expected at least 0.")
-        if not 0 <= self.replay < float("inf"):
-            raise HoldfastError(f"replay is {self.replay}; expected a weight of at least 0.")
+        for name in ("burn_in", "benign_first"):
+            if getattr(self, name) < 0:
+                raise HoldfastError(f"{name} is {getattr(self, name)}; expected at least 0.")
+        for name in ("replay", "anchor"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise HoldfastError(f"{name} is {getattr(self, name)}; expected a weight of at least 0.")
+        for name in ("anchor", "benign_first") if self.strategy.scope == "head" else ():
+            if getattr(self, name):
+                raise HoldfastError(f"{name} trains the body, and scope 'head' leaves it as it is; choose another one.")
         object.__setattr__(self, "name", self.name or self._default_name())
 
     def _default_name(self) -> str:
@@ -68,8 +88,12 @@ class FineTuning(Adversary):
         name += f" {s.gradient}" if s.gradient != "raw" else ""
         name += f" r{s.rank}" if s.rank != Strategy().rank else ""
         name += f" {s.precision}" if s.precision != "float32" else ""
+        name += f" cosine{s.schedule_steps}" if s.schedule == "cosine" else ""
+        name += f" warmup{s.warmup}" if s.warmup else ""
         options = [f"burn-in {self.burn_in}"] if self.burn_in else []
         options += [f"replay {self.replay:g}"] if self.replay else []
+        options += [f"anchor {self.anchor:g}"] if self.anchor else []
+        options += [f"benign-first {self.benign_first}"] if self.benign_first else []
         return ", ".join([name, *self.undo, *options])
 
     @property
@@ -91,20 +115,30 @@ class FineTuning(Adversary):
     ) -> Iterator[Tensor]:
         """See `Adversary.run`."""
         with _named_errors(self.name, model):
-            penalty = self._start(model, task, benign, generator, device)
+            beside = self._start(model, task, benign, generator, device)
         yield torch.zeros((), device=device)
+        if beside is not None and self.benign_first:
+            yield from self._caught(beside.first(self.benign_first), model)
+        penalty = beside.penalty if beside is not None and (self.replay or self.anchor) else None
         work = training.finetune(
             model, task, self.strategy, generator=generator, device=device, burn_in=self.burn_in, penalty=penalty
         )
+        yield from self._caught(work, model)
+
+    def _caught(self, work: Iterator[Tensor], model: SplitModel) -> Iterator[Tensor]:
+        """Yields what some training yields; errors in it name this adversary and the model."""
         while True:
             with _named_errors(self.name, model):
-                loss = next(work)
+                loss = next(work, None)
+            if loss is None:
+                return
             yield loss
 
     def _start(
         self, model: SplitModel, task: Task, benign: Task | None, generator: torch.Generator, device: torch.device
-    ) -> Callable[[], Tensor] | None:
-        """Makes the undo moves, initialises the model, and returns the loss on the benign task, if there is one."""
+    ) -> BenignTraining | None:
+        """Makes the undo moves, initialises the model, and returns the training on benign data, if there is any."""
+        released = model.clone().eval().requires_grad_(False) if self.anchor else None
         renews = self.strategy.renews
         thaws = (self.undo or self.strategy.scope == "all") and "thaw" not in self.undo
         undo = [UNDO[name] for name in (*(("thaw",) if thaws else ()), *self.undo)]
@@ -117,19 +151,22 @@ class FineTuning(Adversary):
                 training.renew_blocks(model, self.strategy, reference)  # features are those of the new blocks
             move(model, model if reference is None else reference, task, generator, device)
         keep_head(model)
-        penalty = None
-        if self.replay:
+        beside = None
+        if self.replay or self.anchor or self.benign_first:
             if benign is None:
-                raise HoldfastError(f"{self.name} mixes in benign data; give the model's own task (`benign`).")
-            penalty = _Replay(model, benign, self.strategy.batch_size, self.replay, generator, device)
+                raise HoldfastError(f"{self.name} uses benign data; give the model's own task (`benign`).")
+            beside = BenignTraining(
+                model, released, benign, self.strategy, replay=self.replay, anchor=self.anchor, generator=generator,
+                device=device,
+            )  # fmt: skip
         training.prepare(model, self.strategy, task, reference)
         for move in undo:
             move.finish(model)
-        return penalty
+        return beside
 
     def config(self) -> dict[str, Any]:
         """See `Adversary.config`."""
-        options = {"undo": list(self.undo), "burn_in": self.burn_in, "replay": self.replay}
+        options = {name: getattr(self, name) for name in OPTIONS} | {"undo": list(self.undo)}
         return {"kind": "finetuning", **self.strategy.settings(), **{k: v for k, v in options.items() if v}}
 
     @classmethod
@@ -139,44 +176,13 @@ class FineTuning(Adversary):
         Raises:
             HoldfastError: for an unknown setting.
         """
-        own = {k: config[k] for k in ("undo", "burn_in", "replay") if k in config}
+        own = {k: config[k] for k in OPTIONS if k in config}
         rest = {k: v for k, v in config.items() if k not in own and k != "kind"}
         known = Strategy.__dataclass_fields__
         for key in rest:
             if key not in known:
-                raise unknown("setting of fine-tuning", key, [*known, "undo", "burn_in", "replay"])
+                raise unknown("setting of fine-tuning", key, [*known, *OPTIONS])
         return cls(Strategy(**rest), **{**own, "undo": tuple(own.get("undo", ()))})
-
-
-class _Replay:
-    """The weighted loss on the benign task through a frozen copy of the head."""
-
-    def __init__(
-        self,
-        model: SplitModel,
-        benign: Task,
-        size: int,
-        weight: float,
-        generator: torch.Generator,
-        device: torch.device,
-    ) -> None:
-        self.model, self.benign, self.weight = model, benign, weight
-        self.head = copy.deepcopy(model.head).requires_grad_(False)
-        self.batches = benign.batches("train", size, generator=generator, device=device)
-
-    def __call__(self) -> Tensor:
-        own = self.model.head
-        norms = [m for m in self.model.modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase)]
-        momenta = [m.momentum for m in norms]
-        self.model.put_head(self.head)
-        for norm in norms:  # running statistics must be those of the restricted task, which is scored
-            norm.momentum = 0.0
-        try:
-            return self.weight * self.benign.loss(self.model, next(self.batches))
-        finally:
-            self.model.put_head(own)
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_valid
 from holdfast.adversaries import BATTERIES, Adversary, Search, battery, battery_config, battery_name
 from holdfast.auditing.curve_flags import flags_of_curves
 from holdfast.auditing.red_flags import red_flags
-from holdfast.auditing.retention import BENIGN_AFTER, benign_after, flags_of_collapse, keep_benign
+from holdfast.auditing.retention import BENIGN_AFTER, benign_after, benign_bounds, flags_of_collapse, keep_benign
 from holdfast.auditing.search import search
 from holdfast.auditing.statistics import Comparison, costs
 from holdfast.auditing.trials import SEARCH_SEED, On, Trial, TrialContext, TrialRunner, few_of, repetitions
@@ -253,6 +253,7 @@ def _result(
         curves=curves,
         by_budget=rows,
         keeping=keep_benign(curves, side, spec.thresholds.max_benign_drop_after_attack, comparison),
+        bounds=benign_bounds(curves, side, comparison),
         cost_target=(target := _target(comparison, chance)),
         costs=_costs(attacked, comparison, target, context),
         search=attacked.searched,

@@ -66,6 +66,19 @@ class Battery:
         """Returns the battery of some of the adversaries."""
         return Battery(tuple(names), self.scores[[self.names.index(name) for name in names]], self.both_ways)
 
+    def at_the_end(self) -> Battery:
+        """Returns the battery at the last budget alone, without early stopping."""
+        return Battery(self.names, self.scores[:, :, -1:], self.both_ways)
+
+    def stopped_anywhere(self) -> Battery:
+        """Returns a battery of one budget in which each stopping time is a member; its best is that of the last budget.
+
+        So it can be compared with another battery `at_the_end`.
+        """
+        adversaries, seeds, budgets, folds = self.scores.shape
+        members = self.scores.transpose(2, 0, 1, 3).reshape(budgets * adversaries, seeds, 1, folds)
+        return Battery(self.names * budgets, members, self.both_ways)
+
     def best_name(self, budget: int) -> str:
         """Returns the adversary that is best on the whole test split, up to the budget of this index."""
         means = self.scores.mean((1, 3))[:, : budget + 1]

@@ -92,6 +92,8 @@ def _audit_values(result: RunResult, audit: AuditResult, order: Sequence[str], f
         "causes": wording.CAUSES,
         "kept": wording.kept(audit),
         "keepers": wording.benign_keepers(audit),
+        "bounded": wording.bounded(audit),
+        "reading": wording.how_to_read_bounds(audit),
         "stopped": wording.stopped(result.tables),
         "selection": wording.selection(audit),
         "spoken": audit.spoken,

@@ -196,6 +196,7 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
     console.print(f"Benign task {audited.benign_task}: {kept}")
     if audited.keeping is not None:
         console.print(wording.benign_keepers(audited))
+    _show_bounds(audited, console)
     _show_costs(audited, console)
     for effect in audited.side_effects:
         which = "Benign task learned anew" if effect.task_role == "benign" else "Transfer task"
@@ -216,6 +217,29 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
     for name, reason in audited.not_applicable.items():
         console.print(f"Not tried: {name}: {reason}.")
     console.print(f"Threat model: {verdict.threat_model}\n")
+
+
+def _show_bounds(audited: AuditResult, console: Console) -> None:
+    """Prints the best attack by the share of the benign score that it may lose."""
+    rows = wording.bounded(audited)
+    if not rows:
+        return
+    table = Table(title="Best attacks by benign score lost, in %", title_justify="left", pad_edge=False)
+    table.add_column("may lose", no_wrap=True)
+    for heading in ("adversaries", "benign after", "restricted", "advantage"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("best", overflow="fold")
+    for each in rows:
+        after = "" if each.benign_after is None else _percent(each.benign_after).partition(" ± ")[0]
+        reached = ["", "", "", "none"]
+        if each.row is not None:
+            restricted = _percent(each.row.best["immunized"]).partition(" ± ")[0]
+            reached = [after, restricted, _points(each.row.advantage), each.row.best_adversary["immunized"]]
+        table.add_row(each.may_lose, each.within, *reached)
+    screen = Console()
+    # Rich cuts off digits that do not fit, and a cut number is wrong.
+    Console(width=max(screen.width, 80)).print(table)
+    console.print(wording.how_to_read_bounds(audited))
 
 
 def _show_costs(audited: AuditResult, console: Console) -> None:

@@ -112,6 +112,50 @@ def benign_keepers(audit: AuditResult) -> str:
     )
 
 
+@dataclass(frozen=True)
+class BoundedBest:
+    """A row of the table of the best attacks by benign score lost.
+
+    Attributes:
+        may_lose: share of the benign score; "any" in the last row.
+        within: how many adversaries are within it on the immunized model, and of how many.
+        row: the best of them against the controls; None if there is none.
+        benign_after: benign score after the best of them on the immunized model.
+    """
+
+    may_lose: str
+    within: str
+    row: BudgetRow | None
+    benign_after: Cell | None
+
+
+def bounded(audit: AuditResult) -> list[BoundedBest]:
+    """Returns the best attack within each bound on the benign score, and the best of all; empty if not measured."""
+    if not audit.bounds:
+        return []
+    of = len(audit.adversaries)
+    rows = [
+        BoundedBest(
+            f"{100 * bound.share:g} %", f"{len(bound.adversaries.get('immunized', []))} of {of}", bound.last,
+            bound.benign_after.get("immunized"),
+        )
+        for bound in audit.bounds
+    ]  # fmt: skip
+    after = benign_after(audit.curves).get(("immunized", strongest(audit)))
+    return [*rows, BoundedBest("any", f"{of} of {of}", audit.by_budget[-1], after)]
+
+
+def how_to_read_bounds(audit: AuditResult) -> str:
+    """Explains the table of `bounded`."""
+    return (
+        "Each row is the best attack after which the model has lost at most this share of its own benign score: if a "
+        "row with a small share reaches almost as much as the last one, an attacker gives up next to nothing. The "
+        f"benign score is measured only after the last budget ({count(audit.budgets[-1], 'step')}), so attacks within "
+        "a bound are scored there; the best of all, and training from scratch, may stop earlier. The verdict counts "
+        "all adversaries."
+    )
+
+
 def by_strength(audit: AuditResult) -> list[str]:
     """Returns the adversaries by their best score on the immunized model, strongest first, without a score last."""
 

@@ -163,6 +163,18 @@ class BenignKeeping(ResultModel):
     )
 
 
+class BenignBound(ResultModel):
+    """The best attack among those after which a model has lost at most a share of its benign score."""
+
+    share: float = Field(description="Share of its own benign score that an attack may cost a model, mean over seeds.")
+    adversaries: dict[Role, list[str]] = Field(description="Those within the bound, on the models that know the task.")
+    last: BudgetRow | None = Field(
+        description="Best of them after the last budget, where the benign score is known, and best of all from scratch "
+        "at any budget; None if none is within the bound on the immunized model."
+    )
+    benign_after: dict[Role, Cell] = Field(description="Benign score after the best of them.")
+
+
 class SearchTrial(ResultModel):
     """One trial of a search for adversaries."""
 
@@ -290,6 +302,9 @@ class AuditResult(ResultModel):
     curves: list[Curve]
     by_budget: list[BudgetRow]
     keeping: BenignKeeping | None = Field(None, description="With `max_benign_drop_after_attack`; None: without it.")
+    bounds: list[BenignBound] = Field(
+        [], description="Best attacks by the benign score that they may lose; empty if that was not measured."
+    )
     cost_target: float | None = Field(None, description="The score whose cost is compared.")
     costs: list[Cost] = Field([])
     side_effects: list[SideEffect] = Field([])

@@ -155,6 +155,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     """Loads the result of `optimizer_tensors` into an optimizer over the same parameters.
 
     Fused optimizers read a parameter and its moments in memory order, so each moment gets its parameter's layout.
+    Adafactor keeps means over rows and columns, which have one element along the other axis.
 
     Raises:
         HoldfastError: if a moment matches no parameter, or has another shape.
@@ -163,7 +164,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, _, key = name.partition("/")
-        if int(index) >= len(parameters) or (value.dim() and value.shape != parameters[int(index)].shape):
+        if int(index) >= len(parameters) or not _fits(value, parameters[int(index)]):
             raise HoldfastError(
                 f"The optimizer's state {name!r} of shape {tuple(value.shape)} does not match any of its parameters."
             )
@@ -171,6 +172,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         laid_out = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
         state.setdefault(int(index), {})[key] = laid_out
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _fits(moment: Tensor, parameter: Tensor) -> bool:
+    """Whether an optimizer may keep this about a parameter: a number, a moment, or its means along some axes."""
+    if moment.dim() != parameter.dim():
+        return not moment.dim()
+    return all(own in (1, full) for own, full in zip(moment.shape, parameter.shape, strict=True))
 
 
 @contextlib.contextmanager

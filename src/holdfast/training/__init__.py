@@ -11,7 +11,16 @@ from holdfast.training.starts import (
     shrink_and_perturb,
     trained_modules,
 )
-from holdfast.training.strategy import OPTIMIZERS, Gradient, Initialisation, Precision, PretrainSpec, Scope, Strategy
+from holdfast.training.strategy import (
+    OPTIMIZERS,
+    Gradient,
+    Initialisation,
+    Precision,
+    PretrainSpec,
+    Schedule,
+    Scope,
+    Strategy,
+)
 
 __all__ = [
     "ADAPTED",
@@ -21,6 +30,7 @@ __all__ = [
     "Initialisation",
     "Precision",
     "PretrainSpec",
+    "Schedule",
     "Scope",
     "Strategy",
     "finetune",

@@ -49,7 +49,7 @@ def finetune(
         strategy: optimizer, learning rate, batch size and scope.
         generator: draws the batches.
         device: where model and data are.
-        burn_in: number of first steps that have `BURN_IN` times the learning rate.
+        burn_in: number of first steps that have `BURN_IN` times the rate of the schedule.
         penalty: called once a step, in training mode; its value is added to the loss.
         optimizer: continue with this one, made by `optimizer_of` for this model and strategy; None: a new one.
         together: the processes that train one model, each on its own batches; None: this process trains alone.
@@ -62,8 +62,8 @@ def finetune(
     in_training_mode = trained_modules(model, strategy)
     batches = task.batches("train", strategy.batch_size, generator=generator, device=device)
     for step, batch in enumerate(batches):
-        for group in optimizer.param_groups if step in (0, burn_in) else ():
-            group["lr"] = strategy.learning_rate * (BURN_IN if step < burn_in else 1)
+        for group in optimizer.param_groups:
+            group["lr"] = strategy.rate(step) * (BURN_IN if step < burn_in else 1)
         model.train(strategy.scope not in ("head", "last-block"))
         for module in in_training_mode:
             module.train()

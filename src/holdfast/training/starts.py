@@ -22,6 +22,8 @@ def not_applicable(strategy: Strategy, model: SplitModel, task: Task) -> str | N
         return f"it keeps the head, which has {model.num_outputs} outputs, and the task has {task.num_outputs} classes"
     if strategy.scope == "norm" and not _normalisations(model):
         return "it has no normalisation layer with parameters"
+    if strategy.scope == "embeddings" and not _moved_modules(model, "embeddings"):
+        return "it has no embedding layer, and no normalisation layer with parameters"
     if strategy.scope in ADAPTED and not _adaptable(model, strategy.scope):
         part = "attention" if strategy.scope == "lora-attention" else "body"
         return f"its {part} has no linear or convolutional layer that takes adapters"
@@ -132,7 +134,10 @@ def _moved_modules(model: SplitModel, scope: Scope) -> list[nn.Module]:
     """The modules that are trained beside the head, for scopes other than "all" and adapters."""
     if scope == "last-block":
         return [module for _, module in model.blocks()[-1]]
-    return _normalisations(model) if scope == "norm" else []
+    if scope not in ("norm", "embeddings"):
+        return []
+    embedding = (nn.Embedding, nn.EmbeddingBag) if scope == "embeddings" else ()
+    return [*(m for m in model.network.modules() if isinstance(m, embedding)), *_normalisations(model)]
 
 
 def _normalisations(model: SplitModel) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Final, Literal, get_args
@@ -13,7 +14,8 @@ from torch import nn
 from holdfast.errors import HoldfastError, unknown
 
 Initialisation = Literal["direct", "head", "last-block", "last-half", "shrink-perturb"]
-Scope = Literal["all", "head", "last-block", "norm", "lora", "lora-attention"]
+Scope = Literal["all", "head", "last-block", "norm", "embeddings", "lora", "lora-attention"]
+Schedule = Literal["constant", "cosine"]
 Gradient = Literal["raw", "normalised", "sign"]
 Precision = Literal["float32", "bf16"]
 OptimizerFactory = Callable[[Iterable[nn.Parameter], float, float], torch.optim.Optimizer]
@@ -31,8 +33,17 @@ OPTIMIZERS: Final[dict[str, OptimizerFactory]] = {
     "adadelta": lambda params, lr, decay: torch.optim.Adadelta(params, lr=lr, weight_decay=decay),
     "adam": lambda params, lr, decay: torch.optim.Adam(params, lr=lr, weight_decay=decay, fused=True),
     "adamw": lambda params, lr, decay: torch.optim.AdamW(params, lr=lr, weight_decay=decay, fused=True),
+    "adafactor": lambda params, lr, decay: torch.optim.Adafactor(params, lr=lr, weight_decay=decay),
 }
-"""Optimizers by name: (parameters, learning rate, weight decay) -> optimizer. Momentum is 0.9, as usual."""
+"""Optimizers by name: (parameters, learning rate, weight decay) -> optimizer.
+
+Momentum is 0.9, as usual. Adafactor's rate is relative: a step changes a tensor by about this share of its root mean
+square.
+"""
+
+
+LATER: Final = frozenset({"gradient", "rank", "precision", "schedule", "schedule_steps", "warmup"})
+"""Settings of `Strategy` that are younger than the first published batteries."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +59,13 @@ class Strategy:
             one, and draws a fresh head (after Ash and Adams, NeurIPS 2020). A fresh head is drawn as torch initialises
             it, other layers as the architecture does.
         scope: which parameters are trained, always with the head: "all"; "head", the head alone; "last-block"; "norm",
-            scale and shift of every normalisation layer; "lora", low-rank adapters beside every linear and
-            convolutional layer; "lora-attention", only beside those of attention, as is usual for diffusion models.
-            With "head" and "last-block", the rest stays in evaluation mode. With "norm" and adapters the whole model is
-            in training mode, as in all fine-tuning: BatchNorm sees the statistics of the new data.
+            scale and shift of every normalisation layer; "embeddings", these and every embedding layer; "lora",
+            low-rank adapters beside every linear and convolutional layer; "lora-attention", only beside those of
+            attention, as is usual for diffusion models. With "head" and "last-block", the rest stays in evaluation
+            mode. With the others the whole model is in training mode, as in all fine-tuning: BatchNorm sees the
+            statistics of the new data.
         optimizer: a name of `OPTIMIZERS`.
-        learning_rate: constant, above 0.
+        learning_rate: above 0; `schedule` may lower it, see `rate`.
         batch_size: samples a step; capped at the size of the training split.
         weight_decay: at least 0.
         gradient: what the optimizer receives: the gradient ("raw"), the whole gradient scaled to length 1
@@ -62,9 +74,13 @@ class Strategy:
         precision: of the forward and backward pass: that of the weights ("float32"), or bfloat16 where torch.autocast
             considers it safe ("bf16"), which is faster on hardware that supports it. Weights, optimizer and scores
             always keep the precision of the weights.
+        schedule: of the learning rate: "constant", or "cosine", which falls to 0 along half a cosine.
+        schedule_steps: steps until a cosine reaches 0. It does not depend on the budgets at which an audit scores: at
+            earlier ones the rate is still high, and after these steps the weights stay as they are.
+        warmup: number of first steps in which the rate rises linearly; part of `schedule_steps`.
 
     Raises:
-        HoldfastError: for an unknown name or a number out of range.
+        HoldfastError: for an unknown name, a number out of range, or a setting that has no effect.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # a misspelled key in a recipe is an error
@@ -78,11 +94,17 @@ class Strategy:
     gradient: Gradient = "raw"
     rank: int = 8
     precision: Precision = "float32"
+    schedule: Schedule = "constant"
+    schedule_steps: int = 0
+    warmup: int = 0
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise unknown("optimizer", self.optimizer, OPTIMIZERS)
-        named = {"initialisation": Initialisation, "scope": Scope, "gradient": Gradient, "precision": Precision}
+        named = {
+            "initialisation": Initialisation, "scope": Scope, "gradient": Gradient, "precision": Precision,
+            "schedule": Schedule,
+        }  # fmt: skip
         for name, known in named.items():
             if getattr(self, name) not in get_args(known):
                 raise unknown(name, getattr(self, name), get_args(known))
@@ -93,6 +115,35 @@ class Strategy:
                 raise HoldfastError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if not self.weight_decay >= 0:
             raise HoldfastError(f"weight_decay is {self.weight_decay}; expected at least 0.")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if self.warmup < 0:
+            raise HoldfastError(f"warmup is {self.warmup}; expected at least 0 steps.")
+        if self.schedule == "constant" and self.schedule_steps:
+            raise HoldfastError(
+                f"schedule_steps is {self.schedule_steps}, and a constant schedule has no end; leave it out, or set "
+                "schedule to 'cosine'."
+            )
+        if self.schedule == "cosine" and self.schedule_steps <= self.warmup:
+            raise HoldfastError(
+                f"schedule_steps is {self.schedule_steps}; a cosine needs more steps than its warm-up of {self.warmup}."
+            )
+
+    def rate(self, step: int) -> float:
+        """Returns the learning rate of a step, counted from 0.
+
+        Example:
+            >>> strategy = Strategy(learning_rate=0.1, schedule="cosine", schedule_steps=6, warmup=2)
+            >>> [round(strategy.rate(step), 3) for step in range(8)]
+            [0.05, 0.1, 0.1, 0.085, 0.05, 0.015, 0.0, 0.0]
+        """
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return float(self.learning_rate)
+        done = min(1.0, (step - self.warmup) / (self.schedule_steps - self.warmup))
+        return self.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
     @property
     def renews(self) -> bool:
@@ -105,7 +156,7 @@ class Strategy:
         return self.renews or self.initialisation == "shrink-perturb"
 
     def settings(self) -> dict[str, Any]:
-        """Returns the settings as plain values; `gradient`, `rank` and `precision` only if not the default.
+        """Returns the settings as plain values; those of `LATER` only if not the default.
 
         Published batteries have hashes of these settings, which a setting that was added later must not change.
 
@@ -113,7 +164,7 @@ class Strategy:
             >>> list(Strategy(gradient="sign").settings())[-2:]
             ['weight_decay', 'gradient']
         """
-        later = {f.name: f.default for f in fields(self) if f.name in ("gradient", "rank", "precision")}
+        later = {f.name: f.default for f in fields(self) if f.name in LATER}
         return {k: v for k, v in asdict(self).items() if v != later.get(k, MISSING)}
 
 
