@@ -134,6 +134,10 @@ CAUSAL: dict[str, Defense] = {
         lifetime=2, max_benign_drop=1.0, **_BRIEF,
     ),
     "trajectory-erasure": TrajectoryErasure(max_benign_drop=1.0, recovery_loops=2, probe_batch=10, **_BRIEF),
+    "tar": TAR(
+        iterations=3, steps=4, evaluate_every=2, batch_sizes=(10,), batch_size=10, guard_every=1, max_benign_drop=1.0
+    ),
+    "repnoise": RepNoise(iterations=3, batch_size=10, guard_every=1, max_benign_drop=1.0),
 }  # fmt: skip
 """Brief settings of every defense for causal language models."""
 

@@ -269,6 +269,8 @@ class TestBatteries:
             ("probes-v1", "640054c82829dcd9844023cc49b970bf1acdb28d43de0b2b977b6d72abf87599"),
             ("generation-v1", "7500a918c077bf2c54544332a6e0cfa44024554fa31c4156c3b186c35b917854"),
             ("language-v1", "93d471fe4325ad3fc6cfffaebac239cbb2594a8a88c17e8ad6dedd776ba57e0b"),
+            ("causal-quick-v1", "6944ab1884e871b51bbd2db919c796c1bed49ef5126636d5fb5e0dd50a3f23d2"),
+            ("causal-v1", "77ca3b1587be4ae5bb767805d33a06450827e574d8ca3f92ac8ed6813d120283"),
             ("standard-v1", "f72a3f52a5a82834788f8dd1955b1984b1af78a4decfd3785566de87db024f79"),
         ],
     )

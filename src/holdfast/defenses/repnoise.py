@@ -57,12 +57,13 @@ def noise_loss(states: Sequence[Tensor], noise: Sequence[Tensor], *, kernels: in
 @register_defense
 @dataclass
 class RepNoise(GuardedDefense):
-    """RepNoise for classification, with its hyper-parameters.
+    """RepNoise for classification and causal language models, with its hyper-parameters.
 
     A round is a step of the optimizer on a batch of each task. The network is in evaluation mode: BatchNorm keeps the
-    original's statistics, and dropout is off. Hidden states are the pooled ones of `SplitModel.features_by_depth`; the
-    paper takes the outputs of every MLP layer of a transformer at each position of the answer. The ascent uses the
-    loss of the network's outputs; the paper's is the mean over losses that the head reads from each layer.
+    original's statistics, and dropout is off. Hidden states are those of `SplitModel.features_by_depth`: pooled, or for
+    a causal language model those after each block, at each position of the answer. The paper takes the outputs of every
+    MLP layer there. The ascent uses the loss of the network's outputs; the paper's is the mean over losses that the
+    head reads from each layer.
 
     The guard does not go back when the benign score is low during training, because the benign loss in L repairs it.
     The result is always a state whose held-out benign score was good enough. See `GuardedDefense` for the other
@@ -170,7 +171,8 @@ class _Immunization(Immunization[RepNoise]):
         self.model.eval()
         benign_loss = self.benign.loss_of(self.model(benign.x), benign)
         outputs, hidden = with_hidden_states(self.model, restricted.x, self.depth)
-        states = [self._chosen(z, generator) for z in hidden]
+        answered = self.restricted.probed_rows(restricted.y)
+        states = [self._chosen(z[answered], generator) for z in hidden]
         noise = [torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device) for z in states]
         noised = noise_loss(states, noise, kernels=config.kernels, multiplier=config.multiplier)
         losses = {"noise_loss": noised, "benign_loss": benign_loss}

@@ -57,7 +57,7 @@ def hidden_distance(states: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tenso
 @register_defense
 @dataclass
 class TAR(SimulationSettings, GuardedDefense):
-    """TAR for classification, with its hyper-parameters.
+    """TAR for classification and causal language models, with its hyper-parameters.
 
     The paper trains a language model of 8 billion weights: 750 outer steps at 2e-5, K = 64 inner steps of AdamW at
     2e-6, 2e-5 or 4e-5. The defaults here are for small networks on a laptop. Of the paper are `lambda_tr`,
@@ -208,7 +208,8 @@ class _Immunization(Immunization[TAR]):
         outputs, states = with_hidden_states(self.model, batch.x, self.depth)
         with torch.no_grad():
             _, wanted = with_hidden_states(self.original, batch.x, self.depth)
-        return self.benign.loss_of(outputs, batch), hidden_distance(states, wanted)
+        rows = self.benign.probed_rows(batch.y)
+        return self.benign.loss_of(outputs, batch), hidden_distance(*([z[rows] for z in s] for s in (states, wanted)))
 
     @torch.no_grad()
     def _add_tamper_resistance(self) -> None:
