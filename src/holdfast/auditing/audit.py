@@ -19,6 +19,7 @@ from holdfast.auditing.search import search
 from holdfast.auditing.statistics import Comparison, costs
 from holdfast.auditing.trials import SEARCH_SEED, On, Trial, TrialContext, TrialRunner, few_of, repetitions
 from holdfast.auditing.verdict import ROUNDING, judge, without_scores
+from holdfast.auditing.written_texts import language_scale, written_texts
 from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel, architecture_differences, check_fits, transplant
 from holdfast.results import (
@@ -154,13 +155,15 @@ def audit(
     with runner.executor.kept():
         attacked = _attack(plan, runner, restricted, spec)
         side_effects = _side_effects(tasks, runner, spec) if spec.side_effects else []
+        texts = written_texts(context, attacked.adversaries, attacked.curves)
     side = _side(immunized, original, benign, run)
     with run.seeded("scratch", 0):
         fresh = original.fresh()
     raised = [*flags, *red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)]
     raised += flags_of_curves(attacked.curves, attacked.configs, restricted.constant_scores())
     raised += flags_of_collapse(attacked.curves, attacked.configs, side, restricted.audit_chance)
-    return _result(attacked, context, spec, restricted, side, raised, side_effects, warnings=flags)
+    found = _result(attacked, context, spec, restricted, side, raised, side_effects, warnings=flags)
+    return found.model_copy(update={"texts": texts})
 
 
 @dataclass(frozen=True)
@@ -256,6 +259,7 @@ def _result(
         bounds=benign_bounds(curves, side, comparison),
         cost_target=(target := _target(comparison, chance)),
         costs=_costs(attacked, comparison, target, context),
+        language=language_scale(restricted, sample),
         search=attacked.searched,
         side_effects=side_effects,
         verdict=verdict,

@@ -62,7 +62,7 @@ class Measure:
         """Returns how to show the audit scores of a task."""
         if task.higher_is_better:
             return cls(task.audit_unit)
-        return cls("mean squared error", task.chance, task.baseline)
+        return cls(task.error_name, task.chance, task.baseline)
 
     @property
     def percent(self) -> bool:

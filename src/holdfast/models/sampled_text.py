@@ -16,6 +16,7 @@ import torch
 from holdfast.errors import HoldfastError
 from holdfast.models.families.hf_causal import CausalModel
 from holdfast.models.loading import load_model
+from holdfast.models.split_model import SplitModel
 from holdfast.tasks import NextTokenTask, TaskSpec, Tokenizer, load_tokenizer
 from holdfast.tasks.next_token import IGNORED
 from holdfast.tasks.next_token_files import WINDOW
@@ -120,15 +121,34 @@ def continuations(
     for x, y in zip(*next(task.sweep("test", rows, device=model.device)), strict=True):
         first = int((y != IGNORED).nonzero()[0]) + 1
         prompt = x[: max(first, min(PROMPT_TOKENS, len(x))) if first == 1 else first]
+        read = prompt if model.prefix is None else torch.cat([model.prefix.to(prompt), prompt])
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
             drawn = network.generate(
-                prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=tokens, do_sample=True,
+                read[None], attention_mask=torch.ones_like(read[None]), max_new_tokens=tokens, do_sample=True,
                 temperature=1.0, top_k=0, top_p=1.0, pad_token_id=task.vocabulary.pad, renormalize_logits=True,
                 remove_invalid_values=True,
             )  # fmt: skip
-        parts = (prompt, drawn[0, len(prompt) :])
+        parts = (prompt, drawn[0, len(read) :])
         before, after = (fast.decode(part.tolist(), skip_special_tokens=True) for part in parts)
         written.append((str(before), str(after)))
     model.train(training)
     return written
+
+
+def tokenizer_of(model: SplitModel) -> Tokenizer | None:
+    """Returns a model's tokenizer, from where the model was loaded or by its name; None if it is not found.
+
+    Example:
+        >>> from holdfast.tasks import load_task
+        >>> tokenizer_of(load_model("mlp", load_task("digits"))) is None
+        True
+    """
+    for place in filter(None, (model.tokenizer, model.vocabulary and model.vocabulary.name)):
+        try:
+            tokenizer = load_tokenizer(place)
+        except HoldfastError:
+            continue
+        if tokenizer.fast is not None and model.vocabulary and tokenizer.vocabulary.agrees(model.vocabulary):
+            return tokenizer
+    return None

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from holdfast.auditing.retention import BENIGN_AFTER
-from holdfast.report import wording
+from holdfast.report import language, wording
 from holdfast.report.audit_plots import advantage_plot, adversary_plots, best_plot, search_plot, side_effect_plots
 from holdfast.report.plots import STYLES, figure_plot, history_plot, measures_errors, series_title
 from holdfast.report.trade_off import trade_off_plots
@@ -96,6 +96,8 @@ def _audit_values(result: RunResult, audit: AuditResult, order: Sequence[str], f
         "reading": wording.how_to_read_bounds(audit),
         "stopped": wording.stopped(result.tables),
         "selection": wording.selection(audit),
+        "in_nats": language.in_nats(audit),
+        "written": language.written(audit),
         "spoken": audit.spoken,
         "samples": wording.samples(audit),
         "below": wording.below(audit),

@@ -146,6 +146,9 @@ class Task(ABC):
         """Shape of a model's output for one input."""
         return (self.num_outputs,)
 
+    error_name: ClassVar[str] = "mean squared error"
+    """Name of a score of which smaller is better."""
+
     output_axis: ClassVar[int] = 0
     """The axis of `output_shape` that has `num_outputs` entries."""
 

@@ -78,6 +78,7 @@ class NextTokenTask(InMemoryTask):
     kind = "next-token"
     answers_with = "next token"
     output_axis = -1
+    error_name = "negative log-likelihood"
     no_features = "a language model answers at every position, and a probe needs one vector a sample"
     suppression_losses = ("ice", "klu", "ce-ascent")
     vocabulary: Vocabulary
