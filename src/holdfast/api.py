@@ -144,6 +144,7 @@ def audit(
     benign: Task,
     restricted: Task,
     transfer: Task | None = None,
+    reference: SplitModel | None = None,
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
@@ -162,6 +163,8 @@ def audit(
         benign: the task of the original.
         restricted: the task that the model must resist; adversaries get their half of its training data.
         transfer: a harmless task that the model should still learn as well as the original does; optional.
+        reference: another public model, fine-tuned in place of one from scratch; the verdict then holds against it. For
+            models so large that nobody trains one from scratch.
         seed: of everything random.
         device: `auto`, or a torch device.
         threads: CPU threads of torch; None: its default. One is best for networks of the quickstart's size.
@@ -176,7 +179,8 @@ def audit(
         HoldfastError: for input that cannot work, before any work is done.
     """
     optional = {} if transfer is None else {"transfer": transfer}
-    _check_objects({"model": model, "original": original}, {"benign": benign, "restricted": restricted, **optional})
+    models = {"model": model, "original": original, **({} if reference is None else {"reference": reference})}
+    _check_objects(models, {"benign": benign, "restricted": restricted, **optional})
     settings = plain(dict(options))
     try:
         spec = AuditSpec.model_validate(settings)
@@ -186,10 +190,14 @@ def audit(
     refuse_unused(spec, transfer is not None)
     threads, executor = checked_threads(threads), executors.executor(executor)
     model, original = model.unwrapped(), original.unwrapped()
+    reference = None if reference is None else reference.unwrapped()
     title = f"Audit of {model.name} on {restricted.name}"
     workspace = Workspace.start("audit", title, seed, device, folder, quiet, callbacks=callbacks)
     workspace.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
     hashes = {"model": model.facts().sha256, "original": original.facts().sha256}
+    if reference is not None:
+        hashes["reference"] = reference.facts().sha256
+        workspace.note_model("reference", reference)
     workspace.claim({"audit": spec.model_dump(mode="json"), **hashes})
     if source is not None:
         # Not among the claimed settings: a model that was moved is still the same model.
@@ -197,7 +205,7 @@ def audit(
     workspace.note_model("original", original)
     workspace.note_model("immunized", model)
     with cpu_threads(threads):
-        result = workspace.audit(model, original, benign, halves(restricted)[1], transfer, spec, executor)
+        result = workspace.audit(model, original, benign, halves(restricted)[1], transfer, spec, executor, reference)
         if folder is not None:
             workspace.save(audit=result)
     return result

@@ -19,6 +19,7 @@ from holdfast.results import Thresholds
 from holdfast.runtime.run import Run
 from holdfast.tasks import load_task
 from holdfast.tasks.next_token import IGNORED
+from holdfast.tasks.splits import HALVES_SEED
 from holdfast.training import Strategy, finetune, not_applicable, optimizer_of, prepare
 from texts import BERT, GPT2, save_causal, save_model, write_rows, write_text
 
@@ -236,7 +237,7 @@ class TestLoading:
             loaded(f"hf:{tmp_path}", questions, options=options)
 
     def test_another_kind_of_task_is_refused(self, name, questions):
-        with pytest.raises(HoldfastError, match="is a language model: it answers with one next token a position"):
+        with pytest.raises(HoldfastError, match="is a language model: it returns one next token a position"):
             check_fits(loaded(name, questions), load_task("digits"), own_task=False)
         with pytest.raises(HoldfastError, match="A model for it is a causal language model, hf:FOLDER"):
             check_fits(load_model("mlp", load_task("digits")), questions, own_task=False)
@@ -401,3 +402,21 @@ def test_an_audit_tells_a_model_from_its_controls(name, texts):
     assert scores["immunized"] == scores["original"]
     assert scores["original"] != scores["scratch"]
     assert result.unit == "language skill"
+
+
+def test_a_reference_stands_for_training_from_scratch(place, name, texts):
+    benign, restricted = texts
+    model, other = loaded(name, benign), loaded(save_causal(place / "other", num_hidden_layers=1), benign)
+    attacks = [FineTuning(Strategy("direct", "all", "adamw", 1e-2, 8))]
+    settings = {"budgets": (0, 5), "seeds": 1, "threads": 1, "battery": attacks, "side_effects": False}
+    own = {"original": model, "benign": benign, "restricted": restricted}
+    plain, against = audit(model, **own, **settings), audit(model, **own, **settings, reference=other)
+    scores = [{c.role: c.scores for c in found.curves} for found in (plain, against)]
+    assert scores[0]["scratch"] != scores[1]["scratch"]
+    assert scores[0]["immunized"] == scores[1]["immunized"]
+    alone = attacks[0].attack(
+        other, restricted.halves(HALVES_SEED)[1], budgets=[0, 5], run=Run(0, CPU), role="scratch", benign=benign
+    )
+    assert alone.scores == scores[1]["scratch"]
+    assert f"the reference {other.name}" in against.verdict.threat_model
+    assert "reference" not in plain.verdict.threat_model + " ".join(map(str, plain.verdict.reasons))

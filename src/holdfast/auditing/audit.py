@@ -111,6 +111,7 @@ def audit(
     run: Run,
     executor: Executor | str = "serial",
     flags: Sequence[Flag] = (),
+    reference: SplitModel | None = None,
 ) -> AuditResult:
     """Attacks a model and its controls with the same battery, budgets and samples, and reaches a verdict.
 
@@ -128,6 +129,8 @@ def audit(
         spec: battery, budgets, seeds, thresholds.
         run: seed, device, folder.
         executor: where trials run; it does not change their results.
+        reference: another public model, which stands for training from scratch where nobody would train from scratch;
+            the verdict then holds against it, and says so.
         flags: red flags of the data, see `holdfast.tasks.data_checks`; listed before those of the model.
 
     Returns:
@@ -143,6 +146,8 @@ def audit(
         # A defense may destroy a model or freeze all of it. The verdict reports that, and adversaries un-freeze it.
         for on, task in tasks.items():
             check_fits(model, task, own_task=on == "benign", finite=model is original, trainable=False)
+    if reference is not None:
+        check_fits(reference, restricted, own_task=False, trainable=False)
     plan = battery(spec.battery)
     inside = transplant(immunized, original) if architecture_differences(immunized, original) else None
     samples = {
@@ -150,7 +155,7 @@ def audit(
         for on, task in tasks.items()
         for seed in (SEARCH_SEED, *range(spec.seeds))
     }
-    context = TrialContext(immunized, original, inside, samples, benign, spec.budgets, run, spec.stacked)
+    context = TrialContext(immunized, original, inside, samples, benign, spec.budgets, run, spec.stacked, reference)
     runner = TrialRunner(context, _journal(context, plan, spec), executors.executor(executor))
     with runner.executor.kept():
         attacked = _attack(plan, runner, restricted, spec)
@@ -226,11 +231,14 @@ def _result(
     run, benign, curves = context.run, context.benign, attacked.curves
     chance, unit, sample = restricted.audit_chance, restricted.audit_unit, context.samples["restricted", 0]
     floor = -math.inf if restricted.higher_is_better else chance
+    spoken = restricted.words
+    if context.reference is not None:
+        spoken = spoken.model_copy(update={"reference": context.reference.name})
     bootstrap = derive_seed(run.seed, "bootstrap")
     comparison = Comparison.of(curves, bootstrap, both_ways=not attacked.searched, floor=floor)
     rows = comparison.rows()
     verdict = judge(
-        rows, curves, benign=side, chance=chance, limits=spec.thresholds, flags=raised, spoken=restricted.words,
+        rows, curves, benign=side, chance=chance, limits=spec.thresholds, flags=raised, spoken=spoken,
         tried=attacked.threat_model(spec, sample.size("train")), reported_benign=spec.reported_benign,
         warnings=warnings, retained=comparison.share(),
         areas=(comparison.area("immunized"), comparison.area("original")),
@@ -248,7 +256,7 @@ def _result(
         test_samples=restricted.size("test"),
         chance=chance,
         unit=unit,
-        words=None if restricted.words == words(unit) else restricted.words,
+        words=None if spoken == words(unit) else spoken,
         reported=spec.reported,
         reported_benign=spec.reported_benign,
         benign=side,
@@ -300,6 +308,7 @@ def _journal(context: TrialContext, plan: Search | Sequence[Adversary], spec: Au
             "immunized model": context.immunized.facts().sha256,
             "original model": context.original.facts().sha256,
             "layers or input normalisation": [_settings(m) for m in (context.immunized, context.original)],
+            **({} if context.reference is None else {"reference": context.reference.facts().sha256}),
         },
         "audit",
     )

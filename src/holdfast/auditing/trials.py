@@ -95,6 +95,7 @@ class TrialContext:
         budgets: steps at which to score.
         run: seed and device.
         stacked: whether attacks on small models are trained together; curves agree up to rounding.
+        reference: a public model that stands for training from scratch; None: fresh copies of the original do.
         untouched: benign scores of models after attacks on a frozen body, each computed once.
     """
 
@@ -106,6 +107,7 @@ class TrialContext:
     budgets: tuple[int, ...]
     run: Run = field(repr=False)
     stacked: bool = True
+    reference: SplitModel | None = None
     untouched: dict[tuple[Role, bool], float | None] = field(default_factory=dict, repr=False)
 
     def model(self, role: Role, seed: int) -> SplitModel:
@@ -114,6 +116,8 @@ class TrialContext:
             return self.immunized
         if role == "original":
             return self.original
+        if self.reference is not None:
+            return self.reference
         with self.run.seeded("scratch", seed):
             return self.original.fresh()
 

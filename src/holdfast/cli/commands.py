@@ -141,6 +141,11 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
     transfer: str | None = option(
         "A harmless task that it should still learn as well as the original; named like `benign`.", None
     )
+    reference: str | None = option(
+        "Another public model, given like MODEL, that is fine-tuned in place of one from scratch; the verdict then "
+        "holds against it. For models so large that nobody trains one from scratch.",
+        None,
+    )
     original_weights: Path | None = option("As --weights, for ORIGINAL.", None)
     original_head: str | None = option("As --head, for ORIGINAL.", None)
     original_mean: str | None = option("As --mean, for ORIGINAL.", None)
@@ -175,7 +180,7 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
         """See `Command`."""
         from holdfast import api
         from holdfast.experiments.recipe import read_overrides
-        from holdfast.models import load_task_for
+        from holdfast.models import load_released, load_task_for
         from holdfast.report.terminal import show
         from holdfast.results import read_result
         from holdfast.runtime.argument_checks import split_numbers
@@ -190,9 +195,14 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
         }
         model = self.loaded(self.model, tasks["benign"], self.data_dir)
         original = self.loaded(self.original, tasks["benign"], self.data_dir, prefix="original_")
+        reference = (
+            None
+            if self.reference is None
+            else load_released(self.reference, None, tasks["restricted"], own_head=False, data_dir=self.data_dir)
+        )
         with self.callbacks(self.out) as callbacks:
             api.audit(
-                model, original=original, benign=tasks["benign"], restricted=tasks["restricted"],
+                model, original=original, reference=reference, benign=tasks["benign"], restricted=tasks["restricted"],
                 transfer=tasks.get("transfer"), seed=self.seed, device=self.device, threads=self.threads,
                 folder=self.out, quiet=False, battery=self.battery, seeds=self.seeds,
                 budgets=split_numbers(self.budgets, "--budgets", int), shots=self.shots, reported=self.reported,
@@ -206,7 +216,8 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
     def _source(self) -> dict[str, str | None]:
         """Names of models and tasks, for `holdfast replay`."""
         each = ("weights", "head", "mean", "std")
-        names = ("model", "original", "benign", "restricted", "transfer", *each, *(f"original_{name}" for name in each))
+        models, tasks = ("model", "original", "reference"), ("benign", "restricted", "transfer")
+        names = (*models, *tasks, *each, *(f"original_{name}" for name in each))
         return {name: None if (value := getattr(self, name)) is None else str(value) for name in names}
 
     @classmethod

@@ -47,6 +47,13 @@ class _Source:
     immunized: SplitModel
     original: SplitModel
     tasks: dict[str, Task]
+    reference: SplitModel | None = None
+
+    @property
+    def models(self) -> dict[str, SplitModel]:
+        """The models by their role in the provenance."""
+        own = {"immunized": self.immunized, "original": self.original}
+        return own if self.reference is None else {**own, "reference": self.reference}
 
 
 def replay(
@@ -105,6 +112,7 @@ def _trials(result: RunResult, audit: AuditResult, source: _Source, run: Run) ->
         tuple(audit.budgets),
         run,
         bool(result.recipe["audit"]["stacked"]),
+        source.reference,
     )
     adversaries = [build(config) for name, config in audit.adversaries.items() if not name.endswith(TRANSPLANTED)]
     for adversary in adversaries:
@@ -161,7 +169,13 @@ def _load_audit(folder: Path, result: RunResult, run: Run, data_dir: Path | str 
             std=None if std is None else split_numbers(str(std), f"result.json: recipe.source.{prefix}std", float),
         )  # fmt: skip
 
-    return _Source(released("model", ""), released("original", "original_"), tasks)
+    reference = source.get("reference")
+    other = (
+        None
+        if reference is None
+        else load_released(str(reference), None, tasks["restricted"], own_head=False, data_dir=data_dir)
+    )
+    return _Source(released("model", ""), released("original", "original_"), tasks, other)
 
 
 def _text(source: Mapping[str, Any], key: str) -> str:
@@ -175,7 +189,7 @@ def _check_hashes(result: RunResult, source: _Source) -> None:
     """Refuses other weights and other data, with which scores could not be compared."""
     tasks, models = result.provenance.tasks, result.provenance.models
     hashes = {f"{role} data": (task.facts().sha256, tasks[role].sha256) for role, task in source.tasks.items()}
-    for role, model in (("immunized", source.immunized), ("original", source.original)):
+    for role, model in source.models.items():
         hashes[f"{role} model"] = (model.facts().sha256, models[role].sha256)
     other = [f"the {name} (SHA-256 {now[:12]}... instead of {then[:12]}...)" for name, (now, then) in hashes.items()
              if now != then]  # fmt: skip

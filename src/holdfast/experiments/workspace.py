@@ -269,12 +269,13 @@ class Workspace:
         transfer: Task | None,
         spec: AuditSpec,
         executor: Executor,
+        reference: SplitModel | None = None,
     ) -> AuditResult:
         """Runs an audit."""
         with self.timed("audit"):
             return run_audit(
                 model, original, benign=benign, restricted=restricted, transfer=transfer, spec=spec, run=self.run,
-                executor=executor, flags=self.flags,
+                executor=executor, flags=self.flags, reference=reference,
             )  # fmt: skip
 
     def save(

@@ -40,7 +40,7 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
     if model.answers_with != task.answers_with:
         what = _KINDS.get(model.answers_with, "a model")
         raise HoldfastError(
-            f"{model.name} is {what}: it answers with one {model.answers_with} a {_UNITS[model.answers_with]}, and "
+            f"{model.name} is {what}: it returns one {model.answers_with} a {_UNITS[model.answers_with]}, and "
             f"{task.described} needs one {task.answers_with}. {_REMEDIES[task.answers_with]}"
         )
     if isinstance(model, Denoiser) and isinstance(task, DenoisingTask) and own_task:

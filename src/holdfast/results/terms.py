@@ -23,6 +23,24 @@ class Words(ResultModel):
     by_class: bool = Field(True, description="Whether few-shot samples are counted for each class.")
     is_share: bool = Field(False, description="Whether a score is the share of correct test samples.")
     has_features: bool = Field(True, description="Whether a probe can be fitted on features.")
+    reference: str = Field(
+        "", description="The public model that stands for training from scratch as a control; empty: none does."
+    )
+
+    @property
+    def control(self) -> str:
+        """The control that a model is compared with, after "over"."""
+        return f"the reference {self.reference}" if self.reference else "scratch"
+
+    @property
+    def from_control(self) -> str:
+        """The same, as a start."""
+        return f"from the reference {self.reference}" if self.reference else "from scratch"
+
+    @property
+    def training_control(self) -> str:
+        """The same, as a way to reach a score."""
+        return f"fine-tuning the reference {self.reference}" if self.reference else "training from scratch"
 
 
 KNOWN: Final = {
