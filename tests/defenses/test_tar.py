@@ -155,24 +155,30 @@ class TestTAR:
         assert second
         assert not first & second
 
-    def test_statistics_of_batchnorm_stay_the_originals(self, trained, benign, restricted, run):
-        immunized, record = BRIEF.immunize(trained, benign, restricted, run=run)
-        assert record.history["representation_distance"][0] == 0
-        after = dict(immunized.network.named_buffers())
-        assert any("running" in name for name in after)
-        assert all(torch.equal(after[n], value) for n, value in trained.network.named_buffers())
+    def test_before_the_first_step_no_hidden_state_differs_from_the_originals(self, trained, benign, restricted, run):
+        """BatchNorm normalises both by the batch, so only weights can make a difference."""
+        distances = BRIEF.immunize(trained, benign, restricted, run=run)[1].history["representation_distance"]
+        assert distances[0] == 0
+        assert min(distances[1:]) > 0
 
-    def test_attacked_models_become_less_certain(self, trained, benign, restricted, run):
+    def test_attacked_models_become_less_certain_and_benign_samples_are_answered_in_both_modes(
+        self, trained, benign, restricted, run
+    ):
+        """Keeping the benign task in one mode alone would let a network with BatchNorm resist in the other alone."""
+
         def attacked(model):
             simulation = Simulation(model, negative_entropy)
             strategy = Strategy("direct", "all", "adamw", 3e-3, 50)
             return simulation.run(restricted, strategy, 8, None, generator=torch.Generator().manual_seed(9)).loss
 
-        brief = TAR(iterations=40, steps=8, initialisations=("direct",), learning_rates=(3e-3,))
-        immunized, record = brief.immunize(trained, benign, restricted, run=run)
-        assert record.completed
+        brief = TAR(
+            iterations=60, learning_rate=1e-3, steps=8, initialisations=("direct",), learning_rates=(3e-3,), guard=False
+        )
+        immunized, _ = brief.immunize(trained, benign, restricted, run=run)
         assert attacked(immunized) < attacked(trained) - 0.1
-        assert benign.score(immunized) > benign.score(trained) - 0.06
+        assert benign.score(immunized) > 0.75
+        batch = next(benign.sweep("test", 200, device=CPU))
+        assert benign.score_of(immunized.train()(batch.x), batch) > 0.75
 
     def test_more_restricted_classes_than_outputs_need_a_fresh_head(self, model, benign, run):
         wide = load_task("digits")

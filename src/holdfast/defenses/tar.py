@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.defenses.base import DefenseRecord
 from holdfast.defenses.guard import GuardedDefense
@@ -64,8 +64,8 @@ class TAR(SimulationSettings, GuardedDefense):
     `lambda_retain`, the hidden states of all blocks, and the evaluation of every fourth inner step.
 
     The paper applies TAR to a model that has already been made bad at the restricted task. To do the same, immunize the
-    model with another defense first, and give the result to TAR. The network is in evaluation mode in outer steps:
-    BatchNorm keeps the original's statistics, and dropout is off.
+    model with another defense first, and give the result to TAR. The network is in training mode in outer steps, as in
+    the simulated attacks, and theta_0 is normalised by BatchNorm in the same way.
 
     - The simulated adversaries: `SimulationSettings`, of which `evaluate_every`, `disjoint` and the choices of starts,
       optimizers and rates have other defaults. x_TR is drawn anew for each evaluated step.
@@ -153,7 +153,6 @@ class _Immunization(Immunization[TAR]):
     def __init__(self, config: TAR, model: SplitModel, benign: Task, restricted: Task, run: Run) -> None:
         self.depth = states_of(config.name, model, config.depth)
         super().__init__(config, model, benign, restricted, run, rate=config.learning_rate)
-        self.model.eval()
         self.original = model.clone().to(run.device).eval()
         self.population = Population(
             self.model,
@@ -204,7 +203,11 @@ class _Immunization(Immunization[TAR]):
         """The benign loss, and the distance of the hidden states, with their graphs."""
         batches = self.benign.batches("train", self.config.batch_size, generator=generator, device=self.run.device)
         batch = next(batches)
-        self.model.eval()
+        # Not evaluation mode: the model would learn to tell the two modes apart, and resist in the attacks' mode alone.
+        self.training_mode()
+        for own, other in zip(self.model.modules(), self.original.modules(), strict=True):
+            if isinstance(other, nn.modules.batchnorm._BatchNorm):
+                other.train(own.training)
         outputs, states = with_hidden_states(self.model, batch.x, self.depth)
         with torch.no_grad():
             _, wanted = with_hidden_states(self.original, batch.x, self.depth)

@@ -66,8 +66,8 @@ def _controls(found: Reason, spoken: Words) -> str:
         case "no-original-advantage":
             return (
                 f"The original model has no advantage to remove: at most {100 * measured:.1f} points over "
-                f"{spoken.control}, at any budget at which it is better than {spoken.guess} ({100 * needed:.0f} needed). "
-                "Fewer samples or smaller budgets may show one."
+                f"{spoken.control}, at any budget at which it is better than {spoken.guess} ({100 * needed:.0f} "
+                "needed). Fewer samples or smaller budgets may show one."
             )
         case "uncertain-original-advantage":
             return (
