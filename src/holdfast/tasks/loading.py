@@ -156,12 +156,15 @@ def _load_text(source: str, spec: TaskSpec, folder: Path | None) -> Task:
         )
     tokenizer, length = load_tokenizer(spec.tokenizer.removeprefix("hf:"), folder), spec.length or LENGTH
     _refuse_idle(spec, "text", "invert", "drop", "encoding", "bins", "fill", "rows")
+    if source in TASKS and is_sentences(source):
+        _refuse_idle(spec, source, "text", "target", "measure", "loss_on")
+        _check_alone(source)
+        made = TASKS[source](tokenizer=tokenizer, length=length)
+        if spec.kind not in (made.kind, "classification"):
+            raise HoldfastError(f"Task {spec.data!r} is for {made.kind}, and its kind is {spec.kind}; leave it out.")
+        return made
     if spec.kind == "next-token":
         return _load_next_token(source, spec, folder, tokenizer)
-    if source in TASKS:
-        _refuse_idle(spec, source, "text", "target")
-        _check_alone(source)
-        return TASKS[source](tokenizer=tokenizer, length=length)
     path = _place(source, folder)
     if path is None:
         _refuse_idle(spec, source, "text", "target")

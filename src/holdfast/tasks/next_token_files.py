@@ -130,14 +130,29 @@ def load_next_token(
         made = text_windows(path.stem, train, test, tokenizer=tokenizer, length=size)
         return made.noted(f"file {path}", *notes, drawn=drawn)
     parsed = [_row(reader, row, asks, answers, has_choices, n) for n, row in enumerate(rows)]
+    task = rows_task(path.stem, reader, parsed, tested, measure or ("choices" if has_choices else "nll"))
+    return task.noted(f"file {path}", drawn=drawn)
+
+
+def rows_task(
+    name: str, reader: RowReader, rows: Sequence[Row], tested: Sequence[bool], measure: Measure
+) -> NextTokenTask:
+    """Returns a task over rows of prompts with answers.
+
+    Args:
+        name: shown in reports and errors.
+        reader: encodes them.
+        rows: of both splits.
+        tested: which of them are for testing.
+        measure: see `NextTokenTask`.
+    """
     parts = [
-        reader.arrays([row for row, held in zip(parsed, tested, strict=True) if held == part]) for part in (False, True)
+        reader.arrays([row for row, held in zip(rows, tested, strict=True) if held == part]) for part in (False, True)
     ]
     train_part, test_part = _same_width(*parts)
-    chosen = measure or ("choices" if has_choices else "nll")
-    task = NextTokenTask(path.stem, train_part, test_part, vocabulary=tokenizer.vocabulary, measure=chosen)
+    task = NextTokenTask(name, train_part, test_part, vocabulary=reader.tokenizer.vocabulary, measure=measure)
     counted = f"{task.tokens('train')} training and {task.tokens('test')} test tokens count"
-    return task.noted(f"file {path}", reader.note(), counted, drawn=drawn)
+    return task.noted("rows in memory", reader.note(), counted)
 
 
 def _of_text(path: Path, tokenizer: Tokenizer, length: int, test_fraction: float) -> NextTokenTask:
