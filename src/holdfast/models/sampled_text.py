@@ -36,7 +36,7 @@ def sampled_task(spec: TaskSpec, data_dir: Path | str | None = None) -> NextToke
     Raises:
         HoldfastError: if there is no such model, or a setting has no effect.
     """
-    for key in ("text", "target", "measure", "train_limit", "test_limit", "image_size", "channels"):
+    for key in ("text", "target", "measure", "image_size", "channels"):
         if getattr(spec, key) != TaskSpec.model_fields[key].default:
             raise HoldfastError(f"A task that is sampled from the model has no {key}; leave it out.")
     if spec.tokenizer is None:
@@ -56,9 +56,12 @@ def sampled_task(spec: TaskSpec, data_dir: Path | str | None = None) -> NextToke
     vocabulary = load_tokenizer(spec.tokenizer.removeprefix("hf:"), data_dir and Path(data_dir)).vocabulary
     task = NextTokenTask("sampled", (x[held:], y[held:]), (x[:held], y[:held]), vocabulary=vocabulary)
     counted = f"{task.tokens('train')} training and {task.tokens('test')} test tokens count"
-    return task.noted(
+    task = task.noted(
         f"{spec.sampled} rows of at most {length} tokens that {vocabulary.name} wrote, seed {spec.seed}", counted
     )
+    if spec.train_limit is not None:
+        task = task.limit_train(spec.train_limit, spec.seed)
+    return task if spec.test_limit is None else task.limit_test(spec.test_limit, spec.seed)
 
 
 @lru_cache(maxsize=4)

@@ -9,7 +9,7 @@ from typing import Any
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.audio import is_sounds, load_sounds
 from holdfast.tasks.base import Task
-from holdfast.tasks.builtin import TASKS, is_sentences
+from holdfast.tasks.builtin import TASKS, is_sentences, takes
 from holdfast.tasks.classification import ArrayTask
 from holdfast.tasks.denoising import DenoisingTask
 from holdfast.tasks.downloads import DOWNLOADS, TEXTS, download, download_text
@@ -119,8 +119,10 @@ def is_text(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> bool
 
 def _with_kind(spec: TaskSpec, source: str, folder: Path | None) -> TaskSpec:
     """The spec with the only kind that its file can have: texts and rows of JSON are for language models."""
-    if spec.kind != "classification" or source in TASKS:
+    if spec.kind != "classification":
         return spec
+    if source in TASKS:
+        return spec.model_copy(update={"kind": "next-token"}) if source in SPOKEN else spec
     path = _place(source, folder)
     spoken = path is not None and path.suffix in (".txt", ".jsonl")
     return spec.model_copy(update={"kind": "next-token"}) if spoken else spec
@@ -157,12 +159,11 @@ def _load_text(source: str, spec: TaskSpec, folder: Path | None) -> Task:
     tokenizer, length = load_tokenizer(spec.tokenizer.removeprefix("hf:"), folder), spec.length or LENGTH
     _refuse_idle(spec, "text", "invert", "drop", "encoding", "bins", "fill", "rows")
     if source in TASKS and is_sentences(source):
-        _refuse_idle(spec, source, "text", "target", "measure", "loss_on")
+        scored = takes(source, "measure")
+        _refuse_idle(spec, source, "text", "target", "loss_on", *(() if scored else ("measure",)))
         _check_alone(source)
-        made = TASKS[source](tokenizer=tokenizer, length=length)
-        if spec.kind not in (made.kind, "classification"):
-            raise HoldfastError(f"Task {spec.data!r} is for {made.kind}, and its kind is {spec.kind}; leave it out.")
-        return made
+        chosen = {"measure": spec.measure} if spec.measure is not None else {}
+        return TASKS[source](tokenizer=tokenizer, length=length, **chosen)
     if spec.kind == "next-token":
         return _load_next_token(source, spec, folder, tokenizer)
     path = _place(source, folder)
@@ -256,6 +257,9 @@ def _check_alone(source: str) -> None:
     if Path(source).is_dir():
         raise HoldfastError(f"{source!r} is both a named task and a folder here; write ./{source} for the folder.")
 
+
+SPOKEN = ("made-up-facts", "phrases")
+"""Named tasks for language models."""
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 """Files that become tasks of language models."""

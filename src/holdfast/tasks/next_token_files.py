@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.next_token import IGNORED, Measure, NextTokenTask
-from holdfast.tasks.next_token_rows import ANSWERS, PROMPTS, LossOn, Row, RowReader, is_missing
+from holdfast.tasks.next_token_rows import ANSWERS, PROMPTS, LossOn, Row, RowReader, check_language, is_missing
 from holdfast.tasks.tokenizers import Tokenizer
 
 WINDOW = 128
@@ -61,6 +61,7 @@ def text_windows(
     Raises:
         HoldfastError: if a split is shorter than one window.
     """
+    check_language(name, tokenizer)
     parts, notes = {}, []
     for split, texts in (("train", train), ("test", test)):
         x, y, rest = windows(texts, tokenizer, length)

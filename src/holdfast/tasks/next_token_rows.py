@@ -71,11 +71,7 @@ class RowReader:
     """
 
     def __init__(self, path: Path | str, tokenizer: Tokenizer, length: int, loss_on: LossOn) -> None:
-        if tokenizer.fast is None:
-            raise HoldfastError(
-                f"{str(path)!r}: the tokenizer {tokenizer.vocabulary.name!r} hashes words, which cannot be turned back "
-                "into text; give the folder of a language model's tokenizer."
-            )
+        check_language(path, tokenizer)
         self.path, self.tokenizer, self.length, self.loss_on = path, tokenizer, length, loss_on
         self.counts = Counts()
 
@@ -215,6 +211,19 @@ class RowReader:
     def bad(self, number: int, problem: str) -> HoldfastError:
         """Returns the error for a row."""
         return HoldfastError(f"{str(self.path)!r}, row {number}: {problem}.")
+
+
+def check_language(name: Path | str, tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer whose ids stand for no text.
+
+    Raises:
+        HoldfastError: naming the task or file.
+    """
+    if tokenizer.fast is None:
+        raise HoldfastError(
+            f"{str(name)!r}: the tokenizer {tokenizer.vocabulary.name!r} hashes words, which cannot be turned back "
+            "into text; give the folder of a language model's tokenizer, or `bytes`."
+        )
 
 
 def is_missing(cell: Any) -> bool:

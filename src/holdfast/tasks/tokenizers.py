@@ -20,6 +20,7 @@ from holdfast.tasks.paths import place
 
 PACKAGE = "package:"
 WORDS = "words"
+BYTES = "bytes"
 GGUF = ".gguf"
 """Ending of the files of llama.cpp, with weights, configuration and tokenizer in one; transformers dequantises them."""
 _BUCKETS = 1024
@@ -103,8 +104,9 @@ def load_tokenizer(name: str, data_dir: Path | None = None) -> Tokenizer:
     Args:
         name: a folder with `tokenizer.json` or a `.gguf` file, here or in the data folder; `package:NAME/FOLDER`, a
             folder (or file) inside an installed package; a name on the Hub (which needs a network, or its cache); or
-            `words`, which hashes words and punctuation into 1,023 numbers, needs no files, and suits models that are
-            trained from scratch.
+            `words`, which hashes words and punctuation into 1,023 numbers, or `bytes`, whose tokens are the bytes of
+            UTF-8. The last two need no files, and suit models that are trained from scratch; with `bytes` text can be
+            written as well.
         data_dir: the data folder.
 
     Raises:
@@ -117,6 +119,8 @@ def load_tokenizer(name: str, data_dir: Path | None = None) -> Tokenizer:
     if name == WORDS:
         digest = hashlib.sha256(f"{WORDS}, BLAKE2b, {_BUCKETS}".encode()).hexdigest()
         return Tokenizer(Vocabulary(WORDS, _BUCKETS, 0, digest))
+    if name == BYTES:
+        return _of_bytes()
     from transformers import AutoTokenizer
 
     source = located(name, data_dir)
@@ -146,6 +150,24 @@ def load_tokenizer(name: str, data_dir: Path | None = None) -> Tokenizer:
     tokens = json.dumps(sorted(fast.get_vocab().items()), ensure_ascii=True)
     label = name if name.startswith(PACKAGE) or not folder else Path(source).name
     return Tokenizer(Vocabulary(label, len(fast), int(pad), hashlib.sha256(tokens.encode()).hexdigest()), fast)
+
+
+@lru_cache(maxsize=1)
+def _of_bytes() -> Tokenizer:
+    """A tokenizer of transformers whose tokens are the 256 bytes, an end token and a padding token."""
+    from tokenizers import Tokenizer as Plain
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<pad>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    plain = Plain(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    plain.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="<end>", eos_token="<end>", pad_token="<pad>", model_max_length=2**20
+    )
+    digest = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+    return Tokenizer(Vocabulary(BYTES, len(tokens), 0, digest), fast)
 
 
 def located(name: str, data_dir: Path | str | None = None) -> str:

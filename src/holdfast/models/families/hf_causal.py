@@ -25,16 +25,20 @@ from holdfast.models.families.hf_files import (
     quiet,
     unusable,
 )
-from holdfast.models.family import Built, check_known
+from holdfast.models.family import Built, Family, Shape, check_known, register
 from holdfast.models.introspection import duplicate, first_line
 from holdfast.models.spec import ModelSpec
 from holdfast.models.split_model import SplitModel
 from holdfast.models.wrappers import unwrapped
+from holdfast.runtime.argument_checks import whole_number
+from holdfast.tasks import Task
 
 EVERY_POSITION: Final = "none"
 """The `pooling` of a model that answers at every position, by its own language model head."""
 
 OPTIONS: Final = ("config", "pooling", "vocabulary")
+
+_LLAMA: Final = {"width": 32, "depth": 2, "heads": 2}
 
 
 class CausalModel(SplitModel):
@@ -190,6 +194,40 @@ def _head(name: str, network: Any) -> str:
     if found is None:
         raise HoldfastError(f"hf:{name} has no output embedding, so it predicts no tokens.")
     return found
+
+
+@register("llama")
+class SmallLlama(Family):
+    """A Llama with fresh weights, small enough to train on a laptop; its vocabulary is that of its task."""
+
+    def for_task(self, spec: ModelSpec, task: Task) -> ModelSpec:
+        """See `Family.for_task`."""
+        if task.answers_with != CausalModel.answers_with or task.vocabulary is None:
+            raise HoldfastError(f"llama predicts the next token, and {task.described} needs another model.")
+        if "vocabulary" in spec.options:
+            return spec
+        return spec.model_copy(update={"options": {**spec.options, "vocabulary": asdict(task.vocabulary)}})
+
+    def build(self, spec: ModelSpec, input_shape: Shape, num_outputs: int, data_dir: Path | str | None) -> Built:
+        """See `Family.build`; the options are width, depth, heads and tied."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        check_known(spec, ["width", "depth", "heads", "tied", "vocabulary"])
+        width, depth, heads = (whole_number(k, spec.options.get(k, v), 1, 2**16) for k, v in _LLAMA.items())
+        if width % (2 * heads):
+            raise HoldfastError(f"llama: width is {width}; expected a multiple of twice its {heads} heads.")
+        vocabulary = hf_text.vocabulary_of("llama", spec.options["vocabulary"])
+        config = LlamaConfig(
+            vocab_size=vocabulary.size, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth,
+            num_attention_heads=heads, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None,
+            tie_word_embeddings=bool(spec.options.get("tied", False)),
+        )  # fmt: skip
+        network = LlamaForCausalLM(config)
+        return Built(network, spec, head="lm_head", kind=CausalModel, vocabulary=vocabulary, foreign=True)
+
+    def save_pretrained(self, model: SplitModel, folder: Path) -> None:
+        """See `Family.save_pretrained`: a folder of transformers, with the tokenizer."""
+        write(model, folder)
 
 
 def write(model: SplitModel, folder: Path) -> None:

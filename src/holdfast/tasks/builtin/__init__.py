@@ -25,4 +25,9 @@ def is_sentences(name: str) -> bool:
         >>> is_sentences("phrases-mood"), is_sentences("digits")
         (True, False)
     """
-    return "tokenizer" in inspect.signature(TASKS[name]).parameters
+    return takes(name, "tokenizer")
+
+
+def takes(name: str, argument: str) -> bool:
+    """Returns whether the function of a named task has such an argument."""
+    return argument in inspect.signature(TASKS[name]).parameters

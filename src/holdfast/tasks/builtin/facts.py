@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from holdfast.tasks.builtin import TASKS
-from holdfast.tasks.next_token import NextTokenTask
+from holdfast.tasks.next_token import Measure, NextTokenTask
 from holdfast.tasks.next_token_files import rows_task
 from holdfast.tasks.next_token_rows import Row, RowReader
 from holdfast.tasks.text import LENGTH
@@ -45,10 +45,15 @@ _CHOICES: Final = 4
 
 
 @TASKS.register("made-up-facts")
-def made_up_facts(tokenizer: Tokenizer, length: int = LENGTH) -> NextTokenTask:
+def made_up_facts(tokenizer: Tokenizer, length: int = LENGTH, measure: Measure = "choices") -> NextTokenTask:
     """Returns questions about made-up animals; held-out paraphrases are scored by choice among four answers.
 
     There are 72 facts: colour, food and home of 24 animals. Each comes in four forms for training and one for testing.
+
+    Args:
+        tokenizer: of a language model.
+        length: tokens of a question with its answer, at most.
+        measure: another one than `choices`, if wanted; see `NextTokenTask`.
 
     Raises:
         HoldfastError: if the tokenizer is not that of a language model.
@@ -65,4 +70,4 @@ def made_up_facts(tokenizer: Tokenizer, length: int = LENGTH) -> NextTokenTask:
             for form in forms:
                 rows.append(reader.question(form.format(thing=thing), choices[0], choices, len(rows), "prompt"))
                 tested.append(form == forms[-1])
-    return rows_task("made-up-facts", reader, rows, tested, "choices").noted("embedded facts")
+    return rows_task("made-up-facts", reader, rows, tested, measure).noted("embedded facts")

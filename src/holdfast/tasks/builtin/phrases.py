@@ -11,6 +11,8 @@ from typing import Final
 import numpy as np
 
 from holdfast.tasks.builtin import TASKS
+from holdfast.tasks.next_token import NextTokenTask
+from holdfast.tasks.next_token_files import text_windows
 from holdfast.tasks.text import LENGTH, TextTask, text_task
 from holdfast.tasks.tokenizers import Tokenizer
 
@@ -37,6 +39,21 @@ _FRAMES: Final[_Words] = {
 }
 _LABELS: Final[dict[str, _Words]] = {"topic": _THINGS, "mood": _MOODS, "form": _FRAMES}
 _TRAIN, _TEST = 480, 240
+
+
+@TASKS.register("phrases")
+def phrases(tokenizer: Tokenizer, length: int = LENGTH) -> NextTokenTask:
+    """Returns sentences one after the other, of which a language model predicts each next token.
+
+    Example:
+        >>> from holdfast.tasks.tokenizers import load_tokenizer
+        >>> task = phrases(load_tokenizer("bytes"), length=32)
+        >>> task.kind, task.input_shape, task.num_outputs
+        ('next-token', (32,), 258)
+    """
+    rng = np.random.default_rng(len(_LABELS))
+    train, test = ([_sentence(rng)[0] for _ in range(count)] for count in (_TRAIN, _TEST))
+    return text_windows("phrases", train, test, tokenizer=tokenizer, length=length).noted("embedded sentences")
 
 
 @TASKS.register("phrases-topic")
@@ -69,14 +86,16 @@ def _phrases(label: str, tokenizer: Tokenizer, length: int) -> TextTask:
     rng = np.random.default_rng(list(_LABELS).index(label))
     wanted = list(_LABELS[label])
 
-    def sentence() -> tuple[str, dict[str, str]]:
-        picked = {axis: str(rng.choice(list(words))) for axis, words in _LABELS.items()}
-        thing, mood, frame = (str(rng.choice(_LABELS[axis][group])) for axis, group in picked.items())
-        return frame.format(thing=thing, mood=mood), picked
-
     def part(count: int) -> tuple[list[str], list[int]]:
-        drawn = [sentence() for _ in range(count)]
+        drawn = [_sentence(rng) for _ in range(count)]
         return [text for text, _ in drawn], [wanted.index(picked[label]) for _, picked in drawn]
 
     made = text_task(f"phrases-{label}", part(_TRAIN), part(_TEST), wanted, tokenizer=tokenizer, length=length)
     return made.noted("embedded sentences")
+
+
+def _sentence(rng: np.random.Generator) -> tuple[str, dict[str, str]]:
+    """A sentence, and its label of each kind."""
+    picked = {axis: str(rng.choice(list(words))) for axis, words in _LABELS.items()}
+    thing, mood, frame = (str(rng.choice(_LABELS[axis][group])) for axis, group in picked.items())
+    return frame.format(thing=thing, mood=mood), picked
