@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,12 @@ def cut(source: Path, into: Path) -> Path:
         with np.load(path) as whole:
             if "x_train" in whole.files:
                 np.savez(into / path.name, **_fewer(whole))
+    text = source / "tiny_shakespeare.txt"
+    if text.is_file():
+        (into / text.name).write_text(text.read_text()[:40_000])
+    model = source / "weights" / "stories260K"
+    if model.is_dir():
+        shutil.copytree(model, into / "weights" / model.name)
     if importlib.util.find_spec("pyarrow") is not None:  # who reads the tables needs it, and skips without it
         for path in source.glob("*.parquet"):
             _cut_table(path, into / path.name)

@@ -648,8 +648,9 @@ AT_HAND = {
     "cifar100": "cifar100_objects", "celeba": "faces", "ffhq": "faces", "imagenet": "imagenette64",
     "stanford_cars": "stanford_cars40", "country211": "cifar100_objects",
 }  # fmt: skip
-SIMULATED = {"steps": 1, "batch_sizes": [4], "reinforcement_batch": 4}
-SMALL = {"ntl": {"batch_size": 4}, "sophon": SIMULATED, "trajectory-erasure": {**SIMULATED, "probe_batch": 40}}
+SIMULATED = {"steps": 1, "evaluate_every": 1, "batch_sizes": [4], "reinforcement_batch": 4}
+SMALL = {"ntl": {"batch_size": 4}, "sophon": SIMULATED, "trajectory-erasure": {**SIMULATED, "probe_batch": 40},
+         "tar": {"batch_size": 4, "steps": 4, "evaluate_every": 2, "batch_sizes": [4]}, "repnoise": {"batch_size": 4}}  # fmt: skip
 DEEP = {"batch_size": 8, "restricted_batch": 40, "epochs": None, "blocks": 1}
 IN_CLOSED_FORM = ("frontier", "signal-frontier", "leace")
 FEW = {"train_limit": 400, "test_limit": 10}
@@ -665,6 +666,10 @@ def brief(name, network=None, iterations=2):
     chosen = load(name, scale="paper")
     changed = chosen.model_dump(mode="json", exclude={"scales"})
     for setting in changed["settings"].values():
+        if setting["restricted"]["kind"] == "next-token":
+            setting["benign"] |= FEW | {"sampled": 200, "length": 8}
+            setting["restricted"] |= FEW | {"length": 8}
+            continue
         setting["pretrain"] = (setting["pretrain"] or {}) | {"steps": 2, "batch_size": 4}
         for role in (role for role in ("benign", "restricted", "transfer") if setting[role]):
             data = AT_HAND.get(setting[role]["data"], setting[role]["data"])
