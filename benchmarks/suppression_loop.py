@@ -1,9 +1,10 @@
-"""Two ratios that must hold for SOPHON's suppression loop, of a classifier and of a denoiser; see `make bench`.
+"""Two ratios that must hold for SOPHON's suppression loop, of a classifier, a denoiser and a causal language model.
 
 - memory: peak memory of a simulation at K = 50 over that at K = 5. Memory must not grow with the number of steps.
 - time: a suppression loop over the bare forward and backward passes that it cannot do without.
 
-Writes benchmarks/results.json and exits with 1 if a ratio is over its limit.
+See `make bench`. With the name of a kind it measures that alone, and writes nothing. Otherwise it writes
+benchmarks/results.json. It exits with 1 if a ratio is over its limit.
 """
 
 from __future__ import annotations
@@ -23,37 +24,43 @@ import torch.nn.functional as F
 from holdfast.defenses.sophon.simulation import Simulation
 from holdfast.losses import denial_of_service, inverse_cross_entropy
 from holdfast.models import ModelSpec, SplitModel, load_model
-from holdfast.tasks import ArrayTask, DenoisingTask
+from holdfast.tasks import ArrayTask, DenoisingTask, InMemoryTask, NextTokenTask, load_tokenizer
 from holdfast.training import Strategy
 
 LIMITS = {"memory_k50_over_k5": 1.15, "memory_k50_over_k5_above_start": 1.15, "time_over_bare_passes": 1.10}
-BATCH = 50
+BATCH, TOKENS = 50, 64
 LOSSES = {
     "classifier": (F.cross_entropy, inverse_cross_entropy),
     "denoiser": (F.mse_loss, denial_of_service),
+    "language": (F.cross_entropy, inverse_cross_entropy),
 }
 """Of fine-tuning and of suppression."""
 
 
-def setting(kind: str) -> tuple[SplitModel, ArrayTask]:
-    """ResNet-20 or a small U-Net on random images of CIFAR's shape: speed does not depend on what is in them."""
+def setting(kind: str) -> tuple[SplitModel, InMemoryTask]:
+    """ResNet-20, a small U-Net or a small Llama on random data: speed does not depend on what is in them."""
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (1000, 32, 32, 3), dtype=np.uint8), np.arange(1000) % 10
     task = ArrayTask("random", x, y, x[:10], y[:10])
     torch.manual_seed(0)
+    if kind == "language":
+        ids = rng.integers(2, 258, (400, TOKENS + 1))
+        rows = ids[:, :-1], ids[:, 1:]
+        tokens = NextTokenTask("random", rows, rows, vocabulary=load_tokenizer("bytes").vocabulary)
+        return load_model(ModelSpec(name="llama", options={"width": 64, "depth": 4, "heads": 4}), tokens), tokens
     if kind == "denoiser":
         task = DenoisingTask.of(task)
     return load_model(ModelSpec(name="unet" if kind == "denoiser" else "cifar_resnet"), task), task
 
 
-def simulate(model: SplitModel, task: ArrayTask, simulation: Simulation, steps: int) -> None:
+def simulate(model: SplitModel, task: InMemoryTask, simulation: Simulation, steps: int) -> None:
     """One suppression loop's simulation, without the update of the model."""
     strategy = Strategy("direct", "all", "adam", 1e-3, BATCH)
     simulation.zero()
     simulation.run(task, strategy, steps, None, generator=torch.Generator().manual_seed(0))
 
 
-def bare(kind: str, model: SplitModel, task: ArrayTask, steps: int) -> None:
+def bare(kind: str, model: SplitModel, task: InMemoryTask, steps: int) -> None:
     """The passes alone: one forward and backward on a fine-tuning batch, one on an evaluation batch, for each step."""
     stream = task.batches("train", BATCH, generator=torch.Generator().manual_seed(0), device=torch.device("cpu"))
     model.train()
@@ -61,7 +68,7 @@ def bare(kind: str, model: SplitModel, task: ArrayTask, steps: int) -> None:
         for loss in LOSSES[kind]:
             batch = next(stream)
             model.zero_grad(set_to_none=True)
-            loss(model(batch.x), batch.y).backward()
+            loss(*task.counted(model(batch.x), batch.y)).backward()
 
 
 def time_ratio(kind: str, pairs: int = 9, steps: int = 10) -> list[float]:
@@ -122,7 +129,8 @@ def main() -> int:
     result = {
         "limits": LIMITS,
         **{kind: details for kind, (_, details) in found.items()},
-        "setting": f"ResNet-20 and a small U-Net (16, 32, 32), 32x32, batch {BATCH}, Adam, CPU",
+        "setting": f"ResNet-20 and a small U-Net (16, 32, 32), 32x32; a Llama of width 64 and 4 layers, {TOKENS} "
+        f"tokens; batch {BATCH}, Adam, CPU",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
@@ -136,5 +144,8 @@ def main() -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak"]:
         _print_peak(sys.argv[2], int(sys.argv[3]))
+    elif sys.argv[1:]:
+        alone, _ = measure(sys.argv[1])
+        sys.exit(int(any(alone[name] > limit for name, limit in LIMITS.items())))
     else:
         sys.exit(main())

@@ -649,8 +649,10 @@ AT_HAND = {
     "stanford_cars": "stanford_cars40", "country211": "cifar100_objects",
 }  # fmt: skip
 SIMULATED = {"steps": 1, "evaluate_every": 1, "batch_sizes": [4], "reinforcement_batch": 4}
-SMALL = {"ntl": {"batch_size": 4}, "sophon": SIMULATED, "trajectory-erasure": {**SIMULATED, "probe_batch": 40},
-         "tar": {"batch_size": 4, "steps": 4, "evaluate_every": 2, "batch_sizes": [4]}, "repnoise": {"batch_size": 4}}  # fmt: skip
+SMALL = {
+    "ntl": {"batch_size": 4}, "sophon": SIMULATED, "trajectory-erasure": {**SIMULATED, "probe_batch": 40},
+    "tar": {"batch_size": 4, "steps": 4, "evaluate_every": 2, "batch_sizes": [4]}, "repnoise": {"batch_size": 4},
+}  # fmt: skip
 DEEP = {"batch_size": 8, "restricted_batch": 40, "epochs": None, "blocks": 1}
 IN_CLOSED_FORM = ("frontier", "signal-frontier", "leace")
 FEW = {"train_limit": 400, "test_limit": 10}

@@ -243,6 +243,31 @@ class TestLoading:
             check_fits(load_model("mlp", load_task("digits")), questions, own_task=False)
 
 
+class TestSmallLlama:
+    def test_it_has_the_vocabulary_of_its_task_and_is_written_for_transformers(self, tmp_path):
+        task = load_task("phrases@tokenizer=bytes,length=16,train_limit=40,test_limit=10")
+        model = loaded("llama", task, options={"width": 16, "depth": 2, "tied": True})
+        assert (model.num_outputs, len(model.blocks())) == (258, 3)
+        assert model.head.weight is model.network.get_input_embeddings().weight
+        folder = model.save_pretrained(tmp_path / "written")
+        batch = batch_of(task)
+        with torch.no_grad():
+            assert torch.equal(plain(f"hf:{folder}")(input_ids=batch.x).logits, model.eval()(batch.x))
+        model.save(tmp_path / "model.safetensors")
+        assert load_model(str(tmp_path / "model.safetensors"), task).facts().sha256 == model.facts().sha256
+
+    @pytest.mark.parametrize(
+        ("options", "message"), [({"width": 18, "heads": 2}, "multiple of twice its 2 heads"), ({"deep": 1}, "'depth'")]
+    )
+    def test_impossible_sizes_are_refused(self, options, message):
+        with pytest.raises(HoldfastError, match=message):
+            loaded("llama", load_task("phrases@tokenizer=bytes,length=16"), options=options)
+
+    def test_a_task_of_classes_needs_another_model(self):
+        with pytest.raises(HoldfastError, match="llama predicts the next token"):
+            load_model("llama", load_task("digits"))
+
+
 class TestStarts:
     @pytest.mark.parametrize("start", ["direct", "head", "last-block", "last-half", "shrink-perturb"])
     @pytest.mark.parametrize("scope", ["all", "norm", "lora", "lora-attention"])
@@ -402,6 +427,12 @@ def test_an_audit_tells_a_model_from_its_controls(name, texts):
     assert scores["immunized"] == scores["original"]
     assert scores["original"] != scores["scratch"]
     assert result.unit == "language skill"
+    assert result.language.nll(0.0) == pytest.approx(restricted.chance)
+    by_role = {role: [t for t in result.texts if t.role == role] for role in ("immunized", "original", "scratch")}
+    assert [len(texts) for texts in by_role.values()] == [6, 6, 6]
+    pairs = zip(by_role["immunized"], by_role["original"], strict=True)
+    assert all((a.prompt, a.text) == (b.prompt, b.text) for a, b in pairs)  # the same model writes the same
+    assert {t.adversary for t in result.texts} == {None, "direct+all adamw 0.01 b8"}
 
 
 def test_a_reference_stands_for_training_from_scratch(place, name, texts):

@@ -337,6 +337,49 @@ class TestAsAnyTask:
             load_task_for(spec, model)
 
 
+class TestEmbedded:
+    @given(st.text(max_size=40))
+    def test_bytes_come_back_as_text(self, text):
+        tokenizer = load_tokenizer("bytes")
+        ids = tokenizer.fast(text)["input_ids"]
+        assert len(ids) == len(text.encode())
+        assert max(ids, default=0) < tokenizer.vocabulary.size
+        assert tokenizer.fast.decode(ids) == text
+
+    def test_facts_are_asked_in_forms_that_training_does_not_have(self):
+        task = load_task("made-up-facts@tokenizer=bytes,length=64")
+        fast = load_tokenizer("bytes").fast
+
+        def said(split):
+            return [
+                (fast.decode(x[y == IGNORED].tolist()), fast.decode(y[y != IGNORED].tolist()))
+                for x, y in zip(task._x[split][:, 0], task._y[split][:, 0], strict=True)
+            ]
+
+        train, test = said("train"), said("test")
+        assert (len(train), len(test)) == (4 * 72, 72)
+        assert not {question for question, _ in train} & {question for question, _ in test}
+        assert {answer for _, answer in test} <= {answer for _, answer in train}
+        assert task.chance == 0.25
+        assert task.measure == "choices"
+
+    def test_phrases_are_windows(self):
+        task = load_task("phrases@tokenizer=bytes,length=32,train_limit=50,test_limit=20")
+        assert (task.kind, task.input_shape, task.size("train")) == ("next-token", (32,), 50)
+
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            ("made-up-facts@tokenizer=words", "hashes words"),
+            ("phrases@tokenizer=bytes,measure=exact", "measure has no effect on phrases"),
+            ("phrases-mood@tokenizer=bytes,kind=next-token", "its kind is next-token, and phrases-mood has classes"),
+        ],
+    )
+    def test_what_has_no_meaning_is_refused(self, spec, message):
+        with pytest.raises(HoldfastError, match=message):
+            load_task(spec)
+
+
 class TestSampled:
     def test_the_seed_decides_what_is_written(self, model):
         one, same, other = (load_task_for(f"sampled@sampled=12,length=6,seed={s}", model) for s in (0, 0, 1))

@@ -159,6 +159,11 @@ def _load_text(source: str, spec: TaskSpec, folder: Path | None) -> Task:
     tokenizer, length = load_tokenizer(spec.tokenizer.removeprefix("hf:"), folder), spec.length or LENGTH
     _refuse_idle(spec, "text", "invert", "drop", "encoding", "bins", "fill", "rows")
     if source in TASKS and is_sentences(source):
+        if spec.kind == "next-token" and source not in SPOKEN:
+            raise HoldfastError(
+                f"Task {spec.data!r}: its kind is next-token, and {source} has classes; for a language model there are "
+                f"{' and '.join(SPOKEN)}, or files."
+            )
         scored = takes(source, "measure")
         _refuse_idle(spec, source, "text", "target", "loss_on", *(() if scored else ("measure",)))
         _check_alone(source)
