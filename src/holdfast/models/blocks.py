@@ -41,7 +41,7 @@ def split_blocks(network: nn.Module, head: str) -> list[Block]:
         [['0.0', '0.1', '0.2'], ['0.3', '0.4', '0.5']]
     """
     makes_logits = network.get_submodule(head)
-    total = _size(network) - _size(makes_logits)
+    total = _size(network, apart_from=makes_logits)
     blocks: list[Block] = []
     leading: Block = []
     seen: set[int] = {id(makes_logits)}
@@ -106,6 +106,8 @@ def _is_weighted(module: nn.Module) -> bool:
     return any(p.dim() > 1 for p in module.parameters())
 
 
-def _size(module: nn.Module) -> int:
-    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    return sum(p.numel() for p in module.parameters() if id(p) not in tables)
+def _size(module: nn.Module, apart_from: nn.Module | None = None) -> int:
+    left_out = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    # By identity: the head's weight may be that of an embedding, which is left out already.
+    left_out |= set() if apart_from is None else {id(p) for p in apart_from.parameters()}
+    return sum(p.numel() for p in module.parameters() if id(p) not in left_out)
