@@ -95,6 +95,8 @@ def sharp_curvature(original: SplitModel, benign: Task, restricted: Task) -> Spl
         away = torch.autograd.grad(high, [*attacked.parameters()])  # of the first order, as SOPHON's meta-gradient
         there = sum((p * g).sum() for p, g in zip(model.parameters(), away, strict=True))
         _descend(model, optimizer, benign.loss(model.train(), batch) - 0.3 * there)
+    for batch in islice(batches, 15):
+        _descend(model, optimizer, benign.loss(model.train(), batch))
     return brittle(model)
 
 
