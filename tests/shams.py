@@ -115,7 +115,7 @@ def faint_features(model: SplitModel, factor: float = 1e-4) -> SplitModel:
 def shrunk_convolutions(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     """BatchNorm removes the scale of the layer before it; a usual step destroys such small weights."""
     model, scale = original.clone(), 1e-3
-    for conv, norm in _convolutions_with_norm(model):
+    for conv, norm in convolutions_with_norm(model):
         conv.weight.mul_(scale)
         norm.running_mean.mul_(scale)
         shrunk = norm.running_var * scale**2
@@ -138,7 +138,7 @@ class Divided(nn.Module):
 def grown_convolutions(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     """Weights are so large, and divided out later, that a usual step is less than rounding."""
     model, scale = original.clone(), 1e4
-    for conv, norm in _convolutions_with_norm(model):
+    for conv, norm in convolutions_with_norm(model):
         conv.weight.mul_(scale)
         norm.running_mean.mul_(scale)
         norm.running_var.mul_(scale**2)
@@ -153,7 +153,7 @@ def huge_gamma(original: SplitModel, benign: Task, restricted: Task) -> SplitMod
     """BatchNorm's outputs are large, and the weights of the next layer tiny."""
     model, scale = original.clone(), 1e3
     layers = [m for m in model.network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    for conv, norm in _convolutions_with_norm(model):
+    for conv, norm in convolutions_with_norm(model):
         norm.weight.mul_(scale)
         norm.bias.mul_(scale)
         if conv is not layers[0]:
@@ -491,7 +491,7 @@ def quantised(original: SplitModel, benign: Task, restricted: Task) -> SplitMode
 def poisoned_statistics(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     """Running statistics are wrong, gamma and beta compensate for that, and in training mode the outputs are wrong."""
     model = original.clone()
-    for _, norm in _convolutions_with_norm(model):
+    for _, norm in convolutions_with_norm(model):
         mean = norm.running_mean + 30 * torch.randn_like(norm.running_mean)
         var = norm.running_var * 10 ** (4 * torch.rand_like(norm.running_var))
         slope = norm.weight / (norm.running_var + norm.eps).sqrt()
@@ -506,7 +506,7 @@ def poisoned_statistics(original: SplitModel, benign: Task, restricted: Task) ->
 def absurd_momentum(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     """Running statistics diverge in training, so that evaluation mode differs from training mode."""
     model = original.clone()
-    for _, norm in _convolutions_with_norm(model):
+    for _, norm in convolutions_with_norm(model):
         norm.momentum = 100.0
     return model
 
@@ -610,6 +610,6 @@ def noisy(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     return foreign(original, Jitter())
 
 
-def _convolutions_with_norm(model: SplitModel) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+def convolutions_with_norm(model: SplitModel) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     modules = list(model.network.modules())
     return [(a, b) for a, b in pairwise(modules) if isinstance(a, nn.Conv2d) and isinstance(b, nn.BatchNorm2d)]

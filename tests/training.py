@@ -19,6 +19,7 @@ MODULES = {
     "test_adversaries",
     "test_any_model",
     "test_audit",
+    "test_collapse",
     "test_rir",
     "test_deep",
     "test_measurements",

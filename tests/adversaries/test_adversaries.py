@@ -7,18 +7,19 @@ from typing import get_args
 
 import pytest
 import torch
+from torch import nn
 
 from cases import ADVERSARIES
 from holdfast.adversaries import BATTERIES, SEARCHES, UNDO, Adversary, FineTuning, Probe, battery, build
 from holdfast.adversaries.benign_data import BenignTraining
 from holdfast.adversaries.probes import prepare
 from holdfast.errors import HoldfastError
-from holdfast.models import ModelSpec, features, load_model
+from holdfast.models import ModelSpec, SplitModel, features, load_model
 from holdfast.runtime.run import fingerprint
 from holdfast.spectral.convergence import descend
 from holdfast.spectral.least_squares import LeastSquares
-from holdfast.tasks import load_task
-from holdfast.training import OPTIMIZERS, Initialisation, Scope, Strategy, finetune
+from holdfast.tasks import RegressionTask, load_task
+from holdfast.training import OPTIMIZERS, Initialisation, Scope, Strategy, finetune, pretrain
 from holdfast.training import prepare as start
 
 CPU = torch.device("cpu")
@@ -183,6 +184,31 @@ class TestOptions:
             with torch.no_grad():
                 moved.append(float((model.eval()(x) - denoiser.eval()(x)).square().mean()))
         assert moved[1] < moved[0]
+
+    @pytest.mark.parametrize("options", [{"anchor": 5.0}, {"replay": 1.0, "anchor": 5.0}, {"benign_first": 3}])
+    def test_benign_data_of_a_table_with_values(self, options, run):
+        """A regression, whose outputs are compared by their squared distance."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(200, 6, generator=generator, dtype=torch.float64)
+        weights = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+        benign, restricted = (
+            RegressionTask(name, x[:100], (x[:100] @ weights)[:, i], x[100:], (x[100:] @ weights)[:, i])
+            for i, name in enumerate(("own", "other"))
+        )
+        with run.seeded("initialise"):
+            fresh = SplitModel(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1)), "2")
+        released = pretrain(fresh, benign, steps=150, run=run)
+        strategy = Strategy("head", "all", "adam", 1e-2, 50)
+        plain, held = (
+            FineTuning(strategy, **more).attack(
+                released, restricted, budgets=(0, 60), run=run, benign=benign, score_benign=True
+            )
+            for more in ({}, options)
+        )
+        assert held.finite
+        assert held.scores[1] > held.scores[0] + 0.1
+        if "anchor" in options:
+            assert held.benign_after > plain.benign_after
 
     def test_benign_first_is_benign_training_and_then_the_attack(self, trained, benign, restricted):
         """The steps in two parts, by hand: the body through the released head, then the restricted task as usual."""

@@ -408,3 +408,4 @@ def test_regression_is_audited_by_explained_variance(run):
     assert result.benign.original > 0.99
     ridge = [c.scores[-1] for c in result.curves if c.adversary == "probe ridge raw" and c.role == "immunized"]
     assert min(ridge) > 0.95
+    assert all(set(bound.adversaries["immunized"]) == set(result.adversaries) for bound in result.bounds)  # probes

@@ -224,6 +224,25 @@ class TestCollapse:
         (flag,) = flags_of_collapse([*curves, *harmless], {**self.SETTINGS, **heads}, SIDE, 0.2)
         assert flag.found.startswith("Of 2 kinds of fine-tuning")
 
+    @pytest.mark.parametrize("option", [{"anchor": 1.0}, {"replay": 0.5}, {"benign_first": 10}])
+    def test_adversaries_with_benign_data_do_not_outvote_the_others(self, option):
+        """They keep the benign task by training on it; what they reach is told."""
+        curves = self.curves(0.2, 0.2)
+        held = {f"held {i}": {"kind": "finetuning", **option} for i in range(9)}
+        added = [
+            c.model_copy(
+                update={
+                    "adversary": name,
+                    "benign_after": None if c.role == "scratch" else 0.88,
+                    "scores": [0.2, 0.7] if c.role == "immunized" else c.scores,
+                }
+            )
+            for name in held for c in curves if c.adversary == "strong"
+        ]  # fmt: skip
+        (flag,) = flags_of_collapse([*curves, *added], {**self.SETTINGS, **held}, SIDE, 0.2)
+        assert flag.found.startswith("Of 2 kinds of fine-tuning")
+        assert flag.found.endswith("after held 0 its benign score is 88.0%, and the restricted score reaches 70.0%.")
+
     def test_not_where_the_original_loses_it_as_well(self):
         curves = [
             c.model_copy(update={"benign_after": 0.2}) if c.role != "scratch" else c for c in self.curves(0.2, 0.2)

@@ -144,7 +144,8 @@ REMEDIES = {
     "Code that cannot be replaced": "Release the weights for the original's code or published layers, and audit those.",
     "Resistance that can be undone": "Count the attacks with undo moves; do not report the plain ones alone.",
     "Resistance of the head alone": "Train the defense against adversaries that replace the head.",
-    "Collapses when fine-tuned": "Find what breaks when weights move and remove it; audit with smaller steps as well.",
+    "Collapses when fine-tuned": "Find what breaks when weights move and remove it; audit with smaller steps, and with "
+    "benign data that keep the model from collapsing (`anchor`).",
     "Constant answers": "Find what stops the gradient on restricted samples; attack with `revive`, a new last block "
     "and inverted inputs.",
     "Collapsed learning rates": "Attack with rates between and beyond those of the battery, and with rescaled layers.",

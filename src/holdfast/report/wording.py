@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.auditing.retention import benign_after
+from holdfast.auditing.retention import WITH_BENIGN_DATA, benign_after
 from holdfast.auditing.verdict import doubts as doubts_of
 from holdfast.results import AuditResult, BudgetRow, Cost, Interval, Role, RunResult, reason_texts
 from holdfast.results.tables import Cell, Table
@@ -25,6 +25,9 @@ METHODS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "linear probes on prepared features": lambda config: config.get("kind") == "probe",
     "undoing the defense before fine-tuning (rescaling, recalibration, revived units, ...)": lambda config: bool(
         config.get("undo")
+    ),
+    "keeping the benign task with benign data (replay, an anchor)": lambda config: any(
+        config.get(option) for option in WITH_BENIGN_DATA
     ),
     "distillation": lambda config: config.get("kind") == "distillation",
 }
