@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; the names themselves ar
     )
     from holdfast.errors import HoldfastError
     from holdfast.experiments.measurements.base import list_measurements
-    from holdfast.models import Denoiser, ModelSpec, SplitModel, list_models, load_model
+    from holdfast.models import CausalModel, Denoiser, ModelSpec, SplitModel, list_models, load_model
     from holdfast.report import write_report
     from holdfast.results import AuditResult, Feasibility, RunResult, read_result
     from holdfast.runtime.callbacks import Callback, Tracker
@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; the names themselves ar
     from holdfast.tasks import (
         ArrayTask,
         DenoisingTask,
+        NextTokenTask,
         RegressionTask,
         Schedule,
         Task,
@@ -60,7 +61,10 @@ if TYPE_CHECKING:  # what type checkers and editors see; the names themselves ar
 
 _HOME = {
     "api": ("audit", "feasibility", "immunize", "run"),
-    "adversaries": ("BATTERIES", "Adversary", "FineTuning", "Probe", "list_adversaries", "list_batteries"),
+    "adversaries": (
+        "BATTERIES", "Adversary", "DirectionalAblation", "FewShotPrompt", "FineTuning", "Probe", "list_adversaries",
+        "list_batteries",
+    ),
     "defenses": (
         "DEFENSES", "IMMA", "LEACE", "NTL", "TAR", "ConditionNumber", "DeepCondition", "DeepIMMA", "DeepOptKappa",
         "DeepRIll", "Defense", "FrontierDefense", "OptKappa", "RIllOnly", "RepNoise", "RidgeProbeSuppression",
@@ -68,7 +72,7 @@ _HOME = {
     ),
     "errors": ("HoldfastError",),
     "experiments.measurements.base": ("list_measurements",),
-    "models": ("Denoiser", "ModelSpec", "SplitModel", "list_models", "load_model"),
+    "models": ("CausalModel", "Denoiser", "ModelSpec", "SplitModel", "list_models", "load_model"),
     "report": ("write_report",),
     "runtime.callbacks": ("Callback", "Tracker"),
     "results": ("AuditResult", "Feasibility", "RunResult", "read_result"),
@@ -76,8 +80,8 @@ _HOME = {
     "spectral.least_squares": ("LeastSquares",),
     "spectral.condition_numbers": ("condition_number",),
     "tasks": (
-        "ArrayTask", "DenoisingTask", "RegressionTask", "Schedule", "Task", "TaskSpec", "TextTask", "list_tasks",
-        "load_task",
+        "ArrayTask", "DenoisingTask", "NextTokenTask", "RegressionTask", "Schedule", "Task", "TaskSpec", "TextTask",
+        "list_tasks", "load_task",
     ),
     "tasks.splits": ("halves",),
     "training": ("Strategy", "pretrain"),

@@ -83,6 +83,12 @@ class SimulationSettings(Defense):
                 "leave lifetime and second_order out."
             )
         phi = self.phi()  # checks each strategy before any work is done
+        scheduled = next((s for s in phi if s.schedule != "constant" or s.warmup), None)
+        if scheduled is not None:
+            raise HoldfastError(
+                f"{self.name}: a simulated adversary has the schedule {scheduled.schedule!r} with a warm-up of "
+                f"{scheduled.warmup}; simulations are short and have a constant rate, so leave both out."
+            )
         if self.second_order:
             _check_differentiable(self.name, phi)
 
