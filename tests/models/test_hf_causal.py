@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -284,6 +285,35 @@ class TestStarts:
     def test_a_probe_on_one_vector_a_sample_does_not_apply(self, name, questions):
         reason = Probe("ridge", "raw").not_applicable(loaded(name, questions), questions)
         assert "answers at every position" in reason
+
+
+class TestMemory:
+    def step(self, name, task, strategy, **options):
+        model = loaded(name, task, options=options)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            prepare(model, strategy, task)
+            work = finetune(model, task, strategy, generator=torch.Generator().manual_seed(0), device=CPU)
+            loss = float(next(work))
+        return loss, [p.detach().clone() for p in model.parameters()]
+
+    def test_parts_of_a_batch_give_the_step_of_the_whole(self, name, questions):
+        """A row counts as much as it has tokens, so parts with few tokens count less."""
+        whole = Strategy("direct", "all", "sgd", 1e-1, 6)
+        parts = replace(whole, micro_batch=4)
+        (one, first), (two, second) = (self.step(name, questions, s) for s in (whole, parts))
+        assert one == pytest.approx(two, abs=1e-5)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(first, second, strict=True))
+        assert FineTuning(parts).name.endswith("in parts of 4")
+        assert "micro_batch" not in FineTuning(whole).config()
+
+    def test_checkpointing_changes_no_step(self, name, questions):
+        strategy = Strategy("direct", "all", "sgd", 1e-1, 6)
+        plain, saving = self.step(name, questions, strategy), self.step(name, questions, strategy, checkpointing=True)
+        assert plain[0] == saving[0]
+        assert all(torch.equal(a, b) for a, b in zip(plain[1], saving[1], strict=True))
+        model = loaded(name, questions, options={"checkpointing": True})
+        assert model.fresh().network.is_gradient_checkpointing
 
 
 class TestPrompting:

@@ -90,6 +90,7 @@ class FineTuning(Adversary):
         name += f" {s.precision}" if s.precision != "float32" else ""
         name += f" cosine{s.schedule_steps}" if s.schedule == "cosine" else ""
         name += f" warmup{s.warmup}" if s.warmup else ""
+        name += f" in parts of {s.micro_batch}" if s.micro_batch else ""
         options = [f"burn-in {self.burn_in}"] if self.burn_in else []
         options += [f"replay {self.replay:g}"] if self.replay else []
         options += [f"anchor {self.anchor:g}"] if self.anchor else []

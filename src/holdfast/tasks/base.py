@@ -86,6 +86,10 @@ class Task(ABC):
     def targets(self, y: Tensor) -> Tensor:
         """Returns a batch's targets for a least-squares probe, float64: one-hot classes, or the values."""
 
+    def weight(self, y: Tensor) -> float:
+        """Returns how much a batch's loss counts beside that of another: by default its number of samples."""
+        return float(len(y))
+
     def counted(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the outputs and targets that a suppression loss of `holdfast.losses` takes; by default all."""
         return outputs, y

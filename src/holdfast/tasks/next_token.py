@@ -198,6 +198,10 @@ class NextTokenTask(InMemoryTask):
         for x, y in super().sweep(split, batch_size, device=device):
             yield Batch(x[:, 0], y[:, 0])
 
+    def weight(self, y: Tensor) -> float:
+        """See `Task.weight`: the number of tokens that count."""
+        return float((y != IGNORED).sum())
+
     def counted(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """See `Task.counted`: logits of shape (M, V) and ids of shape (M,), for the M positions that count."""
         counts = y != IGNORED

@@ -13,7 +13,7 @@ from holdfast.models import SplitModel
 from holdfast.runtime.devices import autocast
 from holdfast.runtime.distributed import ProcessGroup, process_group
 from holdfast.runtime.run import Run
-from holdfast.tasks import Task
+from holdfast.tasks import Batch, Task
 from holdfast.training.starts import trained_modules
 from holdfast.training.strategy import OPTIMIZERS, Gradient, PretrainSpec, Strategy
 
@@ -67,18 +67,31 @@ def finetune(
         model.train(strategy.scope not in ("head", "last-block"))
         for module in in_training_mode:
             module.train()
-        with autocast(device, strategy.precision == "bf16"):
-            loss = task.loss(model, batch)
-            total = loss if penalty is None else loss + penalty()
         optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
+        losses = []
+        for part, share in _parts(task, batch, strategy.micro_batch):
+            with autocast(device, strategy.precision == "bf16"):
+                loss = task.loss(model, part) if share == 1 else share * task.loss(model, part)
+                total = loss if penalty is None or losses else loss + penalty()
+            total.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
         if together is not None:
             together.average_gradients(trained)
             together.sync_buffers(model)
         if strategy.gradient != "raw":
             reshape_gradient(trained, strategy.gradient)
         optimizer.step()
-        yield loss.detach()
+        yield losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def _parts(task: Task, batch: Batch, size: int) -> Iterator[tuple[Batch, float]]:
+    """Parts of a batch of at most `size` samples, each with its share of the loss; the whole batch if `size` is 0."""
+    if not size or size >= len(batch.x):
+        yield batch, 1.0
+        return
+    whole = task.weight(batch.y)
+    for x, y in zip(batch.x.split(size), batch.y.split(size), strict=True):
+        yield Batch(x, y), task.weight(y) / whole
 
 
 def reshape_gradient(parameters: Iterable[nn.Parameter], gradient: Gradient) -> None:

@@ -42,7 +42,7 @@ square.
 """
 
 
-LATER: Final = frozenset({"gradient", "rank", "precision", "schedule", "schedule_steps", "warmup"})
+LATER: Final = frozenset({"gradient", "rank", "precision", "schedule", "schedule_steps", "warmup", "micro_batch"})
 """Settings of `Strategy` that are younger than the first published batteries."""
 
 
@@ -78,6 +78,8 @@ class Strategy:
         schedule_steps: steps until a cosine reaches 0. It does not depend on the budgets at which an audit scores: at
             earlier ones the rate is still high, and after these steps the weights stay as they are.
         warmup: number of first steps in which the rate rises linearly; part of `schedule_steps`.
+        micro_batch: samples that are on the device at once; a step adds up the gradients of a batch's parts, which
+            saves memory and gives the same step up to rounding. 0: the whole batch. BatchNorm sees the parts.
 
     Raises:
         HoldfastError: for an unknown name, a number out of range, or a setting that has no effect.
@@ -97,6 +99,7 @@ class Strategy:
     schedule: Schedule = "constant"
     schedule_steps: int = 0
     warmup: int = 0
+    micro_batch: int = 0
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -118,6 +121,10 @@ class Strategy:
         self._check_schedule()
 
     def _check_schedule(self) -> None:
+        if self.micro_batch < 0:
+            raise HoldfastError(
+                f"micro_batch is {self.micro_batch}; expected at least 0 samples, 0 for the whole batch."
+            )
         if self.warmup < 0:
             raise HoldfastError(f"warmup is {self.warmup}; expected at least 0 steps.")
         if self.schedule == "constant" and self.schedule_steps:

@@ -36,7 +36,7 @@ from holdfast.tasks import Task
 EVERY_POSITION: Final = "none"
 """The `pooling` of a model that answers at every position, by its own language model head."""
 
-OPTIONS: Final = ("config", "pooling", "vocabulary")
+OPTIONS: Final = ("config", "pooling", "vocabulary", "checkpointing")
 
 _LLAMA: Final = {"width": 32, "depth": 2, "heads": 2}
 
@@ -121,7 +121,8 @@ def build(spec: ModelSpec, place: str) -> Built:
     """Builds a causal language model.
 
     Args:
-        spec: its options are of `OPTIONS`, and have a `vocabulary`.
+        spec: its options are of `OPTIONS`, and have a `vocabulary`. With `checkpointing`, activations are computed
+            again in the backward pass: a third more time, and the memory of one block instead of all.
         place: a folder, or a name on the Hub; not used if the options have a configuration.
 
     Raises:
@@ -141,7 +142,13 @@ def build(spec: ModelSpec, place: str) -> Built:
         hf_text.check_vocabulary(name, place, config, vocabulary)
         network, notes = _pretrained(name, place)
         kept = {"config": plain_config(config), "pooling": EVERY_POSITION, "vocabulary": asdict(vocabulary)}
+        kept |= {"checkpointing": True} if spec.options.get("checkpointing") else {}
         rebuild = spec.model_copy(update={"options": kept})
+    if spec.options.get("checkpointing"):
+        older = getattr(network, "gradient_checkpointing_enable", None)
+        enable = getattr(network, "activation_checkpointing_enable", older)  # its name from transformers 5.24 on
+        assert enable is not None
+        enable({"use_reentrant": False})
     return Built(
         network, rebuild, head=_head(name, network), kind=CausalModel, vocabulary=vocabulary, notes=notes, foreign=True
     )
