@@ -90,7 +90,7 @@ def _parts(task: Task, batch: Batch, size: int) -> Iterator[tuple[Batch, float]]
         yield batch, 1.0
         return
     whole = task.weight(batch.y)
-    for x, y in zip(batch.x.split(size), batch.y.split(size), strict=True):
+    for x, y in zip(torch.split(batch.x, size), torch.split(batch.y, size), strict=True):
         yield Batch(x, y), task.weight(y) / whole
 
 

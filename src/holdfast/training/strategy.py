@@ -122,9 +122,7 @@ class Strategy:
 
     def _check_schedule(self) -> None:
         if self.micro_batch < 0:
-            raise HoldfastError(
-                f"micro_batch is {self.micro_batch}; expected at least 0 samples, 0 for the whole batch."
-            )
+            raise HoldfastError(f"micro_batch is {self.micro_batch}; expected at least 0, which is the whole batch.")
         if self.warmup < 0:
             raise HoldfastError(f"warmup is {self.warmup}; expected at least 0 steps.")
         if self.schedule == "constant" and self.schedule_steps:
