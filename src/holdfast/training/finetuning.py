@@ -68,7 +68,7 @@ def finetune(
         for module in in_training_mode:
             module.train()
         optimizer.zero_grad(set_to_none=True)
-        losses = []
+        losses: list[Tensor] = []
         for part, share in _parts(task, batch, strategy.micro_batch):
             with autocast(device, strategy.precision == "bf16"):
                 loss = task.loss(model, part) if share == 1 else share * task.loss(model, part)

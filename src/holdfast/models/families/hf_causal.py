@@ -142,7 +142,8 @@ def build(spec: ModelSpec, place: str) -> Built:
         hf_text.check_vocabulary(name, place, config, vocabulary)
         network, notes = _pretrained(name, place)
         kept = {"config": plain_config(config), "pooling": EVERY_POSITION, "vocabulary": asdict(vocabulary)}
-        kept |= {"checkpointing": True} if spec.options.get("checkpointing") else {}
+        if spec.options.get("checkpointing"):
+            kept["checkpointing"] = True
         rebuild = spec.model_copy(update={"options": kept})
     if spec.options.get("checkpointing"):
         older = getattr(network, "gradient_checkpointing_enable", None)
