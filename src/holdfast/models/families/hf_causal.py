@@ -141,7 +141,11 @@ def build(spec: ModelSpec, place: str) -> Built:
         _refuse_others(name, config)
         hf_text.check_vocabulary(name, place, config, vocabulary)
         network, notes = _pretrained(name, place)
-        kept = {"config": plain_config(config), "pooling": EVERY_POSITION, "vocabulary": asdict(vocabulary)}
+        kept: dict[str, Any] = {
+            "config": plain_config(config),
+            "pooling": EVERY_POSITION,
+            "vocabulary": asdict(vocabulary),
+        }
         if spec.options.get("checkpointing"):
             kept["checkpointing"] = True
         rebuild = spec.model_copy(update={"options": kept})
