@@ -241,14 +241,31 @@ class TestSimulation:
             simulation.run(task, Strategy("direct", batch_size=10), 1, None, generator=stream(seed))
         assert all(g.isfinite().all() for g in simulation.gradient)
 
-    def test_refuses_a_head_that_shares_its_weights(self, small, task):
-        small.network[4].weight = nn.Parameter(torch.zeros(5, 5, dtype=torch.float64))
-        small.network[2] = nn.Linear(8, 5).double()
-        body = nn.Linear(5, 5).double()
-        body.weight = small.network[4].weight
-        small.network[3] = body
-        with pytest.raises(HoldfastError, match="shares weights with its body"):
-            Simulation(small, inverse_cross_entropy).run(task, Strategy(), 1, None, generator=stream())
+    @pytest.mark.parametrize("start", ["direct", "head"])
+    def test_a_weight_that_head_and_body_share_has_the_gradient_of_its_use_in_the_body(self, task, start):
+        """A head that starts anew is not the body's weight any more, which the meta-gradient still reaches."""
+        torch.manual_seed(0)
+        layers = nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)
+        layers[4].weight = layers[2].weight
+        small = SplitModel(nn.Sequential(*layers).double(), "4")
+        simulation = Simulation(small, inverse_cross_entropy)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            simulation.run(task, Strategy(start, "all", "sgd", 1e-9, 20), 1, None, generator=stream())
+        shared = [n for n, _ in small.named_parameters()].index("network.2.weight")
+        own = simulation.gradients()[shared]
+        plain = small.clone().train()
+        if start == "head":
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                plain.reset_head(task.num_outputs)
+        generator = stream()
+        batches = [task.batches("train", 20, generator=generator, device=torch.device("cpu")) for _ in range(2)]
+        _, evaluated = (next(b) for b in batches)  # the simulation draws in this order
+        loss = inverse_cross_entropy(plain(evaluated.x), evaluated.y)
+        expected = torch.autograd.grad(loss, plain.network[2].weight)[0]
+        assert expected.abs().max() > 1e-4
+        assert torch.allclose(own, expected, atol=1e-6)
 
     def test_bf16_trains_as_float32_does(self, restricted):
         """Autocast must not go on with the weights of the first step."""

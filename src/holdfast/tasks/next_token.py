@@ -72,7 +72,7 @@ class NextTokenTask(InMemoryTask):
         >>> split = ids[:, :-1], ids[:, 1:]
         >>> task = NextTokenTask("toy", split, split, vocabulary=load_tokenizer("words").vocabulary)
         >>> task.input_shape, task.output_shape, round(task.chance, 2)
-        ((2,), (2, 1024), 6.08)
+        ((2,), (2, 1024), 6.04)
     """
 
     kind = "next-token"
