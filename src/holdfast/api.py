@@ -164,7 +164,7 @@ def audit(
         restricted: the task that the model must resist; adversaries get their half of its training data.
         transfer: a harmless task that the model should still learn as well as the original does; optional.
         reference: another public model, fine-tuned in place of one from scratch; the verdict then holds against it. For
-            models so large that nobody trains one from scratch.
+            models that are too large to train one from scratch.
         seed: of everything random.
         device: `auto`, or a torch device.
         threads: CPU threads of torch; None: its default. One is best for networks of the quickstart's size.
@@ -194,16 +194,14 @@ def audit(
     title = f"Audit of {model.name} on {restricted.name}"
     workspace = Workspace.start("audit", title, seed, device, folder, quiet, callbacks=callbacks)
     workspace.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
-    hashes = {"model": model.facts().sha256, "original": original.facts().sha256}
-    if reference is not None:
-        hashes["reference"] = reference.facts().sha256
-        workspace.note_model("reference", reference)
+    used = {"original": original, "model": model, **({} if reference is None else {"reference": reference})}
+    hashes = {name: each.facts().sha256 for name, each in used.items()}
     workspace.claim({"audit": spec.model_dump(mode="json"), **hashes})
     if source is not None:
         # Not among the claimed settings: a model that was moved is still the same model.
         workspace.recipe = {**workspace.recipe, "source": dict(source)}
-    workspace.note_model("original", original)
-    workspace.note_model("immunized", model)
+    for role, each in used.items():
+        workspace.note_model("immunized" if role == "model" else role, each)
     with cpu_threads(threads):
         result = workspace.audit(model, original, benign, halves(restricted)[1], transfer, spec, executor, reference)
         if folder is not None:

@@ -223,7 +223,7 @@ class TestLoading:
     @pytest.mark.parametrize(
         ("config", "options", "message"),
         [
-            (BERT, {}, "is no causal language model"),
+            (BERT, {}, "is not a causal language model"),
             ({"vocab_size": 8}, {}, "has 8 tokens, and the tokenizer .* has 19"),
             ({}, {"pooling": "mean"}, "pooling is mean, and the next-token task .* needs an answer at every position"),
             ({}, {"num_labels": 3}, "option of model .* 'num_labels'"),

@@ -129,8 +129,8 @@ def audit(
         spec: battery, budgets, seeds, thresholds.
         run: seed, device, folder.
         executor: where trials run; it does not change their results.
-        reference: another public model, which stands for training from scratch where nobody would train from scratch;
-            the verdict then holds against it, and says so.
+        reference: another public model, which stands for training from scratch if that is too expensive; the verdict
+            then holds against it, and says so.
         flags: red flags of the data, see `holdfast.tasks.data_checks`; listed before those of the model.
 
     Returns:

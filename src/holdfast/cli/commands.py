@@ -143,7 +143,7 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
     )
     reference: str | None = option(
         "Another public model, given like MODEL, that is fine-tuned in place of one from scratch; the verdict then "
-        "holds against it. For models so large that nobody trains one from scratch.",
+        "holds against it. For models that are too large to train one from scratch.",
         None,
     )
     original_weights: Path | None = option("As --weights, for ORIGINAL.", None)
