@@ -195,8 +195,8 @@ def _from_config(name: str, config: Mapping[str, Any]) -> Any:
 def _refuse_others(name: str, config: Any) -> None:
     if not hf_text.is_causal(config):
         raise HoldfastError(
-            f"hf:{name} is not a causal language model ({config.model_type}), and a next-token task needs one, such as a "
-            "Llama, Qwen or GPT. For an encoder, give a task of sentences with classes."
+            f"hf:{name} is not a causal language model ({config.model_type}), and a next-token task needs one, such as "
+            "a Llama, Qwen or GPT. For an encoder, give a task of sentences with classes."
         )
 
 
