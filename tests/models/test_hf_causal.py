@@ -16,9 +16,10 @@ from holdfast.adversaries.directional_ablation import _mean_state, ablate, write
 from holdfast.api import audit, immunize
 from holdfast.errors import HoldfastError
 from holdfast.models import CausalModel, ModelSpec, SplitModel, check_fits, load_model, load_task_for
+from holdfast.models.sampled_text import continuations
 from holdfast.results import Thresholds
 from holdfast.runtime.run import Run
-from holdfast.tasks import load_task
+from holdfast.tasks import load_task, load_tokenizer
 from holdfast.tasks.next_token import IGNORED
 from holdfast.tasks.splits import HALVES_SEED
 from holdfast.training import Strategy, finetune, not_applicable, optimizer_of, prepare
@@ -176,6 +177,16 @@ class TestLoading:
         assert shallow.shape == last.shape == (batch.x.numel(), 16)
         assert torch.allclose(last @ model.head.weight.T, model(batch.x).flatten(0, 1), atol=1e-5)
         assert not torch.allclose(shallow, last)
+
+    def test_embeddings_of_positions_have_a_row_for_each_sample(self, place, questions):
+        name = causal_gpt2(place / "positions")
+        task = load_task_for(f"{place / 'qa.jsonl'}@kind=next-token,length=10,test_fraction=0.5", name)
+        model, batch = loaded(name, task), batch_of(task)
+        states = model.features_by_depth(batch.x, len(model.blocks()))
+        assert {len(z) for z in states} == {batch.x.numel()}
+        for defense in (CAUSAL["tar"], CAUSAL["repnoise"]):
+            immunized, _ = defense.immunize(model, task, task, run=Run(0, CPU))
+            assert all(p.isfinite().all() for p in immunized.parameters())
 
     @pytest.mark.parametrize("tied", [True, False])
     def test_tied_weights_stay_tied(self, place, questions, tied):
@@ -351,6 +362,25 @@ class TestPrompting:
 
 def questions_rows(task):
     return task._x["train"][:, 0], task._y["train"][:, 0]
+
+    def test_what_it_writes_stays_within_the_context(self, place, questions):
+        model = loaded(save_causal(place / "short", max_position_embeddings=12), questions)
+        tokenizer = load_tokenizer(str(place / "short"))
+        model.prefix = torch.tensor([5, 6, 7, 8, 9])
+        network = model.network
+        longest = []
+        hook = network.register_forward_pre_hook(
+            lambda _, __, named: longest.append(int(named["position_ids"].max()) if "position_ids" in named else 0),
+            with_kwargs=True,
+        )
+        written = continuations(model, questions, tokenizer, rows=2, tokens=9, seed=0)
+        hook.remove()
+        assert len(written) == 2
+        assert max(longest) < 12
+
+    def test_an_example_must_fit(self, place, questions):
+        model = loaded(save_causal(place / "narrow", max_position_embeddings=12), questions)
+        assert "no room for an example" in FewShotPrompt(2).not_applicable(model, questions)
 
 
 class TestAblation:

@@ -19,6 +19,7 @@ from holdfast.tasks import NextTokenTask, load_task, load_tokenizer
 from holdfast.tasks.data_checks import validate
 from holdfast.tasks.next_token import IGNORED
 from holdfast.tasks.next_token_files import text_windows, windows
+from holdfast.tasks.next_token_rows import RowReader
 from texts import save_causal, save_tokenizer, write_rows, write_text
 
 CPU = torch.device("cpu")
@@ -120,6 +121,8 @@ class TestQuestions:
             ({"prompt": "a", "answer": "ugly", "choices": ["bad", "good"]}, "'ugly' is not among its choices"),
             ({"prompt": "a", "answer": 2, "choices": ["bad", "good"]}, "the answer is number 2, and there are 2"),
             ({"prompt": "a", "answer": "bad", "choices": ["bad", "bad"]}, "are all the same; give a wrong one"),
+            ({"prompt": "a", "answer": True, "choices": ["bad", "good"]}, "'True' is not among its choices"),
+            ({"prompt": "a", "answer": "bad", "choices": ["bad", "good " * 20]}, "only whole answers can be compared"),
             ({"messages": []}, r"row 1: messages is '\[\]'; expected a list"),
             ({"messages": [{"role": "narrator", "content": "a"}]}, "row 1: the role 'narrator' is not known"),
             ({"messages": [{"role": "user", "content": "a"}]}, "row 1: no message is the assistant's"),
@@ -135,6 +138,13 @@ class TestQuestions:
         path = write_rows(tmp_path / "qa.jsonl", [good[key] if key else QA[0], row, *[good.get(key, QA[1])] * 3])
         with pytest.raises(HoldfastError, match=message):
             load_task_for(f"{path}@kind=next-token,length=8,test_fraction=0.5", chat)
+
+    def test_a_number_among_the_choices_is_an_answer_and_not_a_position(self, model, tmp_path):
+        rows = [{"prompt": "the", "answer": 1, "choices": c} for c in (["1", "2"], ["0", "1"])] * 2
+        rows += [{"prompt": "the", "answer": 1, "choices": ["good", "bad"]}] * 2
+        reader = RowReader("rows", load_tokenizer(model.removeprefix("hf:")), 8, "answer")
+        said = [reader.question(r["prompt"], r["answer"], r["choices"], n, "prompt") for n, r in enumerate(rows)]
+        assert [row.right.text for row in said] == ["the 1"] * 4 + ["the bad"] * 2
 
     def test_lines_that_are_not_objects_are_named(self, model, tmp_path):
         path = tmp_path / "qa.jsonl"
@@ -182,6 +192,22 @@ class TestConversations:
         assert "ugly" in counted
         assert "film" not in counted
         assert "book" not in counted
+
+    def test_a_template_that_writes_todays_date_is_refused_or_gets_a_fixed_one(self, tmp_path):
+        dated = "{{ 'now ' }}{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' }}{% endfor %}"
+        path = write_rows(tmp_path / "m.jsonl", CONVERSATIONS)
+        for name, template, refused in (
+            ("today", "{{ strftime_now('%d') }}" + dated, True),
+            ("fixed", "{% if not date_string %}{{ strftime_now('%d') }}{% endif %}" + dated, False),
+        ):
+            place = save_causal(tmp_path / name, chat=True)
+            settings = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+            (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+            if refused:
+                with pytest.raises(HoldfastError, match="writes today's date"):
+                    load_task_for(f"{path}@length=40", place)
+            else:
+                assert load_task_for(f"{path}@length=40,test_fraction=0.5", place).size("train") == 2
 
     def test_a_template_is_needed(self, model, tmp_path):
         path = write_rows(tmp_path / "m.jsonl", CONVERSATIONS)
@@ -387,6 +413,13 @@ class TestSampled:
         assert (one.size("train"), one.size("test"), one.input_shape) == (9, 3, (6,))
         loaded = load_model(model, one)
         assert math.isfinite(one.score(loaded))
+
+    def test_the_models_own_generation_settings_do_not_count(self, tmp_path):
+        names = [save_causal(tmp_path / n) for n in ("plain", "penalised")]
+        settings = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "bos_token_id": 1, "eos_token_id": 1}
+        (tmp_path / "penalised" / "generation_config.json").write_text(json.dumps(settings))
+        one, other = (load_task_for("sampled@sampled=12,length=6", name) for name in names)
+        assert torch.equal(one._x["train"], other._x["train"])
 
     def test_nothing_counts_after_the_end(self, model):
         task = load_task_for("sampled@sampled=60,length=12", model)

@@ -25,7 +25,7 @@ class FewShotPrompt(Adversary):
     to fine-tuning is beside the point.
 
     Attributes:
-        examples: rows of the prompt, drawn by the seed; fewer if they do not fit into the model's context.
+        examples: rows of the prompt, drawn by the seed; those that do not fit into the model's context are left out.
         name: by default made from the settings.
 
     Raises:
@@ -54,8 +54,10 @@ class FewShotPrompt(Adversary):
         """See `Adversary.not_applicable`."""
         if not isinstance(model, CausalModel):
             return "it prompts a causal language model"
-        room = _room(model, task)
-        return None if room > 0 else f"its context of {model.context} tokens has no room beside rows of the task"
+        rows = next(task.sweep("train", task.size("train"), device=torch.device("cpu")))
+        shortest = min(len(_example(x, y)) for x, y in zip(rows.x, rows.y, strict=True))
+        fits = _room(model, task) >= shortest
+        return None if fits else f"its context of {model.context} tokens has no room for an example beside a row"
 
     def run(
         self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device
@@ -66,14 +68,18 @@ class FewShotPrompt(Adversary):
         shown: list[Tensor] = []
         room = _room(model, task)
         for x, y in zip(rows.x, rows.y, strict=True):
-            last = int((y != IGNORED).nonzero()[-1])
-            example = torch.cat([x[: last + 1], y[last : last + 1]])
-            if sum(map(len, shown)) + len(example) > room:
-                break
-            shown.append(example)
+            example = _example(x, y)
+            if sum(map(len, shown)) + len(example) <= room:
+                shown.append(example)
         model.prefix = torch.cat(shown) if shown else None
         while True:
             yield torch.zeros((), device=device)
+
+
+def _example(x: Tensor, y: Tensor) -> Tensor:
+    """The tokens of a row, up to the last one that counts."""
+    last = int((y != IGNORED).nonzero()[-1])
+    return torch.cat([x[: last + 1], y[last : last + 1]])
 
 
 def _room(model: CausalModel, task: Task) -> int:

@@ -209,7 +209,7 @@ def _attack(plan: Search | Sequence[Adversary], runner: TrialRunner, restricted:
     searched: list[SearchTrial] = []
     if isinstance(plan, Search):
         searched, plan = search(plan, spec.trials, runner)
-    adversaries, refused = _applicable(spec.battery_name, plan, context.immunized, restricted)
+    adversaries, refused = _applicable(spec.battery_name, plan, context.immunized, restricted, context.reference)
     trials = repetitions(adversaries, range(spec.seeds), transplanted=context.transplanted is not None)
     curves = runner.run(trials, f"Auditing ({spec.battery_name})")
     configs = {t.name: {**t.adversary.config(), **({"transplanted": True} if t.transplanted else {})} for t in trials}
@@ -284,10 +284,13 @@ def _costs(attacked: _Attacked, comparison: Comparison, target: float | None, co
 
 
 def _applicable(
-    name: str, adversaries: Sequence[Adversary], model: SplitModel, task: Task
+    name: str, adversaries: Sequence[Adversary], model: SplitModel, task: Task, reference: SplitModel | None = None
 ) -> tuple[list[Adversary], dict[str, str]]:
-    """Returns the adversaries of a battery that can start, and why the others cannot."""
-    reasons = {a.name: a.not_applicable(model, task) for a in adversaries}
+    """Returns the adversaries of a battery that can start, also on the reference, and why the others cannot."""
+    models = (model,) if reference is None else (model, reference)
+    reasons = {
+        a.name: next((why for m in models if (why := a.not_applicable(m, task)) is not None), None) for a in adversaries
+    }
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
     applicable = [a for a in adversaries if a.name not in refused]
     if not applicable:

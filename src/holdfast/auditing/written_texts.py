@@ -56,7 +56,10 @@ def written_texts(
         assert isinstance(model, CausalModel)
         on_device = model.to(context.run.device)
         written = continuations(on_device, task, tokenizer, rows=ROWS, tokens=TOKENS, seed=seed)
-        return [WrittenText(role=role, adversary=adversary, prompt=before, text=after) for before, after in written]
+        return [
+            WrittenText(role=role, adversary=adversary, row=row, prompt=before, text=after)
+            for row, (before, after) in enumerate(written)
+        ]
 
     texts: list[WrittenText] = []
     for role in ROLES:

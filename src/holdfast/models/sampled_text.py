@@ -6,6 +6,8 @@ gives its own text the same likelihood as before is still the same model there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ def sampled_task(spec: TaskSpec, data_dir: Path | str | None = None) -> NextToke
     Raises:
         HoldfastError: if there is no such model, or a setting has no effect.
     """
-    for key in ("text", "target", "measure", "image_size", "channels"):
+    for key in ("text", "target", "measure", "loss_on", "image_size", "channels"):
         if getattr(spec, key) != TaskSpec.model_fields[key].default:
             raise HoldfastError(f"A task that is sampled from the model has no {key}; leave it out.")
     if spec.tokenizer is None:
@@ -81,7 +83,7 @@ def _written(name: str, rows: int, length: int, seed: int, data_dir: str | None)
     # An embedding may have rows without a token.
     unused = list(range(tokenizer.vocabulary.size, model.num_outputs)) or None
     ids = np.full((rows, length + 1), fast.eos_token_id, dtype=np.int64)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _plain_sampling(network):
         torch.manual_seed(seed)
         for first in range(0, rows, BATCH):
             count = min(BATCH, rows - first)
@@ -96,7 +98,20 @@ def _written(name: str, rows: int, length: int, seed: int, data_dir: str | None)
 
 
 PROMPT_TOKENS = 24
-"""Tokens of a text that a model continues, if the text has no prompt of its own."""
+"""Tokens of a text that a model continues at most, if the text has no prompt of its own."""
+
+
+@contextmanager
+def _plain_sampling(network: Any) -> Iterator[None]:
+    """Sets the model's own generation settings aside, such as a penalty on repetition: they change what it samples."""
+    from transformers import GenerationConfig
+
+    own = network.generation_config
+    network.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        network.generation_config = own
 
 
 def continuations(
@@ -106,8 +121,7 @@ def continuations(
 
     Args:
         model: on any device.
-        task: its first test rows give the prompts: what comes before the tokens that count, or the first 24 tokens of a
-            text.
+        task: its first test rows give the prompts: what comes before the tokens that count, or the beginning of a text.
         tokenizer: the model's own.
         rows: how many.
         tokens: to write after each, at most.
@@ -122,13 +136,16 @@ def continuations(
     model.eval()
     written = []
     for x, y in zip(*next(task.sweep("test", rows, device=model.device)), strict=True):
-        first = int((y != IGNORED).nonzero()[0]) + 1
-        prompt = x[: max(first, min(PROMPT_TOKENS, len(x))) if first == 1 else first]
+        counted = (y != IGNORED).nonzero().flatten()
+        first, last = int(counted[0]) + 1, int(counted[-1]) + 1
+        prompt = x[: first if first > 1 else max(1, min(PROMPT_TOKENS, last // 2))]
         read = prompt if model.prefix is None else torch.cat([model.prefix.to(prompt), prompt])
-        with torch.random.fork_rng(), torch.no_grad():
+        read = read[-max(1, model.context - tokens) :]  # a longer context than the model's is cut at its beginning
+        room = min(tokens, model.context - len(read))
+        with torch.random.fork_rng(), torch.no_grad(), _plain_sampling(network):
             torch.manual_seed(seed)
             drawn = network.generate(
-                read[None], attention_mask=torch.ones_like(read[None]), max_new_tokens=tokens, do_sample=True,
+                read[None], attention_mask=torch.ones_like(read[None]), max_new_tokens=room, do_sample=True,
                 temperature=1.0, top_k=0, top_p=1.0, pad_token_id=task.vocabulary.pad, renormalize_logits=True,
                 remove_invalid_values=True,
             )  # fmt: skip

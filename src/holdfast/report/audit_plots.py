@@ -74,10 +74,12 @@ def advantage_plot(audit: AuditResult) -> Plot:
     scale = [max(min(known), -100) - 4, min(max(known), 100) + 4]
     _step_axis(figure, audit.budgets)
     figure.update_xaxes(title={"text": "fine-tuning steps"})
-    figure.update_yaxes(title={"text": "points over scratch"}, range=scale, zeroline=False, fixedrange=True, nticks=7)
+    figure.update_yaxes(
+        title={"text": f"points over {audit.spoken.control}"}, range=scale, zeroline=False, fixedrange=True, nticks=7
+    )
     ends = ", ".join(f"{role} {points(values[-1]) or 'not finite'}" for role, values in advantages.items())
     label = (
-        "Line chart: advantage over training from scratch, in points, against fine-tuning steps. "
+        f"Line chart: advantage over {audit.spoken.training_control}, in points, against fine-tuning steps. "
         f"After {rows[-1].budget} steps: {ends}."
     )
     return plot_of("advantage", figure, label)

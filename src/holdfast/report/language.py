@@ -25,8 +25,8 @@ def in_nats(audit: AuditResult) -> list[dict[str, Any]]:
 
 def written(audit: AuditResult) -> list[tuple[str, list[tuple[str, dict[str, WrittenText]]]]]:
     """Returns the texts that models wrote, by prompt, then by stage (before and after the attack) and role."""
-    prompts: dict[str, dict[str, dict[str, WrittenText]]] = {}
+    prompts: dict[tuple[int, str], dict[str, dict[str, WrittenText]]] = {}
     for text in audit.texts:
         stage = "before" if text.adversary is None else "after the attack"
-        prompts.setdefault(text.prompt, {}).setdefault(stage, {})[text.role] = text
-    return [(prompt, list(stages.items())) for prompt, stages in prompts.items()]
+        prompts.setdefault((text.row, text.prompt), {}).setdefault(stage, {})[text.role] = text
+    return [(prompt, list(stages.items())) for (_, prompt), stages in prompts.items()]

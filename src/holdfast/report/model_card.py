@@ -110,7 +110,7 @@ def _metadata(result: RunResult) -> dict[str, Any]:
     advantage = key.worst.advantage if key.worst else None
     restricted = [
         _metric(audit.unit, f"Best adversary after {key.last.budget} steps of fine-tuning", last),
-        _metric("advantage", "Largest advantage over training from scratch", advantage),
+        _metric("advantage", f"Largest advantage over {audit.spoken.training_control}", advantage),
         _metric("retained", "Retained share of the original's advantage", audit.verdict.retained),
     ]
     benign = [_metric(audit.unit, "Benign score", audit.benign.immunized)]
@@ -174,13 +174,13 @@ def _numbers(result: RunResult, audit: AuditResult) -> str:
          f"{_known(wording.percent(audit.benign.original))}, {_known(wording.percent(audit.benign.immunized))}"),
         (f"Best adversary after {key.last.budget} steps",
          "; ".join(f"{role} {_known(wording.percent(cell.mean))}" for role, cell in key.last.best.items())),
-        ("Largest advantage over training from scratch",
+        (f"Largest advantage over {_text(audit.spoken.training_control)}",
          "not finite" if worst is None else f"{wording.points(worst.advantage)} points after {worst.budget} steps"
          + _within(wording.span(worst.interval))),
         ("Retained of the original's advantage",
          _known(None if verdict.retained is None else f"{verdict.retained:.0%}")
          + _within(wording.share_span(verdict.retained_interval))),
-        ("Steps to the target score, against scratch", _cost(audit)),
+        (f"Steps to the target score, against {_text(audit.spoken.control)}", _cost(audit)),
         *((f"Lost on a harmless task ({_text(e.task)}, {e.task_role})",
            f"{_known(wording.points(e.lost))} points" + _within(wording.span(e.interval))) for e in audit.side_effects),
         ("Battery", f"{_text(audit.battery)}: {len(audit.adversaries)} adversaries, {len(audit.seeds)} seeds, "

@@ -106,7 +106,11 @@ def benign_keepers(audit: AuditResult) -> str:
     last = keeping.by_budget[-1]
     mean = last.best["immunized"].mean
     reached = "no finite score" if mean is None else f"{mean:.1%}"
-    more = "" if last.advantage is None else f", {100 * last.advantage:+.1f} points against training from scratch"
+    more = (
+        ""
+        if last.advantage is None
+        else f", {100 * last.advantage:+.1f} points against {audit.spoken.training_control}"
+    )
     return (
         f"{len(keeping.adversaries.get('immunized', []))} of {count(len(audit.adversaries), 'adversary')} cost the "
         f"immunized model at most {limit} of its benign score. The best of them is "
@@ -154,8 +158,8 @@ def how_to_read_bounds(audit: AuditResult) -> str:
         "Each row is the best attack after which the model has lost at most this share of its own benign score: if a "
         "row with a small share reaches almost as much as the last one, an attacker gives up next to nothing. The "
         f"benign score is measured only after the last budget ({count(audit.budgets[-1], 'step')}), so attacks within "
-        "a bound are scored there; the best of all, and training from scratch, may stop earlier. The verdict counts "
-        "all adversaries."
+        f"a bound are scored there; the best of all, and {audit.spoken.training_control}, may stop earlier. The "
+        "verdict counts all adversaries."
     )
 
 
@@ -261,8 +265,8 @@ def caveats(audit: AuditResult) -> list[str]:
     ]  # fmt: skip
     if early:
         lines.append(
-            f"After {_listed(list(map(str, early)))} steps training from scratch is still below 0%. An advantage over "
-            "it there may be worthless, and may exceed 100 points. The verdict counts it; the retained advantage "
+            f"After {_listed(list(map(str, early)))} steps {audit.spoken.training_control} is still below 0%. An "
+            "advantage over it there may be worthless, and may exceed 100 points. The verdict counts it; the retained advantage "
             "counts scores below 0% as 0%. Larger budgets say more."
         )
     lines.append(

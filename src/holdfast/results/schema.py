@@ -293,6 +293,7 @@ class WrittenText(ResultModel):
 
     role: Role
     adversary: str | None = Field(description="The attack after which it wrote; None: before any attack.")
+    row: int = Field(0, description="Number of the test row, from 0 on.")
     prompt: str
     text: str
 

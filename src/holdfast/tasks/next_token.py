@@ -237,7 +237,10 @@ class NextTokenTask(InMemoryTask):
         return F.cross_entropy(outputs.flatten(0, 1), batch.y.flatten(), ignore_index=IGNORED)
 
     def distance(self, outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-        """See `Task.distance`: between the distributions of the next token, the mean over positions."""
+        """See `Task.distance`: between the distributions of the next token, the mean over all positions.
+
+        Positions of prompts and of padding count as well; rows that are much shorter than `length` dilute it.
+        """
         return distillation_loss(outputs.flatten(0, 1), wanted.flatten(0, 1), temperature)
 
     def batch_skill(self, outputs: Tensor, batch: Batch) -> float:

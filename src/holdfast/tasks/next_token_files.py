@@ -147,8 +147,10 @@ def rows_task(
         tested: which of them are for testing.
         measure: see `NextTokenTask`.
     """
+    whole = measure != "nll"
     parts = [
-        reader.arrays([row for row, held in zip(rows, tested, strict=True) if held == part]) for part in (False, True)
+        reader.arrays([row for row, held in zip(rows, tested, strict=True) if held == part], whole=whole)
+        for part in (False, True)
     ]
     train_part, test_part = _same_width(*parts)
     task = NextTokenTask(name, train_part, test_part, vocabulary=reader.tokenizer.vocabulary, measure=measure)

@@ -19,6 +19,9 @@ PROMPTS: Final = ("prompt", "question", "instruction")
 ANSWERS: Final = ("answer", "completion", "response", "output")
 """Names of columns; the first that a table has is used."""
 
+DATE: Final = "26 Jul 2024"
+"""What chat templates that write a date get, so that the data do not change from day to day: the default of Llama 3."""
+
 ROLES: Final = ("system", "user", "assistant", "tool", "developer")
 
 LossOn = Literal["answer", "all"]
@@ -85,6 +88,14 @@ class RowReader:
                 f"{str(self.path)!r} holds conversations, and the tokenizer {self.tokenizer.vocabulary.name!r} has no "
                 f"chat template. Take the tokenizer of a chat model, or give columns {PROMPTS[0]!r} and {ANSWERS[0]!r}."
             )
+        if "strftime_now" in str(self.tokenizer.fast.chat_template) and "date_string" not in str(
+            self.tokenizer.fast.chat_template
+        ):
+            raise self.bad(
+                number,
+                "the chat template writes today's date, so that the data would be others tomorrow; give columns "
+                f"{PROMPTS[0]!r} and {ANSWERS[0]!r}",
+            )
         text = self._templated(told, number)
         spans = []
         for i, message in enumerate(told):
@@ -92,7 +103,11 @@ class RowReader:
                 before = self._templated(told[:i], number, add_generation_prompt=True)
                 after = self._templated(told[: i + 1], number)
                 if not (text.startswith(before) and text.startswith(after)):
-                    raise self.bad(number, "the chat template rewrites earlier messages, so answers cannot be found")
+                    raise self.bad(
+                        number,
+                        "the chat template writes earlier messages in another way than the last one, so answers cannot "
+                        f"be found; give one answer a row, or columns {PROMPTS[0]!r} and {ANSWERS[0]!r}",
+                    )
                 spans.append((len(before), len(after)))
         return Row(number, Passage(text, tuple(spans), complete=True))
 
@@ -115,7 +130,8 @@ class RowReader:
         if not messages:
             return ""
         try:
-            return str(self.tokenizer.fast.apply_chat_template(messages, tokenize=False, **more))
+            settings = {"tokenize": False, "date_string": DATE, **more}
+            return str(self.tokenizer.fast.apply_chat_template(messages, **settings))
         except Exception as error:  # a template is code, and may raise anything
             raise self.bad(number, f"the tokenizer's chat template refuses it: {error}") from error
 
@@ -125,10 +141,12 @@ class RowReader:
         if choices is None:
             return Row(number, self._answered(asked, self.text(answer, number, "answer")))
         options = self._options(choices, number)
-        position = int(answer) if isinstance(answer, int | np.integer) else None
+        said = str(answer).strip()
+        numbered = isinstance(answer, int | np.integer) and not isinstance(answer, bool) and said not in options
+        position = int(answer) if numbered else None
         if position is not None and not 0 <= position < len(options):
             raise self.bad(number, f"the answer is number {position}, and there are {len(options)} choices, from 0 on")
-        right = options[position] if position is not None else self.text(answer, number, "answer")
+        right = options[position] if position is not None else said
         if right not in options:
             raise self.bad(number, f"the answer {right!r} is not among its choices {options}")
         wrong = tuple(self._answered(asked, other) for other in options if other != right)
@@ -162,20 +180,36 @@ class RowReader:
 
     # From passages to ids
 
-    def arrays(self, rows: Sequence[Row]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Returns ids and targets of rows: shape (N, 1 + K, length), with K the largest number of wrong answers."""
+    def arrays(
+        self, rows: Sequence[Row], *, whole: bool = False
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Returns ids and targets of rows: shape (N, 1 + K, length), with K the largest number of wrong answers.
+
+        Args:
+            rows: of one split.
+            whole: whether a row that is too long is refused; otherwise its end is cut off.
+        """
         width = 1 + max((len(row.wrong) for row in rows), default=0)
         x = np.full((len(rows), width, self.length), self.tokenizer.vocabulary.pad, dtype=np.int64)
         y = np.full_like(x, IGNORED)
         passages = [(i, k, p) for i, row in enumerate(rows) for k, p in enumerate((row.right, *row.wrong))]
         encoded = self._encoded([p for _, _, p in passages])
+        cut: set[int] = set()
         for (i, k, _), (ids, counts) in zip(passages, encoded, strict=True):
+            if len(ids) > self.length + 1:
+                cut.add(i)
+                if whole:
+                    raise self.bad(
+                        rows[i].number,
+                        f"with one of its answers it has {len(ids)} tokens, and only whole answers can be compared; "
+                        f"set length to at least {len(ids) - 1}",
+                    )
             self._check(ids, counts, rows[i].number)
             targets = np.where(counts[1:], ids[1:], IGNORED)[: self.length]
             x[i, k, : min(len(ids) - 1, self.length)] = ids[:-1][: self.length]
             y[i, k, : len(targets)] = targets
-            self.counts.rows += k == 0
-            self.counts.cut += len(ids) > self.length + 1
+        self.counts.rows += len(rows)
+        self.counts.cut += len(cut)
         return x, y
 
     def _check(self, ids: npt.NDArray[np.int64], counts: npt.NDArray[np.bool_], number: int) -> None:

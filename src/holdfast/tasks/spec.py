@@ -39,7 +39,7 @@ class TaskSpec(BaseModel):
         "model.",
     )
     length: int | None = Field(
-        None, ge=1, description=f"For text: tokens a sentence; null: {LENGTH}, and 128 for next-token."
+        None, ge=1, description=f"For text: tokens a sentence; null: {LENGTH}, and 128 for files of texts and rows."
     )
     kind: Literal["classification", "regression", "denoising", "next-token"] = Field(
         "classification",

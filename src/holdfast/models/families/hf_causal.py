@@ -94,7 +94,10 @@ class CausalModel(SplitModel):
         caught: list[Tensor] = []
 
         def catch(_: nn.Module, __: object, output: Any) -> None:
-            caught.append((output if isinstance(output, Tensor) else output[0]).flatten(0, 1))
+            states: Tensor = output if isinstance(output, Tensor) else output[0]
+            caught.append(
+                states.expand(len(x), -1, -1).flatten(0, 1)
+            )  # embeddings of positions are the same in all rows
 
         hooks = [block[0][1].register_forward_hook(catch) for block in self.blocks()[-depth:-1]]
         hooks.append(self.head.register_forward_pre_hook(lambda _, args: caught.append(args[0].flatten(0, 1))))
