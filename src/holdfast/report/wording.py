@@ -266,8 +266,8 @@ def caveats(audit: AuditResult) -> list[str]:
     if early:
         lines.append(
             f"After {_listed(list(map(str, early)))} steps {audit.spoken.training_control} is still below 0%. An "
-            "advantage over it there may be worthless, and may exceed 100 points. The verdict counts it; the retained advantage "
-            "counts scores below 0% as 0%. Larger budgets say more."
+            "advantage over it there may be worthless, and may exceed 100 points. The verdict counts it; the retained "
+            "advantage counts scores below 0% as 0%. Larger budgets say more."
         )
     lines.append(
         "The seeds repeat the attack, not the immunization: the audit describes this one immunized model, whose "
