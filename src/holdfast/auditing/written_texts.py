@@ -49,12 +49,13 @@ def written_texts(
         return []
     tokenizer = next(filter(None, map(tokenizer_of, models)), None)
     if tokenizer is None:
+        context.run.say("The tokenizer of the models was not found, so the report does not show what they write")
         return []
     seed = derive_seed(context.run.seed, "written texts")
 
     def of(model: SplitModel, role: Role, adversary: str | None) -> list[WrittenText]:
-        assert isinstance(model, CausalModel)
-        on_device = model.to(context.run.device)
+        on_device = model.clone().to(context.run.device)  # the caller's model stays where it is
+        assert isinstance(on_device, CausalModel)
         written = continuations(on_device, task, tokenizer, rows=ROWS, tokens=TOKENS, seed=seed)
         return [
             WrittenText(role=role, adversary=adversary, row=row, prompt=before, text=after)

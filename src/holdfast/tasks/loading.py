@@ -186,7 +186,11 @@ def _load_next_token(source: str, spec: TaskSpec, folder: Path | None, tokenizer
 
     path = _place(source, folder)
     if path is None or path.suffix not in TEXT_SUFFIXES:
-        found = f"{str(path)!r} is none" if path is not None else "there is no such file here or in the data folder"
+        found = (
+            f"{str(path)!r} is another kind of file"
+            if path is not None
+            else "there is no such file here or in the data folder"
+        )
         raise HoldfastError(f"Task {spec.data!r}: next-token reads a file of {', '.join(TEXT_SUFFIXES)}, and {found}.")
     settings = spec.model_dump(include={"length", "text", "target", "measure", "loss_on", "test_fraction", "seed"})
     return load_next_token(path, tokenizer=tokenizer, **settings)
