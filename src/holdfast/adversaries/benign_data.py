@@ -54,16 +54,9 @@ class BenignTraining:
     def penalty(self) -> Tensor:
         """Returns the weighted terms on the next benign batch; the running statistics of the model do not change."""
         batch = next(self.batches)
-        norms = [m for m in self.model.modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase)]
-        momenta = [m.momentum for m in norms]
-        for norm in norms:  # running statistics must be those of the restricted task, which is scored
-            norm.momentum = 0.0
-        try:
-            with self._released_head():
-                return self._terms(batch)
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
+        # Running statistics must be those of the restricted task, which is scored.
+        with training.constant_statistics(self.model), self._released_head():
+            return self._terms(batch)
 
     def _terms(self, batch: Batch) -> Tensor:
         if self.released is None:

@@ -1,6 +1,7 @@
 """Fine-tuning: defenses simulate it, adversaries run it."""
 
-from holdfast.training.finetuning import finetune, optimizer_of, pretrain, reshape_gradient
+from holdfast.training.finetuning import constant_statistics, finetune, optimizer_of, pretrain
+from holdfast.training.gradients import reshape_gradient
 from holdfast.training.starts import (
     ADAPTED,
     SHRINK,
@@ -33,6 +34,7 @@ __all__ = [
     "Schedule",
     "Scope",
     "Strategy",
+    "constant_statistics",
     "finetune",
     "not_applicable",
     "optimizer_of",

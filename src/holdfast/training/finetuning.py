@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from holdfast.models import SplitModel
@@ -14,8 +14,9 @@ from holdfast.runtime.devices import autocast
 from holdfast.runtime.distributed import ProcessGroup, process_group
 from holdfast.runtime.run import Run
 from holdfast.tasks import Batch, Task
+from holdfast.training.gradients import reshape_gradient
 from holdfast.training.starts import trained_modules
-from holdfast.training.strategy import OPTIMIZERS, Gradient, PretrainSpec, Strategy
+from holdfast.training.strategy import OPTIMIZERS, PretrainSpec, Strategy
 
 BURN_IN = 10.0
 """Factor on the learning rate during a burn-in."""
@@ -38,6 +39,8 @@ def finetune(
     penalty: Callable[[], Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     together: ProcessGroup | None = None,
+    factor: Callable[[], float] | None = None,
+    change: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Fine-tunes a model in place, without end: take as many steps as you want.
 
@@ -53,6 +56,8 @@ def finetune(
         penalty: called once a step, in training mode; its value is added to the loss.
         optimizer: continue with this one, made by `optimizer_of` for this model and strategy; None: a new one.
         together: the processes that train one model, each on its own batches; None: this process trains alone.
+        factor: called before each step; the learning rate is multiplied by it.
+        change: of the inputs of each batch, such as augmentation.
 
     Yields:
         The training loss of each step, a detached scalar, after the step.
@@ -62,26 +67,74 @@ def finetune(
     in_training_mode = trained_modules(model, strategy)
     batches = task.batches("train", strategy.batch_size, generator=generator, device=device)
     for step, batch in enumerate(batches):
+        rate = strategy.rate(step) * (BURN_IN if step < burn_in else 1) * (1 if factor is None else factor())
         for group in optimizer.param_groups:
-            group["lr"] = strategy.rate(step) * (BURN_IN if step < burn_in else 1)
+            group["lr"] = rate
         model.train(strategy.scope not in ("head", "last-block"))
         for module in in_training_mode:
             module.train()
+        shown = batch if change is None else Batch(change(batch.x), batch.y)
         optimizer.zero_grad(set_to_none=True)
-        losses: list[Tensor] = []
-        for part, share in _parts(task, batch, strategy.micro_batch):
-            with autocast(device, strategy.precision == "bf16"):
-                loss = task.loss(model, part) if share == 1 else share * task.loss(model, part)
-                total = loss if penalty is None or losses else loss + penalty()
-            total.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
+        loss = _backward(model, task, shown, strategy, device, penalty)
+        if strategy.sharpness:
+            with _uphill(model, trained, strategy.sharpness):
+                optimizer.zero_grad(set_to_none=True)
+                _backward(model, task, shown, strategy, device, penalty)
         if together is not None:
             together.average_gradients(trained)
             together.sync_buffers(model)
-        if strategy.gradient != "raw":
-            reshape_gradient(trained, strategy.gradient)
+        reshape_gradient(trained, strategy.gradient)
         optimizer.step()
-        yield losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        yield loss
+
+
+def _backward(
+    model: SplitModel,
+    task: Task,
+    batch: Batch,
+    strategy: Strategy,
+    device: torch.device,
+    penalty: Callable[[], Tensor] | None,
+) -> Tensor:
+    """Computes the gradients of a batch, with the penalty's; returns the loss without the penalty, detached."""
+    losses: list[Tensor] = []
+    for part, share in _parts(task, batch, strategy.micro_batch):
+        with autocast(device, strategy.precision == "bf16"):
+            loss = task.loss(model, part) if share == 1 else share * task.loss(model, part)
+            total = loss if penalty is None or losses else loss + penalty()
+        total.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+@contextmanager
+def _uphill(model: SplitModel, trained: list[torch.nn.Parameter], radius: float) -> Iterator[None]:
+    """Moves the weights by a step of this length up their gradient, and back at the end."""
+    kept = [p.detach().clone() for p in trained]
+    reshape_gradient(trained, "normalised")
+    with torch.no_grad():
+        for parameter in trained:
+            if parameter.grad is not None:
+                parameter.add_(parameter.grad, alpha=radius)
+    with constant_statistics(model):  # the batch was counted already
+        yield
+    with torch.no_grad():
+        for parameter, value in zip(trained, kept, strict=True):
+            parameter.copy_(value)
+
+
+@contextmanager
+def constant_statistics(model: torch.nn.Module) -> Iterator[None]:
+    """Keeps the running statistics of normalisation layers as they are during forward passes in training mode."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase)]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def _parts(task: Task, batch: Batch, size: int) -> Iterator[tuple[Batch, float]]:
@@ -92,34 +145,6 @@ def _parts(task: Task, batch: Batch, size: int) -> Iterator[tuple[Batch, float]]
     whole = task.weight(batch.y)
     for x, y in zip(torch.split(batch.x, size), torch.split(batch.y, size), strict=True):
         yield Batch(x, y), task.weight(y) / whole
-
-
-def reshape_gradient(parameters: Iterable[nn.Parameter], gradient: Gradient) -> None:
-    """Changes gradients in place as `Strategy.gradient` says.
-
-    Example:
-        >>> p = nn.Parameter(torch.zeros(2))
-        >>> p.grad = torch.tensor([3e-30, 4e-30])
-        >>> reshape_gradient([p], "normalised")
-        >>> p.grad
-        tensor([0.6000, 0.8000])
-    """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads or gradient == "raw":
-        return
-    for g in grads:
-        torch.nan_to_num_(g)
-    if gradient == "sign":
-        torch._foreach_sign_(grads)
-        return
-    largest = max(float(g.abs().max()) for g in grads)
-    if not largest > 0:
-        return
-    for g in grads:
-        g.div_(largest)  # first, as a defense may leave gradients so tiny that all their squares are 0
-    length = math.hypot(*(float(g.norm()) for g in grads))
-    for g in grads:
-        g.div_(length)
 
 
 def pretrain(

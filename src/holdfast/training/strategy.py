@@ -15,8 +15,8 @@ from holdfast.errors import HoldfastError, unknown
 
 Initialisation = Literal["direct", "head", "last-block", "last-half", "shrink-perturb"]
 Scope = Literal["all", "head", "last-block", "norm", "embeddings", "lora", "lora-attention"]
-Schedule = Literal["constant", "cosine"]
-Gradient = Literal["raw", "normalised", "sign"]
+Schedule = Literal["constant", "cosine", "restarts"]
+Gradient = Literal["raw", "normalised", "sign", "layerwise", "orthogonal"]
 Precision = Literal["float32", "bf16"]
 OptimizerFactory = Callable[[Iterable[nn.Parameter], float, float], torch.optim.Optimizer]
 
@@ -42,7 +42,9 @@ square.
 """
 
 
-LATER: Final = frozenset({"gradient", "rank", "precision", "schedule", "schedule_steps", "warmup", "micro_batch"})
+LATER: Final = frozenset(
+    {"gradient", "rank", "precision", "schedule", "schedule_steps", "warmup", "micro_batch", "sharpness"}
+)
 """Settings of `Strategy` that are younger than the first published batteries."""
 
 
@@ -68,18 +70,25 @@ class Strategy:
         learning_rate: above 0; `schedule` may lower it, see `rate`.
         batch_size: samples a step; capped at the size of the training split.
         weight_decay: at least 0.
-        gradient: what the optimizer receives: the gradient ("raw"), the whole gradient scaled to length 1
-            ("normalised"), or its signs ("sign"). In the last two, nan counts as 0.
+        gradient: what the optimizer receives: the gradient ("raw"); the whole gradient scaled to length 1
+            ("normalised"); its signs ("sign"); each tensor's gradient scaled to the length of the tensor ("layerwise",
+            after LARS: with plain descent a step then changes every tensor by the same share, the learning rate); or
+            that with each matrix's gradient first made orthogonal, so that all of its singular values are equal
+            ("orthogonal", after Muon: the steepest direction in the spectral norm). In all but the first, nan counts
+            as 0.
         rank: of the adapters.
         precision: of the forward and backward pass: that of the weights ("float32"), or bfloat16 where torch.autocast
             considers it safe ("bf16"), which is faster on hardware that supports it. Weights, optimizer and scores
             always keep the precision of the weights.
-        schedule: of the learning rate: "constant", or "cosine", which falls to 0 along half a cosine.
+        schedule: of the learning rate: "constant"; "cosine", which falls to 0 along half a cosine; "restarts", which
+            begins such a cosine again whenever it ends.
         schedule_steps: steps until a cosine reaches 0. It does not depend on the budgets at which an audit scores: at
             earlier ones the rate is still high, and after these steps the weights stay as they are.
-        warmup: number of first steps in which the rate rises linearly; part of `schedule_steps`.
+        warmup: number of first steps in which the rate rises linearly; part of the first `schedule_steps`.
         micro_batch: samples that are on the device at once; a step adds up the gradients of a batch's parts, which
             saves memory and gives the same step up to rounding. 0: the whole batch. BatchNorm sees the parts.
+        sharpness: radius of sharpness-aware minimisation (SAM, Foret et al., ICLR 2021): the gradient is taken after a
+            step of this length up the gradient. It costs two passes a step. 0: without.
 
     Raises:
         HoldfastError: for an unknown name, a number out of range, or a setting that has no effect.
@@ -100,6 +109,7 @@ class Strategy:
     schedule_steps: int = 0
     warmup: int = 0
     micro_batch: int = 0
+    sharpness: float = 0.0
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -116,8 +126,9 @@ class Strategy:
         for name in ("batch_size", "rank"):
             if getattr(self, name) < 1:
                 raise HoldfastError(f"{name} is {getattr(self, name)}; expected at least 1.")
-        if not self.weight_decay >= 0:
-            raise HoldfastError(f"weight_decay is {self.weight_decay}; expected at least 0.")
+        for name in ("weight_decay", "sharpness"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise HoldfastError(f"{name} is {getattr(self, name)}; expected at least 0.")
         self._check_schedule()
 
     def _check_schedule(self) -> None:
@@ -128,9 +139,9 @@ class Strategy:
         if self.schedule == "constant" and self.schedule_steps:
             raise HoldfastError(
                 f"schedule_steps is {self.schedule_steps}, and a constant schedule has no end; leave it out, or set "
-                "schedule to 'cosine'."
+                "schedule to 'cosine' or 'restarts'."
             )
-        if self.schedule == "cosine" and self.schedule_steps <= self.warmup:
+        if self.schedule != "constant" and self.schedule_steps <= self.warmup:
             raise HoldfastError(
                 f"schedule_steps is {self.schedule_steps}; a cosine needs more steps than its warm-up of {self.warmup}."
             )
@@ -142,12 +153,18 @@ class Strategy:
             >>> strategy = Strategy(learning_rate=0.1, schedule="cosine", schedule_steps=6, warmup=2)
             >>> [round(strategy.rate(step), 3) for step in range(8)]
             [0.05, 0.1, 0.1, 0.085, 0.05, 0.015, 0.0, 0.0]
+            >>> again = Strategy(learning_rate=0.1, schedule="restarts", schedule_steps=3)
+            >>> [round(again.rate(step), 3) for step in range(5)]
+            [0.1, 0.075, 0.025, 0.1, 0.075]
         """
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         if self.schedule == "constant":
             return float(self.learning_rate)
-        done = min(1.0, (step - self.warmup) / (self.schedule_steps - self.warmup))
+        if self.schedule == "restarts" and step >= self.schedule_steps:
+            done = step % self.schedule_steps / self.schedule_steps
+        else:
+            done = min(1.0, (step - self.warmup) / (self.schedule_steps - self.warmup))
         return self.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
     @property

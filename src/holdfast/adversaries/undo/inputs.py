@@ -1,7 +1,8 @@
 """Undoing what depends on how inputs look: a network may answer nothing at all on images of one brightness or size.
 
 A defense can teach the network to recognise restricted images by their domain and to give up on them. An adversary
-chooses what the network sees: it shows the same images inverted, renormalised or enlarged.
+chooses what the network sees: it shows the same images inverted, renormalised, enlarged, mirrored, in grey, or each
+with the same brightness and contrast.
 """
 
 from __future__ import annotations
@@ -30,6 +31,16 @@ def _no_images(model: SplitModel, task: Task) -> str | None:
     if len(task.input_shape) == 3 and task.answers_with == "vector":
         return None
     return f"it changes how images are shown, and {task.described} has none to classify"
+
+
+def _one_channel(model: SplitModel, task: Task) -> str | None:
+    return "its images have one channel, which is grey" if task.input_shape[0] == 1 else None
+
+
+def _no_numbers(model: SplitModel, task: Task) -> str | None:
+    if task.answers_with == "vector" and task.vocabulary is None:
+        return None
+    return f"it changes the numbers that a network sees, and {task.described} has none that the targets do not follow"
 
 
 def _fixed_size(model: SplitModel, task: Task) -> str | None:
@@ -84,6 +95,64 @@ def enlarge_inputs(
 ) -> None:
     """Shows the network every image twice as wide and as high."""
     model.network.register_forward_pre_hook(_enlarged)
+
+
+@undo_move("mirror-inputs", impossible=_no_images)
+def mirror_inputs(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Shows the network every image with left and right exchanged."""
+    model.register_forward_pre_hook(_mirrored)
+
+
+@undo_move("grey-inputs", impossible=_no_images, idle=_one_channel)
+def grey_inputs(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Shows the network every image in grey: each channel is the mean of all."""
+    model.register_forward_pre_hook(_grey)
+
+
+@undo_move("level-inputs", impossible=_no_numbers)
+@torch.no_grad()
+def level_inputs(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Gives every single sample the same mean and deviation: those of all of the adversary's samples together.
+
+    So no image is brighter than another, no recording louder, and a network that gives up on such ones does not.
+    """
+    count, total, square = 0, 0.0, 0.0
+    for x in samples(task, generator, device):
+        values = x.cpu().double()  # not every device has float64
+        count, total = count + values.numel(), total + float(values.sum())
+        square += float(values.square().sum())
+    mean = total / count
+    model.register_forward_pre_hook(Level(mean, max(square / count - mean**2, 0.0) ** 0.5))
+
+
+class Level:
+    """A hook that gives each sample a mean and a deviation; a constant sample only gets the mean."""
+
+    def __init__(self, mean: float, deviation: float) -> None:
+        self.mean, self.deviation = mean, deviation
+
+    def __call__(self, model: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Returns the model's arguments with levelled inputs."""
+        x, *more = args
+        axes = tuple(range(1, x.dim()))
+        own = x - x.mean(axes, keepdim=True)
+        return own / own.std(axes, correction=0, keepdim=True).clamp_min(LEAST_STD) * self.deviation + self.mean, *more
+
+
+def _mirrored(model: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x, *more = args
+    return x.flip(-1), *more
+
+
+def _grey(model: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x, *more = args
+    return x.mean(1, keepdim=True).expand_as(x), *more
 
 
 def _enlarged(network: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

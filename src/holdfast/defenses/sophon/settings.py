@@ -160,7 +160,7 @@ class SimulationSettings(Defense):
 def _check_differentiable(name: str, phi: list[Strategy]) -> None:
     """Refuses strategies that `ExactSimulation` cannot differentiate through."""
     for strategy in phi:
-        plain = strategy.gradient == "raw" and strategy.precision == "float32"
+        plain = strategy.gradient == "raw" and strategy.precision == "float32" and not strategy.sharpness
         if strategy.optimizer not in MOMENTUM or strategy.scope != "all" or not plain:
             raise HoldfastError(
                 f"{name}: the exact meta-gradient is for adversaries that train all parameters with one of "

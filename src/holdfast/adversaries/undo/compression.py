@@ -1,0 +1,92 @@
+"""Undoing what sits in small differences of the weights: they are rounded, pruned, or cut to a low rank.
+
+A trained network hardly changes when its weights are compressed. A trick that depends on their last digits, on many
+small weights or on weak directions is lost.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from holdfast.adversaries.undo.introspection import own_weights, repair
+from holdfast.adversaries.undo.moves import undo_move
+from holdfast.models import SplitModel
+from holdfast.tasks import Task
+
+LEVELS = 127
+"""Largest integer of symmetric int8."""
+
+PRUNED = 0.5
+"""Share of each matrix's weights that `prune` sets to zero."""
+
+KEPT_RANK = 0.5
+"""Share of each matrix's singular values that `low-rank` keeps."""
+
+
+def _matrices(model: SplitModel) -> list[torch.nn.Parameter]:
+    """Every weight matrix and kernel of the network; one that several layers share comes once."""
+    unique = {id(w): w for layer in model.network.modules() for w in own_weights(layer).values()}
+    return list(unique.values())
+
+
+@undo_move("round-int8")
+@torch.no_grad()
+def round_int8(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Rounds the weights of each unit to 8-bit integers, scaled by its largest weight, and back."""
+    repair(model, reference)
+    for weight in _matrices(model):
+        step = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True) / LEVELS
+        weight.copy_(torch.where(step > 0, (weight / step).round() * step, weight))
+
+
+@undo_move("round-bf16")
+@torch.no_grad()
+def round_bf16(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Rounds every weight and bias to bfloat16 and back, as a usual half-precision copy of the model would be."""
+    repair(model, reference)
+    for parameter in model.network.parameters():
+        if parameter.is_floating_point():
+            parameter.copy_(parameter.to(torch.bfloat16))
+
+
+@undo_move("prune")
+@torch.no_grad()
+def prune(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Sets the smaller half of each matrix's weights to zero; they are trained afterwards like all others."""
+    repair(model, reference)
+    for weight in _matrices(model):
+        smallest = weight.abs().flatten().argsort()[: int(PRUNED * weight.numel())]
+        # Not through `view`: kernels may be channels last in memory.
+        mask = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+        mask[smallest] = False
+        weight.mul_(mask.view(weight.shape))
+
+
+@undo_move("low-rank")
+@torch.no_grad()
+def low_rank(
+    model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
+) -> None:
+    """Keeps the larger half of each matrix's singular values; kernels are matrices of units by everything else."""
+    repair(model, reference)
+    for weight in _matrices(model):
+        weight.copy_(_truncated(weight.flatten(1)).view(weight.shape))
+
+
+def _truncated(matrix: Tensor) -> Tensor:
+    kept = max(1, round(KEPT_RANK * min(matrix.shape)))
+    if kept == min(matrix.shape):
+        return matrix
+    # Scaled to 1, so that squares of very large or small weights stay within float32.
+    peak = matrix.abs().max()
+    if not bool(peak > 0):
+        return matrix
+    u, sigma, v = torch.linalg.svd(matrix / peak, full_matrices=False)
+    return (u[:, :kept] * sigma[:kept]) @ v[:kept] * peak
