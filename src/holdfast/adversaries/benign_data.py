@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,15 @@ from holdfast.training import Strategy
 
 TEMPERATURE = 1.0
 """Of the class distributions that an anchor compares."""
+
+WATCHED = 200
+"""Benign samples on which a floor is watched, at most."""
+
+Train = Callable[[torch.optim.Optimizer, Callable[[], float]], Iterator[Tensor]]
+"""Begins a training with an optimizer and a factor on its rate."""
+
+HALVINGS = 6
+"""Of the rate, after which an attack that cannot hold its floor ends."""
 
 
 class BenignTraining:
@@ -79,6 +89,46 @@ class BenignTraining:
             with self._released_head():
                 loss = next(work)
             yield loss
+
+    def hold(self, floor: float, train: Train) -> Iterator[Tensor]:
+        """Trains without losing the benign task, and yields the loss of each step.
+
+        A step that brings the skill on some benign training samples below `floor` times what it was at first is taken
+        back, with the optimizer's state, and the rate is halved. After `HALVINGS` such steps the attack ends: the
+        weights stay as they are.
+
+        Args:
+            floor: share of the skill, in (0, 1].
+            train: begins the training.
+        """
+        watched = next(self.benign.batches("train", WATCHED, generator=self.generator, device=self.device))
+        least, halved, loss = floor * self._skill(watched), 0, torch.zeros((), device=self.device)
+        optimizer = training.optimizer_of(self.model, self.strategy)
+        work = train(optimizer, lambda: 0.5**halved)
+        kept = self._state(optimizer)
+        while halved < HALVINGS:
+            loss = next(work)
+            if self._skill(watched) >= least:
+                kept = self._state(optimizer)
+            else:
+                halved += 1
+                self.model.load_state_dict(kept[0])
+                optimizer.load_state_dict(kept[1])
+            yield loss
+        while True:
+            yield loss
+
+    def _state(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+        return copy.deepcopy(self.model.state_dict()), copy.deepcopy(optimizer.state_dict())
+
+    @torch.no_grad()
+    def _skill(self, watched: Batch) -> float:
+        """The quality of the answers through the released head, from 0 to 1; 0 if any is not finite."""
+        training = self.model.training
+        with self._released_head():
+            outputs = self.model.eval()(watched.x)
+        self.model.train(training)
+        return self.benign.batch_skill(outputs, watched) if bool(outputs.isfinite().all()) else 0.0
 
     @contextmanager
     def _released_head(self) -> Iterator[None]:

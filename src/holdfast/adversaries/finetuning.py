@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from holdfast import training
+from holdfast.adversaries.augmentation import Augmentation, no_images
 from holdfast.adversaries.base import KINDS, Adversary, keep_head
 from holdfast.adversaries.benign_data import BenignTraining
+from holdfast.adversaries.distillation import distil, start_anew
 from holdfast.adversaries.undo import moves
 from holdfast.adversaries.undo.moves import UNDO
 from holdfast.adversaries.undo.thaw import bake
@@ -21,8 +25,14 @@ from holdfast.models import SplitModel
 from holdfast.tasks import Task
 from holdfast.training import Strategy
 
-OPTIONS = ("undo", "burn_in", "replay", "anchor", "benign_first")
+OPTIONS = ("undo", "burn_in", "replay", "anchor", "benign_first", "benign_floor", "distil_first", "augment")
 """Settings of `FineTuning` besides its strategy; in results only if they are not the default."""
+
+BENIGN = ("replay", "anchor", "benign_first", "benign_floor", "distil_first")
+"""Those of them that use benign data."""
+
+OF_BODY = ("anchor", "benign_first", "benign_floor", "distil_first")
+"""Those of them that train or watch the body."""
 
 
 @KINDS.register("finetuning")
@@ -43,7 +53,16 @@ class FineTuning(Adversary):
             adversary pays for them: they count as steps of the budget, and at these budgets nothing of the restricted
             task is learned yet. The optimizer then starts anew; schedule and burn-in count from there.
 
-    The last three need the benign task. `anchor` and `benign_first` train the body, so scope "head" refuses them.
+        benign_floor: share of the benign score that must be kept. A step after which the model, through the same head,
+            has less of the score that it had at first (on some benign training samples) is taken back, and the rate is
+            halved; after six such steps the attack stops. So it stops where the model would collapse.
+        distil_first: number of first steps in which a fresh network of the same architecture learns to give the
+            features of the released one, on benign and on restricted inputs, without labels; it takes its place in the
+            attack. The steps count as those of `benign_first` do, which come after them.
+        augment: settings of timm's RandAugment for restricted images, such as "rand-m9-n2"; empty: none.
+
+    All from `replay` to `distil_first` need the benign task. Those that are about the body are refused with scope
+    "head", which leaves it as it is: `anchor`, `benign_first`, `benign_floor` and `distil_first`.
 
     Raises:
         HoldfastError: for an unknown move, a number out of range, or an option that has no effect.
@@ -55,6 +74,8 @@ class FineTuning(Adversary):
         'initFC+all adam 0.001 b50, equalise, recalibrate, burn-in 5, replay 0.5'
         >>> FineTuning(Strategy("head", schedule="cosine", schedule_steps=90), anchor=1.0, benign_first=10).name
         'initFC+all adam 0.001 b50 cosine90, anchor 1, benign-first 10'
+        >>> FineTuning(Strategy("head"), benign_floor=0.9, distil_first=20, augment="rand-m9-n2").name
+        'initFC+all adam 0.001 b50, benign-floor 0.9, distil-first 20, rand-m9-n2'
     """
 
     strategy: Strategy
@@ -64,19 +85,26 @@ class FineTuning(Adversary):
     replay: float = 0.0
     anchor: float = 0.0
     benign_first: int = 0
+    benign_floor: float = 0.0
+    distil_first: int = 0
+    augment: str = ""
 
     def __post_init__(self) -> None:
         for move in self.undo:
             UNDO.lookup(move)
-        for name in ("burn_in", "benign_first"):
+        for name in ("burn_in", "benign_first", "distil_first"):
             if getattr(self, name) < 0:
                 raise HoldfastError(f"{name} is {getattr(self, name)}; expected at least 0.")
         for name in ("replay", "anchor"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise HoldfastError(f"{name} is {getattr(self, name)}; expected a weight of at least 0.")
-        for name in ("anchor", "benign_first") if self.strategy.scope == "head" else ():
+        if not 0 <= self.benign_floor <= 1:
+            raise HoldfastError(f"benign_floor is {self.benign_floor}; expected a share from 0 to 1.")
+        for name in OF_BODY if self.strategy.scope == "head" else ():
             if getattr(self, name):
                 raise HoldfastError(f"{name} trains the body, and scope 'head' leaves it as it is; choose another one.")
+        if self.augment:
+            Augmentation(self.augment, torch.Generator())  # refuses what timm does not understand
         object.__setattr__(self, "name", self.name or self._default_name())
 
     def _default_name(self) -> str:
@@ -88,13 +116,17 @@ class FineTuning(Adversary):
         name += f" {s.gradient}" if s.gradient != "raw" else ""
         name += f" r{s.rank}" if s.rank != Strategy().rank else ""
         name += f" {s.precision}" if s.precision != "float32" else ""
-        name += f" cosine{s.schedule_steps}" if s.schedule == "cosine" else ""
+        name += f" {s.schedule}{s.schedule_steps}" if s.schedule != "constant" else ""
         name += f" warmup{s.warmup}" if s.warmup else ""
         name += f" in parts of {s.micro_batch}" if s.micro_batch else ""
+        name += f" sam{s.sharpness:g}" if s.sharpness else ""
         options = [f"burn-in {self.burn_in}"] if self.burn_in else []
         options += [f"replay {self.replay:g}"] if self.replay else []
         options += [f"anchor {self.anchor:g}"] if self.anchor else []
         options += [f"benign-first {self.benign_first}"] if self.benign_first else []
+        options += [f"benign-floor {self.benign_floor:g}"] if self.benign_floor else []
+        options += [f"distil-first {self.distil_first}"] if self.distil_first else []
+        options += [self.augment] if self.augment else []
         return ", ".join([name, *self.undo, *options])
 
     @property
@@ -109,21 +141,39 @@ class FineTuning(Adversary):
 
     def not_applicable(self, model: SplitModel, task: Task) -> str | None:
         """See `Adversary.not_applicable`."""
-        return training.not_applicable(self.strategy, model, task) or moves.not_applicable(self.undo, model, task)
+        reason = training.not_applicable(self.strategy, model, task) or moves.not_applicable(self.undo, model, task)
+        if reason is None and self.augment:
+            reason = no_images(task)
+        if reason is None and self.distil_first and (cause := model.not_renewable()) is not None:
+            reason = f"a fresh network should learn its features, and {cause}"
+        return reason
 
     def run(
         self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device
     ) -> Iterator[Tensor]:
         """See `Adversary.run`."""
         with _named_errors(self.name, model):
-            beside = self._start(model, task, benign, generator, device)
+            if benign is None and any(getattr(self, option) for option in BENIGN):
+                raise HoldfastError(f"{self.name} uses benign data; give the model's own task (`benign`).")
+            beside, teacher = self._start(model, task, benign, generator, device)
         yield torch.zeros((), device=device)
+        if teacher is not None and benign is not None:
+            size = self.strategy.batch_size
+            first = distil(model, teacher, (benign, task), batch_size=size, generator=generator, device=device)
+            yield from self._caught(islice(first, self.distil_first), model)
         if beside is not None and self.benign_first:
             yield from self._caught(beside.first(self.benign_first), model)
+        change = Augmentation(self.augment, generator) if self.augment else None
         penalty = beside.penalty if beside is not None and (self.replay or self.anchor) else None
-        work = training.finetune(
-            model, task, self.strategy, generator=generator, device=device, burn_in=self.burn_in, penalty=penalty
-        )
+
+        def train(optimizer: Optimizer | None, factor: Callable[[], float] | None) -> Iterator[Tensor]:
+            return training.finetune(
+                model, task, self.strategy, generator=generator, device=device, burn_in=self.burn_in, penalty=penalty,
+                optimizer=optimizer, factor=factor, change=change,
+            )  # fmt: skip
+
+        held = beside is not None and self.benign_floor
+        work = beside.hold(self.benign_floor, train) if beside is not None and held else train(None, None)
         yield from self._caught(work, model)
 
     def _caught(self, work: Iterator[Tensor], model: SplitModel) -> Iterator[Tensor]:
@@ -137,9 +187,10 @@ class FineTuning(Adversary):
 
     def _start(
         self, model: SplitModel, task: Task, benign: Task | None, generator: torch.Generator, device: torch.device
-    ) -> BenignTraining | None:
-        """Makes the undo moves, initialises the model, and returns the training on benign data, if there is any."""
+    ) -> tuple[BenignTraining | None, SplitModel | None]:
+        """Makes the undo moves, initialises the model, and returns what is trained with: benign data, a teacher."""
         released = model.clone().eval().requires_grad_(False) if self.anchor else None
+        teacher = start_anew(model) if self.distil_first else None
         renews = self.strategy.renews
         thaws = (self.undo or self.strategy.scope == "all") and "thaw" not in self.undo
         undo = [UNDO[name] for name in (*(("thaw",) if thaws else ()), *self.undo)]
@@ -153,9 +204,7 @@ class FineTuning(Adversary):
             move(model, model if reference is None else reference, task, generator, device)
         keep_head(model)
         beside = None
-        if self.replay or self.anchor or self.benign_first:
-            if benign is None:
-                raise HoldfastError(f"{self.name} uses benign data; give the model's own task (`benign`).")
+        if benign is not None and any(getattr(self, option) for option in BENIGN):
             beside = BenignTraining(
                 model, released, benign, self.strategy, replay=self.replay, anchor=self.anchor, generator=generator,
                 device=device,
@@ -163,7 +212,7 @@ class FineTuning(Adversary):
         training.prepare(model, self.strategy, task, reference)
         for move in undo:
             move.finish(model)
-        return beside
+        return beside, teacher
 
     def config(self) -> dict[str, Any]:
         """See `Adversary.config`."""
