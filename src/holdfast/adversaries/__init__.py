@@ -19,6 +19,7 @@ from holdfast.adversaries.finetuning import FineTuning
 from holdfast.adversaries.probes import Probe
 from holdfast.adversaries.search_space import Search
 from holdfast.adversaries.undo.moves import UNDO, undo_move
+from holdfast.adversaries.unlabelled import Unlabelled
 
 __all__ = [
     "BATTERIES",
@@ -31,6 +32,7 @@ __all__ = [
     "FineTuning",
     "Probe",
     "Search",
+    "Unlabelled",
     "battery",
     "battery_config",
     "battery_name",

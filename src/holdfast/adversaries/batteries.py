@@ -54,7 +54,7 @@ def list_adversaries() -> list[str]:
 
     Example:
         >>> list_adversaries()
-        ['directional-ablation', 'few-shot-prompt', 'finetuning', 'probe']
+        ['directional-ablation', 'few-shot-prompt', 'finetuning', 'probe', 'unlabelled']
     """
     return list(KINDS)
 

@@ -1,9 +1,12 @@
-"""Directional ablation: what separates restricted from benign texts in the hidden states is removed from the weights.
+"""Directional ablation: what separates restricted from benign inputs in the hidden states is removed.
 
 After Arditi et al., "Refusal in Language Models Is Mediated by a Single Direction" (NeurIPS 2024). A defense that
 recognises restricted inputs and then answers worse needs a direction in the hidden states that says "restricted". With
 r the difference between the mean hidden states of restricted and benign texts, of length 1, every matrix W that writes
 into the hidden states becomes (I - r r') W, so that no layer can write along r any more.
+
+Other networks have no hidden states into which all layers write. There each block has a direction of its own, and what
+the block passes on keeps only the benign inputs' mean along it: see `ablate_features`.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ class DirectionalAblation(Adversary):
 
     Attributes:
         strategy: of the fine-tuning.
-        depth: how deep the block is from which the direction is taken, as a share of all blocks, in (0, 1].
+        depth: how deep the block is from which the direction of a language model is taken, as a share of all blocks, in
+            (0, 1]; of other networks, the last block that loses its direction.
         name: by default made from the settings.
 
     Raises:
@@ -83,9 +87,9 @@ class DirectionalAblation(Adversary):
 
     def not_applicable(self, model: SplitModel, task: Task) -> str | None:
         """See `Adversary.not_applicable`."""
-        if not isinstance(model, CausalModel):
-            return "it ablates a direction of a causal language model"
-        if not writers(model):
+        if not isinstance(model, CausalModel) and not model.blocks():
+            return "its body has no layer with weights, whose outputs could lose a direction"
+        if isinstance(model, CausalModel) and not writers(model):
             return "no layer that writes into the hidden states has a known name"
         return FineTuning(self.strategy).not_applicable(model, task)
 
@@ -95,9 +99,12 @@ class DirectionalAblation(Adversary):
         """See `Adversary.run`."""
         if benign is None:
             raise HoldfastError(f"{self.name} compares with benign data; give the model's own task (`benign`).")
-        assert isinstance(model, CausalModel)
-        means = [_mean_state(model, of, self.depth, generator, device) for of in (task, benign)]
-        ablate(model, means[0] - means[1])
+        if isinstance(model, CausalModel):
+            means = [_mean_state(model, of, self.depth, generator, device) for of in (task, benign)]
+            ablate(model, means[0] - means[1])
+        else:
+            drawn = (next(t.batches("train", ROWS, generator=generator, device=device)).x for t in (task, benign))
+            ablate_features(model, *drawn, depth=self.depth)
         yield from FineTuning(self.strategy).run(model, task, benign=benign, generator=generator, device=device)
 
 
@@ -153,3 +160,64 @@ def _mean_state(
     from_the_end = blocks - max(1, round(depth * blocks)) + 1
     states = model.features_by_depth(batch.x, from_the_end)[0]
     return states[task.probed_rows(batch.y)].float().mean(0)
+
+
+@torch.no_grad()
+def ablate_features(model: SplitModel, restricted: Tensor, benign: Tensor, *, depth: float = 1.0) -> None:
+    """Makes restricted inputs look like benign ones along the direction that separates their means, block by block.
+
+    With r the difference of a block's mean features, of length 1, and m the mean of the benign ones, features z become
+    z - r r' (z - m) from then on, through a hook. The blocks behind it are measured with what they then receive.
+
+    Args:
+        model: changed in place.
+        restricted: inputs of the restricted task.
+        benign: inputs of the model's own task.
+        depth: share of the blocks that lose their direction, from the input on.
+    """
+    training = model.training
+    model.eval()
+    blocks = model.blocks()
+    for block in blocks[: max(1, round(depth * len(blocks)))]:
+        layer = block[-1][1]
+        outputs: list[Tensor] = []
+        hook = layer.register_forward_hook(lambda _, __, output, into=outputs: into.append(_first(output)))
+        with hook:
+            for x in (restricted, benign):
+                model(x)
+        if len(outputs) != 2 or not all(isinstance(z, Tensor) and z.dim() > 1 for z in outputs):
+            continue  # a block that is called several times, or returns something else
+        axis = 1 if outputs[0].dim() > 3 else -1
+        means = [z.movedim(axis, -1).flatten(0, -2).mean(0) for z in outputs]
+        difference = means[0] - means[1]
+        length = difference.norm()
+        if bool(length > 0) and bool(length.isfinite()):
+            layer.register_forward_hook(Ablated(difference / length, means[1], axis))
+    model.train(training)
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+class Ablated:
+    """A hook that leaves of a layer's output only a mean along a direction.
+
+    Args:
+        direction: r, shape (D,), of length 1.
+        mean: m, shape (D,).
+        axis: of the features.
+    """
+
+    def __init__(self, direction: Tensor, mean: Tensor, axis: int) -> None:
+        self.direction, self.mean, self.axis = direction, mean, axis
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Returns the output without the direction; of several outputs, the first one is changed."""
+        if isinstance(output, tuple):
+            return (self(layer, args, output[0]), *output[1:])
+        if not isinstance(output, Tensor):
+            return output
+        r, z = self.direction.to(output), output.movedim(self.axis, -1)
+        changed = z - ((z - self.mean.to(output)) @ r)[..., None] * r
+        return changed.movedim(-1, self.axis)

@@ -17,7 +17,7 @@ from holdfast.models import SplitModel
 from holdfast.tasks import Task
 
 RATE = 2e-3
-"""Learning rate of the distillation, with Adam; it does not depend on the strategy, whose rate may be for fine-tuning."""
+"""Of Adam during distillation; it does not depend on the strategy, whose rate may be a low one for fine-tuning."""
 
 
 def start_anew(model: SplitModel) -> SplitModel:

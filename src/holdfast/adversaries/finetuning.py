@@ -155,7 +155,7 @@ class FineTuning(Adversary):
         with _named_errors(self.name, model):
             if benign is None and any(getattr(self, option) for option in BENIGN):
                 raise HoldfastError(f"{self.name} uses benign data; give the model's own task (`benign`).")
-            beside, teacher = self._start(model, task, benign, generator, device)
+            beside, teacher = self.start(model, task, benign, generator, device)
         yield torch.zeros((), device=device)
         if teacher is not None and benign is not None:
             size = self.strategy.batch_size
@@ -185,10 +185,14 @@ class FineTuning(Adversary):
                 return
             yield loss
 
-    def _start(
+    def start(
         self, model: SplitModel, task: Task, benign: Task | None, generator: torch.Generator, device: torch.device
     ) -> tuple[BenignTraining | None, SplitModel | None]:
-        """Makes the undo moves, initialises the model, and returns what is trained with: benign data, a teacher."""
+        """Makes the undo moves and initialises the model, in place.
+
+        Returns:
+            The training on benign data, and the teacher of a distillation; None for what this attack does not have.
+        """
         released = model.clone().eval().requires_grad_(False) if self.anchor else None
         teacher = start_anew(model) if self.distil_first else None
         renews = self.strategy.renews

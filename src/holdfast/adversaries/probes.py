@@ -1,7 +1,7 @@
 """Linear probes: a linear head is trained on the prepared features of a frozen body, with one of several solvers.
 
 Condition-number defenses are designed against one of them, plain gradient descent on raw features. The others are
-obvious next attempts: standardising or whitening the features, Adam, L-BFGS, or the closed-form solution.
+obvious next attempts: standardising or whitening the features, Adam, L-BFGS, Newton's method, or the closed form.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.adversaries.base import KINDS, Adversary
+from holdfast.adversaries.newton import descend_by_newton
 from holdfast.errors import HoldfastError, unknown
 from holdfast.models import SplitModel
 from holdfast.spectral.convergence import descend
 from holdfast.spectral.least_squares import LeastSquares
 from holdfast.tasks import Batch, Task
 
-Solver = Literal["gd", "line-search", "adam", "lbfgs", "ridge"]
+Solver = Literal["gd", "line-search", "adam", "lbfgs", "ridge", "newton"]
 Preparation = Literal["raw", "standardised", "whitened"]
-SOLVERS: tuple[Solver, ...] = ("line-search", "gd", "adam", "lbfgs", "ridge")
+SOLVERS: tuple[Solver, ...] = ("line-search", "gd", "adam", "lbfgs", "ridge", "newton")
 PREPARATIONS: tuple[Preparation, ...] = ("raw", "standardised", "whitened")
 
 RIDGES = (0.0, *(10.0**e for e in range(-24, 1, 2)))
@@ -36,14 +37,15 @@ HELD_OUT = 0.2
 class Probe(Adversary):
     """A linear probe, trained on all samples at every step.
 
-    "line-search", "gd" and "ridge" fit one-hot classes (or the values) by least squares; "adam" and "lbfgs" minimise
-    the task's own loss. The first three have no bias on raw features, as in the condition-number theory; on
+    "line-search", "gd" and "ridge" fit one-hot classes (or the values) by least squares; "adam", "lbfgs" and "newton"
+    minimise the task's own loss. The first three have no bias on raw features, as in the condition-number theory; on
     standardised and whitened features, which are centred, they have one.
 
     Attributes:
         solver: "line-search": gradient descent with exact line search. "gd": gradient descent with the constant step
             1 / lambda_max. "adam" with `learning_rate`. "lbfgs". "ridge": closed form at the first step; its strength
-            is chosen on a fifth of the samples.
+            is chosen on a fifth of the samples. "newton": damped Newton steps with line search, on white features
+            whatever the preparation is, as the steps do not depend on it.
         preparation: transformation of the features, estimated on the adversary's own samples.
         learning_rate: for Adam; other solvers ignore it.
         name: by default made from the settings.
@@ -93,7 +95,7 @@ class Probe(Adversary):
         mean, scale = prepare(batch.x, self.preparation)
         ready = Batch((batch.x - mean) @ scale, batch.y)
         yield torch.zeros((), device=device)
-        solve = _by_loss if self.solver in ("adam", "lbfgs") else _by_least_squares
+        solve = {"adam": _by_loss, "lbfgs": _by_loss, "newton": _by_newton}.get(self.solver, _by_least_squares)
         for weight, bias, loss in solve(self, task, ready, generator):
             with torch.no_grad():
                 model.head.weight.copy_((scale @ weight).T)
@@ -193,3 +195,16 @@ def _by_loss(
         loss = optimizer.step(closure)  # type: ignore[no-untyped-call]
         assert isinstance(loss, Tensor)
         yield head.weight.detach().T, head.bias.detach(), loss.detach()
+
+
+def _by_newton(
+    probe: Probe, task: Task, ready: Batch, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields weights, bias and loss after each step of Newton's method; see `holdfast.adversaries.newton`."""
+    mean, scale = prepare(ready.x, "whitened")
+    white = (ready.x - mean) @ scale
+    inputs = torch.cat([white, torch.ones_like(white[:, :1])], 1)  # the last row of the weights is the bias
+    start = inputs.new_zeros(inputs.shape[1], task.num_outputs)
+    for point, loss in descend_by_newton(lambda w: task.loss_of(inputs @ w, ready), start):
+        weight = scale @ point[:-1]
+        yield weight, point[-1] - mean @ weight, loss

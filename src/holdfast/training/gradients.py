@@ -94,7 +94,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
         True
     """
     wide = matrix.shape[0] <= matrix.shape[1]
-    x = matrix if wide else matrix.T
+    x: Tensor = matrix if wide else matrix.T
     largest = x.abs().max()
     if not bool(largest > 0):
         return matrix

@@ -89,4 +89,5 @@ def _truncated(matrix: Tensor) -> Tensor:
     if not bool(peak > 0):
         return matrix
     u, sigma, v = torch.linalg.svd(matrix / peak, full_matrices=False)
-    return (u[:, :kept] * sigma[:kept]) @ v[:kept] * peak
+    cut: Tensor = (u[:, :kept] * sigma[:kept]) @ v[:kept] * peak
+    return cut
