@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.models import FromActivations, FrozenActivations, ModelSpec, SplitModel, load_model
+from holdfast.models import FrozenActivations, ModelSpec, SplitModel, load_model
 from holdfast.tasks import load_task
 
 SAMPLES = {"cnn": "digits[0-4]", "mlp": "digits[0-4]", "cifar_resnet": "digits[0-4]@image_size=16,channels=3"}
@@ -71,9 +71,9 @@ def test_a_task_on_activations_scores_as_the_task_does():
     model, task, x = built("cnn")
     prefix = FrozenActivations(model, model.blocks()[:-1], x)
     kept = prefix.task(task, "test")
-    assert kept.score(FromActivations(prefix, model)) == task.score(model)
+    assert kept.score(prefix.remainder(model)) == task.score(model)
     assert next(kept.sweep("train", 5, device=torch.device("cpu"))).x.isnan().all()
-    assert prefix.task(task, "train").score(FromActivations(prefix, model), "train") == task.score(model, "train")
+    assert prefix.task(task, "train").score(prefix.remainder(model), "train") == task.score(model, "train")
     assert (kept.size("train"), kept.size("test")) == (task.size("train"), task.size("test"))
     per_sample = torch.tensor(prefix.shape).prod().item() * 4
     assert prefix.size(task, "test") == per_sample * task.size("test")
@@ -137,7 +137,7 @@ class TestSentences:
         prefix = FrozenActivations(
             model, model.blocks()[:-1], next(task.sweep("train", 2, device=torch.device("cpu"))).x
         )
-        assert prefix.task(task, "test").score(FromActivations(prefix, model)) == task.score(model)
+        assert prefix.task(task, "test").score(prefix.remainder(model)) == task.score(model)
 
 
 class Residual(nn.Module):

@@ -1,6 +1,6 @@
 """Models: a network split into a body and a head; built-in ones, timm's, Hugging Face's, and the user's code."""
 
-from holdfast.models.activation_cache import FromActivations, FrozenActivations
+from holdfast.models.activation_cache import FrozenActivations
 from holdfast.models.blocks import is_normalisation
 from holdfast.models.compatibility import architecture_differences, check_fits
 from holdfast.models.families.diffusion import Denoiser
@@ -20,7 +20,6 @@ __all__ = [
     "CausalModel",
     "Denoiser",
     "Family",
-    "FromActivations",
     "FrozenActivations",
     "ModelSpec",
     "SplitModel",

@@ -112,16 +112,22 @@ class FrozenActivations:
             model: in training or evaluation mode.
             activations: as `activations` returns them.
         """
+        with self.answering(model.network, activations) as x:
+            return model.with_features(x)
+
+    @contextlib.contextmanager
+    def answering(self, network: nn.Module, activations: Tensor) -> Iterator[Tensor]:
+        """Lets the frozen modules of a network return activations; yields the inputs that it has to be run on."""
         count, inside = len(activations), math.prod(self.shape)
         x = self._inputs.expand(count, *self._inputs.shape[1:])
         if self._reads:
             x = activations[:, inside:].to(self._inputs).reshape(x.shape)
             activations = activations[:, :inside].reshape(count, *self.shape)
-        with _uncut(model.network), self._answering(model.network, activations):
-            return model.with_features(x)
+        with _uncut(network), self._replaced(network, activations):
+            yield x
 
     @contextlib.contextmanager
-    def _answering(self, network: nn.Module, activations: Tensor) -> Iterator[None]:
+    def _replaced(self, network: nn.Module, activations: Tensor) -> Iterator[None]:
         layers = {name: network.get_submodule(name) for name in self._templates}
         own = {name: vars(layer)["forward"] for name, layer in layers.items() if "forward" in vars(layer)}
         for name, layer in layers.items():
@@ -135,6 +141,22 @@ class FrozenActivations:
                 del layer.forward
                 if name in own:  # a patch of the user's
                     layer.forward = own[name]
+
+    def remainder(self, model: SplitModel) -> SplitModel:
+        """Returns a model's trained blocks and head as a model of their own, whose inputs are activations.
+
+        Its network is a `Remainder`, which holds the given model itself, not a copy.
+        """
+        return SplitModel(
+            Remainder(self, model),
+            f"model.network.{model.head_name}",
+            name=model.name,
+            factory=lambda: Remainder(self, model.fresh()),
+            channels_last=model.channels_last,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenActivations:
+        return self  # it does not change, so copies of a remainder share it
 
     def size(self, task: Task, split: Split) -> int:
         """Returns the bytes that the activations of a split take."""
@@ -150,11 +172,11 @@ class FrozenActivations:
         return task.with_inputs(kept, missing) if split == "train" else task.with_inputs(missing, kept)
 
 
-class FromActivations(nn.Module):
-    """A model as a function of activations, so that a task on activations can score it.
+class Remainder(nn.Module):
+    """The network of `FrozenActivations.remainder`.
 
     Args:
-        prefix: makes the activations.
+        prefix: made the activations.
         model: runs from them; shared, not copied.
     """
 
@@ -164,11 +186,9 @@ class FromActivations(nn.Module):
 
     def forward(self, activations: Tensor) -> Tensor:
         """Returns logits, shape (N, classes)."""
-        return self.prefix.outputs(self.model, activations)[0]
-
-    def with_features(self, activations: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns logits and features; see `SplitModel.with_features`."""
-        return self.prefix.outputs(self.model, activations)
+        with self.prefix.answering(self.model.network, activations) as x:
+            logits: Tensor = self.model(x)
+            return logits
 
 
 def _returning(value: Tensor) -> Any:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from holdfast.models import FromActivations, FrozenActivations, SplitModel
+from holdfast.models import FrozenActivations, SplitModel
 from holdfast.tasks import Batch, Task
 from holdfast.tasks.base import Split
 
@@ -83,9 +83,9 @@ class FrozenPrefix:
         """Returns a batch of `tasks` for `runner`: the inputs of the first trained block, if possible."""
         return batch if self.prefix is None or self.kept else Batch(self.prefix.activations(batch.x), batch.y)
 
-    def runner(self, model: SplitModel) -> SplitModel | FromActivations:
-        """Returns a network that computes a model's outputs from batches that `enter` returned."""
-        return model if self.prefix is None else FromActivations(self.prefix, model)
+    def runner(self, model: SplitModel) -> SplitModel:
+        """Returns a model that computes a model's outputs from batches that `enter` returned."""
+        return model if self.prefix is None else self.prefix.remainder(model)
 
     def score_held_out(self, model: SplitModel) -> float:
         """Returns a model's score on the held-out benign data."""

@@ -149,6 +149,8 @@ class SimulationSettings(Defense):
             )
         for strategy in self.phi():
             reason = not_applicable(strategy, model, restricted)
+            if reason is None and strategy.initialisation == "last-block" and len(model.blocks()) == 1:
+                reason = "its body is a single block"
             if reason is not None:
                 raise HoldfastError(
                     f"{self.name}: {reason}, so a start from '{strategy.initialisation}' that trains "

@@ -18,6 +18,7 @@ from holdfast.defenses.base import DefenseRecord
 from holdfast.defenses.guard import GuardedDefense
 from holdfast.defenses.registry import register_defense
 from holdfast.defenses.sophon.exact import ExactSimulation
+from holdfast.defenses.sophon.frozen_blocks import behind_frozen_blocks, check_trained_blocks
 from holdfast.defenses.sophon.population import Population
 from holdfast.defenses.sophon.sampling import SamplingStates
 from holdfast.defenses.sophon.settings import ReinforcementSettings, SimulationSettings, SuppressionSettings
@@ -49,6 +50,11 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
     Attributes:
         precision: of forward and backward passes: "float32", or "bf16" where torch's autocast considers it safe.
         compile: compile the forward passes with torch.compile; worth its start-up time in long runs.
+        blocks: how many of the last blocks of the body are trained, by the defense and by its simulated adversaries
+            (see `SplitModel.blocks`), beside the head. The outputs of the blocks before them are computed once, which
+            saves their share of every step. An adversary of the released model trains all blocks, so the frozen ones
+            give away what they know. Ours; None: all, as in the paper.
+        cache_gib: refuse `blocks` if those outputs need more memory than this.
 
     Raises:
         HoldfastError: for a value out of range.
@@ -72,10 +78,16 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
 
     precision: Precision = "float32"
     compile: bool = False
+    blocks: int | None = None
+    cache_gib: float = 8.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_unknown("precision", get_args(Precision))
+        self.refuse_below_one("blocks")
+        self.refuse_not_above_zero("cache_gib")
+        if self.blocks is not None:
+            self._check_frozen(self.blocks)
         if self.joint_weight is not None and (self.suppression_loops > 1 or self.reinforcement_loops < 1):
             raise HoldfastError(
                 f"{self.name}: joint_weight needs one suppression loop and at least one reinforcement loop a round; "
@@ -89,6 +101,25 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
             raise HoldfastError(
                 f"{self.name}: the exact meta-gradient cannot be combined with lifetime, probe_weight, bf16 or "
                 "compile; leave them out."
+            )
+
+    def _check_frozen(self, blocks: int) -> None:
+        """Refuses settings that would change or read blocks that are frozen."""
+        mixed = next((s for s in self.phi() if s.initialisation in ("last-half", "shrink-perturb")), None)
+        if mixed is not None:
+            raise HoldfastError(
+                f"{self.name}: blocks is {blocks}, and a start from '{mixed.initialisation}' may change frozen blocks; "
+                "leave one of both out."
+            )
+        if blocks == 1 and any(s.initialisation == "last-block" for s in self.phi()):
+            raise HoldfastError(
+                f"{self.name}: blocks is 1, and a start from 'last-block' starts the only trained block anew, so "
+                "nothing is left to suppress; leave it out, or set blocks to 2 or more."
+            )
+        if self.probe_weight and self.probe_depth > blocks:
+            raise HoldfastError(
+                f"{self.name}: probe_depth is {self.probe_depth}, and blocks is {blocks}; frozen blocks cannot be "
+                "changed by a probe, so expected at most that."
             )
 
     def check_kinds(self, benign: Task, restricted: Task) -> None:
@@ -162,7 +193,17 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
         if reason is not None:
             raise HoldfastError(f"{self.name}: {model.name}: {reason}. Set probe_depth, or probe_weight: 0.")
         self.check_starts(model, restricted)
-        return _Immunization(self.resolved(benign), model, benign, restricted, run).finish()
+        config = self.resolved(benign)
+        if self.blocks is None:
+            return _Immunization(config, model, benign, restricted, run).finish()
+        check_trained_blocks(self, self.blocks, model, benign)
+        device_model = model.clone().to(run.device)
+        left = behind_frozen_blocks(self, self.blocks, self.cache_gib, device_model, benign, restricted)
+        immunized, record = _Immunization(config, *left, run).finish()
+        result = left.whole(immunized)
+        for own, given in zip(result.parameters(), model.parameters(), strict=True):
+            own.requires_grad_(given.requires_grad)
+        return result, record
 
 
 SAMPLING = "sampling/"
