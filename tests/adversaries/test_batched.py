@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from cases import ADVERSARIES
 from conftest import toy_task
 from holdfast.adversaries import FineTuning, Probe
 from holdfast.adversaries.batched import ELEMENTWISE, Member, attack_together, stackable, stacks
+from holdfast.adversaries.undo.moves import UNDO
 from holdfast.errors import HoldfastError
 from holdfast.models import ModelSpec, SplitModel, load_model
 from holdfast.models.families.builtin import CifarResNet
@@ -80,6 +82,23 @@ class TestTheSameCurvesAsAlone:
         ]  # fmt: skip
         assert [len(group) for group in stacks(members)] == [4]
         assert_same(attack_together(members, budgets=(0, 40), run=run), [alone(m, run, (0, 40)) for m in members])
+
+    @pytest.mark.parametrize("norm", ["none", "batch"])
+    def test_every_move_that_changes_weights_alone(self, norm, benign, restricted, run):
+        """A move may draw from the generator of the batches, and leaves layers and settings as they are."""
+        model = cnn(norm, benign, run, 30)
+        moves = [name for name in UNDO if UNDO[name].weights_only]
+        assert len(moves) > 10
+        made = [FineTuning(Strategy("head", "all", "sgd", 0.02, 30), undo=(name,)) for name in moves]
+        members = [
+            Member(a, model, restricted, "immunized", seed, repaired=True)
+            for a in made if a.not_applicable(model, restricted) is None
+            for seed in (0, 1)
+        ]  # fmt: skip
+        budgets = (0, 4)
+        assert [len(group) for group in stacks(members)] == [len(members)]
+        assert_same(attack_together(members, budgets=budgets, run=run), [alone(m, run, budgets) for m in members])
+        assert all(len(group) == 1 for group in stacks([replace(m, repaired=False) for m in members]))
 
     def test_a_plain_chain_on_vectors_and_a_head_of_other_width(self, run):
         task = toy_task(3)

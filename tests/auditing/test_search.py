@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from torch import nn
 from holdfast.adversaries import Adversary, batteries
 from holdfast.auditing import audit as auditing
 from holdfast.auditing.audit import AuditSpec, audit
+from holdfast.auditing.red_flags import REMEDIES, raised
 from holdfast.auditing.search import _pruning_thresholds, _value, search
 from holdfast.auditing.trials import SEARCH_SEED, Trial, TrialContext, TrialRunner
 from holdfast.models import SplitModel
@@ -86,11 +87,15 @@ class Plan:
     always: tuple[Pull, ...] = ()
     batch: int = 3
     repeated: int = 2
+    unpruned: int = 0
     begun: list[Told] = field(default_factory=list)
 
     def begin(self, seed: int) -> Told:
         self.begun.append(Told(torch.Generator().manual_seed(seed), self.always))
         return self.begun[-1]
+
+    def reading(self, flags: list[str]) -> Plan:
+        return self
 
     def config(self) -> dict[str, Any]:
         return {"always": [a.rate for a in self.always], "batch": self.batch}
@@ -258,6 +263,7 @@ class TestAudit:
     @pytest.fixture
     def planned(self, monkeypatch):
         """Lets an audit take `Plan` for a search."""
+        batteries.list_batteries()  # loads the published ones, before the type of a search is another
         monkeypatch.setitem(batteries.SEARCHES._members, "pull-v1", Plan())
         monkeypatch.setattr(auditing, "Search", Plan)
         monkeypatch.setattr(batteries, "Search", Plan)
@@ -301,3 +307,60 @@ class TestAudit:
         path.write_text("\n".join(lines[: len(lines) // 2]) + "\n")
         assert audit(**there) == whole
         assert Counter(path.read_text().splitlines()) == Counter(lines)
+
+
+class TestInformed:
+    """`adaptive-v2`."""
+
+    plan = batteries.battery("adaptive-v2")
+
+    def test_every_opening_and_answer_is_a_point_of_the_space(self):
+        openings = [*self.plan.openings, *(o for own in self.plan.answers.values() for o in own)]
+        for opening in openings:
+            point = {**self.plan.default, **opening}
+            assert point.keys() == self.plan.space.keys()
+            assert all(self.plan.space[name]._contains(self.plan.space[name].to_internal_repr(v))
+                       for name, v in point.items())  # fmt: skip
+            self.plan.make(point)
+
+    def test_every_flag_that_it_answers_exists(self):
+        assert self.plan.answers.keys() <= REMEDIES.keys()
+
+    def test_every_point_is_an_adversary(self):
+        searcher = replace(self.plan, openings=()).begin(0)
+        names = set()
+        for _ in range(20):
+            found = searcher.ask(10)
+            names |= {a.name for a in found}
+            searcher.tell([0.0] * 10)
+        assert len(names) > 50
+
+    def test_what_answers_a_flag_comes_first_and_once(self):
+        plain, read = self.plan.reading([]), self.plan.reading(["Dead units", "Unusual scales"])
+        answers = [*self.plan.answers["Dead units"], *self.plan.answers["Unusual scales"]]
+        assert read.openings[: len(answers)] == tuple(answers)
+        points = [str(sorted({**self.plan.default, **o}.items())) for o in read.openings]
+        assert len(set(points)) == len(points) == len(plain.openings) == self.plan.opened
+
+    def test_most_of_the_first_trials_are_trained_together(self, models, toy):
+        first = [self.plan.make({**self.plan.default, **o}) for o in self.plan.reading([]).openings]
+        context = runner(models, toy).context
+        trials = [
+            Trial(role, a, SEARCH_SEED)
+            for role in ROLES
+            for a in first[: self.plan.unpruned]
+            if a.not_applicable(models[0], toy) is None
+        ]
+        together = sum(len(group) for group in context.together(trials) if len(group) > 1)
+        assert 2 * together >= len(trials)
+
+    def test_an_audit_reads_the_flags(self, monkeypatch, models, toy):
+        """A network of dead units is revived in the first trial, against each of the three models."""
+        monkeypatch.setattr(
+            auditing, "red_flags", lambda *_, **__: [raised("Dead units", "critical", "They are dead.")]
+        )
+        spec = AuditSpec(budgets=(0, 1), seeds=1, trials=2, battery="adaptive-v2", side_effects=False)
+        result = audit(models[0], models[1], benign=toy, restricted=toy, spec=spec, run=Run(0, CPU))
+        first = {t.role: t.adversary for t in result.search if t.number == 0}
+        assert set(first) == set(ROLES)
+        assert all(name.endswith("revive") for name in first.values())

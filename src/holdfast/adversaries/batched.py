@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from holdfast.adversaries.base import Adversary, Trace, benign_score_after
 from holdfast.adversaries.finetuning import FineTuning
+from holdfast.adversaries.undo.moves import UNDO
 from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel
 from holdfast.models.families.builtin import CNN, MLP
@@ -49,13 +50,19 @@ SMALL: Final = 1_000_000
 
 @dataclass(frozen=True)
 class Member:
-    """The arguments of one `Adversary.attack`."""
+    """The arguments of one `Adversary.attack`.
+
+    Attributes:
+        repaired: whether it may be stacked after undo moves that change weights alone. Scores of a stack differ from
+            those of single attacks by rounding, so published batteries, whose figures are compared, do without.
+    """
 
     adversary: Adversary
     model: SplitModel
     task: Task
     role: Role
     seed: int
+    repaired: bool = False
 
 
 def stackable(adversary: Adversary, model: SplitModel) -> bool:
@@ -72,17 +79,17 @@ def stackable(adversary: Adversary, model: SplitModel) -> bool:
         >>> stackable(adversary, SplitModel(nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 2)), head="2"))
         False
     """
-    return _is_plain(adversary) and any(_is_chain(model, images=images) for images in (True, False))
+    return _is_plain(adversary, repaired=False) and any(_is_chain(model, images=images) for images in (True, False))
 
 
-def _is_plain(adversary: Adversary) -> bool:
-    """Whether an adversary is fine-tuning with no options but its six basic settings."""
-    if type(adversary) is not FineTuning:
+def _is_plain(adversary: Adversary, *, repaired: bool) -> bool:
+    """Whether an adversary is fine-tuning with no options but its six basic settings, and some moves."""
+    if type(adversary) is not FineTuning or not all(repaired and UNDO[move].weights_only for move in adversary.undo):
         return False
     strategy = adversary.strategy
     basic = {"initialisation", "scope", "optimizer", "learning_rate", "batch_size", "weight_decay"}
     others: list[tuple[object, Field[Any]]] = [(strategy, f) for f in fields(strategy) if f.name not in basic]
-    others += [(adversary, f) for f in fields(adversary) if f.name not in {"strategy", "name"}]
+    others += [(adversary, f) for f in fields(adversary) if f.name not in {"strategy", "name", "undo"}]
     return (
         strategy.scope in ("all", "head", "norm")
         and strategy.optimizer in ELEMENTWISE
@@ -196,7 +203,11 @@ def _key(member: Member) -> tuple[Any, ...] | None:
     adversary, model, task = member.adversary, member.model, member.task
     methods = ("loss", "loss_of", "outcomes", "outcomes_of", "_entered")
     overridden = any(getattr(type(task), name, None) is not getattr(ArrayTask, name) for name in methods)
-    if overridden or not _is_plain(adversary) or not _is_chain(model, images=len(task.input_shape) == 3):
+    if (
+        overridden
+        or not _is_plain(adversary, repaired=member.repaired)
+        or not _is_chain(model, images=len(task.input_shape) == 3)
+    ):
         return None
     strategy = _strategy(member)
     batch_size = min(strategy.batch_size, task.size("train"))
@@ -269,13 +280,14 @@ class _Stack:
     """The members' models and optimizer as stacked tensors."""
 
     def __init__(self, members: Sequence[Member], run: Run) -> None:
-        models, strategies = [_prepared(m, run) for m in members], [_strategy(m) for m in members]
+        prepared, strategies = [_prepared(m, run) for m in members], [_strategy(m) for m in members]
+        models = [model for model, _ in prepared]
         first = models[0]
         self._members, self._models, self._run = members, models, run
         self._layers = _pool_first(_layers(first))
         self._scale = first.mean, first.std
         self._training = strategies[0].scope != "head"
-        self._batches = _batches(members, run)
+        self._batches = _batches(members, [generator for _, generator in prepared], run)
         self._size = min(strategies[0].batch_size, members[0].task.size("train"))
         states = [m.state_dict() for m in models]
         self._tensors = {name: _stacked([s[name] for s in states]) for name in states[0]}
@@ -405,22 +417,26 @@ def _strategy(member: Member) -> Strategy:
     return member.adversary.strategy
 
 
-def _prepared(member: Member, run: Run) -> SplitModel:
-    """Returns a copy of the member's model before the first step, with the random draws of `Adversary.attack`."""
+def _prepared(member: Member, run: Run) -> tuple[SplitModel, torch.Generator]:
+    """Returns a copy of the member's model before the first step, with the random draws of `Adversary.attack`.
+
+    The generator comes with it: its next draws are the member's batches.
+    """
     model = member.model.clone().to(run.device)
     with run.seeded("attack", member.adversary.name, member.seed) as generator:
         next(member.adversary.run(model, member.task, benign=None, generator=generator, device=run.device))
-    return model
+    return model, generator
 
 
-def _batches(members: Sequence[Member], run: Run) -> Iterator[Batch]:
+def _batches(members: Sequence[Member], generators: Sequence[torch.Generator], run: Run) -> Iterator[Batch]:
     """Yields the next batch of every member, stacked; batches that several roles share are drawn once."""
-    keys = [(m.adversary.name, m.seed, id(m.task)) for m in members]
+    keys = [
+        (m.adversary.name, m.seed, id(m.task), g.get_state().numpy().tobytes())
+        for m, g in zip(members, generators, strict=True)
+    ]
     streams = {
-        key: m.task.batches(
-            "train", m.adversary.batch_size, generator=run.generator("attack", *key[:2]), device=run.device
-        )
-        for key, m in zip(keys, members, strict=True)
+        key: m.task.batches("train", m.adversary.batch_size, generator=generator, device=run.device)
+        for key, m, generator in zip(keys, members, generators, strict=True)
     }
     while True:
         drawn = {key: next(stream) for key, stream in streams.items()}

@@ -6,6 +6,7 @@ from holdfast.adversaries.batteries import listed, register_battery
 from holdfast.adversaries.directional_ablation import DirectionalAblation
 from holdfast.adversaries.few_shot_prompt import FewShotPrompt
 from holdfast.adversaries.finetuning import FineTuning
+from holdfast.adversaries.informed_search import INFORMED
 from holdfast.adversaries.probes import PREPARATIONS, Probe, Solver
 from holdfast.adversaries.search_space import ADAPTIVE, SCALES
 from holdfast.training import Strategy
@@ -191,3 +192,4 @@ register_battery(
 )
 # A separate search against each model.
 register_battery("adaptive-v1", ADAPTIVE)
+register_battery("adaptive-v2", INFORMED)

@@ -1,10 +1,14 @@
-"""A search for adversaries: Optuna explores the joint space of settings, starting from common attacks."""
+"""A search for adversaries: Optuna explores a space of settings, starting from common attacks.
+
+A search may first read the red flags of the audited model: the moves that answer a flag are then its first trials,
+against every model, so that the controls get the same ones.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optuna
@@ -51,29 +55,63 @@ DEFAULT: dict[str, Any] = {
 }  # fmt: skip
 
 
+Params = dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Search:
     """A seeded search: the same trials in the same order on any executor.
 
     Attributes:
-        openings: the first trials, each as its differences from `DEFAULT`.
+        openings: the first trials, each as its differences from `default`.
         batch: number of trials proposed at once, which may run in parallel; their results are reported in order.
         repeated: how many of the best trials against each model are then repeated with every seed on every model.
+        space: the settings that are searched, with their values.
+        default: a point of the space.
+        make: builds the adversary of a point.
+        answers: openings by the name of the red flag that they answer; they come before the others, and not at all
+            without the flag.
+        opened: at most so many openings are tried; None: all.
+        unpruned: number of first trials that run to the last budget, whatever they score. Such trials on small networks
+            are trained together, see `holdfast.adversaries.batched`.
     """
 
-    openings: tuple[dict[str, Any], ...]
+    openings: tuple[Params, ...]
     batch: int = 6
     repeated: int = 3
+    space: Mapping[str, BaseDistribution] = field(default_factory=lambda: SPACE)
+    default: Mapping[str, Any] = field(default_factory=lambda: DEFAULT)
+    make: Callable[[Params], Adversary] = field(default_factory=lambda: adversary)
+    answers: Mapping[str, tuple[Params, ...]] = field(default_factory=dict)
+    opened: int | None = None
+    unpruned: int = 0
 
     def config(self) -> dict[str, Any]:
         """Returns the settings of the search; together with the seed they determine every trial."""
+        answers = {flag: [{**self.default, **o} for o in own] for flag, own in self.answers.items()}
+        younger = {"answers": answers, "opened": self.opened, "unpruned": self.unpruned}
         return {
             "kind": "search",
-            "openings": [{**DEFAULT, **o} for o in self.openings],
-            "space": {name: optuna.distributions.distribution_to_json(d) for name, d in SPACE.items()},
+            "openings": [{**self.default, **o} for o in self.openings],
+            "space": {name: optuna.distributions.distribution_to_json(d) for name, d in self.space.items()},
             "batch": self.batch,
             "repeated": self.repeated,
+            **{name: value for name, value in younger.items() if value},
         }
+
+    def reading(self, flags: Sequence[str]) -> Search:
+        """Returns this search with the answers to some red flags as its first openings, each flag's in turn.
+
+        Example:
+            >>> plan = Search(({"burn_in": 5}, {}), answers={"Dead units": ({"first": "revive"},)}, opened=2)
+            >>> plan.reading(["Frozen weights", "Dead units"]).openings
+            ({'first': 'revive'}, {'burn_in': 5})
+        """
+        answered = [opening for flag in flags for opening in self.answers.get(flag, ())]
+        points: dict[tuple[Any, ...], Params] = {}
+        for opening in (*answered, *self.openings):
+            points.setdefault(tuple(sorted({**self.default, **opening}.items())), opening)
+        return replace(self, openings=tuple(points.values())[: self.opened], answers={})
 
     def begin(self, seed: int) -> Searcher:
         """Starts the search against one model."""
@@ -83,8 +121,8 @@ class Search:
         )  # fmt: skip
         study = optuna.create_study(direction="maximize", sampler=sampler)
         for opening in self.openings:
-            study.enqueue_trial({**DEFAULT, **opening})
-        return Searcher(study)
+            study.enqueue_trial({**self.default, **opening})
+        return Searcher(study, self)
 
 
 @dataclass
@@ -92,12 +130,13 @@ class Searcher:
     """A running search: ask for adversaries, then tell their results."""
 
     study: optuna.Study
+    plan: Search
     asked: list[optuna.trial.Trial] = field(default_factory=list)
 
     def ask(self, count: int) -> list[Adversary]:
         """Proposes adversaries."""
-        self.asked = [self.study.ask(SPACE) for _ in range(count)]
-        return [adversary(trial.params) for trial in self.asked]
+        self.asked = [self.study.ask(dict(self.plan.space)) for _ in range(count)]
+        return [self.plan.make(trial.params) for trial in self.asked]
 
     def tell(self, values: Sequence[float | None]) -> None:
         """Reports the results of the last proposals, in order; larger is better; None: the trial could not run."""

@@ -148,7 +148,12 @@ def audit(
             check_fits(model, task, own_task=on == "benign", finite=model is original, trainable=False)
     if reference is not None:
         check_fits(reference, restricted, own_task=False, trainable=False)
+    with run.seeded("scratch", 0):
+        fresh = original.fresh()
+    raised = [*flags, *red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)]
     plan = battery(spec.battery)
+    if isinstance(plan, Search):
+        plan = plan.reading([flag.name for flag in raised])
     inside = transplant(immunized, original) if architecture_differences(immunized, original) else None
     samples = {
         (on, seed): few_of(task, spec.shots, run, seed)
@@ -162,9 +167,6 @@ def audit(
         side_effects = _side_effects(tasks, runner, spec) if spec.side_effects else []
         texts = written_texts(context, attacked.adversaries, attacked.curves)
     side = _side(immunized, original, benign, run)
-    with run.seeded("scratch", 0):
-        fresh = original.fresh()
-    raised = [*flags, *red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)]
     raised += flags_of_curves(attacked.curves, attacked.configs, restricted.constant_scores())
     raised += flags_of_collapse(attacked.curves, attacked.configs, side, restricted.audit_chance)
     found = _result(attacked, context, spec, restricted, side, raised, side_effects, warnings=flags)

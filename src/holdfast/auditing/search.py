@@ -17,7 +17,7 @@ def search(plan: Search, trials: int, runner: TrialRunner) -> tuple[list[SearchT
 
     A search has its own samples and batches, and is scored on every second fold of the test split; the adversaries that
     are repeated afterwards are scored on the other folds. A trial stops at a budget where it is worse than half of the
-    trials of earlier batches.
+    trials of earlier batches, unless it is one of the first `unpruned` of the plan.
 
     Args:
         plan: the search.
@@ -43,7 +43,7 @@ class RoleSearch:
     """The search against one model."""
 
     def __init__(self, role: Role, plan: Search, context: TrialContext) -> None:
-        self.role, self.budgets = role, len(context.budgets)
+        self.role, self.budgets, self.unpruned = role, len(context.budgets), plan.unpruned
         self.searcher = plan.begin(derive_seed(context.run.seed, "search", role))
         self.task = context.samples["restricted", SEARCH_SEED]
         self.victim = context.model(role, SEARCH_SEED)
@@ -55,11 +55,12 @@ class RoleSearch:
 
     def propose(self, count: int) -> list[Trial]:
         """Returns the trials of new adversaries; those that cannot start, and duplicates in a batch, have none."""
+        whole = len(self.trials) + count <= self.unpruned
         self.proposed = self.searcher.ask(count)
         self.reasons = {a.name: a.not_applicable(self.victim, self.task) for a in self.proposed}
         fit = {a.name: a for a in self.proposed if self.reasons[a.name] is None}
         self.known |= fit
-        pruning_thresholds = _pruning_thresholds(self.curves, self.budgets)
+        pruning_thresholds = () if whole else _pruning_thresholds(self.curves, self.budgets)
         return [Trial(self.role, a, SEARCH_SEED, pruning_thresholds=pruning_thresholds) for a in fit.values()]
 
     def learn(self, curves: Sequence[Curve]) -> None:

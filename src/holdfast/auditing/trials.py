@@ -129,7 +129,7 @@ class TrialContext:
         members: list[Member] = []
         for trial in trials:
             model = scratch[trial.seed] if trial.role == "scratch" else self._attacked(trial)
-            members.append(Member(trial.adversary, model, self.samples[trial.on, trial.seed], trial.role, trial.seed))
+            members.append(self._member(trial, model))
         index = {id(member): i for i, member in enumerate(members)}
         pruned = [[i] for i, trial in enumerate(trials) if trial.pruning_thresholds]
         stackable = [m for m, trial in zip(members, trials, strict=True) if not trial.pruning_thresholds]
@@ -139,12 +139,16 @@ class TrialContext:
         """Runs one group of trials of `together`."""
         if len(trials) == 1:
             return [self.curve(trials[0])]
-        members = [Member(t.adversary, self._attacked(t), self.samples[t.on, t.seed], t.role, t.seed) for t in trials]
+        members = [self._member(t, self._attacked(t)) for t in trials]
         attacked = {t.on for t in trials} == {"restricted"}
         together = attack_together(
             members, budgets=self.budgets, run=self.run, score_benign=self.benign if attacked else None
         )
         return [_named(curve, trial) for curve, trial in zip(together, trials, strict=True)]
+
+    def _member(self, trial: Trial, model: SplitModel) -> Member:
+        task, searched = self.samples[trial.on, trial.seed], trial.seed == SEARCH_SEED
+        return Member(trial.adversary, model, task, trial.role, trial.seed, repaired=searched)
 
     def _attacked(self, trial: Trial) -> SplitModel:
         if not trial.transplanted:

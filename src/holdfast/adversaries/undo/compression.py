@@ -30,7 +30,7 @@ def _matrices(model: SplitModel) -> list[torch.nn.Parameter]:
     return list(unique.values())
 
 
-@undo_move("round-int8")
+@undo_move("round-int8", weights_only=True)
 @torch.no_grad()
 def round_int8(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
@@ -42,7 +42,7 @@ def round_int8(
         weight.copy_(torch.where(step > 0, (weight / step).round() * step, weight))
 
 
-@undo_move("round-bf16")
+@undo_move("round-bf16", weights_only=True)
 @torch.no_grad()
 def round_bf16(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
@@ -54,7 +54,7 @@ def round_bf16(
             parameter.copy_(parameter.to(torch.bfloat16))
 
 
-@undo_move("prune")
+@undo_move("prune", weights_only=True)
 @torch.no_grad()
 def prune(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
@@ -69,7 +69,7 @@ def prune(
         weight.mul_(mask.view(weight.shape))
 
 
-@undo_move("low-rank")
+@undo_move("low-rank", weights_only=True)
 @torch.no_grad()
 def low_rank(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device

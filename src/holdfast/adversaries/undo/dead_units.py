@@ -22,7 +22,7 @@ from holdfast.models import SplitModel, is_normalisation
 from holdfast.tasks import Task
 
 
-@undo_move("revive", needs_reference=True)
+@undo_move("revive", needs_reference=True, weights_only=True)
 @torch.no_grad()
 def revive(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device

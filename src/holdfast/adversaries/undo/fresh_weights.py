@@ -17,7 +17,7 @@ WORST = 2
 """Number of layers that `reset-worst` reinitialises."""
 
 
-@undo_move("shrink-perturb", needs_reference=True)
+@undo_move("shrink-perturb", needs_reference=True, weights_only=True)
 @torch.no_grad()
 def shrink_perturb(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
@@ -29,7 +29,7 @@ def shrink_perturb(
             weight.mul_(SHRINK).add_(fresh_values(layer, counterpart(reference, name), key), alpha=NOISE)
 
 
-@undo_move("reset-worst", needs_reference=True)
+@undo_move("reset-worst", needs_reference=True, weights_only=True)
 def reset_worst(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:

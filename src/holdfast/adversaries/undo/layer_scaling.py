@@ -31,7 +31,7 @@ Factor = float | Tensor
 """One number for a whole layer, or one for each of its units."""
 
 
-@undo_move("rescale", needs_reference=True)
+@undo_move("rescale", needs_reference=True, weights_only=True)
 @torch.no_grad()
 def rescale(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
@@ -109,7 +109,7 @@ def _scale_normalisation(layer: nn.Module, like: nn.Module | None, tolerance: fl
     return wanted / size
 
 
-@undo_move("equalise", needs_reference=True)
+@undo_move("equalise", needs_reference=True, weights_only=True)
 @torch.no_grad()
 def equalise(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device

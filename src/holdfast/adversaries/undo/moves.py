@@ -47,6 +47,8 @@ class UndoMove:
         impossible: returns why the move cannot be made on a model and a task, or None. With a reason, the adversary
             cannot start.
         finish: called after the strategy has chosen which weights are trained.
+        weights_only: whether it changes nothing but values of weights: no layer, setting or statistics. Attacks on
+            small networks can then be trained together after it; see `holdfast.adversaries.batched`.
     """
 
     name: str
@@ -56,6 +58,7 @@ class UndoMove:
     idle: Reason = _never
     impossible: Reason = _never
     finish: Callable[[SplitModel], None] = _nothing
+    weights_only: bool = False
 
     def __post_init__(self) -> None:
         update_wrapper(self, self.make)
@@ -86,6 +89,7 @@ def undo_move(
     idle: Reason = _never,
     impossible: Reason = _never,
     finish: Callable[[SplitModel], None] = _nothing,
+    weights_only: bool = False,
 ) -> Callable[[Make], Make]:
     """Returns a decorator that registers a function as an undo move; see `UndoMove` for the arguments.
 
@@ -94,7 +98,7 @@ def undo_move(
     """
 
     def registered(make: Make) -> Make:
-        UNDO.register(name)(UndoMove(name, make, needs_reference, of_features, idle, impossible, finish))
+        UNDO.register(name)(UndoMove(name, make, needs_reference, of_features, idle, impossible, finish, weights_only))
         return make
 
     return registered

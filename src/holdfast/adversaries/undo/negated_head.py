@@ -9,7 +9,7 @@ from holdfast.models import SplitModel
 from holdfast.tasks import Task
 
 
-@undo_move("negate-head")
+@undo_move("negate-head", weights_only=True)
 @torch.no_grad()
 def negate_head(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device

@@ -41,7 +41,7 @@ def _register_quarter(number: int) -> None:
     renew.__doc__ = f"Starts the blocks of quarter {number} of the body anew, counted from the input."
     make: Make = renew
     reason: Reason = no_block
-    undo_move(f"renew-quarter-{number}", needs_reference=True, impossible=reason)(make)
+    undo_move(f"renew-quarter-{number}", needs_reference=True, impossible=reason, weights_only=True)(make)
 
 
 for _number in range(1, QUARTERS + 1):
@@ -52,7 +52,7 @@ def _too_few(model: SplitModel, task: Task) -> str | None:
     return None if len(model.blocks()) > 1 else "its body has a single block, so none is stiller than the others"
 
 
-@undo_move("renew-still", needs_reference=True, impossible=_too_few)
+@undo_move("renew-still", needs_reference=True, impossible=_too_few, weights_only=True)
 def renew_still(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:

@@ -18,7 +18,7 @@ ROUNDING = 1e-3
 """Outputs count as equal if they differ by less than this, relative to the largest."""
 
 
-@undo_move("balance", needs_reference=True)
+@undo_move("balance", needs_reference=True, weights_only=True)
 @torch.no_grad()
 def balance(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
