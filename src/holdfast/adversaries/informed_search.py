@@ -97,7 +97,7 @@ def informed_adversary(params: Params) -> Adversary:
 
 
 SLOW: Final[Params] = {"learning_rate": 1e-3}
-"""The rate of most openings: after a repair usual steps are enough, and trials of one optimizer are trained together."""
+"""The rate of most openings: after a repair usual steps are enough, and equal optimizers can be stacked."""
 
 ANSWERS: Final[dict[str, tuple[Params, ...]]] = {
     "Vanishing gradients": (
