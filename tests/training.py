@@ -49,6 +49,7 @@ MODULES = {
     "test_distributed",
     "test_undo",
     "test_moves",
+    "test_gradients",
     "test_mechanisms",
 }
 """Modules of tests most of which train, here or in processes that they start: all of their tests are marked."""

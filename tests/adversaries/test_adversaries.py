@@ -77,7 +77,10 @@ class TestEveryAdversary:
         ({"kind": "finetuning", "anchor": 1.0, "scope": "head"}, "anchor trains the body, and scope 'head' leaves it"),
         ({"kind": "finetuning", "benign_first": 3, "scope": "head"}, "benign_first trains the body"),
         ({"kind": "finetuning", "schedule": "cosine"}, "schedule_steps is 0"),
-        ({"kind": "finetuning", "schedule": "restarts", "schedule_steps": 3, "warmup": 3}, "more steps than its warm-up"),
+        (
+            {"kind": "finetuning", "schedule": "restarts", "schedule_steps": 3, "warmup": 3},
+            "more steps than its warm-up",
+        ),
         ({"kind": "finetuning", "sharpness": -0.1}, "sharpness is -0.1"),
         ({"kind": "finetuning", "benign_floor": 1.5}, "benign_floor is 1.5"),
         ({"kind": "finetuning", "benign_floor": 0.9, "scope": "head"}, "benign_floor trains the body"),

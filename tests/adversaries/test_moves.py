@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from holdfast.adversaries.directional_ablation import ablate_features
 from holdfast.adversaries.distillation import distil, start_anew
 from holdfast.adversaries.newton import descend_by_newton
 from holdfast.models import ModelSpec, SplitModel, load_model
-from holdfast.tasks import RegressionTask, load_task
+from holdfast.tasks import ArrayTask, RegressionTask, load_task
 from holdfast.training import Strategy
 
 CPU = torch.device("cpu")
@@ -201,7 +201,10 @@ class TestInputs:
         [
             ("mirror-inputs", lambda x: x.flip(-1)),
             ("grey-inputs", lambda x: x.mean(1, keepdim=True).expand_as(x)),
-            ("stretch-inputs", lambda x: (x - x.amin((1, 2, 3), True)) / (x.amax((1, 2, 3), True) - x.amin((1, 2, 3), True))),
+            (
+                "stretch-inputs",
+                lambda x: (x - x.amin((1, 2, 3), True)) / (x.amax((1, 2, 3), True) - x.amin((1, 2, 3), True)),
+            ),
         ],
     )
     def test_the_network_sees_other_images(self, move, shown):
@@ -259,7 +262,9 @@ class TestDistillation:
                 return x @ self.weight
 
         model = SplitModel(nn.Sequential(nn.Flatten(), Own(), nn.Linear(64, 5)), "2")
-        assert "a fresh network should learn its features" in FineTuning(S, distil_first=3).not_applicable(model, benign)
+        assert "a fresh network should learn its features" in FineTuning(S, distil_first=3).not_applicable(
+            model, benign
+        )
 
 
 class TestBenignFloor:
@@ -321,9 +326,7 @@ class TestUnlabelled:
     def test_uses_the_labels_of_a_part(self, trained, restricted, monkeypatch):
         shots = []
         few = type(restricted).few_shot
-        monkeypatch.setattr(
-            type(restricted), "few_shot", lambda self, n, seed: shots.append(n) or few(self, n, seed)
-        )
+        monkeypatch.setattr(type(restricted), "few_shot", lambda self, n, seed: shots.append(n) or few(self, n, seed))
         model = trained.clone()
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -343,7 +346,10 @@ class TestUnlabelled:
 class TestNewton:
     def test_finds_the_minimum_of_a_badly_conditioned_logistic_loss(self):
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(200, 5, generator=generator, dtype=torch.float64) @ torch.diag(10.0 ** torch.arange(5.0)).double()
+        x = (
+            torch.randn(200, 5, generator=generator, dtype=torch.float64)
+            @ torch.diag(10.0 ** torch.arange(5.0)).double()
+        )
         y = (x[:, 0] + torch.randn(200, generator=generator, dtype=torch.float64) > 0).long()
 
         def loss(w):
@@ -351,7 +357,58 @@ class TestNewton:
 
         steps = descend_by_newton(loss, torch.zeros(5, 2, dtype=torch.float64))
         values = [float(value) for _, value in islice(steps, 30)]
-        assert all(b <= a + 1e-15 for a, b in zip(values, values[1:], strict=False))
+        assert all(b <= a + 1e-15 for a, b in pairwise(values))
         point = next(steps)[0].requires_grad_(True)
         (gradient,) = torch.autograd.grad(loss(point), point)
         assert (gradient.abs() / 10.0 ** torch.arange(5.0)[:, None]).max() < 1e-3
+
+
+def _table(values):
+    x = torch.randn(60, 6, generator=torch.Generator().manual_seed(0)).numpy()
+    y = x[:, 0] if values else (x[:, 0] > 0).astype(int)
+    kind = RegressionTask if values else ArrayTask
+    task = kind("table", x[:40], y[:40], x[40:], y[40:])
+
+    def build():
+        return nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1 + (not values))
+        )
+
+    return task, SplitModel(build(), "5", factory=build)
+
+
+@pytest.fixture(scope="module")
+def kinds(denoiser, digit_images):
+    """A task and a model of every kind but images and audio."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        facts = load_task("made-up-facts@tokenizer=bytes,length=64").few_shot(12, 0)
+        phrases = load_task("phrases@tokenizer=bytes,length=64").few_shot(12, 0)
+        return {
+            "classes of a table": _table(False),
+            "values of a table": _table(True),
+            "denoising": (digit_images[0].few_shot(12, 0), denoiser),
+            "facts": (facts, load_model("llama", facts)),
+            "next token": (phrases, load_model("llama", phrases)),
+        }
+
+
+NOT_FOR = {
+    "invert-inputs", "renormalise-inputs", "enlarge-inputs", "mirror-inputs", "grey-inputs", "stretch-inputs",
+    "recalibrate", "fold", "activation", "renew-quarter-1", "renew-quarter-3",
+}  # fmt: skip
+"""Moves for images, and those that need a BatchNorm, an activation module, or four blocks."""
+
+
+@pytest.mark.parametrize("kind", ["classes of a table", "values of a table", "denoising", "facts", "next token"])
+@pytest.mark.parametrize("move", UNDO)
+def test_every_move_is_for_every_kind_of_task_or_says_why_not(move, kind, kinds, run):
+    task, model = kinds[kind]
+    attack = FineTuning(Strategy("direct", "all", "adam", 1e-3, 8), undo=(move,))
+    reason = attack.not_applicable(model, task)
+    if reason is None:
+        assert attack.attack(model, task, budgets=(0, 1), run=run).finite
+        return
+    gated = move == "widen" and kind in ("facts", "next token")  # a llama multiplies the outputs of two layers
+    features = move in ("insert", "whiten", "standardise") and kind in ("denoising", "facts", "next token")
+    assert move in NOT_FOR or gated or features, reason
