@@ -709,7 +709,8 @@ def test_every_move_survives_every_model(move, kind, trained, benign, run):
         said = ("fresh model", "no BatchNorm", "no activation", "does not take images", "no layer", "blocks", "block,")
         assert ("one channel" in reason) == (move == "grey-inputs")
         if move not in ("renew-quarter-1", "grey-inputs"):  # the network has three blocks, and the images one channel
-            assert kind.startswith(("odd", "token"))
+            not_finite = move == "widen" and kind == "huge"  # whether outputs stay cannot be seen
+            assert kind.startswith(("odd", "token")) or not_finite
             assert any(words in reason for words in said), reason
         return
     digest = model.facts().sha256

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from holdfast.adversaries.undo.introspection import in_order, some_samples
+from holdfast.adversaries.undo.introspection import in_order, repair, some_samples
 from holdfast.adversaries.undo.moves import undo_move
 from holdfast.models import SplitModel, is_normalisation
 from holdfast.tasks import Task
@@ -36,7 +36,8 @@ def _nothing_to_widen(model: SplitModel, task: Task) -> str | None:
     if sum(p.numel() for p in model.parameters()) > SMALL or model.not_renewable() is not None:
         return None
     x = next(task.sweep("train", FEW, device=model.device)).x
-    found = _widen_all(model.clone(), model.clone(), x)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        found = _widen_all(model.clone(), model.fresh(), x)
     return None if found else "it has no layer whose outputs only one other linear or convolutional layer reads"
 
 
@@ -59,6 +60,7 @@ def widen(
 @torch.no_grad()
 def _widen_all(model: SplitModel, reference: SplitModel, x: Tensor) -> int:
     """Widens every layer of both networks that can be; returns how many."""
+    repair(model, reference)
     training, count = model.training, 0
     model.eval()
     outputs = model(x)
