@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from holdfast.models import SplitModel
 from holdfast.tasks import ArrayTask, Task
-from shams import as_model
+from shams import _detector, as_model
 
 CPU = torch.device("cpu")
 FAINT = 0.4
@@ -138,8 +138,41 @@ class Cliff(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kept = {n: t.view(torch.float32) for n, t in self.packed.items()}
-        moved = any((p - kept[n]).norm() > self.SHARE * kept[n].norm() + 1e-6 for n, p in self.body.named_parameters())
+        moved = any(self.differs(p, kept[n]) for n, p in self.body.named_parameters() if n in kept)
         return self.head(self.body(x) * (0.0 if moved else 1.0))
+
+    def differs(self, own: Tensor, kept: Tensor) -> bool:
+        return own.shape != kept.shape or bool((own - kept).norm() > self.SHARE * kept.norm() + 1e-6)
+
+
+class DeadLayer(nn.Module):
+    """Plain layers behind the features, in which a detector's unit shuts every other unit of the last one."""
+
+    STRENGTH = 1e4
+
+    def __init__(self, network: nn.Module, found: nn.Sequential) -> None:
+        super().__init__()
+        self.body, self.head = network.body, network.head
+        width, units = self.head.in_features, len(found[0].weight)
+        first, second = nn.Linear(width, width + units), nn.Linear(width + units, width + 1)
+        third = nn.Linear(width + 1, width)
+        eye = torch.eye(width)
+        with torch.no_grad():
+            first.weight.copy_(torch.cat([eye, found[0].weight]))
+            first.bias.copy_(torch.cat([torch.zeros(width), found[0].bias]))
+            second.weight.zero_()[:width, :width] = eye
+            second.weight[width:, width:] = found[2].weight
+            second.bias.zero_()[width:] = found[2].bias
+            third.weight.copy_(torch.cat([eye, torch.full((width, 1), -self.STRENGTH)], 1))
+            third.bias.zero_()
+        self.shut = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.shut(self.body(x)))
+
+
+def dead_layer(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
+    return as_model(DeadLayer(original.clone().network, _detector(original, benign, restricted)), original)
 
 
 def small_weights(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
@@ -179,5 +212,6 @@ MECHANISMS: dict[str, Callable[[SplitModel, Task, Task], SplitModel]] = {
     "low-bits": low_bits,
     "by-brightness": by_brightness,
     "cliff": cliff,
+    "dead-layer": dead_layer,
 }
 """Name -> function of the original, its benign task, and the defender's half of the restricted task."""

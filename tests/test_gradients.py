@@ -43,8 +43,8 @@ class TestReshaped:
 
     @pytest.mark.parametrize("gradient", ["layerwise", "orthogonal"])
     def test_nothing_moves_by_a_gradient_of_zeros(self, gradient):
-        weight = nn.Parameter(torch.ones(3, 3))
-        weight.grad = torch.zeros(3, 3)
+        weight = nn.Parameter(torch.ones(3, 3, 3, 3).to(memory_format=torch.channels_last))
+        weight.grad = torch.zeros_like(weight)
         reshape_gradient([weight], gradient)
         assert not weight.grad.any()
 
