@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from holdfast.adversaries import UNDO, Adversary, FineTuning, Probe
+from holdfast.adversaries import UNDO, Adversary, DirectionalAblation, FineTuning, Probe, Unlabelled
 from holdfast.adversaries.probes import PREPARATIONS, SOLVERS
 from holdfast.defenses import (
     IMMA,
@@ -179,8 +179,18 @@ ADVERSARIES: dict[str, Adversary] = {
     "replay": FineTuning(Strategy("head", "all", "adam", 2e-3, 20), replay=0.5),
     "anchor": FineTuning(Strategy("head", "all", "adam", 2e-3, 20), anchor=1.0),
     "anchor-and-replay": FineTuning(Strategy("head", "all", "adam", 2e-3, 20), anchor=1.0, replay=0.5),
+    "gradient-layerwise": FineTuning(Strategy("head", "all", "sgd", 0.02, 20, gradient="layerwise")),
+    "gradient-orthogonal": FineTuning(Strategy("head", "all", "momentum", 5e-3, 20, gradient="orthogonal")),
+    "sharpness": FineTuning(Strategy("head", "all", "adam", 2e-3, 20, sharpness=0.05)),
+    "restarts": FineTuning(Strategy("head", "all", "adam", 4e-3, 20, schedule="restarts", schedule_steps=20, warmup=5)),
+    "benign-floor": FineTuning(Strategy("head", "all", "adam", 2e-3, 20), benign_floor=0.8),
+    "distil-first": FineTuning(Strategy("head", "all", "adam", 5e-3, 20), distil_first=20),
+    "augment": FineTuning(Strategy("head", "all", "adam", 4e-3, 20), augment="rand-m5-n1"),
+    "unlabelled": Unlabelled(Strategy("head", "all", "adam", 2e-3, 20), share=0.2, undo=("rescale",)),
+    "ablation": DirectionalAblation(Strategy("head", "all", "adam", 2e-3, 20)),
     "benign-first": FineTuning(Strategy("last-block", "all", "adam", 2e-3, 20), benign_first=5),
 } | {
     f"undo-{move}": FineTuning(Strategy("head", "all", "adam", 2e-3, 20), undo=(move,)) for move in UNDO
+    if move not in ("renew-quarter-1", "grey-inputs")  # the network has three blocks, and the images one channel
 }  # fmt: skip
 """Every adversary with a rate at which it learns the digits."""

@@ -40,6 +40,7 @@ def flat(model):
         ({"schedule": "cosine", "schedule_steps": 5, "warmup": 5}, "more steps than its warm-up of 5"),
         ({"schedule_steps": 5}, "a constant schedule has no end"),
         ({"warmup": -1}, "warmup is -1"),
+        ({"sharpness": float("inf")}, "sharpness is inf"),
     ],
 )
 def test_bad_strategies(change, message):

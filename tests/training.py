@@ -48,6 +48,9 @@ MODULES = {
     "test_linear_study",
     "test_distributed",
     "test_undo",
+    "test_moves",
+    "test_gradients",
+    "test_mechanisms",
 }
 """Modules of tests most of which train, here or in processes that they start: all of their tests are marked."""
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from cases import ADVERSARIES
-from holdfast.adversaries import BATTERIES, SEARCHES, UNDO, Adversary, FineTuning, Probe, battery, build
+from holdfast.adversaries import BATTERIES, SEARCHES, Adversary, FineTuning, Probe, battery, build
 from holdfast.adversaries.benign_data import BenignTraining
 from holdfast.adversaries.probes import prepare
+from holdfast.adversaries.search_space import MOVES
 from holdfast.errors import HoldfastError
 from holdfast.models import ModelSpec, SplitModel, features, load_model
 from holdfast.runtime.run import fingerprint
@@ -76,6 +77,19 @@ class TestEveryAdversary:
         ({"kind": "finetuning", "anchor": 1.0, "scope": "head"}, "anchor trains the body, and scope 'head' leaves it"),
         ({"kind": "finetuning", "benign_first": 3, "scope": "head"}, "benign_first trains the body"),
         ({"kind": "finetuning", "schedule": "cosine"}, "schedule_steps is 0"),
+        (
+            {"kind": "finetuning", "schedule": "restarts", "schedule_steps": 3, "warmup": 3},
+            "more steps than its warm-up",
+        ),
+        ({"kind": "finetuning", "sharpness": -0.1}, "sharpness is -0.1"),
+        ({"kind": "finetuning", "benign_floor": 1.5}, "benign_floor is 1.5"),
+        ({"kind": "finetuning", "benign_floor": 0.9, "scope": "head"}, "benign_floor trains the body"),
+        ({"kind": "finetuning", "distil_first": -2}, "distil_first is -2"),
+        ({"kind": "finetuning", "augment": "mixup"}, "augment is 'mixup'; expected settings of timm's RandAugment"),
+        ({"kind": "unlabelled", "share": 0}, "share is 0"),
+        ({"kind": "unlabelled", "pseudo": -1.0}, "pseudo is -1.0"),
+        ({"kind": "unlabelled", "threshold": 2.0}, "threshold is 2.0"),
+        ({"kind": "unlabelled", "shares": 0.1}, "did you mean 'share'"),
         ({"kind": "probe", "steps": 3}, "Unknown setting of Probe"),
     ],
 )
@@ -353,8 +367,7 @@ class TestBatteries:
         rates = [s.learning_rate for s in strategies]
         assert max(rates) >= 1e4 * min(rates)
         moves = {move for a in tuned for move in a.undo}
-        newer = {"invert-inputs", "renormalise-inputs", "enlarge-inputs", "negate-head"}
-        assert moves == set(UNDO) - newer - {"thaw", "insert"}
+        assert moves == {move for each in MOVES.values() for move in each} - {"thaw", "insert"}  # others are newer
         assert "normalised" in {s.gradient for s in strategies}
 
     def test_standard_runs_on_networks_without_batch_normalisation(self, benign):
@@ -449,7 +462,7 @@ class TestProbes:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            (("newton", "raw"), "Unknown solver"),
+            (("gauss", "raw"), "Unknown solver"),
             (("gd", "normalised"), "Unknown preparation"),
             (("adam", "raw", 0), "learning_rate is 0"),
         ],

@@ -97,7 +97,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     x: Tensor = matrix if wide else matrix.T
     largest = x.abs().max()
     if not bool(largest > 0):
-        return matrix
+        return torch.zeros_like(matrix)
     x = x / largest
     x = x / x.norm()
     a, b, c = QUINTIC

@@ -7,9 +7,8 @@ small weights or on weak directions is lost.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from holdfast.adversaries.undo.introspection import own_weights, repair
+from holdfast.adversaries.undo.introspection import own_weights
 from holdfast.adversaries.undo.moves import undo_move
 from holdfast.models import SplitModel
 from holdfast.tasks import Task
@@ -25,9 +24,9 @@ KEPT_RANK = 0.5
 
 
 def _matrices(model: SplitModel) -> list[torch.nn.Parameter]:
-    """Every weight matrix and kernel of the network; one that several layers share comes once."""
+    """Every weight matrix and kernel of finite numbers; one that several layers share comes once."""
     unique = {id(w): w for layer in model.network.modules() for w in own_weights(layer).values()}
-    return list(unique.values())
+    return [w for w in unique.values() if bool(w.isfinite().all())]
 
 
 @undo_move("round-int8", weights_only=True)
@@ -36,7 +35,6 @@ def round_int8(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
     """Rounds the weights of each unit to 8-bit integers, scaled by its largest weight, and back."""
-    repair(model, reference)
     for weight in _matrices(model):
         step = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True) / LEVELS
         weight.copy_(torch.where(step > 0, (weight / step).round() * step, weight))
@@ -48,7 +46,6 @@ def round_bf16(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
     """Rounds every weight and bias to bfloat16 and back, as a usual half-precision copy of the model would be."""
-    repair(model, reference)
     for parameter in model.network.parameters():
         if parameter.is_floating_point():
             parameter.copy_(parameter.to(torch.bfloat16))
@@ -60,13 +57,11 @@ def prune(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
     """Sets the smaller half of each matrix's weights to zero; they are trained afterwards like all others."""
-    repair(model, reference)
     for weight in _matrices(model):
         smallest = weight.abs().flatten().argsort()[: int(PRUNED * weight.numel())]
-        # Not through `view`: kernels may be channels last in memory.
-        mask = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
-        mask[smallest] = False
-        weight.mul_(mask.view(weight.shape))
+        kept = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+        kept[smallest] = False
+        weight.mul_(kept.view(weight.shape))
 
 
 @undo_move("low-rank", weights_only=True)
@@ -75,19 +70,10 @@ def low_rank(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
     """Keeps the larger half of each matrix's singular values; kernels are matrices of units by everything else."""
-    repair(model, reference)
     for weight in _matrices(model):
-        weight.copy_(_truncated(weight.flatten(1)).view(weight.shape))
-
-
-def _truncated(matrix: Tensor) -> Tensor:
-    kept = max(1, round(KEPT_RANK * min(matrix.shape)))
-    if kept == min(matrix.shape):
-        return matrix
-    # Scaled to 1, so that squares of very large or small weights stay within float32.
-    peak = matrix.abs().max()
-    if not bool(peak > 0):
-        return matrix
-    u, sigma, v = torch.linalg.svd(matrix / peak, full_matrices=False)
-    cut: Tensor = (u[:, :kept] * sigma[:kept]) @ v[:kept] * peak
-    return cut
+        matrix, peak = weight.flatten(1), weight.abs().max()
+        kept = max(1, round(KEPT_RANK * min(matrix.shape)))
+        if bool(peak > 0):
+            # Scaled to 1, so that squares of very large or small weights stay within float32.
+            u, sigma, v = torch.linalg.svd(matrix / peak, full_matrices=False)
+            weight.copy_(((u[:, :kept] * sigma[:kept]) @ v[:kept] * peak).view(weight.shape))

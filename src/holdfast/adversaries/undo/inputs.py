@@ -1,8 +1,8 @@
 """Undoing what depends on how inputs look: a network may answer nothing at all on images of one brightness or size.
 
 A defense can teach the network to recognise restricted images by their domain and to give up on them. An adversary
-chooses what the network sees: it shows the same images inverted, renormalised, enlarged, mirrored, in grey, or each
-with the same brightness and contrast.
+chooses what the network sees: it shows the same images inverted, renormalised, enlarged, mirrored, in grey, or with
+full contrast.
 """
 
 from __future__ import annotations
@@ -35,12 +35,6 @@ def _no_images(model: SplitModel, task: Task) -> str | None:
 
 def _one_channel(model: SplitModel, task: Task) -> str | None:
     return "its images have one channel, which is grey" if task.input_shape[0] == 1 else None
-
-
-def _no_numbers(model: SplitModel, task: Task) -> str | None:
-    if task.answers_with == "vector" and task.vocabulary is None:
-        return None
-    return f"it changes the numbers that a network sees, and {task.described} has none that the targets do not follow"
 
 
 def _fixed_size(model: SplitModel, task: Task) -> str | None:
@@ -113,36 +107,21 @@ def grey_inputs(
     model.register_forward_pre_hook(_grey)
 
 
-@undo_move("level-inputs", impossible=_no_numbers)
-@torch.no_grad()
-def level_inputs(
+@undo_move("stretch-inputs", impossible=_no_images)
+def stretch_inputs(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
-    """Gives every single sample the same mean and deviation: those of all of the adversary's samples together.
+    """Stretches the contrast of every image: its smallest value becomes 0, and its largest 1.
 
-    So no image is brighter than another, no recording louder, and a network that gives up on such ones does not.
+    So no image is too bright, dark or faint for a network that gives up on such ones.
     """
-    count, total, square = 0, 0.0, 0.0
-    for x in samples(task, generator, device):
-        values = x.cpu().double()  # not every device has float64
-        count, total = count + values.numel(), total + float(values.sum())
-        square += float(values.square().sum())
-    mean = total / count
-    model.register_forward_pre_hook(Level(mean, max(square / count - mean**2, 0.0) ** 0.5))
+    model.register_forward_pre_hook(_stretched)
 
 
-class Level:
-    """A hook that gives each sample a mean and a deviation; a constant sample only gets the mean."""
-
-    def __init__(self, mean: float, deviation: float) -> None:
-        self.mean, self.deviation = mean, deviation
-
-    def __call__(self, model: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Returns the model's arguments with levelled inputs."""
-        x, *more = args
-        axes = tuple(range(1, x.dim()))
-        own = x - x.mean(axes, keepdim=True)
-        return own / own.std(axes, correction=0, keepdim=True).clamp_min(LEAST_STD) * self.deviation + self.mean, *more
+def _stretched(model: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x, *more = args
+    low, high = (x.flatten(1).aminmax(dim=1)[i].view(-1, *(1,) * (x.dim() - 1)) for i in range(2))
+    return (x - low) / (high - low).clamp_min(LEAST_STD), *more
 
 
 def _mirrored(model: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

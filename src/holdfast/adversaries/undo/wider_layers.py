@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from holdfast.adversaries.undo.introspection import in_order, some_samples
+from holdfast.adversaries.undo.introspection import in_order, repair, some_samples
 from holdfast.adversaries.undo.moves import undo_move
 from holdfast.models import SplitModel, is_normalisation
 from holdfast.tasks import Task
@@ -20,8 +20,11 @@ from holdfast.tasks import Task
 MORE = 0.5
 """Fresh units, as a share of the units that a layer has."""
 
-FEW = 8
+FEW = 4
 """Samples on which outputs are compared."""
+
+SMALL = 5_000_000
+"""Weights of a network up to which it is tried beforehand whether anything can be widened."""
 
 ROUNDING = 1e-4
 """Outputs count as equal if they differ by less than this, relative to the largest."""
@@ -29,8 +32,16 @@ ROUNDING = 1e-4
 Undo = Callable[[], None]
 
 
-@undo_move("widen", needs_reference=True)
-@torch.no_grad()
+def _nothing_to_widen(model: SplitModel, task: Task) -> str | None:
+    if sum(p.numel() for p in model.parameters()) > SMALL or model.not_renewable() is not None:
+        return None
+    x = next(task.sweep("train", FEW, device=model.device)).x
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        found = _widen_all(model.clone(), model.fresh(), x)
+    return None if found else "it has no layer whose outputs only one other linear or convolutional layer reads"
+
+
+@undo_move("widen", needs_reference=True, idle=_nothing_to_widen)
 def widen(
     model: SplitModel, reference: SplitModel, task: Task, generator: torch.Generator, device: torch.device
 ) -> None:
@@ -42,10 +53,15 @@ def widen(
     In unknown code the next layer in order of execution need not be the one that reads a layer: what raises an error,
     or changes outputs, is undone. The reference gets the same units, so that fresh blocks fit.
     """
-    if reference is model:
-        return
-    x = some_samples(task, generator, device)[:FEW]
-    training = model.training
+    if reference is not model:
+        _widen_all(model, reference, some_samples(task, generator, device)[:FEW])
+
+
+@torch.no_grad()
+def _widen_all(model: SplitModel, reference: SplitModel, x: Tensor) -> int:
+    """Widens every layer of both networks that can be; returns how many."""
+    repair(model, reference)
+    training, count = model.training, 0
     model.eval()
     outputs = model(x)
     chain = [(name, layer) for name, layer in in_order(model, x) if _is_known(layer)]
@@ -55,12 +71,13 @@ def widen(
         undone = _widened(model, names)
         if undone is None:
             continue
-        if not _same(model, x, outputs) or (twin := _widened(reference, names)) is None:
-            for undo in undone:
-                undo()
+        if _same(model, x, outputs) and _widened(reference, names) is not None:
+            count += 1
             continue
-        del twin
+        for undo in undone:
+            undo()
     model.train(training)
+    return count
 
 
 def _is_known(layer: nn.Module) -> bool:
