@@ -3,8 +3,8 @@
 - memory: peak memory of a simulation at K = 50 over that at K = 5. Memory must not grow with the number of steps.
 - time: a suppression loop over the bare forward and backward passes that it cannot do without.
 
-See `make bench`. With the name of a kind it measures that alone, and writes nothing. Otherwise it writes
-benchmarks/results.json. It exits with 1 if a ratio is over its limit.
+See `make bench`. With the name of a kind it measures that alone, and with `frozen` what frozen blocks save; then it
+writes nothing. Otherwise it writes benchmarks/results.json. It exits with 1 if a ratio is over its limit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from holdfast.defenses import Sophon
+from holdfast.defenses.sophon.frozen_blocks import behind_frozen_blocks
 from holdfast.defenses.sophon.simulation import Simulation
 from holdfast.losses import denial_of_service, inverse_cross_entropy
 from holdfast.models import ModelSpec, SplitModel, load_model
@@ -123,6 +125,25 @@ def measure(kind: str) -> tuple[dict[str, float], dict[str, object]]:
     return measured, {"ratios": measured, "time_ratio_pairs": sorted(times), "peak_kib": peaks}
 
 
+def frozen(blocks: int, pairs: int = 7, steps: int = 10) -> list[float]:
+    """Times of a simulation on all blocks of the ResNet-20 over those on the last blocks alone, in turn."""
+    model, task = setting("classifier")
+    left = behind_frozen_blocks(Sophon(), blocks, 8.0, model, task, task)
+    sides = [(each, data, Simulation(each, LOSSES["classifier"][1])) for each, data in ((model, task), left[:2])]
+    ratios = []
+    for i in range(pairs + 1):
+        times = []
+        for each, data, simulation in sides:
+            begin = time.perf_counter()
+            simulate(each, data, simulation, steps)
+            times.append(time.perf_counter() - begin)
+        if i:
+            ratios.append(times[0] / times[1])
+    print(f"all blocks over the last {blocks} of {len(model.blocks())}: {statistics.median(ratios):.2f}", end="")
+    print(f" ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+    return ratios
+
+
 def main() -> int:
     """Measures, prints and writes; returns the exit code."""
     found = {kind: measure(kind) for kind in LOSSES}
@@ -144,6 +165,9 @@ def main() -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak"]:
         _print_peak(sys.argv[2], int(sys.argv[3]))
+    elif sys.argv[1:] == ["frozen"]:
+        for count in (6, 3):
+            frozen(count)
     elif sys.argv[1:]:
         alone, _ = measure(sys.argv[1])
         sys.exit(int(any(alone[name] > limit for name, limit in LIMITS.items())))

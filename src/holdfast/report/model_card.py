@@ -13,6 +13,7 @@ import yaml
 
 from holdfast.errors import HoldfastError
 from holdfast.report import wording
+from holdfast.report.what_would_change import what_would_change
 from holdfast.results import AuditResult, RunResult
 
 BEGIN, END = "<!-- holdfast:begin -->", "<!-- holdfast:end -->"
@@ -141,6 +142,11 @@ def _audit(result: RunResult) -> AuditResult:
     return result.audit
 
 
+def _changes(audit: AuditResult) -> list[str]:
+    lines = [f"- {_text(line)}" for line in what_would_change(audit)]
+    return ["### What would change the verdict", "\n".join(lines)] if lines else []
+
+
 def _section(result: RunResult, file_sha256: str | None) -> str:
     audit = _audit(result)
     verdict = audit.verdict
@@ -155,6 +161,7 @@ def _section(result: RunResult, file_sha256: str | None) -> str:
         "### Red flags",
         "\n".join(f"- **{_text(f.name)}** ({f.severity}): {_text(f.found)} {_text(f.remedy)}" for f in audit.flags)
         or "No red flag was raised.",
+        *_changes(audit),
         "### Not claimed",
         "\n".join(f"- {_text(line)}" for line in wording.not_covered(audit)),
         "### These weights, and how to check",

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from holdfast.report import wording
+from holdfast.report.what_would_change import what_would_change
 from holdfast.results import AuditResult, Curve, Interval, RunResult
 from holdfast.results.tables import Cell
 from holdfast.results.tables import Table as Tabular
@@ -206,6 +207,13 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
             console.print(f"  - without a score: {name}: {reason}.")
     for flag in audited.flags:
         console.print(f"Red flag ({flag.severity}): {flag.name}. {flag.found} {flag.remedy}")
+    _show_verdict(audited, console)
+    for name, reason in audited.not_applicable.items():
+        console.print(f"Not tried: {name}: {reason}.")
+    console.print(f"Threat model: {audited.verdict.threat_model}\n")
+
+
+def _show_verdict(audited: AuditResult, console: Console) -> None:
     verdict = audited.verdict
     console.print(f"\nVerdict: {verdict.label.upper()}. {verdict.sentence}")
     if verdict.label == "invalid":
@@ -214,9 +222,8 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
     elif verdict.retained is not None:
         of = "" if verdict.retained_interval is None else f" (95 %: {wording.share_span(verdict.retained_interval)})"
         console.print(f"Retained of the original's advantage: {verdict.retained:.0%}{of}.")
-    for name, reason in audited.not_applicable.items():
-        console.print(f"Not tried: {name}: {reason}.")
-    console.print(f"Threat model: {verdict.threat_model}\n")
+    for line in what_would_change(audited):
+        console.print(f"What would change it: {line}")
 
 
 def _show_bounds(audited: AuditResult, console: Console) -> None:
