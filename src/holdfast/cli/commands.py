@@ -152,14 +152,14 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
     original_std: str | None = option("As --std, for ORIGINAL.", None)
     battery: str = option(
         "Adversaries: quick-v1, quick-v2, standard-v1, probes-v1, generation-v1, language-v1, causal-quick-v1, "
-        "causal-v1, or the search adaptive-v1.",
+        "causal-v1, or a search: adaptive-v1, adaptive-v2.",
         "quick-v1",
     )
     budgets: str = option("Fine-tuning steps after which to score; the first is 0.", "0,5,10,20,50,100")
     seeds: int = option("Repetitions of every attack.", 5)
     shots: int | None = option("Adversary's training samples a class (default: its whole half).", None)
     trials: int | None = option(
-        "Trials of the search adaptive-v1 on each model (default: 48); not for other batteries.", None
+        "Trials of a search on each model (default: 48); not for other batteries.", None
     )
     reported: float | None = option(
         "Restricted score after the last budget that the publisher claims, such as 0.23; for comparison.", None

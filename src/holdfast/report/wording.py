@@ -222,7 +222,7 @@ def not_covered(audit: AuditResult) -> list[str]:
         and not ("probes" in description and not audit.spoken.has_features)
     ]
     if not audit.search:
-        missing.append("a search for adversaries against this model (battery adaptive-v1)")
+        missing.append("a search for adversaries against this model (battery adaptive-v2)")
     return [
         *lines,
         f"Other methods, for example {', '.join(missing)}.",
