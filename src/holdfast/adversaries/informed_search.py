@@ -19,7 +19,7 @@ EVERY_MOVE: Final[dict[str, tuple[str, ...]]] = {
         move: (move,)
         for move in (
             "negate-head", "invert-inputs", "renormalise-inputs", "enlarge-inputs", "mirror-inputs", "grey-inputs",
-            "level-inputs", "round-int8", "round-bf16", "prune", "low-rank", "widen", "insert-between",
+            "stretch-inputs", "round-int8", "round-bf16", "prune", "low-rank", "widen", "insert-between",
             "renew-quarter-1", "renew-quarter-2", "renew-quarter-3", "renew-quarter-4", "renew-still",
         )
     },
@@ -183,7 +183,7 @@ OPENINGS: Final[tuple[Params, ...]] = (
     {"first": "scales", "second": "standardise", **SLOW},
     {"first": "equalise", "second": "recalibrate", **SLOW},
     {"first": "activation", **SLOW},
-    {"first": "level-inputs", **SLOW},
+    {"first": "stretch-inputs", **SLOW},
     {"first": "invert-inputs", **SLOW},
     {"first": "whiten", **SLOW},
     {"first": "insert-between", **SLOW},

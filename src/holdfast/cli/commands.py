@@ -158,9 +158,7 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
     budgets: str = option("Fine-tuning steps after which to score; the first is 0.", "0,5,10,20,50,100")
     seeds: int = option("Repetitions of every attack.", 5)
     shots: int | None = option("Adversary's training samples a class (default: its whole half).", None)
-    trials: int | None = option(
-        "Trials of a search on each model (default: 48); not for other batteries.", None
-    )
+    trials: int | None = option("Trials of a search on each model (default: 48); not for other batteries.", None)
     reported: float | None = option(
         "Restricted score after the last budget that the publisher claims, such as 0.23; for comparison.", None
     )
