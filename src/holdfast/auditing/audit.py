@@ -36,7 +36,7 @@ from holdfast.results import (
     Thresholds,
 )
 from holdfast.results.tables import Cell, Table
-from holdfast.results.terms import count, words
+from holdfast.results.terms import Words, count, words
 from holdfast.runtime import executors
 from holdfast.runtime.executors import Executor
 from holdfast.runtime.journal import Journal
@@ -165,7 +165,8 @@ def audit(
     with run.seeded("scratch", 0):
         fresh = original.fresh()
     raised = [*flags, *red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)]
-    raised += flags_of_curves(attacked.curves, attacked.configs, restricted.constant_scores())
+    start = _spoken(restricted, context).from_control
+    raised += flags_of_curves(attacked.curves, attacked.configs, restricted.constant_scores(), start)
     raised += flags_of_collapse(attacked.curves, attacked.configs, side, restricted.audit_chance)
     found = _result(attacked, context, spec, restricted, side, raised, side_effects, warnings=flags)
     return found.model_copy(update={"texts": texts})
@@ -231,9 +232,7 @@ def _result(
     run, benign, curves = context.run, context.benign, attacked.curves
     chance, unit, sample = restricted.audit_chance, restricted.audit_unit, context.samples["restricted", 0]
     floor = -math.inf if restricted.higher_is_better else chance
-    spoken = restricted.words
-    if context.reference is not None:
-        spoken = spoken.model_copy(update={"reference": context.reference.name})
+    spoken = _spoken(restricted, context)
     bootstrap = derive_seed(run.seed, "bootstrap")
     comparison = Comparison.of(curves, bootstrap, both_ways=not attacked.searched, floor=floor)
     rows = comparison.rows()
@@ -323,6 +322,12 @@ def _settings(model: SplitModel) -> str:
     return fingerprint([model.head_name, layers, model.input_settings()])
 
 
+def _spoken(restricted: Task, context: TrialContext) -> Words:
+    """The words of the restricted task, with the name of the control."""
+    reference = context.reference
+    return restricted.words if reference is None else restricted.words.model_copy(update={"reference": reference.name})
+
+
 def _side(immunized: SplitModel, original: SplitModel, benign: Task, run: Run) -> Side:
     scores = [benign.audit_score(model.clone().to(run.device)) for model in (original, immunized)]
     before, after = (score if math.isfinite(score) else None for score in scores)
@@ -396,9 +401,9 @@ def _stops(result: AuditResult) -> Table:
         rows.append({"method": name, "stopped": _stopped(means, tolerance), **last})
     return Table(
         title="Which adversaries the immunization stops",
-        note=f"Stopped: at no budget above scratch by more than {100 * result.verdict.thresholds.tolerance:g} points. "
-        "Slowed: on average over budgets that much below what it reaches on the original. Scores are the best up to "
-        f"{count(result.budgets[-1], 'step')}.",
+        note=f"Stopped: at no budget above {result.spoken.control} by more than "
+        f"{100 * result.verdict.thresholds.tolerance:g} points. Slowed: on average over budgets that much below what "
+        f"it reaches on the original. Scores are the best up to {count(result.budgets[-1], 'step')}.",
         rows=rows,
         percent=True,
     )

@@ -248,7 +248,7 @@ def _show_costs(audited: AuditResult, console: Console) -> None:
     parts = []
     for cost in audited.costs:
         ratio = wording.cost_ratio(audited, role=cost.role)
-        times = "" if ratio is None or cost.role == "scratch" else f" ({ratio:.2g} times scratch)"
+        times = "" if ratio is None or cost.role == "scratch" else f" ({ratio:.2g} times {audited.spoken.control})"
         parts.append(f"{cost.role} {wording.amount(cost.steps)}{times}")
     console.print(f"Steps to {100 * audited.cost_target:.1f} %: {', '.join(parts)}.")
 
