@@ -20,6 +20,7 @@ MODULES = {
     "test_any_model",
     "test_audit",
     "test_collapse",
+    "test_collapse_language",
     "test_rir",
     "test_deep",
     "test_measurements",
