@@ -204,6 +204,7 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
         console.print(f"{which} ({effect.task}): lost against the original: {lost}.")
         for name, reason in {**effect.not_applicable, **effect.failures}.items():
             console.print(f"  - without a score: {name}: {reason}.")
+    _show_measured(audited, console)
     for flag in audited.flags:
         console.print(f"Red flag ({flag.severity}): {flag.name}. {flag.found} {flag.remedy}")
     verdict = audited.verdict
@@ -217,6 +218,13 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
     for name, reason in audited.not_applicable.items():
         console.print(f"Not tried: {name}: {reason}.")
     console.print(f"Threat model: {verdict.threat_model}\n")
+
+
+def _show_measured(audited: AuditResult, console: Console) -> None:
+    for each in audited.measured:
+        after = f" after {each.adversary}" if each.adversary else ""
+        score = "not finite" if each.score is None else f"{each.score:.4g}"
+        console.print(f"Measure {each.measure}, {each.metric}: {each.role}{after} {score}.")
 
 
 def _show_bounds(audited: AuditResult, console: Console) -> None:
