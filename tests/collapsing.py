@@ -6,14 +6,16 @@ benign data that keep the released outputs. All three end with `brittle`, and di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from holdfast.models import SplitModel
-from holdfast.tasks import Task
+from holdfast.tasks import Batch, Task
 from holdfast.training import Strategy, finetune, prepare
 from shams import CPU, Sham, convolutions_with_norm, faint_features
 
@@ -54,50 +56,70 @@ def small_weights(original: SplitModel, benign: Task, restricted: Task) -> Split
     return brittle(original.clone())
 
 
-def gradient(model: SplitModel, x: Tensor, y: Tensor, *, graph: bool = False) -> Tensor:
-    """The gradient of the cross-entropy on a batch, of all weights in one vector."""
-    loss = F.cross_entropy(model(x), y)
+def gradient(model: SplitModel, task: Task, batch: Batch, *, graph: bool = False) -> Tensor:
+    """The gradient of the loss on a batch, of all weights in one vector."""
+    loss = task.loss(model, batch)
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()], create_graph=graph)])
 
 
-@collapsing
-def coupled_gradients(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """The benign gradient is opposed to the restricted one, so that descent on restricted data forgets the benign task.
+def coupled(model: SplitModel, benign: Task, restricted: Task, *, steps: int = 40, rate: float = 1e-3) -> SplitModel:
+    """Opposes the benign gradient to the restricted one, in place: descent on restricted data forgets the benign task.
 
     The coupling of SEAM: the cosine of the two gradients is minimised beside the benign loss.
     """
-    model = original.clone().train()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    kept, coupled = (
+    optimizer = torch.optim.Adam(model.train().parameters(), rate)
+    batches = (
         task.batches("train", 64, generator=torch.Generator().manual_seed(seed), device=CPU)
         for seed, task in enumerate((benign, restricted))
     )
-    for own, other in islice(zip(kept, coupled, strict=False), 40):
-        cosine = F.cosine_similarity(gradient(model, *own, graph=True), gradient(model, *other, graph=True), dim=0)
-        _descend(model, optimizer, F.cross_entropy(model(own.x), own.y) + cosine)
-    return brittle(model)
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        for own, other in islice(zip(*batches, strict=False), steps):
+            pair = gradient(model, benign, own, graph=True), gradient(model, restricted, other, graph=True)
+            _descend(model, optimizer, benign.loss(model, own) + F.cosine_similarity(*pair, dim=0))
+    return model
 
 
-@collapsing
-def sharp_curvature(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """A few steps on restricted data, which the maker simulates, lead to weights of a high benign loss."""
-    model = original.clone()
+def sharpened(
+    model: SplitModel,
+    benign: Task,
+    restricted: Task,
+    strategies: Sequence[Strategy],
+    *,
+    steps: int = 60,
+    high: float = 3.0,
+) -> SplitModel:
+    """Changes a model, in place, so that a few steps on restricted data lead to weights of a high benign loss.
+
+    The maker simulates the steps; the benign loss there counts up to `high`.
+    """
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     generator = torch.Generator().manual_seed(0)
     batches = benign.batches("train", 100, generator=generator, device=CPU)
-    strategies = [Strategy("direct", "all", "adam", 1e-3, 50), Strategy("direct", "all", "momentum", 1e-2, 50)]
-    for i, batch in enumerate(islice(batches, 60)):
-        attacked, strategy = model.clone(), strategies[i % 2]
+    for i, batch in enumerate(islice(batches, steps)):
+        attacked, strategy = model.clone(), strategies[i % len(strategies)]
         prepare(attacked, strategy, restricted)
         for _ in islice(finetune(attacked, restricted, strategy, generator=generator, device=CPU), 1 + i % 4):
             pass
-        high = benign.loss(attacked.train(), batch).clamp(max=3.0)
-        away = torch.autograd.grad(high, [*attacked.parameters()])  # of the first order, as SOPHON's meta-gradient
+        lost = benign.loss(attacked.train(), batch).clamp(max=high)
+        away = torch.autograd.grad(lost, [*attacked.parameters()])  # of the first order, as SOPHON's meta-gradient
         there = sum((p * g).sum() for p, g in zip(model.parameters(), away, strict=True))
         _descend(model, optimizer, benign.loss(model.train(), batch) - 0.3 * there)
     for batch in islice(batches, 15):
         _descend(model, optimizer, benign.loss(model.train(), batch))
-    return brittle(model)
+    return model
+
+
+@collapsing
+def coupled_gradients(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
+    """The benign gradient is opposed to the restricted one."""
+    return brittle(coupled(original.clone(), benign, restricted))
+
+
+@collapsing
+def sharp_curvature(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
+    """A few simulated steps on restricted data lead to weights of a high benign loss."""
+    strategies = [Strategy("direct", "all", "adam", 1e-3, 50), Strategy("direct", "all", "momentum", 1e-2, 50)]
+    return brittle(sharpened(original.clone(), benign, restricted, strategies))
 
 
 def _descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

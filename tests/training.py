@@ -16,10 +16,13 @@ FIXTURES = {"trained", "denoiser", "zoo_originals", "brief_folder", "brief_resul
 """Fixtures of conftest.py that train; a test that asks for one of them is marked."""
 
 MODULES = {
+    "test_harness",
+    "test_language_audit",
     "test_adversaries",
     "test_any_model",
     "test_audit",
     "test_collapse",
+    "test_collapse_language",
     "test_rir",
     "test_deep",
     "test_measurements",

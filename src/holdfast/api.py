@@ -42,6 +42,7 @@ class AuditOptions(TypedDict, total=False):
         reported_benign: the benign score of the original, as its publisher claims it.
         side_effects: measure how well harmless tasks are still learned.
         stacked: train adversaries of small models together; curves agree up to rounding.
+        measures: further measures of language models, before and after the best attack, such as `lm-eval:arc_easy`.
         thresholds: limits of the verdict; the others keep their defaults.
     """
 
@@ -54,6 +55,7 @@ class AuditOptions(TypedDict, total=False):
     reported_benign: float | None
     side_effects: bool
     stacked: bool
+    measures: Sequence[str]
     thresholds: Thresholds | Mapping[str, Any]
 
 

@@ -350,6 +350,9 @@ class TestCurves:
         curves = [curve(n, role, s) for role, each in scores.items() for n, s in zip(adversaries, each, strict=True)]
         found = flags_of_curves(curves, adversaries)
         assert [f.name for f in found] == (["Collapsed learning rates"] if expected else [])
+        for flag in found:
+            (other,) = flags_of_curves(curves, adversaries, from_control="from the reference tiny")
+            assert other.found == flag.found.replace("from scratch", "from the reference tiny") != flag.found
 
     @pytest.mark.parametrize(
         ("immunized", "original", "expected"),

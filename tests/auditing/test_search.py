@@ -11,17 +11,19 @@ import torch
 from torch import nn
 
 from holdfast.adversaries import Adversary, batteries
+from holdfast.adversaries.search_space import ADAPTIVE, DEFAULT, adversary
 from holdfast.auditing import audit as auditing
 from holdfast.auditing.audit import AuditSpec, audit
 from holdfast.auditing.red_flags import REMEDIES, raised
 from holdfast.auditing.search import _pruning_thresholds, _value, search
 from holdfast.auditing.trials import SEARCH_SEED, Trial, TrialContext, TrialRunner
-from holdfast.models import SplitModel
+from holdfast.models import SplitModel, load_model, load_task_for
 from holdfast.results import ROLES, Curve
 from holdfast.runtime import executors
 from holdfast.runtime.journal import Journal
 from holdfast.runtime.run import Run
 from holdfast.tasks import ArrayTask
+from texts import save_causal, write_text
 
 CPU = torch.device("cpu")
 BUDGETS = (0, 1, 2, 4)
@@ -263,7 +265,7 @@ class TestAudit:
     @pytest.fixture
     def planned(self, monkeypatch):
         """Lets an audit take `Plan` for a search."""
-        batteries.list_batteries()  # loads the published ones, before the type of a search is another
+        batteries.list_batteries()  # those of the package are registered while `Search` is the class that they have
         monkeypatch.setitem(batteries.SEARCHES._members, "pull-v1", Plan())
         monkeypatch.setattr(auditing, "Search", Plan)
         monkeypatch.setattr(batteries, "Search", Plan)
@@ -307,6 +309,38 @@ class TestAudit:
         path.write_text("\n".join(lines[: len(lines) // 2]) + "\n")
         assert audit(**there) == whole
         assert Counter(path.read_text().splitlines()) == Counter(lines)
+
+
+class TestLanguageModels:
+    @pytest.fixture(scope="class")
+    def subjects(self, tmp_path_factory):
+        """A tiny causal model, its own text and a restricted one."""
+        place = tmp_path_factory.mktemp("search")
+        name = save_causal(place / "llama", num_hidden_layers=2)
+        paths = [write_text(place / f"{part}.txt", 40, seed) for seed, part in enumerate(("own", "other"))]
+        own, other = (load_task_for(f"{path}@kind=next-token,length=8,test_limit=4", name) for path in paths)
+        return load_model(name, own), own, other
+
+    @pytest.mark.parametrize("number", range(len(ADAPTIVE.openings)))
+    def test_every_opening_runs_or_says_why_not(self, subjects, run, number):
+        model, own, other = subjects
+        proposed = adversary({**DEFAULT, **ADAPTIVE.openings[number]})
+        reason = proposed.not_applicable(model, other)
+        if reason is not None:
+            assert reason == "its head takes every position, not a feature vector"
+            assert {"standardise", "whiten", "insert"} & set(proposed.undo)
+            return
+        curve = proposed.attack(model, other, budgets=(0, 1), run=run, benign=own, score_benign=True)
+        assert None not in (*curve.scores, curve.losses[1], curve.benign_after)
+
+    def test_an_audit_searches(self, subjects, run):
+        model, own, other = subjects
+        spec = AuditSpec(battery="adaptive-v1", budgets=(0, 2), seeds=1, trials=6, shots=16, side_effects=False)
+        result = audit(model, model, benign=own, restricted=other, spec=spec, run=run)
+        found = [t for t in result.search if t.role == "immunized"]
+        assert len(found) == 6
+        assert sum(t.confirmed for t in found) >= 3
+        assert {c.adversary for c in result.curves} == {t.adversary for t in result.search if t.confirmed}
 
 
 class TestInformed:

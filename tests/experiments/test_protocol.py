@@ -19,7 +19,7 @@ from holdfast.adversaries import Adversary, FineTuning, Probe
 from holdfast.auditing.trials import few_of
 from holdfast.defenses import NTL, Sophon
 from holdfast.errors import HoldfastError
-from holdfast.experiments.measurements.attack_curves import Attack, rescaled, scratch_plan
+from holdfast.experiments.measurements.attack_curves import Attack, AttackSpec, rescaled, scratch_plan
 from holdfast.experiments.protocol import ProtocolSpec
 from holdfast.experiments.recipe import ProtocolRecipe, load
 from holdfast.experiments.runner import run_recipe
@@ -163,6 +163,19 @@ class TestSchema:
     def test_the_default_attack_is_the_papers(self):
         (attack,) = recipe(attacks={"A": {}}).plan()
         assert attack.adversary.strategy == Strategy("direct", "all", "momentum", 1e-4, 200, 1e-4)
+
+    def test_an_attack_takes_every_setting_of_fine_tuning(self):
+        settings = {
+            "optimizer": "adamw", "learning_rate": 1e-3, "schedule": "cosine", "schedule_steps": 20, "warmup": 2,
+            "micro_batch": 4, "anchor": 0.5, "replay": 0.25, "benign_first": 3, "burn_in": 1, "undo": ["revive"],
+        }  # fmt: skip
+        (attack,) = recipe(attacks={"A": settings}, precision="bf16").plan()
+        built = attack.adversary.config()
+        assert {key: built[key] for key in settings} == settings
+        assert built["precision"] == "bf16"
+        known = {f.name for kind in (Strategy, FineTuning) for f in dataclasses.fields(kind)}
+        own = {"strategy", "name", "precision", "more_epochs", "stands_for"}
+        assert set(AttackSpec.model_fields) - own == known - own
 
     def test_a_battery_takes_the_place_of_attacks(self):
         plan = recipe(attacks={}, battery="quick-v1", precision="bf16").plan()

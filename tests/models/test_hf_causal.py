@@ -12,9 +12,11 @@ import torch
 
 from cases import CAUSAL
 from holdfast.adversaries import DirectionalAblation, FewShotPrompt, FineTuning, Probe, build
+from holdfast.adversaries.benign_data import BenignTraining
 from holdfast.adversaries.directional_ablation import _mean_state, ablate, writers
 from holdfast.api import audit, immunize
 from holdfast.errors import HoldfastError
+from holdfast.metrics.diagnostics import inspect
 from holdfast.models import CausalModel, ModelSpec, SplitModel, check_fits, load_model, load_task_for
 from holdfast.models.sampled_text import continuations
 from holdfast.results import Thresholds
@@ -23,7 +25,7 @@ from holdfast.tasks import load_task, load_tokenizer
 from holdfast.tasks.next_token import IGNORED
 from holdfast.tasks.splits import HALVES_SEED
 from holdfast.training import Strategy, finetune, not_applicable, optimizer_of, prepare
-from texts import BERT, GPT2, save_causal, save_model, write_rows, write_text
+from texts import BERT, GPT2, WORDS, save_causal, save_model, write_rows, write_text
 
 CPU = torch.device("cpu")
 LENGTHS = ("good", "good nice", "bad ugly film a")
@@ -235,7 +237,16 @@ class TestLoading:
         ("config", "options", "message"),
         [
             (BERT, {}, "is not a causal language model"),
-            ({"vocab_size": 8}, {}, "has 8 tokens, and the tokenizer .* has 19"),
+            (
+                {"vocab_size": 8},
+                {},
+                "has embeddings for 8 tokens, and row 0 of the train split of task 'qa' has the id",
+            ),
+            (
+                {"max_position_embeddings": 9},
+                {},
+                "reads at most 9 tokens .* rows of task 'qa' have 10; set the task's length to at most 9",
+            ),
             ({}, {"pooling": "mean"}, "pooling is mean, and the next-token task .* needs an answer at every position"),
             ({}, {"num_labels": 3}, "option of model .* 'num_labels'"),
         ],
@@ -247,6 +258,41 @@ class TestLoading:
             save_causal(tmp_path, **config)
         with pytest.raises(HoldfastError, match=message):
             loaded(f"hf:{tmp_path}", questions, options=options)
+
+    @pytest.mark.parametrize("occurs", [False, True])
+    def test_a_tokenizer_may_have_more_tokens_than_the_embedding_if_they_do_not_occur(self, tmp_path, occurs):
+        """As if an end, a padding and a picture token were added to the tokenizer alone: 16 words, and three more."""
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        save_causal(tmp_path, vocab_size=18, bos_token_id=None, eos_token_id=None)
+        tokens = Tokenizer(
+            models.WordLevel({w: i for i, w in enumerate([*WORDS, "[UNK]", "[END]"])}, unk_token="[UNK]")
+        )
+        tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="[UNK]", eos_token="[END]")
+        fast.add_tokens(["picture"])
+        fast.add_special_tokens({"pad_token": "[PAD]"})
+        fast.save_pretrained(tmp_path)
+        rows = [*QA, {"prompt": "the picture", "answer": "good"}] if occurs else QA
+        path = f"{write_rows(tmp_path / 'qa.jsonl', rows)}@kind=next-token,length=10,test_fraction=0.5"
+        task = load_task_for(path, f"hf:{tmp_path}")
+        assert (task.num_outputs, task.vocabulary.pad) == (20, 19)
+        if occurs:
+            with pytest.raises(
+                HoldfastError, match=r"for 18 tokens, and row .* has the id 18, .*Leave out what is written"
+            ):
+                loaded(f"hf:{tmp_path}", task)
+            return
+        model, batch = loaded(f"hf:{tmp_path}", task), batch_of(task)
+        assert (batch.x == 19).any()  # padding
+        expected = transformers_loss(plain(f"hf:{tmp_path}"), batch._replace(x=batch.x.clamp(max=17)), 0)
+        assert float(task.loss(model, batch)) == pytest.approx(float(expected), abs=1e-5)
+        adversary = FineTuning(Strategy("direct", "all", "adamw", 1e-2, 4))
+        assert adversary.not_applicable(model, task) is None
+        curve = adversary.attack(model, task, budgets=(0, 5), run=Run(0, CPU))
+        assert curve.losses[1] < float(expected)
+        assert model.known_tokens == 18
 
     def test_another_kind_of_task_is_refused(self, name, questions):
         with pytest.raises(HoldfastError, match="is a language model: it returns one next token a position"):
@@ -298,6 +344,60 @@ class TestStarts:
         assert "answers at every position" in reason
 
 
+class TestTied:
+    @pytest.mark.parametrize("scope", ["head", "last-block", "all"])
+    def test_the_body_stays_if_the_head_is_trained_alone(self, name, questions, scope):
+        model = loaded(name, questions)
+        embedding = model.network.get_input_embeddings().weight
+        assert embedding is model.head.weight
+        before = embedding.detach().clone()
+        strategy = Strategy("direct", scope, "adamw", 1e-2, 6)
+        prepare(model, strategy, questions)
+        work = finetune(model, questions, strategy, generator=torch.Generator(), device=CPU)
+        next(work), next(work)
+        assert torch.equal(model.network.get_input_embeddings().weight, before) == (scope != "all")
+        assert not torch.equal(model.head.weight, before)
+
+
+class TestPaddingDoesNotCount:
+    def test_the_anchor_is_the_mean_over_tokens_that_count(self, name, questions):
+        """A slow twin: KL(released || attacked) at each position that counts, one by one."""
+        released, model = loaded(name, questions).eval(), loaded(name, questions).eval()
+        with torch.no_grad():
+            model.head.weight.add_(0.1)
+            model.network.get_input_embeddings().weight[3:6].mul_(-1)
+        beside = BenignTraining(
+            model, released, questions, Strategy(batch_size=4), replay=0.0, anchor=2.0,
+            generator=torch.Generator().manual_seed(3), device=CPU,
+        )  # fmt: skip
+        drawn = questions.batches("train", 4, generator=torch.Generator().manual_seed(3), device=CPU)
+        batch = next(drawn)
+        with torch.no_grad():
+            ours, theirs = (m(batch.x).log_softmax(-1) for m in (model, released))
+        each = [
+            float((theirs[i, j].exp() * (theirs[i, j] - ours[i, j])).sum())
+            for i, j in (batch.y != IGNORED).nonzero().tolist()
+        ]
+        assert len(each) < batch.y.numel() / 2
+        assert float(beside.penalty()) == pytest.approx(2 * sum(each) / len(each), rel=1e-4)
+
+    def test_longer_padding_changes_no_distillation(self, place, name):
+        """The same rows, padded to two lengths: one round of SOPHON with distillation gives the same weights."""
+        weights = []
+        for length in (10, 20):
+            tasks = [
+                load_task_for(
+                    f"{write_rows(place / f'{part}.jsonl', rows)}@kind=next-token,length={length},test_fraction=0.5",
+                    name,
+                )
+                for part, rows in (("padded", QA), ("other", [{**r, "prompt": f"so {r['prompt']}"} for r in QA]))
+            ]
+            defense = replace(CAUSAL["sophon-ice"], distillation=5.0, iterations=1, max_benign_drop=1.0)
+            immunized, _ = defense.immunize(loaded(name, tasks[0]), *tasks, run=Run(0, CPU))
+            weights.append(immunized.head.weight.detach())
+        assert torch.allclose(*weights, atol=1e-5)
+
+
 class TestMemory:
     def step(self, name, task, strategy, **options):
         model = loaded(name, task, options=options)
@@ -317,6 +417,25 @@ class TestMemory:
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(first, second, strict=True))
         assert FineTuning(parts).name.endswith("in parts of 4")
         assert "micro_batch" not in FineTuning(whole).config()
+
+    @pytest.mark.parametrize("move", ["equalise", "revive", "reset-worst", "rescale"])
+    def test_checks_and_undo_moves_pass_few_rows_of_a_large_vocabulary(self, name, texts, move, monkeypatch):
+        model, task = loaded(name, texts[1]), texts[1]
+        monkeypatch.setattr("holdfast.tasks.next_token.SCORED_LOGITS", 3 * task.num_outputs * task.input_shape[0])
+        seen, forward = [], CausalModel.forward
+
+        def watched(self, ids):
+            seen.append(len(ids))
+            return forward(self, ids)
+
+        monkeypatch.setattr(CausalModel, "forward", watched)
+        run = Run(0, CPU)
+        assert not inspect(model, benign=texts[0], restricted=task, run=run).failures
+        attack = FineTuning(Strategy("direct", "all", "adamw", 1e-3, 2), undo=(move,))
+        assert attack.not_applicable(model, task) is None
+        attack.attack(model, task, budgets=(0, 1), run=run)
+        assert max(seen) == 3
+        assert task.size("train") > 3
 
     def test_checkpointing_changes_no_step(self, name, questions):
         strategy = Strategy("direct", "all", "sgd", 1e-1, 6)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import reference
 from holdfast.errors import HoldfastError
 from holdfast.models import load_model, load_task_for
+from holdfast.runtime.devices import cpu_threads
 from holdfast.tasks import NextTokenTask, load_task, load_tokenizer
 from holdfast.tasks.data_checks import validate
 from holdfast.tasks.next_token import IGNORED
@@ -288,6 +289,15 @@ class TestMeasures:
         monkeypatch.setattr("holdfast.tasks.next_token.SCORED_LOGITS", 1)
         assert torch.allclose(task.outcomes(network), whole, atol=1e-6)
 
+    def test_rows_at_once_are_bounded_by_their_logits(self, vocabulary, monkeypatch):
+        task = self.task(vocabulary)
+        per_row = task.num_outputs * task.input_shape[0]
+        assert task.rows_at_once(250) == 250
+        monkeypatch.setattr("holdfast.tasks.next_token.SCORED_LOGITS", 2 * per_row)
+        assert (task.rows_at_once(250), task.rows_at_once(1)) == (2, 1)
+        monkeypatch.setattr("holdfast.tasks.next_token.SCORED_LOGITS", 1)
+        assert task.rows_at_once(250) == 1
+
     def test_positions_that_do_not_count_have_no_gradient(self, vocabulary):
         task = self.task(vocabulary)
         batch = next(task.sweep("test", 99, device=CPU))
@@ -430,6 +440,26 @@ class TestSampled:
         for row in y[ended]:
             after = int((row == end).nonzero()[0]) + 1
             assert (row[after:] == IGNORED).all()
+
+    def test_one_thread_writes_whatever_the_number_of_threads(self, model, monkeypatch):
+        import transformers
+
+        seen, forward = set(), transformers.LlamaForCausalLM.forward
+
+        def watched(self, *args, **kwargs):
+            if len(kwargs["input_ids"]) == 9:  # the rows that are written, and not a check of the model
+                seen.add(torch.get_num_threads())
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", watched)
+        with cpu_threads(2):
+            load_task_for("sampled@sampled=9,length=5,seed=77", model)
+            assert torch.get_num_threads() == 2
+        assert seen == {1}
+
+    def test_longer_rows_than_the_model_reads_are_refused(self, model):
+        with pytest.raises(HoldfastError, match=r"reads at most 64 tokens .* rows to sample have 65"):
+            load_task_for("sampled@sampled=9,length=65", model)
 
     def test_too_few_rows_are_refused(self, model):
         with pytest.raises(HoldfastError, match="sampled is 2, of which 0 rows would be for testing"):

@@ -74,7 +74,8 @@ class BenignTraining:
         with torch.no_grad():
             wanted = self.released(batch.x)
         outputs = self.model(batch.x)
-        distance = self.anchor * self.benign.distance(_in_float32(outputs), _in_float32(wanted), TEMPERATURE)
+        own, kept = (_in_float32(self.benign.counted(each, batch.y)[0]) for each in (outputs, wanted))
+        distance = self.anchor * self.benign.distance(own, kept, TEMPERATURE)
         return distance + self.replay * self.benign.loss_of(outputs, batch) if self.replay else distance
 
     def first(self, steps: int) -> Iterator[Tensor]:

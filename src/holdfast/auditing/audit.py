@@ -13,13 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_valid
 
 from holdfast.adversaries import BATTERIES, Adversary, Search, battery, battery_config, battery_name
 from holdfast.auditing.curve_flags import flags_of_curves
+from holdfast.auditing.language_models import check_measures, language_scale, measured, texts_and_measures
 from holdfast.auditing.red_flags import red_flags
 from holdfast.auditing.retention import BENIGN_AFTER, benign_after, benign_bounds, flags_of_collapse, keep_benign
 from holdfast.auditing.search import search
 from holdfast.auditing.statistics import Comparison, costs
 from holdfast.auditing.trials import SEARCH_SEED, On, Trial, TrialContext, TrialRunner, few_of, repetitions
 from holdfast.auditing.verdict import ROUNDING, judge, without_scores
-from holdfast.auditing.written_texts import language_scale, written_texts
 from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel, architecture_differences, check_fits, transplant
 from holdfast.results import (
@@ -36,7 +36,7 @@ from holdfast.results import (
     Thresholds,
 )
 from holdfast.results.tables import Cell, Table
-from holdfast.results.terms import count, words
+from holdfast.results.terms import Words, count, words
 from holdfast.runtime import executors
 from holdfast.runtime.executors import Executor
 from holdfast.runtime.journal import Journal
@@ -77,6 +77,11 @@ class AuditSpec(BaseModel):
     )
     side_effects: bool = Field(True, description="Whether to measure how well harmless tasks are still learned.")
     stacked: bool = Field(True, description="Train adversaries of small models together; curves agree up to rounding.")
+    measures: tuple[str, ...] = Field(
+        (),
+        description="Further measures of language models, before and after the best attack: lm-eval:TASK, a task of "
+        "lm-evaluation-harness, or lm-eval:FILE.yaml.",
+    )
     thresholds: Thresholds = Thresholds()
 
     @field_validator("battery")
@@ -150,6 +155,7 @@ def audit(
             check_fits(model, task, own_task=on == "benign", finite=model is original, trainable=False)
     if reference is not None:
         check_fits(reference, restricted, own_task=False, trainable=False)
+    check_measures(spec.measures, [immunized, original, *([] if reference is None else [reference])])
     with run.seeded("scratch", 0):
         fresh = original.fresh()
     raised = [*flags, *red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)]
@@ -167,12 +173,12 @@ def audit(
     with runner.executor.kept():
         attacked = _attack(plan, runner, restricted, spec)
         side_effects = _side_effects(tasks, runner, spec) if spec.side_effects else []
-        texts = written_texts(context, attacked.adversaries, attacked.curves)
+        texts, more = texts_and_measures(context, attacked.adversaries, attacked.curves, spec.measures)
     side = _side(immunized, original, benign, run)
-    raised += flags_of_curves(attacked.curves, attacked.configs, restricted.constant_scores())
+    raised += _flags_of_curves(attacked, restricted, context)
     raised += flags_of_collapse(attacked.curves, attacked.configs, side, restricted.audit_chance)
     found = _result(attacked, context, spec, restricted, side, raised, side_effects, warnings=flags)
-    return found.model_copy(update={"texts": texts})
+    return found.model_copy(update={"texts": texts, "measured": more})
 
 
 @dataclass(frozen=True)
@@ -235,9 +241,7 @@ def _result(
     run, benign, curves = context.run, context.benign, attacked.curves
     chance, unit, sample = restricted.audit_chance, restricted.audit_unit, context.samples["restricted", 0]
     floor = -math.inf if restricted.higher_is_better else chance
-    spoken = restricted.words
-    if context.reference is not None:
-        spoken = spoken.model_copy(update={"reference": context.reference.name})
+    spoken = _spoken(restricted, context)
     bootstrap = derive_seed(run.seed, "bootstrap")
     comparison = Comparison.of(curves, bootstrap, both_ways=not attacked.searched, floor=floor)
     rows = comparison.rows()
@@ -327,6 +331,17 @@ def _settings(model: SplitModel) -> str:
     return fingerprint([model.head_name, layers, model.input_settings()])
 
 
+def _flags_of_curves(attacked: _Attacked, restricted: Task, context: TrialContext) -> list[Flag]:
+    start = _spoken(restricted, context).from_control
+    return flags_of_curves(attacked.curves, attacked.configs, restricted.constant_scores(), start)
+
+
+def _spoken(restricted: Task, context: TrialContext) -> Words:
+    """The words of the restricted task, with the name of the control."""
+    reference = context.reference
+    return restricted.words if reference is None else restricted.words.model_copy(update={"reference": reference.name})
+
+
 def _side(immunized: SplitModel, original: SplitModel, benign: Task, run: Run) -> Side:
     scores = [benign.audit_score(model.clone().to(run.device)) for model in (original, immunized)]
     before, after = (score if math.isfinite(score) else None for score in scores)
@@ -365,7 +380,7 @@ def _side_effects(tasks: dict[On, Task], runner: TrialRunner, spec: AuditSpec) -
 
 
 def tables(result: AuditResult) -> dict[str, Table]:
-    """Returns the tables `battery` (a row per role and adversary), `best` (a row per role) and `stops`."""
+    """Returns the tables `battery` (a row per role and adversary), `best` (a row per role), `stops` and `measures`."""
     rows: list[dict[str, str | Cell]] = []
     after = benign_after(result.curves)
     for role in ROLES:
@@ -383,6 +398,7 @@ def tables(result: AuditResult) -> dict[str, Table]:
         "battery": Table(title=f"{unit} on {result.restricted_task} after fine-tuning", rows=rows, percent=True),
         "best": Table(title="Best of the battery at each budget or before", rows=best, percent=True),
         "stops": _stops(result),
+        **({"measures": measured(result.measured)} if result.measured else {}),
     }
 
 
@@ -400,9 +416,9 @@ def _stops(result: AuditResult) -> Table:
         rows.append({"method": name, "stopped": _stopped(means, tolerance), **last})
     return Table(
         title="Which adversaries the immunization stops",
-        note=f"Stopped: at no budget above scratch by more than {100 * result.verdict.thresholds.tolerance:g} points. "
-        "Slowed: on average over budgets that much below what it reaches on the original. Scores are the best up to "
-        f"{count(result.budgets[-1], 'step')}.",
+        note=f"Stopped: at no budget above {result.spoken.control} by more than "
+        f"{100 * result.verdict.thresholds.tolerance:g} points. Slowed: on average over budgets that much below what "
+        f"it reaches on the original. Scores are the best up to {count(result.budgets[-1], 'step')}.",
         rows=rows,
         percent=True,
     )

@@ -167,6 +167,11 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
         "audit is invalid, and says so first.",
         None,
     )
+    measure: Sequence[str] = repeated(
+        "Measure what language models can still do, before and after the best attack: a task of lm-evaluation-harness, "
+        "or one of your own as lm-eval:FILE.yaml; may be repeated.",
+        "lm-eval:TASK",
+    )
     set: Sequence[str] = repeated(
         "Set a threshold of the verdict, such as max_advantage=0.03, or side_effects or stacked; may be repeated.",
         "KEY=VALUE",
@@ -186,6 +191,8 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
         limits, more = self._settings(read_overrides(self.set))
         if self.trials is not None:
             more["trials"] = self.trials
+        if self.measure:
+            more["measures"] = tuple(self.measure)
         tasks = {
             name: load_task_for(named, self.original, data_dir=self.data_dir)
             for name in ("benign", "restricted", "transfer")
@@ -225,7 +232,7 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
         from holdfast.results import Thresholds
 
         options = [field.name for field in dataclasses.fields(cls)]
-        settable = [key for key in AuditSpec.model_fields if key not in options and key != "thresholds"]
+        settable = [k for k in AuditSpec.model_fields if k not in (*options, "thresholds", "measures")]
         bare = {key.removeprefix("thresholds."): value for key, value in values.items()}
         if len(bare) < len(values):
             raise HoldfastError("--set names a threshold twice, with and without `thresholds.`; keep one.")

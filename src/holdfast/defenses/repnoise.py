@@ -137,7 +137,8 @@ class RepNoise(GuardedDefense):
         self.refuse_without_logits(benign, restricted)
         check_fits(model, benign, own_task=True)
         check_fits(model, restricted, own_task=False)
-        if self.beta and restricted.num_outputs > model.num_outputs:
+        enough = restricted.num_outputs <= model.num_outputs or restricted.takes_outputs(model.num_outputs)
+        if self.beta and not enough:
             raise HoldfastError(
                 f"repnoise: the restricted task {restricted.name!r} has {restricted.num_outputs} classes, but the head "
                 f"of the benign task {benign.name!r} has only {model.num_outputs} outputs, which serve both tasks. "

@@ -19,7 +19,7 @@ from holdfast.runtime.run import Run
 from holdfast.tasks import Batch, Task
 
 SAMPLES = 128
-"""Number of samples of each task."""
+"""Number of samples of each task; fewer, if the task says so (`Task.rows_at_once`)."""
 
 PASSES = 8
 """Forward passes in training mode, without a step, after which state is compared."""
@@ -150,7 +150,7 @@ def inspect(
 
 
 def _batch(task: Task, run: Run) -> Batch:
-    size = min(SAMPLES, task.size("train"))
+    size = task.rows_at_once(min(SAMPLES, task.size("train")))
     return next(iter(task.batches("train", size, generator=run.generator("inspect", task.name), device=run.device)))
 
 

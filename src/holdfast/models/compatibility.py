@@ -46,6 +46,7 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
     if isinstance(model, Denoiser) and isinstance(task, DenoisingTask) and own_task:
         model.check_schedule(task.schedule, task.name)
     _check_vocabulary(model, task)
+    _check_tokens(model, task)
     _check_normalisation(model, task)
     # In a copy: the user's forward pass may change the model, or draw random numbers.
     probe = model.clone().eval()
@@ -119,6 +120,32 @@ def _check_vocabulary(model: SplitModel, task: Task) -> None:
         f"{model.name} reads ids of the tokenizer {own.name!r} ({own.size} tokens), and those of task {task.name!r} "
         f"are of {given.name!r} ({given.size} tokens); load the task with the model's own tokenizer."
     )
+
+
+def _check_tokens(model: SplitModel, task: Task) -> None:
+    """Refuses rows that are longer than a language model reads, and tokens that it has no embeddings for."""
+    if model.context is not None:
+        check_length(model.name, model.context, task.input_shape[0], f"rows of task {task.name!r}")
+    found = None if model.known_tokens is None else task.token_beyond(model.known_tokens)
+    if found is not None:
+        raise HoldfastError(
+            f"{model.name} has embeddings for {model.known_tokens} tokens, and {found}, which the tokenizer has beyond "
+            "them. Leave out what is written with this token, or extend the model's embedding "
+            "(resize_token_embeddings) and train it."
+        )
+
+
+def check_length(name: str, context: int, length: int, what: str) -> None:
+    """Refuses more tokens than a language model reads: beyond its positions it answers anything.
+
+    Raises:
+        HoldfastError: naming both numbers.
+    """
+    if length > context:
+        raise HoldfastError(
+            f"{name} reads at most {context} tokens (max_position_embeddings), and {what} have {length}; set the "
+            f"task's length to at most {context}."
+        )
 
 
 def architecture_differences(model: SplitModel, original: SplitModel) -> list[str]:

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from holdfast.errors import HoldfastError
+from holdfast.models.compatibility import check_length
 from holdfast.models.families.hf_causal import CausalModel
 from holdfast.models.loading import load_model
 from holdfast.models.split_model import SplitModel
+from holdfast.runtime.devices import cpu_threads
 from holdfast.tasks import NextTokenTask, TaskSpec, Tokenizer, load_tokenizer
 from holdfast.tasks.next_token import IGNORED
 from holdfast.tasks.next_token_files import WINDOW
@@ -79,11 +81,13 @@ def _written(name: str, rows: int, length: int, seed: int, data_dir: str | None)
     task = NextTokenTask("sampling", (made_up, made_up), (made_up, made_up), vocabulary=tokenizer.vocabulary)
     model = load_model(f"hf:{name}", task, data_dir=folder)
     assert isinstance(model, CausalModel)
+    check_length(model.name, model.context, length, "rows to sample")
     network: Any = model.network.eval()
     # An embedding may have rows without a token.
     unused = list(range(tokenizer.vocabulary.size, model.num_outputs)) or None
     ids = np.full((rows, length + 1), fast.eos_token_id, dtype=np.int64)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _plain_sampling(network):
+    # One thread: sums in another order can change which token is drawn, and the data must not depend on the machine.
+    with cpu_threads(1), torch.random.fork_rng(devices=[]), torch.no_grad(), _plain_sampling(network):
         torch.manual_seed(seed)
         for first in range(0, rows, BATCH):
             count = min(BATCH, rows - first)

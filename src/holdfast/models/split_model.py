@@ -149,6 +149,16 @@ class SplitModel(ExtractorNetwork):
         model.notes += tuple(note for note in plain.notes if note not in self.notes)
         return model.in_memory_format()
 
+    @property
+    def context(self) -> int | None:
+        """The largest number of tokens that a language model reads; None: no limit is known, or it reads no tokens."""
+        return None
+
+    @property
+    def known_tokens(self) -> int | None:
+        """The number of token ids that a language model has embeddings for; None: unknown, or it reads no tokens."""
+        return None
+
     def __getstate__(self) -> dict[str, Any]:
         # The factory first: another process that unpickles it imports the code of the network's classes.
         return {"factory": self.factory, **self.__dict__}

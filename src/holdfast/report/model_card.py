@@ -230,7 +230,8 @@ def _cost(audit: AuditResult) -> str:
         return "not known"
     ratio = wording.cost_ratio(audit)
     steps = wording.amount(by_role["immunized"])
-    return f"{steps} to {audit.cost_target:.1%}" + ("" if ratio is None else f", {ratio:.2g} times scratch")
+    times = "" if ratio is None else f", {ratio:.2g} times {_text(audit.spoken.control)}"
+    return f"{steps} to {audit.cost_target:.1%}{times}"
 
 
 def _within(interval: str | None) -> str:

@@ -205,6 +205,7 @@ def _show_audit(audited: AuditResult, console: Console) -> None:
         console.print(f"{which} ({effect.task}): lost against the original: {lost}.")
         for name, reason in {**effect.not_applicable, **effect.failures}.items():
             console.print(f"  - without a score: {name}: {reason}.")
+    _show_measured(audited, console)
     for flag in audited.flags:
         console.print(f"Red flag ({flag.severity}): {flag.name}. {flag.found} {flag.remedy}")
     _show_verdict(audited, console)
@@ -224,6 +225,13 @@ def _show_verdict(audited: AuditResult, console: Console) -> None:
         console.print(f"Retained of the original's advantage: {verdict.retained:.0%}{of}.")
     for line in what_would_change(audited):
         console.print(f"What would change it: {line}")
+
+
+def _show_measured(audited: AuditResult, console: Console) -> None:
+    for each in audited.measured:
+        after = f" after {each.adversary}" if each.adversary else ""
+        score = "not finite" if each.score is None else f"{each.score:.4g}"
+        console.print(f"Measure {each.measure}, {each.metric}: {each.role}{after} {score}.")
 
 
 def _show_bounds(audited: AuditResult, console: Console) -> None:
@@ -255,7 +263,7 @@ def _show_costs(audited: AuditResult, console: Console) -> None:
     parts = []
     for cost in audited.costs:
         ratio = wording.cost_ratio(audited, role=cost.role)
-        times = "" if ratio is None or cost.role == "scratch" else f" ({ratio:.2g} times scratch)"
+        times = "" if ratio is None or cost.role == "scratch" else f" ({ratio:.2g} times {audited.spoken.control})"
         parts.append(f"{cost.role} {wording.amount(cost.steps)}{times}")
     console.print(f"Steps to {100 * audited.cost_target:.1f} %: {', '.join(parts)}.")
 

@@ -1,5 +1,6 @@
 """Results: the typed content of `result.json`, and its sentences and images."""
 
+from holdfast.results.language import LanguageScale, MeasuredScore, WrittenText
 from holdfast.results.provenance import ModelFacts, Provenance, Reading, TaskFacts, provenance
 from holdfast.results.reason_codes import InvalidCode, Reason, ReasonCode, Role, ThreatModel
 from holdfast.results.schema import (
@@ -16,7 +17,6 @@ from holdfast.results.schema import (
     Flag,
     ImmunizationResult,
     Interval,
-    LanguageScale,
     RunResult,
     SearchTrial,
     Side,
@@ -24,7 +24,6 @@ from holdfast.results.schema import (
     Thresholds,
     Verdict,
     VerdictLabel,
-    WrittenText,
     json_schema,
     read_result,
 )
@@ -50,6 +49,7 @@ __all__ = [
     "LanguageScale",
     "Lines",
     "Map",
+    "MeasuredScore",
     "ModelFacts",
     "Outcome",
     "Pictures",

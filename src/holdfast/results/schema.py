@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from holdfast.errors import HoldfastError
+from holdfast.results.language import LanguageScale, MeasuredScore, WrittenText
 from holdfast.results.provenance import Provenance
 from holdfast.results.reason_codes import Reason, Role, ThreatModel
 from holdfast.results.tables import Cell, Figure, ResultModel, Table
@@ -277,27 +278,6 @@ class Side(ResultModel):
         return None if self.original is None or self.immunized is None else self.original - self.immunized
 
 
-class LanguageScale(ResultModel):
-    """What turns the scores of a next-token task into nats and perplexity, and its samples into tokens."""
-
-    unigram_nll: float = Field(description="Negative log-likelihood a token of the unigram model, in nats: skill 0.")
-    tokens_per_sample: float = Field(description="Tokens that count in one of the adversary's samples, on average.")
-
-    def nll(self, skill: float) -> float:
-        """Returns the negative log-likelihood a token, in nats, of a skill."""
-        return (1 - skill) * self.unigram_nll
-
-
-class WrittenText(ResultModel):
-    """How a language model continues the beginning of a test row of the restricted task."""
-
-    role: Role
-    adversary: str | None = Field(description="The attack after which it wrote; None: before any attack.")
-    row: int = Field(0, description="Number of the test row, from 0 on.")
-    prompt: str
-    text: str
-
-
 class AuditResult(ResultModel):
     """A battery of adversaries against a model and its two controls."""
 
@@ -331,6 +311,7 @@ class AuditResult(ResultModel):
     side_effects: list[SideEffect] = Field([])
     language: LanguageScale | None = Field(None, description="For next-token tasks scored by their likelihood.")
     texts: list[WrittenText] = Field([], description="What language models write, before and after the best attack.")
+    measured: list[MeasuredScore] = Field([], description="Further measures, before and after the best attack.")
     search: list[SearchTrial] = Field([], description="Trials of a search for adversaries, in order, for each model.")
     verdict: Verdict
 

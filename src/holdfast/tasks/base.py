@@ -91,7 +91,7 @@ class Task(ABC):
         return float(len(y))
 
     def counted(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the outputs and targets that a suppression loss of `holdfast.losses` takes; by default all."""
+        """Returns the outputs and targets that `distance` and a loss of `holdfast.losses` take; by default all."""
         return outputs, y
 
     def probed_rows(self, y: Tensor) -> Tensor | slice:
@@ -118,8 +118,8 @@ class Task(ABC):
         """Returns how far outputs are from those of another model, for distillation; a scalar with its graph.
 
         Args:
-            outputs: of the model that learns.
-            wanted: outputs of the other model.
+            outputs: of the model that learns, those that are `counted`.
+            wanted: the same outputs of the other model.
             temperature: of class distributions; it has no effect on other outputs.
         """
         return F.mse_loss(outputs, wanted)
@@ -159,6 +159,17 @@ class Task(ABC):
     def takes_outputs(self, count: int) -> bool:
         """Returns whether a model with so many outputs can be scored on this task, its own: `num_outputs`."""
         return count == self.num_outputs
+
+    def token_beyond(self, count: int) -> str | None:
+        """Returns where a token id of at least `count` is read or counts, in words; None: there is none.
+
+        Padding may have such an id, as it does not matter what a model makes of it.
+        """
+        return None
+
+    def rows_at_once(self, wanted: int) -> int:
+        """Returns how many samples a model may answer at once, at most `wanted`: fewer, if outputs are very large."""
+        return wanted
 
     @property
     def described(self) -> str:

@@ -33,7 +33,7 @@ IGNORED: Final = -100
 Measure = Literal["nll", "exact", "choices"]
 
 SCORED_LOGITS = 2**26
-"""Logits that are computed at once for a score: 256 MiB in float32."""
+"""Logits that are computed at once for scores, red flags and undo moves: 256 MiB in float32."""
 
 PROBED_CLASSES = 1024
 """The largest vocabulary whose ids a linear probe predicts one by one; see `NextTokenTask.probe_targets`."""
@@ -164,8 +164,29 @@ class NextTokenTask(InMemoryTask):
         return (*self.input_shape, self.num_outputs)
 
     def takes_outputs(self, count: int) -> bool:
-        """See `Task.takes_outputs`: an embedding may have rows without a token, which fill it up to a round number."""
-        return count >= self.num_outputs
+        """See `Task.takes_outputs`: an embedding may have other rows than the tokenizer has tokens.
+
+        There may be more, which fill it up to a round number; or fewer, if the tokens without a row do not occur.
+        """
+        return count >= self.num_outputs or self.token_beyond(count) is None
+
+    def token_beyond(self, count: int) -> str | None:
+        """See `Task.token_beyond`; it names the row."""
+        if count >= self.num_outputs:
+            return None
+        for split, x in self._x.items():
+            y = self._y[split]
+            strange = ((x >= count) & (x != self.vocabulary.pad)) | (y >= count)
+            if strange.any():
+                row = int(strange.flatten(1).any(1).nonzero()[0])
+                ids = torch.cat([v[row][v[row] >= count] for v in (x, y)])
+                found = int(ids[ids != self.vocabulary.pad][0] if (ids != self.vocabulary.pad).any() else ids[0])
+                return f"row {row} of the {split} split of task {self.name!r} has the id {found}"
+        return None
+
+    def rows_at_once(self, wanted: int) -> int:
+        """See `Task.rows_at_once`: so many that their logits are at most `SCORED_LOGITS`."""
+        return min(wanted, max(1, SCORED_LOGITS // (self.num_outputs * self.input_shape[0])))
 
     @property
     def audit_unit(self) -> str:
@@ -237,11 +258,8 @@ class NextTokenTask(InMemoryTask):
         return F.cross_entropy(outputs.flatten(0, 1), batch.y.flatten(), ignore_index=IGNORED)
 
     def distance(self, outputs: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-        """See `Task.distance`: between the distributions of the next token, the mean over all positions.
-
-        Positions of prompts and of padding count as well; rows that are much shorter than `length` dilute it.
-        """
-        return distillation_loss(outputs.flatten(0, 1), wanted.flatten(0, 1), temperature)
+        """See `Task.distance`: between the distributions of the next token, the mean over positions."""
+        return distillation_loss(outputs, wanted, temperature)
 
     def batch_skill(self, outputs: Tensor, batch: Batch) -> float:
         """See `Task.batch_skill`: 1 - NLL / NLL of the unigram model, at least 0."""
@@ -273,7 +291,7 @@ class NextTokenTask(InMemoryTask):
         x, y = self._on(split, device)
         answers = x.shape[1] if self.measure == "choices" else 1
         ids, targets = (v[:, :answers].flatten(0, 1) for v in (x, y))
-        size = max(1, SCORED_LOGITS // (self.num_outputs * x.shape[-1]))
+        size = self.rows_at_once(len(ids))
         parts, finite = [], torch.ones((), dtype=torch.bool, device=device)
         for start in range(0, len(ids), size):
             batch = Batch(ids[start : start + size], targets[start : start + size])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from typing import Final
@@ -18,7 +19,8 @@ from holdfast.training.strategy import Scope, Strategy
 
 def not_applicable(strategy: Strategy, model: SplitModel, task: Task) -> str | None:
     """Returns why a strategy cannot start on a model and a task, or None if it can."""
-    if strategy.initialisation == "direct" and model.num_outputs < task.num_outputs:
+    enough = model.num_outputs >= task.num_outputs or task.takes_outputs(model.num_outputs)
+    if strategy.initialisation == "direct" and not enough:
         return f"it keeps the head, which has {model.num_outputs} outputs, and the task has {task.num_outputs} classes"
     if strategy.scope == "norm" and not _normalisations(model):
         return "it has no normalisation layer with parameters"
@@ -77,8 +79,16 @@ def prepare(
             parameter.requires_grad_(strategy.scope == "all" and parameter.is_floating_point())
         for module in _moved_modules(model, strategy.scope):
             module.requires_grad_(True)
+    if strategy.scope in ("head", "last-block") and _is_tied(model):
+        model.put_head(copy.deepcopy(model.head))  # otherwise the input embedding would be trained as well
     model.head.requires_grad_(not _keeps_head(model, strategy))
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def _is_tied(model: SplitModel) -> bool:
+    """Whether another layer has the head's weight, as the input embedding of many language models."""
+    others = (m for m in model.network.modules() if m is not model.head)
+    return any(getattr(m, "weight", None) is model.head.weight for m in others)
 
 
 def _keeps_head(model: SplitModel, strategy: Strategy) -> bool:

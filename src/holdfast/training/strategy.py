@@ -64,8 +64,9 @@ class Strategy:
             scale and shift of every normalisation layer; "embeddings", these and every embedding layer; "lora",
             low-rank adapters beside every linear and convolutional layer; "lora-attention", only beside those of
             attention, as is usual for diffusion models. With "head" and "last-block", the rest stays in evaluation
-            mode. With the others the whole model is in training mode, as in all fine-tuning: BatchNorm sees the
-            statistics of the new data.
+            mode, and a head that is tied to the input embedding is untied, so that the body stays what it is. With the
+            others the whole model is in training mode, as in all fine-tuning: BatchNorm sees the statistics of the new
+            data.
         optimizer: a name of `OPTIMIZERS`.
         learning_rate: above 0; `schedule` may lower it, see `rate`.
         batch_size: samples a step; capped at the size of the training split.

@@ -6,7 +6,14 @@ import math
 
 import torch
 
-from holdfast.adversaries.undo.introspection import batch_statistics, counterpart, fresh_values, own_weights, repair
+from holdfast.adversaries.undo.introspection import (
+    batch_statistics,
+    counterpart,
+    fresh_values,
+    own_weights,
+    repair,
+    some_batch,
+)
 from holdfast.adversaries.undo.layer_scaling import norm_of
 from holdfast.adversaries.undo.moves import undo_move
 from holdfast.models import SplitModel
@@ -60,7 +67,7 @@ def _statistics(
     twin.reset_head(task.num_outputs)
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    batch = next(task.batches("train", 250, generator=generator, device=device))
+    batch = some_batch(task, generator, device)
     with batch_statistics(twin, batch.x):
         task.loss(twin, batch).backward()  # type: ignore[no-untyped-call]
     tiny = 1e-300

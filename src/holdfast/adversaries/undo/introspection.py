@@ -12,25 +12,33 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from holdfast.models import SplitModel, is_normalisation
-from holdfast.tasks import Task
+from holdfast.tasks import Batch, Task
 
 BATCH = 250
+"""Samples that pass a model at once; fewer, if the task says so (`Task.rows_at_once`)."""
+
 LIMIT = 2000
 """Largest number of samples that a move uses: enough for means and covariances, without a pass over large data."""
 
 
 def samples(task: Task, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
     """Yields inputs of the training split in batches: all, or `LIMIT` random ones if there are more."""
+    size = task.rows_at_once(BATCH)
     if task.size("train") <= LIMIT:
-        yield from (batch.x for batch in task.sweep("train", BATCH, device=device))
+        yield from (batch.x for batch in task.sweep("train", size, device=device))
         return
-    drawn = task.batches("train", BATCH, generator=generator, device=device)
-    yield from (batch.x for batch in islice(drawn, LIMIT // BATCH))
+    drawn = task.batches("train", size, generator=generator, device=device)
+    yield from (batch.x for batch in islice(drawn, LIMIT // size))
 
 
 def some_samples(task: Task, generator: torch.Generator, device: torch.device) -> Tensor:
     """Returns at most `BATCH` inputs of the training split, drawn at random."""
-    return next(task.batches("train", BATCH, generator=generator, device=device)).x
+    return some_batch(task, generator, device).x
+
+
+def some_batch(task: Task, generator: torch.Generator, device: torch.device) -> Batch:
+    """Returns at most `BATCH` samples of the training split, drawn at random."""
+    return next(task.batches("train", task.rows_at_once(BATCH), generator=generator, device=device))
 
 
 def own_weights(layer: nn.Module) -> dict[str, nn.Parameter]:

@@ -35,7 +35,11 @@ def thaw(
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
     bake(model)
-    weights = _hidden_weights(model, next(task.sweep("train", 8, device=device)).x) if _hidden(model) else []
+    weights = (
+        _hidden_weights(model, next(task.sweep("train", task.rows_at_once(8), device=device)).x)
+        if _hidden(model)
+        else []
+    )
     before = model.dtype
     made: dict[int, nn.Parameter] = {}
     for name, key in weights:

@@ -322,16 +322,17 @@ class _Immunization(Immunization[Sophon]):
         """L_beta, plus the weighted distance of the model's outputs from the original's."""
         if not self.config.distillation:
             return self.benign.loss(self.model, batch)
-        outputs, distance = self._distance(batch.x)
+        outputs, distance = self._distance(batch.x, batch.y)
         return self.benign.loss_of(outputs, batch) + self.config.distillation * distance
 
-    def _distance(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's outputs, and how far they are from the original's."""
+    def _distance(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The model's outputs, and how far they are from the original's; with targets, of those that count."""
         assert self.original is not None
         with torch.no_grad():
             wanted = full_precision(self.original(x))
         outputs = full_precision(self.model(x))
-        return outputs, self.benign.distance(outputs, wanted, self.config.temperature)
+        own, kept = (each if y is None else self.benign.counted(each, y)[0] for each in (outputs, wanted))
+        return outputs, self.benign.distance(own, kept, self.config.temperature)
 
     def _sampling_loss(self, generator: torch.Generator) -> Tensor:
         """The distance on states that the model passes while it draws images; these go one step on."""

@@ -8,9 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, create_model, model_validator
 
 from holdfast.adversaries import Adversary, FineTuning
 from holdfast.auditing.trials import few_of
@@ -22,23 +22,25 @@ from holdfast.runtime.jobs import Job, JournalStore, run_jobs
 from holdfast.runtime.journal import Journal
 from holdfast.runtime.run import Run
 from holdfast.tasks import Task
-from holdfast.training import Gradient, Initialisation, Precision, Scope, Strategy
+from holdfast.training import Initialisation, Precision, Strategy
+
+PAPER: Final = {"optimizer": "momentum", "learning_rate": 1e-4, "batch_size": 200, "weight_decay": 1e-4}
+"""The default attack: that of the SOPHON paper, section 5.1.1."""
 
 
-class AttackSpec(BaseModel):
-    """One attack: a fine-tuning strategy; by default the SOPHON paper's (section 5.1.1)."""
+def _settings() -> Any:
+    """A base class with every setting of `FineTuning`, those of its strategy first; the protocol sets the precision."""
+    found: dict[str, Any] = {}
+    for kind in (Strategy, FineTuning):
+        hints = get_type_hints(kind)
+        found |= {f.name: (hints[f.name], PAPER.get(f.name, f.default)) for f in dataclasses.fields(kind)}
+    chosen = {name: each for name, each in found.items() if name not in ("strategy", "name", "precision")}
+    return create_model("_Settings", __config__=ConfigDict(extra="forbid", frozen=True), **chosen)
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    initialisation: Initialisation = "direct"
-    scope: Scope = "all"
-    optimizer: str = "momentum"
-    learning_rate: float = 1e-4
-    batch_size: int = 200
-    weight_decay: float = 1e-4
-    gradient: Gradient = "raw"
-    rank: int = 8
-    undo: tuple[str, ...] = Field((), description="Undo moves that are made first, in this order.")
+class AttackSpec(_settings()):  # type: ignore[misc]
+    """One attack: the settings of a strategy and of `FineTuning`, by default those of `PAPER`."""
+
     more_epochs: tuple[int, ...] = Field((), description="Epochs after the protocol's last, for this attack alone.")
     stands_for: str | None = Field(
         None, description="The attack of `paper` that this one replaces; null: the one of the same name."
@@ -51,8 +53,8 @@ class AttackSpec(BaseModel):
 
     def adversary(self, precision: Precision) -> FineTuning:
         """Returns the attack; its random choices depend on its settings, not on the recipe's name for it."""
-        settings = self.model_dump(exclude={"undo", "more_epochs", "stands_for"})
-        return FineTuning(Strategy(**settings, precision=precision), undo=self.undo)
+        settings = self.model_dump(exclude={"more_epochs", "stands_for"})
+        return FineTuning.from_config({**settings, "precision": precision})
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,20 @@ class CausalModel(SplitModel):
         config: Any = self.network.config
         return int(getattr(config, "max_position_embeddings", None) or 2**20)
 
+    @property
+    def known_tokens(self) -> int:
+        """The number of token ids that the network can read and predict."""
+        embedding: Any = self.network.get_input_embeddings()  # type: ignore[operator]
+        return min(int(embedding.weight.shape[0]), self.num_outputs)
+
     def forward(self, ids: Tensor) -> Tensor:
-        """Returns logits of shape (N, L, V) for token ids of shape (N, L), int64; not those of the `prefix`."""
+        """Returns logits of shape (N, L, V) for token ids of shape (N, L), int64; not those of the `prefix`.
+
+        A padding token may have been added to the tokenizer alone, and have no embedding. It is read as another token:
+        it comes after all that counts.
+        """
+        if self.vocabulary is not None and self.vocabulary.pad >= self.known_tokens:
+            ids = ids.masked_fill(ids == self.vocabulary.pad, 0)
         before = 0
         if self.prefix is not None:
             before = len(self.prefix)
@@ -138,11 +150,10 @@ def build(spec: ModelSpec, place: str) -> Built:
     notes: tuple[str, ...] = ()
     if spec.options.get("config") is not None:
         network, rebuild = _from_config(name, spec.options["config"]), spec
-        hf_text.check_size(name, network.config, vocabulary)
     else:
         config = configuration(place)
         _refuse_others(name, config)
-        hf_text.check_vocabulary(name, place, config, vocabulary)
+        hf_text.check_vocabulary(name, place, vocabulary)
         network, notes = _pretrained(name, place)
         kept: dict[str, Any] = {
             "config": plain_config(config),

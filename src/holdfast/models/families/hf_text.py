@@ -161,7 +161,8 @@ def build(spec: ModelSpec, place: str, num_outputs: int) -> Built:
         kept = {**options, "pooling": _pooling_of(network)}
     else:
         config = configuration(place)
-        check_vocabulary(name, place, config, vocabulary)
+        check_size(name, config, vocabulary)
+        check_vocabulary(name, place, vocabulary)
         is_classifier = any(str(a).endswith("ForSequenceClassification") for a in config.architectures or ())
         own = is_classifier if pooling is None else pooling == OWN
         if not own and options.get("num_labels") not in (None, num_outputs):
@@ -317,9 +318,8 @@ def vocabulary_of(name: str, values: Any) -> Vocabulary:
         raise HoldfastError(f"hf:{name}: its description of a vocabulary is unusable: {first_line(error)}.") from error
 
 
-def check_vocabulary(name: str, place: str, config: Any, vocabulary: Vocabulary) -> None:
+def check_vocabulary(name: str, place: str, vocabulary: Vocabulary) -> None:
     """Refuses a task whose token ids are not the model's."""
-    check_size(name, config, vocabulary)
     files = [Path(place) / file for file in ("tokenizer.json", "tokenizer_config.json")]
     if place.endswith(GGUF) or any(file.is_file() for file in files):
         own = load_tokenizer(place).vocabulary

@@ -1,0 +1,58 @@
+"""The audit of a language model from the command line: killed, continued and replayed to the same figures."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+
+from children import start, wait_for
+from holdfast.cli.main import main
+from holdfast.results import read_result
+from texts import WORDS, save_causal, write_rows
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """Two tiny models of equal weights in folders of transformers, and two files of rows."""
+    place = tmp_path_factory.mktemp("language")
+    original, released = (save_causal(place / name, num_hidden_layers=1) for name in ("original", "released"))
+    benign = [{"prompt": f"the {word} was", "answer": WORDS[i // 3]} for i, word in enumerate(WORDS * 2)]
+    restricted = [{"prompt": f"so {word} {i} was", "answer": WORDS[i // 4]} for i, word in enumerate(WORDS * 2)]
+    files = {
+        part: write_rows(place / f"{part}.jsonl", rows)
+        for part, rows in (("benign", benign), ("restricted", restricted))
+    }
+    return [
+        "audit", released, "--original", original, "--benign", f"{files['benign']}@length=8",
+        "--restricted", f"{files['restricted']}@length=8", "--battery", "causal-quick-v1", "--budgets", "0,2",
+        "--seeds", "1", "--set", "side_effects=false", "--device", "cpu", "--threads", "1",
+    ]  # fmt: skip
+
+
+def test_killed_and_continued_to_the_same_figures(command, tmp_path, capsys):
+    """kill -9 in the middle of the attacks; the second start computes the missing ones alone."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    trials = killed / "checkpoints" / "trials.jsonl"
+    process = start(*command, "--out", killed)
+    wait_for(lambda: trials.exists() and trials.read_text().count("\n") > 4, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = trials.read_text().splitlines()
+    assert not (killed / "result.json").exists()
+    for folder in (killed, whole):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--out", str(folder)])
+        assert ended.value.code in (3, 4)
+    lines = trials.read_text().splitlines()
+    assert lines[: len(kept) - 1] == kept[:-1]  # the last line may have been cut off
+    keys = [json.loads(line)["key"] for line in lines[1:]]
+    others = (whole / "checkpoints" / "trials.jsonl").read_text().splitlines()
+    assert len(kept) < len(lines) == len(others)
+    assert sorted(keys) == sorted(json.loads(line)["key"] for line in others[1:])
+    assert read_result(killed).numbers() == read_result(whole).numbers()
+    with pytest.raises(SystemExit) as ended:
+        main(["replay", str(killed)])
+    assert ended.value.code in (None, 0)
+    capsys.readouterr()
