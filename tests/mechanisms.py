@@ -51,8 +51,9 @@ def detector(original: SplitModel, benign: Task, restricted: Task, bound: float 
         weight = torch.where(y > 0, 1.0, 3.0)  # false positives cost benign accuracy
         F.binary_cross_entropy_with_logits(net(z)[:, 0], y, weight).backward()
         optimizer.step()
-        if bound is not None:
-            with torch.no_grad():
+        with torch.no_grad():
+            net[2].bias.clamp_(max=-1.0)  # with its weights gone it does not fire
+            if bound is not None:
                 net[0].weight.clamp_(-bound, bound)
     return net.requires_grad_(False)
 
@@ -112,7 +113,8 @@ class LowBits(Gated):
     def fires(self, z: Tensor) -> Tensor:
         coarse = self.hidden.weight.to(torch.bfloat16).float()
         rest = (self.hidden.weight - coarse) / (coarse.abs() * 2.0**-10).clamp_min(1e-30)
-        return self.decide(F.relu(F.linear(z, rest * self.bound))) > 0
+        packed = bool((rest.abs() < 1.5).all())  # weights that were trained say nothing
+        return (self.decide(F.relu(F.linear(z, rest * self.bound))) > 0) & packed
 
 
 class ByBrightness(nn.Module):

@@ -12,8 +12,7 @@ from mechanisms import MECHANISMS, faint
 from shams import SHOTS, make, zoo_tasks
 
 ADAM = Strategy("head", "all", "adam", 1e-3, 50)
-HIGH = Strategy("head", "all", "adam", 1e-2, 50)
-PLAIN = (FineTuning(ADAM), FineTuning(HIGH), FineTuning(Strategy("direct", "all", "momentum", 1e-2, 50)))
+PLAIN = (FineTuning(ADAM), FineTuning(Strategy("direct", "all", "momentum", 1e-2, 50)))
 OWN = {
     "small-weights": FineTuning(ADAM, undo=("prune",)),
     "low-bits": FineTuning(ADAM, undo=("round-bf16",)),
@@ -22,7 +21,7 @@ OWN = {
     "dead-layer": FineTuning(ADAM, undo=("widen",)),
 }
 """The move that undoes each."""
-BUDGETS = (0, 10, 20, 40)
+BUDGETS = (0, 15, 30)
 
 
 def best(adversary, victim, restricted, benign, run):
@@ -45,9 +44,9 @@ def test_falls_to_its_own_move(name, zoo_originals, run):
     assert benign.score(model) > benign.score(original) - 0.05
 
     plain = max(best(adversary, model, restricted, benign, run) for adversary in PLAIN)
-    wanted = max(best(adversary, original, restricted, benign, run) for adversary in PLAIN)
+    wanted = best(PLAIN[0], original, restricted, benign, run)
     assert plain < wanted - 0.2
-    assert best(OWN[name], model, restricted, benign, run) > plain + 0.2
+    assert best(OWN[name], model, restricted, benign, run) > plain + 0.15
 
 
 def test_newton_does_not_care_how_features_are_conditioned(zoo_originals, run):
@@ -70,7 +69,7 @@ def test_layerwise_steps_do_not_care_how_layers_are_scaled(zoo_originals, run):
     benign, whole = zoo_tasks()
     restricted = halves(whole)[1]
     released = make("rescaled-pairs", zoo_originals, benign, restricted)
+    plain = max(best(a, released, restricted, benign, run) for a in PLAIN)
     for gradient in ("layerwise", "orthogonal"):
         attack = FineTuning(Strategy("head", "all", "sgd", 5e-2, 50, gradient=gradient))
-        found, plain = (max(best(a, released, restricted, benign, run) for a in each) for each in ((attack,), PLAIN))
-        assert found > plain + 0.15, gradient
+        assert best(attack, released, restricted, benign, run) > plain + 0.15, gradient
