@@ -63,9 +63,7 @@ class AuditSpec(BaseModel):
     )
     budgets: tuple[int, ...] = Field((0, 5, 10, 20, 50, 100), description="Fine-tuning steps at which to score.")
     seeds: int = Field(5, ge=1, description="Repetitions, each with other samples, batches and fresh weights.")
-    trials: int = Field(
-        48, ge=1, description="Trials of a search per model; other batteries ignore it."
-    )
+    trials: int = Field(48, ge=1, description="Trials of a search per model; other batteries ignore it.")
     shots: int | None = Field(None, ge=1, description="Adversary's training samples per class; null: its whole half.")
     reported: float | None = Field(
         None, ge=0, le=1, description="The restricted score after the last budget that the model's publisher claims."
