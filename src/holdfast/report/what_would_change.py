@@ -43,7 +43,7 @@ def what_would_change(audit: AuditResult) -> list[str]:
     if code in ("worthless", "unproven"):
         lines += [REMEDIES[each] for each in dict.fromkeys(codes) if each in REMEDIES]
         if "uncertain-original-advantage" in codes:
-            lines.append(f"More seeds than {len(audit.seeds)}, until the original's advantage is certain at a budget.")
+            lines.append(f"More than {count(len(audit.seeds), 'seed')}, so that the original's advantage is certain.")
     if code == "exceeds":
         lines += _to_pass(audit)
     if code == "undecided":
@@ -99,7 +99,7 @@ def _to_decide(audit: AuditResult) -> list[str]:
         row for row in _after_training(audit) if row.interval is not None and row.interval.high > limits.max_advantage
     ]
     if not wide:
-        return [f"More seeds than {seeds}: one alone shows no spread."] if seeds == 1 else []
+        return ["More than one seed, which alone shows no spread."] if seeds == 1 else []
     worst = max(wide, key=lambda row: row.interval.high if row.interval else 0.0)
     lines = [
         f"A narrower band. With {count(seeds, 'seed')} it is {span(worst.interval)} points after "
@@ -122,8 +122,8 @@ def _to_fall(audit: AuditResult) -> list[str]:
     if row is None:
         return []
     return [
-        f"One attack that the controls do not share. The nearest is {_described(row)} against "
-        f"{audit.spoken.training_control}, with a 95% band of {span(row.interval)}; above {100 * limits.tolerance:g} "
+        f"An attack that reaches more on this model than {audit.spoken.training_control}. The nearest is "
+        f"{_described(row)} against it, with a 95% band of {span(row.interval)}; above {100 * limits.tolerance:g} "
         "points with a band above 0 the verdict would be partial or fails.",
         f"More than {count(audit.budgets[-1], 'step')}, or more than {audit.adversary_samples} samples: nothing was "
         "measured there.",
