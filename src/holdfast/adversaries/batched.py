@@ -53,8 +53,7 @@ class Member:
     """The arguments of one `Adversary.attack`.
 
     Attributes:
-        repaired: whether it may be stacked after undo moves that change weights alone. Scores of a stack differ from
-            those of single attacks by rounding, so published batteries, whose figures are compared, do without.
+        repaired: whether it may be stacked after undo moves that change weights alone; figures then differ by rounding.
     """
 
     adversary: Adversary
@@ -280,14 +279,13 @@ class _Stack:
     """The members' models and optimizer as stacked tensors."""
 
     def __init__(self, members: Sequence[Member], run: Run) -> None:
-        prepared, strategies = [_prepared(m, run) for m in members], [_strategy(m) for m in members]
-        models = [model for model, _ in prepared]
-        first = models[0]
+        models, generators = zip(*(_prepared(m, run) for m in members), strict=True)
+        strategies, first = [_strategy(m) for m in members], models[0]
         self._members, self._models, self._run = members, models, run
         self._layers = _pool_first(_layers(first))
         self._scale = first.mean, first.std
         self._training = strategies[0].scope != "head"
-        self._batches = _batches(members, [generator for _, generator in prepared], run)
+        self._batches = _batches(members, generators, run)
         self._size = min(strategies[0].batch_size, members[0].task.size("train"))
         states = [m.state_dict() for m in models]
         self._tensors = {name: _stacked([s[name] for s in states]) for name in states[0]}
@@ -418,10 +416,7 @@ def _strategy(member: Member) -> Strategy:
 
 
 def _prepared(member: Member, run: Run) -> tuple[SplitModel, torch.Generator]:
-    """Returns a copy of the member's model before the first step, with the random draws of `Adversary.attack`.
-
-    The generator comes with it: its next draws are the member's batches.
-    """
+    """Returns a copy of the member's model before its first step, and the generator that draws its batches next."""
     model = member.model.clone().to(run.device)
     with run.seeded("attack", member.adversary.name, member.seed) as generator:
         next(member.adversary.run(model, member.task, benign=None, generator=generator, device=run.device))
