@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from holdfast.errors import HoldfastError
+from holdfast.models.batchnorm import changes_nothing, unfold_batchnorm
 from holdfast.models.compatibility import check_fits
 from holdfast.models.families import diffusion
 from holdfast.models.family import Built, family_of, folder_spec
@@ -18,6 +19,11 @@ from holdfast.models.labels import match_outputs, real_names
 from holdfast.models.spec import WEIGHT_SUFFIXES, ModelSpec, find_weights, spec_of, with_header
 from holdfast.models.split_model import SplitModel
 from holdfast.tasks import Task
+
+FOLDED = (
+    "BatchNorm changes nothing in these weights, as if it were folded into the convolutions for inference. In training "
+    "mode it normalises, and the network is another one. `unfold_batchnorm: true` (in a recipe's model) mends this."
+)
 
 
 def load_model(
@@ -61,6 +67,10 @@ def load_model(
     if spec.weights is not None and not built.loaded:
         split.load(find_weights(spec.weights, data_dir), spec.keep_outputs)
     split = split.to(device).in_memory_format()
+    if spec.unfold_batchnorm:
+        unfold_batchnorm(split, task)
+    elif spec.weights is not None and changes_nothing(split.network):
+        split.notes += (FOLDED,)
     _name_outputs(split, spec, family.output_names(spec, built, split.network), task)
     check_fits(split, task, own_task=True, trainable=False)
     return split
@@ -73,7 +83,7 @@ def _split(spec: ModelSpec, built: Built, task: Task) -> SplitModel:
     more: dict[str, Any] = {
         "name": built.rebuild.name,
         "factory": built.factory or _Factory(built.rebuild, task.input_shape, task.num_outputs),
-        "spec": built.rebuild.model_dump(exclude={"weights", "keep_outputs", "classes"}),
+        "spec": built.rebuild.model_dump(exclude={"weights", "keep_outputs", "classes", "unfold_batchnorm"}),
     }
     model: SplitModel
     if built.scheduler is not None:

@@ -40,6 +40,11 @@ class ModelSpec(BaseModel):
         None,
         description="Outputs of the weights' head that are the task's classes, in their order; null: all.",
     )
+    unfold_batchnorm: bool = Field(
+        False,
+        description="Whether the weights have BatchNorm folded into the convolutions, so that it gets its statistics "
+        "from the benign training samples; outputs in evaluation mode do not change.",
+    )
     extractor: bool | Literal["affine"] = Field(
         False,
         description="Whether the weights have a linear extractor before the head; `affine`: one with a shift, as an "

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from holdfast.adversaries.undo.introspection import run_samples, samples
+from holdfast.adversaries.undo.introspection import samples
 from holdfast.adversaries.undo.moves import undo_move
 from holdfast.models import SplitModel
+from holdfast.models.batchnorm import batchnorm_layers, moments_of, set_statistics
 from holdfast.tasks import Task
 
 
-def _layers(model: SplitModel) -> list[_BatchNorm]:
-    return [m for m in model.network.modules() if isinstance(m, _BatchNorm)]
-
-
 def _no_batchnorm(model: SplitModel, task: Task) -> str | None:
-    return None if _layers(model) else "it has no BatchNorm to recalibrate"
+    return None if batchnorm_layers(model.network) else "it has no BatchNorm to recalibrate"
 
 
 @undo_move("recalibrate", idle=_no_batchnorm)
@@ -30,7 +26,7 @@ def recalibrate(
     Momentum outside (0, 1], an eps outside [1e-12, 0.1], statistics that are not tracked, and values that are not
     finite are replaced by torch's defaults. With a single sample, which has no variance, only settings are repaired.
     """
-    layers = _layers(model)
+    layers = batchnorm_layers(model.network)
     for layer in layers:
         _repair_settings(layer)
     if task.size("train") > 1:
@@ -87,36 +83,12 @@ def fold(
     evaluation mode. Afterwards both compute the same function on these samples. Settings are repaired as in
     `recalibrate`. With a single sample, which has no variance, only settings are repaired.
     """
-    layers = _layers(model)
+    layers = batchnorm_layers(model.network)
     tracked = [layer.running_mean is not None and layer.running_var is not None for layer in layers]
-    moments: dict[_BatchNorm, list[tuple[Tensor, Tensor]]] = {}
-
-    def before(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, _BatchNorm)
-        arriving = args[0].movedim(1, -1).flatten(0, -2)
-        moments.setdefault(layer, []).append((arriving.mean(0), arriving.square().mean(0)))
-
-    if task.size("train") > 1:
-        run_samples(model, task, generator, device, (layer.register_forward_pre_hook(before) for layer in layers))
+    moments = moments_of(model, samples(task, generator, device)) if task.size("train") > 1 else {}
     for layer, known in zip(layers, tracked, strict=True):
         eps = layer.eps
         _repair_settings(layer)
         if layer in moments:
-            mean, square = (torch.stack(batches).mean(0) for batches in zip(*moments[layer], strict=True))
-            _set_statistics(layer, mean, (square - mean**2).clamp_min(0), eps if known else None)
+            set_statistics(layer, *moments[layer], eps if known else None)
         _repair_statistics(layer)
-
-
-def _set_statistics(layer: _BatchNorm, mean: Tensor, variance: Tensor, eps: float | None) -> None:
-    """Changes running statistics, and adapts scale and shift to them, unless `eps`, their previous eps, is None."""
-    running = layer.running_mean, layer.running_var
-    assert running[0] is not None
-    assert running[1] is not None
-    if eps is not None and layer.affine:
-        slope = layer.weight / (running[1] + eps).sqrt()
-        weight, bias = slope * (variance + layer.eps).sqrt(), layer.bias + slope * (mean - running[0])
-        sound = weight.isfinite() & bias.isfinite()
-        layer.weight.copy_(torch.where(sound, weight, layer.weight))
-        layer.bias.copy_(torch.where(sound, bias, layer.bias))
-    running[0].copy_(mean)
-    running[1].copy_(variance)
