@@ -3,8 +3,9 @@
 - memory: peak memory of a simulation at K = 50 over that at K = 5. Memory must not grow with the number of steps.
 - time: a suppression loop over the bare forward and backward passes that it cannot do without.
 
-See `make bench`. With the name of a kind it measures that alone, and with `frozen` what frozen blocks save; then it
-writes nothing. Otherwise it writes benchmarks/results.json. It exits with 1 if a ratio is over its limit.
+See `make bench`. With the name of a kind it measures that alone, with `frozen` what frozen blocks save, with `small`
+what smaller images save, and with `stacked` what several adversaries in one batch would save; then it writes nothing.
+Otherwise it writes benchmarks/results.json. It exits with 1 if a ratio is over its limit.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, grad, stack_module_state, vmap
 
 from holdfast.defenses import Sophon
 from holdfast.defenses.sophon.frozen_blocks import behind_frozen_blocks
@@ -129,7 +132,24 @@ def frozen(blocks: int, pairs: int = 7, steps: int = 10) -> list[float]:
     """Times of a simulation on all blocks of the ResNet-20 over those on the last blocks alone, in turn."""
     model, task = setting("classifier")
     left = behind_frozen_blocks(Sophon(), blocks, 8.0, model, task, task)
-    sides = [(each, data, Simulation(each, LOSSES["classifier"][1])) for each, data in ((model, task), left[:2])]
+    ratios = compare((model, task), left[:2], pairs, steps)
+    report(f"all blocks over the last {blocks} of {len(model.blocks())}", ratios)
+    return ratios
+
+
+def small(size: int, pairs: int = 7, steps: int = 10) -> list[float]:
+    """Times of a simulation on the ResNet-20 with images of 32 pixels over those with smaller ones, in turn."""
+    model, task = setting("classifier")
+    ratios = compare((model, task), (model, task.as_images(size)), pairs, steps)
+    report(f"images of 32 over {size} pixels", ratios)
+    return ratios
+
+
+def compare(
+    first: tuple[SplitModel, InMemoryTask], second: tuple[SplitModel, InMemoryTask], pairs: int, steps: int
+) -> list[float]:
+    """Times of a classifier's simulation over those of another, in turn; the first pair warms up."""
+    sides = [(model, task, Simulation(model, LOSSES["classifier"][1])) for model, task in (first, second)]
     ratios = []
     for i in range(pairs + 1):
         times = []
@@ -139,8 +159,40 @@ def frozen(blocks: int, pairs: int = 7, steps: int = 10) -> list[float]:
             times.append(time.perf_counter() - begin)
         if i:
             ratios.append(times[0] / times[1])
-    print(f"all blocks over the last {blocks} of {len(model.blocks())}: {statistics.median(ratios):.2f}", end="")
-    print(f" ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+    return ratios
+
+
+def report(what: str, ratios: list[float]) -> None:
+    """Prints the median, and the lowest and the highest pair."""
+    print(f"{what}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+
+
+def stacked(name: str, size: int, copies: int = 4, pairs: int = 7) -> list[float]:
+    """Times of a pass over copies of a network one after another over those of torch.func on all at once, in turn."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.random((copies, BATCH, 3, size, size), dtype=np.float32))
+    y = torch.from_numpy(rng.integers(0, 10, (copies, BATCH)))
+    images = (rng.random((20, size, size, 3)) * 255).astype(np.uint8)
+    task = ArrayTask("random", images, np.arange(20) % 10, images, np.arange(20) % 10)
+    torch.manual_seed(0)
+    networks = [load_model(ModelSpec(name=name), task).train().network for _ in range(copies)]
+    weights, buffers = stack_module_state(networks)
+
+    def loss(w: dict[str, Tensor], b: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(networks[0], (w, {k: v.clone() for k, v in b.items()}), inputs), labels)
+
+    together = vmap(grad(loss), randomness="different")
+    ratios = []
+    for i in range(pairs + 1):
+        begin = time.perf_counter()
+        for network, inputs, labels in zip(networks, x, y, strict=True):
+            network.zero_grad(set_to_none=True)
+            F.cross_entropy(network(inputs), labels).backward()
+        middle = time.perf_counter()
+        together(weights, buffers, x, y)
+        if i:
+            ratios.append((middle - begin) / (time.perf_counter() - middle))
+    report(f"{copies} copies of {name} in turn over at once", ratios)
     return ratios
 
 
@@ -168,6 +220,11 @@ if __name__ == "__main__":
     elif sys.argv[1:] == ["frozen"]:
         for count in (6, 3):
             frozen(count)
+    elif sys.argv[1:] == ["small"]:
+        small(16)
+    elif sys.argv[1:] == ["stacked"]:
+        for built_in, pixels in (("cnn", 14), ("cifar_resnet", 32)):
+            stacked(built_in, pixels)
     elif sys.argv[1:]:
         alone, _ = measure(sys.argv[1])
         sys.exit(int(any(alone[name] > limit for name, limit in LIMITS.items())))

@@ -23,6 +23,7 @@ from holdfast.defenses.sophon.population import Population
 from holdfast.defenses.sophon.sampling import SamplingStates
 from holdfast.defenses.sophon.settings import ReinforcementSettings, SimulationSettings, SuppressionSettings
 from holdfast.defenses.sophon.simulation import Simulation, SimulationOutcome, full_precision
+from holdfast.defenses.sophon.small_images import on_small_images
 from holdfast.defenses.trainer import Immunization
 from holdfast.errors import HoldfastError
 from holdfast.losses import LOSSES, Objective
@@ -55,6 +56,9 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
             saves their share of every step. An adversary of the released model trains all blocks, so the frozen ones
             give away what they know. Ours; None: all, as in the paper.
         cache_gib: refuse `blocks` if those outputs need more memory than this.
+        small_rounds: the first rounds, on images of `small_size`: with half as many pixels a side they cost about a
+            quarter. The guard, its recovery and validation use full images. Ours; 0: none, as in the paper.
+        small_size: pixels a side of the images in these rounds; for networks that take images of any size.
 
     Raises:
         HoldfastError: for a value out of range.
@@ -80,12 +84,22 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
     compile: bool = False
     blocks: int | None = None
     cache_gib: float = 8.0
+    small_rounds: int = 0
+    small_size: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_unknown("precision", get_args(Precision))
         self.refuse_below_one("blocks")
         self.refuse_not_above_zero("cache_gib")
+        self.refuse_negative("small_rounds")
+        self.refuse_below_one("small_size")
+        if bool(self.small_rounds) != (self.small_size is not None):
+            raise HoldfastError(
+                f"{self.name}: small_rounds is {self.small_rounds} and small_size is {self.small_size}; give both, or "
+                "leave both out."
+            )
+        self.require(lambda value: value < self.iterations, f"fewer than the {self.iterations} rounds", "small_rounds")
         if self.blocks is not None:
             self._check_frozen(self.blocks)
         if self.joint_weight is not None and (self.suppression_loops > 1 or self.reinforcement_loops < 1):
@@ -109,6 +123,11 @@ class Sophon(SimulationSettings, SuppressionSettings, ReinforcementSettings, Gua
         if mixed is not None:
             raise HoldfastError(
                 f"{self.name}: blocks is {blocks}, and a start from '{mixed.initialisation}' may change frozen blocks; "
+                "leave one of both out."
+            )
+        if self.small_rounds:
+            raise HoldfastError(
+                f"{self.name}: blocks keeps the outputs of frozen blocks, which small_rounds would need for two sizes; "
                 "leave one of both out."
             )
         if blocks == 1 and any(s.initialisation == "last-block" for s in self.phi()):
@@ -242,6 +261,7 @@ class _Immunization(Immunization[Sophon]):
         )
         if config.max_timestep is not None:
             self.evaluated = self.evaluated.with_timesteps(range(config.max_timestep + 1))
+        self.small = _on_small_images(config, self.model, self.benign, self.learned, self.evaluated)
         self.original = model.clone().to(run.device).eval() if config.distillation or config.sampling else None
         self.states: SamplingStates | None = None
 
@@ -258,18 +278,22 @@ class _Immunization(Immunization[Sophon]):
     def one_round(self, generator: torch.Generator) -> dict[str, list[float]]:
         """Suppression loops, then reinforcement loops."""
         config = self.config
-        outcomes = [o for _ in range(config.suppression_loops) for o in self._suppress(generator)]
+        full = self.benign, self.learned, self.evaluated
+        benign, *restricted = full if self.small is None or self.round >= config.small_rounds else self.small
+        outcomes = [o for _ in range(config.suppression_loops) for o in self._suppress(generator, *restricted)]
         waiting = [] if config.joint_weight is None else [p.grad for p in self.model.parameters()]
         return {
             "suppression_loss": [o.loss for o in outcomes],
-            "reinforcement_loss": self._reinforce(config.reinforcement_loops, generator, waiting),
+            "reinforcement_loss": self._reinforce(benign, config.reinforcement_loops, generator, waiting),
             "simulated_score": [o.score for o in outcomes],
             "gradient_passes": [self._passes()],
         }
 
-    def _reinforce(self, loops: int, generator: torch.Generator, waiting: Sequence[Tensor | None] = ()) -> list[float]:
+    def _reinforce(
+        self, benign: Task, loops: int, generator: torch.Generator, waiting: Sequence[Tensor | None] = ()
+    ) -> list[float]:
         config, optimizer, losses = self.config, self.optimizers["reinforcer"], []
-        batches = self.benign.batches("train", config.reinforcement_batch, generator=generator, device=self.run.device)
+        batches = benign.batches("train", config.reinforcement_batch, generator=generator, device=self.run.device)
         self.training_mode()
         for _ in range(loops):
             with autocast(self.run.device, config.precision == "bf16"):
@@ -299,15 +323,10 @@ class _Immunization(Immunization[Sophon]):
         evaluations = evaluated * (config.loss != "none") + (config.probe_weight > 0)
         return config.suppression_loops * config.tasks * (config.steps + evaluations) + config.reinforcement_loops
 
-    def _suppress(self, generator: torch.Generator) -> list[SimulationOutcome]:
+    def _suppress(self, generator: torch.Generator, learned: Task, evaluated: Task) -> list[SimulationOutcome]:
         config = self.config
         outcomes = self.population.simulate(
-            self.learned,
-            config.tasks,
-            config.steps,
-            config.step_weights,
-            generator=generator,
-            evaluation=self.evaluated,
+            learned, config.tasks, config.steps, config.step_weights, generator=generator, evaluation=evaluated
         )
         for parameter, gradient in zip(self.model.parameters(), self.population.gradients(), strict=True):
             parameter.grad = gradient
@@ -372,7 +391,7 @@ class _Immunization(Immunization[Sophon]):
         if config.recovery_loops:
             purpose = process_group().own("sophon", "recovery", self.round, self.record.rollbacks)
             with self.run.seeded(*purpose) as generator:
-                self._reinforce(config.recovery_loops, generator)
+                self._reinforce(self.benign, config.recovery_loops, generator)
             process_group().sync_buffers(self.model)
             self.record.history["gradient_passes"][-1] = self._passes() + config.recovery_loops
             score = self.benign_score()
@@ -382,6 +401,14 @@ class _Immunization(Immunization[Sophon]):
                 return True
         self.go_back(why)
         return True
+
+
+def _on_small_images(config: Sophon, model: SplitModel, *tasks: Task) -> list[Task] | None:
+    """The tasks of the first rounds; a task that is given twice is made once."""
+    if config.small_size is None:
+        return None
+    small = {task: on_small_images(config, config.small_size, model, task) for task in dict.fromkeys(tasks)}
+    return [small[task] for task in tasks]
 
 
 def _devices(chosen: torch.device) -> list[torch.device]:
