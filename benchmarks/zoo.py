@@ -66,7 +66,9 @@ def measured(name: str, seeds: int) -> dict[str, Any]:
     sham, built = ZOO[name], case(name)
     found = measure(built, on_original(sham.setting, sham.plain, seeds), seeds, sham.plain)
     battery = BATTERIES[sham.domain]
-    quick = (on_original(sham.setting, battery, seeds), best(battery, built.model, built.setting, seeds))
+    quick = found.plain
+    if sham.plain != battery:
+        quick = (on_original(sham.setting, battery, seeds), best(battery, built.model, built.setting, seeds))
     return {
         "name": name,
         "seeds": seeds,
@@ -85,8 +87,8 @@ def row(found: dict[str, Any]) -> str:
     sham = ZOO[found["name"]]
     quick = "-" if found["quick"] is None else _pair(found["quick"])
     cells = (
-        found["name"], SETTINGS[sham.setting].shown, sham.mechanism, _pair(found["benign"]), _pair(found["plain"]), quick,
-        f"`{found['answer']}`", f"{100 * found['answered']:.0f}", f"{found['share']:.0%}",
+        found["name"], SETTINGS[sham.setting].shown, sham.mechanism, _pair(found["benign"]), _pair(found["plain"]),
+        quick, f"`{found['answer']}`", f"{100 * found['answered']:.0f}", f"{found['share']:.0%}",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -97,38 +99,34 @@ def _pair(values: list[float]) -> str:
 
 def page(rows: list[dict[str, Any]]) -> str:
     """The page."""
-    counts = {d: sum(ZOO[r["name"]].domain == d for r in rows) for d in BATTERIES}
+    counts = ", ".join(f"{sum(ZOO[r['name']].domain == domain for r in rows)} of {domain}" for domain in BATTERIES)
     short = [r["name"] for r in rows if not r["share"] >= ENOUGH]
     worse = [r["name"] for r in rows if r["benign"][1] < r["benign"][0] - 0.03]
-    held = [r["name"] for r in rows if r["quick"] is not None and r["quick"][1] < r["quick"][0] - 0.1]
+    held = sum(r["quick"] is not None and r["quick"][1] < r["quick"][0] - 0.1 for r in rows)
     seeds = ", ".join(map(str, sorted({r["seeds"] for r in rows})))
-    return "\n".join(
-        [
-            "# The zoo of shams",
-            "",
-            f"{len(rows)} sham defenses: {', '.join(f'{n} of {d}' for d, n in counts.items())}. Each keeps the benign",
-            "score of its original, looks resistant to attacks that know nothing of it, and falls to the adversary that",
-            f"answers its mechanism. Scores are in %, of denoisers and language models the skill; means of {seeds} seeds,",
-            "the best at any budget. Two numbers are those of the original and of the sham.",
-            "",
-            "- *plain*: the best of the attacks that the sham was made against.",
-            "- *quick*: the best of `quick-v1`, for language models of `causal-quick-v1`, in which the head alone, a fresh",
-            "  head or an anchor may already be the answer. Of these batteries, "
-            f"{len(held)} shams take more than 10 points.",
-            "- *recovered*: what the answer regains of the points that plain attacks lose; above 100 % where it is better",
-            "  than plain attacks on the original.",
-            "",
-            f"Below {ENOUGH:.0%}: {', '.join(short) or 'none'}. More than 3 points of the benign score are lost by: "
-            f"{', '.join(worse) or 'none'}.",
-            "",
-            "| sham | original | mechanism | benign | plain | quick | answer | its score | recovered |",
-            "|---|---|---|---|---|---|---|---|---|",
-            *map(row, rows),
-            "",
-            "Made by `benchmarks/zoo.py`; the shams are in `tests/zoo`.",
-            "",
-        ]
-    )
+    lines = "\n".join(map(row, rows))
+    return f"""# The zoo of shams
+
+{len(rows)} sham defenses: {counts}. Each keeps the benign score of its original, looks resistant to attacks
+that know nothing of it, and falls to the adversary that answers its mechanism. Scores are in %, those of denoisers and
+language models are the skill; means over {seeds} seeds, the best at any budget. Two numbers are those of the original
+and of the sham.
+
+- *plain*: the best of the attacks that the sham was made against.
+- *quick*: the best of `quick-v1`, for language models of `causal-quick-v1`, in which the head alone, a fresh head or an
+  anchor may already be the answer. {held} shams take more than 10 points from it.
+- *recovered*: what the answer regains of the points that plain attacks lose; above 100 % where it is better than plain
+  attacks on the original.
+
+Below {ENOUGH:.0%} recovered: {", ".join(short) or "none"}. Over 3 points of the benign score lost:
+{", ".join(worse) or "none"}.
+
+| sham | original | mechanism | benign | plain | quick | answer | its score | recovered |
+|---|---|---|---|---|---|---|---|---|
+{lines}
+
+Made by `benchmarks/zoo.py`; the shams are in `tests/zoo`.
+"""
 
 
 if __name__ == "__main__":
