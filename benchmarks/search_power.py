@@ -27,10 +27,10 @@ from holdfast.results import Curve
 from holdfast.runtime import executors
 from holdfast.runtime.journal import Journal
 from holdfast.runtime.run import Run, derive_seed
-from holdfast.tasks.splits import halves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import shams  # the zoo belongs to the tests
+from zoo import SETTINGS, ZOO, Setting, case  # the zoo belongs to the tests
+from zoo.settings import BUDGETS, SHOTS
 
 MARGIN = 0.1
 SHOWN = (6, 12, 24, 36, 48)
@@ -59,24 +59,23 @@ def main() -> None:
         "adaptive-v2": second,
         "random": Random((), batch=second.batch, space=second.space, default=second.default, make=second.make),
     }
-    benign, restricted = shams.zoo_tasks()
-    originals = {norm: shams.zoo_original(norm) for norm in ("batch", "none")}
     base = {
-        norm: best_by_trial(first, zoo_context(model, model), options.trials)[-1] for norm, model in originals.items()
+        norm: best_by_trial(first, zoo_context(SETTINGS[norm].original, SETTINGS[norm]), options.trials)[-1]
+        for norm in ("batch", "none")
     }
     print("original:", {norm: round(100 * score) for norm, score in base.items()}, flush=True)
     needed: dict[str, list[int | None]] = {name: [] for name in (*plans, "standard-v1")}
     rows = []
-    for name in options.only or shams.SHAMS:
-        original = originals[shams.NORM_OF[name]]
-        released = shams.make(name, originals, benign, halves(restricted)[0])
+    for name in options.only or [name for name, sham in ZOO.items() if sham.setting in base]:
+        built = case(name)
+        original, released, setting = built.original, built.model, built.setting
         inside = transplant(released, original) if architecture_differences(released, original) else None
-        context = zoo_context(inside or released, original)
+        context = zoo_context(inside or released, setting)
         with context.run.seeded("scratch", 0):
             fresh = original.fresh()
-        tasks = {"benign": benign, "restricted": halves(restricted)[1]}
+        tasks = {"benign": setting.benign, "restricted": setting.restricted}
         raised = [flag.name for flag in red_flags(released, original, fresh, run=context.run, **tasks)]
-        goal = base[shams.NORM_OF[name]] - MARGIN
+        goal = base[built.sham.setting] - MARGIN
         cells = []
         for label, plan in plans.items():
             found = best_by_trial(plan.reading(raised), context, options.trials)
@@ -92,12 +91,11 @@ def main() -> None:
         options.out.write_text(text)
 
 
-def zoo_context(model: SplitModel, original: SplitModel) -> TrialContext:
+def zoo_context(model: SplitModel, setting: Setting) -> TrialContext:
     """What trials of the zoo share; few steps, as in the other measurements of the zoo."""
-    benign, restricted = shams.zoo_tasks()
     run = Run(quiet=True)
-    few = halves(restricted)[1].few_shot(shams.SHOTS, derive_seed(run.seed, "shots", SEARCH_SEED))
-    return TrialContext(model, original, None, {("restricted", SEARCH_SEED): few}, benign, shams.BUDGETS, run)
+    few = {("restricted", SEARCH_SEED): setting.few(derive_seed(run.seed, "shots", SEARCH_SEED))}
+    return TrialContext(model, setting.original, None, few, setting.benign, setting.budgets, run)
 
 
 def best_by_trial(plan: Search, context: TrialContext, trials: int) -> list[float]:
@@ -151,8 +149,8 @@ def page(trials: int, base: dict[str, float], rows: list[str], needed: dict[str,
         [
             "# Sham defenses, searched",
             "",
-            f"How many sham defenses of `tests/shams.py` a search undoes, by its trials. {shams.SHOTS} samples a",
-            f"class, {shams.BUDGETS[-1]} steps, one seed. A sham is undone if the best trial so far is within",
+            f"How many sham defenses of `tests/zoo` a search undoes, by its trials. {SHOTS} samples a",
+            f"class, {BUDGETS[-1]} steps, one seed. A sham is undone if the best trial so far is within",
             f"{100 * MARGIN:.0f} points of the best of `adaptive-v1` on the original: {goals}.",
             "",
             f"| search | {' | '.join(f'{n} trials' for n in shown)} | |",

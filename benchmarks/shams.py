@@ -1,8 +1,9 @@
 """Audits every sham defense of the test suite's zoo, and writes what the verdicts were.
 
-    python benchmarks/shams.py [--battery standard-v1] [--seeds 10] [--only NAME ...] [--out docs/results/shams.md]
+    python benchmarks/shams.py [--battery standard-v1] [--seeds 10] [--only NAME ...] [--out PAGE.md]
 
-A sham keeps its benign score, looks resistant to usual fine-tuning, and is not. None may be called `resists`.
+Without names, these are the shams of vision. A sham keeps its benign score, looks resistant to usual fine-tuning, and
+is not. None may be called `resists`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ import torch
 from holdfast.auditing.audit import AuditSpec, audit
 from holdfast.results import AuditResult
 from holdfast.runtime.run import Run
-from holdfast.tasks.splits import halves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import shams  # the zoo belongs to the tests
+from zoo import ZOO, case  # the zoo belongs to the tests
 
 
 def main() -> None:
@@ -33,24 +33,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    benign, restricted = shams.zoo_tasks()
-    originals = {norm: shams.zoo_original(norm) for norm in ("batch", "none")}
-    spec = AuditSpec(
-        battery=options.battery, budgets=shams.BUDGETS, seeds=options.seeds, shots=shams.SHOTS, trials=options.trials,
-        side_effects=False,
-    )  # fmt: skip
     rows = []
-    for name in options.only or shams.SHAMS:
-        sham, original = shams.make(name, originals, benign, halves(restricted)[0]), originals[shams.NORM_OF[name]]
+    for name in options.only or [name for name, sham in ZOO.items() if sham.domain == "vision"]:
+        built = case(name)
+        setting = built.setting
+        spec = AuditSpec(
+            battery=options.battery, budgets=setting.budgets, seeds=options.seeds, shots=setting.shots,
+            trials=options.trials, side_effects=False,
+        )  # fmt: skip
         begin = time.perf_counter()
         result = audit(
-            sham, original, benign=benign, restricted=halves(restricted)[1], spec=spec, run=Run(),
+            built.model, built.original, benign=setting.benign, restricted=setting.restricted, spec=spec, run=Run(),
             executor=options.executor,
         )  # fmt: skip
         rows.append(row(name, result))
         print(f"{rows[-1]}  {time.perf_counter() - begin:.0f} s", flush=True)
     resisting = [r for r in rows if "`resists`" in r]
-    text = table(options.battery, spec, rows)
+    text = table(options.battery, options.seeds, rows)
     print(text)
     if options.out:
         options.out.write_text(text)
@@ -69,12 +68,11 @@ def row(name: str, result: AuditResult) -> str:
     return f"| {name} | `{verdict.label}`{why} | {100 * high:+.1f} | {share} | {best} | {flags} |"
 
 
-def table(battery: str, spec: AuditSpec, rows: list[str]) -> str:
+def table(battery: str, seeds: int, rows: list[str]) -> str:
     """The page."""
     return "\n".join(
         [
-            f"Battery {battery}, {spec.seeds} seeds, {spec.shots} samples a class, budgets "
-            f"{', '.join(map(str, spec.budgets))}; digits 0 to 6 benign, 7 to 9 restricted.",
+            f"Battery {battery}, {seeds} seeds; tasks, samples and budgets are those of each sham's setting.",
             "",
             "| sham | verdict | largest advantage | retained | best adversary | critical flags |",
             "|---|---|---|---|---|---|",

@@ -17,10 +17,10 @@ from holdfast.adversaries import BATTERIES
 from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel, architecture_differences, transplant
 from holdfast.runtime.run import Run
-from holdfast.tasks.splits import halves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import shams  # the zoo belongs to the tests
+from zoo import ZOO, Setting, case  # the zoo belongs to the tests
+from zoo.settings import SHOTS
 
 Scores = dict[str, list[float]]
 
@@ -33,37 +33,37 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    benign, restricted = shams.zoo_tasks()
-    originals = {norm: shams.zoo_original(norm) for norm in ("batch", "none")}
-    base = {norm: scores(model, options.battery, options.seeds) for norm, model in originals.items()}
+    base: dict[str, Scores] = {}
     rows = []
-    for name in options.only or shams.SHAMS:
-        original = originals[shams.NORM_OF[name]]
-        released = shams.make(name, originals, benign, halves(restricted)[0])
+    for name in options.only or [name for name, sham in ZOO.items() if sham.setting in ("batch", "none")]:
+        built = case(name)
+        original, released, setting = built.original, built.model, built.setting
+        if built.sham.setting not in base:
+            base[built.sham.setting] = scores(original, setting, options.battery, options.seeds)
         inside = transplant(released, original) if architecture_differences(released, original) else None
-        found = scores(inside or released, options.battery, options.seeds)
+        found = scores(inside or released, setting, options.battery, options.seeds)
         code = "the original's" if inside else "as released"
-        rows.append(row(name, code, found, base[shams.NORM_OF[name]]))
+        rows.append(row(name, code, found, base[built.sham.setting]))
         print(rows[-1], flush=True)
     if options.out:
         options.out.write_text(page(options.battery, options.seeds, rows))
 
 
-def scores(model: SplitModel, battery: str, seeds: int) -> Scores:
+def scores(model: SplitModel, setting: Setting, battery: str, seeds: int) -> Scores:
     """Mean scores in % at each budget above 0, by adversary; what diverges counts as 0 from there on."""
-    _, restricted = halves(shams.zoo_tasks()[1])
     found = {}
     for adversary in BATTERIES[battery]:
-        if adversary.not_applicable(model, restricted) is not None:
+        if adversary.not_applicable(model, setting.restricted) is not None:
             continue
         each = []
         for seed in range(seeds):
-            few = restricted.few_shot(shams.SHOTS, seed)
             try:
-                curve = adversary.attack(model, few, budgets=shams.BUDGETS, run=Run(), seed=seed)
+                curve = adversary.attack(
+                    model, setting.few(seed), budgets=setting.budgets, run=Run(), seed=seed, benign=setting.benign
+                )
                 each.append([100 * (s or 0) for s in curve.scores[1:]])
             except HoldfastError:  # the released code fails in training
-                each.append([0.0] * (len(shams.BUDGETS) - 1))
+                each.append([0.0] * (len(setting.budgets) - 1))
         found[adversary.name] = [sum(values) / seeds for values in zip(*each, strict=True)]
     return found
 
@@ -85,7 +85,7 @@ def page(battery: str, seeds: int, rows: list[str]) -> str:
         [
             "# Sham defenses, undone",
             "",
-            f"What `{battery}` reaches on the sham defenses of `tests/shams.py`: {shams.SHOTS} samples a class, mean",
+            f"What `{battery}` reaches on the sham defenses of `tests/zoo`: {SHOTS} samples a class, mean",
             f"of {seeds} seeds, test score in % after 5 / 10 / 20 steps. Digits 0 to 6 are benign, 7 to 9 restricted",
             "(chance is 33 %). A sham that has code of its own is attacked inside the original's code where its",
             "weights fit, as audits do beside attacking it as it is. The last two columns are the battery's best at",

@@ -26,7 +26,7 @@ from holdfast.runtime.executors import Executor, executor
 from holdfast.runtime.run import Run
 from holdfast.tasks import ArrayTask, load_task
 from holdfast.training import pretrain
-from shams import zoo_original
+from zoo import SETTINGS, denoising
 
 # One thread, here and in the processes that tests start: as fast as two for networks this small, and indifferent to
 # what else the machine does. `make test-portable` asks for two as well.
@@ -121,10 +121,11 @@ def digit_images() -> tuple[ArrayTask, ArrayTask]:
 
 
 @pytest.fixture(scope="session")
-def denoiser(digit_images: tuple[ArrayTask, ArrayTask], tmp_path_factory: pytest.TempPathFactory) -> SplitModel:
+def denoiser(tmp_path_factory: pytest.TempPathFactory) -> SplitModel:
     """A small one that knows its benign task a little; nobody may change it."""
-    spec = ModelSpec(name="unet", options={"widths": [8, 16]})
-    return once(tmp_path_factory, "denoiser", lambda: _pretrained(spec, digit_images[0], steps=40))
+    made = once(tmp_path_factory, "denoiser", denoising.benign_denoiser)
+    SETTINGS["unet, benign"].original = made
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -157,8 +158,11 @@ def _pretrained(spec: str | ModelSpec, task: ArrayTask, *, steps: int) -> SplitM
 
 @pytest.fixture(scope="session")
 def zoo_originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SplitModel]:
-    """The two originals that sham defenses are made of; their tasks are `shams.zoo_tasks`."""
-    return once(tmp_path_factory, "zoo", lambda: {norm: zoo_original(norm) for norm in ("batch", "none")})
+    """The two networks of digits that sham defenses are made of; the zoo makes its shams of them as well."""
+    made = once(tmp_path_factory, "zoo", lambda: {norm: SETTINGS[norm].original for norm in ("batch", "none")})
+    for norm, original in made.items():
+        SETTINGS[norm].original = original
+    return made
 
 
 @pytest.fixture(scope="session")

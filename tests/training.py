@@ -45,7 +45,7 @@ MODULES = {
     "test_activation_cache",
     "test_protocol",
     "test_search",
-    "test_shams",
+    "test_zoo",
     "test_sophon",
     "test_batched",
     "test_linear_study",

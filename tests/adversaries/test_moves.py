@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from itertools import islice, pairwise
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from conftest import toy_task
-from holdfast.adversaries import UNDO, DirectionalAblation, FineTuning, Unlabelled
+from holdfast.adversaries import UNDO, DirectionalAblation, FineTuning, Probe, Unlabelled
 from holdfast.adversaries.augmentation import Augmentation
 from holdfast.adversaries.directional_ablation import ablate_features
 from holdfast.adversaries.distillation import distil, start_anew
@@ -315,6 +316,17 @@ class TestAblation:
         assert (model.features(outside).mean(0) - model.features(inside).mean(0)).norm() < 1e-4 * gap
         assert benign.score(model) > 0.6
 
+    def test_what_comes_behind_the_head_is_left(self, trained, benign, restricted, run):
+        """Modules behind the head belong to the last block, and their outputs have as many classes as the head."""
+        own, adversary = trained.network, DirectionalAblation(S, depth=1.0)
+        layers = OrderedDict(body=own.body, head=own.head, behind=nn.Identity())
+        model = SplitModel(nn.Sequential(layers), "head")
+        curves = [
+            adversary.attack(m, restricted.few_shot(4, 0), budgets=(0, 2), run=run, benign=benign)
+            for m in (model, SplitModel(nn.Sequential(OrderedDict(body=own.body, head=own.head)), "head"))
+        ]
+        assert curves[0].losses == curves[1].losses
+
     def test_of_a_denoiser(self, denoiser, digit_images, run):
         benign, restricted = (task.few_shot(10, 0) for task in digit_images)
         attack = DirectionalAblation(Strategy("direct", "all", "adam", 1e-3, 10), depth=1.0)
@@ -361,6 +373,15 @@ class TestNewton:
         point = next(steps)[0].requires_grad_(True)
         (gradient,) = torch.autograd.grad(loss(point), point)
         assert (gradient.abs() / 10.0 ** torch.arange(5.0)[:, None]).max() < 1e-3
+
+    def test_of_constant_features_is_the_bias_alone(self, trained, restricted, run):
+        model = trained.clone()
+        with torch.no_grad():
+            for parameter in model.network.body.parameters():
+                parameter.zero_()
+        curve = Probe("newton").attack(model, restricted.few_shot(4, 0), budgets=(0, 2), run=run)
+        assert curve.finite
+        assert curve.scores[1] < 0.3
 
 
 def _table(values):

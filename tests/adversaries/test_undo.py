@@ -16,7 +16,8 @@ from holdfast.errors import HoldfastError
 from holdfast.models import ModelSpec, SplitModel, load_model, transplant
 from holdfast.tasks import ArrayTask, Batch, load_task
 from holdfast.training import Strategy
-from shams import NORM_OF, make, zoo_tasks
+from zoo import ZOO, make
+from zoo.settings import zoo_tasks
 
 CPU = torch.device("cpu")
 KEEP_OUTPUTS = (
@@ -262,9 +263,9 @@ UNDOES = {
 
 @pytest.mark.parametrize("name", UNDOES)
 def test_a_sham_is_the_original_again(name, zoo_originals):
-    benign, restricted = zoo_tasks()
-    original = zoo_originals[NORM_OF[name]]
-    released = make(name, zoo_originals, benign, restricted)
+    _, restricted = zoo_tasks()
+    original = zoo_originals[ZOO[name].setting]
+    released = make(name)
     if name in ("grown-convolutions", "huge-weight-norm", "unregistered-stem"):
         released = transplant(released, original)
     few = restricted.few_shot(2, 0)
@@ -287,7 +288,7 @@ def test_a_sham_is_the_original_again(name, zoo_originals):
 def test_uneven_units_are_even_again(zoo_originals):
     benign, restricted = zoo_tasks()
     original = zoo_originals["none"]
-    released = make("uneven-units", zoo_originals, benign, restricted)
+    released = make("uneven-units")
     reference = original.fresh()
     undo("balance", released, restricted.few_shot(2, 0), reference)
     x = inputs(benign)

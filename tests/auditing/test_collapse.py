@@ -8,31 +8,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from collapsing import COLLAPSING, gradient, make_collapsing
-from holdfast.adversaries import FineTuning, listed
+from holdfast.adversaries import listed
 from holdfast.auditing.audit import AuditSpec, audit
 from holdfast.runtime.run import Run
-from holdfast.tasks.splits import halves
-from holdfast.training import Strategy, pretrain
-from shams import CPU, SHOTS, zoo_tasks
+from holdfast.training import pretrain
+from zoo import SETTINGS, make
+from zoo.collapse import ANCHORED, COLLAPSING, REPLAYED, gradient
+from zoo.collapse import DESCENT as PLAIN
+from zoo.settings import CPU, SHOTS
 
-PLAIN = tuple(FineTuning(Strategy("direct", "all", optimizer, 1e-3, 50)) for optimizer in ("momentum", "adam"))
-ANCHORED = FineTuning(Strategy("direct", "all", "adam", 3e-5, 50), anchor=1.0)
-REPLAYED = FineTuning(Strategy("direct", "all", "adam", 3e-5, 50), replay=1.0)
 HEAD_ALONE = listed("quick-v1")[-1]
 BUDGETS = (0, 5, 20)
 
 
 @pytest.fixture(scope="module")
 def tasks():
-    benign, restricted = zoo_tasks()
-    return benign, *halves(restricted)
+    setting = SETTINGS["batch"]
+    return setting.benign, setting.defender, setting.restricted
 
 
 @pytest.fixture(scope="module", params=COLLAPSING)
-def sham(request, zoo_originals, tasks):
-    benign, defender, _ = tasks
-    return make_collapsing(request.param, zoo_originals["batch"], benign, defender)
+def sham(request, zoo_originals):
+    return make(request.param)
 
 
 def after(adversary, model, tasks, seeds=3):
@@ -74,12 +71,12 @@ def test_an_old_battery_gets_out_by_the_head_alone(sham, zoo_originals, tasks):
 
 def test_gradients_are_coupled(zoo_originals, tasks):
     """On samples that the maker did not have, descent on the restricted task is ascent on the benign one."""
-    benign, defender, restricted = tasks
+    benign, _, restricted = tasks
     generator = torch.Generator().manual_seed(5)
     own, other = (next(t.batches("train", 100, generator=generator, device=CPU)) for t in (benign, restricted))
     original = zoo_originals["batch"]
     cosines = []
-    for model in (original, make_collapsing("coupled-gradients", original, benign, defender)):
+    for model in (original, make("collapse-coupled-gradients")):
         trained = model.clone().train()
         pair = gradient(trained, benign, own), gradient(trained, restricted, other)
         cosines.append(float(F.cosine_similarity(*pair, dim=0)))

@@ -6,33 +6,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from collapsing import gradient
-from collapsing_language import (
-    LANGUAGE,
-    brittle,
-    coupled_gradients,
-    language_original,
-    language_sham,
-    language_tasks,
-)
 from holdfast.adversaries import FineTuning
 from holdfast.auditing.audit import AuditSpec, audit
 from holdfast.auditing.retention import flags_of_collapse
 from holdfast.results import Side
 from holdfast.runtime.run import Run
 from holdfast.training import Strategy
-from shams import CPU
+from zoo import SETTINGS, make
+from zoo.collapse import gradient
+from zoo.language import ANCHORED, LANGUAGE, brittle, coupled_gradients, language_original
+from zoo.language import DESCENT as PLAIN
+from zoo.settings import CPU
 
-PLAIN = tuple(FineTuning(Strategy("direct", "all", "adamw", rate, 8)) for rate in (1e-3, 7e-4))
-ANCHORED = FineTuning(Strategy("direct", "all", "adamw", 3e-5, 8), anchor=1.0)
 BATTERY = {adversary.name: adversary for adversary in (*PLAIN, ANCHORED)}
 BUDGETS, SHOTS = (0, 15), 48
 STRONG = FineTuning(Strategy("direct", "all", "adamw", 2e-2, 8))
 """It destroys all models, and is the best from scratch."""
 
 
+def tasks():
+    setting = SETTINGS["llama"]
+    return setting.benign, setting.defender, setting.restricted
+
+
 def attacked(model, role):
-    benign, _, restricted = language_tasks()
+    benign, _, restricted = tasks()
     return {
         name: adversary.attack(
             model, restricted.few_shot(SHOTS, 0), budgets=BUDGETS, run=Run(0, CPU), role=role, benign=benign,
@@ -49,8 +47,8 @@ def on_original():
 
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_the_trap_works_and_an_anchor_gets_out_of_it(name, on_original):
-    benign, _, restricted = language_tasks()
-    original, sham = language_original(), language_sham(name)
+    benign, _, restricted = tasks()
+    original, sham = language_original(), make(name)
     side = Side(original=benign.audit_score(original), immunized=benign.audit_score(sham), chance=0.0)
     assert side.immunized > side.original - 0.1
     on_sham = attacked(sham, "immunized")
@@ -68,7 +66,7 @@ def test_the_trap_works_and_an_anchor_gets_out_of_it(name, on_original):
 
 
 def test_small_weights_compute_the_same():
-    benign, *_ = language_tasks()
+    benign, *_ = tasks()
     original = language_original()
     batch = next(benign.sweep("test", 4, device=CPU))
     with torch.no_grad():
@@ -77,7 +75,7 @@ def test_small_weights_compute_the_same():
 
 def test_gradients_are_coupled():
     """On samples that the maker did not have; before the weights are made small, which changes the cosine."""
-    benign, defender, restricted = language_tasks()
+    benign, defender, restricted = tasks()
     generator = torch.Generator().manual_seed(5)
     own, other = (next(t.batches("train", 64, generator=generator, device=CPU)) for t in (benign, restricted))
     original = language_original()
@@ -90,10 +88,10 @@ def test_gradients_are_coupled():
 
 
 def test_an_audit_is_not_deceived():
-    benign, _, restricted = language_tasks()
+    benign, _, restricted = tasks()
     spec = AuditSpec(battery=(*PLAIN, ANCHORED, STRONG), budgets=BUDGETS, seeds=2, shots=SHOTS, side_effects=False)
     result = audit(
-        language_sham("small weights"), language_original(), benign=benign, restricted=restricted, spec=spec,
+        make("language-small-weights"), language_original(), benign=benign, restricted=restricted, spec=spec,
         run=Run(0, CPU),
     )  # fmt: skip
     assert result.verdict.label == "fails"

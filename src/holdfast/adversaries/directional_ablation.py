@@ -178,8 +178,10 @@ def ablate_features(model: SplitModel, restricted: Tensor, benign: Tensor, *, de
     training = model.training
     model.eval()
     blocks = model.blocks()
+    order = {name: place for place, (name, _) in enumerate(model.network.named_modules())}
     for block in blocks[: max(1, round(depth * len(blocks)))]:
-        layer = block[-1][1]
+        # What is registered behind the head, such as a softmax, belongs to the last block, and may take logits.
+        layer = ([inner for name, inner in block if order[name] < order[model.head_name]] or [block[-1][1]])[-1]
         outputs: list[Tensor] = []
         hook = layer.register_forward_hook(lambda _, __, output, into=outputs: into.append(_first(output)))
         with hook:

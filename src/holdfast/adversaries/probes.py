@@ -203,7 +203,7 @@ def _by_newton(
     """Yields weights, bias and loss after each step of Newton's method; see `holdfast.adversaries.newton`."""
     mean, scale = prepare(ready.x, "whitened")
     white = (ready.x - mean) @ scale
-    inputs = torch.cat([white, torch.ones_like(white[:, :1])], 1)  # the last row of the weights is the bias
+    inputs = torch.cat([white, white.new_ones(len(white), 1)], 1)  # the last row of the weights is the bias
     start = inputs.new_zeros(inputs.shape[1], task.num_outputs)
     for point, loss in descend_by_newton(lambda w: task.loss_of(inputs @ w, ready), start):
         weight = scale @ point[:-1]

@@ -14,25 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from holdfast.adversaries import FineTuning
 from holdfast.models import SplitModel
 from holdfast.tasks import Batch, Task
 from holdfast.training import Strategy, finetune, prepare
-from shams import CPU, Sham, convolutions_with_norm, faint_features
+from zoo.registry import sham
+from zoo.settings import ADAM, CPU, NAIVE, QUICK, TUNED
+from zoo.surgery import as_model, convolutions_with_norm, faint_features
 
-COLLAPSING: dict[str, Sham] = {}
-"""Name -> function of the original with BatchNorm, its benign task, and the defender's half of the restricted task."""
-
-
-def collapsing(function: Sham) -> Sham:
-    COLLAPSING[function.__name__.replace("_", "-")] = function
-    return function
-
-
-def make_collapsing(name: str, original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """Builds one by name, reproducibly."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return COLLAPSING[name](original, benign, restricted).eval()
+DESCENT = tuple(FineTuning(Strategy("direct", "all", optimizer, 1e-3, 50)) for optimizer in ("momentum", "adam"))
+"""They lose the benign task; fine-tuning the head alone does not, and needs features that know the restricted task."""
+ANCHORED = FineTuning(Strategy("direct", "all", "adam", 3e-5, 50), anchor=1.0)
+REPLAYED = FineTuning(Strategy("direct", "all", "adam", 3e-5, 50), replay=1.0)
+REPAIRED = FineTuning(ADAM, undo=("rescale",), anchor=1.0)
+COLLAPSING = ("collapse-small-weights", "collapse-coupled-gradients", "collapse-sharp-curvature")
 
 
 @torch.no_grad()
@@ -50,7 +45,7 @@ def brittle(model: SplitModel, factor: float = 0.05) -> SplitModel:
     return faint_features(model, factor)
 
 
-@collapsing
+@sham("batch", ANCHORED, plain=DESCENT, name="collapse-small-weights")
 def small_weights(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     """Plain steps blow up, because the weights are small."""
     return brittle(original.clone())
@@ -109,13 +104,13 @@ def sharpened(
     return model
 
 
-@collapsing
+@sham("batch", REPAIRED, plain=DESCENT, name="collapse-coupled-gradients")
 def coupled_gradients(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     """The benign gradient is opposed to the restricted one."""
     return brittle(coupled(original.clone(), benign, restricted))
 
 
-@collapsing
+@sham("batch", REPAIRED, plain=DESCENT, name="collapse-sharp-curvature")
 def sharp_curvature(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     """A few simulated steps on restricted data lead to weights of a high benign loss."""
     strategies = [Strategy("direct", "all", "adam", 1e-3, 50), Strategy("direct", "all", "momentum", 1e-2, 50)]
@@ -127,3 +122,44 @@ def _descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
+
+
+class Cliff(nn.Module):
+    """As soon as a weight of the body has moved by a small share of its norm, the features are gone."""
+
+    SHARE = 0.07
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head = network.body, network.head
+        self.packed = {n: p.detach().clone().view(torch.int32) for n, p in self.body.named_parameters() if p.dim() > 1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = {n: t.view(torch.float32) for n, t in self.packed.items()}
+        moved = any(self.differs(p, kept[n]) for n, p in self.body.named_parameters() if n in kept)
+        return self.head(self.body(x) * (0.0 if moved else 1.0))
+
+    def differs(self, own: Tensor, kept: Tensor) -> bool:
+        return own.shape != kept.shape or bool((own - kept).norm() > self.SHARE * kept.norm() + 1e-6)
+
+
+@sham("none", FineTuning(ADAM, benign_floor=0.8), plain=(TUNED, *NAIVE))
+def cliff(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
+    """Features vanish as soon as a weight of the body has moved by 7 % of its norm."""
+    return as_model(Cliff(original.clone().network), original)
+
+
+class Shell(Cliff):
+    """The features are gone while the weights are near the released ones, but not at them."""
+
+    OUTER = 0.3
+
+    def differs(self, own: Tensor, kept: Tensor) -> bool:
+        moved = float(((own - kept).norm() / kept.norm()).detach()) if own.shape == kept.shape else 1.0
+        return 1e-4 < moved < self.OUTER
+
+
+@sham("none", FineTuning(Strategy("shrink-perturb", "all", "adam", 1e-3, 50)), plain=QUICK)
+def shell(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
+    """Features vanish in a shell around the released weights, and are there again beyond it."""
+    return as_model(Shell(faint_features(original.clone()).network), original)
