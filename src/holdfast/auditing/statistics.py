@@ -35,6 +35,9 @@ Array = npt.NDArray[np.float64]
 CONFIDENCE = 0.95
 REPLICATES = 1000
 
+MORE_REPLICATES = 20
+"""The bootstrap grows with the confidence by at most this; beyond that the quantile is bounded, see `_quantile`."""
+
 ROUNDING = 1e-12
 """Far below any spread of scores, far above rounding errors of sums."""
 
@@ -314,9 +317,14 @@ def _steps_to(target: float, budgets: Sequence[int], curve: Array) -> float | No
 
 
 def _quantile(drawn: Array, confidence: float) -> float:
-    """Quantile of the largest deviation over budgets, in standard deviations; at least the pointwise quantile."""
+    """Quantile of the largest deviation over budgets, in standard deviations; at least the pointwise quantile.
+
+    Where too few replicates lie beyond a quantile, a normal distribution bounds it: by the union over budgets.
+    """
     deviation = drawn.std(0, ddof=1)
     pointwise = float(ndtri((1 + confidence) / 2))
+    if MORE_REPLICATES * (1 - confidence) < 1 - CONFIDENCE:
+        return float(ndtri(1 - (1 - confidence) / (2 * drawn.shape[1])))
     varies = deviation > ROUNDING  # budgets without spread do not affect c
     if not varies.any():
         return pointwise
@@ -329,7 +337,7 @@ def _resampled(count: int, generator: np.random.Generator, confidence: float) ->
 
     R grows with the confidence, so that as many replicates lie beyond its quantile.
     """
-    replicates = round(REPLICATES * (1 - CONFIDENCE) / (1 - confidence))
+    replicates = round(REPLICATES * min((1 - CONFIDENCE) / (1 - confidence), MORE_REPLICATES))
     drawn = generator.multinomial(count, np.full(count, 1 / count), replicates) / count
     return (drawn - 1 / count) * small_sample(count, confidence)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from holdfast.auditing.sequential import stops
 from holdfast.report.sequential import more_seeds
 from holdfast.report.wording import CAUSES, by_strength, percent, points, span
 from holdfast.results import AuditResult, BudgetRow
@@ -45,8 +46,8 @@ def what_would_change(audit: AuditResult) -> list[str]:
         lines += [REMEDIES[each] for each in dict.fromkeys(codes) if each in REMEDIES]
         if "uncertain-original-advantage" in codes:
             lines.append(f"More than {count(len(audit.seeds), 'seed')}, so that the original's advantage is certain.")
-            if {*codes} <= {"uncertain-original-advantage", "data-warning"}:
-                lines.append(more_seeds(audit, len(audit.seeds)))
+        if code == "worthless" and stops(audit.verdict, audit.by_budget) is None:
+            lines.append(more_seeds(audit, len(audit.seeds)))
     if code == "exceeds":
         lines += _to_pass(audit)
     if code == "undecided":
