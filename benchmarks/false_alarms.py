@@ -24,7 +24,8 @@ from pathlib import Path
 
 import torch
 
-from holdfast.auditing.audit import AuditSpec, audit
+from holdfast.auditing.audit import audit
+from holdfast.auditing.spec import AuditSpec
 from holdfast.models import ModelSpec, SplitModel, load_model
 from holdfast.results import AuditResult, Thresholds
 from holdfast.runtime.run import Run

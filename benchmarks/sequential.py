@@ -2,9 +2,9 @@
 
 Scores are drawn, not trained: 8 adversaries, a point apart, 4 budgets, 20 folds. A seed moves all models together and
 each of them by itself, as does the test split; the difference of two models has a spread of about 4 points a seed. The
-audited model has the same true advantage at every budget, and the verdict comes from the code of the audit. At an
-advantage of 0 (and a tolerance of 0) each alarm is false; at one of `max_advantage`, each `resists`. A 95 % band allows
-2.5 % of either.
+verdict comes from the code of the audit. Where the audited model has no advantage at any budget (and the tolerance is
+0), each alarm is false. Where it has one of `max_advantage` at the last budget, and is far below scratch at the others,
+each `resists` is false. A 95 % band allows 2.5 % of either.
 
     python benchmarks/sequential.py
 
@@ -32,6 +32,7 @@ from holdfast.results import BudgetRow, Role, Side, ThreatModel, Thresholds, Ver
 
 BUDGETS = (0, 5, 10, 20, 50)
 ADVERSARIES, FOLDS, MOST = 8, 20, 40
+BELOW = -0.1
 LIMITS = Thresholds()
 STRICT = Thresholds(tolerance=0.0)
 TRIED = ThreatModel(battery="drawn", strategies=8, scored=8, searched=0, samples=100, steps=50, seeds=5)
@@ -61,7 +62,7 @@ class Judged:
     rows: list[BudgetRow]
 
 
-def draw(generator: np.random.Generator, advantage: float) -> dict[Role, Array]:
+def draw(generator: np.random.Generator, advantage: float, *, last_only: bool = False) -> dict[Role, Array]:
     """Scores of the three models, shape (adversaries, seeds, budgets, folds)."""
 
     def noise(spread: float, *shape: int) -> Array:
@@ -70,7 +71,9 @@ def draw(generator: np.random.Generator, advantage: float) -> dict[Role, Array]:
     steps, gap = len(BUDGETS), 0.01 * np.arange(ADVERSARIES)[:, None, None, None]
     rise = np.linspace(0.1, 0.5, steps)[:, None]
     shared = noise(0.03, 1, MOST, 1, 1) + noise(0.1, 1, 1, 1, FOLDS)
-    gains: dict[Role, float] = {"immunized": advantage, "original": 0.3, "scratch": 0.0}
+    own = np.full((steps, 1), BELOW if last_only else advantage)
+    own[-1] = advantage
+    gains: dict[Role, Array | float] = {"immunized": own, "original": 0.3, "scratch": 0.0}
     return {
         role: rise + gain - gap + shared + noise(0.02, 1, MOST, 1, 1) + noise(0.015, 1, MOST, steps, 1)
         + noise(0.01, ADVERSARIES, MOST, steps, 1) + noise(0.03, 1, 1, 1, FOLDS) + noise(0.03, 1, MOST, steps, FOLDS)
@@ -79,10 +82,10 @@ def draw(generator: np.random.Generator, advantage: float) -> dict[Role, Array]:
 
 
 def outcomes(
-    repetition: int, advantage: float, limits: Thresholds, designs: Sequence[str]
+    repetition: int, advantage: float, limits: Thresholds, designs: Sequence[str], *, last_only: bool
 ) -> dict[str, tuple[str, int]]:
     """What each design decides on the same scores, and with how many seeds."""
-    scores = draw(np.random.default_rng((repetition, round(1000 * advantage) + 1000)), advantage)
+    scores = draw(np.random.default_rng((repetition, round(1000 * advantage) + 1000)), advantage, last_only=last_only)
 
     @cache
     def look(stage: Stage) -> Judged:
@@ -118,9 +121,11 @@ class Counted:
         return float(np.mean(self.seeds))
 
 
-def counted(advantage: float, limits: Thresholds, repetitions: int, designs: Sequence[str]) -> dict[str, Counted]:
-    """Repeats all designs at one true advantage."""
-    every = [outcomes(i, advantage, limits, designs) for i in range(repetitions)]
+def counted(
+    advantage: float, limits: Thresholds, repetitions: int, designs: Sequence[str], *, last_only: bool = False
+) -> dict[str, Counted]:
+    """Repeats all designs at one true advantage, at every budget or at the last one only."""
+    every = [outcomes(i, advantage, limits, designs, last_only=last_only) for i in range(repetitions)]
     return {name: Counted([o[name][0] for o in every], [o[name][1] for o in every]) for name in designs}
 
 
@@ -157,24 +162,23 @@ def page(
     )
     return f"""# Sequential audits, simulated
 
-Scores drawn from a known truth: {ADVERSARIES} adversaries, {len(BUDGETS) - 1} budgets, {FOLDS} folds; the difference of
-two models has a spread of about 4 points a seed. The audited model has the same true advantage at every budget. All
-designs see the same scores, and decide by the code of the audit.
+Scores drawn from a known truth: {ADVERSARIES} adversaries, {len(BUDGETS) - 1} budgets, {FOLDS} folds; the difference of two models has a spread
+of about 4 points a seed. All designs see the same scores, and decide by the code of the audit.
 
 ## Errors
 
-{n} audits at each of the two borders. **Alarm**: an advantage is found (`fails`, `partial`) where there is none, with
-a `tolerance` of 0. **Pass**: `resists` where the true advantage is `max_advantage`, {100 * LIMITS.max_advantage:g}
-points. An audit of 95 % may do either in 2.5 %. A share of 2.5 % is uncertain by
-{196 * (0.025 * 0.975 / n) ** 0.5:.1f} points. Seeds are means, without an advantage and with that of `max_advantage`.
+{n} audits at each of two borders. **Alarm**: an advantage is found (`fails`, `partial`) where there is none at any
+budget, with a `tolerance` of 0. **Pass**: `resists` where the true advantage is {100 * LIMITS.max_advantage:g} points (`max_advantage`) at the
+last budget; at the others it is {100 * BELOW:g}, so that this one decides. An audit of 95 % may do either in 2.5 %, and a
+share of 2.5 % is uncertain by {196 * (0.025 * 0.975 / n) ** 0.5:.1f} points. Seeds are means at both borders.
 
-| design | level of each look, % | alarms | passes | seeds at 0 | seeds at `max_advantage` |
+| design | level of each look, % | alarms | passes | seeds, no advantage | seeds, `max_advantage` |
 |---|---|---|---|---|---|
 {errors}
 
 ## Power, and seeds
 
-{few} audits a row, with the default thresholds.
+{few} audits a row, with the default thresholds and the same advantage at every budget.
 
 | true advantage, points | design | `resists` | `fails` or `partial` | undecided | seeds |
 |---|---|---|---|---|---|
@@ -197,7 +201,7 @@ def main() -> int:
     options = parser.parse_args()
     begin = time.perf_counter()
     alarms = counted(0.0, STRICT, options.audits, list(DESIGNS))
-    passes = counted(LIMITS.max_advantage, LIMITS, options.audits, list(DESIGNS))
+    passes = counted(LIMITS.max_advantage, LIMITS, options.audits, list(DESIGNS), last_only=True)
     power = {effect: counted(effect, LIMITS, options.power_audits, COMPARED) for effect in EFFECTS}
     command = f"python benchmarks/sequential.py {' '.join(sys.argv[1:])}".strip()
     text = page(alarms, passes, power, command, time.perf_counter() - begin)

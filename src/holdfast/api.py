@@ -9,7 +9,7 @@ from typing import Any, TypedDict, Unpack
 from pydantic import ValidationError
 
 from holdfast.adversaries import Adversary
-from holdfast.auditing.audit import AuditSpec
+from holdfast.auditing.spec import AuditSpec
 from holdfast.defenses import Defense
 from holdfast.defenses.registry import build_defense
 from holdfast.errors import HoldfastError

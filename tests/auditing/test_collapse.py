@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from collapsing import COLLAPSING, gradient, make_collapsing
 from holdfast.adversaries import FineTuning, listed
-from holdfast.auditing.audit import AuditSpec, audit
+from holdfast.auditing.audit import audit
+from holdfast.auditing.spec import AuditSpec
 from holdfast.runtime.run import Run
 from holdfast.tasks.splits import halves
 from holdfast.training import Strategy, pretrain

@@ -15,8 +15,9 @@ from hypothesis import example, given
 from pydantic import ValidationError
 
 from holdfast.adversaries import battery
-from holdfast.auditing.audit import AuditSpec, audit
+from holdfast.auditing.audit import audit
 from holdfast.auditing.sequential import LEVEL, Stage, spent, stages, stops, until_decided
+from holdfast.auditing.spec import AuditSpec
 from holdfast.auditing.statistics import CONFIDENCE, Battery, Comparison
 from holdfast.auditing.trials import TrialContext
 from holdfast.errors import HoldfastError

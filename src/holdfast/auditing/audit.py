@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, Self
+from typing import Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_serializer,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
-
-from holdfast.adversaries import Adversary, Search, battery, battery_config, battery_name
+from holdfast.adversaries import Adversary, Search, battery
 from holdfast.auditing.curve_flags import flags_of_curves
 from holdfast.auditing.language_models import check_measures, language_scale, measured, texts_and_measures
 from holdfast.auditing.red_flags import red_flags
 from holdfast.auditing.retention import BENIGN_AFTER, benign_after, benign_bounds, flags_of_collapse, keep_benign
 from holdfast.auditing.search import search
-from holdfast.auditing.sequential import DEFAULT_BUDGET, Stage, stages, until_decided
+from holdfast.auditing.sequential import Stage, stages, until_decided
 from holdfast.auditing.side_effects import side_effects
+from holdfast.auditing.spec import AuditSpec
 from holdfast.auditing.statistics import Comparison, costs
 from holdfast.auditing.trials import (
     SEARCH_SEED,
@@ -52,7 +41,6 @@ from holdfast.results import (
     Sequential,
     Side,
     ThreatModel,
-    Thresholds,
     Verdict,
 )
 from holdfast.results.tables import Cell, Table
@@ -64,82 +52,6 @@ from holdfast.tasks import Task
 
 TARGET = 0.9
 """Costs are compared at this share of the gain over guessing that scratch reaches at the last budget."""
-
-
-class AuditSpec(BaseModel):
-    """Settings of an audit, as in a recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-    battery: str | tuple[Adversary, ...] = Field(
-        "quick-v1", description="Name of the battery; from Python also the adversaries themselves."
-    )
-    budgets: tuple[int, ...] = Field((0, 5, 10, 20, 50, 100), description="Fine-tuning steps at which to score.")
-    seeds: int = Field(5, ge=1, description="Repetitions, each with other samples, batches and fresh weights.")
-    decide: bool = Field(False, description="Whether to add seeds in stages until the band decides the verdict.")
-    max_seeds: int | None = Field(
-        None, ge=1, description="Most seeds with `decide`; null: four times `seeds`. Without it, not allowed."
-    )
-    trials: int = Field(48, ge=1, description="Trials of a search per model; other batteries ignore it.")
-    shots: int | None = Field(None, ge=1, description="Adversary's training samples per class; null: its whole half.")
-    reported: float | None = Field(
-        None, ge=0, le=1, description="The restricted score after the last budget that the model's publisher claims."
-    )
-    reported_benign: float | None = Field(
-        None,
-        le=1,
-        description="The benign score of the original that its publisher claims; far below it, the audit is invalid.",
-    )
-    side_effects: bool = Field(True, description="Whether to measure how well harmless tasks are still learned.")
-    stacked: bool = Field(True, description="Train adversaries of small models together; curves agree up to rounding.")
-    measures: tuple[str, ...] = Field(
-        (),
-        description="Further measures of language models, before and after the best attack: lm-eval:TASK, a task of "
-        "lm-evaluation-harness, or lm-eval:FILE.yaml.",
-    )
-    thresholds: Thresholds = Thresholds()
-
-    @field_validator("battery")
-    @classmethod
-    def _known(cls, value: str | tuple[Adversary, ...]) -> str | tuple[Adversary, ...]:
-        battery(value)
-        return value
-
-    @field_serializer("battery")
-    def _battery_settings(self, value: str | tuple[Adversary, ...]) -> Any:
-        return value if isinstance(value, str) else battery_config(value)
-
-    @property
-    def battery_name(self) -> str:
-        """Name of the battery in results."""
-        return battery_name(self.battery)
-
-    @field_validator("budgets")
-    @classmethod
-    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if len(value) < 2 or value[0] != 0 or any(a >= b for a, b in pairwise(value)):
-            raise ValueError(f"budgets are {list(value)}; expected at least two, ascending, the first 0")
-        return value
-
-    @model_validator(mode="after")
-    def _stages(self) -> Self:
-        if self.max_seeds is not None and not self.decide:
-            raise ValueError(f"max_seeds is {self.max_seeds}, and decide is off; turn it on, or leave max_seeds out")
-        if self.decide and self.seeds < 2:
-            raise ValueError(f"seeds is {self.seeds}, and the first look of decide needs 2: one seed shows no spread")
-        if self.most_seeds < self.seeds:
-            raise ValueError(f"max_seeds is {self.max_seeds}, less than seeds ({self.seeds}), the seeds to begin with")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves out `decide` while it is off, so that folders of earlier versions are continued."""
-        return {k: v for k, v in handler(self).items() if self.decide or k not in ("decide", "max_seeds")}
-
-    @property
-    def most_seeds(self) -> int:
-        """Seeds of the last look that is allowed."""
-        return self.max_seeds or (DEFAULT_BUDGET * self.seeds if self.decide else self.seeds)
 
 
 def audit(
@@ -161,9 +73,7 @@ def audit(
     The controls are the original model, and the same architecture with fresh weights (`scratch`). With a folder in
     `run`, every finished trial is stored at once, and a second call computes only the missing ones.
 
-    With `decide`, seeds are added until the band decides; see `holdfast.auditing.sequential`. A search is done once,
-    before the first look, with a seed and folds of its own, so that later seeds change neither its adversaries nor
-    what they are scored on.
+    With `decide`, seeds are added until the band decides; a search is done once, before the first look.
 
     Args:
         immunized: the audited model; it may have been made in any way, and its architecture may differ from the
@@ -179,8 +89,7 @@ def audit(
         reference: another public model, which stands for training from scratch if that is too expensive; the verdict
             then holds against it, and says so.
         flags: red flags of the data, see `holdfast.tasks.data_checks`; listed before those of the model.
-        reported: with `decide`, whether the first look was reported before as an audit of a fixed number of seeds; see
-            `holdfast.auditing.sequential.stages`.
+        reported: with `decide`, whether the first look was reported before; see `holdfast.auditing.sequential.stages`.
 
     Returns:
         Curves, a summary by budget and the verdict.
@@ -191,13 +100,7 @@ def audit(
     tasks: dict[On, Task] = {"restricted": restricted, "benign": benign}
     if transfer is not None:
         tasks["transfer"] = transfer
-    for model in (immunized, original):
-        # A defense may destroy a model or freeze all of it. The verdict reports that, and adversaries un-freeze it.
-        for on, task in tasks.items():
-            check_fits(model, task, own_task=on == "benign", finite=model is original, trainable=False)
-    if reference is not None:
-        check_fits(reference, restricted, own_task=False, trainable=False)
-    check_measures(spec.measures, [immunized, original, *([] if reference is None else [reference])])
+    _check(immunized, original, reference, tasks, spec)
     with run.seeded("scratch", 0):
         fresh = original.fresh()
     raised = [*flags, *red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)]
@@ -224,6 +127,19 @@ def audit(
         record = Sequential(max_seeds=spec.most_seeds, looks=looks, stopped=stopped, reported=reported)
         found = found.model_copy(update={"sequential": record})
     return found.model_copy(update={"side_effects": effects, "texts": texts, "measured": more})
+
+
+def _check(
+    immunized: SplitModel, original: SplitModel, reference: SplitModel | None, tasks: Mapping[On, Task], spec: AuditSpec
+) -> None:
+    """Refuses models and tasks that do not fit together."""
+    for model in (immunized, original):
+        # A defense may destroy a model or freeze all of it. The verdict reports that, and adversaries un-freeze it.
+        for on, task in tasks.items():
+            check_fits(model, task, own_task=on == "benign", finite=model is original, trainable=False)
+    if reference is not None:
+        check_fits(reference, tasks["restricted"], own_task=False, trainable=False)
+    check_measures(spec.measures, [immunized, original, *([] if reference is None else [reference])])
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ are the increments of a spending function, and so add up to the level of an audi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -74,7 +75,7 @@ def spent(share: float) -> float:
         >>> [round(spent(share), 4) for share in (0, 0.25, 0.5, 1)]
         [0.0, 0.0063, 0.0177, 0.05]
     """
-    return LEVEL * share**POWER
+    return LEVEL * math.pow(share, POWER)
 
 
 def stages(seeds: int, max_seeds: int, *, reported: bool = False) -> list[Stage]:

@@ -236,7 +236,7 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
     @classmethod
     def _settings(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Splits the values of `--set` into thresholds, and settings of the audit that have no option."""
-        from holdfast.auditing.audit import AuditSpec
+        from holdfast.auditing.spec import AuditSpec
         from holdfast.results import Thresholds
 
         options = [field.name for field in dataclasses.fields(cls)]

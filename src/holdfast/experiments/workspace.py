@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import torch
 
-from holdfast.auditing.audit import AuditSpec, tables
 from holdfast.auditing.audit import audit as run_audit
+from holdfast.auditing.audit import tables
+from holdfast.auditing.spec import AuditSpec
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError
 from holdfast.experiments.model_store import ModelJobs, StoredModel, model_store
