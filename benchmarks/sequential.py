@@ -162,15 +162,17 @@ def page(
     )
     return f"""# Sequential audits, simulated
 
-Scores drawn from a known truth: {ADVERSARIES} adversaries, {len(BUDGETS) - 1} budgets, {FOLDS} folds; the difference of two models has a spread
-of about 4 points a seed. All designs see the same scores, and decide by the code of the audit.
+Scores drawn from a known truth: {ADVERSARIES} adversaries, {len(BUDGETS) - 1} budgets, {FOLDS} folds; the difference
+of two models has a spread of about 4 points a seed. All designs see the same scores, and decide by the code of the
+audit.
 
 ## Errors
 
 {n} audits at each of two borders. **Alarm**: an advantage is found (`fails`, `partial`) where there is none at any
-budget, with a `tolerance` of 0. **Pass**: `resists` where the true advantage is {100 * LIMITS.max_advantage:g} points (`max_advantage`) at the
-last budget; at the others it is {100 * BELOW:g}, so that this one decides. An audit of 95 % may do either in 2.5 %, and a
-share of 2.5 % is uncertain by {196 * (0.025 * 0.975 / n) ** 0.5:.1f} points. Seeds are means at both borders.
+budget, with a `tolerance` of 0. **Pass**: `resists` where the true advantage is {100 * LIMITS.max_advantage:g} points
+(`max_advantage`) at the last budget; at the others it is {100 * BELOW:g}, so that this one decides. An audit of 95 %
+may do either in 2.5 %, and a share of 2.5 % is uncertain by {196 * (0.025 * 0.975 / n) ** 0.5:.1f} points. Seeds are
+means at both borders.
 
 | design | level of each look, % | alarms | passes | seeds, no advantage | seeds, `max_advantage` |
 |---|---|---|---|---|---|
