@@ -252,6 +252,8 @@ class TestFolder:
             "battery": FIXED.battery, "thresholds": {"max_benign_drop": 0.99, "min_scratch_gain": 0.001},
         }  # fmt: skip
         holdfast.audit(sides["immunized"], **options)
+        with pytest.raises(HoldfastError, match=r"in: audit\.seeds.* with --decide adds seeds until it decides"):
+            holdfast.audit(sides["immunized"], **{**options, "seeds": 3})
         result = holdfast.audit(sides["immunized"], **options, decide=True, max_seeds=4)
         assert result.sequential.reported
         assert result.sequential.looks[0].level == LEVEL

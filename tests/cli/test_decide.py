@@ -52,8 +52,7 @@ def test_more_seeds_for_an_audit_that_could_not_decide(command, capsys):
     assert [look["seeds"] for look in found["sequential"]["looks"]] == [2, 4]
     assert found["sequential"]["looks"][0]["level"] == pytest.approx(LEVEL)  # it had been reported
     assert found["sequential"]["stopped"] in ("decided", "budget ended")
-    for seed in ("1", "3"):  # of the first look, and of the second
-        assert inside(capsys, "replay", str(out), "--seed", seed)[0] == 0
+    assert inside(capsys, "replay", str(out), "--seed", "3")[0] == 0  # with those that were added at its look
 
 
 @pytest.mark.parametrize(

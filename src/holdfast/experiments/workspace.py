@@ -146,11 +146,13 @@ class Workspace:
             write_atomic(path, json.dumps({"command": command_line(), REPORTED: reported, **claimed}, indent=1))
         elif fingerprint(recorded) != fingerprint(claimed):
             overwrite = ", or delete the old results with --overwrite" if self.job in ("run", "protocol") else ""
+            option = "--decide" if self.job == "audit" else "--set audit.decide=true"
+            add = f" Its command with {option} adds seeds until it decides." if differences == ["audit.seeds"] else ""
             raise HoldfastError(
                 f"{str(folder)!r} holds another job; it differs in: "
                 f"{', '.join(dict.fromkeys(differences[:5]))}. "
                 f"Results are never mixed: continue the {recorded.get('kind', 'job')} that is there with "
-                f"{begun_with(command)}, or choose another folder with --out{overwrite}."
+                f"{begun_with(command)}, or choose another folder with --out{overwrite}.{add}"
             )
         return reported
 
