@@ -27,7 +27,8 @@ from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 from holdfast.adversaries import FineTuning, battery
 from holdfast.adversaries.batched import Member, attack_together, stacks
-from holdfast.auditing.audit import AuditSpec, audit
+from holdfast.auditing.audit import audit
+from holdfast.auditing.spec import AuditSpec
 from holdfast.models import ModelSpec, SplitModel, load_model
 from holdfast.results import Curve
 from holdfast.runtime.run import Run

@@ -6,9 +6,10 @@ weights, the samples, the batches, the scratch control. Such a model has no beni
 the default limits must therefore be `invalid`; that rule is lifted for the count, and checked apart on the same trials.
 
     python benchmarks/false_alarms.py --battery quick-v1
+    python benchmarks/false_alarms.py --battery quick-v2 --decide
 
-Prints a table, writes it to docs/results/false-alarms-BATTERY.md, and exits with 1 if more than one repetition in
-twenty is a false alarm, or if the rule about the benign score misses one.
+Prints a table, writes it to docs/results/false-alarms-BATTERY.md (with `--decide`: false-alarms-BATTERY-decide.md), and
+exits with 1 if more than one repetition in twenty is a false alarm, or if the rule about the benign score misses one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pathlib import Path
 
 import torch
 
-from holdfast.auditing.audit import AuditSpec, audit
+from holdfast.auditing.audit import audit
+from holdfast.auditing.spec import AuditSpec
 from holdfast.models import ModelSpec, SplitModel, load_model
 from holdfast.results import AuditResult, Thresholds
 from holdfast.runtime.run import Run
@@ -61,7 +63,8 @@ def table(found: list[AuditResult], defaults: list[str], spec: AuditSpec, comman
     wrong = sum(counts[label] for label in WRONG)
     halves = [(r.interval.high - r.interval.low) / 2 for a in found for r in a.by_budget if r.interval]
     rows = "\n".join(
-        f"| {seed} | {a.verdict.label} | {100 * max(r.advantage or 0 for r in a.by_budget if r.budget):+.1f} "
+        f"| {seed} | {a.verdict.label} | {len(a.seeds)} "
+        f"| {100 * max(r.advantage or 0 for r in a.by_budget if r.budget):+.1f} "
         f"| {100 * max(r.interval.low for r in a.by_budget if r.interval):+.1f} "
         f"| {100 * max(r.interval.high for r in a.by_budget if r.interval):+.1f} |"
         for seed, a in enumerate(found)
@@ -71,7 +74,7 @@ def table(found: list[AuditResult], defaults: list[str], spec: AuditSpec, comman
 
 Fresh weights in place of the immunized model: no advantage over training from scratch, whatever the verdict. The
 original is the built-in CNN, trained on the digits 0 to 6; restricted are the digits 7 to 9, {spec.shots} samples a
-class; budgets {", ".join(map(str, spec.budgets))}; {spec.seeds} seeds an audit; {len(found)} audits, each with other
+class; budgets {", ".join(map(str, spec.budgets))}; {_seeds(found, spec)} an audit; {len(found)} audits, each with other
 fresh weights, samples and batches. The rule about the benign score is lifted in the first row, so that the statistics
 decide.
 
@@ -89,10 +92,20 @@ $ {command}
 
 {seconds:.0f} seconds on one core. Each audit, advantages in points of accuracy at the budget where they are highest:
 
-| seed | verdict | advantage | lower end of the band | upper end |
-|---|---|---|---|---|
+| audit | verdict | seeds | advantage | lower end of the band | upper end |
+|---|---|---|---|---|---|
 {rows}
 """
+
+
+def _seeds(found: list[AuditResult], spec: AuditSpec) -> str:
+    """The number of seeds; with `--decide`, how many were added and why it stopped."""
+    if not spec.decide:
+        return f"{spec.seeds} seeds"
+    stops = Counter(a.sequential.stopped for a in found if a.sequential is not None)
+    mean = sum(len(a.seeds) for a in found) / len(found)
+    why = ", ".join(f"{stop} {count}" for stop, count in stops.most_common())
+    return f"{spec.seeds} to {spec.most_seeds} seeds, added until the band decides ({mean:.1f} on average; {why}),"
 
 
 def main() -> int:
@@ -101,6 +114,8 @@ def main() -> int:
     parser.add_argument("--battery", default="quick-v1")
     parser.add_argument("--audits", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--decide", action="store_true", help="add seeds until the band decides, or --max-seeds end")
+    parser.add_argument("--max-seeds", type=int, help="four times --seeds by default")
     parser.add_argument("--shots", type=int, default=2)
     parser.add_argument("--budgets", type=int, nargs="+", default=[0, 5, 10, 20])
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "results")
@@ -109,7 +124,7 @@ def main() -> int:
     tasks = load_task("digits[0-6]"), load_task("digits[7-9]")
     spec = AuditSpec(
         battery=options.battery, budgets=tuple(options.budgets), seeds=options.seeds, shots=options.shots,
-        side_effects=False,
+        side_effects=False, decide=options.decide, max_seeds=options.max_seeds,
     )  # fmt: skip
     begin = time.perf_counter()
     found, defaults = [], []
@@ -122,7 +137,8 @@ def main() -> int:
     command = f"python benchmarks/false_alarms.py {' '.join(sys.argv[1:])}".strip()
     page = table(found, defaults, spec, command, time.perf_counter() - begin)
     print(page)
-    (options.out / f"false-alarms-{options.battery}.md").write_text(page)
+    name = f"false-alarms-{options.battery}{'-decide' if options.decide else ''}.md"
+    (options.out / name).write_text(page)
     wrong = sum(r.verdict.label in WRONG for r in found)
     return int(wrong > options.audits / 20 or any(label != "invalid" for label in defaults))
 

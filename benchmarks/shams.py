@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from holdfast.auditing.audit import AuditSpec, audit
+from holdfast.auditing.audit import audit
+from holdfast.auditing.spec import AuditSpec
 from holdfast.results import AuditResult
 from holdfast.runtime.run import Run
 

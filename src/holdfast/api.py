@@ -9,7 +9,7 @@ from typing import Any, TypedDict, Unpack
 from pydantic import ValidationError
 
 from holdfast.adversaries import Adversary
-from holdfast.auditing.audit import AuditSpec
+from holdfast.auditing.spec import AuditSpec
 from holdfast.defenses import Defense
 from holdfast.defenses.registry import build_defense
 from holdfast.errors import HoldfastError
@@ -36,6 +36,9 @@ class AuditOptions(TypedDict, total=False):
         battery: the name of a battery, or a list of adversaries.
         budgets: fine-tuning steps at which to score; ascending, the first 0.
         seeds: number of repetitions, each with other samples, batches and fresh weights.
+        decide: add seeds in stages until the band decides the verdict; also to an audit in the folder that could not
+            decide.
+        max_seeds: most seeds with `decide`; None: four times `seeds`.
         shots: the adversary's training samples per class; None: its whole half.
         trials: of a search, for each model; other batteries have none.
         reported: the restricted score after the last budget, as the model's publisher claims it.
@@ -49,6 +52,8 @@ class AuditOptions(TypedDict, total=False):
     battery: str | Sequence[Adversary]
     budgets: Sequence[int]
     seeds: int
+    decide: bool
+    max_seeds: int | None
     shots: int | None
     trials: int
     reported: float | None

@@ -7,7 +7,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from holdfast.auditing.audit import AuditSpec, audit, tables
+from holdfast.auditing.audit import audit, tables
+from holdfast.auditing.spec import AuditSpec
 from holdfast.auditing.trials import TrialContext
 from holdfast.errors import HoldfastError
 from holdfast.models import load_model

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from holdfast.adversaries import listed
-from holdfast.auditing.audit import AuditSpec, audit
+from holdfast.auditing.audit import audit
+from holdfast.auditing.spec import AuditSpec
 from holdfast.runtime.run import Run
 from holdfast.training import pretrain
 from zoo import SETTINGS, make

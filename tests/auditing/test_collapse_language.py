@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from holdfast.adversaries import FineTuning
-from holdfast.auditing.audit import AuditSpec, audit
+from holdfast.auditing.audit import audit
 from holdfast.auditing.retention import flags_of_collapse
+from holdfast.auditing.spec import AuditSpec
 from holdfast.results import Side
 from holdfast.runtime.run import Run
 from holdfast.training import Strategy

@@ -13,9 +13,10 @@ from torch import nn
 from holdfast.adversaries import Adversary, batteries
 from holdfast.adversaries.search_space import ADAPTIVE, DEFAULT, adversary
 from holdfast.auditing import audit as auditing
-from holdfast.auditing.audit import AuditSpec, audit
+from holdfast.auditing.audit import audit
 from holdfast.auditing.red_flags import REMEDIES, raised
 from holdfast.auditing.search import _pruning_thresholds, _value, search
+from holdfast.auditing.spec import AuditSpec
 from holdfast.auditing.trials import SEARCH_SEED, Trial, TrialContext, TrialRunner
 from holdfast.models import SplitModel, load_model, load_task_for
 from holdfast.results import ROLES, Curve

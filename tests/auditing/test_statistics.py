@@ -289,6 +289,19 @@ class TestCoverage:
         assert shares > 0.7 * self.REPETITIONS
         assert share_held >= 0.92 * shares
 
+    @pytest.mark.parametrize("seeds", [3, 10])
+    def test_so_does_the_band_of_a_look_with_more_confidence(self, seeds):
+        held = 0
+        for i in range(self.REPETITIONS):
+            scores, truth = synthetic(np.random.default_rng((i, seeds)), seeds=seeds)
+            batteries = {role: battery(scores[role]) for role in ("immunized", "scratch")}
+            one = Comparison(batteries, (0, 5, 10, 20, 50), i, confidence=0.99)
+            held += all(
+                b.low <= t <= b.high for b, t in zip(one.band("immunized")[1:], truth["immunized"], strict=True)
+            )
+        # 99 % of 200, less three standard errors of such a count
+        assert held >= 0.97 * self.REPETITIONS
+
 
 def synthetic(rng, *, seeds, adversaries=8, folds=20, gap=0.01):
     """Scores of three models that share seeds and test samples, and their true advantages at budgets above 0.

@@ -70,6 +70,21 @@ class TestRecipe:
             run_recipe(load("quickstart", **SMOKE, overrides=["audit.shots=1"]), folder=brief_folder, quiet=True)
         assert (brief_folder / "result.json").read_bytes() == before
 
+    @pytest.mark.trains
+    def test_more_seeds_for_a_complete_folder(self, tmp_path, monkeypatch):
+        """The model is immunized once; the audit goes on, and remembers that it was reported before."""
+        quick = ["audit.battery=probes-v1", "audit.seeds=2", "audit.budgets=[0,1]", "pretrain.steps=5", *ALONE]
+        more = [*quick, "audit.decide=true", "audit.max_seeds=3"]
+        fixed = run_recipe(load("quickstart", **SMOKE, overrides=quick), folder=tmp_path, device="cpu", quiet=True)
+        weights = (tmp_path / "model.safetensors").read_bytes()
+        staged = run_recipe(load("quickstart", **SMOKE, overrides=more), folder=tmp_path, device="cpu", quiet=True)
+        assert (tmp_path / "model.safetensors").read_bytes() == weights
+        assert staged.audit.sequential.reported
+        assert [c for c in staged.audit.curves if c.seed < 2] == fixed.audit.curves
+        monkeypatch.setattr(holdfast.Sophon, "immunize", lambda *_, **__: pytest.fail("ran again"))
+        again = run_recipe(load("quickstart", **SMOKE, overrides=more), folder=tmp_path, device="cpu", quiet=True)
+        assert again.numbers() == staged.numbers()
+
     def test_overwrite(self, brief_folder, tmp_path):
         folder = shutil.copytree(brief_folder, tmp_path / "r")
         changed = load("quickstart", **SMOKE, overrides=["audit.shots=1", *ALONE])

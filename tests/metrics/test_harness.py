@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from holdfast.adversaries import FewShotPrompt, FineTuning
-from holdfast.auditing.audit import AuditSpec, audit, tables
+from holdfast.auditing.audit import audit, tables
+from holdfast.auditing.spec import AuditSpec
 from holdfast.errors import HoldfastError
 from holdfast.metrics import harness
 from holdfast.models import load_model, load_task_for

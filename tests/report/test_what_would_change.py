@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from holdfast.auditing.verdict import judge
+from holdfast.report import model_card
 from holdfast.report.html import render
 from holdfast.report.what_would_change import what_would_change
-from holdfast.results import AuditResult, Flag, Interval, Reason, ThreatModel
+from holdfast.results import AuditResult, Flag, Interval, Look, Reason, Sequential, ThreatModel
 from made_results import FOLDER, make_audit, make_result
 
 TRIED = ThreatModel(battery="test-v1", strategies=2, scored=2, searched=0, samples=337, steps=100, seeds=3)
@@ -85,7 +86,50 @@ def test_every_reason_of_an_invalid_audit_has_a_remedy(audit):
         verdict = audit.verdict.model_copy(
             update={"label": "invalid", "decision": Reason(code="worthless"), "reasons": [Reason(code=code)]}
         )
-        assert what_would_change(audit.model_copy(update={"verdict": verdict})) == [REMEDIES[code]]
+        first, *more = what_would_change(audit.model_copy(update={"verdict": verdict}))
+        assert first == REMEDIES[code]
+        assert bool(more) == (code == "no-original-advantage")  # which more seeds may show
+
+
+@pytest.mark.parametrize(
+    ("band", "says"),
+    [
+        ((0.0, -0.11, 0.11), "--decide --max-seeds 30 adds seeds"),  # twice the estimate of 15
+        ((0.08, -0.02, 0.18), "--decide --max-seeds 12 adds seeds"),  # four times the three seeds that there are
+        ((0.0, -1.0, 1.0), None),  # more than 1000 would be needed
+    ],
+)
+def test_what_is_undecided_says_how_to_add_seeds(audit, band, says):
+    lines = what_would_change(decided(audit, bands={10: (-0.2, -0.3, -0.1), 100: band}))
+    if says is None:
+        assert not any("--decide" in line for line in lines)
+    else:
+        assert says in lines[2]
+        assert "With --decide from the start, the level is 5%" in lines[2]
+
+
+def test_an_audit_whose_seeds_are_used_up_names_a_new_one(audit):
+    found = decided(audit, bands={10: (-0.2, -0.3, -0.1), 100: (0.0, -0.11, 0.11)})
+    looks = [Look(seeds=n, level=level, decision="undecided") for n, level in ((2, 0.02), (3, 0.03))]
+    record = Sequential(max_seeds=3, looks=looks, stopped="budget ended", reported=False)
+    lines = what_would_change(found.model_copy(update={"sequential": record}))
+    assert "another --seed" in lines[2]
+    assert "--seeds 3" in lines[2]
+    assert "--max-seeds 30" in lines[2]
+
+
+def test_reports_say_how_seeds_were_added(audit):
+    looks = [Look(seeds=n, level=level, decision="undecided") for n, level in ((2, 0.02), (3, 0.03))]
+    for reported, words in ((False, "5.0% of the 5%"), (True, "reported as an audit of its own")):
+        record = Sequential(max_seeds=3, looks=looks, stopped="budget ended", reported=reported)
+        staged = audit.model_copy(update={"sequential": record})
+        result = make_result(audit=staged)
+        page, card = render(result, FOLDER), model_card.card(result, None)
+        for text in (page, card):
+            assert "2 looks, with 2 and 3 seeds (at most 3)" in text
+            assert "no more seeds were allowed" in text
+            assert "2.00% and 3.00%" in text
+            assert words in text
 
 
 def test_verdicts_of_earlier_versions_have_none(audit):

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from children import start, wait_for
-from holdfast.auditing.audit import AuditSpec, audit
+from holdfast.auditing.audit import audit
+from holdfast.auditing.spec import AuditSpec
 from holdfast.cli.main import main
 from holdfast.errors import HoldfastError
 from holdfast.experiments.linear.study import study

@@ -3,106 +3,55 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
-
-from holdfast.adversaries import BATTERIES, Adversary, Search, battery, battery_config, battery_name
+from holdfast.adversaries import Adversary, Search, battery
 from holdfast.auditing.curve_flags import flags_of_curves
 from holdfast.auditing.language_models import check_measures, language_scale, measured, texts_and_measures
 from holdfast.auditing.red_flags import red_flags
 from holdfast.auditing.retention import BENIGN_AFTER, benign_after, benign_bounds, flags_of_collapse, keep_benign
 from holdfast.auditing.search import search
+from holdfast.auditing.sequential import Stage, stages, until_decided
+from holdfast.auditing.side_effects import side_effects
+from holdfast.auditing.spec import AuditSpec
 from holdfast.auditing.statistics import Comparison, costs
-from holdfast.auditing.trials import SEARCH_SEED, On, Trial, TrialContext, TrialRunner, few_of, repetitions
+from holdfast.auditing.trials import (
+    SEARCH_SEED,
+    On,
+    TrialContext,
+    TrialRunner,
+    applicable,
+    few_of,
+    journal_of,
+    repetitions,
+)
 from holdfast.auditing.verdict import ROUNDING, judge, without_scores
-from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel, architecture_differences, check_fits, transplant
 from holdfast.results import (
     ROLES,
     AuditResult,
+    BudgetRow,
     Cost,
     Curve,
     Flag,
     Role,
     SearchTrial,
+    Sequential,
     Side,
-    SideEffect,
     ThreatModel,
-    Thresholds,
+    Verdict,
 )
 from holdfast.results.tables import Cell, Table
 from holdfast.results.terms import Words, count, words
 from holdfast.runtime import executors
 from holdfast.runtime.executors import Executor
-from holdfast.runtime.journal import Journal
-from holdfast.runtime.run import Run, derive_seed, fingerprint
+from holdfast.runtime.run import Run, derive_seed
 from holdfast.tasks import Task
-
-SIDE_EFFECTS = "side-effects-v1"
-"""The battery for side effects: fine-tuning by harmless users."""
-
-FORMAT = 2
-"""Version of the trials in the journal; 2: with the benign score after the attack."""
 
 TARGET = 0.9
 """Costs are compared at this share of the gain over guessing that scratch reaches at the last budget."""
-
-
-class AuditSpec(BaseModel):
-    """Settings of an audit, as in a recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-    battery: str | tuple[Adversary, ...] = Field(
-        "quick-v1", description="Name of the battery; from Python also the adversaries themselves."
-    )
-    budgets: tuple[int, ...] = Field((0, 5, 10, 20, 50, 100), description="Fine-tuning steps at which to score.")
-    seeds: int = Field(5, ge=1, description="Repetitions, each with other samples, batches and fresh weights.")
-    trials: int = Field(48, ge=1, description="Trials of a search per model; other batteries ignore it.")
-    shots: int | None = Field(None, ge=1, description="Adversary's training samples per class; null: its whole half.")
-    reported: float | None = Field(
-        None, ge=0, le=1, description="The restricted score after the last budget that the model's publisher claims."
-    )
-    reported_benign: float | None = Field(
-        None,
-        le=1,
-        description="The benign score of the original that its publisher claims; far below it, the audit is invalid.",
-    )
-    side_effects: bool = Field(True, description="Whether to measure how well harmless tasks are still learned.")
-    stacked: bool = Field(True, description="Train adversaries of small models together; curves agree up to rounding.")
-    measures: tuple[str, ...] = Field(
-        (),
-        description="Further measures of language models, before and after the best attack: lm-eval:TASK, a task of "
-        "lm-evaluation-harness, or lm-eval:FILE.yaml.",
-    )
-    thresholds: Thresholds = Thresholds()
-
-    @field_validator("battery")
-    @classmethod
-    def _known(cls, value: str | tuple[Adversary, ...]) -> str | tuple[Adversary, ...]:
-        battery(value)
-        return value
-
-    @field_serializer("battery")
-    def _battery_settings(self, value: str | tuple[Adversary, ...]) -> Any:
-        return value if isinstance(value, str) else battery_config(value)
-
-    @property
-    def battery_name(self) -> str:
-        """Name of the battery in results."""
-        return battery_name(self.battery)
-
-    @field_validator("budgets")
-    @classmethod
-    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if len(value) < 2 or value[0] != 0 or any(a >= b for a, b in pairwise(value)):
-            raise ValueError(f"budgets are {list(value)}; expected at least two, ascending, the first 0")
-        return value
 
 
 def audit(
@@ -117,11 +66,14 @@ def audit(
     executor: Executor | str = "serial",
     flags: Sequence[Flag] = (),
     reference: SplitModel | None = None,
+    reported: bool = False,
 ) -> AuditResult:
     """Attacks a model and its controls with the same battery, budgets and samples, and reaches a verdict.
 
     The controls are the original model, and the same architecture with fresh weights (`scratch`). With a folder in
     `run`, every finished trial is stored at once, and a second call computes only the missing ones.
+
+    With `decide`, seeds are added until the band decides; a search is done once, before the first look.
 
     Args:
         immunized: the audited model; it may have been made in any way, and its architecture may differ from the
@@ -137,6 +89,7 @@ def audit(
         reference: another public model, which stands for training from scratch if that is too expensive; the verdict
             then holds against it, and says so.
         flags: red flags of the data, see `holdfast.tasks.data_checks`; listed before those of the model.
+        reported: with `decide`, whether the first look was reported before; see `holdfast.auditing.sequential.stages`.
 
     Returns:
         Curves, a summary by budget and the verdict.
@@ -147,13 +100,7 @@ def audit(
     tasks: dict[On, Task] = {"restricted": restricted, "benign": benign}
     if transfer is not None:
         tasks["transfer"] = transfer
-    for model in (immunized, original):
-        # A defense may destroy a model or freeze all of it. The verdict reports that, and adversaries un-freeze it.
-        for on, task in tasks.items():
-            check_fits(model, task, own_task=on == "benign", finite=model is original, trainable=False)
-    if reference is not None:
-        check_fits(reference, restricted, own_task=False, trainable=False)
-    check_measures(spec.measures, [immunized, original, *([] if reference is None else [reference])])
+    _check(immunized, original, reference, tasks, spec)
     with run.seeded("scratch", 0):
         fresh = original.fresh()
     raised = [*flags, *red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)]
@@ -164,99 +111,155 @@ def audit(
     samples = {
         (on, seed): few_of(task, spec.shots, run, seed)
         for on, task in tasks.items()
-        for seed in (SEARCH_SEED, *range(spec.seeds))
+        for seed in (SEARCH_SEED, *range(spec.most_seeds))
     }
     context = TrialContext(immunized, original, inside, samples, benign, spec.budgets, run, spec.stacked, reference)
-    runner = TrialRunner(context, _journal(context, plan, spec), executors.executor(executor))
-    with runner.executor.kept():
-        attacked = _attack(plan, runner, restricted, spec)
-        side_effects = _side_effects(tasks, runner, spec) if spec.side_effects else []
-        texts, more = texts_and_measures(context, attacked.adversaries, attacked.curves, spec.measures)
+    runner = TrialRunner(context, journal_of(context, plan, spec.seeds), executors.executor(executor))
     side = _side(immunized, original, benign, run)
-    raised += _flags_of_curves(attacked, restricted, context)
-    raised += flags_of_collapse(attacked.curves, attacked.configs, side, restricted.audit_chance)
-    found = _result(attacked, context, spec, restricted, side, raised, side_effects, warnings=flags)
-    return found.model_copy(update={"texts": texts, "measured": more})
+    with runner.executor.kept():
+        attacks = _Attacks.begin(plan, runner, restricted, spec, side, raised, flags)
+        judged, looks, stopped = until_decided(stages(spec.seeds, spec.most_seeds, reported=reported), attacks.look)
+        confidence = judged.comparison.confidence
+        effects = side_effects(tasks, runner, attacks.added, confidence) if spec.side_effects else []
+        texts, more = texts_and_measures(context, attacks.adversaries, attacks.curves, spec.measures)
+    found = _result(attacks, judged)
+    if spec.decide:
+        record = Sequential(max_seeds=spec.most_seeds, looks=looks, stopped=stopped, reported=reported)
+        found = found.model_copy(update={"sequential": record})
+    return found.model_copy(update={"side_effects": effects, "texts": texts, "measured": more})
+
+
+def _check(
+    immunized: SplitModel, original: SplitModel, reference: SplitModel | None, tasks: Mapping[On, Task], spec: AuditSpec
+) -> None:
+    """Refuses models and tasks that do not fit together."""
+    for model in (immunized, original):
+        # A defense may destroy a model or freeze all of it. The verdict reports that, and adversaries un-freeze it.
+        for on, task in tasks.items():
+            check_fits(model, task, own_task=on == "benign", finite=model is original, trainable=False)
+    if reference is not None:
+        check_fits(reference, tasks["restricted"], own_task=False, trainable=False)
+    check_measures(spec.measures, [immunized, original, *([] if reference is None else [reference])])
 
 
 @dataclass(frozen=True)
-class _Attacked:
-    """Results of the attacks on the restricted task.
+class _Judged:
+    """The attacks up to one look, compared and judged."""
+
+    comparison: Comparison
+    rows: list[BudgetRow]
+    flags: list[Flag]
+    verdict: Verdict
+
+
+@dataclass
+class _Attacks:
+    """The attacks on the restricted task.
 
     Attributes:
-        curves: of every model.
+        runner: runs them.
+        restricted: the task.
+        spec: settings of the audit.
+        side: benign scores.
+        raised: red flags from before the attacks.
+        warnings: those of the data among them.
         adversaries: those that apply to the model.
         not_applicable: by name, why the others do not.
         searched: trials of the search, if there was one.
         configs: settings of every adversary, by name.
+        curves: of every model, with the seeds so far.
+        added: the seeds of each look that are new in it.
     """
 
-    curves: list[Curve]
+    runner: TrialRunner
+    restricted: Task
+    spec: AuditSpec
+    side: Side
+    raised: Sequence[Flag]
+    warnings: Sequence[Flag]
     adversaries: list[Adversary]
     not_applicable: dict[str, str]
     searched: list[SearchTrial]
-    configs: dict[str, dict[str, Any]]
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    curves: list[Curve] = field(default_factory=list)
+    added: list[range] = field(default_factory=list)
 
-    def threat_model(self, spec: AuditSpec, samples: int) -> ThreatModel:
+    @classmethod
+    def begin(
+        cls,
+        plan: Search | Sequence[Adversary],
+        runner: TrialRunner,
+        restricted: Task,
+        spec: AuditSpec,
+        side: Side,
+        raised: Sequence[Flag],
+        warnings: Sequence[Flag],
+    ) -> _Attacks:
+        """Chooses the adversaries: those of the battery that apply, or the best ones that a search finds."""
+        context, searched = runner.context, list[SearchTrial]()
+        if isinstance(plan, Search):
+            searched, plan = search(plan, spec.trials, runner)
+        start, refused = applicable(spec.battery_name, plan, context.immunized, restricted, context.reference)
+        return cls(runner, restricted, spec, side, raised, warnings, start, refused, searched)
+
+    def look(self, stage: Stage) -> _Judged:
+        """Attacks with the seeds that are new in this stage, and judges all seeds so far."""
+        context, spec, restricted = self.runner.context, self.spec, self.restricted
+        seeds = range(self.added[-1].stop if self.added else 0, stage.seeds)
+        trials = repetitions(self.adversaries, seeds, transplanted=context.transplanted is not None)
+        which = f", seeds {seeds.start + 1} to {seeds.stop}" if self.added else ""
+        self.curves += self.runner.run(trials, f"Auditing ({spec.battery_name}{which})")
+        self.added.append(seeds)
+        for each in trials:
+            self.configs[each.name] = {
+                **each.adversary.config(),
+                **({"transplanted": True} if each.transplanted else {}),
+            }
+        chance = restricted.audit_chance
+        comparison = Comparison.of(
+            self.curves, derive_seed(context.run.seed, "bootstrap"), both_ways=not self.searched,
+            floor=-math.inf if restricted.higher_is_better else chance, confidence=stage.confidence,
+        )  # fmt: skip
+        rows, spoken = comparison.rows(), _spoken(restricted, context)
+        flags = [
+            *self.raised,
+            *flags_of_curves(self.curves, self.configs, restricted.constant_scores(), spoken.from_control),
+            *flags_of_collapse(self.curves, self.configs, self.side, chance),
+        ]
+        verdict = judge(
+            rows, self.curves, benign=self.side, chance=chance, limits=spec.thresholds, flags=flags, spoken=spoken,
+            tried=self._threat_model(stage.seeds), reported_benign=spec.reported_benign, warnings=self.warnings,
+            retained=comparison.share(), areas=(comparison.area("immunized"), comparison.area("original")),
+        )  # fmt: skip
+        return _Judged(comparison, rows, flags, verdict)
+
+    def _threat_model(self, seeds: int) -> ThreatModel:
         """Returns the threat model; an adversary without a score on any model does not count as tried."""
         failed = without_scores(self.curves)
         return ThreatModel(
-            battery=spec.battery_name,
+            battery=self.spec.battery_name,
             strategies=len(self.adversaries),
             scored=sum(a.name not in failed for a in self.adversaries),
             searched=len(self.searched) // len(ROLES),
-            samples=samples,
-            steps=spec.budgets[-1],
-            seeds=spec.seeds,
+            samples=self.runner.context.samples["restricted", 0].size("train"),
+            steps=self.spec.budgets[-1],
+            seeds=seeds,
         )
 
 
-def _attack(plan: Search | Sequence[Adversary], runner: TrialRunner, restricted: Task, spec: AuditSpec) -> _Attacked:
-    """Runs the battery, or a search and then the best adversaries that it found."""
-    context = runner.context
-    searched: list[SearchTrial] = []
-    if isinstance(plan, Search):
-        searched, plan = search(plan, spec.trials, runner)
-    adversaries, refused = _applicable(spec.battery_name, plan, context.immunized, restricted, context.reference)
-    trials = repetitions(adversaries, range(spec.seeds), transplanted=context.transplanted is not None)
-    curves = runner.run(trials, f"Auditing ({spec.battery_name})")
-    configs = {t.name: {**t.adversary.config(), **({"transplanted": True} if t.transplanted else {})} for t in trials}
-    return _Attacked(curves, adversaries, refused, searched, configs)
-
-
-def _result(
-    attacked: _Attacked,
-    context: TrialContext,
-    spec: AuditSpec,
-    restricted: Task,
-    side: Side,
-    raised: list[Flag],
-    side_effects: list[SideEffect],
-    *,
-    warnings: Sequence[Flag],
-) -> AuditResult:
-    """Summarises the curves and decides the verdict."""
-    run, benign, curves = context.run, context.benign, attacked.curves
-    chance, unit, sample = restricted.audit_chance, restricted.audit_unit, context.samples["restricted", 0]
-    floor = -math.inf if restricted.higher_is_better else chance
-    spoken = _spoken(restricted, context)
-    bootstrap = derive_seed(run.seed, "bootstrap")
-    comparison = Comparison.of(curves, bootstrap, both_ways=not attacked.searched, floor=floor)
-    rows = comparison.rows()
-    verdict = judge(
-        rows, curves, benign=side, chance=chance, limits=spec.thresholds, flags=raised, spoken=spoken,
-        tried=attacked.threat_model(spec, sample.size("train")), reported_benign=spec.reported_benign,
-        warnings=warnings, retained=comparison.share(),
-        areas=(comparison.area("immunized"), comparison.area("original")),
-    )  # fmt: skip
+def _result(attacks: _Attacks, judged: _Judged) -> AuditResult:
+    """Summarises the attacks up to the last look."""
+    context, spec, restricted, curves = attacks.runner.context, attacks.spec, attacks.restricted, attacks.curves
+    sample, side, comparison = context.samples["restricted", 0], attacks.side, judged.comparison
+    chance, unit, spoken = restricted.audit_chance, restricted.audit_unit, _spoken(restricted, context)
     return AuditResult(
         battery=spec.battery_name,
-        adversaries=attacked.configs,
-        not_applicable=attacked.not_applicable,
+        adversaries=attacks.configs,
+        not_applicable=attacks.not_applicable,
         budgets=list(spec.budgets),
-        seeds=list(range(spec.seeds)),
+        seeds=list(range(attacks.added[-1].stop)),
         shots=spec.shots,
-        benign_task=benign.name,
+        benign_task=context.benign.name,
         restricted_task=restricted.name,
         adversary_samples=sample.size("train"),
         test_samples=restricted.size("test"),
@@ -266,72 +269,26 @@ def _result(
         reported=spec.reported,
         reported_benign=spec.reported_benign,
         benign=side,
-        flags=raised,
+        flags=judged.flags,
         curves=curves,
-        by_budget=rows,
+        by_budget=judged.rows,
         keeping=keep_benign(curves, side, spec.thresholds.max_benign_drop_after_attack, comparison),
         bounds=benign_bounds(curves, side, comparison),
         cost_target=(target := _target(comparison, chance)),
-        costs=_costs(attacked, comparison, target, context),
+        costs=_costs(attacks, comparison, target, context),
         language=language_scale(restricted, sample),
-        search=attacked.searched,
-        side_effects=side_effects,
-        verdict=verdict,
+        search=attacks.searched,
+        verdict=judged.verdict,
     )
 
 
-def _costs(attacked: _Attacked, comparison: Comparison, target: float | None, context: TrialContext) -> list[Cost]:
-    sizes = {c.adversary: c.batch_size for c in attacked.curves}
+def _costs(attacks: _Attacks, comparison: Comparison, target: float | None, context: TrialContext) -> list[Cost]:
+    sizes = {c.adversary: c.batch_size for c in attacks.curves}
     sample, original = context.samples["restricted", 0], context.original
     flops = {
-        a.name: a.flops_per_step(original, sample, run=context.run, benign=context.benign) for a in attacked.adversaries
+        a.name: a.flops_per_step(original, sample, run=context.run, benign=context.benign) for a in attacks.adversaries
     }
     return [] if target is None else costs(comparison, target, sizes, flops)
-
-
-def _applicable(
-    name: str, adversaries: Sequence[Adversary], model: SplitModel, task: Task, reference: SplitModel | None = None
-) -> tuple[list[Adversary], dict[str, str]]:
-    """Returns the adversaries of a battery that can start, also on the reference, and why the others cannot."""
-    models = (model,) if reference is None else (model, reference)
-    reasons = {
-        a.name: next((why for m in models if (why := a.not_applicable(m, task)) is not None), None) for a in adversaries
-    }
-    refused = {name: reason for name, reason in reasons.items() if reason is not None}
-    applicable = [a for a in adversaries if a.name not in refused]
-    if not applicable:
-        raise HoldfastError(f"No adversary of {name} applies: {next(iter(refused.values()))}.")
-    return applicable, refused
-
-
-def _journal(context: TrialContext, plan: Search | Sequence[Adversary], spec: AuditSpec) -> Journal:
-    return Journal(
-        context.run.path("trials.jsonl"),
-        {
-            "seed": context.run.seed,
-            "battery": battery_config(plan),
-            "format of trials": FORMAT,
-            "budgets": spec.budgets,
-            "stacked": spec.stacked,
-            "data": {f"{on} {seed}": task.facts().sha256 for (on, seed), task in context.samples.items()},
-            "immunized model": context.immunized.facts().sha256,
-            "original model": context.original.facts().sha256,
-            "layers or input normalisation": [_settings(m) for m in (context.immunized, context.original)],
-            **({} if context.reference is None else {"reference": context.reference.facts().sha256}),
-        },
-        "audit",
-    )
-
-
-def _settings(model: SplitModel) -> str:
-    """Hash of everything besides tensors that scores depend on."""
-    layers = re.sub(r"0x[0-9a-fA-F]+", "", repr(model.network))  # addresses in memory differ between processes
-    return fingerprint([model.head_name, layers, model.input_settings()])
-
-
-def _flags_of_curves(attacked: _Attacked, restricted: Task, context: TrialContext) -> list[Flag]:
-    start = _spoken(restricted, context).from_control
-    return flags_of_curves(attacked.curves, attacked.configs, restricted.constant_scores(), start)
 
 
 def _spoken(restricted: Task, context: TrialContext) -> Words:
@@ -350,31 +307,6 @@ def _target(comparison: Comparison, chance: float) -> float | None:
     """Returns the score at which costs are compared, see `TARGET`; None if scratch is no better than guessing."""
     reached = float(comparison.scores["scratch"].mean(0)[-1])
     return chance + TARGET * (reached - chance) if math.isfinite(reached) and reached > chance else None
-
-
-def _side_effects(tasks: dict[On, Task], runner: TrialRunner, spec: AuditSpec) -> list[SideEffect]:
-    """Measures how well the models learn harmless tasks: the benign task again, and the transfer task if given."""
-    effects = []
-    for on in ("benign", "transfer"):
-        if on not in tasks:
-            continue
-        harmless, refused = _applicable(SIDE_EFFECTS, BATTERIES[SIDE_EFFECTS], runner.context.immunized, tasks[on])
-        trials = [Trial(role, a, s, on) for s in range(spec.seeds) for role in ROLES for a in harmless]
-        curves = runner.run(trials, f"Side effects ({tasks[on].name})")
-        comparison = Comparison.of(curves, derive_seed(runner.context.run.seed, "bootstrap", on))
-        lost, interval = comparison.advantage("original", "immunized")[-1], comparison.band("original", "immunized")[-1]
-        effects.append(
-            SideEffect(
-                task=tasks[on].name,
-                task_role=on,
-                by_budget=comparison.rows(),
-                lost=float(lost) if math.isfinite(lost) else None,
-                interval=interval,
-                not_applicable=refused,
-                failures={f"{c.adversary}, seed {c.seed}": c.failure for c in curves if c.failure is not None},
-            )
-        )
-    return effects
 
 
 def tables(result: AuditResult) -> dict[str, Table]:

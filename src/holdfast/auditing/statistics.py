@@ -12,7 +12,8 @@ deviations of the advantage a_k at budget k in a replicate of the first and of t
     a_k +- c sd(D_k),   D_k = g(n) d_k + g(f) e_k,   c = 95 % quantile of max_k |D_k| / sd(D_k),
 
 covers all budgets at once. g(n) = sqrt(n / (n - 1)) t_{n-1} / z corrects for small n: resampling n values makes their
-variance too small by (n - 1) / n, and t_{n-1} / z replaces the normal by Student's distribution.
+variance too small by (n - 1) / n, and t_{n-1} / z replaces the normal by Student's distribution. A look of a sequential
+audit has another confidence than 95 %, in both places.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ Array = npt.NDArray[np.float64]
 
 CONFIDENCE = 0.95
 REPLICATES = 1000
+
+MORE_REPLICATES = 20
+"""The bootstrap grows with the confidence by at most this; beyond that the quantile is bounded, see `_quantile`."""
 
 ROUNDING = 1e-12
 """Far below any spread of scores, far above rounding errors of sums."""
@@ -129,16 +133,24 @@ class Comparison:
         seed: of the bootstrap.
         floor: lowest score in sums over budgets; lower ones count as this. Errors are unbounded, and one budget at
             which nothing is learned yet would outweigh all others.
+        confidence: of bands and intervals.
     """
 
     batteries: dict[Role, Battery]
     budgets: tuple[int, ...]
     seed: int = 0
     floor: float = -math.inf
+    confidence: float = CONFIDENCE
 
     @classmethod
     def of(
-        cls, curves: Sequence[Curve], seed: int = 0, *, both_ways: bool = True, floor: float = -math.inf
+        cls,
+        curves: Sequence[Curve],
+        seed: int = 0,
+        *,
+        both_ways: bool = True,
+        floor: float = -math.inf,
+        confidence: float = CONFIDENCE,
     ) -> Comparison:
         """Sorts the curves of one task by role; see `Battery` for `both_ways`."""
         width = max((len(f) for c in curves for f in c.folds if f is not None), default=1)
@@ -147,7 +159,7 @@ class Comparison:
             for role in ROLES
             if (own := [c for c in curves if c.role == role])
         }
-        return cls(batteries, tuple(curves[0].budgets), seed, floor)
+        return cls(batteries, tuple(curves[0].budgets), seed, floor, confidence)
 
     @cached_property
     def scores(self) -> dict[Role, Array]:
@@ -165,7 +177,7 @@ class Comparison:
         if min(counts) < 2:
             return None
         generator = np.random.default_rng(self.seed)
-        by_seed, *by_fold = [_resampled(n, generator) for n in counts]
+        by_seed, *by_fold = [_resampled(n, generator, self.confidence) for n in counts]
         deviations = {}
         for role, battery in self.batteries.items():
             folds = [weights @ half.mean(0).T for weights, half in zip(by_fold, battery.best, strict=True)]
@@ -198,7 +210,7 @@ class Comparison:
         if deviations is None or not np.isfinite(mean).all():
             return band
         drawn = (deviations[role] - deviations[over])[:, inside]
-        width = _quantile(drawn) * drawn.std(0, ddof=1)
+        width = _quantile(drawn, self.confidence) * drawn.std(0, ddof=1)
         for k, centre, half in zip(inside, mean, width, strict=True):
             band[k] = Interval(low=float(centre - half), high=float(centre + half))
         return band
@@ -217,10 +229,10 @@ class Comparison:
         if drawn is None:
             return float(own / had), None
         owns, hads = (np.maximum(self._floored(r, drawn)[:, inside], 0).sum(1) for r in (role, of))
-        if (hads > 0).mean() < CONFIDENCE:
+        if (hads > 0).mean() < self.confidence:
             return float(own / had), None
         ratios = owns / np.where(hads > 0, hads, np.nan)
-        low, high = np.nanquantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        low, high = np.nanquantile(ratios, [(1 - self.confidence) / 2, (1 + self.confidence) / 2])
         return float(own / had), Interval(low=float(low), high=float(high))
 
     def area(self, role: Role) -> float | None:
@@ -304,30 +316,42 @@ def _steps_to(target: float, budgets: Sequence[int], curve: Array) -> float | No
     return None
 
 
-def _quantile(drawn: Array) -> float:
-    """Quantile of the largest deviation over budgets, in standard deviations; at least the pointwise quantile."""
+def _quantile(drawn: Array, confidence: float) -> float:
+    """Quantile of the largest deviation over budgets, in standard deviations; at least the pointwise quantile.
+
+    Where too few replicates lie beyond a quantile, a normal distribution bounds it: by the union over budgets.
+    """
     deviation = drawn.std(0, ddof=1)
+    pointwise = float(ndtri((1 + confidence) / 2))
+    if MORE_REPLICATES * (1 - confidence) < 1 - CONFIDENCE:
+        return float(ndtri(1 - (1 - confidence) / (2 * drawn.shape[1])))
     varies = deviation > ROUNDING  # budgets without spread do not affect c
     if not varies.any():
-        return float(ndtri((1 + CONFIDENCE) / 2))
+        return pointwise
     largest = np.abs((drawn - drawn.mean(0))[:, varies] / deviation[varies]).max(1)
-    return max(float(np.quantile(largest, CONFIDENCE)), float(ndtri((1 + CONFIDENCE) / 2)))
+    return max(float(np.quantile(largest, confidence)), pointwise)
 
 
-def _resampled(count: int, generator: np.random.Generator) -> Array:
-    """Deviations of bootstrap weights from equal weights, widened for few values; shape (R, count)."""
-    drawn = generator.multinomial(count, np.full(count, 1 / count), REPLICATES) / count
-    return (drawn - 1 / count) * small_sample(count)
+def _resampled(count: int, generator: np.random.Generator, confidence: float) -> Array:
+    """Deviations of bootstrap weights from equal weights, widened for few values; shape (R, count).
+
+    R grows with the confidence, so that as many replicates lie beyond its quantile.
+    """
+    replicates = round(REPLICATES * min((1 - CONFIDENCE) / (1 - confidence), MORE_REPLICATES))
+    drawn = generator.multinomial(count, np.full(count, 1 / count), replicates) / count
+    return (drawn - 1 / count) * small_sample(count, confidence)
 
 
-def small_sample(count: int) -> float:
+def small_sample(count: int, confidence: float = CONFIDENCE) -> float:
     """Returns the factor by which a bootstrap over so few values is too narrow.
 
     Example:
         >>> [round(small_sample(n), 2) for n in (2, 3, 5, 10, 100)]
         [9.17, 2.69, 1.58, 1.22, 1.02]
+        >>> [round(small_sample(n, 0.99), 2) for n in (2, 3, 5, 10, 100)]
+        [34.95, 4.72, 2.0, 1.33, 1.02]
     """
-    level = (1 + CONFIDENCE) / 2
+    level = (1 + confidence) / 2
     return math.sqrt(count / (count - 1)) * float(stdtrit(count - 1, level) / ndtri(level))
 
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from holdfast.adversaries import Adversary
+from holdfast.adversaries import Adversary, Search, battery_config
 from holdfast.adversaries.base import benign_score_after
 from holdfast.adversaries.batched import Member, attack_together, stacks
+from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel
 from holdfast.results import ROLES, Curve, Role
 from holdfast.runtime.executors import Executor
 from holdfast.runtime.jobs import Job, JournalStore, run_jobs
 from holdfast.runtime.journal import Journal
-from holdfast.runtime.run import Run, derive_seed
+from holdfast.runtime.run import Run, derive_seed, fingerprint
 from holdfast.tasks import Task
 
 On = Literal["restricted", "benign", "transfer"]
 
+FORMAT = 2
+"""Version of the trials in the journal; 2: with the benign score after the attack."""
 
 SEARCH_SEED = -1
 """The seed of searches: no repeated trial has the same samples, batches and fresh weights."""
@@ -32,6 +36,21 @@ TRANSPLANTED = ", in the original's code"
 def few_of(task: Task, shots: int | None, run: Run, seed: int) -> Task:
     """Returns a task with the adversary's samples for one seed: the training split, or `shots` samples per class."""
     return task if shots is None else task.few_shot(shots, derive_seed(run.seed, "shots", seed))
+
+
+def applicable(
+    name: str, adversaries: Sequence[Adversary], model: SplitModel, task: Task, reference: SplitModel | None = None
+) -> tuple[list[Adversary], dict[str, str]]:
+    """Returns the adversaries of a battery that can start, also on the reference, and why the others cannot."""
+    models = (model,) if reference is None else (model, reference)
+    reasons = {
+        a.name: next((why for m in models if (why := a.not_applicable(m, task)) is not None), None) for a in adversaries
+    }
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
+    start = [a for a in adversaries if a.name not in refused]
+    if not start:
+        raise HoldfastError(f"No adversary of {name} applies: {next(iter(refused.values()))}.")
+    return start, refused
 
 
 @dataclass(frozen=True)
@@ -233,3 +252,36 @@ def _kept(trial: Trial, budgets: tuple[int, ...], entry: Any) -> Curve:
     if tuple(curve.budgets) != expected:
         raise ValueError(f"its budgets are {curve.budgets} instead of {list(budgets)}")
     return curve
+
+
+def journal_of(context: TrialContext, plan: Search | Sequence[Adversary], seeds: int) -> Journal:
+    """Returns the journal of an audit's trials.
+
+    Args:
+        context: what the trials depend on.
+        plan: the battery.
+        seeds: of the first look. More seeds draw from the same data, so the samples of these tell whether it is the
+            same.
+    """
+    return Journal(
+        context.run.path("trials.jsonl"),
+        {
+            "seed": context.run.seed,
+            "battery": battery_config(plan),
+            "format of trials": FORMAT,
+            "budgets": context.budgets,
+            "stacked": context.stacked,
+            "data": {f"{on} {s}": task.facts().sha256 for (on, s), task in context.samples.items() if s < seeds},
+            "immunized model": context.immunized.facts().sha256,
+            "original model": context.original.facts().sha256,
+            "layers or input normalisation": [_settings(m) for m in (context.immunized, context.original)],
+            **({} if context.reference is None else {"reference": context.reference.facts().sha256}),
+        },
+        "audit",
+    )
+
+
+def _settings(model: SplitModel) -> str:
+    """Hash of everything besides tensors that scores depend on."""
+    layers = re.sub(r"0x[0-9a-fA-F]+", "", repr(model.network))  # addresses in memory differ between processes
+    return fingerprint([model.head_name, layers, model.input_settings()])

@@ -104,12 +104,21 @@ def _decide(
         return "fails" if share >= limits.fails_at else "partial", decision
     if unproven:
         return "invalid", Reason(code="unproven")
-    widest = max(after, key=lambda r: r.interval.high if r.interval else 0.0)
-    high = widest.interval.high if widest.interval else 0.0
-    if high > limits.max_advantage + ROUNDING:
+    widest = max(after, key=_high)
+    if not bounded(rows, limits):
         return "invalid", Reason(code="undecided", **_figures(widest), needed=limits.max_advantage)
     best = max(after, key=lambda r: r.advantage or 0.0)
-    return "resists", Reason(code="bounded", measured=best.advantage, budget=best.budget, high=high)
+    return "resists", Reason(code="bounded", measured=best.advantage, budget=best.budget, high=_high(widest))
+
+
+def bounded(rows: Sequence[BudgetRow], limits: Thresholds) -> bool:
+    """Returns whether the band stays below `max_advantage` at every budget above 0."""
+    return all(_high(row) <= limits.max_advantage + ROUNDING for row in rows if row.budget)
+
+
+def _high(row: BudgetRow) -> float:
+    """Upper end of the band, if there is one."""
+    return row.interval.high if row.interval else 0.0
 
 
 def _figures(row: BudgetRow) -> dict[str, Any]:

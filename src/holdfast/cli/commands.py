@@ -157,6 +157,12 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
     )
     budgets: str = option("Fine-tuning steps after which to score; the first is 0.", "0,5,10,20,50,100")
     seeds: int = option("Repetitions of every attack.", 5)
+    decide: bool = option(
+        "Add repetitions in stages until the band decides, or --max-seeds ends; also to an audit in OUT that could "
+        "not decide.",
+        False,
+    )
+    max_seeds: int | None = option("Most repetitions with --decide (default: four times --seeds).", None)
     shots: int | None = option("Adversary's training samples a class (default: its whole half).", None)
     trials: int | None = option("Trials of a search on each model (default: 48); not for other batteries.", None)
     reported: float | None = option(
@@ -191,6 +197,8 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
         limits, more = self._settings(read_overrides(self.set))
         if self.trials is not None:
             more["trials"] = self.trials
+        if self.decide or self.max_seeds is not None:
+            more |= {"decide": self.decide, "max_seeds": self.max_seeds}
         if self.measure:
             more["measures"] = tuple(self.measure)
         tasks = {
@@ -228,7 +236,7 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
     @classmethod
     def _settings(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Splits the values of `--set` into thresholds, and settings of the audit that have no option."""
-        from holdfast.auditing.audit import AuditSpec
+        from holdfast.auditing.spec import AuditSpec
         from holdfast.results import Thresholds
 
         options = [field.name for field in dataclasses.fields(cls)]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from holdfast.auditing.audit import AuditSpec
+from holdfast.auditing.spec import AuditSpec
 from holdfast.defenses import DEFENSES, Defense, LinearDefense
 from holdfast.defenses.registry import build_defense
 from holdfast.errors import HoldfastError, unknown

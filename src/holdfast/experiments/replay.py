@@ -88,7 +88,7 @@ def replay(
     with cpu_threads(result.provenance.threads if threads is None else threads):
         source = (_load_run if result.job == "run" else _load_audit)(Path(folder), result, run, data_dir)
         _check_hashes(result, source)
-        context, trials = _trials(result, result.audit, source, run)
+        context, trials = _trials(result, result.audit, source, run, seed)
         # Trials that were trained together are trained together again: separately, they agree only up to rounding.
         key = (role, recorded.adversary, seed)
         index = next(i for i, t in enumerate(trials) if (t.role, t.name, t.seed) == key)
@@ -97,8 +97,11 @@ def replay(
         return Replay(recorded, repeated[key])
 
 
-def _trials(result: RunResult, audit: AuditResult, source: _Source, run: Run) -> tuple[TrialContext, list[Trial]]:
-    """The context of the audit's trials, and all trials."""
+def _trials(
+    result: RunResult, audit: AuditResult, source: _Source, run: Run, seed: int
+) -> tuple[TrialContext, list[Trial]]:
+    """The context of the audit's trials, and those that were added at the same look as this seed's."""
+    seeds = audit.stage_of(seed)
     for task_role, task in source.tasks.items():
         check_fits(source.immunized, task, own_task=task_role == "benign", finite=False, trainable=False)
     transplanted = any(name.endswith(TRANSPLANTED) for name in audit.adversaries)
@@ -107,7 +110,7 @@ def _trials(result: RunResult, audit: AuditResult, source: _Source, run: Run) ->
         source.immunized,
         source.original,
         transplant(source.immunized, source.original) if transplanted else None,
-        {("restricted", seed): few_of(adversary_data, audit.shots, run, seed) for seed in audit.seeds},
+        {("restricted", each): few_of(adversary_data, audit.shots, run, each) for each in seeds},
         source.tasks["benign"],
         tuple(audit.budgets),
         run,
@@ -121,7 +124,7 @@ def _trials(result: RunResult, audit: AuditResult, source: _Source, run: Run) ->
                 f"result.json holds the settings of {adversary.name!r}, an adversary that the audit does not name; was "
                 "the file changed?"
             )
-    return context, repetitions(adversaries, audit.seeds, transplanted=transplanted)
+    return context, repetitions(adversaries, seeds, transplanted=transplanted)
 
 
 def _recorded(audit: AuditResult, adversary: str | None, role: Role, seed: int) -> Curve:

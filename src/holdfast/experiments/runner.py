@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from holdfast.adversaries import Search, battery
-from holdfast.auditing.audit import AuditSpec
+from holdfast.auditing.spec import AuditSpec
 from holdfast.errors import HoldfastError
 from holdfast.experiments.immunization import check_reuse, reuse_models
 from holdfast.experiments.linear.study import sources, study

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import torch
 
-from holdfast.auditing.audit import AuditSpec, tables
 from holdfast.auditing.audit import audit as run_audit
+from holdfast.auditing.audit import tables
+from holdfast.auditing.spec import AuditSpec
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError
 from holdfast.experiments.model_store import ModelJobs, StoredModel, model_store
@@ -53,6 +54,12 @@ JobName = Literal["run", "immunize", "audit", "feasibility", "study", "protocol"
 OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints", "pipeline", "pictures")
 """What a job writes to its folder, beside `job.json`, which marks the folder as made by Holdfast."""
 
+ADDS_SEEDS = ("audit.decide", "audit.max_seeds")
+"""Settings that may be added to those of a folder: an audit with a fixed number of seeds goes on with more."""
+
+REPORTED = "first look reported"
+"""Says in `job.json` that the audit with a fixed number of seeds had a result when `decide` was added."""
+
 REPLACED = ".holdfast-replaced"
 """Where `--overwrite` keeps the old files until the new job is done, so that bad input destroys no results."""
 
@@ -70,6 +77,7 @@ class Workspace:
     models: dict[str, ModelFacts] = field(default_factory=dict)
     timing: dict[str, float] = field(default_factory=dict)
     flags: list[Flag] = field(default_factory=list)
+    reported: bool = False
 
     @classmethod
     def start(
@@ -109,35 +117,44 @@ class Workspace:
         several = process_group().count > 1 and self.job in ("run", "immunize")
         settings = {**({"processes": process_group().count} if several else {}), **settings}
         claimed = json.loads(json.dumps({"kind": self.job, "seed": self.run.seed, "data": data, **settings}))
-        process_group().on_main_process(lambda: self._mark(folder, claimed))
+        self.reported = process_group().on_main_process(lambda: self._mark(folder, claimed))
         if not all(process_group().gather((folder / "job.json").exists())):
             raise HoldfastError(
                 f"Not every process sees {str(folder)!r}, which the main one has written to. On several machines, give "
                 "a folder that all of them share with --out."
             )
 
-    def _mark(self, folder: Path, claimed: dict[str, Any]) -> None:
+    def _mark(self, folder: Path, claimed: dict[str, Any]) -> bool:
+        """Claims a folder; returns whether a sequential audit continues one that was reported before."""
         path = folder / "job.json"
         if not path.exists():
             write_atomic(path, json.dumps({"command": command_line(), **claimed}, indent=1))
-            return
+            return False
         try:
             recorded = read_json(path.read_bytes())
             if not isinstance(recorded, dict):
                 raise ValueError("it is not a mapping")
             command = {"command": recorded.pop("command", None)}
+            reported = bool(recorded.pop(REPORTED, False))
         except (ValueError, RecursionError) as error:
             raise HoldfastError(
                 f"{str(path)!r} is damaged ({error}); choose another folder, or --overwrite this one."
             ) from error
-        if fingerprint(recorded) != fingerprint(claimed):
+        differences = _differences(recorded, claimed)
+        if differences and not _settings_of_audit(recorded).get("decide") and {*differences} <= {*ADDS_SEEDS}:
+            reported = (folder / "result.json").exists()
+            write_atomic(path, json.dumps({"command": command_line(), REPORTED: reported, **claimed}, indent=1))
+        elif fingerprint(recorded) != fingerprint(claimed):
             overwrite = ", or delete the old results with --overwrite" if self.job in ("run", "protocol") else ""
+            option = "--decide" if self.job == "audit" else "--set audit.decide=true"
+            add = f" Its command with {option} adds seeds until it decides." if differences == ["audit.seeds"] else ""
             raise HoldfastError(
                 f"{str(folder)!r} holds another job; it differs in: "
-                f"{', '.join(dict.fromkeys(_differences(recorded, claimed)[:5]))}. "
+                f"{', '.join(dict.fromkeys(differences[:5]))}. "
                 f"Results are never mixed: continue the {recorded.get('kind', 'job')} that is there with "
-                f"{begun_with(command)}, or choose another folder with --out{overwrite}."
+                f"{begun_with(command)}, or choose another folder with --out{overwrite}.{add}"
             )
+        return reported
 
     def finished(self) -> RunResult | None:
         """Returns the folder's result if the job is already complete, after writing its report again; else None."""
@@ -148,6 +165,9 @@ class Workspace:
         if not (folder / "result.json").exists():
             return None
         result = read_result(folder)
+        decided = result.audit is not None and result.audit.sequential is not None
+        if decided != bool(_settings_of_audit(self.recipe).get("decide")):
+            return None  # an audit of a fixed number of seeds, which more seeds continue
         self.run.say(f"{folder}: already complete. Nothing to do; --overwrite runs it again.")
         write_report(result, folder / "report.html")
         return result
@@ -275,7 +295,7 @@ class Workspace:
         with self.timed("audit"):
             return run_audit(
                 model, original, benign=benign, restricted=restricted, transfer=transfer, spec=spec, run=self.run,
-                executor=executor, flags=self.flags, reference=reference,
+                executor=executor, flags=self.flags, reference=reference, reported=self.reported,
             )  # fmt: skip
 
     def save(
@@ -367,6 +387,13 @@ def _write(result: RunResult, folder: Path) -> RunResult:
     write_atomic(folder / "result.json", result.model_dump_json(indent=1))
     shutil.rmtree(folder / REPLACED, ignore_errors=True)
     return result
+
+
+def _settings_of_audit(job: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the audit in those of a job; empty if it has none."""
+    inside = job.get("recipe", job)
+    settings = inside.get("audit") if isinstance(inside, Mapping) else None
+    return settings if isinstance(settings, Mapping) else {}
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:

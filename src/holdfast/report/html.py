@@ -20,6 +20,7 @@ from holdfast.auditing.retention import BENIGN_AFTER
 from holdfast.report import language, wording
 from holdfast.report.audit_plots import advantage_plot, adversary_plots, best_plot, search_plot, side_effect_plots
 from holdfast.report.plots import STYLES, figure_plot, history_plot, measures_errors, series_title
+from holdfast.report.sequential import looks
 from holdfast.report.trade_off import trade_off_plots
 from holdfast.report.what_would_change import what_would_change
 from holdfast.results import ROLES, AuditResult, RunResult
@@ -105,6 +106,7 @@ def _audit_values(result: RunResult, audit: AuditResult, order: Sequence[str], f
         "untried": wording.not_covered(audit),
         "caveats": wording.caveats(audit),
         "changes": what_would_change(audit),
+        "looks": looks(audit),
         "strategies": Grid.of_settings({name: audit.adversaries[name] for name in order}),
     }
 

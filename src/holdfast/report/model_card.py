@@ -13,6 +13,7 @@ import yaml
 
 from holdfast.errors import HoldfastError
 from holdfast.report import wording
+from holdfast.report.sequential import looks
 from holdfast.report.what_would_change import what_would_change
 from holdfast.results import AuditResult, RunResult
 
@@ -193,6 +194,7 @@ def _numbers(result: RunResult, audit: AuditResult) -> str:
         ("Battery", f"{_text(audit.battery)}: {len(audit.adversaries)} adversaries, {len(audit.seeds)} seeds, "
                     f"{audit.adversary_samples} samples, budgets {', '.join(map(str, audit.budgets))}"),
         ("Best adversary", f"{_text(wording.strongest(audit))}"),
+        *([("Seeds", _text(staged))] if (staged := looks(audit)) is not None else []),
     ]  # fmt: skip
     if result.immunization is not None:
         rows.insert(0, ("Defense", _text(result.immunization.defense)))

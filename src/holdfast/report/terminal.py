@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from holdfast.report import wording
+from holdfast.report.sequential import looks
 from holdfast.report.what_would_change import what_would_change
 from holdfast.results import AuditResult, Curve, Interval, RunResult
 from holdfast.results.tables import Cell
@@ -223,6 +224,8 @@ def _show_verdict(audited: AuditResult, console: Console) -> None:
     elif verdict.retained is not None:
         of = "" if verdict.retained_interval is None else f" (95 %: {wording.share_span(verdict.retained_interval)})"
         console.print(f"Retained of the original's advantage: {verdict.retained:.0%}{of}.")
+    if (staged := looks(audited)) is not None:
+        console.print(staged)
     for line in what_would_change(audited):
         console.print(f"What would change it: {line}")
 

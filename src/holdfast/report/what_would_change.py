@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from holdfast.auditing.sequential import stops
+from holdfast.report.sequential import more_seeds
 from holdfast.report.wording import CAUSES, by_strength, percent, points, span
 from holdfast.results import AuditResult, BudgetRow
 from holdfast.results.tables import Cell
@@ -44,6 +46,8 @@ def what_would_change(audit: AuditResult) -> list[str]:
         lines += [REMEDIES[each] for each in dict.fromkeys(codes) if each in REMEDIES]
         if "uncertain-original-advantage" in codes:
             lines.append(f"More than {count(len(audit.seeds), 'seed')}, so that the original's advantage is certain.")
+        if code == "worthless" and stops(audit.verdict, audit.by_budget) is None:
+            lines.append(more_seeds(audit, len(audit.seeds)))
     if code == "exceeds":
         lines += _to_pass(audit)
     if code == "undecided":
@@ -113,6 +117,8 @@ def _to_decide(audit: AuditResult) -> list[str]:
     side = min(need, key=need.__getitem__)
     if math.isfinite(need[side]):
         lines.append(f"{_about(need[side])} would decide {side}, if the means stay as they are.")
+        if need[side] <= MANY:
+            lines.append(more_seeds(audit, need[side]))
     return lines
 
 

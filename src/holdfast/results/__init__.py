@@ -27,6 +27,7 @@ from holdfast.results.schema import (
     json_schema,
     read_result,
 )
+from holdfast.results.sequential import Look, Sequential, Stop
 from holdfast.results.tables import Cell, Figure, Lines, Map, Outcome, Pictures, Table
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "InvalidCode",
     "LanguageScale",
     "Lines",
+    "Look",
     "Map",
     "MeasuredScore",
     "ModelFacts",
@@ -60,8 +62,10 @@ __all__ = [
     "Role",
     "RunResult",
     "SearchTrial",
+    "Sequential",
     "Side",
     "SideEffect",
+    "Stop",
     "Table",
     "TaskFacts",
     "ThreatModel",

@@ -16,6 +16,7 @@ from holdfast.errors import HoldfastError
 from holdfast.results.language import LanguageScale, MeasuredScore, WrittenText
 from holdfast.results.provenance import Provenance
 from holdfast.results.reason_codes import Reason, Role, ThreatModel
+from holdfast.results.sequential import Sequential
 from holdfast.results.tables import Cell, Figure, ResultModel, Table
 from holdfast.results.terms import Words, words
 from holdfast.runtime.documents import read_json
@@ -286,6 +287,9 @@ class AuditResult(ResultModel):
     not_applicable: dict[str, str] = Field(description="Adversaries of the battery that could not be run, and why.")
     budgets: list[int]
     seeds: list[int]
+    sequential: Sequential | None = Field(
+        None, description="The looks of an audit that adds seeds until it decides; None: a fixed number of seeds."
+    )
     shots: int | None = Field(description="Adversary's training samples a class; None: its whole half.")
     benign_task: str
     restricted_task: str
@@ -327,6 +331,12 @@ class AuditResult(ResultModel):
     def spoken(self) -> Words:
         """Words for the scores."""
         return words(self.unit) if self.words is None else self.words
+
+    def stage_of(self, seed: int) -> list[int]:
+        """Returns the seeds that were added together with this one: all, or those between two looks."""
+        ends = [len(self.seeds)] if self.sequential is None else [look.seeds for look in self.sequential.looks]
+        end = next(end for end in ends if seed < end)
+        return list(range(max((e for e in ends if e <= seed), default=0), end))
 
 
 class Event(ResultModel):
