@@ -33,6 +33,7 @@ MODULES = {
     "test_executors",
     "test_training",
     "test_known_to_fail",
+    "test_four_bits",
     "test_hf_causal",
     "test_hf_text",
     "test_leace",

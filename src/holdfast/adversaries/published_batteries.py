@@ -182,6 +182,16 @@ register_battery(
         DirectionalAblation(Strategy("direct", "all", "adamw", 1e-3, 16)),
     ),
 )
+# With weights of 4 bits: as QLoRA's paper fine-tunes (rank 64, 2e-4), and at the rates of small models.
+register_battery(
+    "causal-v2",
+    (
+        *listed("causal-v1"),
+        FineTuning(Strategy("direct", "qlora", "adamw", 2e-4, 16, rank=64)),
+        FineTuning(Strategy("direct", "qlora", "adamw", 1e-3, 16)),
+        FineTuning(Strategy("direct", "qlora", "adamw", 1e-2, 16)),
+    ),
+)
 # Frozen body: every solver with every preparation, so that the audit shows which of them a linear defense stops.
 register_battery(
     "probes-v1",
