@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from holdfast.adversaries.batteries import listed, register_battery
+from holdfast.adversaries.causal_search import CAUSAL
 from holdfast.adversaries.directional_ablation import DirectionalAblation
 from holdfast.adversaries.few_shot_prompt import FewShotPrompt
 from holdfast.adversaries.finetuning import FineTuning
@@ -203,3 +204,4 @@ register_battery(
 # A separate search against each model.
 register_battery("adaptive-v1", ADAPTIVE)
 register_battery("adaptive-v2", INFORMED)
+register_battery("adaptive-causal-v1", CAUSAL)
