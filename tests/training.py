@@ -44,6 +44,7 @@ MODULES = {
     "test_samples",
     "test_runner",
     "test_activation_cache",
+    "test_causal_paper",
     "test_protocol",
     "test_search",
     "test_shams",

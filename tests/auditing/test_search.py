@@ -324,7 +324,7 @@ class TestLanguageModels:
 
     @pytest.mark.parametrize("number", range(len(ADAPTIVE.openings)))
     def test_every_opening_runs_or_says_why_not(self, subjects, run, number):
-        model, own, other = subjects
+        model, _, other = subjects
         proposed = adversary({**DEFAULT, **ADAPTIVE.openings[number]})
         reason = proposed.not_applicable(model, other)
         if reason is not None:

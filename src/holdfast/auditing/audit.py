@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
 
-from holdfast.adversaries import BATTERIES, Adversary, Search, battery, battery_config, battery_name
+from holdfast.adversaries import BATTERIES, Adversary, Search, battery, battery_config, battery_name, trained_with
 from holdfast.auditing.curve_flags import flags_of_curves
 from holdfast.auditing.language_models import check_measures, language_scale, measured, texts_and_measures
 from holdfast.auditing.red_flags import red_flags
@@ -42,6 +42,7 @@ from holdfast.runtime.executors import Executor
 from holdfast.runtime.journal import Journal
 from holdfast.runtime.run import Run, derive_seed, fingerprint
 from holdfast.tasks import Task
+from holdfast.training import Precision
 
 SIDE_EFFECTS = "side-effects-v1"
 """The battery for side effects: fine-tuning by harmless users."""
@@ -80,6 +81,8 @@ class AuditSpec(BaseModel):
         description="Further measures of language models, before and after the best attack: lm-eval:TASK, a task of "
         "lm-evaluation-harness, or lm-eval:FILE.yaml.",
     )
+    precision: Precision = Field("float32", description="Of the adversaries' training; bf16 is torch.autocast.")
+    micro_batch: int = Field(0, ge=0, description="Samples at once in their training; 0: whole batches.")
     thresholds: Thresholds = Thresholds()
 
     @field_validator("battery")
@@ -96,6 +99,14 @@ class AuditSpec(BaseModel):
     def battery_name(self) -> str:
         """Name of the battery in results."""
         return battery_name(self.battery)
+
+    def plan(self) -> Search | tuple[Adversary, ...]:
+        """Returns the battery, whose adversaries train as `precision` and `micro_batch` say."""
+        plan = battery(self.battery)
+        if isinstance(plan, Search):
+            made = plan.make
+            return replace(plan, make=lambda params: trained_with(made(params), self.precision, self.micro_batch))
+        return tuple(trained_with(a, self.precision, self.micro_batch) for a in plan)
 
     @field_validator("budgets")
     @classmethod
@@ -157,7 +168,7 @@ def audit(
     with run.seeded("scratch", 0):
         fresh = original.fresh()
     raised = [*flags, *red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)]
-    plan = battery(spec.battery)
+    plan = spec.plan()
     if isinstance(plan, Search):
         plan = plan.reading([flag.name for flag in raised])
     inside = transplant(immunized, original) if architecture_differences(immunized, original) else None
@@ -317,6 +328,8 @@ def _journal(context: TrialContext, plan: Search | Sequence[Adversary], spec: Au
             "immunized model": context.immunized.facts().sha256,
             "original model": context.original.facts().sha256,
             "layers or input normalisation": [_settings(m) for m in (context.immunized, context.original)],
+            **({} if spec.precision == "float32" else {"precision": spec.precision}),
+            **({} if spec.micro_batch == 0 else {"micro batch": spec.micro_batch}),
             **({} if context.reference is None else {"reference": context.reference.facts().sha256}),
         },
         "audit",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 PACKAGE: Final = "bitsandbytes"
 
 BLOCK: Final = 64
-"""Weights with one scale. They lie in a row: bitsandbytes on processors misreads blocks that reach into the next one."""
+"""Weights with one scale. They lie in one row: on processors bitsandbytes misreads blocks that span two of them."""
 
 
 def not_installed() -> str | None:
@@ -74,6 +75,6 @@ def _count_products() -> None:
     if product is None:  # versions before 0.50 multiply with the weights as they were before, which is counted
         return
 
-    @register_flop_formula(product)  # type: ignore[untyped-decorator]
-    def _(inputs: Any, packed: Any, shape: Any, *rest: Any, **named: Any) -> int:
-        return 2 * math.prod(inputs) * int(shape[0])
+    @register_flop_formula(product)
+    def _(inputs: Sequence[int], packed: Any, shape: Sequence[int], *rest: Any, **named: Any) -> int:
+        return 2 * math.prod(inputs) * shape[0]

@@ -185,9 +185,7 @@ def _adaptable(model: SplitModel, scope: Scope) -> list[str]:
         for child, layer in module.named_children():
             name = f"{parent}.{child}" if parent else child
             plain = (
-                type(layer) is nn.Linear
-                or _is_transposed(layer)
-                or (scope != "qlora" and _is_plain_convolution(layer))
+                type(layer) is nn.Linear or _is_transposed(layer) or (scope != "qlora" and _is_plain_convolution(layer))
             )
             wanted = scope != "lora-attention" or any(name.startswith(f"{prefix}.") for prefix in attention)
             if plain and wanted and name != model.head_name:
@@ -232,7 +230,7 @@ def _add_adapters(model: SplitModel, strategy: Strategy) -> None:
 
 @contextmanager
 def _said_to_have_four_bits(network: nn.Module, four_bits: bool) -> Iterator[None]:
-    """Marks a network as transformers does, which peft asks for; with the mark, transformers would refuse to move it."""
+    """Marks a network for peft as transformers does, and not longer: transformers refuses to move a marked one."""
     if four_bits:
         network.is_loaded_in_4bit = True  # type: ignore[assignment]
     yield
