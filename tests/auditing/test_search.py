@@ -345,6 +345,15 @@ class TestLanguageModels:
         for opening in (o for own in CAUSAL.answers.values() for o in own):
             assert CAUSAL.make({**CAUSAL.default, **opening}).not_applicable(model, other) is None
 
+    def test_a_search_trains_as_the_audit_says(self):
+        plan = AuditSpec(battery="adaptive-causal-v1", precision="bf16", micro_batch=4).plan()
+        found = plan.begin(0).ask(len(plan.openings))
+        kinds = {a.config()["kind"] for a in found}
+        assert kinds == {"finetuning", "directional-ablation", "few-shot-prompt"}
+        trained = [a.config() for a in found if a.config()["kind"] != "few-shot-prompt"]
+        assert {(c["precision"], c["micro_batch"]) for c in trained} == {("bf16", 4)}
+        assert len({a.name for a in found}) == len(found)
+
     @staticmethod
     def check(proposed, subjects, run):
         model, own, other = subjects
