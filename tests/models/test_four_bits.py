@@ -166,3 +166,15 @@ class TestQLoRA:
             for scope in ("lora", "qlora")
         ]
         assert counts[1] == pytest.approx(counts[0], rel=0.02)
+
+    def test_an_audit_runs_it_on_every_model_and_shows_what_they_write(self, place, name, model, task):
+        attack = FineTuning(QLORA)
+        result = audit(
+            model, original=model, benign=text(place, name, 1), restricted=task, budgets=(0, 2), seeds=1, threads=1,
+            battery=[attack], side_effects=False,
+        )  # fmt: skip
+        assert {c.role for c in result.curves} == {"immunized", "original", "scratch"}
+        assert all(c.finite for c in result.curves)
+        assert all(c.benign_after is not None for c in result.curves if c.role != "scratch")
+        assert {t.adversary for t in result.texts} == {None, attack.name}
+        assert not result.not_applicable
