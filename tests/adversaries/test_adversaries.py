@@ -323,7 +323,7 @@ class TestBatteries:
         ("name", "frozen"),
         [
             ("adaptive-v1", "f22df2d95c5dfeeed60b60059aeaec7447188998f85fb53d92e87de6dc9ee680"),
-            ("adaptive-causal-v1", "3791918288f4e7b5cad286ec17641306930e48afe1bf4751e98241248255ab8c"),
+            ("adaptive-causal-v1", "c06b83a098de6a0cf998cfe02ecb6c29145f1f91ec97f58e350734a3149262af"),
         ],
     )
     def test_nor_does_a_published_search(self, name, frozen):

@@ -91,6 +91,7 @@ class Plan:
     batch: int = 3
     repeated: int = 2
     unpruned: int = 0
+    floor: float = 0.0
     begun: list[Told] = field(default_factory=list)
 
     def begin(self, seed: int) -> Told:
@@ -242,6 +243,10 @@ class TestValue:
         """A share of explained variance may be -1e9; a mean over budgets must not hang on that."""
         assert _value(self.curve([-1e9], [-1e9], [0.3], [0.3]), 4) == pytest.approx(0.2)
 
+    def test_a_search_may_tell_scores_below_0_apart(self):
+        assert _value(self.curve([-1e9], [-0.5], [-0.2], [-0.2]), 4, -1.0) == pytest.approx(-0.3)
+        assert _value(self.curve([-1e9], [-1e9], [0.0], [0.0]), 4, -1.0) == pytest.approx(-1 / 3)
+
     def test_floors_are_medians_once_there_are_four(self):
         curves = [self.curve([0.1], [v], [v], [v]) for v in (0.2, 0.3, 0.6)]
         assert _pruning_thresholds(curves, 4) == (None, None, None, None)
@@ -367,6 +372,8 @@ class TestLanguageModels:
         result = audit(model, model, benign=own, restricted=other, spec=spec, run=run)
         assert Counter(t.role for t in result.search) == dict.fromkeys(ROLES, 6)
         found = [t for t in result.search if t.role == "immunized"]
+        from_scratch = {t.score for t in result.search if t.role == "scratch"}
+        assert name == "adaptive-v1" or len(from_scratch) == 6  # told apart below the unigram model, too
         assert sum(t.confirmed for t in found) >= 3
         assert {c.adversary for c in result.curves} == {t.adversary for t in result.search if t.confirmed}
 

@@ -155,6 +155,8 @@ CAUSAL_ANSWERS: Final[dict[str, tuple[Params, ...]]] = {
 """Openings by red flag: the moves that repair its mechanism, and attacks that do not meet it."""
 
 CAUSAL: Final = Search(
-    CAUSAL_OPENINGS, space=CAUSAL_SPACE, default=CAUSAL_START, make=causal_adversary, answers=CAUSAL_ANSWERS, opened=32
-)
-"""The search `adaptive-causal-v1`."""
+    CAUSAL_OPENINGS, space=CAUSAL_SPACE, default=CAUSAL_START, make=causal_adversary, answers=CAUSAL_ANSWERS, opened=32,
+    floor=-1.0,
+)  # fmt: skip
+"""The search `adaptive-causal-v1`. A skill below 0 is common in the first steps from scratch, and must still be told
+apart; -1 is twice the unigram model's negative log-likelihood."""

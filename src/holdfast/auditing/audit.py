@@ -103,6 +103,8 @@ class AuditSpec(BaseModel):
     def plan(self) -> Search | tuple[Adversary, ...]:
         """Returns the battery, whose adversaries train as `precision` and `micro_batch` say."""
         plan = battery(self.battery)
+        if (self.precision, self.micro_batch) == ("float32", 0):
+            return plan
         if isinstance(plan, Search):
             made = plan.make
             return replace(plan, make=lambda params: trained_with(made(params), self.precision, self.micro_batch))
@@ -328,8 +330,7 @@ def _journal(context: TrialContext, plan: Search | Sequence[Adversary], spec: Au
             "immunized model": context.immunized.facts().sha256,
             "original model": context.original.facts().sha256,
             "layers or input normalisation": [_settings(m) for m in (context.immunized, context.original)],
-            **({} if spec.precision == "float32" else {"precision": spec.precision}),
-            **({} if spec.micro_batch == 0 else {"micro batch": spec.micro_batch}),
+            **{k: v for k in ("precision", "micro_batch") if (v := getattr(spec, k)) not in ("float32", 0)},
             **({} if context.reference is None else {"reference": context.reference.facts().sha256}),
         },
         "audit",
