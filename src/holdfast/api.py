@@ -25,6 +25,7 @@ from holdfast.runtime.devices import checked_threads, cpu_threads
 from holdfast.runtime.executors import Executor
 from holdfast.tasks import Task
 from holdfast.tasks.splits import halves
+from holdfast.training import Precision
 
 run = run_recipe
 
@@ -45,6 +46,8 @@ class AuditOptions(TypedDict, total=False):
         reported_benign: the benign score of the original, as its publisher claims it.
         side_effects: measure how well harmless tasks are still learned.
         stacked: train adversaries of small models together; curves agree up to rounding.
+        precision: of the adversaries' training, "float32" or "bf16".
+        micro_batch: samples at once in their training; 0: whole batches.
         measures: further measures of language models, before and after the best attack, such as `lm-eval:arc_easy`.
         thresholds: limits of the verdict; the others keep their defaults.
     """
@@ -60,6 +63,8 @@ class AuditOptions(TypedDict, total=False):
     reported_benign: float | None
     side_effects: bool
     stacked: bool
+    precision: Precision
+    micro_batch: int
     measures: Sequence[str]
     thresholds: Thresholds | Mapping[str, Any]
 

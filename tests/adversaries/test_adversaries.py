@@ -311,6 +311,7 @@ class TestBatteries:
             ("language-v1", "93d471fe4325ad3fc6cfffaebac239cbb2594a8a88c17e8ad6dedd776ba57e0b"),
             ("causal-quick-v1", "6944ab1884e871b51bbd2db919c796c1bed49ef5126636d5fb5e0dd50a3f23d2"),
             ("causal-v1", "77ca3b1587be4ae5bb767805d33a06450827e574d8ca3f92ac8ed6813d120283"),
+            ("causal-v2", "2fd1d1c960b0b161b32fd8e9179969e31352c4c8f3c8da9b6e995f34971a12a4"),
             ("standard-v1", "f72a3f52a5a82834788f8dd1955b1984b1af78a4decfd3785566de87db024f79"),
         ],
     )
@@ -318,10 +319,16 @@ class TestBatteries:
         """If this fails: do not change the hash. Give the new battery a new name."""
         assert fingerprint({a.name: a.config() for a in BATTERIES[name]}) == frozen
 
-    def test_nor_does_a_published_search(self):
+    @pytest.mark.parametrize(
+        ("name", "frozen"),
+        [
+            ("adaptive-v1", "f22df2d95c5dfeeed60b60059aeaec7447188998f85fb53d92e87de6dc9ee680"),
+            ("adaptive-causal-v1", "c06b83a098de6a0cf998cfe02ecb6c29145f1f91ec97f58e350734a3149262af"),
+        ],
+    )
+    def test_nor_does_a_published_search(self, name, frozen):
         """New settings of `Strategy` and `FineTuning` are for a new search."""
-        frozen = "f22df2d95c5dfeeed60b60059aeaec7447188998f85fb53d92e87de6dc9ee680"
-        assert fingerprint(SEARCHES["adaptive-v1"].config()) == frozen
+        assert fingerprint(SEARCHES[name].config()) == frozen
 
     def test_quick_covers_what_it_says(self):
         strategies = [a.strategy for a in battery("quick-v1")]
@@ -362,7 +369,8 @@ class TestBatteries:
         assert 24 <= len(battery("standard-v1")) <= 40
         strategies = [a.strategy for a in tuned]
         assert {s.initialisation for s in strategies} == set(get_args(Initialisation)) - {"shrink-perturb"}  # newer
-        assert {s.scope for s in strategies} == set(get_args(Scope)) - {"lora-attention", "embeddings"}  # newer
+        newer = {"lora-attention", "embeddings", "qlora"}
+        assert {s.scope for s in strategies} == set(get_args(Scope)) - newer
         assert {s.optimizer for s in strategies} == set(OPTIMIZERS) - {"sgd", "adafactor"}  # newer
         rates = [s.learning_rate for s in strategies]
         assert max(rates) >= 1e4 * min(rates)

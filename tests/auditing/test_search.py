@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from holdfast.adversaries import Adversary, batteries
+from holdfast.adversaries.causal_search import CAUSAL
 from holdfast.adversaries.search_space import ADAPTIVE, DEFAULT, adversary
 from holdfast.auditing import audit as auditing
 from holdfast.auditing.audit import audit
@@ -91,6 +92,7 @@ class Plan:
     batch: int = 3
     repeated: int = 2
     unpruned: int = 0
+    floor: float = 0.0
     begun: list[Told] = field(default_factory=list)
 
     def begin(self, seed: int) -> Told:
@@ -242,6 +244,10 @@ class TestValue:
         """A share of explained variance may be -1e9; a mean over budgets must not hang on that."""
         assert _value(self.curve([-1e9], [-1e9], [0.3], [0.3]), 4) == pytest.approx(0.2)
 
+    def test_a_search_may_tell_scores_below_0_apart(self):
+        assert _value(self.curve([-1e9], [-0.5], [-0.2], [-0.2]), 4, -1.0) == pytest.approx(-0.3)
+        assert _value(self.curve([-1e9], [-1e9], [0.0], [0.0]), 4, -1.0) == pytest.approx(-1 / 3)
+
     def test_floors_are_medians_once_there_are_four(self):
         curves = [self.curve([0.1], [v], [v], [v]) for v in (0.2, 0.3, 0.6)]
         assert _pruning_thresholds(curves, 4) == (None, None, None, None)
@@ -324,52 +330,92 @@ class TestLanguageModels:
 
     @pytest.mark.parametrize("number", range(len(ADAPTIVE.openings)))
     def test_every_opening_runs_or_says_why_not(self, subjects, run, number):
-        model, own, other = subjects
+        model, _, other = subjects
         proposed = adversary({**DEFAULT, **ADAPTIVE.openings[number]})
         reason = proposed.not_applicable(model, other)
         if reason is not None:
             assert reason == "its head takes every position, not a feature vector"
             assert {"standardise", "whiten", "insert"} & set(proposed.undo)
             return
+        self.check(proposed, subjects, run)
+
+    @pytest.mark.parametrize("number", range(len(CAUSAL.openings)))
+    def test_every_opening_of_their_own_search_runs(self, subjects, run, number):
+        model, _, other = subjects
+        proposed = CAUSAL.make({**CAUSAL.default, **CAUSAL.openings[number]})
+        assert proposed.not_applicable(model, other) is None
+        self.check(proposed, subjects, run)
+
+    def test_every_answer_of_their_own_search_can_start(self, subjects):
+        model, _, other = subjects
+        for opening in (o for own in CAUSAL.answers.values() for o in own):
+            assert CAUSAL.make({**CAUSAL.default, **opening}).not_applicable(model, other) is None
+
+    def test_a_search_trains_as_the_audit_says(self):
+        plan = AuditSpec(battery="adaptive-causal-v1", precision="bf16", micro_batch=4).plan()
+        found = plan.begin(0).ask(len(plan.openings))
+        kinds = {a.config()["kind"] for a in found}
+        assert kinds == {"finetuning", "directional-ablation", "few-shot-prompt"}
+        trained = [a.config() for a in found if a.config()["kind"] != "few-shot-prompt"]
+        assert {(c["precision"], c["micro_batch"]) for c in trained} == {("bf16", 4)}
+        assert len({a.name for a in found}) == len(found)
+
+    @staticmethod
+    def check(proposed, subjects, run):
+        model, own, other = subjects
         curve = proposed.attack(model, other, budgets=(0, 1), run=run, benign=own, score_benign=True)
         assert None not in (*curve.scores, curve.losses[1], curve.benign_after)
 
-    def test_an_audit_searches(self, subjects, run):
+    @pytest.mark.parametrize("name", ["adaptive-v1", "adaptive-causal-v1"])
+    def test_an_audit_searches(self, subjects, run, name):
         model, own, other = subjects
-        spec = AuditSpec(battery="adaptive-v1", budgets=(0, 2), seeds=1, trials=6, shots=16, side_effects=False)
+        spec = AuditSpec(battery=name, budgets=(0, 2), seeds=1, trials=6, shots=16, side_effects=False)
         result = audit(model, model, benign=own, restricted=other, spec=spec, run=run)
+        assert Counter(t.role for t in result.search) == dict.fromkeys(ROLES, 6)
         found = [t for t in result.search if t.role == "immunized"]
-        assert len(found) == 6
+        from_scratch = {t.score for t in result.search if t.role == "scratch"}
+        assert name == "adaptive-v1" or len(from_scratch) == 6  # told apart below the unigram model, too
         assert sum(t.confirmed for t in found) >= 3
         assert {c.adversary for c in result.curves} == {t.adversary for t in result.search if t.confirmed}
 
 
-class TestInformed:
-    """`adaptive-v2`."""
+@pytest.mark.parametrize("name", ["adaptive-v2", "adaptive-causal-v1"])
+class TestSpaces:
+    """Of the searches that read red flags."""
 
-    plan = batteries.battery("adaptive-v2")
-
-    def test_every_opening_and_answer_is_a_point_of_the_space(self):
-        openings = [*self.plan.openings, *(o for own in self.plan.answers.values() for o in own)]
+    def test_every_opening_and_answer_is_a_point_of_the_space(self, name):
+        plan = batteries.battery(name)
+        openings = [*plan.openings, *(o for own in plan.answers.values() for o in own)]
         for opening in openings:
-            point = {**self.plan.default, **opening}
-            assert point.keys() == self.plan.space.keys()
-            rate = self.plan.space["learning_rate"]
+            point = {**plan.default, **opening}
+            assert point.keys() == plan.space.keys()
+            rate = plan.space["learning_rate"]
             assert rate.low <= point["learning_rate"] <= rate.high
-            assert all(v in self.plan.space[name].choices for name, v in point.items() if name != "learning_rate")
-            self.plan.make(point)
+            assert all(v in plan.space[key].choices for key, v in point.items() if key != "learning_rate")
+            plan.make(point)
 
-    def test_every_flag_that_it_answers_exists(self):
-        assert self.plan.answers.keys() <= REMEDIES.keys()
+    def test_every_flag_that_it_answers_exists(self, name):
+        assert batteries.battery(name).answers.keys() <= REMEDIES.keys()
 
-    def test_every_point_is_an_adversary(self):
-        searcher = replace(self.plan, openings=()).begin(0)
+    def test_every_point_is_an_adversary(self, name):
+        searcher = replace(batteries.battery(name), openings=()).begin(0)
         names = set()
         for _ in range(20):
             found = searcher.ask(10)
             names |= {a.name for a in found}
             searcher.tell([0.0] * 10)
         assert len(names) > 50
+
+    def test_its_openings_are_different_adversaries(self, name):
+        plan = batteries.battery(name)
+        made = [plan.make({**plan.default, **o}).name for o in plan.openings]
+        assert len(set(made)) == len(made)
+
+
+class TestInformed:
+    """`adaptive-v2`."""
+
+    plan = batteries.battery("adaptive-v2")
 
     def test_what_answers_a_flag_comes_first_and_once(self):
         plain, read = self.plan.reading([]), self.plan.reading(["Dead units", "Unusual scales"])

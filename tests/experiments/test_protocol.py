@@ -683,7 +683,8 @@ def brief(name, network=None, iterations=2):
     for setting in changed["settings"].values():
         if setting["restricted"]["kind"] == "next-token":
             setting["benign"] |= FEW | {"sampled": 200, "length": 8}
-            setting["restricted"] |= FEW | {"length": 8}
+            for role in (role for role in ("restricted", "transfer") if setting[role]):
+                setting[role] |= FEW | {"length": 8}
             continue
         setting["pretrain"] = (setting["pretrain"] or {}) | {"steps": 2, "batch_size": 4}
         for role in (role for role in ("benign", "restricted", "transfer") if setting[role]):
@@ -719,7 +720,7 @@ class TestPaperScale:
         monkeypatch.setattr(
             "holdfast.experiments.measurements.sample_images.CLASSIFIER_STEPS", 20
         )  # what a distance is worth is tested elsewhere
-        if name.startswith("language/"):
+        if name.startswith(("language/", "causal/stories")):
             pytest.importorskip("pyarrow")
         chosen = brief(name, {"name": "cifar_resnet", "options": {"depth": 8}})
         found = run(tmp_path, chosen, data_dir=few_data)

@@ -12,6 +12,7 @@ from holdfast.adversaries.batteries import (
     list_batteries,
     listed,
     register_battery,
+    trained_with,
 )
 from holdfast.adversaries.directional_ablation import DirectionalAblation
 from holdfast.adversaries.few_shot_prompt import FewShotPrompt
@@ -41,5 +42,6 @@ __all__ = [
     "list_batteries",
     "listed",
     "register_battery",
+    "trained_with",
     "undo_move",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import is_dataclass, replace
 from typing import Any, Final
 
 from holdfast.adversaries.base import KINDS, Adversary
 from holdfast.adversaries.search_space import Search
 from holdfast.errors import HoldfastError, unknown
 from holdfast.runtime.registry import Registry
+from holdfast.training import Precision, Strategy
 
 CUSTOM: Final = "custom"
 """Name of a battery that is passed as a list of adversaries."""
@@ -43,8 +45,8 @@ def list_batteries() -> list[str]:
 
     Example:
         >>> list_batteries()
-        ['adaptive-v1', 'adaptive-v2', 'causal-quick-v1', 'causal-v1', 'generation-v1', 'language-v1', 'probes-v1',
-         'quick-v1', 'quick-v2', 'side-effects-v1', 'standard-v1']
+        ['adaptive-causal-v1', 'adaptive-v1', 'adaptive-v2', 'causal-quick-v1', 'causal-v1', 'causal-v2',
+         'generation-v1', 'language-v1', 'probes-v1', 'quick-v1', 'quick-v2', 'side-effects-v1', 'standard-v1']
     """
     return sorted([*BATTERIES, *SEARCHES])
 
@@ -113,6 +115,25 @@ def _checked(name: str, adversaries: Sequence[Adversary]) -> tuple[Adversary, ..
             )
         names.add(adversary.name)
     return tuple(adversaries)
+
+
+def trained_with(adversary: Adversary, precision: Precision, micro_batch: int = 0) -> Adversary:
+    """Returns an adversary that trains in another precision, or on parts of a batch, with the name that belongs to it.
+
+    Args:
+        adversary: one that has a strategy; others are returned as they are.
+        precision: see `Strategy.precision`.
+        micro_batch: see `Strategy.micro_batch`; 0: as the adversary has it.
+
+    Example:
+        >>> trained_with(battery("causal-quick-v1")[1], "bf16", 4).name
+        'direct+all adamw 0.001 b16 bf16 in parts of 4'
+    """
+    strategy = getattr(adversary, "strategy", None)
+    if not isinstance(strategy, Strategy) or not is_dataclass(adversary):
+        return adversary
+    wanted = replace(strategy, precision=precision, micro_batch=micro_batch or strategy.micro_batch)
+    return adversary if wanted == strategy else replace(adversary, strategy=wanted, name="")
 
 
 def listed(name: str) -> tuple[Adversary, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from holdfast.adversaries.batteries import listed, register_battery
+from holdfast.adversaries.causal_search import CAUSAL
 from holdfast.adversaries.directional_ablation import DirectionalAblation
 from holdfast.adversaries.few_shot_prompt import FewShotPrompt
 from holdfast.adversaries.finetuning import FineTuning
@@ -182,6 +183,16 @@ register_battery(
         DirectionalAblation(Strategy("direct", "all", "adamw", 1e-3, 16)),
     ),
 )
+# With weights of 4 bits: as QLoRA's paper fine-tunes (rank 64, 2e-4), and at the rates of small models.
+register_battery(
+    "causal-v2",
+    (
+        *listed("causal-v1"),
+        FineTuning(Strategy("direct", "qlora", "adamw", 2e-4, 16, rank=64)),
+        FineTuning(Strategy("direct", "qlora", "adamw", 1e-3, 16)),
+        FineTuning(Strategy("direct", "qlora", "adamw", 1e-2, 16)),
+    ),
+)
 # Frozen body: every solver with every preparation, so that the audit shows which of them a linear defense stops.
 register_battery(
     "probes-v1",
@@ -193,3 +204,4 @@ register_battery(
 # A separate search against each model.
 register_battery("adaptive-v1", ADAPTIVE)
 register_battery("adaptive-v2", INFORMED)
+register_battery("adaptive-causal-v1", CAUSAL)

@@ -74,6 +74,8 @@ class Search:
         opened: at most so many openings are tried; None: all.
         unpruned: number of first trials that run to the last budget, whatever they score. Such trials on small networks
             are trained together, see `holdfast.adversaries.batched`.
+        floor: scores below count as this, so that a mean over budgets does not hang on a score of -1e9. Where models
+            from scratch stay below it, their trials are all alike, and nothing is searched for.
     """
 
     openings: tuple[Params, ...]
@@ -85,11 +87,12 @@ class Search:
     answers: Mapping[str, tuple[Params, ...]] = field(default_factory=dict)
     opened: int | None = None
     unpruned: int = 0
+    floor: float = 0.0
 
     def config(self) -> dict[str, Any]:
         """Returns the settings of the search; together with the seed they determine every trial."""
         answers = {flag: [{**self.default, **o} for o in own] for flag, own in self.answers.items()}
-        younger = {"answers": answers, "opened": self.opened, "unpruned": self.unpruned}
+        younger = {"answers": answers, "opened": self.opened, "unpruned": self.unpruned, "floor": self.floor}
         return {
             "kind": "search",
             "openings": [{**self.default, **o} for o in self.openings],

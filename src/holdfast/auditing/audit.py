@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from holdfast.adversaries import Adversary, Search, battery
+from holdfast.adversaries import Adversary, Search
 from holdfast.auditing.curve_flags import flags_of_curves
 from holdfast.auditing.language_models import check_measures, language_scale, measured, texts_and_measures
 from holdfast.auditing.red_flags import red_flags
@@ -104,7 +104,7 @@ def audit(
     with run.seeded("scratch", 0):
         fresh = original.fresh()
     raised = [*flags, *red_flags(immunized, original, fresh, benign=benign, restricted=restricted, run=run)]
-    plan = battery(spec.battery)
+    plan = spec.plan()
     if isinstance(plan, Search):
         plan = plan.reading([flag.name for flag in raised])
     inside = transplant(immunized, original) if architecture_differences(immunized, original) else None
@@ -114,7 +114,7 @@ def audit(
         for seed in (SEARCH_SEED, *range(spec.most_seeds))
     }
     context = TrialContext(immunized, original, inside, samples, benign, spec.budgets, run, spec.stacked, reference)
-    runner = TrialRunner(context, journal_of(context, plan, spec.seeds), executors.executor(executor))
+    runner = TrialRunner(context, journal_of(context, plan, spec.seeds, spec.training), executors.executor(executor))
     side = _side(immunized, original, benign, run)
     with runner.executor.kept():
         attacks = _Attacks.begin(plan, runner, restricted, spec, side, raised, flags)

@@ -43,7 +43,7 @@ class RoleSearch:
     """The search against one model."""
 
     def __init__(self, role: Role, plan: Search, context: TrialContext) -> None:
-        self.role, self.budgets, self.unpruned = role, len(context.budgets), plan.unpruned
+        self.role, self.budgets, self.plan = role, len(context.budgets), plan
         self.searcher = plan.begin(derive_seed(context.run.seed, "search", role))
         self.task = context.samples["restricted", SEARCH_SEED]
         self.victim = context.model(role, SEARCH_SEED)
@@ -55,7 +55,7 @@ class RoleSearch:
 
     def propose(self, count: int) -> list[Trial]:
         """Returns the trials of new adversaries; those that cannot start, and duplicates in a batch, have none."""
-        whole = len(self.trials) + count <= self.unpruned
+        whole = len(self.trials) + count <= self.plan.unpruned
         self.proposed = self.searcher.ask(count)
         self.reasons = {a.name: a.not_applicable(self.victim, self.task) for a in self.proposed}
         fit = {a.name: a for a in self.proposed if self.reasons[a.name] is None}
@@ -66,7 +66,9 @@ class RoleSearch:
     def learn(self, curves: Sequence[Curve]) -> None:
         """Reports the curves of the last proposals to the search."""
         done = {c.adversary: c for c in curves}
-        scores = [_value(done[a.name], self.budgets) if a.name in done else None for a in self.proposed]
+        scores = [
+            _value(done[a.name], self.budgets, self.plan.floor) if a.name in done else None for a in self.proposed
+        ]
         self.searcher.tell(scores)
         self.curves += curves
         for a, score in zip(self.proposed, scores, strict=True):
@@ -102,12 +104,12 @@ def _running_best(curve: Curve) -> list[float]:
     return running
 
 
-def _value(curve: Curve, budgets: int) -> float | None:
+def _value(curve: Curve, budgets: int, floor: float = 0.0) -> float | None:
     """What the search maximises: the best score so far, averaged over budgets; a stopped trial keeps its last one."""
     best = _running_best(curve)
     if not best or best[-1] == float("-inf"):
         return None
-    return statistics.fmean([max(b, 0.0) for b in best] + [max(best[-1], 0.0)] * (budgets - 1 - len(best)))
+    return statistics.fmean(max(b, floor) for b in best + [best[-1]] * (budgets - 1 - len(best)))
 
 
 def _pruning_thresholds(curves: Sequence[Curve], budgets: int) -> tuple[float | None, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Self
 
@@ -16,9 +17,10 @@ from pydantic import (
     model_validator,
 )
 
-from holdfast.adversaries import Adversary, battery, battery_config, battery_name
+from holdfast.adversaries import Adversary, Search, battery, battery_config, battery_name, trained_with
 from holdfast.auditing.sequential import DEFAULT_BUDGET
 from holdfast.results import Thresholds
+from holdfast.training import Precision
 
 
 class AuditSpec(BaseModel):
@@ -52,6 +54,8 @@ class AuditSpec(BaseModel):
         description="Further measures of language models, before and after the best attack: lm-eval:TASK, a task of "
         "lm-evaluation-harness, or lm-eval:FILE.yaml.",
     )
+    precision: Precision = Field("float32", description="Of the adversaries' training; bf16 is torch.autocast.")
+    micro_batch: int = Field(0, ge=0, description="Samples at once in their training; 0: whole batches.")
     thresholds: Thresholds = Thresholds()
 
     @field_validator("battery")
@@ -68,6 +72,21 @@ class AuditSpec(BaseModel):
     def battery_name(self) -> str:
         """Name of the battery in results."""
         return battery_name(self.battery)
+
+    def plan(self) -> Search | tuple[Adversary, ...]:
+        """Returns the battery, whose adversaries train as `precision` and `micro_batch` say."""
+        plan = battery(self.battery)
+        if not self.training:
+            return plan
+        if isinstance(plan, Search):
+            made = plan.make
+            return replace(plan, make=lambda params: trained_with(made(params), self.precision, self.micro_batch))
+        return tuple(trained_with(a, self.precision, self.micro_batch) for a in plan)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """How adversaries train, as far as it is not the default."""
+        return {k: v for k in ("precision", "micro_batch") if (v := getattr(self, k)) not in ("float32", 0)}
 
     @field_validator("budgets")
     @classmethod

@@ -254,7 +254,9 @@ def _kept(trial: Trial, budgets: tuple[int, ...], entry: Any) -> Curve:
     return curve
 
 
-def journal_of(context: TrialContext, plan: Search | Sequence[Adversary], seeds: int) -> Journal:
+def journal_of(
+    context: TrialContext, plan: Search | Sequence[Adversary], seeds: int, training: Mapping[str, Any]
+) -> Journal:
     """Returns the journal of an audit's trials.
 
     Args:
@@ -262,6 +264,7 @@ def journal_of(context: TrialContext, plan: Search | Sequence[Adversary], seeds:
         plan: the battery.
         seeds: of the first look. More seeds draw from the same data, so the samples of these tell whether it is the
             same.
+        training: how adversaries train, see `AuditSpec.training`.
     """
     return Journal(
         context.run.path("trials.jsonl"),
@@ -275,6 +278,7 @@ def journal_of(context: TrialContext, plan: Search | Sequence[Adversary], seeds:
             "immunized model": context.immunized.facts().sha256,
             "original model": context.original.facts().sha256,
             "layers or input normalisation": [_settings(m) for m in (context.immunized, context.original)],
+            **training,
             **({} if context.reference is None else {"reference": context.reference.facts().sha256}),
         },
         "audit",

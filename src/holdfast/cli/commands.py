@@ -152,7 +152,7 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
     original_std: str | None = option("As --std, for ORIGINAL.", None)
     battery: str = option(
         "Adversaries: quick-v1, quick-v2, standard-v1, probes-v1, generation-v1, language-v1, causal-quick-v1, "
-        "causal-v1, or a search: adaptive-v1, adaptive-v2.",
+        "causal-v1, causal-v2, or a search: adaptive-v1, adaptive-v2, adaptive-causal-v1.",
         "quick-v1",
     )
     budgets: str = option("Fine-tuning steps after which to score; the first is 0.", "0,5,10,20,50,100")
@@ -179,7 +179,8 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
         "lm-eval:TASK",
     )
     set: Sequence[str] = repeated(
-        "Set a threshold of the verdict, such as max_advantage=0.03, or side_effects or stacked; may be repeated.",
+        "Set a threshold of the verdict, such as max_advantage=0.03, or side_effects, stacked, precision or "
+        "micro_batch; may be repeated.",
         "KEY=VALUE",
     )
     seed: int = option("Seed of all random choices.", 0)

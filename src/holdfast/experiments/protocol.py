@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from holdfast.adversaries import listed
+from holdfast.adversaries import listed, trained_with
 from holdfast.defenses import Defense
 from holdfast.errors import HoldfastError, unknown
 from holdfast.experiments.immunization import ImmunizationJob, ImmunizedModel, immunize_all
@@ -23,7 +23,6 @@ from holdfast.experiments.measurements.attack_curves import (
     AttackSpec,
     AttackTrial,
     attack_curves,
-    in_precision,
     scratch_plan,
     steps_per_epoch,
 )
@@ -165,7 +164,7 @@ class ProtocolSpec(BaseModel):
             HoldfastError: for an unknown battery, epochs out of order, or two attacks with the same settings.
         """
         if self.battery is not None:
-            adversaries = [in_precision(a, self.precision) for a in listed(self.battery)]
+            adversaries = [trained_with(a, self.precision) for a in listed(self.battery)]
             return [Attack(a.name, a, self.epochs, a.name) for a in adversaries]
         attacks: dict[str, Attack] = {}
         for name, spec in self.attacks.items():

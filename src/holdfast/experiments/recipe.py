@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from holdfast.auditing.spec import AuditSpec
@@ -15,11 +16,12 @@ from holdfast.defenses.registry import build_defense
 from holdfast.errors import HoldfastError, unknown
 from holdfast.experiments.linear.specs import StudySpec
 from holdfast.experiments.protocol import ProtocolSpec
-from holdfast.models import ModelSpec, is_code
+from holdfast.models import ModelSpec, SplitModel, check_fits, is_code, load_model
 from holdfast.runtime.argument_checks import readable, refuse_truth_as_number
 from holdfast.runtime.devices import MAX_THREADS
 from holdfast.runtime.documents import read_yaml, recipe_names, recipe_text
-from holdfast.tasks import TaskSpec
+from holdfast.runtime.run import Run
+from holdfast.tasks import Task, TaskSpec
 from holdfast.training import PretrainSpec
 
 Scale = Literal["smoke", "cpu", "paper"]
@@ -53,8 +55,32 @@ class Recipe(_Common):
     benign: TaskSpec
     restricted: TaskSpec
     transfer: TaskSpec | None = Field(None, description="A harmless task that the model should still learn.")
+    reference: ModelSpec | None = Field(
+        None, description="Another public model, which the audit fine-tunes in place of one from scratch."
+    )
     defense: dict[str, Any] = Field(description="`name`, and its hyper-parameters.")
     audit: AuditSpec = AuditSpec()
+
+    def load_reference(
+        self, restricted: Task, *, data_dir: Path | str | None, device: torch.device
+    ) -> SplitModel | None:
+        """Loads the reference, if there is one.
+
+        Raises:
+            HoldfastError: if it has no weights.
+        """
+        spec = self.reference
+        if spec is None:
+            return None
+        if spec.weights is None and not spec.options.get("pretrained") and not spec.name.startswith("hf:"):
+            raise HoldfastError(
+                f"The reference {spec.name!r} has no weights, and without them it is training from scratch; give "
+                "`reference.weights`, or name a model that has its own, such as hf:FOLDER."
+            )
+        with Run(self.seed, device).seeded("reference"):
+            reference = load_model(spec, restricted, data_dir=data_dir, device=device)
+        check_fits(reference, restricted, own_task=False)
+        return reference
 
     def build_defense(self) -> Defense:
         """Returns the defense with its hyper-parameters."""

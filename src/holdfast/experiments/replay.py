@@ -150,7 +150,8 @@ def _load_run(folder: Path, result: RunResult, run: Run, data_dir: Path | str | 
     if recipe.pretrain is not None:
         original.load(folder / "checkpoints" / "original.safetensors")
     immunized = load_model(str(folder / "model.safetensors"), benign, device=run.device)
-    return _Source(immunized, original.eval(), tasks)
+    reference = recipe.load_reference(tasks["restricted"], data_dir=data_dir, device=run.device)
+    return _Source(immunized, original.eval(), tasks, reference)
 
 
 def _load_audit(folder: Path, result: RunResult, run: Run, data_dir: Path | str | None) -> _Source:

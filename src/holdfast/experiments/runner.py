@@ -145,6 +145,7 @@ def _run_audited(recipe: Recipe, options: _Options) -> RunResult:
     with Run(recipe.seed, device).seeded("initialise"):
         model = load_model(recipe.model, benign, data_dir=data_dir, device=device)
     _refuse_without_weights(f"Recipe {recipe.title!r}", recipe.model, model, recipe.pretrain)
+    reference = recipe.load_reference(restricted, data_dir=data_dir, device=device)
     check_fits(model, restricted, own_task=False)
     if transfer is not None:
         check_fits(model, transfer, own_task=False)
@@ -154,13 +155,19 @@ def _run_audited(recipe: Recipe, options: _Options) -> RunResult:
 
     workspace = options.workspace(recipe)
     workspace.note_tasks({"benign": benign, "restricted": restricted, "transfer": transfer})
-    workspace.claim({"recipe": workspace.recipe, "model": model.facts().sha256})
+    other = {} if reference is None else {"reference": reference}
+    used = {"model": model, **other}
+    workspace.claim({"recipe": workspace.recipe, **{name: each.facts().sha256 for name, each in used.items()}})
     if (finished := workspace.finished()) is not None:
         return finished
+    for name, each in other.items():
+        workspace.note_model(name, each)
     with workspace.replacing(), cpu_threads(recipe.threads):
         original = workspace.original(model, benign, recipe.pretrain)
         immunized, immunization = workspace.immunize(original, benign, defender_data, defense)
-        audited = workspace.audit(immunized, original, benign, adversary_data, transfer, recipe.audit, options.executor)
+        audited = workspace.audit(
+            immunized, original, benign, adversary_data, transfer, recipe.audit, options.executor, reference
+        )
         return workspace.save(immunization=immunization, audit=audited)
 
 

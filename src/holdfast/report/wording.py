@@ -21,7 +21,7 @@ MINUS = "\N{MINUS SIGN}"
 NEVER = "never within the budget"
 
 METHODS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
-    "low-rank adapters (LoRA)": lambda config: config.get("scope") == "lora",
+    "low-rank adapters (LoRA)": lambda config: config.get("scope") in ("lora", "qlora"),
     "linear probes on prepared features": lambda config: config.get("kind") == "probe",
     "undoing the defense before fine-tuning (rescaling, recalibration, revived units, ...)": lambda config: bool(
         config.get("undo")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -14,6 +16,7 @@ from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel, is_normalisation
 from holdfast.models.blocks import Block
 from holdfast.tasks import Task
+from holdfast.training.four_bits import BLOCK, inputs_of, not_installed, quantise
 from holdfast.training.strategy import Scope, Strategy
 
 
@@ -29,7 +32,17 @@ def not_applicable(strategy: Strategy, model: SplitModel, task: Task) -> str | N
     if strategy.scope in ADAPTED and not _adaptable(model, strategy.scope):
         part = "attention" if strategy.scope == "lora-attention" else "body"
         return f"its {part} has no linear or convolutional layer that takes adapters"
-    return _no_blocks(strategy, model)
+    return _no_four_bits(strategy, model) or _no_blocks(strategy, model)
+
+
+def _no_four_bits(strategy: Strategy, model: SplitModel) -> str | None:
+    if strategy.scope != "qlora":
+        return None
+    if model.answers_with != "next token":
+        return "weights of 4 bits beside adapters (qlora) are for causal language models; use scope 'lora'"
+    if not _in_four_bits(model):
+        return f"weights of 4 bits share a scale by {BLOCK}, and no layer's number of inputs is a multiple of it"
+    return not_installed()
 
 
 def _no_blocks(strategy: Strategy, model: SplitModel) -> str | None:
@@ -154,7 +167,7 @@ def _normalisations(model: SplitModel) -> list[nn.Module]:
     return [m for m in model.network.modules() if is_normalisation(m) and any(True for _ in m.parameters())]
 
 
-ADAPTED: Final[tuple[Scope, ...]] = ("lora", "lora-attention")
+ADAPTED: Final[tuple[Scope, ...]] = ("lora", "lora-attention", "qlora")
 """Scopes that add adapters beside layers."""
 
 LORA_ALPHA = 16
@@ -172,14 +185,16 @@ def _adaptable(model: SplitModel, scope: Scope) -> list[str]:
         for child, layer in module.named_children():
             name = f"{parent}.{child}" if parent else child
             plain = (
-                type(layer) is nn.Linear
-                or _is_transposed(layer)
-                or (type(layer) is nn.Conv2d and layer.groups == 1 and set(layer.dilation) == {1})
+                type(layer) is nn.Linear or _is_transposed(layer) or (scope != "qlora" and _is_plain_convolution(layer))
             )
-            wanted = scope == "lora" or any(name.startswith(f"{prefix}.") for prefix in attention)
+            wanted = scope != "lora-attention" or any(name.startswith(f"{prefix}.") for prefix in attention)
             if plain and wanted and name != model.head_name:
                 names.append(name)
     return names
+
+
+def _is_plain_convolution(layer: nn.Module) -> bool:
+    return type(layer) is nn.Conv2d and layer.groups == 1 and set(layer.dilation) == {1}
 
 
 def _is_transposed(layer: nn.Module) -> bool:
@@ -187,16 +202,37 @@ def _is_transposed(layer: nn.Module) -> bool:
     return (type(layer).__module__, type(layer).__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
+def _in_four_bits(model: SplitModel) -> list[str]:
+    """Names of the layers whose weights get 4 bits; the others keep theirs."""
+    layers = {name: model.network.get_submodule(name) for name in _adaptable(model, "qlora")}
+    return [n for n, layer in layers.items() if inputs_of(layer, transposed=_is_transposed(layer)) % BLOCK == 0]
+
+
 def _add_adapters(model: SplitModel, strategy: Strategy) -> None:
     import peft
 
     names = _adaptable(model, strategy.scope)
+    four_bits = _in_four_bits(model) if strategy.scope == "qlora" else []
+    dtype = torch.bfloat16 if strategy.precision == "bf16" else torch.float32
+    for name in four_bits:
+        layer = model.network.get_submodule(name)
+        model.network.set_submodule(name, quantise(layer, transposed=_is_transposed(layer), dtype=dtype))
     pattern = "|".join(map(re.escape, names))
     # peft has one setting for all layers, and corrects it with a warning for each layer that it does not fit.
     transposed = any(_is_transposed(model.network.get_submodule(name)) for name in names)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _said_to_have_four_bits(model.network, bool(four_bits)):
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         config = peft.LoraConfig(
             r=strategy.rank, lora_alpha=LORA_ALPHA, target_modules=f"({pattern})", fan_in_fan_out=transposed
         )
         peft.inject_adapter_in_model(config, model.network)
+
+
+@contextmanager
+def _said_to_have_four_bits(network: nn.Module, four_bits: bool) -> Iterator[None]:
+    """Marks a network for peft as transformers does, and not longer: transformers refuses to move a marked one."""
+    if four_bits:
+        network.is_loaded_in_4bit = True  # type: ignore[assignment]
+    yield
+    if four_bits:
+        del network.is_loaded_in_4bit

@@ -14,7 +14,7 @@ from torch import nn
 from holdfast.errors import HoldfastError, unknown
 
 Initialisation = Literal["direct", "head", "last-block", "last-half", "shrink-perturb"]
-Scope = Literal["all", "head", "last-block", "norm", "embeddings", "lora", "lora-attention"]
+Scope = Literal["all", "head", "last-block", "norm", "embeddings", "lora", "lora-attention", "qlora"]
 Schedule = Literal["constant", "cosine", "restarts"]
 Gradient = Literal["raw", "normalised", "sign", "layerwise", "orthogonal"]
 Precision = Literal["float32", "bf16"]
@@ -63,10 +63,11 @@ class Strategy:
         scope: which parameters are trained, always with the head: "all"; "head", the head alone; "last-block"; "norm",
             scale and shift of every normalisation layer; "embeddings", these and every embedding layer; "lora",
             low-rank adapters beside every linear and convolutional layer; "lora-attention", only beside those of
-            attention, as is usual for diffusion models. With "head" and "last-block", the rest stays in evaluation
-            mode, and a head that is tied to the input embedding is untied, so that the body stays what it is. With the
-            others the whole model is in training mode, as in all fine-tuning: BatchNorm sees the statistics of the new
-            data.
+            attention, as is usual for diffusion models; "qlora", beside every linear layer of a causal language model,
+            whose own weights are rounded to 4 bits (extra `qlora`). With "head" and "last-block", the rest stays in
+            evaluation mode, and a head that is tied to the input embedding is untied, so that the body stays what it
+            is. With the others the whole model is in training mode, as in all fine-tuning: BatchNorm sees the
+            statistics of the new data.
         optimizer: a name of `OPTIMIZERS`.
         learning_rate: above 0; `schedule` may lower it, see `rate`.
         batch_size: samples a step; capped at the size of the training split.
@@ -80,7 +81,7 @@ class Strategy:
         rank: of the adapters.
         precision: of the forward and backward pass: that of the weights ("float32"), or bfloat16 where torch.autocast
             considers it safe ("bf16"), which is faster on hardware that supports it. Weights, optimizer and scores
-            always keep the precision of the weights.
+            always keep the precision of the weights; but layers of 4 bits compute in this precision in scores, too.
         schedule: of the learning rate: "constant"; "cosine", which falls to 0 along half a cosine; "restarts", which
             begins such a cosine again whenever it ends.
         schedule_steps: steps until a cosine reaches 0. It does not depend on the budgets at which an audit scores: at

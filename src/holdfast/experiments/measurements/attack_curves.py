@@ -74,15 +74,6 @@ class Attack:
     stands_for: str
 
 
-def in_precision(adversary: Adversary, precision: Precision) -> Adversary:
-    """Returns a battery's adversary that trains in another precision, with the name that belongs to it."""
-    if not isinstance(adversary, FineTuning) or adversary.strategy.precision == precision:
-        return adversary
-    return dataclasses.replace(
-        adversary, strategy=dataclasses.replace(adversary.strategy, precision=precision), name=""
-    )
-
-
 def scratch_plan(plan: Sequence[Attack], model: SplitModel, task: Task) -> list[tuple[Attack, tuple[Attack, ...]]]:
     """Returns the scratch controls, each with the attacks that it belongs to.
 
