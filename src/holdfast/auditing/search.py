@@ -66,7 +66,9 @@ class RoleSearch:
     def learn(self, curves: Sequence[Curve]) -> None:
         """Reports the curves of the last proposals to the search."""
         done = {c.adversary: c for c in curves}
-        scores = [_value(done[a.name], self.budgets, self.plan.floor) if a.name in done else None for a in self.proposed]
+        scores = [
+            _value(done[a.name], self.budgets, self.plan.floor) if a.name in done else None for a in self.proposed
+        ]
         self.searcher.tell(scores)
         self.curves += curves
         for a, score in zip(self.proposed, scores, strict=True):
