@@ -70,7 +70,7 @@ def table(found: list[AuditResult], defaults: list[str], spec: AuditSpec, comman
         for seed, a in enumerate(found)
     )
     labels = ("resists", "invalid", "partial", "fails")
-    return f"""# False alarms of {spec.battery}
+    return f"""# False alarms of {spec.battery}{" with `--decide`" if spec.decide else ""}
 
 Fresh weights in place of the immunized model: no advantage over training from scratch, whatever the verdict. The
 original is the built-in CNN, trained on the digits 0 to 6; restricted are the digits 7 to 9, {spec.shots} samples a
