@@ -8,7 +8,7 @@ from holdfast.auditing.verdict import judge
 from holdfast.report import model_card
 from holdfast.report.html import render
 from holdfast.report.what_would_change import what_would_change
-from holdfast.results import AuditResult, Flag, Interval, Look, Reason, Sequential, ThreatModel
+from holdfast.results import AuditResult, Flag, Interval, LanguageScale, Look, Reason, Sequential, ThreatModel
 from made_results import FOLDER, make_audit, make_result
 
 TRIED = ThreatModel(battery="test-v1", strategies=2, scored=2, searched=0, samples=337, steps=100, seeds=3)
@@ -44,6 +44,11 @@ def test_what_resists_names_the_nearest_attack(audit):
     assert "−2.0 to +4.0" in nearest
     assert "More than 100 steps" in longer
     assert "adaptive-v2" in search
+    written = decided(
+        audit.model_copy(update={"language": LanguageScale(unigram_nll=3.0, tokens_per_sample=9)}),
+        bands={10: (-0.2, -0.3, -0.1)},
+    )
+    assert "adaptive-causal-v1" in what_would_change(written)[-1]
 
 
 def test_what_is_undone_names_what_gets_through(audit):

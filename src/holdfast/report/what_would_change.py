@@ -7,7 +7,7 @@ from typing import Final
 
 from holdfast.auditing.sequential import stops
 from holdfast.report.sequential import more_seeds
-from holdfast.report.wording import CAUSES, by_strength, percent, points, span
+from holdfast.report.wording import CAUSES, by_strength, percent, points, search_for, span
 from holdfast.results import AuditResult, BudgetRow
 from holdfast.results.tables import Cell
 from holdfast.results.terms import count
@@ -60,7 +60,7 @@ def what_would_change(audit: AuditResult) -> list[str]:
         if flag.severity == "critical"
     ]
     if code in ("undecided", "bounded") and not audit.search:
-        lines.append("A search against this model (battery adaptive-v2), which may find an attack that no list has.")
+        lines.append(f"A search against this model (battery {search_for(audit)}), which may find what no list has.")
     return lines
 
 

@@ -205,6 +205,11 @@ def paper_of_best(result: RunResult) -> dict[tuple[str, int], float]:
     return numbers
 
 
+def search_for(audit: AuditResult) -> str:
+    """Returns the name of the battery that searches for adversaries against models of this kind."""
+    return "adaptive-causal-v1" if audit.language is not None or audit.texts else "adaptive-v2"
+
+
 def not_covered(audit: AuditResult) -> list[str]:
     """Lists what the audit did not try, as far as its settings show."""
     tried = {key: _values(audit, key) for key in ("optimizer", "learning_rate", "batch_size")}
@@ -222,7 +227,7 @@ def not_covered(audit: AuditResult) -> list[str]:
         and not ("probes" in description and not audit.spoken.has_features)
     ]
     if not audit.search:
-        missing.append("a search for adversaries against this model (battery adaptive-v2)")
+        missing.append(f"a search for adversaries against this model (battery {search_for(audit)})")
     return [
         *lines,
         f"Other methods, for example {', '.join(missing)}.",
