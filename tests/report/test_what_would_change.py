@@ -44,11 +44,8 @@ def test_what_resists_names_the_nearest_attack(audit):
     assert "−2.0 to +4.0" in nearest
     assert "More than 100 steps" in longer
     assert "adaptive-v2" in search
-    written = decided(
-        audit.model_copy(update={"language": LanguageScale(unigram_nll=3.0, tokens_per_sample=9)}),
-        bands={10: (-0.2, -0.3, -0.1)},
-    )
-    assert "adaptive-causal-v1" in what_would_change(written)[-1]
+    of_language = found.model_copy(update={"language": LanguageScale(unigram_nll=3.0, tokens_per_sample=9)})
+    assert "adaptive-causal-v1" in what_would_change(of_language)[-1]
 
 
 def test_what_is_undone_names_what_gets_through(audit):
