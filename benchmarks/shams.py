@@ -18,6 +18,7 @@ import torch
 from holdfast.auditing.audit import audit
 from holdfast.auditing.spec import AuditSpec
 from holdfast.results import AuditResult
+from holdfast.results.reason_texts import reason
 from holdfast.runtime.run import Run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -65,7 +66,7 @@ def row(name: str, result: AuditResult) -> str:
     best = result.by_budget[-1].best_adversary["immunized"]
     high = max((r.advantage for r in result.by_budget if r.budget and r.advantage is not None), default=float("nan"))
     # Invalid for the control's sake says nothing about the sham: then the audit needs more seeds.
-    why = " (control)" if verdict.label == "invalid" and "The original" in "".join(verdict.reasons) else ""
+    why = " (control)" if verdict.label == "invalid" and "The original" in "".join(map(reason, verdict.reasons)) else ""
     return f"| {name} | `{verdict.label}`{why} | {100 * high:+.1f} | {share} | {best} | {flags} |"
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from holdfast.adversaries import FineTuning
+from holdfast.adversaries import FineTuning, Probe
 from holdfast.models import SplitModel
 from holdfast.tasks import Batch, Task
 from holdfast.training import Strategy, finetune, prepare
@@ -159,7 +159,7 @@ class Shell(Cliff):
         return 1e-4 < moved < self.OUTER
 
 
-@sham("none", FineTuning(Strategy("shrink-perturb", "all", "adam", 1e-3, 50)), plain=QUICK)
+@sham("none", Probe("newton"), plain=QUICK)
 def shell(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     """Features vanish in a shell around the released weights, and are there again beyond it."""
     return as_model(Shell(faint_features(original.clone()).network), original)
