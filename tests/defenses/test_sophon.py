@@ -560,7 +560,7 @@ class TestJointStep:
         # The meta-gradient does not depend on the weight of the step that follows: taken again, with the same draws.
         again = sophon._Immunization(settings, trained_on(benign), benign, restricted, run)
         generator = stream()
-        again._suppress(generator)
+        again._suppress(generator, again.learned, again.evaluated)
         batch = next(again.benign.batches("train", settings.reinforcement_batch, generator=generator, device=CPU))
         gradients = torch.autograd.grad(again.benign.loss(plain, batch), list(plain.parameters()))
         optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2)

@@ -78,23 +78,26 @@ def set_statistics(layer: _BatchNorm, mean: Tensor, variance: Tensor, eps: float
     running[1].copy_(variance)
 
 
-def changes_nothing(network: nn.Module) -> bool:
-    """Whether a network has BatchNorm layers, and none of them changes its input in evaluation mode."""
+def is_folded(network: nn.Module) -> bool:
+    """Whether all BatchNorm layers neither normalise nor scale in evaluation mode, and some of them shift.
+
+    A network that was never trained has no shifts either.
+    """
     layers = batchnorm_layers(network)
-    neutral = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+    neutral = {"weight": 1.0, "running_mean": 0.0, "running_var": 1.0}
 
     def is_neutral(layer: _BatchNorm) -> bool:
         tensors = ((getattr(layer, name), value) for name, value in neutral.items())
         return all(tensor is not None and bool((tensor == value).all()) for tensor, value in tensors)
 
-    return bool(layers) and all(is_neutral(layer) for layer in layers)
+    return all(map(is_neutral, layers)) and any(bool(layer.bias.any()) for layer in layers)
 
 
 def unfold_batchnorm(model: SplitModel, task: Task) -> None:
     """Gives the BatchNorm layers of weights for inference the statistics of a task's samples.
 
-    Tools that prepare weights for inference fold BatchNorm into the convolutions, and leave layers that change nothing.
-    In training mode such layers normalise all the same, so that the network becomes another one as soon as it is
+    Tools that prepare weights for inference fold BatchNorm's scale into the convolutions, and leave layers that only
+    shift. In training mode such layers normalise all the same, so that the network becomes another one as soon as it is
     trained. With the samples' statistics, and the scale and shift that go with them, both modes compute the same
     function on these samples, and evaluation mode computes what it did.
 

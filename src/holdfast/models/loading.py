@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from holdfast.errors import HoldfastError
-from holdfast.models.batchnorm import changes_nothing, unfold_batchnorm
+from holdfast.models.batchnorm import is_folded, unfold_batchnorm
 from holdfast.models.compatibility import check_fits
 from holdfast.models.families import diffusion
 from holdfast.models.family import Built, family_of, folder_spec
@@ -21,8 +21,9 @@ from holdfast.models.split_model import SplitModel
 from holdfast.tasks import Task
 
 FOLDED = (
-    "BatchNorm changes nothing in these weights, as if it were folded into the convolutions for inference. In training "
-    "mode it normalises, and the network is another one. `unfold_batchnorm: true` (in a recipe's model) mends this."
+    "BatchNorm only shifts in these weights, as if its scale were folded into the convolutions for inference. In "
+    "training mode it normalises, and the network is another one. `unfold_batchnorm: true` (in a recipe's model) mends "
+    "this."
 )
 
 
@@ -69,7 +70,7 @@ def load_model(
     split = split.to(device).in_memory_format()
     if spec.unfold_batchnorm:
         unfold_batchnorm(split, task)
-    elif spec.weights is not None and changes_nothing(split.network):
+    elif spec.weights is not None and is_folded(split.network):
         split.notes += (FOLDED,)
     _name_outputs(split, spec, family.output_names(spec, built, split.network), task)
     check_fits(split, task, own_task=True, trainable=False)
