@@ -180,7 +180,7 @@ class TestRecipe:
 
 SETTINGS = [
     "run", "quickstart", "--scale", "smoke", "--device", "cpu", "--set", "defense.iterations=30",
-    "--set", "defense.guard_every=1", "--set", "audit.seeds=2",
+    "--set", "defense.guard_every=1", "--set", "audit.seeds=2", "--set", "audit.side_effects=false",
 ]  # fmt: skip
 
 

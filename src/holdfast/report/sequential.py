@@ -22,15 +22,15 @@ def looks(audit: AuditResult) -> str | None:
     if record is None:
         return None
     seeds, levels = _listed([f"{k.seeds}" for k in record.looks]), _listed([f"{k.level:.2%}" for k in record.looks])
-    total = f"{record.level:.1%} of the {LEVEL:.0%} that all looks may have together"
+    spent = levels if len(record.looks) == 1 else f"{levels}, together {record.level:.1%}"
+    allowed = f"all looks may spend {LEVEL:.0%} together"
     if record.reported:
-        total = (
-            f"{record.level:.1%} together, more than the {LEVEL:.0%} of one audit, because the first look had been "
-            "reported as an audit of its own"
+        allowed = (
+            f"more than the {LEVEL:.0%} of one audit, because the first look had been reported as an audit of its own"
         )
     return (
         f"Seeds were added in stages: {count(len(record.looks), 'look')}, with {seeds} seeds (at most "
-        f"{record.max_seeds}). The audit stopped because {WHY[record.stopped]}. Level spent: {levels}; {total}. The "
+        f"{record.max_seeds}). The audit stopped because {WHY[record.stopped]}. Level spent: {spent}; {allowed}. The "
         f"bands shown are those of the last look, each with a confidence of {1 - record.looks[-1].level:.2%}, so that "
         f"the bands of all looks hold at once with {1 - max(LEVEL, record.level):.1%}."
     )
