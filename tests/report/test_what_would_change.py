@@ -122,7 +122,8 @@ def test_an_audit_whose_seeds_are_used_up_names_a_new_one(audit):
 
 def test_reports_say_how_seeds_were_added(audit):
     looks = [Look(seeds=n, level=level, decision="undecided") for n, level in ((2, 0.02), (3, 0.03))]
-    for reported, words in ((False, "together 5.0%; all looks may spend 5%"), (True, "reported as an audit of its own")):
+    said = {False: "together 5.0%; all looks may spend 5%", True: "reported as an audit of its own"}
+    for reported, words in said.items():
         record = Sequential(max_seeds=3, looks=looks, stopped="budget ended", reported=reported)
         staged = audit.model_copy(update={"sequential": record})
         result = make_result(audit=staged)
