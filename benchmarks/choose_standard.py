@@ -165,18 +165,23 @@ def rows(folder: Path) -> list[dict]:
 
 
 def table(folder: Path) -> Scores:
-    """Scores of the candidates that were tried on every victim; what does not apply there has 0."""
+    """Scores of the candidates that were tried on every victim; what does not apply there has 0.
+
+    Victims have equally many: one with fewer budgets counts the last of them more than once.
+    """
     found: Scores = {}
-    for row in rows(folder):
-        found.setdefault(row["name"], {})[row["victim"], row["seed"]] = best_so_far(row.get("scores"))
+    measured = list(rows(folder))
+    width = max(len(row.get("scores", [])) for row in measured)
+    for row in measured:
+        found.setdefault(row["name"], {})[row["victim"], row["seed"]] = best_so_far(row.get("scores"), width)
     most = max(len(scores) for scores in found.values())
     return {name: scores for name, scores in found.items() if len(scores) == most}
 
 
-def best_so_far(scores: list[float | None] | None) -> list[float]:
+def best_so_far(scores: list[float | None] | None, width: int) -> list[float]:
     """The best score up to each budget, as an adversary may stop early; zeros for one that does not apply."""
-    known = [score or 0.0 for score in scores or [0.0] * 3]
-    return [max(known[: i + 1]) for i in range(len(known))]
+    known = [score or 0.0 for score in scores or [0.0]]
+    return [max(known[: i + 1]) for i in range(width)]
 
 
 def stacked(scores: Scores, seeds: tuple[int, ...]) -> dict[str, torch.Tensor]:
