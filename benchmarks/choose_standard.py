@@ -1,4 +1,4 @@
-"""How `standard-v2` was chosen: every candidate against every sham of the zoo and real defended models, then a cover.
+"""Candidates for a battery `standard-v2`, on every sham of images in the zoo and on real defended models, and a cover.
 
     python benchmarks/choose_standard.py measure FOLDER [--models RUN --data DIR] [--part 1/2]
     python benchmarks/choose_standard.py choose FOLDER [--out PAGE.md]
@@ -229,7 +229,7 @@ def choose(folder: Path) -> str:
     whole = stacked(scores, SEEDS)
     chosen = cover(whole)
     lines = [
-        "# How `standard-v2` was chosen",
+        "# Candidates for `standard-v2`",
         "",
         f"`python benchmarks/choose_standard.py`: {len(scores)} candidates, {victims_in(scores)} victims, three seeds.",
         "",

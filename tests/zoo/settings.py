@@ -84,7 +84,7 @@ class Setting:
 
     @cached_property
     def original(self) -> SplitModel:
-        """The model that shams are made from; nobody may change it."""
+        """The model that shams are made from; it is shared, so do not change it."""
         return self.build()
 
     def few(self, seed: int) -> Task:
