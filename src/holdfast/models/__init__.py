@@ -5,6 +5,7 @@ from holdfast.models.blocks import is_normalisation
 from holdfast.models.compatibility import architecture_differences, check_fits
 from holdfast.models.families.diffusion import Denoiser
 from holdfast.models.families.hf_causal import CausalModel
+from holdfast.models.families.text_to_image import TextToImage
 from holdfast.models.family import FAMILIES, Built, Family, is_code, list_models, register
 from holdfast.models.features import both_splits, check_feature_width, feature_batches, feature_precision, features
 from holdfast.models.introspection import every_tensor
@@ -23,6 +24,7 @@ __all__ = [
     "FrozenActivations",
     "ModelSpec",
     "SplitModel",
+    "TextToImage",
     "architecture_differences",
     "both_splits",
     "check_feature_width",

@@ -39,8 +39,9 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
         )
     if model.answers_with != task.answers_with:
         what = _KINDS.get(model.answers_with, "a model")
+        unit = "position" if model.answers_with == "next token" else "sample"
         raise HoldfastError(
-            f"{model.name} is {what}: it returns one {model.answers_with} a {_UNITS[model.answers_with]}, and "
+            f"{model.name} is {what}: it returns one {model.answers_with} a {unit}, and "
             f"{task.described} needs one {task.answers_with}. {_REMEDIES[task.answers_with]}"
         )
     if isinstance(model, Denoiser) and isinstance(task, DenoisingTask) and own_task:
@@ -81,12 +82,14 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
         )
 
 
-_KINDS = {"noise": "a denoiser", "vector": "not a denoiser or language model", "next token": "a language model"}
-_UNITS = {"noise": "sample", "vector": "sample", "next token": "position"}
+_KINDS = {
+    "noise": "a denoiser", "noise of a captioned image": "a text-to-image model", "vector": "not a denoiser or language model", "next token": "a language model",
+}  # fmt: skip
 _REMEDIES = {
-    "noise": "Models for it are `unet` or a diffusers folder.",
-    "vector": "A denoiser's tasks are written NAME@kind=denoising, those of a causal language model "
-    "NAME@kind=next-token (kind: in a recipe).",
+    "noise": "Models for it are `unet` or a folder of an unconditional pipeline of diffusers.",
+    "noise of a captioned image": "Models for it are `text-unet` or a folder of a text-to-image pipeline of diffusers.",
+    "vector": "A denoiser's tasks are written NAME@kind=denoising, those of a text-to-image model "
+    "NAME@kind=text-to-image, those of a causal language model NAME@kind=next-token (kind: in a recipe).",
     "next token": "A model for it is a causal language model, hf:FOLDER.",
 }
 

@@ -17,6 +17,7 @@ from holdfast.tasks import Task, Vocabulary
 if TYPE_CHECKING:
     from holdfast.models.spec import ModelSpec
     from holdfast.models.split_model import SplitModel
+    from holdfast.models.text_encoders import TextEncoder
 
 Shape = tuple[int, ...]
 Values = tuple[float, ...]
@@ -36,6 +37,7 @@ class Built:
         norm: mean and std of the input normalisation, or twice None.
         foreign: whether its structure is unknown, so that a forward pass has to show it.
         scheduler: the configuration of its scheduler, if it is a denoiser.
+        text: the frozen text encoder, if it is a text-to-image model.
         kind: the class of model that it becomes, if it is not a `SplitModel` and not a denoiser.
         loaded: whether it already has the weights of the spec.
         code: SHA-256 of the user's code that made it.
@@ -52,6 +54,7 @@ class Built:
     norm: tuple[Values | None, Values | None] = (None, None)
     foreign: bool = False
     scheduler: Mapping[str, Any] | None = None
+    text: TextEncoder | None = None
     kind: type[SplitModel] | None = None
     loaded: bool = False
     code: str | None = None

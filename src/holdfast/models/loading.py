@@ -14,6 +14,7 @@ from holdfast.errors import HoldfastError
 from holdfast.models.batchnorm import is_folded, unfold_batchnorm
 from holdfast.models.compatibility import check_fits
 from holdfast.models.families import diffusion
+from holdfast.models.families.text_to_image import TextToImage
 from holdfast.models.family import Built, family_of, folder_spec
 from holdfast.models.labels import match_outputs, real_names
 from holdfast.models.spec import WEIGHT_SUFFIXES, ModelSpec, find_weights, spec_of, with_header
@@ -63,7 +64,8 @@ def load_model(
             "no such file; leave it out."
         )
     split = _split(spec, built, task)
-    split.vocabulary, split.tokenizer, split.fresh_head = built.vocabulary, built.tokenizer, built.fresh_head
+    split.vocabulary = built.vocabulary if built.text is None else built.text.vocabulary
+    split.tokenizer, split.fresh_head = built.tokenizer, built.fresh_head
     split.expect_extractor(spec.extractor)
     if spec.weights is not None and not built.loaded:
         split.load(find_weights(spec.weights, data_dir), spec.keep_outputs)
@@ -93,7 +95,10 @@ def _split(spec: ModelSpec, built: Built, task: Task) -> SplitModel:
                 f"{spec.name} is a denoiser: its head is {diffusion.HEAD!r}, and its inputs are images from -1 to 1, "
                 "which are not normalised; leave head, mean and std out."
             )
-        model = diffusion.Denoiser(built.network, scheduler=built.scheduler, **more)
+        if built.text is not None:
+            model = TextToImage(built.network, built.text, scheduler=built.scheduler, **more)
+        else:
+            model = diffusion.Denoiser(built.network, scheduler=built.scheduler, **more)
     elif built.kind is not None:
         model = built.kind(built.network, str(head), **more)
     elif built.foreign or head is None:

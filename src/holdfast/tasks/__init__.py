@@ -11,6 +11,7 @@ from holdfast.tasks.regression import RegressionTask
 from holdfast.tasks.schedule import Schedule
 from holdfast.tasks.spec import TaskSpec, parse_spec
 from holdfast.tasks.text import TextTask
+from holdfast.tasks.text_to_image import TextToImageTask
 from holdfast.tasks.tokenizers import Tokenizer, Vocabulary, load_tokenizer, located
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Task",
     "TaskSpec",
     "TextTask",
+    "TextToImageTask",
     "Tokenizer",
     "Vocabulary",
     "is_text",

@@ -11,6 +11,7 @@ for a model that predicts almost no noise) are means over pixels, and so are our
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Hashable, Iterator, Sequence
 from typing import ClassVar, Self
@@ -75,6 +76,8 @@ class DenoisingTask(ArrayTask):
     suppression_losses = ("dos", "mse-ascent")
     min_classes: ClassVar[int] = 1
     labelled: ClassVar[bool] = False
+    more_channels: ClassVar[int] = 0
+    """Channels of the inputs beside the noised image and the time step."""
 
     def __init__(
         self,
@@ -99,26 +102,38 @@ class DenoisingTask(ArrayTask):
         Raises:
             HoldfastError: if its inputs are not images, or the schedule has no such time step.
         """
+        denoising = object.__new__(cls)
+        denoising._over(task, schedule, timesteps)
+        return denoising
+
+    def _over(self, task: InMemoryTask, schedule: Schedule | None, timesteps: Sequence[int]) -> None:
+        """Takes another task's images."""
         if any(x.dim() != 4 or x.dtype != torch.uint8 for x in task._x.values()):
             raise HoldfastError(
                 f"Task {task.name!r}: its inputs are not images, {tuple(task._x['train'].shape[1:])} each, and "
                 "denoising needs images."
             )
-        denoising = object.__new__(cls)
-        denoising.name, denoising.class_names = task.name, task.class_names
-        denoising.source, denoising.notes, denoising.drawn = task.source, task.notes, task.drawn
-        denoising.schedule = schedule if schedule is not None else Schedule()
-        denoising.timesteps = denoising._checked_steps(task.name, timesteps)
-        denoising._set(task._x, task._y)
-        return denoising
+        self.name, self.class_names = task.name, task.class_names
+        self.source, self.notes, self.drawn = task.source, task.notes, task.drawn
+        self.schedule = schedule if schedule is not None else Schedule()
+        self.timesteps = self._checked_steps(task.name, timesteps)
+        self._set(task._x, task._y)
 
     def with_schedule(self, schedule: Schedule) -> Self:
         """Returns the same images with other noise."""
-        return type(self).of(self, schedule, self.timesteps)
+        return self._noised_by(schedule, self.timesteps)
 
     def with_timesteps(self, timesteps: Sequence[int]) -> Self:
         """See `Task.with_timesteps`."""
-        return type(self).of(self, self.schedule, timesteps)
+        return self._noised_by(self.schedule, timesteps)
+
+    def _noised_by(self, schedule: Schedule, timesteps: Sequence[int]) -> Self:
+        task = copy.copy(self)
+        task.schedule, task.timesteps = schedule, ()
+        task.timesteps = task._checked_steps(task.name, timesteps)
+        del task._x  # the error of the linear denoiser is another one
+        task._set(self._x, self._y)
+        return task
 
     def _checked_steps(self, name: str, timesteps: Sequence[int]) -> tuple[int, ...]:
         wrong = [t for t in timesteps if not 0 <= t < self.schedule.steps]
@@ -140,13 +155,13 @@ class DenoisingTask(ArrayTask):
         chance = self.chance if same else None
         super()._set(x, y)
         channels, *sides = x["train"].shape[1:]
-        self.input_shape = (channels + 1, *sides)
+        self.input_shape = (channels + 1 + self.more_channels, *sides)
         self.num_outputs = channels
         self.chance = self._reference_error() if chance is None else chance
 
     def _reference_error(self) -> float:
         """The error of the linear denoiser on the test inputs; see the class."""
-        x = self._x["test"].double() / 127.5 - 1
+        x = self._clean(self._x["test"], torch.float64)
         mean, variance = float(x.mean()), float(x.var(correction=0))
         if not variance > 0:
             raise self._bad(
@@ -156,7 +171,7 @@ class DenoisingTask(ArrayTask):
         total, count = 0.0, 0
         for batch in self.sweep("test", SCORE_BATCH, device=torch.device("cpu")):
             a = self.schedule.alpha_bar.double()[batch.x[:, -1:, :1, :1].long()]
-            guess = (1 - a).sqrt() * (batch.x[:, :-1] - a.sqrt() * mean) / (a * variance + 1 - a)
+            guess = (1 - a).sqrt() * (batch.x[:, : self.num_outputs] - a.sqrt() * mean) / (a * variance + 1 - a)
             total += float((guess - batch.y).square().sum())
             count += batch.y.numel()
         return total / count
@@ -178,7 +193,12 @@ class DenoisingTask(ArrayTask):
 
     def images(self, split: Split) -> Tensor:
         """Returns the images x_0 of a split: float32 in [-1, 1], shape (N, C, H, W), on the CPU."""
-        return self._x[split].float().div_(127.5).sub_(1)
+        return self._clean(self._x[split])
+
+    @staticmethod
+    def _clean(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Stored images as x_0: bytes become numbers from -1 to 1; latents stay as they are."""
+        return x.to(dtype).div_(127.5).sub_(1) if x.dtype == torch.uint8 else x.to(dtype)
 
     def labels(self, split: Split) -> Tensor:
         """Returns the images' labels: int64, shape (N,); all 0 if they have none."""
@@ -198,11 +218,13 @@ class DenoisingTask(ArrayTask):
         if split == "test":
             yield from self.sweep(split, batch_size, device=device)
             return
-        for x, _ in super().batches(split, batch_size, generator=generator, device=device):
+        scaled = self._x[split].dtype == torch.uint8
+        for x, y in super().batches(split, batch_size, generator=generator, device=device):
             t = torch.randint(len(self.timesteps) or self.schedule.steps, (len(x),), generator=generator)
             t = torch.tensor(self.timesteps)[t] if self.timesteps else t
             noise = torch.randn(x.shape, generator=generator).to(device)
-            yield Batch(self.schedule.noised(2 * x - 1, t.to(device), noise), noise)
+            noised = self.schedule.noised(2 * x - 1 if scaled else x, t.to(device), noise)
+            yield Batch(self.inputs(noised, self._shown_labels(y, generator)), noise)
 
     def sweep(self, split: Split, batch_size: int, *, device: torch.device) -> Iterator[Batch]:
         """See `Task.sweep`; each image has its fixed noise and time step."""
@@ -212,9 +234,25 @@ class DenoisingTask(ArrayTask):
             stop = min(start + batch_size, len(y))
             noise = torch.cat([self._fixed_noise(b)[max(start - b * BLOCK, 0) : stop - b * BLOCK]
                                for b in range(start // BLOCK, (stop - 1) // BLOCK + 1)])  # fmt: skip
-            images = x[start:stop].to(device).float().div_(127.5).sub_(1)
+            images, labels = self._clean(x[start:stop].to(device)), y[start:stop].to(device)
             noise = noise.to(device)
-            yield Batch(self.schedule.noised(images, t[start:stop].to(device), noise), noise)
+            yield Batch(self.inputs(self.schedule.noised(images, t[start:stop].to(device), noise), labels), noise)
+
+    def inputs(self, noised: Tensor, labels: Tensor) -> Tensor:
+        """Returns a model's inputs for noised images.
+
+        Args:
+            noised: x_t with the time step as the last channel, shape (N, C + 1, H, W).
+            labels: of the images, int64, shape (N,).
+
+        Returns:
+            Shape (N, *input_shape); without captions, `noised` as it is.
+        """
+        return noised
+
+    def _shown_labels(self, y: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Labels of a training batch as `inputs` takes them."""
+        return y
 
     def _fixed_steps(self, count: int) -> Tensor:
         """Time steps spread evenly over those of the task, in an order independent of the images'."""

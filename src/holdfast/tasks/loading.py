@@ -20,7 +20,9 @@ from holdfast.tasks.paths import DATA_VARIABLE, data_folder, place
 from holdfast.tasks.schedule import Schedule
 from holdfast.tasks.spec import TaskSpec, parse_classes, parse_spec, split_off
 from holdfast.tasks.text import LENGTH
-from holdfast.tasks.tokenizers import Tokenizer, load_tokenizer
+from holdfast.tasks.text_to_image import LENGTH as CAPTION
+from holdfast.tasks.text_to_image import TextToImageTask
+from holdfast.tasks.tokenizers import WORDS, Tokenizer, load_tokenizer
 
 
 def list_tasks() -> list[str]:
@@ -57,10 +59,11 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ta
     spec = parse_spec(task) if isinstance(task, str) else task
     source, classes = split_off(spec.data)
     spec = _with_kind(spec, source, _folder(data_dir))
-    for kind, keys in _OF_KINDS.items():
-        for key in keys:
-            if getattr(spec, key) != TaskSpec.model_fields[key].default and spec.kind != kind:
-                raise HoldfastError(f"Task {spec.data!r}: {key} is for kind={kind}, and its kind is {spec.kind}.")
+    for key, kinds in _OF_KINDS.items():
+        if getattr(spec, key) != TaskSpec.model_fields[key].default and spec.kind not in kinds:
+            raise HoldfastError(
+                f"Task {spec.data!r}: {key} is for kind={' or '.join(kinds)}, and its kind is {spec.kind}."
+            )
     folder = _folder(data_dir)
     if is_text(spec, data_dir=data_dir):
         loaded = _load_text(source, spec, folder)
@@ -73,18 +76,28 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ta
         if classes is not None:
             raise HoldfastError(f"Task {spec.data!r}: {source} is not over arrays in memory; leave [...] out.")
         return loaded
-    return _narrowed(loaded, spec, classes)
+    return _narrowed(loaded, spec, classes, folder)
 
 
-def _narrowed(loaded: InMemoryTask, spec: TaskSpec, classes: str | None) -> InMemoryTask:
+def _noised(loaded: InMemoryTask, spec: TaskSpec, folder: Path | None) -> DenoisingTask:
+    """The task of removing noise from a source's images, with captions if its kind has them."""
+    schedule = None if spec.schedule is None else Schedule.named(spec.schedule)
+    if spec.kind == "denoising":
+        return DenoisingTask.of(loaded, schedule, spec.timesteps)
+    return TextToImageTask.captioned(
+        loaded, template=spec.caption, tokenizer=load_tokenizer((spec.tokenizer or WORDS).removeprefix("hf:"), folder),
+        length=spec.length or CAPTION, dropout=spec.caption_dropout, schedule=schedule, timesteps=spec.timesteps,
+    )  # fmt: skip
+
+
+def _narrowed(loaded: InMemoryTask, spec: TaskSpec, classes: str | None, folder: Path | None) -> InMemoryTask:
     """The part of a source that the spec describes."""
     if not loaded.drawn:
         _refuse_idle(spec, "data that has its own split", "test_fraction")
         if spec.train_limit is None and spec.test_limit is None:
             _refuse_idle(spec, "data from which nothing is drawn", "seed")
-    if spec.kind == "denoising":
-        schedule = None if spec.schedule is None else Schedule.named(spec.schedule)
-        loaded = DenoisingTask.of(loaded, schedule, spec.timesteps)
+    if spec.kind in _NOISED:
+        loaded = _noised(loaded, spec, folder)
     if classes is not None:
         if not isinstance(loaded, ArrayTask):
             raise HoldfastError(f"Task {spec.data!r}: {spec.kind} has no classes to choose from; leave [...] out.")
@@ -137,7 +150,7 @@ def _folder(data_dir: Path | str | None) -> Path | None:
 
 
 def _refuse_text_settings(spec: TaskSpec) -> None:
-    for key in ("text", "tokenizer", "length"):
+    for key in ("text",) if spec.kind == "text-to-image" else ("text", "tokenizer", "length"):
         if getattr(spec, key):
             raise HoldfastError(
                 f"Task {spec.data!r}: {key} is for text, and its data is not text; expected a .parquet file, a .csv "
@@ -220,7 +233,7 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> Task:
 def _load_path(path: Path, spec: TaskSpec) -> InMemoryTask:
     if spec.kind == "regression" and path.suffix != ".csv":
         raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {path.name!r} holds classes.")
-    kind = DenoisingTask if spec.kind == "denoising" else ArrayTask
+    kind = DenoisingTask if spec.kind in _NOISED else ArrayTask  # which needs no labels
     drawn: dict[str, Any] = {"test_fraction": spec.test_fraction, "seed": spec.seed}
     if path.is_dir():
         _refuse_idle(spec, "a folder", *_OF_TABLES)
@@ -273,8 +286,12 @@ SPOKEN = ("made-up-facts", "phrases")
 TEXT_SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 """Files that become tasks of language models."""
 
-_OF_KINDS = {"denoising": ("schedule", "timesteps"), "next-token": ("measure", "loss_on")}
-"""Settings that one kind of task has alone."""
+_NOISED = ("denoising", "text-to-image")
+_OF_KINDS = {
+    "schedule": _NOISED, "timesteps": _NOISED, "caption": _NOISED[1:], "caption_dropout": _NOISED[1:],
+    "measure": ("next-token",), "loss_on": ("next-token",),
+}  # fmt: skip
+"""The kinds of tasks that have a setting, for those that others lack."""
 
 _OF_TABLES = ("target", "drop", "encoding", "bins", "fill", "rows")
 

@@ -107,8 +107,21 @@ class Schedule:
         Returns:
             Shape (N, C + 1, H, W); the last channel is t everywhere, so that a batch stays one tensor.
         """
-        alpha_bar = self.alpha_bar.to(images.device)[t].view(-1, 1, 1, 1)
-        return self.with_steps(alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise, t)
+        signal, spread = self.shares(t, images.device)
+        return self.with_steps(signal * images + spread * noise, t)
+
+    def shares(self, t: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns the factors of x_0 and of the noise in x_t: sqrt(alpha-bar_t) and sqrt(1 - alpha-bar_t).
+
+        Args:
+            t: time steps, int64, shape (N,).
+            device: of the result.
+
+        Returns:
+            Twice float32 of shape (N, 1, 1, 1).
+        """
+        alpha_bar = self.alpha_bar.to(device)[t.to(device)].view(-1, 1, 1, 1)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     @staticmethod
     def with_steps(x: Tensor, t: Tensor) -> Tensor:

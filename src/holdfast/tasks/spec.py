@@ -35,16 +35,22 @@ class TaskSpec(BaseModel):
     )
     tokenizer: str | None = Field(
         None,
-        description="For text: a folder, package:NAME/FOLDER, a name on the Hub, or `words`; by default that of an hf: "
-        "model.",
+        description="For text and captions: a folder, package:NAME/FOLDER, a name on the Hub, or `words`; by default "
+        "the model's own.",
     )
     length: int | None = Field(
-        None, ge=1, description=f"For text: tokens a sentence; null: {LENGTH}, and 128 for files of texts and rows."
+        None, ge=1, description=f"For text: tokens a sentence; null: {LENGTH}, 128 for files of texts and rows, 16 for captions."
     )
-    kind: Literal["classification", "regression", "denoising", "next-token"] = Field(
+    kind: Literal["classification", "regression", "denoising", "text-to-image", "next-token"] = Field(
         "classification",
-        description="What is predicted: a class, a number of a CSV (regression), the noise of images (denoising), or "
-        "the next token of a text (next-token).",
+        description="What is predicted: a class, a number of a CSV (regression), the noise of images (denoising), the "
+        "same with their captions (text-to-image), or the next token of a text (next-token).",
+    )
+    caption: str = Field(
+        "{}", description="For text-to-image: the caption of a class, such as `a photo of {}`; {} is its name."
+    )
+    caption_dropout: float = Field(
+        0.1, ge=0, lt=1, description="For text-to-image: the share of captions that are left out in training."
     )
     measure: Literal["nll", "exact", "choices"] | None = Field(
         None,
@@ -57,11 +63,11 @@ class TaskSpec(BaseModel):
     )
     schedule: str | None = Field(
         None,
-        description="For denoising: linear (null), scaled_linear, squaredcos_cap_v2, sigmoid, or a diffusers folder.",
+        description="For images with noise: linear (null), scaled_linear, squaredcos_cap_v2, sigmoid, or a diffusers folder.",
     )
     timesteps: tuple[int, ...] = Field(
         (),
-        description="For denoising: the time steps that are drawn, A+B on a command line; none: all of the schedule.",
+        description="For images with noise: the time steps that are drawn, A+B on a command line; none: all of the schedule.",
     )
     sampled: int | None = Field(
         None, ge=2, description="For next-token: rows that the model itself writes, instead of `data`."

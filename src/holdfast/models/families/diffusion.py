@@ -99,13 +99,23 @@ class Denoiser(SplitModel):
         t = x[:, -1, 0, 0].round().long()
         noised = x[:, :-1].to(self.precision or self.dtype)
         output: Tensor = self.network(noised, t).sample
+        return self.noise_of(output, noised, t)
+
+    def noise_of(self, output: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        """Returns the noise that the network's prediction means; see `forward`.
+
+        Args:
+            output: what the network returned, shape (N, C, H, W).
+            noised: x_t, like the output.
+            t: time steps, int64, shape (N,).
+        """
         if self.predicts == "epsilon":
             return output
         # In float32 at least: in bfloat16, 0.9999 is 1, and 1 - alpha-bar would be 0.
-        a = self.schedule.alpha_bar.to(t.device)[t.clamp(0, self.schedule.steps - 1)].view(-1, 1, 1, 1)
+        signal, spread = self.schedule.shares(t.clamp(0, self.schedule.steps - 1), t.device)
         if self.predicts == "v_prediction":
-            return (a.sqrt() * output + (1 - a).sqrt() * noised).to(output.dtype)
-        return ((noised - a.sqrt() * output) / (1 - a).sqrt()).to(output.dtype)
+            return (signal * output + spread * noised).to(output.dtype)
+        return ((noised - signal * output) / spread).to(output.dtype)
 
     def not_probed(self, depth: int) -> str | None:
         """See `SplitModel.not_probed`: for the last block of models that predict epsilon."""
