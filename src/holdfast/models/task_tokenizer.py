@@ -26,13 +26,24 @@ def read_by(
         'digits'
     """
     spec = parse_spec(task) if isinstance(task, str) else task
-    if model is None or spec.tokenizer is not None or not is_text(spec, data_dir=data_dir):
+    if model is None or spec.tokenizer is not None:
+        return task
+    if spec.kind == "text-to-image":
+        return _captioned_for(spec, model, data_dir)
+    if not is_text(spec, data_dir=data_dir):
         return task
     described = model if isinstance(model, ModelSpec) else spec_of(model, data_dir)
     saved = described.options.get("vocabulary")  # that saved weights were trained on
     own = str(saved.get("name")) if isinstance(saved, dict) and "config" in described.options else None
     tokenizer = own or (described.name.removeprefix("hf:") if described.name.startswith("hf:") else None)
     return task if tokenizer is None else spec.model_copy(update={"tokenizer": tokenizer})
+
+
+def _captioned_for(spec: TaskSpec, model: str | ModelSpec, data_dir: Path | str | None) -> TaskSpec:
+    """A task of captions with the tokenizer of the model's text encoder; small models may have none but `words`."""
+    described = model if isinstance(model, ModelSpec) else spec_of(model, data_dir)
+    encoder = described.options.get("text_encoder")
+    return spec if encoder is None else spec.model_copy(update={"tokenizer": str(encoder).removeprefix("hf:")})
 
 
 def load_task_for(task: str | TaskSpec, model: str | ModelSpec | None, *, data_dir: Path | str | None = None) -> Task:

@@ -16,7 +16,6 @@ from holdfast.models.families import diffusion
 from holdfast.models.families.builtin import BuiltIn
 from holdfast.models.families.diffusion import Denoiser, in_order
 from holdfast.models.family import FAMILIES, Built, Shape
-from holdfast.models.introspection import every_tensor
 from holdfast.models.spec import ModelSpec
 from holdfast.models.text_encoders import Encoded, TextEncoder, load_text_encoder
 from holdfast.results import ModelFacts
@@ -162,7 +161,7 @@ class TextToImage(Denoiser):
         return plain.model_copy(update={"sha256": tensors_sha256({}, plain.sha256 + self._text_sha256())})
 
     def _text_sha256(self) -> str:
-        return tensors_sha256(dict(every_tensor(self.text)), "")
+        return tensors_sha256(self.text.state_dict(), "")
 
 
 def text_unet(
