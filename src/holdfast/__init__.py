@@ -1,6 +1,6 @@
 """Holdfast: immunize open-weight models against harmful fine-tuning, and audit honestly whether it worked.
 
-The verbs are `run`, `immunize`, `audit`, `feasibility` and `pretrain`; `load_task` and `load_model` give them
+The verbs are `run`, `immunize`, `audit`, `attack`, `feasibility` and `pretrain`; `load_task` and `load_model` give them
 their input. Names are loaded on first use, so that the command line's help does not wait for torch.
 """
 
@@ -10,8 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see; the names themselves are loaded by `__getattr__`
-    from holdfast.adversaries import BATTERIES, Adversary, FineTuning, Probe, list_adversaries, list_batteries
-    from holdfast.api import audit, feasibility, immunize, run
+    from holdfast.adversaries import (
+        BATTERIES,
+        Adversary,
+        DirectionalAblation,
+        DreamBooth,
+        FewShotPrompt,
+        FineTuning,
+        Probe,
+        TextualInversion,
+        list_adversaries,
+        list_batteries,
+    )
+    from holdfast.api import attack, audit, feasibility, immunize, run
     from holdfast.defenses import (
         DEFENSES,
         IMMA,
@@ -60,10 +71,10 @@ if TYPE_CHECKING:  # what type checkers and editors see; the names themselves ar
     from holdfast.training import Strategy, pretrain
 
 _HOME = {
-    "api": ("audit", "feasibility", "immunize", "run"),
+    "api": ("attack", "audit", "feasibility", "immunize", "run"),
     "adversaries": (
-        "BATTERIES", "Adversary", "DirectionalAblation", "FewShotPrompt", "FineTuning", "Probe", "list_adversaries",
-        "list_batteries",
+        "BATTERIES", "Adversary", "DirectionalAblation", "DreamBooth", "FewShotPrompt", "FineTuning", "Probe",
+        "TextualInversion", "list_adversaries", "list_batteries",
     ),
     "defenses": (
         "DEFENSES", "IMMA", "LEACE", "NTL", "TAR", "ConditionNumber", "DeepCondition", "DeepIMMA", "DeepOptKappa",

@@ -8,16 +8,18 @@ from typing import Any, TypedDict, Unpack
 
 from pydantic import ValidationError
 
-from holdfast.adversaries import Adversary
+from holdfast.adversaries import Adversary, Search, battery_config
 from holdfast.auditing.spec import AuditSpec
+from holdfast.auditing.trials import applicable, few_of
 from holdfast.defenses import Defense
 from holdfast.defenses.registry import build_defense
 from holdfast.errors import HoldfastError
+from holdfast.experiments.attacks import outcome_of, run_attacks
 from holdfast.experiments.runner import refuse_unused, run_recipe
 from holdfast.experiments.workspace import Workspace
 from holdfast.metrics.feasibility import assess, check
-from holdfast.models import SplitModel
-from holdfast.results import AuditResult, Feasibility, Thresholds
+from holdfast.models import SplitModel, check_fits
+from holdfast.results import AuditResult, Curve, Feasibility, Thresholds
 from holdfast.runtime import executors
 from holdfast.runtime.argument_checks import plain, readable, refuse_truth_as_number
 from holdfast.runtime.callbacks import Callback
@@ -219,6 +221,74 @@ def audit(
         if folder is not None:
             workspace.save(audit=result)
     return result
+
+
+def attack(
+    model: SplitModel,
+    *,
+    restricted: Task,
+    benign: Task | None = None,
+    battery: str | Sequence[Adversary] = "quick-v1",
+    budgets: Sequence[int] = (0, 5, 10, 20, 50, 100),
+    shots: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    threads: int | None = None,
+    folder: Path | str | None = None,
+    quiet: bool = True,
+) -> list[Curve]:
+    """Fine-tunes copies of a model as adversaries do, and keeps what they made; without controls or a verdict.
+
+    Args:
+        model: left as it is.
+        restricted: the task to learn; adversaries get their half of its training data, as in an audit.
+        benign: the model's own task, which some adversaries use, and which is scored afterwards; None: it is not given.
+        battery: the name of a battery that is no search, or a list of adversaries. Those that cannot start are left
+            out, with the reason in the result.
+        budgets: fine-tuning steps at which to score; ascending, the first 0.
+        shots: the adversary's training samples per class; None: its whole half.
+        seed: of everything random.
+        device: `auto`, or a torch device.
+        threads: CPU threads of torch; None: its default.
+        folder: where to keep `result.json`, `report.html` and, below `attacked/`, the files of
+            `holdfast.adversaries.saving.save_attacked`; a second call continues there.
+        quiet: show no progress.
+
+    Returns:
+        One curve for each adversary that could start.
+
+    Raises:
+        HoldfastError: for input that cannot work, before any work is done.
+    """
+    _check_objects({"model": model}, {"restricted": restricted, **({} if benign is None else {"benign": benign})})
+    settings = plain({"battery": battery, "budgets": budgets, "shots": shots})
+    try:
+        spec = AuditSpec.model_validate(settings)
+    except ValidationError as error:
+        raise readable(error, "attack", AuditSpec) from error
+    refuse_truth_as_number(settings, spec, "attack")
+    chosen = spec.plan()
+    if isinstance(chosen, Search):
+        raise HoldfastError(f"{spec.battery_name} is a search, which runs in an audit; expected a list of adversaries.")
+    threads = checked_threads(threads)
+    model = model.unwrapped()
+    workspace = Workspace.start("attack", f"Attack on {model.name} with {restricted.name}", seed, device, folder, quiet)
+    workspace.note_tasks({"benign": benign, "restricted": restricted})
+    made = {"adversaries": battery_config(chosen), "budgets": spec.budgets, "shots": shots}
+    workspace.claim({**made, "model": model.facts().sha256})
+    workspace.note_model("attacked", model)
+    run = workspace.run
+    if benign is not None:
+        check_fits(model, benign, own_task=True, trainable=False)
+    check_fits(model, restricted, own_task=False, trainable=False)
+    with cpu_threads(threads):
+        task = few_of(halves(restricted)[1], shots, run, 0)
+        able, refused = applicable(spec.battery_name, chosen, model, task)
+        with workspace.timed("attack"):
+            curves = run_attacks(model, task, able, benign=benign, budgets=spec.budgets, run=run)
+        if folder is not None:
+            workspace.save(outcome=outcome_of(curves, able, refused, task.audit_unit, run.folder))
+    return curves
 
 
 def feasibility(

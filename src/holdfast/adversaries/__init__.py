@@ -15,10 +15,12 @@ from holdfast.adversaries.batteries import (
     trained_with,
 )
 from holdfast.adversaries.directional_ablation import DirectionalAblation
+from holdfast.adversaries.dreambooth import DreamBooth
 from holdfast.adversaries.few_shot_prompt import FewShotPrompt
 from holdfast.adversaries.finetuning import FineTuning
 from holdfast.adversaries.probes import Probe
 from holdfast.adversaries.search_space import Search
+from holdfast.adversaries.textual_inversion import TextualInversion
 from holdfast.adversaries.undo.moves import UNDO, undo_move
 from holdfast.adversaries.unlabelled import Unlabelled
 
@@ -29,10 +31,12 @@ __all__ = [
     "UNDO",
     "Adversary",
     "DirectionalAblation",
+    "DreamBooth",
     "FewShotPrompt",
     "FineTuning",
     "Probe",
     "Search",
+    "TextualInversion",
     "Unlabelled",
     "battery",
     "battery_config",

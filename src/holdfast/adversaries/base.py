@@ -95,6 +95,7 @@ class Adversary(ABC):
         pruning_thresholds: Sequence[float | None] = (),
         keep: Callable[[SplitModel], object] | None = None,
         score_benign: bool = False,
+        after_step: Callable[[], object] | None = None,
     ) -> Curve:
         """Runs the adversary against a copy of a model and scores it at every budget.
 
@@ -113,6 +114,7 @@ class Adversary(ABC):
                 The score on every second fold is compared, as in a search.
             keep: called with the attacked copy at the end, to save or measure more than scores.
             score_benign: whether `benign` is scored at the end, see `benign_score_after`.
+            after_step: called after each step, to show progress.
 
         Returns:
             Scores and mean training losses at the budgets, up to the one at which the attack stopped.
@@ -123,6 +125,7 @@ class Adversary(ABC):
         trace = Trace()
         with run.seeded("attack", self.name, seed) as generator:
             losses = self.run(victim, task, benign=benign, generator=generator, device=run.device)
+            losses = losses if after_step is None else _counted(losses, after_step)
             trace.follow(losses, lambda: task.audit_outcomes(victim), budgets, pruning_thresholds)
             # This comes last, so that random draws of the model's own code change no score.
             after = benign_score_after(self, model, victim, benign) if score_benign and benign else None
@@ -152,6 +155,13 @@ class Adversary(ABC):
         victim = model.clone().to(device).eval()  # independent of the caller's mode, so that a replay is the same
         keep_head(victim)
         return _head_on_features(victim, task) if self.frozen_body else (victim, task)
+
+
+def _counted(losses: Iterator[Tensor], after_step: Callable[[], object]) -> Iterator[Tensor]:
+    for step, loss in enumerate(losses):
+        if step:
+            after_step()
+        yield loss
 
 
 @dataclass

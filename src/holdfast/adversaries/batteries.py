@@ -46,7 +46,8 @@ def list_batteries() -> list[str]:
     Example:
         >>> list_batteries()
         ['adaptive-causal-v1', 'adaptive-v1', 'adaptive-v2', 'causal-quick-v1', 'causal-v1', 'causal-v2',
-         'generation-v1', 'language-v1', 'probes-v1', 'quick-v1', 'quick-v2', 'side-effects-v1', 'standard-v1']
+         'generation-v1', 'language-v1', 'probes-v1', 'quick-v1', 'quick-v2', 'side-effects-v1', 'standard-v1',
+         'text-to-image-quick-v1', 'text-to-image-v1']
     """
     return sorted([*BATTERIES, *SEARCHES])
 
@@ -56,7 +57,8 @@ def list_adversaries() -> list[str]:
 
     Example:
         >>> list_adversaries()
-        ['directional-ablation', 'few-shot-prompt', 'finetuning', 'probe', 'unlabelled']
+        ['directional-ablation', 'dreambooth', 'few-shot-prompt', 'finetuning', 'probe', 'textual-inversion',
+         'unlabelled']
     """
     return list(KINDS)
 

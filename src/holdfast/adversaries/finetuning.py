@@ -152,7 +152,7 @@ class FineTuning(Adversary):
         self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device
     ) -> Iterator[Tensor]:
         """See `Adversary.run`."""
-        with _named_errors(self.name, model):
+        with named_errors(self.name, model):
             if benign is None and any(getattr(self, option) for option in BENIGN):
                 raise HoldfastError(f"{self.name} uses benign data; give the model's own task (`benign`).")
             beside, teacher = self.start(model, task, benign, generator, device)
@@ -160,9 +160,9 @@ class FineTuning(Adversary):
         if teacher is not None and benign is not None:
             size = self.strategy.batch_size
             first = distil(model, teacher, (benign, task), batch_size=size, generator=generator, device=device)
-            yield from self._caught(islice(first, self.distil_first), model)
+            yield from self.caught(islice(first, self.distil_first), model)
         if beside is not None and self.benign_first:
-            yield from self._caught(beside.first(self.benign_first), model)
+            yield from self.caught(beside.first(self.benign_first), model)
         change = Augmentation(self.augment, generator) if self.augment else None
         penalty = beside.penalty if beside is not None and (self.replay or self.anchor) else None
 
@@ -174,12 +174,12 @@ class FineTuning(Adversary):
 
         held = beside is not None and self.benign_floor
         work = beside.hold(self.benign_floor, train) if beside is not None and held else train(None, None)
-        yield from self._caught(work, model)
+        yield from self.caught(work, model)
 
-    def _caught(self, work: Iterator[Tensor], model: SplitModel) -> Iterator[Tensor]:
+    def caught(self, work: Iterator[Tensor], model: SplitModel) -> Iterator[Tensor]:
         """Yields what some training yields; errors in it name this adversary and the model."""
         while True:
-            with _named_errors(self.name, model):
+            with named_errors(self.name, model):
                 loss = next(work, None)
             if loss is None:
                 return
@@ -240,7 +240,7 @@ class FineTuning(Adversary):
 
 
 @contextmanager
-def _named_errors(adversary: str, model: SplitModel) -> Iterator[None]:
+def named_errors(adversary: str, model: SplitModel) -> Iterator[None]:
     """Turns any exception of a user's network into a HoldfastError that names adversary and model."""
     try:
         yield

@@ -254,6 +254,72 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
 
 
 @dataclass(kw_only=True)
+class Attack(ComputeOptions, ModelOptions, Command):
+    """Fine-tune a model as adversaries do, and keep what they made: weights, a LoRA, or learned word vectors.
+
+    Without controls and a verdict, which `holdfast audit` has; adversaries get the same half of the restricted training
+    data. A killed command continues when it is run again, with the same numbers.
+    """
+
+    model: str = argument(f"The model to attack: {SOURCES}")
+    restricted: str = option(f"The task that it is fine-tuned to: {TASKS}")
+    benign: str | None = option(
+        "Its own task, which sizes the model, which some adversaries use, and which is scored afterwards (default: the "
+        "restricted one sizes the model).",
+        None,
+    )
+    out: Path = option("Folder for result.json, report.html and attacked/, with one folder for each adversary.")
+    adversary: str | None = option(
+        "Kind of a single adversary: finetuning, dreambooth, textual-inversion, probe, unlabelled, ...; its settings "
+        "are set with --set.",
+        None,
+    )
+    battery: str | None = option("Name of a battery, all of whose adversaries run (default: quick-v1).", None)
+    set: Sequence[str] = repeated(
+        "Set a setting of the adversary, such as scope=lora-attention, learning_rate=1e-3; may be repeated.",
+        "KEY=VALUE",
+    )
+    budgets: str = option("Fine-tuning steps after which to score; the first is 0.", "0,5,10,20,50,100")
+    shots: int | None = option("Adversary's training samples a class (default: its whole half).", None)
+    seed: int = option("Seed of all random choices.", 0)
+
+    def __call__(self) -> int:
+        """See `Command`."""
+        from holdfast import api
+        from holdfast.models import load_task_for
+        from holdfast.report.terminal import show
+        from holdfast.results import read_result
+        from holdfast.runtime.argument_checks import split_numbers
+
+        battery = self._battery()
+        restricted = load_task_for(self.restricted, self.model, data_dir=self.data_dir)
+        benign = None if self.benign is None else load_task_for(self.benign, self.model, data_dir=self.data_dir)
+        model = self.loaded(self.model, restricted if benign is None else benign, self.data_dir)
+        api.attack(
+            model, restricted=restricted, benign=benign, battery=battery, shots=self.shots, seed=self.seed,
+            budgets=split_numbers(self.budgets, "--budgets", int), device=self.device, threads=self.threads,
+            folder=self.out, quiet=False,
+        )  # fmt: skip
+        show(read_result(self.out), self.out)
+        return 0
+
+    def _battery(self) -> Any:
+        """The name of a battery, or a list of the adversary that `--adversary` and `--set` describe."""
+        from holdfast.adversaries import build
+        from holdfast.experiments.recipe import read_overrides
+
+        values = read_overrides(self.set)
+        if self.adversary is None:
+            if values:
+                raise HoldfastError(f"--set {next(iter(values))}: settings are those of an --adversary; name its kind.")
+            return self.battery or "quick-v1"
+        if self.battery is not None:
+            raise HoldfastError("--adversary and --battery are both given; keep one.")
+        self.refuse_options(values, ())
+        return [build({"kind": self.adversary, **values})]
+
+
+@dataclass(kw_only=True)
 class Feasibility(ComputeOptions, ModelOptions, Command):
     """Tell from spectra alone whether a linear extractor can immunize a model, by how much, and at what benign cost.
 

@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from holdfast.cli.base import Command, HelpFormatter, add_arguments
-from holdfast.cli.commands import Audit, Feasibility, Immunize, Recipes, Run
+from holdfast.cli.commands import Attack, Audit, Feasibility, Immunize, Recipes, Run
 from holdfast.cli.results import Card, Leaderboard, Replay, Report
 from holdfast.errors import HoldfastError
 from holdfast.runtime.launcher import processes
@@ -24,6 +24,7 @@ COMMANDS: dict[str, type[Command]] = {
     "run": Run,
     "immunize": Immunize,
     "audit": Audit,
+    "attack": Attack,
     "feasibility": Feasibility,
     "report": Report,
     "replay": Replay,

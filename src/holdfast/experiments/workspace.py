@@ -49,9 +49,9 @@ from holdfast.tasks import Task
 from holdfast.tasks.data_checks import validate
 from holdfast.training import PretrainSpec, pretrain
 
-JobName = Literal["run", "immunize", "audit", "feasibility", "study", "protocol"]
+JobName = Literal["run", "immunize", "audit", "attack", "feasibility", "study", "protocol"]
 
-OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints", "pipeline", "pictures")
+OWN_FILES = ("result.json", "report.html", "model.safetensors", "checkpoints", "pipeline", "pictures", "attacked")
 """What a job writes to its folder, beside `job.json`, which marks the folder as made by Holdfast."""
 
 ADDS_SEEDS = ("audit.decide", "audit.max_seeds")

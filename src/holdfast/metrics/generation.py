@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
-from holdfast.models import Denoiser
+from holdfast.models import Denoiser, TextToImage
 from holdfast.tasks import Schedule
+from holdfast.tasks.text_to_image import caption_channel
 
 BATCH = 64
 """Number of pictures computed at a time."""
@@ -150,6 +151,73 @@ def restore(model: Denoiser, pictures: Tensor, t: int, *, seed: int, steps: int 
                 x, clean = model.schedule.step_back(x, model(model.schedule.with_steps(x, step)), step, then)
             restored.append(_pictures(clean))
     return torch.cat(restored)
+
+
+@torch.no_grad()
+def sample_captions(
+    model: TextToImage,
+    ids: Tensor,
+    empty: Tensor,
+    *,
+    seed: int,
+    steps: int = 50,
+    guidance: float = 7.5,
+    batch: int = BATCH,
+) -> Tensor:
+    """Draws an image for each caption, by DDIM without new noise and classifier-free guidance.
+
+    With guidance g, the noise is taken to be epsilon(empty) + g (epsilon(caption) - epsilon(empty)), of Ho and Salimans
+    2021 as diffusers' pipelines have it; see `Schedule.step_back` for a step. Steps are spread evenly.
+
+    Args:
+        model: its mode is not changed.
+        ids: token ids of the captions, int64, shape (N, L).
+        empty: those of the empty caption, shape (L,).
+        seed: of the noise, which is drawn for all captions at once.
+        steps: denoising steps.
+        guidance: g; at 1 the empty caption has no effect.
+        batch: captions at a time.
+
+    Returns:
+        Images x_0 as the model reads them, -1 to 1 for pixels, or latents: shape (N, C, H, W), on the CPU.
+
+    Raises:
+        HoldfastError: for numbers out of range, or a network without a `sample_size`.
+
+    Example:
+        >>> from holdfast.models import load_model
+        >>> from holdfast.tasks import load_task
+        >>> task = load_task("digits@kind=text-to-image")
+        >>> model = load_model("text-unet", task)
+        >>> sample_captions(model, task.tokens[[3, 4]], task.tokens[-1], seed=0, steps=5).shape
+        torch.Size([2, 1, 8, 8])
+    """
+    length = model.schedule.restorable
+    if not 1 <= steps <= length or batch < 1:
+        raise HoldfastError(
+            f"steps is {steps} and batch {batch}; expected 1 to {length} steps, and batches of 1 or more."
+        )
+    if not math.isfinite(guidance):
+        raise HoldfastError(f"guidance is {guidance}; expected a number.")
+    if model.sample_shape is None:
+        raise HoldfastError(f"{model.name} does not specify the size of its pictures; set sample_size in its config.")
+    shape = tuple(model.sample_shape)
+    noise = torch.randn((len(ids), *shape), generator=torch.Generator().manual_seed(seed))
+    captions, without = caption_channel(ids, shape[1:]), caption_channel(empty[None], shape[1:])
+    times = torch.linspace(length - 1, 0, steps).round().long().tolist()
+    images = []
+    with _evaluating(model):
+        for start, shown in zip(torch.split(noise, batch), torch.split(captions, batch), strict=True):
+            x = clean = start.to(model.device)
+            rows = torch.cat([without.expand(len(x), -1, -1, -1), shown]).to(x.device)
+            for now, following in zip(times, [*times[1:], 0], strict=True):
+                step = torch.full((len(x),), now, device=x.device)
+                twice = model.schedule.with_steps(torch.cat([x, x]), step.repeat(2))
+                plain, told = model(torch.cat([twice[:, :-1], rows, twice[:, -1:]], 1)).chunk(2)
+                guided = plain + guidance * (told - plain)
+                x, clean = model.schedule.step_back(x, guided, step, torch.full_like(step, following))
+            images.append(clean.float().cpu())
+    return torch.cat(images)
 
 
 class Distance(NamedTuple):

@@ -48,6 +48,9 @@ def show(result: RunResult, folder: Path) -> None:
         _show_study(result, console)
     if result.job == "protocol":
         _show_protocol(result, console)
+    if result.job == "attack":
+        for finding in result.findings:
+            console.print(f"- {finding}")
     replay = wording.replay_command(result, folder)
     if replay is not None:
         console.print(f"The best adversary again: {replay}")

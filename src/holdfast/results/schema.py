@@ -380,7 +380,7 @@ class RunResult(ResultModel):
     """The content of `result.json`."""
 
     schema_version: Literal["1"] = "1"
-    job: Literal["run", "immunize", "audit", "feasibility", "study", "protocol"] = Field(
+    job: Literal["run", "immunize", "audit", "attack", "feasibility", "study", "protocol"] = Field(
         alias="kind", description="The command that made it; for `run` also `study` or `protocol`."
     )
     title: str

@@ -120,7 +120,9 @@ class TextToImageTask(DenoisingTask):
     def _read_by(self, name: str, template: str, tokenizer: Tokenizer | None, length: int, dropout: float) -> None:
         self.name = name
         if "{}" not in template:
-            raise self._bad(f"caption is {template!r}; expected a text with {{}} for the name, such as 'a photo of {{}}'")
+            raise self._bad(
+                f"caption is {template!r}; expected a text with {{}} for the name, such as 'a photo of {{}}'"
+            )
         if length < 1:
             raise self._bad(f"length is {length}; expected at least one token")
         if not 0 <= dropout < 1:
@@ -186,6 +188,24 @@ class TextToImageTask(DenoisingTask):
         task._read_by(self.name, self.template, self.tokenizer, self.length, dropout)
         task.reworded = self.reworded
         return task
+
+    def with_training_images(self, images: Tensor, labels: Tensor) -> Self:
+        """Returns the task with other training images, such as those that a model has drawn.
+
+        Args:
+            images: x_0 as a model reads it, float32 in [-1, 1] (or latents), shape (N, C, H, W).
+            labels: numbers of their captions, int64, shape (N,).
+
+        Raises:
+            HoldfastError: for images of another shape than the task's.
+        """
+        if images.shape[1:] != self._x["test"].shape[1:] or len(images) != len(labels):
+            raise self._bad(
+                f"images of shape {tuple(images.shape)} with {len(labels)} captions were given; expected (N, "
+                f"{', '.join(map(str, self._x['test'].shape[1:]))}) and N captions"
+            )
+        x, y = {"train": images, "test": self._x["test"]}, {"train": labels, "test": self._y["test"]}
+        return self._with(self.name, x, y)
 
     def inputs(self, noised: Tensor, labels: Tensor) -> Tensor:
         """See `DenoisingTask.inputs`: the caption comes before the time step; label -1 is the empty caption."""

@@ -29,6 +29,8 @@ def not_applicable(strategy: Strategy, model: SplitModel, task: Task) -> str | N
         return "it has no normalisation layer with parameters"
     if strategy.scope == "embeddings" and not _moved_modules(model, "embeddings"):
         return "it has no embedding layer, and no normalisation layer with parameters"
+    if strategy.scope == "cross-attention" and not cross_attention(model):
+        return "it has no cross-attention, which reads a caption"
     if strategy.scope in ADAPTED and not _adaptable(model, strategy.scope):
         part = "attention" if strategy.scope == "lora-attention" else "body"
         return f"its {part} has no linear or convolutional layer that takes adapters"
@@ -105,9 +107,9 @@ def _is_tied(model: SplitModel) -> bool:
 
 
 def _keeps_head(model: SplitModel, strategy: Strategy) -> bool:
-    """Whether the head is not trained: the output embedding of a language model, beside adapters or norm layers."""
-    beside = strategy.scope in (*ADAPTED, "norm")
-    return beside and strategy.initialisation == "direct" and model.answers_with == "next token"
+    """Whether the head is not trained: see `Strategy.scope`. A head that starts anew always is."""
+    beside = BESIDE_HEAD.get(model.answers_with, ())
+    return strategy.initialisation == "direct" and strategy.scope in beside
 
 
 def renew_blocks(model: SplitModel, strategy: Strategy, reference: SplitModel) -> None:
@@ -157,10 +159,25 @@ def _moved_modules(model: SplitModel, scope: Scope) -> list[nn.Module]:
     """The modules that are trained beside the head, for scopes other than "all" and adapters."""
     if scope == "last-block":
         return [module for _, module in model.blocks()[-1]]
+    if scope == "cross-attention":
+        return cross_attention(model)
     if scope not in ("norm", "embeddings"):
         return []
     embedding = (nn.Embedding, nn.EmbeddingBag) if scope == "embeddings" else ()
     return [*(m for m in model.network.modules() if isinstance(m, embedding)), *_normalisations(model)]
+
+
+def cross_attention(model: SplitModel) -> list[nn.Module]:
+    """Returns the layers of diffusers that attend to a caption, each with queries, keys, values and outputs.
+
+    Example:
+        >>> from holdfast.tasks import load_task
+        >>> from holdfast.models import load_model
+        >>> layer = cross_attention(load_model("text-unet", load_task("digits@kind=text-to-image")))[0]
+        >>> [name for name, _ in layer.named_children()]
+        ['to_q', 'to_k', 'to_v', 'to_out']
+    """
+    return [module for module in model.network.modules() if getattr(module, "is_cross_attention", False)]
 
 
 def _normalisations(model: SplitModel) -> list[nn.Module]:
@@ -169,6 +186,12 @@ def _normalisations(model: SplitModel) -> list[nn.Module]:
 
 ADAPTED: Final[tuple[Scope, ...]] = ("lora", "lora-attention", "qlora")
 """Scopes that add adapters beside layers."""
+
+BESIDE_HEAD: Final[dict[str, tuple[Scope, ...]]] = {
+    "next token": (*ADAPTED, "norm"),
+    "noise of a captioned image": (*ADAPTED, "cross-attention"),
+}
+"""By the kind of a model's outputs, the scopes that leave its released head as it is."""
 
 LORA_ALPHA = 16
 """Adapters are scaled by this, divided by their rank."""

@@ -14,7 +14,9 @@ from torch import nn
 from holdfast.errors import HoldfastError, unknown
 
 Initialisation = Literal["direct", "head", "last-block", "last-half", "shrink-perturb"]
-Scope = Literal["all", "head", "last-block", "norm", "embeddings", "lora", "lora-attention", "qlora"]
+Scope = Literal[
+    "all", "head", "last-block", "norm", "embeddings", "lora", "lora-attention", "qlora", "cross-attention"
+]  # fmt: skip
 Schedule = Literal["constant", "cosine", "restarts"]
 Gradient = Literal["raw", "normalised", "sign", "layerwise", "orthogonal"]
 Precision = Literal["float32", "bf16"]
@@ -64,10 +66,12 @@ class Strategy:
             scale and shift of every normalisation layer; "embeddings", these and every embedding layer; "lora",
             low-rank adapters beside every linear and convolutional layer; "lora-attention", only beside those of
             attention, as is usual for diffusion models; "qlora", beside every linear layer of a causal language model,
-            whose own weights are rounded to 4 bits (extra `qlora`). With "head" and "last-block", the rest stays in
-            evaluation mode, and a head that is tied to the input embedding is untied, so that the body stays what it
-            is. With the others the whole model is in training mode, as in all fine-tuning: BatchNorm sees the
-            statistics of the new data.
+            whose own weights are rounded to 4 bits (extra `qlora`); "cross-attention", the queries, keys, values and
+            outputs of every layer that reads a caption. Beside adapters and cross-attention, the released head of a
+            text-to-image model stays as it is, as in diffusers' examples; so does that of a causal language model
+            beside adapters and with "norm". With "head" and "last-block", the rest stays in evaluation mode, and a head
+            that is tied to the input embedding is untied, so that the body stays what it is. With the others the whole
+            model is in training mode, as in all fine-tuning: BatchNorm sees the statistics of the new data.
         optimizer: a name of `OPTIMIZERS`.
         learning_rate: above 0; `schedule` may lower it, see `rate`.
         batch_size: samples a step; capped at the size of the training split.

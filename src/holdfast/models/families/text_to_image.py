@@ -127,6 +127,11 @@ class TextToImage(Denoiser):
         """
         self._prompts = (captions.to(self.device), prompts.to(self.device))
 
+    @property
+    def prompts(self) -> tuple[Tensor, Tensor] | None:
+        """The captions and what is read in place of each, as `prompt_with` got them; None: every caption is read."""
+        return self._prompts
+
     def _prompted(self, ids: Tensor) -> Tensor:
         if self._prompts is None or self._prompts[0].shape[1] != ids.shape[1]:
             return ids
