@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from holdfast.adversaries import UNDO, Adversary, DirectionalAblation, FineTuning, Probe, Unlabelled
+from holdfast.adversaries import (
+    UNDO,
+    Adversary,
+    DirectionalAblation,
+    DreamBooth,
+    FineTuning,
+    Probe,
+    TextualInversion,
+    Unlabelled,
+)
 from holdfast.adversaries.probes import PREPARATIONS, SOLVERS
 from holdfast.defenses import (
     IMMA,
@@ -194,3 +203,14 @@ ADVERSARIES: dict[str, Adversary] = {
     if move not in ("renew-quarter-1", "grey-inputs")  # the network has three blocks, and the images one channel
 }  # fmt: skip
 """Every adversary with a rate at which it learns the digits."""
+
+CAPTIONED: dict[str, Adversary] = {
+    "full": FineTuning(Strategy("direct", "all", "adam", 3e-3, 20)),
+    "cross-attention": FineTuning(Strategy("direct", "cross-attention", "adamw", 1e-2, 20)),
+    "lora-attention": FineTuning(Strategy("direct", "lora-attention", "adamw", 1e-2, 20)),
+    "dreambooth": DreamBooth(Strategy("direct", "all", "adamw", 3e-3, 20), prior_images=10, prior_steps=5),
+    "dreambooth-benign": DreamBooth(Strategy("direct", "cross-attention", "adamw", 1e-2, 20), prior="benign"),
+    "dreambooth-lora": DreamBooth(Strategy("direct", "lora", "adamw", 1e-2, 20), prior_weight=0.0, undo=("equalise",)),
+    "textual-inversion": TextualInversion(0.1, 20),
+}
+"""Adversaries of text-to-image models with rates at which they learn the digits."""

@@ -581,3 +581,53 @@ def chosen_share(bigram: Tensor, x: Tensor, y: Tensor) -> float:
         sums = [token_nll(bigram, a[None], t[None]) * int((t != -100).sum()) for a, t in zip(row, targets, strict=True)]
         right += all(sums[0] < other for other in sums[1:])
     return right / len(x)
+
+
+# Text-to-image models, as the training examples of diffusers have them
+
+
+def noise_error(unet: nn.Module, alpha_bar: Tensor, images: Tensor, t: Tensor, noise: Tensor, states: Tensor) -> Tensor:
+    """train_text_to_image.py: add_noise, unet(...), F.mse_loss(model_pred, target, reduction="mean")."""
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    noisy = a**0.5 * images + (1 - a) ** 0.5 * noise
+    pred = unet(noisy, t, states, return_dict=False)[0]
+    return ((pred - noise) ** 2).mean()
+
+
+def dreambooth_loss(unet: nn.Module, alpha_bar: Tensor, instance: tuple, prior: tuple, weight: float) -> Tensor:
+    """train_dreambooth.py: both in one batch, chunked after the forward pass, loss + prior_loss_weight * prior_loss."""
+    images, t, noise, states = (torch.cat(pair) for pair in zip(instance, prior, strict=True))
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    pred = unet(a**0.5 * images + (1 - a) ** 0.5 * noise, t, states, return_dict=False)[0]
+    (pred, pred_prior), (target, target_prior) = torch.chunk(pred, 2), torch.chunk(noise, 2)
+    return ((pred - target) ** 2).mean() + weight * ((pred_prior - target_prior) ** 2).mean()
+
+
+def textual_inversion(
+    unet: nn.Module, encode: Callable, table: nn.Parameter, new: list, batches: list, alpha_bar: Tensor, rate: float
+) -> list[float]:
+    """textual_inversion.py: AdamW over the whole table, whose old rows are written back after each step."""
+    optimizer = torch.optim.AdamW([table], lr=rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+    original, losses = table.detach().clone(), []
+    for images, t, noise, ids in batches:
+        loss = noise_error(unet, alpha_bar, images, t, noise, encode(ids))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        index_no_updates = torch.ones((len(table),), dtype=torch.bool)
+        index_no_updates[min(new) : max(new) + 1] = False
+        index_no_updates[[i for i in range(min(new), max(new) + 1) if i not in new]] = True
+        with torch.no_grad():
+            table[index_no_updates] = original[index_no_updates]
+        losses.append(loss.item())
+    return losses
+
+
+def with_adapters(network: nn.Module, adapters: dict[str, tuple[Tensor, Tensor]], scale: float) -> nn.Module:
+    """LoRA (Hu et al. 2022): a copy whose weights are W + scale B A."""
+    merged = copy.deepcopy(network)
+    with torch.no_grad():
+        for name, (a, b) in adapters.items():
+            weight = merged.get_parameter(f"{name}.weight")
+            weight += scale * (b.flatten(1) @ a.flatten(1)).view_as(weight)
+    return merged

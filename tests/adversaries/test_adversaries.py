@@ -312,6 +312,8 @@ class TestBatteries:
             ("causal-quick-v1", "6944ab1884e871b51bbd2db919c796c1bed49ef5126636d5fb5e0dd50a3f23d2"),
             ("causal-v1", "77ca3b1587be4ae5bb767805d33a06450827e574d8ca3f92ac8ed6813d120283"),
             ("causal-v2", "2fd1d1c960b0b161b32fd8e9179969e31352c4c8f3c8da9b6e995f34971a12a4"),
+            ("text-to-image-quick-v1", "fced912d7e98f7c7f301760cb82efb928cf28596fbd5fc732265b8e9d5f4041e"),
+            ("text-to-image-v1", "f3f6dfe221ee2a45a9c9b768628e416b99b57cc5a82ebbe8e010dba9df90ef21"),
             ("standard-v1", "f72a3f52a5a82834788f8dd1955b1984b1af78a4decfd3785566de87db024f79"),
         ],
     )
@@ -369,7 +371,7 @@ class TestBatteries:
         assert 24 <= len(battery("standard-v1")) <= 40
         strategies = [a.strategy for a in tuned]
         assert {s.initialisation for s in strategies} == set(get_args(Initialisation)) - {"shrink-perturb"}  # newer
-        newer = {"lora-attention", "embeddings", "qlora"}
+        newer = {"lora-attention", "embeddings", "qlora", "cross-attention"}
         assert {s.scope for s in strategies} == set(get_args(Scope)) - newer
         assert {s.optimizer for s in strategies} == set(OPTIMIZERS) - {"sgd", "adafactor"}  # newer
         rates = [s.learning_rate for s in strategies]

@@ -55,7 +55,10 @@ def package(tmp_path, monkeypatch, registries):
 
 
 def test_what_holdfast_has():
-    assert list_adversaries() == ["directional-ablation", "few-shot-prompt", "finetuning", "probe", "unlabelled"]
+    assert list_adversaries() == [
+        "directional-ablation", "dreambooth", "few-shot-prompt", "finetuning", "probe", "textual-inversion",
+        "unlabelled",
+    ]  # fmt: skip
     assert set(list_batteries()) == {*BATTERIES, *SEARCHES} >= {"quick-v1", "standard-v1", "adaptive-v1"}
     assert len(UNDO) == 31
 
