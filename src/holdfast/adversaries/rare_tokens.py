@@ -69,9 +69,9 @@ class Concepts:
         >>> task = load_task("digits[3-4]@kind=text-to-image,caption=a digit {},length=5")
         >>> concepts = Concepts.of(task)
         >>> concepts.captions.tolist()
-        [[828, 251, 376, 0, 0], [828, 251, 516, 0, 0]]
+        [[828, 251, 917, 0, 0], [828, 251, 659, 0, 0]]
         >>> concepts.with_tokens([1, 2]).tolist()
-        [[828, 251, 1, 376, 0], [828, 251, 2, 516, 0]]
+        [[828, 251, 1, 917, 0], [828, 251, 2, 659, 0]]
         >>> concepts.in_place([1, 2]).tolist()
         [[828, 251, 1, 0, 0], [828, 251, 2, 0, 0]]
     """
