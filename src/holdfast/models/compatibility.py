@@ -83,7 +83,8 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
 
 
 _KINDS = {
-    "noise": "a denoiser", "noise of a captioned image": "a text-to-image model", "vector": "not a denoiser or language model", "next token": "a language model",
+    "noise": "a denoiser", "noise of a captioned image": "a text-to-image model",
+    "vector": "not a denoiser or language model", "next token": "a language model",
 }  # fmt: skip
 _REMEDIES = {
     "noise": "Models for it are `unet` or a folder of an unconditional pipeline of diffusers.",

@@ -15,8 +15,9 @@ from holdfast.tasks.denoising import DenoisingTask
 from holdfast.tasks.downloads import DOWNLOADS, TEXTS, download, download_text
 from holdfast.tasks.image_folder import load_folder
 from holdfast.tasks.in_memory import InMemoryTask
+from holdfast.tasks.latents import load_autoencoder
 from holdfast.tasks.npz_files import load_npz
-from holdfast.tasks.paths import DATA_VARIABLE, data_folder, place
+from holdfast.tasks.paths import DATA_VARIABLE, cache_folder, data_folder, place
 from holdfast.tasks.schedule import Schedule
 from holdfast.tasks.spec import TaskSpec, parse_classes, parse_spec, split_off
 from holdfast.tasks.text import LENGTH
@@ -84,9 +85,10 @@ def _noised(loaded: InMemoryTask, spec: TaskSpec, folder: Path | None) -> Denois
     schedule = None if spec.schedule is None else Schedule.named(spec.schedule)
     if spec.kind == "denoising":
         return DenoisingTask.of(loaded, schedule, spec.timesteps)
+    tokenizer = load_tokenizer((spec.tokenizer or WORDS).removeprefix("hf:"), folder)
     return TextToImageTask.captioned(
-        loaded, template=spec.caption, tokenizer=load_tokenizer((spec.tokenizer or WORDS).removeprefix("hf:"), folder),
-        length=spec.length or CAPTION, dropout=spec.caption_dropout, schedule=schedule, timesteps=spec.timesteps,
+        loaded, template=spec.caption, tokenizer=tokenizer, length=spec.length or tokenizer.length or CAPTION,
+        dropout=spec.caption_dropout, schedule=schedule, timesteps=spec.timesteps,
     )  # fmt: skip
 
 
@@ -109,7 +111,10 @@ def _narrowed(loaded: InMemoryTask, spec: TaskSpec, classes: str | None, folder:
         loaded = loaded.limit_test(spec.test_limit, spec.seed)
     if spec.image_size is not None or spec.channels is not None:
         loaded = loaded.as_images(spec.image_size, spec.channels)
-    return loaded.inverted() if spec.invert else loaded
+    loaded = loaded.inverted() if spec.invert else loaded
+    if spec.autoencoder is None or not isinstance(loaded, TextToImageTask):
+        return loaded
+    return loaded.in_latents(load_autoencoder(spec.autoencoder, folder), cache_folder(folder))
 
 
 def is_text(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> bool:
@@ -289,6 +294,7 @@ TEXT_SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 _NOISED = ("denoising", "text-to-image")
 _OF_KINDS = {
     "schedule": _NOISED, "timesteps": _NOISED, "caption": _NOISED[1:], "caption_dropout": _NOISED[1:],
+    "autoencoder": _NOISED[1:],
     "measure": ("next-token",), "loss_on": ("next-token",),
 }  # fmt: skip
 """The kinds of tasks that have a setting, for those that others lack."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from holdfast.errors import HoldfastError
 from holdfast.results import TaskFacts
 from holdfast.tasks.denoising import DenoisingTask
 from holdfast.tasks.in_memory import InMemoryTask
+from holdfast.tasks.latents import Autoencoder
 from holdfast.tasks.schedule import Schedule
 from holdfast.tasks.tokenizers import Tokenizer, Vocabulary, load_tokenizer
 
@@ -73,6 +75,8 @@ class TextToImageTask(DenoisingTask):
     kind = "text-to-image"
     answers_with = "noise of a captioned image"
     more_channels: ClassVar[int] = 1
+    autoencoder: Autoencoder | None = None
+    """Makes the latents of its images; None: noise is added to the pixels."""
 
     def __init__(
         self,
@@ -120,23 +124,19 @@ class TextToImageTask(DenoisingTask):
     def _read_by(self, name: str, template: str, tokenizer: Tokenizer | None, length: int, dropout: float) -> None:
         self.name = name
         if "{}" not in template:
-            raise self._bad(f"caption is {template!r}; expected a text with {{}} for the name, such as 'a photo of {{}}'")
+            raise self._bad(
+                f"caption is {template!r}; expected a text with {{}} for the name, such as 'a photo of {{}}'"
+            )
         if length < 1:
             raise self._bad(f"length is {length}; expected at least one token")
         if not 0 <= dropout < 1:
             raise self._bad(f"caption_dropout is {dropout}; expected a share from 0 to below 1")
         self.template, self.dropout, self.length = template, dropout, length
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer("words")
-        self.vocabulary: Vocabulary = self.tokenizer.vocabulary  # type: ignore[misc]
+        self.vocabulary: Vocabulary = self.tokenizer.vocabulary
         self.reworded: dict[str, str] = {}
 
     def _set(self, x: dict[str, Tensor], y: dict[str, Tensor]) -> None:
-        pixels = x["train"].shape[2] * x["train"].shape[3]
-        if self.length + 1 > pixels:
-            raise self._bad(
-                f"captions have {self.length} tokens, and images {pixels} pixels, of which a caption takes one more "
-                f"than tokens; set length to at most {pixels - 1}, or a larger image_size"
-            )
         self._encode(tuple(x["train"].shape[2:]))
         super()._set(x, y)
 
@@ -148,6 +148,13 @@ class TextToImageTask(DenoisingTask):
         self.tokens = torch.from_numpy(self.tokenizer.encode([*self.captions, ""], self.length))
         if int(self.tokens.max()) >= UNTIL:
             raise self._bad(f"the tokenizer has ids up to {int(self.tokens.max())}; expected below {UNTIL}")
+        count, places = self.tokens.shape[1], sides[0] * sides[1]
+        if count + 1 > places:
+            most = (places - 1) * self.length // count
+            raise self._bad(
+                f"captions have {count} tokens, and images {places} pixels (or places of latents), of which a caption "
+                f"takes one more than tokens; set length to at most {most}, or a larger image_size"
+            )
         self._rows, self._encoded = caption_channel(self.tokens, sides), known
 
     @property
@@ -186,6 +193,45 @@ class TextToImageTask(DenoisingTask):
         task._read_by(self.name, self.template, self.tokenizer, self.length, dropout)
         task.reworded = self.reworded
         return task
+
+    def in_latents(self, autoencoder: Autoencoder, cache: Path) -> Self:
+        """Returns the same task over the latents of its images.
+
+        Args:
+            autoencoder: makes them.
+            cache: folder in which they are kept, see `Autoencoder.latents`.
+
+        Raises:
+            HoldfastError: if the autoencoder cannot read the images, or they are latents already.
+        """
+        if self.autoencoder is not None:
+            raise self._bad(f"its images are latents of {self.autoencoder.name} already")
+        task = copy.copy(self)
+        task.autoencoder = autoencoder
+        task._set({split: autoencoder.latents(x, cache) for split, x in self._x.items()}, self._y)
+        return task
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """Returns images x_0 as pictures: float32 in [0, 1], shape (N, C, H, W), on the CPU.
+
+        Args:
+            x: images in [-1, 1], or latents if the task has an autoencoder, which decodes them.
+
+        Example:
+            >>> from holdfast.tasks import load_task
+            >>> task = load_task("digits@kind=text-to-image")
+            >>> task.pixels(task.images("test")[:2]).max()
+            tensor(1.)
+        """
+        if self.autoencoder is not None:
+            return self.autoencoder.decode(x)
+        return (x.float().cpu() / 2 + 0.5).clamp(0, 1)
+
+    def as_images(self, size: int | None = None, channels: int | None = None) -> Self:
+        """See `InMemoryTask.as_images`; latents have the size that their images had."""
+        if self.autoencoder is not None:
+            raise self._bad("latents cannot be resized; resize the images before they are encoded")
+        return super().as_images(size, channels)
 
     def inputs(self, noised: Tensor, labels: Tensor) -> Tensor:
         """See `DenoisingTask.inputs`: the caption comes before the time step; label -1 is the empty caption."""
