@@ -65,14 +65,16 @@ def autoencoder(channels: int = LATENT, **more: Any) -> Any:
 def unet(**more: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(
-        sample_size=SIDE // 2, in_channels=LATENT, out_channels=LATENT, block_out_channels=(8, 16), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=2, norm_num_groups=4, **{"cross_attention_dim": 8, **more},
-    )  # fmt: skip
+    settings = {
+        "sample_size": SIDE // 2, "in_channels": LATENT, "out_channels": LATENT, "block_out_channels": (8, 16),
+        "layers_per_block": 1, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 2, "norm_num_groups": 4,
+        "cross_attention_dim": 8,
+    }  # fmt: skip
+    return UNet2DConditionModel(**{**settings, **more})
 
 
-def stable_diffusion(**more: Any) -> Any:
+def stable_diffusion() -> Any:
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
     scheduler = PNDMScheduler(
@@ -129,8 +131,8 @@ def sd3() -> Any:
         pos_embed_max_size=16,
     )  # fmt: skip
     return StableDiffusion3Pipeline(
-        network, FlowMatchEulerDiscreteScheduler(shift=3.0), autoencoder(), clip(8, projection=6), clip_tokenizer(),
-        clip(12, projection=10), clip_tokenizer("!"), t5(24), t5_tokenizer(),
+        network, FlowMatchEulerDiscreteScheduler(shift=3.0), autoencoder(shift_factor=0.25), clip(8, projection=6),
+        clip_tokenizer(), clip(12, projection=10), clip_tokenizer("!"), t5(24), t5_tokenizer(),
     )  # fmt: skip
 
 
