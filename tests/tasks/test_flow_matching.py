@@ -83,9 +83,8 @@ class TestSchedule:
         assert torch.allclose(diffusion.alpha_bar, flow.alpha_bar, atol=1e-5)
         assert not diffusion.same_noise(flow)
         assert shifted.describe() == "flow matching, 1000 steps, shift 3"
-        assert (
-            len({load_task(f"digits[0-1]@kind=denoising,schedule={n}").facts().sha256 for n in ("flow", "linear")}) == 2
-        )
+        hashes = {load_task(f"digits[0-1]@kind=denoising,schedule={n}").facts().sha256 for n in ("flow", "linear")}
+        assert len(hashes) == 2
 
     @pytest.mark.parametrize(
         "change", [{"shift": 0.0}, {"shift": -1.0}, {"shift": float("nan")}, {"num_train_timesteps": 0},
@@ -108,9 +107,9 @@ class TestSchedule:
 
 class TestTask:
     def test_the_reference_is_the_best_linear_denoiser(self, task):
-        """By least squares on the task's own inputs, for each time step alone: no other slope or offset is better."""
+        """Its error is that of the slope b / (a^2 s^2 + b^2) in closed form, and other slopes have larger ones."""
         x0 = task.images("test").double()
-        mean, variance = x0.mean(), x0.var(correction=0)
+        variance = x0.var(correction=0)
         for t in (50, 500, 950):
             sigma = float(task.schedule.sigma[t])
             slope = sigma / ((1 - sigma) ** 2 * variance + sigma**2)
@@ -120,7 +119,6 @@ class TestTask:
             for worse in (0.9, 1.1):
                 other = worse * slope
                 assert (other * (1 - sigma)) ** 2 * variance + (1 - other * sigma) ** 2 > error
-        assert mean < 0
 
     def test_a_perfect_prediction_has_no_error(self, task, model):
         x0, noise = pair()
