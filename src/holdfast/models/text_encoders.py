@@ -64,7 +64,8 @@ class TextEncoder(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TextEncoder:
         self._known = {}
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, ids: Tensor) -> Encoded:
         """Encodes captions; with a gradient, if any weight needs one.

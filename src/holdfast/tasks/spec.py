@@ -39,7 +39,9 @@ class TaskSpec(BaseModel):
         "the model's own.",
     )
     length: int | None = Field(
-        None, ge=1, description=f"For text: tokens a sentence; null: {LENGTH}, 128 for files of texts and rows, 16 for captions."
+        None,
+        ge=1,
+        description=f"For text: tokens a sentence; null: {LENGTH}, 128 for files of texts and rows, 16 for captions.",
     )
     kind: Literal["classification", "regression", "denoising", "text-to-image", "next-token"] = Field(
         "classification",
@@ -63,11 +65,13 @@ class TaskSpec(BaseModel):
     )
     schedule: str | None = Field(
         None,
-        description="For images with noise: linear (null), scaled_linear, squaredcos_cap_v2, sigmoid, or a diffusers folder.",
+        description="For images with noise: linear (null), scaled_linear, squaredcos_cap_v2, sigmoid, or a diffusers "
+        "folder.",
     )
     timesteps: tuple[int, ...] = Field(
         (),
-        description="For images with noise: the time steps that are drawn, A+B on a command line; none: all of the schedule.",
+        description="For images with noise: the time steps that are drawn, A+B on a command line; none: all of the "
+        "schedule.",
     )
     sampled: int | None = Field(
         None, ge=2, description="For next-token: rows that the model itself writes, instead of `data`."

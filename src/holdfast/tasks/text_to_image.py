@@ -120,14 +120,16 @@ class TextToImageTask(DenoisingTask):
     def _read_by(self, name: str, template: str, tokenizer: Tokenizer | None, length: int, dropout: float) -> None:
         self.name = name
         if "{}" not in template:
-            raise self._bad(f"caption is {template!r}; expected a text with {{}} for the name, such as 'a photo of {{}}'")
+            raise self._bad(
+                f"caption is {template!r}; expected a text with {{}} for the name, such as 'a photo of {{}}'"
+            )
         if length < 1:
             raise self._bad(f"length is {length}; expected at least one token")
         if not 0 <= dropout < 1:
             raise self._bad(f"caption_dropout is {dropout}; expected a share from 0 to below 1")
         self.template, self.dropout, self.length = template, dropout, length
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer("words")
-        self.vocabulary: Vocabulary = self.tokenizer.vocabulary  # type: ignore[misc]
+        self.vocabulary: Vocabulary = self.tokenizer.vocabulary
         self.reworded: dict[str, str] = {}
 
     def _set(self, x: dict[str, Tensor], y: dict[str, Tensor]) -> None:
@@ -189,8 +191,7 @@ class TextToImageTask(DenoisingTask):
 
     def inputs(self, noised: Tensor, labels: Tensor) -> Tensor:
         """See `DenoisingTask.inputs`: the caption comes before the time step; label -1 is the empty caption."""
-        rows = self._rows.to(noised.device)[labels.to(noised.device)]
-        return torch.cat([noised[:, :-1], rows.to(noised), noised[:, -1:]], 1)
+        return with_caption(noised, self._rows.to(noised.device)[labels.to(noised.device)])
 
     def _shown_labels(self, y: Tensor, generator: torch.Generator | None) -> Tensor:
         if not self.dropout:
@@ -240,6 +241,19 @@ def caption_channel(tokens: Tensor, sides: tuple[int, ...]) -> Tensor:
     channel[:, 0] = length
     channel[:, 1 : length + 1] = tokens.float()
     return channel.view(count, 1, height, width)
+
+
+def with_caption(noised: Tensor, channel: Tensor) -> Tensor:
+    """Returns a text-to-image model's inputs.
+
+    Args:
+        noised: x_t with the time step as the last channel, shape (N, C + 1, H, W).
+        channel: what `caption_channel` made of each image's caption, shape (N, 1, H, W).
+
+    Returns:
+        Shape (N, C + 2, H, W).
+    """
+    return torch.cat([noised[:, :-1], channel.to(noised), noised[:, -1:]], 1)
 
 
 def caption_tokens(channel: Tensor) -> Tensor:
