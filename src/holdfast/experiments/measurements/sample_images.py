@@ -60,7 +60,9 @@ class PicturedModel:
 
     def label(self, several: bool) -> str:
         """Returns the label of its row; with its steps, if there are several numbers of them."""
-        return f"{self.model}, {self.steps} steps" if several and self.adversary is not None else self.model
+        if not several or self.adversary is None:
+            return self.model
+        return f"{self.model}, {self.steps} step{'s' * (self.steps != 1)}"
 
 
 @dataclass(frozen=True)
