@@ -202,6 +202,10 @@ class DenoisingTask(ArrayTask):
         """Stored images as x_0: bytes become numbers from -1 to 1; latents stay as they are."""
         return x.to(dtype).div_(127.5).sub_(1) if x.dtype == torch.uint8 else x.to(dtype)
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """Returns images x_0, as the model has them, as pictures in [0, 1], shape (N, C, H, W)."""
+        return ((images + 1) / 2).clamp(0, 1)
+
     def labels(self, split: Split) -> Tensor:
         """Returns the images' labels: int64, shape (N,); all 0 if they have none."""
         return self._y[split]

@@ -211,21 +211,9 @@ class TextToImageTask(DenoisingTask):
         task._set({split: autoencoder.latents(x, cache) for split, x in self._x.items()}, self._y)
         return task
 
-    def pixels(self, x: Tensor) -> Tensor:
-        """Returns images x_0 as pictures: float32 in [0, 1], shape (N, C, H, W), on the CPU.
-
-        Args:
-            x: images in [-1, 1], or latents if the task has an autoencoder, which decodes them.
-
-        Example:
-            >>> from holdfast.tasks import load_task
-            >>> task = load_task("digits@kind=text-to-image")
-            >>> task.pixels(task.images("test")[:2]).max()
-            tensor(1.)
-        """
-        if self.autoencoder is not None:
-            return self.autoencoder.decode(x)
-        return (x.float().cpu() / 2 + 0.5).clamp(0, 1)
+    def pixels(self, images: Tensor) -> Tensor:
+        """See `DenoisingTask.pixels`; latents are decoded, on the CPU."""
+        return super().pixels(images) if self.autoencoder is None else self.autoencoder.decode(images)
 
     def as_images(self, size: int | None = None, channels: int | None = None) -> Self:
         """See `InMemoryTask.as_images`; latents have the size that their images had."""
@@ -235,8 +223,7 @@ class TextToImageTask(DenoisingTask):
 
     def inputs(self, noised: Tensor, labels: Tensor) -> Tensor:
         """See `DenoisingTask.inputs`: the caption comes before the time step; label -1 is the empty caption."""
-        rows = self._rows.to(noised.device)[labels.to(noised.device)]
-        return torch.cat([noised[:, :-1], rows.to(noised), noised[:, -1:]], 1)
+        return with_caption(noised, self._rows.to(noised.device)[labels.to(noised.device)])
 
     def _shown_labels(self, y: Tensor, generator: torch.Generator | None) -> Tensor:
         if not self.dropout:
@@ -286,6 +273,19 @@ def caption_channel(tokens: Tensor, sides: tuple[int, ...]) -> Tensor:
     channel[:, 0] = length
     channel[:, 1 : length + 1] = tokens.float()
     return channel.view(count, 1, height, width)
+
+
+def with_caption(noised: Tensor, channel: Tensor) -> Tensor:
+    """Returns a text-to-image model's inputs.
+
+    Args:
+        noised: x_t with the time step as the last channel, shape (N, C + 1, H, W).
+        channel: what `caption_channel` made of each image's caption, shape (N, 1, H, W).
+
+    Returns:
+        Shape (N, C + 2, H, W).
+    """
+    return torch.cat([noised[:, :-1], channel.to(noised), noised[:, -1:]], 1)
 
 
 def caption_tokens(channel: Tensor) -> Tensor:

@@ -146,6 +146,10 @@ def repair(model: SplitModel, reference: SplitModel) -> None:
 
 def no_feature_vector(model: SplitModel, task: Task) -> str | None:
     """Returns why a model has no vector of features before its head, or None if it has one."""
-    taken = {"noise": "it is a denoiser, whose head takes an image", "next token": "its head takes every position"}
+    taken = {
+        "noise": "it is a denoiser, whose head takes an image",
+        "noise of a captioned image": "it is a text-to-image model, whose head takes an image",
+        "next token": "its head takes every position",
+    }
     what = taken.get(model.answers_with)
     return None if what is None else f"{what}, not a feature vector"

@@ -313,8 +313,8 @@ class BuiltInTextToImage(BuiltIn):
         width = spec.options.get("text_width", TEXT_WIDTH)
         if not isinstance(named, str | None) or not isinstance(width, int) or width < 1:
             raise HoldfastError(
-                f"Model {spec.name!r}: text_encoder is {named!r} and text_width {width!r}; expected hf:NAME, a folder "
-                "or nothing, and a number of at least 1."
+                f"Model {spec.name!r}: text_encoder is {named!r} and text_width {width!r}; expected hf:NAME, a "
+                "folder or nothing, and a number of at least 1."
             )
         if named is not None and "text_width" in spec.options:
             raise HoldfastError(f"Model {spec.name!r}: text_width has no effect with a text_encoder; leave it out.")
