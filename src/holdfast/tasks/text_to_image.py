@@ -109,12 +109,17 @@ class TextToImageTask(DenoisingTask):
     ) -> Self:
         """Returns the task over another task's images, with the names of its classes as captions.
 
+        Underscores in the names are read as blanks, as folders and arrays are often named so.
+
         Raises:
             HoldfastError: if its inputs are not images, or a setting is out of range.
         """
         shell = object.__new__(cls)
         shell._read_by(task.name, template, tokenizer, length, dropout)
-        shell._over(task, schedule, timesteps)
+        named = copy.copy(task)
+        spoken = [" ".join(name.split("_")).strip() for name in task.class_names]
+        named.class_names = spoken if len(set(spoken)) == len(spoken) and all(spoken) else task.class_names
+        shell._over(named, schedule, timesteps)
         return shell
 
     def _read_by(self, name: str, template: str, tokenizer: Tokenizer | None, length: int, dropout: float) -> None:
@@ -139,23 +144,23 @@ class TextToImageTask(DenoisingTask):
                 f"captions have {self.length} tokens, and images {pixels} pixels, of which a caption takes one more "
                 f"than tokens; set length to at most {pixels - 1}, or a larger image_size"
             )
-        self._encode(tuple(x["train"].shape[2:]))
+        self._encode()
         super()._set(x, y)
 
-    def _encode(self, sides: tuple[int, ...]) -> None:
-        """Token ids of the captions, the empty one last, as channels; unless they are known."""
-        known = (tuple(self.captions), sides)
+    def _encode(self) -> None:
+        """Token ids of the captions, the empty one last; unless they are known."""
+        known = tuple(self.captions)
         if self.__dict__.get("_encoded") == known:
             return
         self.tokens = torch.from_numpy(self.tokenizer.encode([*self.captions, ""], self.length))
         if int(self.tokens.max()) >= UNTIL:
             raise self._bad(f"the tokenizer has ids up to {int(self.tokens.max())}; expected below {UNTIL}")
-        self._rows, self._encoded = caption_channel(self.tokens, sides), known
+        self._encoded = known
 
     @property
     def captions(self) -> list[str]:
         """The captions, one for each of `class_names`."""
-        return [self.reworded.get(name, self.template.format(name)) for name in self.class_names]
+        return [self.reworded.get(name, self.template.replace("{}", name)) for name in self.class_names]
 
     def caption_ids(self, labels: Tensor) -> Tensor:
         """Returns the token ids of images' captions: int64, shape (N, length); -1 is the empty caption.
@@ -191,7 +196,9 @@ class TextToImageTask(DenoisingTask):
 
     def inputs(self, noised: Tensor, labels: Tensor) -> Tensor:
         """See `DenoisingTask.inputs`: the caption comes before the time step; label -1 is the empty caption."""
-        return with_caption(noised, self._rows.to(noised.device)[labels.to(noised.device)])
+        # Of the batch alone: channels of thousands of captions would take more memory than their images.
+        channel = caption_channel(self.caption_ids(labels).to(noised.device), tuple(noised.shape[2:]))
+        return with_caption(noised, channel)
 
     def _shown_labels(self, y: Tensor, generator: torch.Generator | None) -> Tensor:
         if not self.dropout:
@@ -237,7 +244,7 @@ def caption_channel(tokens: Tensor, sides: tuple[int, ...]) -> Tensor:
     height, width = sides
     if length >= height * width:
         raise HoldfastError(f"A caption of {length} tokens does not fit into an image of {height} x {width} pixels.")
-    channel = torch.zeros(count, height * width)
+    channel = torch.zeros(count, height * width, device=tokens.device)
     channel[:, 0] = length
     channel[:, 1 : length + 1] = tokens.float()
     return channel.view(count, 1, height, width)
