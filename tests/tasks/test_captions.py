@@ -119,10 +119,12 @@ class TestFolders:
         refused(tmp_path, "text is caption+prompt", "expected one column", settings=",text=caption+prompt")
 
     def test_names_and_captions_are_read_as_they_are_written(self, tmp_path):
-        for i in range(4):
+        for i in range(8):
             Image.fromarray(shade(i)).save(tmp_path / f"00{i}", format="PNG")
-        (tmp_path / "metadata.csv").write_text("file_name,text\n000,007\n001,None\n002,a_b\n003,  NA \n")
-        assert load(tmp_path).captions == ["007", "NA", "None", "a_b"]
+        texts = ["007", "None", "a_b", "  NA ", *"wxyz"]
+        rows = "".join(f"00{i},{text}\n" for i, text in enumerate(texts))
+        (tmp_path / "metadata.csv").write_text(f"file_name,text\n{rows}")
+        assert load(tmp_path).captions == ["007", "NA", "None", "a_b", *"wxyz"]
         assert load(tmp_path, ",caption=see {}").captions[0] == "see 007"
 
     def test_images_that_are_listed_nowhere_are_counted(self, tmp_path):
@@ -234,8 +236,7 @@ class TestRefusals:
         refused(tmp_path, "test' holds none of metadata.csv", "expected one list")
 
     def test_all_images_alike(self, tmp_path):
-        write(tmp_path, [0, 1])
-        Image.fromarray(shade(0)).save(tmp_path / "1.png")
+        write(tmp_path, [0, 1])  # one of two is for testing
         refused(tmp_path, "all pixels of its test images are the same")
 
     def test_the_kind_is_suggested(self, pics, tmp_path):

@@ -24,8 +24,11 @@ def has_captions(path: Path) -> bool:
     if not path.is_dir():
         return False
     names = (*TRAIN_FOLDERS, *TEST_FOLDERS)
-    splits = [p for p in path.iterdir() if p.name.lower() in names and p.is_dir()]
-    return any((folder / name).is_file() for folder in (path, *splits) for name in METADATA)
+    try:
+        splits = [p for p in path.iterdir() if p.name.lower() in names and p.is_dir()]
+        return any((folder / name).is_file() for folder in (path, *splits) for name in METADATA)
+    except OSError:  # the loader says that the folder cannot be read
+        return False
 
 
 def image_columns(path: Path) -> list[str]:

@@ -282,7 +282,7 @@ def _is_nan(cell: Any) -> bool:
 
 
 def _shown(cell: Any) -> str:
-    if cell is None or cell == "" or _is_nan(cell):
+    if cell is None or _is_nan(cell) or (isinstance(cell, str) and not cell.strip()):
         return "empty"
     return f"{str(cell)[:40]!r} ({type(cell).__name__})"
 
