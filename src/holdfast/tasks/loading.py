@@ -295,7 +295,9 @@ def _load_images(path: Path, spec: TaskSpec) -> InMemoryTask:
         _refuse_idle(spec, "an .npz", *(key for key in _OF_TABLES if key != "target" or not sounds))
         return load_sounds(path, spec.target, kind=kind, **drawn) if sounds else load_npz(path, kind)
     if path.suffix == ".parquet":
-        raise HoldfastError(f"{str(path)!r} has a column of images, and {spec.kind} reads an .npz or a folder of images.")
+        raise HoldfastError(
+            f"{str(path)!r} has a column of images, and {spec.kind} reads an .npz or a folder of images."
+        )
     raise HoldfastError(f"{str(path)!r}: data is read from .npz, .csv, .parquet or a folder of images.")
 
 
