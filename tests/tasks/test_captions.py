@@ -248,6 +248,12 @@ class TestRefusals:
         with pytest.raises(HoldfastError, match=hint):
             load_task(str(tmp_path / "both"))
 
+    @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+    def test_a_list_in_place_of_its_folder(self, pics, suffix):
+        file = listed(pics, [{"file_name": "0.png", "text": "a"}], suffix)
+        refused(file, "lists the images of a folder; give the folder", repr(str(pics)))
+        refused(file.rename(pics / "list.csv"), "images with captions are read from .npz, .parquet or a folder")
+
     def test_settings_without_effect(self, pics, tmp_path):
         refused(pics, "target has no effect on images with captions", settings=",target=text")
         refused("digits", "text has no effect on digits", settings=",text=prompt")

@@ -12,7 +12,15 @@ import torch
 from hypothesis import given, settings
 
 from holdfast.errors import HoldfastError
-from holdfast.tasks import ArrayTask, DenoisingTask, Schedule, TextToImageTask, load_task, load_tokenizer
+from holdfast.tasks import (
+    ArrayTask,
+    DenoisingTask,
+    Schedule,
+    TextToImageTask,
+    load_task,
+    load_tokenizer,
+    text_to_image,
+)
 from holdfast.tasks.data_checks import validate
 from holdfast.tasks.denoising import BLOCK
 from holdfast.tasks.splits import halves
@@ -151,6 +159,22 @@ class TestNarrowing:
         checked = validate({"benign": benign, "restricted": restricted})
         assert checked.flags == []
         assert "8 classes (0, 1, 2, 3, 4, ...)" in checked.lines()[0]
+
+    def test_captions_of_single_images_are_not_listed_as_classes(self, monkeypatch):
+        task = one_each()
+        read = validate({"benign": task}).facts["benign"].read
+        assert (len(read.class_names), len(read.samples["train"])) == (80, 80)
+        monkeypatch.setattr(text_to_image, "MOST_CLASSES", 79)
+        read = validate({"benign": task}).facts["benign"].read
+        assert (read.class_names, read.samples) == ([], {})
+
+    def test_the_same_images_with_other_captions_are_other_data(self, digits):
+        with pytest.raises(HoldfastError, match="are the same data"):
+            validate({"benign": digits, "restricted": digits.subset([*range(9, -1, -1)])})
+        other = digits.with_captions({"3": "a drawing"})
+        assert [flag.name for flag in validate({"benign": digits, "restricted": other}).flags] == [
+            "Tasks that share samples"
+        ]
 
 
 class TestBatches:

@@ -11,7 +11,7 @@ from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.audio import is_sounds, load_sounds
 from holdfast.tasks.base import Task
 from holdfast.tasks.builtin import TASKS, is_sentences, takes
-from holdfast.tasks.caption_sources import has_captions
+from holdfast.tasks.caption_sources import METADATA, has_captions
 from holdfast.tasks.classification import ArrayTask
 from holdfast.tasks.denoising import DenoisingTask
 from holdfast.tasks.downloads import DOWNLOADS, TEXTS, download, download_text
@@ -268,6 +268,8 @@ def _load_path(path: Path, spec: TaskSpec, folder: Path | None) -> InMemoryTask:
 
 def _load_captioned(path: Path, spec: TaskSpec, folder: Path | None) -> InMemoryTask:
     """Images with captions, or with classes whose names are captions."""
+    if path.is_file() and path.name in METADATA:
+        raise HoldfastError(f"{str(path)!r} lists the images of a folder; give the folder: {str(path.parent)!r}.")
     make = partial(TextToImageTask, **_captioned(spec, folder))
     if path.suffix == ".npz" and not is_sounds(path):
         _refuse_idle(spec, "an .npz", *_OF_TABLES, "text")
@@ -298,6 +300,8 @@ def _load_images(path: Path, spec: TaskSpec) -> InMemoryTask:
         raise HoldfastError(
             f"{str(path)!r} has a column of images, and {spec.kind} reads an .npz or a folder of images."
         )
+    if spec.kind == "text-to-image":
+        raise HoldfastError(f"{str(path)!r}: images with captions are read from .npz, .parquet or a folder.")
     raise HoldfastError(f"{str(path)!r}: data is read from .npz, .csv, .parquet or a folder of images.")
 
 

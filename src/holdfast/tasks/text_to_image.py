@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import ClassVar, Self
 
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from holdfast.errors import HoldfastError
 from holdfast.results import TaskFacts
+from holdfast.tasks.base import Split
 from holdfast.tasks.denoising import DenoisingTask
 from holdfast.tasks.in_memory import InMemoryTask
 from holdfast.tasks.schedule import Schedule
@@ -31,6 +32,9 @@ DROPOUT = 0.1
 
 TEMPLATE = "{}"
 """The caption of a class: its name."""
+
+MOST_CLASSES = 1000
+"""Captions that are counted as classes; more are those of single images, and would fill a page of a report."""
 
 UNTIL = 2**24
 """Token ids are below this number, as a float32 holds them exactly."""
@@ -214,6 +218,15 @@ class TextToImageTask(DenoisingTask):
         row = int(beyond.any(1).nonzero()[0])
         shown = [*self.captions, ""][row]
         return f"the caption {shown!r} has the token {int(self.tokens[row].max())}"
+
+    def counts(self, split: Split) -> list[int]:
+        """See `InMemoryTask.counts`; empty if there are more captions than `MOST_CLASSES`."""
+        return super().counts(split) if len(self.class_names) <= MOST_CLASSES else []
+
+    def same_answers(self, other: Self, pairs: Sequence[tuple[Hashable, Hashable]]) -> bool:
+        """See `InMemoryTask.same_answers`: the same images with other captions are other data."""
+        ours, theirs = dict(enumerate(self.captions)), dict(enumerate(other.captions))
+        return all(ours[own] == theirs[given] for own, given in pairs)  # type: ignore[index]
 
     def facts(self) -> TaskFacts:
         """See `Task.facts`; the hash also covers the token ids of the captions."""
