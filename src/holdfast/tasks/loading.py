@@ -258,7 +258,7 @@ def _load_path(path: Path, spec: TaskSpec, folder: Path | None) -> InMemoryTask:
     try:
         return _load_images(path, spec)
     except HoldfastError as error:
-        if not has_captions(path):
+        if not has_captions(path) or (path.is_dir() and spec.kind != "classification"):
             raise
         raise HoldfastError(
             f"{error} It holds images with captions, which are for kind=text-to-image: {spec.data}@kind=text-to-image "
