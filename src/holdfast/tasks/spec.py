@@ -31,7 +31,7 @@ class TaskSpec(BaseModel):
     text: tuple[str, ...] = Field(
         (),
         description="Columns of a table that hold sentences, or prompts (next-token); A+B on a command line. Makes a "
-        "CSV a text task.",
+        "CSV a text task. For text-to-image: the column with captions.",
     )
     tokenizer: str | None = Field(
         None,

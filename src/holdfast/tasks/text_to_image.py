@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from holdfast.errors import HoldfastError
 from holdfast.results import TaskFacts
+from holdfast.tasks.base import Split
 from holdfast.tasks.denoising import DenoisingTask
 from holdfast.tasks.in_memory import InMemoryTask
 from holdfast.tasks.latents import Autoencoder
@@ -33,6 +34,9 @@ DROPOUT = 0.1
 
 TEMPLATE = "{}"
 """The caption of a class: its name."""
+
+MOST_CLASSES = 1000
+"""Captions that are counted as classes; more are those of single images, and would fill a page of a report."""
 
 UNTIL = 2**24
 """Token ids are below this number, as a float32 holds them exactly."""
@@ -113,12 +117,17 @@ class TextToImageTask(DenoisingTask):
     ) -> Self:
         """Returns the task over another task's images, with the names of its classes as captions.
 
+        Underscores in the names are read as blanks, as folders and arrays are often named so.
+
         Raises:
             HoldfastError: if its inputs are not images, or a setting is out of range.
         """
         shell = object.__new__(cls)
         shell._read_by(task.name, template, tokenizer, length, dropout)
-        shell._over(task, schedule, timesteps)
+        named = copy.copy(task)
+        spoken = [" ".join(name.split("_")).strip() for name in task.class_names]
+        named.class_names = spoken if len(set(spoken)) == len(spoken) and all(spoken) else task.class_names
+        shell._over(named, schedule, timesteps)
         return shell
 
     def _read_by(self, name: str, template: str, tokenizer: Tokenizer | None, length: int, dropout: float) -> None:
@@ -137,30 +146,30 @@ class TextToImageTask(DenoisingTask):
         self.reworded: dict[str, str] = {}
 
     def _set(self, x: dict[str, Tensor], y: dict[str, Tensor]) -> None:
-        self._encode(tuple(x["train"].shape[2:]))
-        super()._set(x, y)
-
-    def _encode(self, sides: tuple[int, ...]) -> None:
-        """Token ids of the captions, the empty one last, as channels; unless they are known."""
-        known = (tuple(self.captions), sides)
-        if self.__dict__.get("_encoded") == known:
-            return
-        self.tokens = torch.from_numpy(self.tokenizer.encode([*self.captions, ""], self.length))
-        if int(self.tokens.max()) >= UNTIL:
-            raise self._bad(f"the tokenizer has ids up to {int(self.tokens.max())}; expected below {UNTIL}")
-        count, places = self.tokens.shape[1], sides[0] * sides[1]
+        self._encode()
+        count, places = self.tokens.shape[1], x["train"].shape[2] * x["train"].shape[3]
         if count + 1 > places:
             most = (places - 1) * self.length // count
             raise self._bad(
                 f"captions have {count} tokens, and images {places} pixels (or places of latents), of which a caption "
                 f"takes one more than tokens; set length to at most {most}, or a larger image_size"
             )
-        self._rows, self._encoded = caption_channel(self.tokens, sides), known
+        super()._set(x, y)
+
+    def _encode(self) -> None:
+        """Token ids of the captions, the empty one last; unless they are known."""
+        known = tuple(self.captions)
+        if self.__dict__.get("_encoded") == known:
+            return
+        self.tokens = torch.from_numpy(self.tokenizer.encode([*self.captions, ""], self.length))
+        if int(self.tokens.max()) >= UNTIL:
+            raise self._bad(f"the tokenizer has ids up to {int(self.tokens.max())}; expected below {UNTIL}")
+        self._encoded = known
 
     @property
     def captions(self) -> list[str]:
         """The captions, one for each of `class_names`."""
-        return [self.reworded.get(name, self.template.format(name)) for name in self.class_names]
+        return [self.reworded.get(name, self.template.replace("{}", name)) for name in self.class_names]
 
     def caption_ids(self, labels: Tensor) -> Tensor:
         """Returns the token ids of images' captions: int64, shape (N, length); -1 is the empty caption.
@@ -223,7 +232,9 @@ class TextToImageTask(DenoisingTask):
 
     def inputs(self, noised: Tensor, labels: Tensor) -> Tensor:
         """See `DenoisingTask.inputs`: the caption comes before the time step; label -1 is the empty caption."""
-        return with_caption(noised, self._rows.to(noised.device)[labels.to(noised.device)])
+        # Of the batch alone: channels of thousands of captions would take more memory than their images.
+        channel = caption_channel(self.caption_ids(labels).to(noised.device), tuple(noised.shape[2:]))
+        return with_caption(noised, channel)
 
     def _shown_labels(self, y: Tensor, generator: torch.Generator | None) -> Tensor:
         if not self.dropout:
@@ -239,6 +250,15 @@ class TextToImageTask(DenoisingTask):
         row = int(beyond.any(1).nonzero()[0])
         shown = [*self.captions, ""][row]
         return f"the caption {shown!r} has the token {int(self.tokens[row].max())}"
+
+    def counts(self, split: Split) -> list[int]:
+        """See `InMemoryTask.counts`; empty if there are more captions than `MOST_CLASSES`."""
+        return super().counts(split) if len(self.class_names) <= MOST_CLASSES else []
+
+    def same_answers(self, other: Self, pairs: Sequence[tuple[Hashable, Hashable]]) -> bool:
+        """See `InMemoryTask.same_answers`: the same images with other captions are other data."""
+        ours, theirs = dict(enumerate(self.captions)), dict(enumerate(other.captions))
+        return all(ours[own] == theirs[given] for own, given in pairs)  # type: ignore[index]
 
     def facts(self) -> TaskFacts:
         """See `Task.facts`; the hash also covers the token ids of the captions."""
@@ -269,7 +289,7 @@ def caption_channel(tokens: Tensor, sides: tuple[int, ...]) -> Tensor:
     height, width = sides
     if length >= height * width:
         raise HoldfastError(f"A caption of {length} tokens does not fit into an image of {height} x {width} pixels.")
-    channel = torch.zeros(count, height * width)
+    channel = torch.zeros(count, height * width, device=tokens.device)
     channel[:, 0] = length
     channel[:, 1 : length + 1] = tokens.float()
     return channel.view(count, 1, height, width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ class Denoiser(SplitModel):
     """
 
     answers_with = "noise"
+    task_kind: ClassVar[str] = "denoising"
+    """The kind of the tasks that it fits, for messages."""
 
     def __init__(
         self,
@@ -198,8 +200,8 @@ class Denoiser(SplitModel):
         if not schedule.same_noise(self.schedule):
             raise HoldfastError(
                 f"{self.name} was trained on the noise schedule {self.schedule.describe()}, and its task {task!r} has "
-                f"{schedule.describe()}. Set the task's: {task}@kind=...,schedule=..., with a name or with the model's "
-                "folder."
+                f"{schedule.describe()}. Set the task's: {task}@kind={self.task_kind},schedule=..., with a name "
+                "or with the model's folder."
             )
 
     @property

@@ -60,6 +60,7 @@ class TextToImage(Denoiser):
     """
 
     answers_with = "noise of a captioned image"
+    task_kind = "text-to-image"
     text: TextEncoder
 
     def __init__(
