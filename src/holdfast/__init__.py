@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; the names themselves ar
     )
     from holdfast.errors import HoldfastError
     from holdfast.experiments.measurements.base import list_measurements
-    from holdfast.models import CausalModel, Denoiser, ModelSpec, SplitModel, list_models, load_model
+    from holdfast.models import CausalModel, Denoiser, ModelSpec, SplitModel, TextToImage, list_models, load_model
     from holdfast.report import write_report
     from holdfast.results import AuditResult, Feasibility, RunResult, read_result
     from holdfast.runtime.callbacks import Callback, Tracker
@@ -64,6 +64,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; the names themselves ar
         Task,
         TaskSpec,
         TextTask,
+        TextToImageTask,
         list_tasks,
         load_task,
     )
@@ -83,7 +84,7 @@ _HOME = {
     ),
     "errors": ("HoldfastError",),
     "experiments.measurements.base": ("list_measurements",),
-    "models": ("CausalModel", "Denoiser", "ModelSpec", "SplitModel", "list_models", "load_model"),
+    "models": ("CausalModel", "Denoiser", "ModelSpec", "SplitModel", "TextToImage", "list_models", "load_model"),
     "report": ("write_report",),
     "runtime.callbacks": ("Callback", "Tracker"),
     "results": ("AuditResult", "Feasibility", "RunResult", "read_result"),
@@ -92,7 +93,7 @@ _HOME = {
     "spectral.condition_numbers": ("condition_number",),
     "tasks": (
         "ArrayTask", "DenoisingTask", "NextTokenTask", "RegressionTask", "Schedule", "Task", "TaskSpec", "TextTask",
-        "list_tasks", "load_task",
+        "TextToImageTask", "list_tasks", "load_task",
     ),
     "tasks.splits": ("halves",),
     "training": ("Strategy", "pretrain"),

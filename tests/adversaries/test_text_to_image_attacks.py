@@ -142,10 +142,10 @@ class TestTheSameLossAsDiffusers:
         fixed(monkeypatch, {task.name: [b for _, b in batches]})
         kept = []
         curve = TextualInversion(0.05).attack(model, task, budgets=[0, 1, 2, 3], run=run, keep=kept.append)
-        new, concepts = rare_tokens(model, task, None), Concepts.of(task)
+        (new,), concepts = rare_tokens(model, task, None), Concepts.of(task)
         text = copy.deepcopy(model.text)
         with torch.no_grad():
-            for row, word in zip(new, concepts.words, strict=True):
+            for row, word in zip(new, concepts.parts[0].words, strict=True):
                 text.embedding.weight[row] = text.embedding.weight[list(word)].mean(0)
         table = text.embedding.weight.requires_grad_(True)
         prompts = concepts.in_place(new)
@@ -160,7 +160,7 @@ class TestTheSameLossAsDiffusers:
         before, kept = model.facts().sha256, []
         TextualInversion(0.05).attack(model, tasks[1], budgets=[0, 2], run=run, keep=kept.append)
         rows = (kept[0].text.embedding.weight != model.text.embedding.weight).any(1).nonzero().flatten().tolist()
-        assert rows == sorted(rare_tokens(model, tasks[1], None))
+        assert rows == sorted(rare_tokens(model, tasks[1], None)[0])
         assert model.facts().sha256 == before
         for name, value in model.network.state_dict().items():
             assert torch.equal(value, kept[0].network.state_dict()[name]), name
@@ -190,11 +190,11 @@ class TestTheSameLossAsDiffusers:
 class TestPrompts:
     def test_each_caption_has_a_token_of_its_own(self, model, tasks):
         benign, task = tasks
-        ids = rare_tokens(model, task, benign)
+        (ids,) = rare_tokens(model, task, benign)
         assert len(set(ids)) == len(task.captions)
         assert not {*ids} & {*task.tokens.flatten().tolist(), *benign.tokens.flatten().tolist(), 0}
         assert ids[0] == int(task.tokenizer.encode(["sks"], 1)[0, 0])
-        assert ids == rare_tokens(model, task, benign)
+        assert [ids] == rare_tokens(model, task, benign)
 
     def test_a_tokenizer_with_marks_around_sentences(self, model, tmp_path):
         """As CLIP's: a first and a last token, and the last one pads."""
@@ -215,10 +215,10 @@ class TestPrompts:
             "pets", images, labels, images, labels, ["cat", "dog cat"], template="a photo of {}", tokenizer=tokenizer,
             length=8,
         )  # fmt: skip
-        concepts, ids = Concepts.of(task), rare_tokens(model, task, None)
+        concepts, (ids,) = Concepts.of(task), rare_tokens(model, task, None)
         assert fast.convert_ids_to_tokens(ids) == ["sks", "rare"]
-        assert concepts.words == tuple((fast.convert_tokens_to_ids(w),) for w in ("cat", "cat"))
-        shown = [fast.convert_ids_to_tokens(row) for row in concepts.with_tokens(ids).tolist()]
+        assert concepts.parts[0].words == tuple((fast.convert_tokens_to_ids(w),) for w in ("cat", "cat"))
+        shown = [fast.convert_ids_to_tokens(row) for row in concepts.with_tokens([ids]).tolist()]
         assert shown[0] == ["[START]", "a", "photo", "of", "sks", "cat", "[END]", "[END]"]
         assert shown[1] == ["[START]", "a", "photo", "of", "dog", "rare", "cat", "[END]"]
         shown = [fast.convert_ids_to_tokens(row) for row in concepts.in_place(ids).tolist()]
@@ -265,7 +265,7 @@ class TestPrior:
         assert given["labels"].tolist() == [0, 1, 0, 1, 0]
         seed = int(torch.randint(2**31, (), generator=run.generator("attack", adversary.name, 0)))
         tokens = tasks[1].tokens
-        again = sample_captions(model, tokens[given["labels"]], tokens[-1], seed=seed, steps=3, guidance=2.0)
+        again = sample_captions(model, tokens[given["labels"]], tokens[-1:], seed=seed, steps=3, guidance=2.0)
         assert torch.equal(given["images"], again)
 
     def test_benign_images_need_a_benign_task_with_captions(self, model, tasks, run):
@@ -289,43 +289,19 @@ class TestPrior:
             TextualInversion(**setting)
 
 
-class TestSampling:
-    def test_captions_and_seeds_matter_and_batches_do_not(self, model, tasks):
-        ids, empty = tasks[1].tokens[[0, 1, 0]], tasks[1].tokens[-1]
-
-        def images(**change):
-            return sample_captions(model, ids, empty, **{"seed": 0, "steps": 4, "guidance": 3.0, **change})
-
-        first = images()
-        torch.testing.assert_close(images(batch=2), first, rtol=1e-4, atol=1e-4)
-        assert not torch.equal(images(seed=1), first)
-        assert not torch.equal(sample_captions(model, ids.flip(0)[[1, 0, 1]], empty, seed=0, steps=4), first)
-        assert torch.equal(images(), first)
-        assert not model.training
-
-    def test_guidance_one_needs_no_empty_caption(self, model, tasks):
-        ids = tasks[1].tokens[[0, 1]]
-        pair = [sample_captions(model, ids, e, seed=0, steps=3, guidance=1.0) for e in (tasks[1].tokens[-1], ids[0])]
-        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
-
-    def test_a_step_is_that_of_classifier_free_guidance(self, model, tasks):
-        """One step from the last time step: x_0 of the guided noise."""
-        task = tasks[1]
-        found = sample_captions(model, task.tokens[:1], task.tokens[-1], seed=3, steps=1, guidance=2.5)
-        x = torch.randn((1, 1, 8, 8), generator=torch.Generator().manual_seed(3))
-        with torch.no_grad():
-            t = torch.tensor([999])
-            told, plain = (
-                model.network(x, t, model.text(ids[None]).states).sample for ids in (task.tokens[0], task.tokens[-1])
-            )
-        a = model.schedule.alpha_bar[999]
-        wanted = (x - (1 - a) ** 0.5 * (plain + 2.5 * (told - plain))) / a**0.5
-        torch.testing.assert_close(found, wanted.clamp(-1, 1), rtol=1e-3, atol=1e-3)
-
-    @pytest.mark.parametrize("change", [{"steps": 0}, {"steps": 1001}, {"batch": 0}, {"guidance": float("inf")}])
-    def test_bad_numbers(self, model, tasks, change):
-        with pytest.raises(HoldfastError, match=next(iter(change))):
-            sample_captions(model, tasks[1].tokens[:1], tasks[1].tokens[-1], **{"seed": 0, "steps": 2, **change})
+def test_a_prior_is_drawn_with_classifier_free_guidance(model, tasks):
+    """One step from the last time step: x_0 of the guided noise."""
+    task = tasks[1]
+    found = sample_captions(model, task.tokens[:1], task.tokens[-1:], seed=3, steps=1, guidance=2.5)
+    x = torch.randn((1, 1, 8, 8), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        t = torch.tensor([999])
+        told, plain = (
+            model.network(x, t, model.text(ids[None]).states).sample for ids in (task.tokens[0], task.tokens[-1])
+        )
+    a = model.schedule.alpha_bar[999]
+    wanted = (x - (1 - a) ** 0.5 * (plain + 2.5 * (told - plain))) / a**0.5
+    torch.testing.assert_close(found, wanted.clamp(-1, 1), rtol=1e-3, atol=1e-3)
 
 
 class TestFiles:
@@ -403,7 +379,7 @@ class TestFiles:
         _, files = self.attacked(adversary, model, tasks[1], run, tmp_path)
         assert files == ["pytorch_lora_weights.safetensors", "prompts.json"]
         prompts = json.loads((tmp_path / "prompts.json").read_text())
-        token = rare_tokens(model, tasks[1], None)[1]
+        token = rare_tokens(model, tasks[1], None)[0][1]
         assert prompts["a photo of the digit 9"]["ids"][:7] == [*tasks[1].tokens[1, :5].tolist(), token, 980]
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from holdfast.errors import HoldfastError
 from holdfast.experiments.measurements import sample_images, samples
+from holdfast.experiments.measurements.sample_images import ModelSamples
 from holdfast.experiments.measurements.sample_tables import _about_samples
 from holdfast.experiments.measurements.samples import PicturedModel, Samples
 from holdfast.experiments.recipe import ProtocolRecipe
@@ -184,7 +185,7 @@ def test_without_labels_there_is_no_measure(tmp_path):
 
 def test_a_model_that_gives_no_numbers_is_crossed_out(tmp_path, monkeypatch):
     monkeypatch.setattr(sample_images, "CLASSIFIER_STEPS", 5)  # no distance is taken
-    monkeypatch.setattr(samples, "restore", lambda model, shown, *_, **__: torch.full_like(shown, torch.nan))
+    monkeypatch.setattr(samples, "denoise", lambda model, shown, *_, **__: torch.full_like(shown, torch.nan))
     monkeypatch.setattr(samples, "sample", lambda model, count, **_: torch.full((count, 1, 8, 8), torch.nan))
     found = run(tmp_path / "new", recipe(attacks={}))
     cell = {row["model"]: row for row in found.tables["generation"].rows}["original"]["benign"]
@@ -265,9 +266,9 @@ def test_a_quarter_of_the_noise_by_default():
 )
 def test_findings_say_whether_released_models_still_make_pictures(distance, said):
     albums = {
-        PicturedModel("s", "original", "original"): ({}, Distance(2.0, 0.1)),
-        PicturedModel("s", "D", "immunized"): ({}, distance),
-        PicturedModel("s", "scratch", "scratch", adversary=recipe().plan()[0].adversary, steps=1): (
+        PicturedModel("s", "original", "original"): ModelSamples({}, Distance(2.0, 0.1)),
+        PicturedModel("s", "D", "immunized"): ModelSamples({}, distance),
+        PicturedModel("s", "scratch", "scratch", adversary=recipe().plan()[0].adversary, steps=1): ModelSamples(
             {},
             Distance(9.0, 0.1),
         ),

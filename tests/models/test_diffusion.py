@@ -113,9 +113,9 @@ class TestFolders:
 
     def test_a_folder_of_another_kind_is_refused(self, task, tmp_path):
         folder = saved(tmp_path / "ddpm")
-        edited(folder / "model_index.json", _class_name="StableDiffusionPipeline",
-               unet=["diffusers", "UNet2DConditionModel"])  # fmt: skip
-        with pytest.raises(HoldfastError, match=r"StableDiffusionPipeline.*UNet2DConditionModel.*unconditional"):
+        edited(folder / "model_index.json", _class_name="StableVideoDiffusionPipeline",
+               unet=["diffusers", "UNetSpatioTemporalConditionModel"])  # fmt: skip
+        with pytest.raises(HoldfastError, match=r"StableVideo.*UNetSpatioTemporal.*unconditional.*StableDiffusionXL"):
             load_released(str(folder), None, task)
 
     @pytest.mark.parametrize("text", ["{", "[]", "null", "[" * 100_000, "\xff"])

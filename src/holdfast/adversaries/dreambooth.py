@@ -160,7 +160,7 @@ class DreamBooth(Adversary):
         labels = torch.arange(self.prior_images) % len(task.captions)
         seed = int(torch.randint(2**31, (), generator=generator))
         images = sample_captions(
-            model, task.tokens[labels], task.tokens[-1], seed=seed, steps=self.prior_steps, guidance=self.guidance
+            model, task.tokens[labels], task.tokens[-1:], seed=seed, steps=self.prior_steps, guidance=self.guidance
         )
         return task.with_training_images(images, labels)
 

@@ -26,7 +26,8 @@ class TextualInversion(Adversary):
     word of each caption ("a photo of a <concept>"), and its vector begins as that of the word (the mean, if it has
     several tokens). AdamW trains the table of word vectors, and all other rows are put back after every step. The
     network and the rest of the text encoder keep their weights. A free row of the table is that of the new token, see
-    `rare_tokens`; no row is added. The encoder stays in evaluation mode, and no caption is left out.
+    `rare_tokens`; no row is added. The encoder stays in evaluation mode, and no caption is left out. Of a model with
+    several text encoders the first learns, as in `textual_inversion_sdxl.py`, and the others read the caption as it is.
 
     Attributes:
         learning_rate: that of diffusers by default, which suits the small vectors of CLIP; vectors of unit size need a
@@ -73,11 +74,11 @@ class TextualInversion(Adversary):
     ) -> Iterator[Tensor]:
         """See `Adversary.run`."""
         victim, shown = captioned(model, task, self.name)
-        concepts, ids = Concepts.of(shown), rare_tokens(victim, shown, benign)
+        concepts, ids = Concepts.of(shown), rare_tokens(victim, shown, benign)[0]
         victim.requires_grad_(False)
         table: nn.Parameter = victim.text.requires_grad_(False).embedding.weight  # type: ignore[assignment]
         with torch.no_grad():
-            for token, word in zip(ids, concepts.words, strict=True):
+            for token, word in zip(ids, concepts.parts[0].words, strict=True):
                 table[token] = table[list(word)].mean(0)
         kept = table.detach().clone()
         others = torch.ones(len(table), dtype=torch.bool, device=device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from holdfast.errors import HoldfastError
 from holdfast.models import Denoiser, TextToImage
 from holdfast.tasks import Schedule
-from holdfast.tasks.text_to_image import caption_channel
+from holdfast.tasks.text_to_image import caption_channel, with_caption
 
 BATCH = 64
 """Number of pictures computed at a time."""
@@ -101,27 +101,23 @@ def noised(pictures: Tensor, t: int, schedule: Schedule, *, seed: int) -> Tensor
         >>> noised(torch.ones(1, 1, 2, 2), 0, Schedule(), seed=0).mean() > 0.95
         tensor(True)
     """
-    return _pictures(_forward(pictures, t, schedule, seed)[:, :-1])
+    return _pictures(_forward(2 * pictures - 1, t, schedule, seed)[:, :-1])
 
 
-def _forward(pictures: Tensor, t: int, schedule: Schedule, seed: int) -> Tensor:
+def _forward(images: Tensor, t: int, schedule: Schedule, seed: int) -> Tensor:
     """Returns a denoiser's inputs; the noise depends only on the seed and the shape."""
     if not 0 <= t < schedule.restorable:
         raise HoldfastError(f"The step to add noise to is {t}; expected 0 to {schedule.restorable - 1}.")
-    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(seed))
-    return schedule.noised(2 * pictures - 1, torch.full((len(pictures),), t), noise)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    return schedule.noised(images, torch.full((len(images),), t), noise)
 
 
 def _pictures(x: Tensor) -> Tensor:
     return (x / 2 + 0.5).clamp(0, 1).float().cpu()
 
 
-@torch.no_grad()
 def restore(model: Denoiser, pictures: Tensor, t: int, *, seed: int, steps: int = 50, batch: int = BATCH) -> Tensor:
     """Adds noise to pictures and removes it with a denoiser, as in Figures 5 and 6 of the SOPHON paper.
-
-    Noise is removed by DDIM without new noise (see `Schedule.step_back`), at steps spread evenly from t to 0. The last
-    estimate of x_0 is the result.
 
     Args:
         model: the denoiser; its mode is not changed.
@@ -137,49 +133,73 @@ def restore(model: Denoiser, pictures: Tensor, t: int, *, seed: int, steps: int 
     Raises:
         HoldfastError: for numbers out of range.
     """
+    return _pictures(denoise(model, 2 * pictures - 1, t, seed=seed, steps=steps, batch=batch))
+
+
+@torch.no_grad()
+def denoise(
+    model: Denoiser,
+    images: Tensor,
+    t: int,
+    *,
+    seed: int,
+    steps: int = 50,
+    batch: int = BATCH,
+    captions: Tensor | None = None,
+) -> Tensor:
+    """Adds noise to images and removes it: `restore` for images as a task has them.
+
+    Noise is removed by DDIM without new noise (see `Schedule.step_back`), at steps spread evenly from t to 0. The last
+    estimate of x_0 is the result.
+
+    Args:
+        model: the denoiser.
+        images: x_0, shape (N, C, H, W): pixels from -1 to 1, or latents.
+        t: see `restore`.
+        seed: see `restore`.
+        steps: see `restore`.
+        batch: see `restore`.
+        captions: token ids of each image's caption, which a text-to-image model needs: int64, shape (N, L).
+
+    Returns:
+        Estimates of x_0, on the CPU.
+
+    Raises:
+        HoldfastError: for numbers out of range.
+    """
     if steps < 1 or batch < 1:
         raise HoldfastError(f"steps is {steps} and batch {batch}; expected at least 1 of both.")
-    start = _forward(pictures, t, model.schedule, seed).to(model.device)
-    times = torch.linspace(t, 0, min(steps, t + 1)).round().long().tolist()
-    restored = []
-    with _evaluating(model):
-        for part in torch.split(start, batch):
-            x, clean = part[:, :-1], part[:, :-1]
-            for now, following in zip(times, [*times[1:], 0], strict=True):
-                step = torch.full((len(x),), now, device=x.device)
-                then = torch.full_like(step, following)
-                x, clean = model.schedule.step_back(x, model(model.schedule.with_steps(x, step)), step, then)
-            restored.append(_pictures(clean))
-    return torch.cat(restored)
+    start = _forward(images, t, model.schedule, seed)[:, :-1].to(model.device)
+    return torch.cat([clean.float().cpu() for clean in _denoised(model, start, t, steps, batch, captions)])
 
 
 @torch.no_grad()
 def sample_captions(
     model: TextToImage,
-    ids: Tensor,
-    empty: Tensor,
+    captions: Tensor,
+    empty: Tensor | None = None,
     *,
     seed: int,
     steps: int = 50,
-    guidance: float = 7.5,
+    guidance: float = 3.0,
     batch: int = BATCH,
 ) -> Tensor:
-    """Draws an image for each caption, by DDIM without new noise and classifier-free guidance.
+    """Draws a picture for each caption, by DDIM without new noise and with classifier-free guidance.
 
-    With guidance g, the noise is taken to be epsilon(empty) + g (epsilon(caption) - epsilon(empty)), of Ho and Salimans
-    2021 as diffusers' pipelines have it; see `Schedule.step_back` for a step. Steps are spread evenly.
+    With the predictions e of the caption and e_0 of the empty caption, the noise is e_0 + g (e - e_0) (Ho and Salimans
+    2021; diffusers' `guidance_scale` g). Steps are spread evenly over the schedule.
 
     Args:
-        model: its mode is not changed.
-        ids: token ids of the captions, int64, shape (N, L).
-        empty: those of the empty caption, shape (L,).
-        seed: of the noise, which is drawn for all captions at once.
-        steps: denoising steps.
-        guidance: g; at 1 the empty caption has no effect.
-        batch: captions at a time.
+        model: the model; its mode is not changed.
+        captions: token ids, int64, shape (N, L).
+        empty: ids of the empty caption, shape (1, L); None: without guidance.
+        seed: of the noise, which is the same for every model.
+        steps: number of denoising steps.
+        guidance: g; 1: without guidance, in half of the time.
+        batch: number of pictures computed at a time.
 
     Returns:
-        Images x_0 as the model reads them, -1 to 1 for pixels, or latents: shape (N, C, H, W), on the CPU.
+        Estimates of x_0 as the model's task has them, shape (N, C, H, W), on the CPU: pixels from -1 to 1, or latents.
 
     Raises:
         HoldfastError: for numbers out of range, or a network without a `sample_size`.
@@ -188,36 +208,50 @@ def sample_captions(
         >>> from holdfast.models import load_model
         >>> from holdfast.tasks import load_task
         >>> task = load_task("digits@kind=text-to-image")
-        >>> model = load_model("text-unet", task)
-        >>> sample_captions(model, task.tokens[[3, 4]], task.tokens[-1], seed=0, steps=5).shape
-        torch.Size([2, 1, 8, 8])
+        >>> sample_captions(load_model("text-unet", task), task.tokens[:3], task.tokens[-1:], seed=0, steps=4).shape
+        torch.Size([3, 1, 8, 8])
     """
-    length = model.schedule.restorable
-    if not 1 <= steps <= length or batch < 1:
-        raise HoldfastError(
-            f"steps is {steps} and batch {batch}; expected 1 to {length} steps, and batches of 1 or more."
-        )
-    if not math.isfinite(guidance):
-        raise HoldfastError(f"guidance is {guidance}; expected a number.")
+    if steps < 1 or batch < 1 or not len(captions):
+        raise HoldfastError(f"steps is {steps}, batch {batch}, captions {len(captions)}; expected at least 1 of each.")
+    if not 0 <= guidance < math.inf:
+        raise HoldfastError(f"guidance is {guidance}; expected a number of at least 0, 1 for none.")
     if model.sample_shape is None:
         raise HoldfastError(f"{model.name} does not specify the size of its pictures; set sample_size in its config.")
-    shape = tuple(model.sample_shape)
-    noise = torch.randn((len(ids), *shape), generator=torch.Generator().manual_seed(seed))
-    captions, without = caption_channel(ids, shape[1:]), caption_channel(empty[None], shape[1:])
-    times = torch.linspace(length - 1, 0, steps).round().long().tolist()
-    images = []
+    last = model.schedule.restorable - 1
+    noise = torch.randn((len(captions), *model.sample_shape), generator=torch.Generator().manual_seed(seed))
+    drawn = _denoised(model, noise.to(model.device), last, steps, batch, captions, empty, guidance)
+    return torch.cat([clean.float().cpu() for clean in drawn])
+
+
+def _denoised(
+    model: Denoiser,
+    start: Tensor,
+    t: int,
+    steps: int,
+    batch: int,
+    captions: Tensor | None,
+    empty: Tensor | None = None,
+    guidance: float = 1.0,
+) -> Iterator[Tensor]:
+    """Removes the noise of x_t in steps spread evenly from t to 0; yields the last estimates of x_0, part by part."""
+    times = torch.linspace(t, 0, min(steps, t + 1)).round().long().tolist()
+    channels, without = (
+        None if ids is None else caption_channel(ids.cpu(), tuple(start.shape[2:])).to(start.device)
+        for ids in (captions, empty)
+    )
     with _evaluating(model):
-        for start, shown in zip(torch.split(noise, batch), torch.split(captions, batch), strict=True):
-            x = clean = start.to(model.device)
-            rows = torch.cat([without.expand(len(x), -1, -1, -1), shown]).to(x.device)
+        for i in range(0, len(start), batch):
+            x = clean = start[i : i + batch]
+            shown = None if channels is None else channels[i : i + batch]
             for now, following in zip(times, [*times[1:], 0], strict=True):
                 step = torch.full((len(x),), now, device=x.device)
-                twice = model.schedule.with_steps(torch.cat([x, x]), step.repeat(2))
-                plain, told = model(torch.cat([twice[:, :-1], rows, twice[:, -1:]], 1)).chunk(2)
-                guided = plain + guidance * (told - plain)
-                x, clean = model.schedule.step_back(x, guided, step, torch.full_like(step, following))
-            images.append(clean.float().cpu())
-    return torch.cat(images)
+                inputs = model.schedule.with_steps(x, step)
+                noise = model(inputs if shown is None else with_caption(inputs, shown))
+                if guidance != 1 and without is not None:
+                    free = model(with_caption(inputs, without.expand(len(x), -1, -1, -1)))
+                    noise = free + guidance * (noise - free)
+                x, clean = model.schedule.step_back(x, noise, step, torch.full_like(step, following))
+            yield clean
 
 
 class Distance(NamedTuple):

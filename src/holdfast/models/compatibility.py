@@ -83,8 +83,11 @@ def check_fits(model: SplitModel, task: Task, *, own_task: bool, finite: bool = 
 
 
 _KINDS = {
-    "noise": "a denoiser", "noise of a captioned image": "a text-to-image model", "vector": "not a denoiser or language model", "next token": "a language model",
-}  # fmt: skip
+    "noise": "a denoiser",
+    "noise of a captioned image": "a text-to-image model",
+    "vector": "not a denoiser or language model",
+    "next token": "a language model",
+}
 _REMEDIES = {
     "noise": "Models for it are `unet` or a folder of an unconditional pipeline of diffusers.",
     "noise of a captioned image": "Models for it are `text-unet` or a folder of a text-to-image pipeline of diffusers.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from holdfast.errors import HoldfastError, unknown
 from holdfast.runtime.registry import Registry
 from holdfast.tasks import Task, Vocabulary
+from holdfast.tasks.pipeline_folder import INDEX, is_pipeline, pipeline_index
 
 if TYPE_CHECKING:
     from holdfast.models.spec import ModelSpec
@@ -27,6 +29,56 @@ CODE: Final = "file.py:FUNCTION"
 
 
 @dataclass(frozen=True)
+class PipelineSource:
+    """The folder of a diffusers pipeline that a network comes from.
+
+    Attributes:
+        folder: the folder.
+        component: the part of it that is the network, `unet` or `transformer`.
+        scale: pixels a side that one place of the network's input stands for.
+    """
+
+    folder: str
+    component: str
+    scale: int
+
+    def found(self, name: str) -> Path:
+        """Returns the folder.
+
+        Args:
+            name: of the model, for messages.
+
+        Raises:
+            HoldfastError: if it is gone.
+        """
+        folder = Path(self.folder)
+        if not is_pipeline(self.folder):
+            raise HoldfastError(
+                f"{name} needs the other parts of its pipeline, and {self.folder!r} is gone. If the folder was moved, "
+                "name it as the model, diffusers:FOLDER, and the file as its weights."
+            )
+        return folder
+
+    def copy_to(self, folder: Path, name: str) -> None:
+        """Copies the index and all parts that it names, except for the network, which must be written beside them.
+
+        Args:
+            folder: an existing folder.
+            name: of the model, for messages.
+
+        Raises:
+            HoldfastError: if the source is gone, or is this folder.
+        """
+        source = self.found(name)
+        if source.resolve() == folder.resolve():
+            raise HoldfastError(f"{str(folder)!r} is the folder that {name} was loaded from; choose another one.")
+        for part in pipeline_index(source):
+            if part != self.component and (source / part).is_dir():
+                shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+        shutil.copyfile(source / INDEX, folder / INDEX)
+
+
+@dataclass(frozen=True)
 class Built:
     """A network with its settings.
 
@@ -38,6 +90,7 @@ class Built:
         foreign: whether its structure is unknown, so that a forward pass has to show it.
         scheduler: the configuration of its scheduler, if it is a denoiser.
         text: the frozen text encoder, if it is a text-to-image model.
+        source: of its other parts, if it comes from a text-to-image pipeline.
         kind: the class of model that it becomes, if it is not a `SplitModel` and not a denoiser.
         loaded: whether it already has the weights of the spec.
         code: SHA-256 of the user's code that made it.
@@ -55,6 +108,7 @@ class Built:
     foreign: bool = False
     scheduler: Mapping[str, Any] | None = None
     text: TextEncoder | None = None
+    source: PipelineSource | None = None
     kind: type[SplitModel] | None = None
     loaded: bool = False
     code: str | None = None

@@ -13,13 +13,14 @@ from torch import nn
 from holdfast.errors import HoldfastError
 from holdfast.models.batchnorm import is_folded, unfold_batchnorm
 from holdfast.models.compatibility import check_fits
-from holdfast.models.families import diffusion
+from holdfast.models.families.diffusion import Denoiser
 from holdfast.models.families.text_to_image import TextToImage
 from holdfast.models.family import Built, family_of, folder_spec
 from holdfast.models.labels import match_outputs, real_names
 from holdfast.models.spec import WEIGHT_SUFFIXES, ModelSpec, find_weights, spec_of, with_header
 from holdfast.models.split_model import SplitModel
 from holdfast.tasks import Task
+from holdfast.tasks.pipeline_folder import is_pipeline
 
 FOLDED = (
     "BatchNorm only shifts in these weights, as if its scale were folded into the convolutions for inference. In "
@@ -90,15 +91,17 @@ def _split(spec: ModelSpec, built: Built, task: Task) -> SplitModel:
     }
     model: SplitModel
     if built.scheduler is not None:
-        if head not in (None, diffusion.HEAD) or mean is not None or std is not None:
-            raise HoldfastError(
-                f"{spec.name} is a denoiser: its head is {diffusion.HEAD!r}, and its inputs are images from -1 to 1, "
-                "which are not normalised; leave head, mean and std out."
-            )
         if built.text is not None:
-            model = TextToImage(built.network, built.text, scheduler=built.scheduler, **more)
+            model = TextToImage(
+                built.network, built.text, scheduler=built.scheduler, source=built.source, **more
+            )  # fmt: skip
         else:
-            model = diffusion.Denoiser(built.network, scheduler=built.scheduler, **more)
+            model = Denoiser(built.network, scheduler=built.scheduler, **more)
+        if head not in (None, model.head_name) or mean is not None or std is not None:
+            raise HoldfastError(
+                f"{spec.name} is a denoiser: its head is {model.head_name!r}, and its inputs are images from -1 to 1, "
+                "or their latents, which are not normalised; leave head, mean and std out."
+            )
     elif built.kind is not None:
         model = built.kind(built.network, str(head), **more)
     elif built.foreign or head is None:
@@ -204,7 +207,7 @@ def load_released(
     if (mean is None) != (std is None):
         raise HoldfastError("Give --mean and --std together, one number a channel, such as --mean 0.5 --std 0.25.")
     norm: dict[str, Any] = {key: tuple(v) for key, v in (("mean", mean), ("std", std)) if v is not None}
-    if diffusion.is_pipeline(name):
+    if is_pipeline(name):
         name = f"diffusers:{name}"
     if name.endswith(WEIGHT_SUFFIXES):
         spec = spec_of(name, data_dir, head)

@@ -304,8 +304,8 @@ class SplitModel(ExtractorNetwork):
         if keep_outputs is not None:
             tensors |= self._kept_outputs(tensors, keep_outputs)
         hint = ""
-        head = tensors.get(f"{self.head_name}.weight")
-        if head is not None and head.dim() and head.shape[0] != self.num_outputs:
+        head, fitting = (t.get(f"{self.head_name}.weight") for t in (tensors, own))
+        if head is not None and fitting is not None and head.dim() and head.shape[:1] != fitting.shape[:1]:
             hint = (
                 f" Its head is for {head.shape[0]} classes, and the task has {self.num_outputs}: keep the right "
                 "classes of the task with NAME[...], or the right outputs of the head with keep_outputs (in a recipe)."

@@ -1,4 +1,4 @@
-"""Text tasks without a tokenizer get their model's own."""
+"""Tasks of texts and captions get their model's own tokenizer, and images the autoencoder of its pipeline."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from pathlib import Path
 
 from holdfast.models.sampled_text import sampled_task
 from holdfast.models.spec import ModelSpec, spec_of
-from holdfast.tasks import Task, TaskSpec, is_text, load_task, parse_spec
+from holdfast.tasks import Task, TaskSpec, is_text, load_task, located, parse_spec
+from holdfast.tasks.pipeline_folder import is_pipeline, parts_called, pipeline_index
 
 
 def read_by(
     task: str | TaskSpec, model: str | ModelSpec | None, *, data_dir: Path | str | None = None
 ) -> str | TaskSpec:
-    """Returns a task with its model's own tokenizer, if it is text and names no tokenizer.
+    """Returns a task with its model's own tokenizer, if it is text or captions and names no tokenizer.
+
+    Captioned images also get the noise schedule and the autoencoder of the model's pipeline, if they name no others.
 
     Args:
         task: as `load_task` takes it.
@@ -26,11 +29,12 @@ def read_by(
         'digits'
     """
     spec = parse_spec(task) if isinstance(task, str) else task
-    if model is None or spec.tokenizer is not None:
+    if model is None:
         return task
     if spec.kind == "text-to-image":
-        return _captioned_for(spec, model, data_dir)
-    if not is_text(spec, data_dir=data_dir):
+        read = _captioned_for(spec, model, data_dir)
+        return task if read == spec else read
+    if spec.tokenizer is not None or not is_text(spec, data_dir=data_dir):
         return task
     described = model if isinstance(model, ModelSpec) else spec_of(model, data_dir)
     saved = described.options.get("vocabulary")  # that saved weights were trained on
@@ -40,10 +44,19 @@ def read_by(
 
 
 def _captioned_for(spec: TaskSpec, model: str | ModelSpec, data_dir: Path | str | None) -> TaskSpec:
-    """A task of captions with the tokenizer of the model's text encoder; small models may have none but `words`."""
+    """A task of captions with what the model reads; small models may have no tokenizer but `words`."""
     described = model if isinstance(model, ModelSpec) else spec_of(model, data_dir)
+    own: dict[str, object] = {}
     encoder = described.options.get("text_encoder")
-    return spec if encoder is None else spec.model_copy(update={"tokenizer": str(encoder).removeprefix("hf:")})
+    if encoder is not None:
+        own["tokenizer"] = str(encoder).removeprefix("hf:")
+    given = described.options.get("pipeline", described.name.removeprefix("diffusers:"))
+    folder = Path(located(str(given), data_dir)).expanduser()
+    if is_pipeline(folder) and parts_called("tokenizer", pipeline_index(folder)):
+        own |= {"tokenizer": str(folder), "schedule": str(folder)}
+        if parts_called("vae", pipeline_index(folder)):
+            own["autoencoder"] = str(folder)
+    return spec.model_copy(update={key: value for key, value in own.items() if getattr(spec, key) is None})
 
 
 def load_task_for(task: str | TaskSpec, model: str | ModelSpec | None, *, data_dir: Path | str | None = None) -> Task:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 from holdfast.models.introspection import first_line
 from holdfast.tasks import Vocabulary, load_tokenizer, located
+from holdfast.tasks.pipeline_folder import PipelineTokenizer, parts_called, pipeline_index, pipeline_tokenizer
 from holdfast.tasks.tokenizers import WORDS
+
+ENCODERS: Final = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+"""Classes of the text encoders of pipelines."""
 
 REMEMBERED: Final = 4096
 """Captions whose vectors are kept; a data set of more is encoded again and again."""
@@ -58,13 +63,19 @@ class TextEncoder(nn.Module):
         """The layer that holds one vector for each token."""
         raise NotImplementedError
 
+    @property
+    def known_tokens(self) -> int:
+        """The number of token ids that it has vectors for."""
+        return self.embedding.num_embeddings
+
     def encode_row(self, ids: Tensor) -> Encoded:
         """Encodes captions of shape (N, L), int64, on the encoder's device."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TextEncoder:
         self._known = {}
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, ids: Tensor) -> Encoded:
         """Encodes captions; with a gradient, if any weight needs one.
@@ -159,6 +170,121 @@ class HiddenStates(TextEncoder):
         mask[:, 0] = True  # an empty caption has at least one token
         outputs = self.module(input_ids=ids, attention_mask=mask.long() if self.masked else None)
         return Encoded(outputs.last_hidden_state, mask, getattr(outputs, "pooler_output", None))
+
+
+class Part(NamedTuple):
+    """One of the text encoders of a pipeline, and what the network reads of it.
+
+    Attributes:
+        states: `last` hidden states, those `before` the last layer, or None: none.
+        pooled: whether it gives a vector of the whole caption.
+        masked: whether the encoder itself leaves padding out.
+    """
+
+    states: Literal["last", "before"] | None = "last"
+    pooled: bool = False
+    masked: bool = False
+
+
+class PipelineText(TextEncoder):
+    """The text encoders of a diffusers pipeline, which read the same caption.
+
+    Token ids have a part of equal length for each encoder, see `PipelineTokenizer`. States before the last layer are
+    put side by side, as one vector a token (SDXL); last states follow them as further tokens (SD3).
+
+    Args:
+        modules: encoders of transformers: CLIP or T5.
+        parts: what is read of each.
+        tokenizer: of the same pipeline.
+    """
+
+    def __init__(self, modules: Sequence[Any], parts: Sequence[Part], tokenizer: PipelineTokenizer) -> None:
+        widths = {kind: [m.config.hidden_size for m, p in zip(modules, parts, strict=True) if p.states == kind]
+                  for kind in ("last", "before")}  # fmt: skip
+        super().__init__(tokenizer.vocabulary, max(sum(widths["before"]), *widths["last"], 0))
+        self.encoders = nn.ModuleList(modules)
+        self.parts, self.limits = tuple(parts), tokenizer.limits
+        self.pads = tuple(part.vocabulary.pad for part in tokenizer.parts)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """See `TextEncoder.embedding`: of the first encoder."""
+        first: Any = self.encoders[0]
+        layer: nn.Embedding = first.get_input_embeddings()
+        return layer
+
+    @property
+    def known_tokens(self) -> int:
+        """See `TextEncoder.known_tokens`: the largest number of the encoders."""
+        encoders: Any = self.encoders
+        return max(int(encoder.get_input_embeddings().num_embeddings) for encoder in encoders)
+
+    def encode_row(self, ids: Tensor) -> Encoded:
+        """See `TextEncoder.encode_row`."""
+        beside: list[Encoded] = []
+        after: list[Encoded] = []
+        pooled: list[Tensor] = []
+        rows = [row[:, :limit] for row, limit in zip(ids.chunk(len(self.parts), 1), self.limits, strict=True)]
+        for part, module, row, pad in zip(self.parts, self.encoders, rows, self.pads, strict=True):
+            mask = row != pad
+            mask[:, 0] = True  # an empty caption has at least one token
+            found = module(
+                input_ids=row, attention_mask=mask.long() if part.masked else None, output_hidden_states=True
+            )  # fmt: skip
+            if part.states == "before":
+                beside.append(Encoded(found.hidden_states[-2], mask))
+            elif part.states == "last":
+                after.append(Encoded(found.last_hidden_state, mask))
+            if part.pooled:
+                pooled.append(found.text_embeds if hasattr(found, "text_embeds") else found.pooler_output)
+        if beside:
+            states = torch.cat([each.states for each in beside], 2)
+            after = [Encoded(F.pad(states, (0, self.width - states.shape[2])), beside[0].mask), *after]
+        return Encoded(
+            torch.cat([each.states for each in after], 1),
+            torch.cat([each.mask for each in after], 1),
+            torch.cat(pooled, 1) if pooled else None,
+        )
+
+
+def load_pipeline_text(folder: Path, parts: Sequence[Part]) -> PipelineText:
+    """Returns the frozen text encoders of a pipeline's folder, in evaluation mode and float32.
+
+    Args:
+        folder: of the pipeline.
+        parts: what is read of each encoder, in the order of their names.
+
+    Raises:
+        HoldfastError: if an encoder is missing, is not CLIP or T5, or cannot be loaded from safetensors.
+    """
+    import transformers
+
+    tokenizer = pipeline_tokenizer(folder)
+    index = pipeline_index(folder)
+    names = parts_called("text_encoder", index)
+    if len(names) != len(parts) or len(tokenizer.parts) != len(parts):
+        raise HoldfastError(
+            f"{str(folder)!r}: its pipeline ({index.get('_class_name')}) has {len(names)} text encoders and "
+            f"{len(tokenizer.parts)} tokenizers; expected {len(parts)} of both."
+        )
+    modules = []
+    for name in names:
+        kind = index[name][-1]
+        if kind not in ENCODERS:
+            raise HoldfastError(f"{str(folder)!r}: {name} is a {kind}; expected one of {', '.join(ENCODERS)}.")
+        try:
+            module, info = getattr(transformers, kind).from_pretrained(
+                folder / name, use_safetensors=True, local_files_only=True, dtype=torch.float32,
+                output_loading_info=True,
+            )  # fmt: skip
+        except Exception as error:  # unknown files may raise anything
+            raise HoldfastError(
+                f"{str(folder / name)!r} cannot be loaded as a {kind} in safetensors: {first_line(error)}."
+            ) from error
+        if info["missing_keys"]:
+            raise HoldfastError(f"{str(folder / name)!r} has no weights for {sorted(info['missing_keys'])[0]}.")
+        modules.append(module)
+    return PipelineText(modules, parts, tokenizer).eval().requires_grad_(False)
 
 
 def _check_length(length: int, most: int | None, name: str) -> None:

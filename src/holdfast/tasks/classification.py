@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import ClassVar, Self
 
@@ -70,7 +71,7 @@ class ArrayTask(InMemoryTask):
 
     def _check_range(self, y: dict[str, Array], classes: int, source: str) -> None:
         """Refuses labels outside of 0 to `classes` - 1; `source` names the origin of the number of classes."""
-        if classes > max(1000, len(y["train"])):
+        if source == "y_train" and classes > max(1000, len(y["train"])):
             raise self._bad(
                 f"y_train holds label {classes - 1} and has {len(y['train'])} samples; number the classes from 0 on"
             )
@@ -91,7 +92,7 @@ class ArrayTask(InMemoryTask):
 
         A named class without any samples is allowed here, as `subset` may still leave it out; see `validate`.
         """
-        twice = [n for n in self.class_names if self.class_names.count(n) > 1] if named else []
+        twice = [n for n, count in Counter(self.class_names).items() if count > 1] if named else []
         if twice:
             raise self._bad(f"two classes are called {twice[0]!r}; give each its own name")
         if not self.labelled:

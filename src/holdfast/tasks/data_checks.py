@@ -135,7 +135,8 @@ class _Hashed:
         names = Counter(name.casefold() for name in self.task.class_names)
         alike = [name for name in self.task.class_names if names[name.casefold()] > 1]
         if alike:
-            notes.append(f"classes whose names differ only in case: {', '.join(alike)}")
+            more = f" and {len(alike) - 8} more" if len(alike) > 8 else ""
+            notes.append(f"classes whose names differ only in case: {', '.join(alike[:8])}{more}")
         low, high = self.task.value_range()
         if low == high:
             notes.append(f"all inputs are {low:g} everywhere")

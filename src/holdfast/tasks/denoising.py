@@ -3,10 +3,11 @@
 Symbols as in the papers: x_0 is an image in [-1, 1], alpha-bar_t the share of its variance after t of T steps, and
 epsilon standard normal noise. The forward process is
 
-    x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) epsilon,
+    x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) epsilon
 
-and the model predicts epsilon from x_t and t. The SOPHON paper writes its loss as a squared norm; its numbers (0.990
-for a model that predicts almost no noise) are means over pixels, and so are ours.
+(or that of flow matching, see `Schedule`), and the model predicts epsilon from x_t and t. The SOPHON paper writes its
+loss as a squared norm; its numbers (0.990 for a model that predicts almost no noise) are means over pixels, and so are
+ours.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from holdfast.tasks.arrays import Array
 from holdfast.tasks.base import Batch, Split
 from holdfast.tasks.classification import ArrayTask
 from holdfast.tasks.in_memory import SCORE_BATCH, InMemoryTask
-from holdfast.tasks.schedule import Schedule
+from holdfast.tasks.schedule import FLOW, Schedule
 
 BLOCK = 500
 """Test images whose fixed noise is drawn together."""
@@ -43,8 +44,8 @@ class DenoisingTask(ArrayTask):
 
     The score is MSE-k, the mean squared error per pixel. An audit compares the *skill*, 1 - MSE / `chance`, where
     `chance` is the error of the best linear denoiser that uses only mean m and variance s^2 of the images' pixels:
-    epsilon = sqrt(1 - a) (x_t - sqrt(a) m) / (a s^2 + 1 - a), with a = alpha-bar_t. A model that returns 0 has an MSE
-    of about 1, and so a skill far below 0.
+    epsilon = b (x_t - a m) / (a^2 s^2 + b^2), with the shares a and b of `Schedule.shares`. A model that returns 0 has
+    an MSE of about 1, and so a skill far below 0.
 
     Args:
         name: shown in reports and errors.
@@ -163,15 +164,16 @@ class DenoisingTask(ArrayTask):
         """The error of the linear denoiser on the test inputs; see the class."""
         x = self._clean(self._x["test"], torch.float64)
         mean, variance = float(x.mean()), float(x.var(correction=0))
-        if not variance > 0:
+        if not variance > 0 or bool(x.min() == x.max()):  # rounding leaves equal pixels some variance
             raise self._bad(
                 "all pixels of its test images are the same, so that their noise can be computed without a model; give "
                 "other test images"
             )
         total, count = 0.0, 0
         for batch in self.sweep("test", SCORE_BATCH, device=torch.device("cpu")):
-            a = self.schedule.alpha_bar.double()[batch.x[:, -1:, :1, :1].long()]
-            guess = (1 - a).sqrt() * (batch.x[:, : self.num_outputs] - a.sqrt() * mean) / (a * variance + 1 - a)
+            a, whole = self.schedule.variances(batch.x[:, -1, 0, 0].long())
+            guess = (whole - a).sqrt() * (batch.x[:, : self.num_outputs] - a.sqrt() * mean)
+            guess /= a * variance + whole - a
             total += float((guess - batch.y).square().sum())
             count += batch.y.numel()
         return total / count
@@ -199,6 +201,10 @@ class DenoisingTask(ArrayTask):
     def _clean(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Stored images as x_0: bytes become numbers from -1 to 1; latents stay as they are."""
         return x.to(dtype).div_(127.5).sub_(1) if x.dtype == torch.uint8 else x.to(dtype)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Returns images x_0, as the model has them, as pictures in [0, 1], shape (N, C, H, W)."""
+        return ((images + 1) / 2).clamp(0, 1)
 
     def labels(self, split: Split) -> Tensor:
         """Returns the images' labels: int64, shape (N,); all 0 if they have none."""
@@ -309,6 +315,7 @@ class DenoisingTask(ArrayTask):
         """See `Task.facts`; the hash covers the noise schedule and the time steps, and classes do not count."""
         plain = super().facts()
         parts = [plain.sha256.encode(), self.schedule.alpha_bar.numpy().tobytes()]
+        parts += [FLOW.encode()] if self.schedule.flows else []
         parts += [repr(self.timesteps).encode()] if self.timesteps else []
         digest = hashlib.sha256(b"".join(parts)).hexdigest()
         return plain.model_copy(update={"sha256": digest, "classes": 1})

@@ -13,6 +13,7 @@ from holdfast.errors import HoldfastError
 from holdfast.tasks.arrays import Array
 from holdfast.tasks.classification import ArrayTask
 from holdfast.tasks.image_files import Opener, stack
+from holdfast.tasks.paths import cache_folder
 from holdfast.tasks.text import TextTask, text_task
 from holdfast.tasks.tokenizers import Tokenizer
 
@@ -89,9 +90,8 @@ def download(
 
 def _folders(folder: Path | None) -> tuple[Path, str]:
     """The folder for downloads, and the data folder in messages."""
-    if folder:
-        return folder, repr(str(folder))
-    return Path("~/.cache/holdfast").expanduser(), "a folder named by --data-dir or $HOLDFAST_DATA"
+    named = repr(str(folder)) if folder else "a folder named by --data-dir or $HOLDFAST_DATA"
+    return cache_folder(folder), named
 
 
 def download_text(name: str, folder: Path | None, *, tokenizer: Tokenizer, length: int) -> TextTask:

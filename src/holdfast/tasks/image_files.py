@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -40,6 +43,27 @@ def suffixes() -> frozenset[str]:
     return frozenset({e.lower() for e, f in known if f in opened} | {SOUND})
 
 
+@dataclass(frozen=True)
+class Stored:
+    """An image file that is a cell of a table.
+
+    Attributes:
+        name: of the cell, for messages.
+        data: the bytes of the file.
+    """
+
+    suffix: ClassVar[str] = ""
+    name: str
+    data: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _opened(file: Path | Stored) -> Image.Image:
+    return Image.open(BytesIO(file.data) if isinstance(file, Stored) else file)
+
+
 class Opener:
     """Opens the image files of one data set, all in the same way, and counts the conversions.
 
@@ -51,18 +75,18 @@ class Opener:
         HoldfastError: if a file cannot be opened.
     """
 
-    def __init__(self, mode: str, files: Sequence[Path]) -> None:
+    def __init__(self, mode: str, files: Sequence[Path | Stored]) -> None:
         self.mode = mode
         self.counted: Counter[str] = Counter()
         self._depth = _depth(files)
 
-    def open(self, file: Path) -> Image.Image:
+    def open(self, file: Path | Stored) -> Image.Image:
         """Returns one image.
 
         Raises:
             HoldfastError: if it cannot be opened, or the range of its pixels is unknown.
         """
-        if file.suffix.lower() == SOUND:
+        if isinstance(file, Path) and file.suffix.lower() == SOUND:
             spectrogram, seconds = read_wav(file)
             if seconds > SECOND:
                 self.counted[f"sounds longer than {SECOND:.2f} s, cut off"] += 1
@@ -70,7 +94,7 @@ class Opener:
                 self.counted[f"sounds shorter than {SECOND:.2f} s, filled up with silence"] += 1
             return Image.fromarray(spectrogram).convert(self.mode)
         try:
-            with Image.open(file) as image:
+            with _opened(file) as image:
                 return self.converted(image, repr(str(file)))
         except HoldfastError:
             raise
@@ -137,14 +161,15 @@ def _is_deep_colour(image: Image.Image) -> bool:
     return bool(depth == b"\x10")
 
 
-def _depth(files: Sequence[Path]) -> int:
+def _depth(files: Sequence[Path | Stored]) -> int:
     """How many of 16 bits the grey images use; cameras and scanners often use 12."""
-    top, deepest, shallow = -1, -1, None
+    top, deepest = -1, -1
+    shallow: Path | Stored | None = None
     for file in files:
         if file.suffix.lower() in (".jpg", ".jpeg", ".gif", ".bmp", ".webp", SOUND):
             continue
         try:
-            with Image.open(file) as image:
+            with _opened(file) as image:
                 if image.mode.startswith("I;16"):
                     top = max(top, int(np.asarray(image).max()))
                 elif _is_deep_colour(image):

@@ -176,7 +176,7 @@ class _Classes:
         read: dict[str, list[Path]] = {}
         skipped = [p for p in own if not _is_junk(p)]
         for name, folder in named.items():
-            files = _below(folder)
+            files = below(folder)
             read[name] = sorted(p for p in files if p.suffix.lower() in suffixes())
             skipped += [p for p in files if p.suffix.lower() not in suffixes()]
         self.files = {name: files for name, files in read.items() if files}
@@ -246,9 +246,13 @@ def _is_junk(file: Path) -> bool:
     return file.name.startswith(".") or file.name.lower() in JUNK_FILES
 
 
-def _below(folder: Path) -> list[Path]:
-    """All files at any depth, except those of systems; links are followed, each folder once."""
-    below: list[Path] = []
+def below(folder: Path) -> list[Path]:
+    """Returns all files at any depth, except those of systems; links are followed, each folder once.
+
+    Raises:
+        HoldfastError: if a folder cannot be read.
+    """
+    found: list[Path] = []
     visited: set[str] = set()
 
     def unreadable(error: OSError) -> None:
@@ -261,8 +265,8 @@ def _below(folder: Path) -> list[Path]:
             continue
         visited.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f.lower() not in JUNK_FOLDERS)
-        below += [file for file in map(Path(place).joinpath, files) if not _is_junk(file)]
-    return below
+        found += [file for file in map(Path(place).joinpath, files) if not _is_junk(file)]
+    return found
 
 
 def _note_skipped(path: Path, skipped: Sequence[Path], notes: list[str]) -> None:

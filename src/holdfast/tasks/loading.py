@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ from holdfast.errors import HoldfastError, unknown
 from holdfast.tasks.audio import is_sounds, load_sounds
 from holdfast.tasks.base import Task
 from holdfast.tasks.builtin import TASKS, is_sentences, takes
+from holdfast.tasks.caption_sources import METADATA, has_captions
 from holdfast.tasks.classification import ArrayTask
 from holdfast.tasks.denoising import DenoisingTask
 from holdfast.tasks.downloads import DOWNLOADS, TEXTS, download, download_text
 from holdfast.tasks.image_folder import load_folder
 from holdfast.tasks.in_memory import InMemoryTask
+from holdfast.tasks.latents import load_autoencoder
 from holdfast.tasks.npz_files import load_npz
-from holdfast.tasks.paths import DATA_VARIABLE, data_folder, place
+from holdfast.tasks.paths import DATA_VARIABLE, cache_folder, data_folder, place
 from holdfast.tasks.schedule import Schedule
 from holdfast.tasks.spec import TaskSpec, parse_classes, parse_spec, split_off
 from holdfast.tasks.text import LENGTH
@@ -81,13 +84,24 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ta
 
 def _noised(loaded: InMemoryTask, spec: TaskSpec, folder: Path | None) -> DenoisingTask:
     """The task of removing noise from a source's images, with captions if its kind has them."""
-    schedule = None if spec.schedule is None else Schedule.named(spec.schedule)
+    if isinstance(loaded, TextToImageTask):  # of a file with a caption for each image
+        return loaded
     if spec.kind == "denoising":
-        return DenoisingTask.of(loaded, schedule, spec.timesteps)
-    return TextToImageTask.captioned(
-        loaded, template=spec.caption, tokenizer=load_tokenizer((spec.tokenizer or WORDS).removeprefix("hf:"), folder),
-        length=spec.length or CAPTION, dropout=spec.caption_dropout, schedule=schedule, timesteps=spec.timesteps,
-    )  # fmt: skip
+        return DenoisingTask.of(loaded, _schedule(spec), spec.timesteps)
+    return TextToImageTask.captioned(loaded, **_captioned(spec, folder))
+
+
+def _captioned(spec: TaskSpec, folder: Path | None) -> dict[str, Any]:
+    """Arguments of a text-to-image task."""
+    tokenizer = load_tokenizer((spec.tokenizer or WORDS).removeprefix("hf:"), folder)
+    return {
+        "template": spec.caption, "tokenizer": tokenizer, "length": spec.length or tokenizer.length or CAPTION,
+        "dropout": spec.caption_dropout, "schedule": _schedule(spec), "timesteps": spec.timesteps,
+    }  # fmt: skip
+
+
+def _schedule(spec: TaskSpec) -> Schedule | None:
+    return None if spec.schedule is None else Schedule.named(spec.schedule)
 
 
 def _narrowed(loaded: InMemoryTask, spec: TaskSpec, classes: str | None, folder: Path | None) -> InMemoryTask:
@@ -109,7 +123,10 @@ def _narrowed(loaded: InMemoryTask, spec: TaskSpec, classes: str | None, folder:
         loaded = loaded.limit_test(spec.test_limit, spec.seed)
     if spec.image_size is not None or spec.channels is not None:
         loaded = loaded.as_images(spec.image_size, spec.channels)
-    return loaded.inverted() if spec.invert else loaded
+    loaded = loaded.inverted() if spec.invert else loaded
+    if spec.autoencoder is None or not isinstance(loaded, TextToImageTask):
+        return loaded
+    return loaded.in_latents(load_autoencoder(spec.autoencoder, folder), cache_folder(folder))
 
 
 def is_text(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> bool:
@@ -127,7 +144,12 @@ def is_text(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> bool
     path = _place(source, folder)
     if path is None:
         return source in TEXTS
-    return path.is_file() and (path.suffix == ".parquet" or (path.suffix == ".csv" and bool(spec.text)))
+    return path.is_file() and spec.kind != "text-to-image" and _holds_sentences(path, bool(spec.text))
+
+
+def _holds_sentences(path: Path, named: bool) -> bool:
+    """Whether a file is a table of sentences; `named`: the spec says which columns hold them."""
+    return (path.suffix == ".csv" and named) or (path.suffix == ".parquet" and (named or not has_captions(path)))
 
 
 def _with_kind(spec: TaskSpec, source: str, folder: Path | None) -> TaskSpec:
@@ -150,7 +172,7 @@ def _folder(data_dir: Path | str | None) -> Path | None:
 
 
 def _refuse_text_settings(spec: TaskSpec) -> None:
-    for key in ("text",) if spec.kind == "text-to-image" else ("text", "tokenizer", "length"):
+    for key in () if spec.kind == "text-to-image" else ("text", "tokenizer", "length"):
         if getattr(spec, key):
             raise HoldfastError(
                 f"Task {spec.data!r}: {key} is for text, and its data is not text; expected a .parquet file, a .csv "
@@ -218,7 +240,7 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> Task:
         return TASKS[source]()
     path = _place(source, folder)
     if path is not None:
-        return _load_path(path, spec)
+        return _load_path(path, spec, folder)
     if source in DOWNLOADS:
         _refuse_for_table(spec, source)
         return download(source, folder, image_size=spec.image_size, channels=spec.channels)
@@ -230,9 +252,44 @@ def _load(source: str, spec: TaskSpec, folder: Path | None) -> Task:
     raise HoldfastError(f"{known} For data of your own, put {source}.npz into {data_folder}, or give a path.")
 
 
-def _load_path(path: Path, spec: TaskSpec) -> InMemoryTask:
+def _load_path(path: Path, spec: TaskSpec, folder: Path | None) -> InMemoryTask:
+    if spec.kind == "text-to-image":
+        return _load_captioned(path, spec, folder)
     if spec.kind == "regression" and path.suffix != ".csv":
         raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {path.name!r} holds classes.")
+    if path.suffix == ".csv":
+        return _load_table(path, spec)
+    try:
+        return _load_images(path, spec)
+    except HoldfastError as error:
+        if not has_captions(path) or (path.is_dir() and spec.kind != "classification"):
+            raise
+        raise HoldfastError(
+            f"{error} It holds images with captions, which are for kind=text-to-image: {spec.data}@kind=text-to-image "
+            "(kind: in a recipe)."
+        ) from error
+
+
+def _load_captioned(path: Path, spec: TaskSpec, folder: Path | None) -> InMemoryTask:
+    """Images with captions, or with classes whose names are captions."""
+    if path.is_file() and path.name in METADATA:
+        raise HoldfastError(f"{str(path)!r} lists the images of a folder; give the folder: {str(path.parent)!r}.")
+    make = partial(TextToImageTask, **_captioned(spec, folder))
+    if path.suffix == ".npz" and not is_sounds(path):
+        _refuse_idle(spec, "an .npz", *_OF_TABLES, "text")
+        return load_npz(path, DenoisingTask, captioned=make)
+    if path.suffix != ".parquet" and not has_captions(path):
+        _refuse_idle(spec, f"{path.name}, which has no list of images with captions", "text")
+        return _load_images(path, spec)
+    from holdfast.tasks.captions import load_captions  # with pandas, which most tasks do not need
+
+    _refuse_idle(spec, "images with captions", *_OF_TABLES)
+    settings = spec.model_dump(include={"text", "image_size", "channels", "test_fraction", "seed"})
+    return load_captions(path, make=make, limits=(spec.train_limit, spec.test_limit), **settings)
+
+
+def _load_images(path: Path, spec: TaskSpec) -> InMemoryTask:
+    """Arrays, or a folder of images (or sounds, which become images) by class."""
     kind = DenoisingTask if spec.kind in _NOISED else ArrayTask  # which needs no labels
     drawn: dict[str, Any] = {"test_fraction": spec.test_fraction, "seed": spec.seed}
     if path.is_dir():
@@ -243,8 +300,12 @@ def _load_path(path: Path, spec: TaskSpec) -> InMemoryTask:
         sounds = is_sounds(path)
         _refuse_idle(spec, "an .npz", *(key for key in _OF_TABLES if key != "target" or not sounds))
         return load_sounds(path, spec.target, kind=kind, **drawn) if sounds else load_npz(path, kind)
-    if path.suffix == ".csv":
-        return _load_table(path, spec)
+    if path.suffix == ".parquet":
+        raise HoldfastError(
+            f"{str(path)!r} has a column of images, and {spec.kind} reads an .npz or a folder of images."
+        )
+    if spec.kind == "text-to-image":
+        raise HoldfastError(f"{str(path)!r}: images with captions are read from .npz, .parquet or a folder.")
     raise HoldfastError(f"{str(path)!r}: data is read from .npz, .csv, .parquet or a folder of images.")
 
 
@@ -252,7 +313,7 @@ def _refuse_for_table(spec: TaskSpec, source: str) -> None:
     """Refuses settings of tables for another source."""
     if spec.kind == "regression":
         raise HoldfastError(f"Task {spec.data!r}: regression is for a CSV; {source} holds classes.")
-    _refuse_idle(spec, source, *_OF_TABLES)
+    _refuse_idle(spec, source, *_OF_TABLES, "text")
 
 
 def _load_table(path: Path, spec: TaskSpec) -> InMemoryTask:
@@ -289,6 +350,7 @@ TEXT_SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 _NOISED = ("denoising", "text-to-image")
 _OF_KINDS = {
     "schedule": _NOISED, "timesteps": _NOISED, "caption": _NOISED[1:], "caption_dropout": _NOISED[1:],
+    "autoencoder": _NOISED[1:],
     "measure": ("next-token",), "loss_on": ("next-token",),
 }  # fmt: skip
 """The kinds of tasks that have a setting, for those that others lack."""

@@ -17,6 +17,11 @@ def data_folder(data_dir: Path | str | None) -> Path | None:
     return Path(folder).expanduser() if folder else None
 
 
+def cache_folder(data_dir: Path | None) -> Path:
+    """Returns where downloads and what is computed once are kept: the data folder, or `~/.cache/holdfast`."""
+    return data_dir if data_dir is not None else Path("~/.cache/holdfast").expanduser()
+
+
 def place(
     name: str,
     data_dir: Path | str | None,

@@ -31,7 +31,7 @@ class TaskSpec(BaseModel):
     text: tuple[str, ...] = Field(
         (),
         description="Columns of a table that hold sentences, or prompts (next-token); A+B on a command line. Makes a "
-        "CSV a text task.",
+        "CSV a text task. For text-to-image: the column with captions.",
     )
     tokenizer: str | None = Field(
         None,
@@ -39,7 +39,10 @@ class TaskSpec(BaseModel):
         "the model's own.",
     )
     length: int | None = Field(
-        None, ge=1, description=f"For text: tokens a sentence; null: {LENGTH}, 128 for files of texts and rows, 16 for captions."
+        None,
+        ge=1,
+        description=f"For text: tokens a sentence; null: {LENGTH}, 128 for files of texts and rows, 16 for captions, "
+        "or as many as the model's pipeline has.",
     )
     kind: Literal["classification", "regression", "denoising", "text-to-image", "next-token"] = Field(
         "classification",
@@ -52,6 +55,11 @@ class TaskSpec(BaseModel):
     caption_dropout: float = Field(
         0.1, ge=0, lt=1, description="For text-to-image: the share of captions that are left out in training."
     )
+    autoencoder: str | None = Field(
+        None,
+        description="For text-to-image: a folder of a diffusers pipeline or AutoencoderKL, whose latents take the "
+        "place of the images; by default the model's own.",
+    )
     measure: Literal["nll", "exact", "choices"] | None = Field(
         None,
         description="For next-token, the score: negative log-likelihood a token (nll), the share of answers that "
@@ -63,11 +71,13 @@ class TaskSpec(BaseModel):
     )
     schedule: str | None = Field(
         None,
-        description="For images with noise: linear (null), scaled_linear, squaredcos_cap_v2, sigmoid, or a diffusers folder.",
+        description="For images with noise: linear (null), scaled_linear, squaredcos_cap_v2, sigmoid, flow (flow "
+        "matching), or a diffusers folder.",
     )
     timesteps: tuple[int, ...] = Field(
         (),
-        description="For images with noise: the time steps that are drawn, A+B on a command line; none: all of the schedule.",
+        description="For images with noise: the time steps that are drawn, A+B on a command line; none: all of the "
+        "schedule.",
     )
     sampled: int | None = Field(
         None, ge=2, description="For next-token: rows that the model itself writes, instead of `data`."

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy.typing as npt
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from holdfast.errors import HoldfastError
 from holdfast.results import TaskFacts
+from holdfast.tasks.base import Split
 from holdfast.tasks.denoising import DenoisingTask
 from holdfast.tasks.in_memory import InMemoryTask
+from holdfast.tasks.latents import Autoencoder
 from holdfast.tasks.schedule import Schedule
 from holdfast.tasks.tokenizers import Tokenizer, Vocabulary, load_tokenizer
 
@@ -31,6 +34,9 @@ DROPOUT = 0.1
 
 TEMPLATE = "{}"
 """The caption of a class: its name."""
+
+MOST_CLASSES = 1000
+"""Captions that are counted as classes; more are those of single images, and would fill a page of a report."""
 
 UNTIL = 2**24
 """Token ids are below this number, as a float32 holds them exactly."""
@@ -73,6 +79,8 @@ class TextToImageTask(DenoisingTask):
     kind = "text-to-image"
     answers_with = "noise of a captioned image"
     more_channels: ClassVar[int] = 1
+    autoencoder: Autoencoder | None = None
+    """Makes the latents of its images; None: noise is added to the pixels."""
 
     def __init__(
         self,
@@ -109,12 +117,17 @@ class TextToImageTask(DenoisingTask):
     ) -> Self:
         """Returns the task over another task's images, with the names of its classes as captions.
 
+        Underscores in the names are read as blanks, as folders and arrays are often named so.
+
         Raises:
             HoldfastError: if its inputs are not images, or a setting is out of range.
         """
         shell = object.__new__(cls)
         shell._read_by(task.name, template, tokenizer, length, dropout)
-        shell._over(task, schedule, timesteps)
+        named = copy.copy(task)
+        spoken = [" ".join(name.split("_")).strip() for name in task.class_names]
+        named.class_names = spoken if len(set(spoken)) == len(spoken) and all(spoken) else task.class_names
+        shell._over(named, schedule, timesteps)
         return shell
 
     def _read_by(self, name: str, template: str, tokenizer: Tokenizer | None, length: int, dropout: float) -> None:
@@ -129,33 +142,34 @@ class TextToImageTask(DenoisingTask):
             raise self._bad(f"caption_dropout is {dropout}; expected a share from 0 to below 1")
         self.template, self.dropout, self.length = template, dropout, length
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer("words")
-        self.vocabulary: Vocabulary = self.tokenizer.vocabulary  # type: ignore[misc]
+        self.vocabulary: Vocabulary = self.tokenizer.vocabulary
         self.reworded: dict[str, str] = {}
 
     def _set(self, x: dict[str, Tensor], y: dict[str, Tensor]) -> None:
-        pixels = x["train"].shape[2] * x["train"].shape[3]
-        if self.length + 1 > pixels:
+        self._encode()
+        count, places = self.tokens.shape[1], x["train"].shape[2] * x["train"].shape[3]
+        if count + 1 > places:
+            most = (places - 1) * self.length // count
             raise self._bad(
-                f"captions have {self.length} tokens, and images {pixels} pixels, of which a caption takes one more "
-                f"than tokens; set length to at most {pixels - 1}, or a larger image_size"
+                f"captions have {count} tokens, and images {places} pixels (or places of latents), of which a caption "
+                f"takes one more than tokens; set length to at most {most}, or a larger image_size"
             )
-        self._encode(tuple(x["train"].shape[2:]))
         super()._set(x, y)
 
-    def _encode(self, sides: tuple[int, ...]) -> None:
-        """Token ids of the captions, the empty one last, as channels; unless they are known."""
-        known = (tuple(self.captions), sides)
+    def _encode(self) -> None:
+        """Token ids of the captions, the empty one last; unless they are known."""
+        known = tuple(self.captions)
         if self.__dict__.get("_encoded") == known:
             return
         self.tokens = torch.from_numpy(self.tokenizer.encode([*self.captions, ""], self.length))
         if int(self.tokens.max()) >= UNTIL:
             raise self._bad(f"the tokenizer has ids up to {int(self.tokens.max())}; expected below {UNTIL}")
-        self._rows, self._encoded = caption_channel(self.tokens, sides), known
+        self._encoded = known
 
     @property
     def captions(self) -> list[str]:
         """The captions, one for each of `class_names`."""
-        return [self.reworded.get(name, self.template.format(name)) for name in self.class_names]
+        return [self.reworded.get(name, self.template.replace("{}", name)) for name in self.class_names]
 
     def caption_ids(self, labels: Tensor) -> Tensor:
         """Returns the token ids of images' captions: int64, shape (N, length); -1 is the empty caption.
@@ -207,10 +221,38 @@ class TextToImageTask(DenoisingTask):
         x, y = {"train": images, "test": self._x["test"]}, {"train": labels, "test": self._y["test"]}
         return self._with(self.name, x, y)
 
+    def in_latents(self, autoencoder: Autoencoder, cache: Path) -> Self:
+        """Returns the same task over the latents of its images.
+
+        Args:
+            autoencoder: makes them.
+            cache: folder in which they are kept, see `Autoencoder.latents`.
+
+        Raises:
+            HoldfastError: if the autoencoder cannot read the images, or they are latents already.
+        """
+        if self.autoencoder is not None:
+            raise self._bad(f"its images are latents of {self.autoencoder.name} already")
+        task = copy.copy(self)
+        task.autoencoder = autoencoder
+        task._set({split: autoencoder.latents(x, cache) for split, x in self._x.items()}, self._y)
+        return task
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """See `DenoisingTask.pixels`; latents are decoded, on the CPU."""
+        return super().pixels(images) if self.autoencoder is None else self.autoencoder.decode(images)
+
+    def as_images(self, size: int | None = None, channels: int | None = None) -> Self:
+        """See `InMemoryTask.as_images`; latents have the size that their images had."""
+        if self.autoencoder is not None:
+            raise self._bad("latents cannot be resized; resize the images before they are encoded")
+        return super().as_images(size, channels)
+
     def inputs(self, noised: Tensor, labels: Tensor) -> Tensor:
         """See `DenoisingTask.inputs`: the caption comes before the time step; label -1 is the empty caption."""
-        rows = self._rows.to(noised.device)[labels.to(noised.device)]
-        return torch.cat([noised[:, :-1], rows.to(noised), noised[:, -1:]], 1)
+        # Of the batch alone: channels of thousands of captions would take more memory than their images.
+        channel = caption_channel(self.caption_ids(labels).to(noised.device), tuple(noised.shape[2:]))
+        return with_caption(noised, channel)
 
     def _shown_labels(self, y: Tensor, generator: torch.Generator | None) -> Tensor:
         if not self.dropout:
@@ -226,6 +268,15 @@ class TextToImageTask(DenoisingTask):
         row = int(beyond.any(1).nonzero()[0])
         shown = [*self.captions, ""][row]
         return f"the caption {shown!r} has the token {int(self.tokens[row].max())}"
+
+    def counts(self, split: Split) -> list[int]:
+        """See `InMemoryTask.counts`; empty if there are more captions than `MOST_CLASSES`."""
+        return super().counts(split) if len(self.class_names) <= MOST_CLASSES else []
+
+    def same_answers(self, other: Self, pairs: Sequence[tuple[Hashable, Hashable]]) -> bool:
+        """See `InMemoryTask.same_answers`: the same images with other captions are other data."""
+        ours, theirs = dict(enumerate(self.captions)), dict(enumerate(other.captions))
+        return all(ours[own] == theirs[given] for own, given in pairs)  # type: ignore[index]
 
     def facts(self) -> TaskFacts:
         """See `Task.facts`; the hash also covers the token ids of the captions."""
@@ -256,10 +307,23 @@ def caption_channel(tokens: Tensor, sides: tuple[int, ...]) -> Tensor:
     height, width = sides
     if length >= height * width:
         raise HoldfastError(f"A caption of {length} tokens does not fit into an image of {height} x {width} pixels.")
-    channel = torch.zeros(count, height * width)
+    channel = torch.zeros(count, height * width, device=tokens.device)
     channel[:, 0] = length
     channel[:, 1 : length + 1] = tokens.float()
     return channel.view(count, 1, height, width)
+
+
+def with_caption(noised: Tensor, channel: Tensor) -> Tensor:
+    """Returns a text-to-image model's inputs.
+
+    Args:
+        noised: x_t with the time step as the last channel, shape (N, C + 1, H, W).
+        channel: what `caption_channel` made of each image's caption, shape (N, 1, H, W).
+
+    Returns:
+        Shape (N, C + 2, H, W).
+    """
+    return torch.cat([noised[:, :-1], channel.to(noised), noised[:, -1:]], 1)
 
 
 def caption_tokens(channel: Tensor) -> Tensor:

@@ -54,10 +54,12 @@ class Tokenizer:
     Attributes:
         vocabulary: identifies its tokens.
         fast: one of transformers' fast tokenizers; None: words are hashed, see `load_tokenizer`.
+        length: tokens a caption, if the model that it belongs to has a usual number.
     """
 
     vocabulary: Vocabulary
     fast: Any = field(default=None, repr=False, compare=False)
+    length: int | None = None
 
     def encode(self, texts: Sequence[str], length: int) -> npt.NDArray[np.int64]:
         """Returns token ids, truncated and padded on the right to one length.
@@ -102,11 +104,11 @@ def load_tokenizer(name: str, data_dir: Path | None = None) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
-        name: a folder with `tokenizer.json` or a `.gguf` file, here or in the data folder; `package:NAME/FOLDER`, a
-            folder (or file) inside an installed package; a name on the Hub (which needs a network, or its cache); or
-            `words`, which hashes words and punctuation into 1,023 numbers, or `bytes`, whose tokens are the bytes of
-            UTF-8. The last two need no files, and suit models that are trained from scratch; with `bytes` text can be
-            written as well.
+        name: a folder with `tokenizer.json`, of a text-to-image pipeline of diffusers or a `.gguf` file, here or in the
+            data folder; `package:NAME/FOLDER`, a folder (or file) inside an installed package; a name on the Hub (which
+            needs a network, or its cache); or `words`, which hashes words and punctuation into 1,023 numbers, or
+            `bytes`, whose tokens are the bytes of UTF-8. The last two need no files, and suit models that are trained
+            from scratch; with `bytes` text can be written as well.
         data_dir: the data folder.
 
     Raises:
@@ -124,6 +126,10 @@ def load_tokenizer(name: str, data_dir: Path | None = None) -> Tokenizer:
     from transformers import AutoTokenizer
 
     source = located(name, data_dir)
+    if (Path(source) / "model_index.json").is_file():
+        from holdfast.tasks.pipeline_folder import pipeline_tokenizer  # which imports this module
+
+        return pipeline_tokenizer(Path(source))
     place, more = transformers_place(source)
     folder = Path(place).is_dir()
     try:

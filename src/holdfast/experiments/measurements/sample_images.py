@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from holdfast.results import Role
 from holdfast.runtime.distributed import alone
 from holdfast.runtime.jobs import Job, run_jobs
 from holdfast.runtime.run import Run, fingerprint
-from holdfast.tasks import ArrayTask, DenoisingTask
+from holdfast.tasks import ArrayTask, DenoisingTask, TextToImageTask
 from holdfast.tasks.base import Split
 from holdfast.training import pretrain
 
@@ -45,6 +45,7 @@ class PicturedModel:
         role: its role in the attack.
         adversary: fine-tunes it on the restricted task first; None: it is shown as released, on the benign task.
         steps: steps of the attack.
+        early: whether the attack goes on after these steps; then only samples are drawn.
     """
 
     setting: str
@@ -52,9 +53,16 @@ class PicturedModel:
     role: Role
     adversary: Adversary | None = None
     steps: int = 0
+    early: bool = False
 
     def __str__(self) -> str:
         return f"{self.model} {'as released' if self.adversary is None else 'after the attack'} in {self.setting!r}"
+
+    def label(self, several: bool) -> str:
+        """Returns the label of its row; with its steps, if there are several numbers of them."""
+        if not several or self.adversary is None:
+            return self.model
+        return f"{self.model}, {self.steps} step{'s' * (self.steps != 1)}"
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,8 @@ class SampleContext:
     def pictures(self, subject: PicturedModel) -> dict[str, int]:
         """Returns how many pictures of each kind a model makes."""
         task = self.images[subject.setting].task(subject)
+        if subject.early:
+            return {"samples": self.spec.samples}
         shown = min(self.spec.denoised, task.size("test"))
         levels = self.spec.levels(task.schedule.steps)
         return {f"restored {level}": shown for level in levels} | {"samples": self.spec.samples}
@@ -120,14 +130,54 @@ class SampleContext:
         }
 
 
-ModelSamples = tuple[dict[str, Tensor], Distance | None]
-"""Pictures by kind, and the distance of samples from test images."""
+class ModelSamples(NamedTuple):
+    """What is measured of one model.
+
+    Attributes:
+        pictures: by kind.
+        distance: of samples from test images; None: not measured.
+        errors: at each of `error_steps`; None where it is not finite.
+    """
+
+    pictures: dict[str, Tensor]
+    distance: Distance | None = None
+    errors: tuple[float | None, ...] = ()
+
+
+def error_steps(task: DenoisingTask, spec: Samples) -> tuple[int, ...]:
+    """Returns the time steps at which the error is measured, from little noise to much; none if the task has its own.
+
+    Example:
+        >>> from holdfast.experiments.measurements.samples import Samples
+        >>> from holdfast.tasks import load_task
+        >>> error_steps(load_task("digits@kind=denoising"), Samples(error_steps=4))
+        (0, 333, 666, 999)
+    """
+    if task.timesteps or spec.error_steps < 2:
+        return ()
+    last = task.schedule.restorable - 1  # beyond, noise is all that is there, and its error is 0
+    return tuple(round(i * last / (spec.error_steps - 1)) for i in range(spec.error_steps))
 
 
 def drawn_images(task: DenoisingTask, split: Split, count: int, run: Run, use: str = "measured") -> Tensor:
     """Returns `count` images of a split, the same for every model."""
-    order = torch.randperm(task.size(split), generator=run.generator("pictures", use, split))
-    return (task.images(split)[order[:count]] + 1) / 2
+    return task.pixels(task.images(split)[drawn_rows(task, split, count, run, use)])
+
+
+def drawn_rows(task: DenoisingTask, split: Split, count: int, run: Run, use: str = "measured") -> Tensor:
+    """Returns the numbers of these images."""
+    return torch.randperm(task.size(split), generator=run.generator("pictures", use, split))[:count]
+
+
+def captions_of(task: DenoisingTask, count: int, run: Run, use: str = "measured") -> tuple[Tensor, Tensor] | None:
+    """Returns the token ids of the captions of `count` test images, and of the empty caption; None: it has none.
+
+    There may be more pictures than test images; then captions come again.
+    """
+    if not isinstance(task, TextToImageTask):
+        return None
+    rows = drawn_rows(task, "test", count, run, use)
+    return task.caption_ids(task.labels("test")[rows[torch.arange(count) % len(rows)]]), task.tokens[-1:]
 
 
 def shown_images(task: DenoisingTask, spec: Samples, run: Run) -> Tensor:
@@ -167,7 +217,7 @@ def setting_images(spec: Samples, benign: DenoisingTask, restricted: DenoisingTa
 
 
 def _bytes(task: DenoisingTask, split: Split) -> npt.NDArray[Any]:
-    images = ((task.images(split) + 1) * 127.5).round().to(torch.uint8)
+    images = (task.pixels(task.images(split)) * 255).round().to(torch.uint8)
     return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from holdfast.experiments.measurements.sample_images import (
     CLASSIFIER_STEPS,
@@ -14,16 +14,24 @@ from holdfast.experiments.measurements.sample_images import (
     SampleContext,
     SettingImages,
     drawn_images,
+    error_steps,
     shown_images,
 )
 from holdfast.metrics.generation import Distance, kernel_distance, noised
 from holdfast.results.image_grid import draw
-from holdfast.results.tables import Cell, Figure, Outcome, Table, finite
+from holdfast.results.tables import Cell, Figure, Lines, Outcome, Table, finite
 from holdfast.runtime.run import derive_seed
+from holdfast.tasks import DenoisingTask, TextToImageTask
 from holdfast.tasks.base import Split
+
+if TYPE_CHECKING:
+    from holdfast.experiments.measurements.samples import Samples
 
 ACROSS: Final = 8
 """Pictures in a line."""
+
+RUINED: Final = 2.0
+"""Samples that are this many times as far from real images as the original's, beyond the noise, are of no use."""
 
 _SPLITS: Final[Sequence[Split]] = ("train", "test")
 
@@ -64,31 +72,60 @@ def _figures(
     noise = derive_seed(run.seed, "pictures", "noise")
     for task_role, task in (("restricted", images.restricted), ("benign", images.benign)):
         released = task_role == "benign"
-        own = {s.model: made for s, (made, _) in samples_of.items() if (s.adversary is None) == released}
-        if not own:
+        shown = {s: made for s, made in samples_of.items() if (s.adversary is None) == released}
+        if not shown:
             continue
+        own, several = {s.model: made for s, made in shown.items() if not s.early}, any(s.early for s in shown)
         state = "from the models as released" if released else "after the attack"
-        real, levels = shown_images(task, spec, run), spec.levels(task.schedule.steps)
-        for level in levels:
+        real, noisy = shown_images(task, spec, run), spec.levels(task.schedule.steps)
+        for level in noisy:
             share = task.schedule.alpha_bar[level].item()
-            yield f"restored_{task_role}" + (f"_{level}" if len(levels) > 1 else ""), draw(
+            yield f"restored_{task_role}" + (f"_{level}" if len(noisy) > 1 else ""), draw(
                 f"{prefix}Noise removed from {task.name}, {state}",
                 {"test images": real, "with noise": noised(real, level, task.schedule, seed=noise)}
-                | {model: made[f"restored {level}"] for model, made in own.items()},
+                | {model: made.pictures[f"restored {level}"] for model, made in own.items()},
                 note=f"Noise was added up to step {level} of {task.schedule.steps}, where {share:.0%} of an image's "
                 f"variance is left. Each model removed it in {min(spec.ddim_steps, level + 1)} steps of DDIM.",
                 across=ACROSS,
             )  # fmt: skip
+        if levels := error_steps(task, spec):
+            yield (
+                f"errors_{task_role}",
+                _errors(f"{prefix}Error by noise level on {task.name}, {state}", task, levels, own),
+            )
         yield (
             f"samples_{task_role}",
             draw(
                 f"{prefix}Samples, {state}: they should look like {task.name}",
                 {"test images": drawn_images(task, "test", spec.samples, run)}
-                | {model: made["samples"] for model, made in own.items()},
-                note=f"{spec.ddim_steps} steps of DDIM; all models started from the same noise.",
+                | {s.label(several): made.pictures["samples"] for s, made in shown.items()},
+                note=f"{spec.ddim_steps} steps of DDIM; all models started from the same noise.{_prompts(task, spec)}",
                 across=ACROSS,
             ),
         )
+
+
+def _errors(title: str, task: DenoisingTask, levels: tuple[int, ...], samples_of: Mapping[str, ModelSamples]) -> Lines:
+    """Errors as multiples of a linear denoiser's, which is at 1 at every level of noise."""
+    linear = [task.with_timesteps([t]).chance for t in levels]
+    return Lines(
+        title=title,
+        x_title="time step",
+        y_title="error, linear denoiser = 1",
+        log_y=True,
+        x=[float(t) for t in levels],
+        series={
+            model: [None if e is None else e / base for e, base in zip(made.errors, linear, strict=True)]
+            for model, made in samples_of.items()
+        },
+    )
+
+
+def _prompts(task: DenoisingTask, spec: Samples) -> str:
+    """How samples of captions were drawn."""
+    if not isinstance(task, TextToImageTask):
+        return ""
+    return f" Each has the caption of the test image in its place; classifier-free guidance is {spec.guidance:g}."
 
 
 def _rows(
@@ -101,15 +138,15 @@ def _rows(
         train, test = (images.features(drawn_images(task, s, count, run)) for s in _SPLITS)
         if len(train) >= LEAST:
             rows["training images"][task_role] = kernel_distance(train, test)
-    for subject, (_, distance) in samples_of.items():
-        if distance is not None:
-            rows.setdefault(subject.model, {})["benign" if subject.adversary is None else "restricted"] = distance
+    for subject, made in samples_of.items():
+        if made.distance is not None:
+            rows.setdefault(subject.model, {})["benign" if subject.adversary is None else "restricted"] = made.distance
     return [{"model": model, **_cells(distances)} for model, distances in rows.items()]
 
 
 def _about_samples(samples_of: Mapping[PicturedModel, ModelSamples]) -> list[str]:
     """Says whether released models still make pictures of their own task, which a small error does not show."""
-    released = {s.model: (s.role, distance) for s, (_, distance) in samples_of.items() if s.adversary is None}
+    released = {s.model: (s.role, made.distance) for s, made in samples_of.items() if s.adversary is None}
     original = next((distance for role, distance in released.values() if role == "original"), None)
     sentences = []
     for model, (role, distance) in released.items():
@@ -120,9 +157,10 @@ def _about_samples(samples_of: Mapping[PicturedModel, ModelSamples]) -> list[str
             sentences.append(f"Samples of {model} as released are not pictures: they are not finite.")
         elif distance.value - original.value > noise:
             times = f" ({distance.value / original.value:.3g} times as far)" if original.value > 0 else ""
+            ruined = "The model is ruined for drawing. " if distance.value > RUINED * max(original.value, 0.0) else ""
             sentences.append(
                 f"Samples of {model} as released are farther from benign test images than the original's{times}. "
-                "Its error on noised images does not show that."
+                f"{ruined}Its error on noised images does not show that."
             )
         else:
             sentences.append(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
+from torch import Tensor
 
 from holdfast.auditing.trials import few_of
 from holdfast.errors import HoldfastError
@@ -23,19 +24,21 @@ from holdfast.experiments.measurements.sample_images import (
     ModelSamples,
     PicturedModel,
     SampleContext,
+    captions_of,
     drawn_images,
+    drawn_rows,
+    error_steps,
     setting_images,
-    shown_images,
 )
 from holdfast.experiments.measurements.sample_tables import lay_out
 from holdfast.experiments.setting import ORIGINAL, Setting, role_of
-from holdfast.metrics.generation import Distance, kernel_distance, restore, sample
-from holdfast.models import Denoiser, SplitModel
-from holdfast.results.tables import Outcome
+from holdfast.metrics.generation import Distance, denoise, kernel_distance, sample, sample_captions
+from holdfast.models import Denoiser, SplitModel, TextToImage
+from holdfast.results.tables import Outcome, finite
 from holdfast.runtime.distributed import process_group
 from holdfast.runtime.executors import Executor
 from holdfast.runtime.jobs import Job, run_jobs
-from holdfast.runtime.run import derive_seed, fingerprint
+from holdfast.runtime.run import Run, derive_seed, fingerprint
 from holdfast.runtime.storage import load_tensors, save_tensors
 from holdfast.tasks import DenoisingTask
 
@@ -55,6 +58,15 @@ class Samples(Measurement):
     )
     samples: int = Field(16, ge=1, le=64, description="Samples of each model that are shown.")
     ddim_steps: int = Field(50, ge=1, description="DDIM steps of sampling and of removing noise.")
+    guidance: float = Field(
+        3.0, ge=0, description="Classifier-free guidance of text-to-image models; 1: none, in half of the time."
+    )
+    early: tuple[int, ...] = Field(
+        (), description="Epochs of the attack after which samples are drawn, before its last one."
+    )
+    error_steps: int = Field(
+        8, ge=0, le=100, description="Time steps at which the error on test images is measured; below 2: none."
+    )
     measured: int = Field(256, ge=0, description="Samples whose distance from test images is measured; 0: none.")
 
     def levels(self, steps: int) -> tuple[int, ...]:
@@ -116,9 +128,12 @@ def pictured_models(spec: Samples, protocol: Measured) -> dict[PicturedModel, Sp
     models: dict[PicturedModel, SplitModel] = {}
     for row, trials in zip(protocol.rows, protocol.trials, strict=True):
         if attack is not None and attack.label in row.covers and trials:
-            steps, adversary = attack.epochs[-1] * row.steps, trials[0].attack.adversary
-            model = PicturedModel(row.setting, row.model, role_of(row.model), adversary, steps)
-            models[model] = protocol.context.model(trials[0])
+            adversary, last = trials[0].attack.adversary, attack.epochs[-1]
+            for epoch in (*sorted(e for e in set(spec.early) if e < last), last):
+                subject = PicturedModel(
+                    row.setting, row.model, role_of(row.model), adversary, epoch * row.steps, epoch < last
+                )
+                models[subject] = protocol.context.model(trials[0])
     for name, setting in protocol.context.settings.items():
         models[PicturedModel(name, ORIGINAL, "original")] = setting.original
     for (name, label, seed), immunized in protocol.context.models.items():
@@ -168,9 +183,9 @@ class _SampleStore:
         return process_group().on_main_process(lambda: [key for key in keys if not self._file(key).is_file()])
 
     def put(self, key: str, value: ModelSamples) -> None:
-        made, distance = value
-        meta = {"distance": distance and [*map(str, distance)]}
-        process_group().on_main_process(lambda: save_tensors(self._file(key), made, meta))
+        distance = value.distance
+        meta = {"distance": distance and [*map(str, distance)], "errors": list(value.errors)}
+        process_group().on_main_process(lambda: save_tensors(self._file(key), value.pictures, meta))
 
     def get(self, key: str) -> ModelSamples:
         file = self._file(key)
@@ -180,9 +195,10 @@ class _SampleStore:
             if counts != self.pictures[key]:
                 raise ValueError(f"it holds pictures {counts} instead of {dict(self.pictures[key])}")
             distance = None if meta["distance"] is None else Distance(*map(float, meta["distance"]))
+            errors = tuple(None if value is None else float(value) for value in meta["errors"])
         except (KeyError, TypeError, ValueError) as error:
             raise HoldfastError(f"{str(file)!r} is damaged ({error}); delete it, and it is made again.") from error
-        return tensors, distance
+        return ModelSamples(tensors, distance, errors)
 
 
 def _make(context: SampleContext, subject: PicturedModel) -> ModelSamples:
@@ -200,16 +216,38 @@ def _make(context: SampleContext, subject: PicturedModel) -> ModelSamples:
     assert isinstance(model, Denoiser)
     images = context.images[subject.setting]
     task = images.task(subject)
-    shown, noise = shown_images(task, spec, run), derive_seed(run.seed, "pictures", "noise")
-    drawn = max(spec.samples, spec.measured if images.classifier is not None else 0)
+    measured = 0 if images.classifier is None or subject.early else spec.measured
     with run.seeded("pictures"):
-        made = {
-            f"restored {level}": restore(model, shown, level, seed=noise, steps=spec.ddim_steps)
-            for level in spec.levels(task.schedule.steps)
-        }
-        samples = sample(model, drawn, seed=derive_seed(run.seed, "pictures", "samples"), steps=spec.ddim_steps)
+        made = {} if subject.early else _restored(model, task, spec, run)
+        samples = _samples(model, task, max(spec.samples, measured), spec, run)
     made["samples"] = samples[: spec.samples]
-    if images.classifier is None:
-        return made, None
+    levels = () if subject.early else error_steps(task, spec)
+    errors = tuple(finite(task.with_timesteps([t]).score(model)) for t in levels)
+    if not measured:
+        return ModelSamples(made, None, errors)
     real = drawn_images(task, "test", spec.measured, run)
-    return made, kernel_distance(images.features(samples[: spec.measured]), images.features(real))
+    distance = kernel_distance(images.features(samples[: spec.measured]), images.features(real))
+    return ModelSamples(made, distance, errors)
+
+
+def _restored(model: Denoiser, task: DenoisingTask, spec: Samples, run: Run) -> dict[str, Tensor]:
+    """Test images after noise was added and removed again, by the level of the noise."""
+    rows = drawn_rows(task, "test", spec.denoised, run, "shown")
+    captions = captions_of(task, len(rows), run, "shown")
+    settings = {"seed": derive_seed(run.seed, "pictures", "noise"), "steps": spec.ddim_steps}
+    return {
+        f"restored {level}": task.pixels(
+            denoise(model, task.images("test")[rows], level, captions=captions and captions[0], **settings)
+        )
+        for level in spec.levels(task.schedule.steps)
+    }
+
+
+def _samples(model: Denoiser, task: DenoisingTask, count: int, spec: Samples, run: Run) -> Tensor:
+    """Pictures of a model; those of a text-to-image model are of the captions of test images."""
+    seed, captions = derive_seed(run.seed, "pictures", "samples"), captions_of(task, count, run)
+    if captions is None:
+        return sample(model, count, seed=seed, steps=spec.ddim_steps)
+    assert isinstance(model, TextToImage)
+    drawn = sample_captions(model, *captions, seed=seed, steps=spec.ddim_steps, guidance=spec.guidance)
+    return task.pixels(drawn)

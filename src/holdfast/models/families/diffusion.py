@@ -1,29 +1,29 @@
-"""Denoisers: U-Nets of diffusers, built in or from a folder, and saved as a folder of diffusers."""
+"""Denoisers: U-Nets of diffusers, and how they are saved as a folder of diffusers."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError, unknown
-from holdfast.models.family import Built, Family, Shape, check_known, register
-from holdfast.models.introspection import first_line
-from holdfast.models.spec import ModelSpec
 from holdfast.models.split_model import SplitModel
 from holdfast.runtime.storage import writable_folder
-from holdfast.tasks import Schedule, located
+from holdfast.tasks import Schedule
+from holdfast.tasks.schedule import FLOW
 
 HEAD: Final = "conv_out"
 """The last layer of a U-Net of diffusers."""
 
 PREDICTIONS: Final = ("epsilon", "v_prediction", "sample")
 """Quantities that a network may predict, by their names in diffusers; see `Denoiser.forward`."""
+
+UNET_ORDER: Final = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", HEAD)
+"""Stages of a U-Net as they run, after the embedding of time; diffusers registers the middle after the up blocks."""
 
 
 class Denoiser(SplitModel):
@@ -34,13 +34,14 @@ class Denoiser(SplitModel):
 
     Args:
         network: a `UNet2DModel` of diffusers with as many output as input channels.
-        scheduler: configuration of its DDPM or DDIM scheduler; None: that of Ho et al. 2020.
+        scheduler: configuration of its scheduler, see `Schedule`; None: that of Ho et al. 2020.
         name: shown in reports.
         factory: see `SplitModel`.
         spec: see `SplitModel`.
 
     Attributes:
         schedule: of the noise that it was trained on.
+        predicts: one of `PREDICTIONS`, or `flow`: what the network predicts.
 
     Raises:
         HoldfastError: if the network also predicts a variance or needs a class, or the scheduler is not supported.
@@ -56,6 +57,8 @@ class Denoiser(SplitModel):
     """
 
     answers_with = "noise"
+    task_kind: ClassVar[str] = "denoising"
+    """The kind of the tasks that it fits, for messages."""
 
     def __init__(
         self,
@@ -66,29 +69,40 @@ class Denoiser(SplitModel):
         factory: Callable[[], nn.Module] | None = None,
         spec: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(network, HEAD, name=name, factory=factory, spec=spec, channels_last=False)
+        head = self._head_of(network, name)
+        super().__init__(network, head, name=name, factory=factory, spec=spec, channels_last=False)
         self.schedule = Schedule(scheduler)
-        self.predicts = str(self.schedule.config.get("prediction_type", "epsilon"))
-        if self.predicts not in PREDICTIONS:
+        self.predicts = FLOW if self.schedule.flows else str(self.schedule.config.get("prediction_type", "epsilon"))
+        if not self.schedule.flows and self.predicts not in PREDICTIONS:
             raise unknown("prediction_type of the scheduler:", self.predicts, PREDICTIONS)
-        config: Any = network.config
-        if config.in_channels != config.out_channels:
-            raise HoldfastError(
-                f"{name}: the network takes {config.in_channels} channels and returns {config.out_channels}; networks "
-                "that also predict a variance are not supported."
-            )
-        if config.num_class_embeds is not None or config.class_embed_type is not None:
-            raise HoldfastError(f"{name}: the network needs the class of each image; give an unconditional one.")
+        self._check_network()
+
+    def _head_of(self, network: nn.Module, name: str) -> str:
+        """The dotted name of the last layer."""
+        if not isinstance(getattr(network, HEAD, None), nn.Conv2d):
+            raise HoldfastError(f"{name}: the network has no last convolution {HEAD!r}; expected a UNet2DModel.")
+        return HEAD
 
     def _check_head(self) -> None:
-        if not isinstance(getattr(self.network, HEAD, None), nn.Conv2d):
-            raise HoldfastError(f"{self.name}: the network has no last convolution {HEAD!r}; expected a UNet2DModel.")
+        """A denoiser's head need not be 1x1; `_head_of` has found it."""
+
+    def _check_network(self) -> None:
+        """Refuses a network that `forward` does not call rightly."""
+        config: Any = self.network.config
+        if config.in_channels != config.out_channels:
+            raise HoldfastError(
+                f"{self.name}: the network takes {config.in_channels} channels and returns {config.out_channels}; "
+                "networks that also predict a variance are not supported."
+            )
+        if config.num_class_embeds is not None or config.class_embed_type is not None:
+            raise HoldfastError(f"{self.name}: the network needs the class of each image; give an unconditional one.")
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the predicted noise, computed from the network's prediction.
 
         With a = alpha-bar_t, v = sqrt(a) epsilon - sqrt(1 - a) x_0 (Salimans and Ho 2022), so that
-        epsilon = sqrt(a) v + sqrt(1 - a) x_t; and from x_0, epsilon = (x_t - sqrt(a) x_0) / sqrt(1 - a).
+        epsilon = sqrt(a) v + sqrt(1 - a) x_t; and from x_0, epsilon = (x_t - sqrt(a) x_0) / sqrt(1 - a). In flow
+        matching, u = epsilon - x_0, so that epsilon = x_t + (1 - sigma_t) u.
 
         Args:
             x: shape (N, C + 1, H, W); the last channel is the time step.
@@ -98,7 +112,7 @@ class Denoiser(SplitModel):
         """
         t = x[:, -1, 0, 0].round().long()
         noised = x[:, :-1].to(self.precision or self.dtype)
-        output: Tensor = self.network(noised, t).sample
+        output: Tensor = self.network(noised, self.schedule.network_time(t)).sample
         return self.noise_of(output, noised, t)
 
     def noise_of(self, output: Tensor, noised: Tensor, t: Tensor) -> Tensor:
@@ -113,6 +127,8 @@ class Denoiser(SplitModel):
             return output
         # In float32 at least: in bfloat16, 0.9999 is 1, and 1 - alpha-bar would be 0.
         signal, spread = self.schedule.shares(t.clamp(0, self.schedule.steps - 1), t.device)
+        if self.predicts == FLOW:
+            return (noised + signal * output).to(output.dtype)
         if self.predicts == "v_prediction":
             return (signal * output + spread * noised).to(output.dtype)
         return ((noised - signal * output) / spread).to(output.dtype)
@@ -121,6 +137,8 @@ class Denoiser(SplitModel):
         """See `SplitModel.not_probed`: for the last block of models that predict epsilon."""
         if self.predicts != "epsilon":
             return f"a probe reads the noise from features, and the network predicts {self.predicts}"
+        if not isinstance(self.head, nn.Conv2d):
+            return "a probe reads the noise at each pixel, and the network's head makes patches"
         return None if depth == 1 else f"the depth of a probe is {depth}; expected 1 for a denoiser"
 
     def features_by_depth(self, x: Tensor, depth: int) -> list[Tensor]:
@@ -147,14 +165,19 @@ class Denoiser(SplitModel):
 
     def reset_head(self, num_outputs: int | None = None) -> None:
         """See `SplitModel.reset_head`; the number of outputs stays that of the images' channels."""
-        old: Any = self.head
-        if num_outputs not in (None, old.out_channels):
+        if num_outputs not in (None, self.num_outputs):
             raise HoldfastError(
-                f"{self.name} makes images of {old.out_channels} channels, and {num_outputs} are needed; set the "
+                f"{self.name} makes images of {self.num_outputs} channels, and {num_outputs} are needed; set the "
                 "task's channels."
             )
-        like = {"padding": old.padding, "device": old.weight.device, "dtype": old.weight.dtype}
-        self.put_head(nn.Conv2d(old.in_channels, old.out_channels, old.kernel_size, **like))
+        old: Any = self.head
+        like = {"device": old.weight.device, "dtype": old.weight.dtype}
+        if isinstance(old, nn.Linear):
+            self.put_head(nn.Linear(old.in_features, old.out_features, old.bias is not None, **like))
+        else:
+            self.put_head(
+                nn.Conv2d(old.in_channels, old.out_channels, old.kernel_size, padding=old.padding, **like)
+            )  # fmt: skip
 
     def input_settings(self) -> list[Any]:
         """See `SplitModel.input_settings`: also the configuration of the schedule."""
@@ -177,21 +200,28 @@ class Denoiser(SplitModel):
         if not schedule.same_noise(self.schedule):
             raise HoldfastError(
                 f"{self.name} was trained on the noise schedule {self.schedule.describe()}, and its task {task!r} has "
-                f"{schedule.describe()}. Set the task's: {task}@kind=denoising,schedule=..., with a name or with the "
-                "model's folder."
+                f"{schedule.describe()}. Set the task's: {task}@kind={self.task_kind},schedule=..., with a name "
+                "or with the model's folder."
             )
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
         """Shape of the images that its pipelines draw; None: the configuration has no size."""
         config: Any = self.network.config
-        size = config.sample_size
+        size = config.get("sample_size")
         sides = (size, size) if isinstance(size, int) else size
-        return None if sides is None else (config.in_channels, *sides)
+        return None if sides is None else (self.num_outputs, *sides)
 
     def pipeline(self, *, ddim: bool = False) -> Any:
-        """Returns a diffusers pipeline that shares this network: `DDPMPipeline`, or `DDIMPipeline`."""
+        """Returns a diffusers pipeline that shares this network: `DDPMPipeline`, or `DDIMPipeline`.
+
+        Raises:
+            HoldfastError: for flow matching, for which diffusers has no such pipeline.
+        """
         from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+
+        if self.schedule.flows:
+            raise HoldfastError(f"{self.name}: diffusers has no pipeline for flow matching without a text.")
 
         config = {k: v for k, v in self.schedule.config.items() if k != "_class_name"}
         if ddim or self.schedule.config["_class_name"] == "DDIMScheduler":
@@ -199,9 +229,20 @@ class Denoiser(SplitModel):
         return DDPMPipeline(self.network, DDPMScheduler.from_config(config))
 
     def save_pretrained(self, folder: Path | str, *, merge_extractor: bool = False) -> Path:
-        """Writes a folder that `DDPMPipeline.from_pretrained` opens (or DDIM's). A denoiser has no extractor."""
+        """Writes a folder that `DDPMPipeline.from_pretrained` opens (or DDIM's). A denoiser has no extractor.
+
+        For flow matching, the network and the scheduler are written, which diffusers opens one by one.
+        """
         folder = writable_folder(Path(folder))
+        if self.schedule.flows:
+            return self._save_components(folder)
         self.pipeline().save_pretrained(folder)
+        return folder
+
+    def _save_components(self, folder: Path) -> Path:
+        network: Any = self.network
+        network.save_pretrained(folder / "unet")
+        self.schedule.scheduler().save_pretrained(folder / "scheduler")
         return folder
 
 
@@ -252,130 +293,14 @@ def unet(
     )
 
 
-def in_order(network: nn.Module) -> nn.Module:
-    """Orders a U-Net's stages as they run, in place, so that its last block is found.
+def in_order(network: nn.Module, names: Sequence[str] = UNET_ORDER) -> nn.Module:
+    """Orders a network's stages as they run, in place, so that its last block is found.
 
-    diffusers registers the middle after the up blocks.
+    Args:
+        network: changed in place.
+        names: of its modules in this order; others come before them.
     """
-    for name in ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", HEAD):
+    for name in names:
         if name in network._modules:
             network._modules[name] = network._modules.pop(name)
     return network
-
-
-def is_pipeline(name: str) -> bool:
-    """Whether a name is that of a folder with a pipeline of diffusers."""
-    return (Path(name).expanduser() / "model_index.json").is_file()
-
-
-def architecture(config: Mapping[str, Any]) -> nn.Module:
-    """Builds a U-Net with fresh weights from its configuration, without reading or fetching any.
-
-    Raises:
-        HoldfastError: if diffusers cannot build it.
-    """
-    from diffusers import UNet2DModel
-
-    try:
-        return in_order(UNet2DModel.from_config(dict(config)))
-    except Exception as error:  # the configuration may hold anything
-        raise HoldfastError(f"No U-Net can be built from its configuration: {first_line(error)}.") from error
-
-
-def pretrained(place: str) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
-    """Loads a U-Net with its weights: safetensors only, and no code beside that of diffusers.
-
-    Args:
-        place: a folder with a pipeline, or a name on the Hub (which needs a network, or its cache).
-
-    Returns:
-        The network, the configuration of its scheduler, and notes for a reader.
-
-    Raises:
-        HoldfastError: if the model does not exist, or is not an unconditional U-Net.
-    """
-    from diffusers import DDPMScheduler, UNet2DModel
-
-    root = Path(place).expanduser()
-    local = root.is_dir()
-    notes: tuple[str, ...] = ()
-    if local:
-        _check_index(root)
-        if (root / "unet_ema").is_dir():
-            notes = (
-                f"{place} has averaged weights (EMA) in unet_ema beside those in unet, which were used. For the "
-                "averaged ones, give the file in unet_ema as --weights (`weights:` in a recipe).",
-            )
-    try:
-        inside = local or _is_nested(place)
-        network, info = UNet2DModel.from_pretrained(
-            place,
-            subfolder="unet" if inside else None,
-            use_safetensors=True,
-            local_files_only=local,
-            low_cpu_mem_usage=False,  # otherwise missing tensors have no values
-            output_loading_info=True,
-        )
-        scheduler = DDPMScheduler.load_config(place, subfolder="scheduler" if inside else None, local_files_only=local)
-    except Exception as error:  # a network, a cache and unknown files may raise anything
-        raise HoldfastError(
-            f"diffusers:{place} cannot be loaded as a UNet2DModel in safetensors with a scheduler: {first_line(error)}."
-        ) from error
-    if not isinstance(scheduler, dict):
-        raise HoldfastError(f"diffusers:{place}: {scheduler!r} is not a scheduler's configuration.")
-    if info["missing_keys"]:
-        raise HoldfastError(f"diffusers:{place} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}.")
-    return in_order(network.eval()), scheduler, notes
-
-
-def _is_nested(name: str) -> bool:
-    """Whether a model on the Hub keeps its parts in folders; some old ones do not."""
-    from diffusers import UNet2DModel
-
-    try:
-        UNet2DModel.load_config(name, subfolder="unet")
-    except OSError:
-        return False
-    return True
-
-
-def _check_index(root: Path) -> None:
-    index = root / "model_index.json"
-    if not index.is_file() and (root / "config.json").is_file():
-        raise HoldfastError(f"diffusers:{root} is a folder of transformers; name it hf:{root}.")
-    try:
-        parts = json.loads(index.read_bytes())
-        kind = parts.get("unet")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise HoldfastError(f"{str(root)!r} is not a folder of a diffusers pipeline: {first_line(error)}.") from error
-    if kind != ["diffusers", "UNet2DModel"]:
-        raise HoldfastError(
-            f"{str(root)!r} holds a pipeline ({parts.get('_class_name')}) whose unet is {kind}; expected an "
-            "unconditional one, ['diffusers', 'UNet2DModel']."
-        )
-
-
-@register("diffusers:NAME")
-class DiffusersFamily(Family):
-    """Pipelines of diffusers, by a folder or a name on the Hub."""
-
-    def build(self, spec: ModelSpec, input_shape: Shape, num_outputs: int, data_dir: Path | str | None) -> Built:
-        """See `Family.build`."""
-        check_known(spec, ["config", "scheduler"])
-        if "config" in spec.options:
-            network = architecture(spec.options["config"])
-            return Built(network, spec, scheduler=spec.options.get("scheduler") or {})
-        place = located(spec.name.removeprefix("diffusers:"), data_dir)
-        network, scheduler, notes = pretrained(place)
-        plain = {k: v for k, v in dict(network.config).items() if not k.startswith("_")}
-        rebuild = spec.model_copy(
-            update={
-                "name": f"diffusers:{Path(place).name}" if Path(place).is_dir() else spec.name,
-                "options": {"config": json.loads(json.dumps(plain)), "scheduler": Schedule(scheduler).config},
-            }
-        )
-        return Built(network, rebuild, scheduler=scheduler, loaded=spec.weights is None, notes=notes)
-
-    def name_of_folder(self, folder: Path) -> ModelSpec | None:
-        """See `Family.name_of_folder`."""
-        return ModelSpec(name=f"diffusers:{folder}") if is_pipeline(str(folder)) else None

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from holdfast.errors import HoldfastError
 from holdfast.models.families import diffusion
 from holdfast.models.families.builtin import BuiltIn
+from holdfast.models.families.conditional import NETWORKS, Call, Network, entry_of
 from holdfast.models.families.diffusion import Denoiser, in_order
-from holdfast.models.family import FAMILIES, Built, Shape
+from holdfast.models.family import FAMILIES, Built, PipelineSource, Shape
 from holdfast.models.spec import ModelSpec
 from holdfast.models.text_encoders import Encoded, TextEncoder, load_text_encoder
 from holdfast.results import ModelFacts
-from holdfast.runtime.storage import tensors_sha256
+from holdfast.runtime.storage import tensors_sha256, writable_folder
 from holdfast.tasks import Schedule
 from holdfast.tasks.schedule import SCHEDULES
 from holdfast.tasks.text_to_image import caption_tokens
@@ -29,16 +30,17 @@ TEXT_WIDTH: Final = 32
 
 
 class TextToImage(Denoiser):
-    """A text-to-image model: a network of diffusers with cross-attention, and its text encoder.
+    """A text-to-image model: a network of diffusers that reads a caption, and its text encoder.
 
     Its inputs are those of a `TextToImageTask`. The text encoder is frozen: it is no part of `network`, so that neither
     fine-tuning nor a defense changes it, and the scratch control keeps it, as an adversary who trains from scratch
     would.
 
     Args:
-        network: a `UNet2DConditionModel` of diffusers.
+        network: of one of the classes in `holdfast.models.families.conditional.NETWORKS`.
         text: the encoder.
         scheduler: see `Denoiser`.
+        source: the pipeline's folder that the network comes from; None: there is none.
         name: shown in reports.
         factory: see `SplitModel`.
         spec: see `SplitModel`.
@@ -58,6 +60,7 @@ class TextToImage(Denoiser):
     """
 
     answers_with = "noise of a captioned image"
+    task_kind = "text-to-image"
     text: TextEncoder
 
     def __init__(
@@ -66,18 +69,44 @@ class TextToImage(Denoiser):
         text: TextEncoder,
         *,
         scheduler: Mapping[str, Any] | None = None,
+        source: PipelineSource | None = None,
         name: str = "text-to-image model",
         factory: Callable[[], nn.Module] | None = None,
         spec: dict[str, Any] | None = None,
     ) -> None:
+        self.source = source
         super().__init__(network, scheduler=scheduler, name=name, factory=factory, spec=spec)
         # Not as a submodule: whatever walks over the model's parameters would train it.
         self.__dict__["text"] = text.eval().requires_grad_(False)
         self.vocabulary = text.vocabulary
         self._prompts: tuple[Tensor, Tensor] | None = None
 
+    def _head_of(self, network: nn.Module, name: str) -> str:
+        entry = entry_of(network)
+        if entry is None:
+            raise HoldfastError(
+                f"{name}: its network is a {type(network).__name__}; expected one of {', '.join(NETWORKS)}."
+            )
+        return entry.head
+
+    def _check_network(self) -> None:
+        reason = self._entry.refused(self.network.config)
+        if reason is not None:
+            raise HoldfastError(f"{self.name}: its network is not supported: {reason}.")
+
+    @property
+    def _entry(self) -> Network:
+        entry = entry_of(self.network)
+        assert entry is not None
+        return entry
+
+    @property
+    def num_outputs(self) -> int:
+        """Channels of the images, or of their latents; transformers answer with patches, which have more numbers."""
+        return self._entry.channels(self.network.config)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TextToImage:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.text._apply(fn)
         if self._prompts is not None:
             self._prompts = (fn(self._prompts[0]), fn(self._prompts[1]))
@@ -86,7 +115,7 @@ class TextToImage(Denoiser):
     @property
     def known_tokens(self) -> int | None:
         """See `SplitModel.known_tokens`."""
-        return self.text.embedding.num_embeddings
+        return self.text.known_tokens
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the predicted noise; see `Denoiser.forward`.
@@ -104,8 +133,10 @@ class TextToImage(Denoiser):
 
     def predict(self, noised: Tensor, t: Tensor, encoded: Encoded) -> Tensor:
         """Returns what the network makes of x_t at step t with the captions' vectors."""
-        output: Tensor = self.network(noised, t, encoder_hidden_states=encoded.states.to(noised.dtype)).sample
-        return output
+        pooled = None if encoded.pooled is None else encoded.pooled.to(noised.dtype)
+        text = Encoded(encoded.states.to(noised.dtype), encoded.mask, pooled)
+        scale = 1 if self.source is None else self.source.scale
+        return self._entry.call(self.network, Call(noised, self.schedule.network_time(t), text, scale))
 
     def prompt_with(self, captions: Tensor, prompts: Tensor) -> None:
         """Lets the model read other token ids in place of some captions, as who prompts it may choose.
@@ -142,6 +173,8 @@ class TextToImage(Denoiser):
     def cross_attention(self) -> dict[str, nn.Linear]:
         """Returns the layers that make keys and values of the text's vectors, by their dotted names in `network`.
 
+        Transformers that attend to image and text together (Flux, SD3) have them as well.
+
         Example:
             >>> from holdfast.tasks import load_task
             >>> from holdfast.models import load_model
@@ -151,10 +184,55 @@ class TextToImage(Denoiser):
         return {
             f"{name}.{part}": getattr(module, part)
             for name, module in self.network.named_modules()
-            if getattr(module, "is_cross_attention", False)
-            for part in ("to_k", "to_v")
+            for part in (
+                ("to_k", "to_v") if getattr(module, "is_cross_attention", False) else ("add_k_proj", "add_v_proj")
+            )
             if isinstance(getattr(module, part, None), nn.Linear)
         }
+
+    def pipeline(self, *, ddim: bool = False) -> Any:
+        """Returns the pipeline of the folder that the model comes from, with this network.
+
+        Args:
+            ddim: whether it samples with DDIM, and not with its own scheduler.
+
+        Raises:
+            HoldfastError: if there is no such folder, or it is gone; or for DDIM with flow matching.
+        """
+        from diffusers import DDIMScheduler, DiffusionPipeline
+
+        if self.source is None:
+            raise HoldfastError(
+                f"{self.name} makes images from captions without an autoencoder, for which diffusers has no pipeline."
+            )
+        if ddim and self.schedule.flows:
+            raise HoldfastError(f"{self.name} was trained by flow matching, which DDIM does not sample from.")
+        folder = self.source.found(self.name)
+        more = {self.source.component: self.network}
+        if ddim:
+            more["scheduler"] = DDIMScheduler.from_config({**self.schedule.config, "_class_name": "DDIMScheduler"})
+        return DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, **more)
+
+    def save_pretrained(self, folder: Path | str, *, merge_extractor: bool = False) -> Path:
+        """Writes a folder that `DiffusionPipeline.from_pretrained` opens, with the other parts of the model's own.
+
+        Models without an autoencoder have no pipeline in diffusers; of these, network and scheduler are written, which
+        diffusers opens one by one.
+
+        Args:
+            folder: created if it does not exist.
+            merge_extractor: has no effect, as these models have no extractor.
+
+        Raises:
+            HoldfastError: if the folder of the other parts is gone, or is the one to write to.
+        """
+        folder = writable_folder(Path(folder))
+        if self.source is None:
+            return self._save_components(folder)
+        self.source.copy_to(folder, self.name)
+        network: Any = self.network
+        network.save_pretrained(folder / self.source.component)
+        return folder
 
     def input_settings(self) -> list[Any]:
         """See `SplitModel.input_settings`: also a hash of the text encoder."""
@@ -241,8 +319,8 @@ class BuiltInTextToImage(BuiltIn):
         width = spec.options.get("text_width", TEXT_WIDTH)
         if not isinstance(named, str | None) or not isinstance(width, int) or width < 1:
             raise HoldfastError(
-                f"Model {spec.name!r}: text_encoder is {named!r} and text_width {width!r}; expected hf:NAME, a folder or "
-                "nothing, and a number of at least 1."
+                f"Model {spec.name!r}: text_encoder is {named!r} and text_width {width!r}; expected hf:NAME, a "
+                "folder or nothing, and a number of at least 1."
             )
         if named is not None and "text_width" in spec.options:
             raise HoldfastError(f"Model {spec.name!r}: text_width has no effect with a text_encoder; leave it out.")
