@@ -121,15 +121,7 @@ class DreamBooth(Adversary):
 
     def not_applicable(self, model: SplitModel, task: Task) -> str | None:
         """See `Adversary.not_applicable`."""
-        reason = not_captioned(model, task)
-        if reason is None and self.prior_weight and self.prior == "drawn" and isinstance(model, TextToImage):
-            if model.sample_shape is None:
-                reason = "its prior is images that the model draws, and its configuration has no size for them"
-            elif self.prior_steps > model.schedule.restorable:
-                reason = (
-                    f"its prior is drawn in {self.prior_steps} steps, and the model has {model.schedule.restorable}"
-                )
-        return reason or self._tuning.not_applicable(model, task)
+        return not_captioned(model, task) or self._tuning.not_applicable(model, task)
 
     def run(
         self, model: SplitModel, task: Task, *, benign: Task | None, generator: torch.Generator, device: torch.device
@@ -160,8 +152,9 @@ class DreamBooth(Adversary):
         labels = torch.arange(self.prior_images) % len(task.captions)
         seed = int(torch.randint(2**31, (), generator=generator))
         images = sample_captions(
-            model, task.tokens[labels], task.tokens[-1:], seed=seed, steps=self.prior_steps, guidance=self.guidance
-        )
+            model, task.tokens[labels], task.tokens[-1:], seed=seed, steps=self.prior_steps, guidance=self.guidance,
+            sides=task.output_shape[1:],
+        )  # fmt: skip
         return task.with_training_images(images, labels)
 
     def _beside(

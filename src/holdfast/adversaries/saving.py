@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from holdfast.models import Denoiser, SplitModel, TextToImage
+from holdfast.models import SplitModel, TextToImage
 from holdfast.runtime.storage import writable_folder, write_atomic
 from holdfast.tasks import Task
 from holdfast.tasks.text_to_image import TextToImageTask
@@ -30,8 +30,9 @@ def save_attacked(released: SplitModel, attacked: SplitModel, task: Task, folder
 
     - Learned word vectors: `learned_embeds.safetensors`, which `load_textual_inversion` of diffusers reads; of several
       concepts one file each, as diffusers has it, called `learned_embeds-0.safetensors` and so on.
-    - Adapters beside the weights of a diffusion model that are as they were: `pytorch_lora_weights.safetensors`, which
-      `load_lora_weights` of a diffusers pipeline reads. The scale of the adapters is multiplied into them.
+    - Adapters beside weights that are as they were: `pytorch_lora_weights.safetensors`, which `load_lora_weights` of a
+      diffusers pipeline reads; only for networks that diffusers can give a LoRA, which `UNet2DModel` and PixArt's are
+      not. The scale of the adapters is multiplied into them.
     - Else all weights of the network, with adapters merged: `model.safetensors`, which `load_model` reads.
     - If the attacked model is prompted with other captions: `prompts.json`, from a caption to its prompt's token ids
       and, if the tokenizer can write them, its text.
@@ -47,7 +48,7 @@ def save_attacked(released: SplitModel, attacked: SplitModel, task: Task, folder
     files = []
     if learned and isinstance(attacked, TextToImage):
         files += _save_learned(attacked, learned, folder)
-    elif isinstance(attacked, Denoiser) and _beside_weights(released, attacked):
+    elif hasattr(attacked.network, "load_lora_adapter") and _beside_weights(released, attacked):
         save_file(_lora(attacked), folder / LORA, metadata={"format": "pt"})
         files.append(LORA)
     else:

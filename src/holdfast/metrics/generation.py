@@ -182,6 +182,7 @@ def sample_captions(
     seed: int,
     steps: int = 50,
     guidance: float = 3.0,
+    sides: tuple[int, ...] | None = None,
     batch: int = BATCH,
 ) -> Tensor:
     """Draws a picture for each caption, by DDIM without new noise and with classifier-free guidance.
@@ -196,6 +197,7 @@ def sample_captions(
         seed: of the noise, which is the same for every model.
         steps: number of denoising steps.
         guidance: g; 1: without guidance, in half of the time.
+        sides: height and width, of pictures or latents; None: those of the model's configuration.
         batch: number of pictures computed at a time.
 
     Returns:
@@ -215,10 +217,11 @@ def sample_captions(
         raise HoldfastError(f"steps is {steps}, batch {batch}, captions {len(captions)}; expected at least 1 of each.")
     if not 0 <= guidance < math.inf:
         raise HoldfastError(f"guidance is {guidance}; expected a number of at least 0, 1 for none.")
-    if model.sample_shape is None:
+    shape = model.sample_shape if sides is None else (model.num_outputs, *sides)
+    if shape is None:
         raise HoldfastError(f"{model.name} does not specify the size of its pictures; set sample_size in its config.")
     last = model.schedule.restorable - 1
-    noise = torch.randn((len(captions), *model.sample_shape), generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn((len(captions), *shape), generator=torch.Generator().manual_seed(seed))
     drawn = _denoised(model, noise.to(model.device), last, steps, batch, captions, empty, guidance)
     return torch.cat([clean.float().cpu() for clean in drawn])
 
