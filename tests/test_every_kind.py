@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cases import ADVERSARIES
+from cases import ADVERSARIES, CAPTIONED
 from holdfast import audit
 from holdfast.adversaries import UNDO, Adversary, FewShotPrompt, FineTuning, Probe
 from holdfast.models import ModelSpec, SplitModel, load_model, load_task_for
@@ -34,10 +34,13 @@ def mechanisms() -> dict[str, Adversary]:
     more = {f"undo-{m}": FineTuning(Strategy("head", "all", "adam", 2e-3, 20), undo=(m,)) for m in UNDO}
     scopes = {
         f"scope-{scope}": FineTuning(Strategy("direct", scope, "adam", 1e-2, 20, rank=2))
-        for scope in ("lora-attention", "qlora", "embeddings", "norm")
+        for scope in ("lora-attention", "qlora", "embeddings", "norm", "cross-attention")
     }
     probes = {"probe-ridge": Probe("ridge"), "probe-adam": Probe("adam", "standardised", 0.1)}
-    return {**started, **kept, **more, **scopes, **probes, "prompt": FewShotPrompt(2)}
+    captioned = {
+        f"captions-{name}": CAPTIONED[name] for name in ("dreambooth", "dreambooth-benign", "textual-inversion")
+    }
+    return {**started, **kept, **more, **scopes, **probes, **captioned, "prompt": FewShotPrompt(2)}
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ CASES = {
         ModelSpec(name="text-unet", options={"widths": [8, 8]}),
         f"digits[0-4]@kind=text-to-image,caption=a photo of the digit {{}},{SMALL}",
         f"digits[5-9]@kind=text-to-image,caption=a photo of the digit {{}},{SMALL}",
-        ("head-all-adam", "scope-lora-attention"),
+        ("head-all-adam", "scope-lora-attention", "captions-dreambooth", "captions-textual-inversion"),
     ),
 }  # fmt: skip
 
