@@ -135,10 +135,19 @@ _CAPTIONED = {
 _IMMA = {"iterations": 3, "batch_size": 8, "guard_every": 1, "max_benign_drop": 1.0}
 
 TEXT_TO_IMAGE: dict[str, Defense] = {
-    "sophon-dos": Sophon(initialisations=("direct", "head", "last-half"), scopes=("all", "norm"), **_CAPTIONED),
+    "sophon-dos": Sophon(
+        initialisations=("direct", "head", "last-half"),
+        scopes=("all", "norm"),
+        population=2,
+        lifetime=3,
+        disjoint=True,
+        **_CAPTIONED,
+    ),
     "sophon-mse-ascent": Sophon(loss="mse-ascent", ema=0.7, joint_weight=0.1, distillation=1.0, **_CAPTIONED),
     "trajectory-erasure": TrajectoryErasure(recovery_loops=2, probe_batch=8, max_timestep=500, **_CAPTIONED),
-    "imma-diffusion": DiffusionIMMA(inner_steps=2, adaptation=Strategy(batch_size=8), **_IMMA),
+    "imma-diffusion": DiffusionIMMA(
+        inner_steps=2, adaptation=Strategy(batch_size=8), validate_every=2, validation_steps=2, **_IMMA
+    ),
     "imma-diffusion-lora": DiffusionIMMA(
         adaptation=Strategy("direct", "lora-attention", "adamw", 1e-2, 8, rank=2),
         optimizer="adamw",

@@ -172,11 +172,11 @@ def _ids(task: TextToImageTask, captions: Sequence[str]) -> Tensor:
 
 @torch.no_grad()
 def _vectors(model: TextToImage, ids: Tensor) -> Tensor:
-    """The text encoder's vectors of captions: float64, shape (K, L, D)."""
+    """The text encoder's vectors of captions: float64 on the CPU, as some devices have none; shape (K, L, D)."""
     if not len(ids):
-        return torch.zeros(0, ids.shape[1], model.text.width, dtype=torch.float64, device=model.device)
+        return torch.zeros(0, ids.shape[1], model.text.width, dtype=torch.float64)
     encoded: Encoded = model.text(ids.to(model.device))
-    return encoded.states.to(torch.float64)
+    return encoded.states.cpu().to(torch.float64)
 
 
 @torch.no_grad()
@@ -191,13 +191,13 @@ def _apply(
     """
     squares = torch.zeros(4, dtype=torch.float64)
     for layer in keys_and_values(model):
-        before = layer.weight.to(torch.float64)
+        before = layer.weight.cpu().to(torch.float64)
         layer.weight.copy_(before @ change)
-        after = layer.weight.to(torch.float64)
+        after = layer.weight.cpu().to(torch.float64)
         wanted = targets @ before.T
         parts = (
             erased @ after.T - wanted, erased @ before.T - wanted, preserved @ (after - before).T, preserved @ before.T
         )  # fmt: skip
-        squares += torch.stack([part.square().sum() for part in parts]).cpu()
+        squares += torch.stack([part.square().sum() for part in parts])
     left, way, moved, size = squares.sqrt().tolist()
     return left / way if way else 0.0, moved / size if size else 0.0

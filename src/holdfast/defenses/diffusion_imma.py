@@ -13,11 +13,11 @@ beside them ("lora"), which theta + phi stands for as well. Round k has the pape
     theta_k   = theta_(k-1) + beta (grad_theta L)(theta_(k-1) + phi_k).
 
 First order: the gradient is taken at the adapted weights with phi_k held fixed, so that no graph goes through the
-adaptation. If theta moves, the adapted weights move with it, as phi is a difference. phi goes on from round to round,
-which is the paper's way to come near the argmin; `lifetime` lets it begin again.
+adaptation. If theta moves, the adapted weights move with it, as phi is a difference. phi goes on from round to round
+to come near the argmin; `lifetime` lets it begin again.
 
-The released code keeps theta and phi in one network if the adaptation trains all weights, and saves its attention
-layers: these contain the steps below as well as those above. Here phi never reaches the released model.
+The authors' released code keeps theta and phi in one network if the adaptation trains all weights, and saves its
+attention layers: these contain the steps below as well as those above. Here phi never reaches the released model.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ ADAPTATION: Final = Strategy("direct", "all", "adam", 1e-3, 32)
 class DiffusionIMMA(GuardedDefense):
     """IMMA for text-to-image models, with its hyper-parameters; see the top of this file.
 
-    The paper immunizes Stable Diffusion against one concept, in about 1,000 rounds of batch 1 with AdamW: 2e-5 above
-    and 5e-6 below against DreamBooth, 1e-5 and 1e-4 against LoRA. The defaults here are for small networks. All
-    captions of the restricted task are concepts, and are adapted to together. The paper has no term for other concepts,
-    so nothing above pulls the model back: the guard ends with the last state whose held-out benign score was good
-    enough, and lowers the rate. The released code moves all layers of attention, the paper keys and values of
-    cross-attention, as here.
+    The authors immunize Stable Diffusion 1.4 against one concept; their scripts take 500 rounds of batch 1 with AdamW,
+    at 2e-5 above and 5e-6 below against DreamBooth, at 1e-5 and 1e-4 against LoRA. The defaults here are for small
+    networks. All captions of the restricted task are concepts, and are adapted to together. The released code has no
+    term for other concepts, so nothing pulls the model back: the guard goes back to the last state whose held-out
+    benign score was good enough, and lowers the rate. That code moves all projections of attention (queries and outputs
+    as well, in self-attention too); here those of keys and values of captions move, through which a concept is called.
 
     Attributes:
         learning_rate: beta, of the optimizer above. The guard halves it.
@@ -66,10 +66,10 @@ class DiffusionIMMA(GuardedDefense):
         adaptation: how the adversary below adapts the model: what it trains (`scope`), its optimizer, rate and batches.
             It starts from the whole model ("direct").
         inner_steps: steps below a round (the released code: 1).
-        lifetime: rounds after which the adaptation begins again at the model; None: never, as in the paper.
+        lifetime: rounds after which the adaptation begins again at the model; None: never, as in the released scripts.
         clip: the norm of the gradient above is clipped to this (the released code: 1); None: never.
         benign_weight: weight of the benign loss, which the step above descends on the released weights. Ours; 0: none,
-            as in the paper.
+            as in the released code.
 
     Raises:
         HoldfastError: for a value out of range, or an adaptation that does not start from the model or has a schedule.
@@ -208,7 +208,7 @@ class _Immunization(Immunization[DiffusionIMMA]):
         self.adaptation = None
 
     def too_low(self, why: str) -> bool:
-        """See `Immunization.too_low`; the paper's objective has no term that would repair the score."""
+        """See `Immunization.too_low`; IMMA's objective has no term that would repair the score."""
         self.go_back(why)
         return True
 
