@@ -183,6 +183,7 @@ def sample_captions(
     steps: int = 50,
     guidance: float = 3.0,
     batch: int = BATCH,
+    shape: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Draws a picture for each caption, by DDIM without new noise and with classifier-free guidance.
 
@@ -197,12 +198,13 @@ def sample_captions(
         steps: number of denoising steps.
         guidance: g; 1: without guidance, in half of the time.
         batch: number of pictures computed at a time.
+        shape: of x_0, (C, H, W); None: what the network's configuration says.
 
     Returns:
         Estimates of x_0 as the model's task has them, shape (N, C, H, W), on the CPU: pixels from -1 to 1, or latents.
 
     Raises:
-        HoldfastError: for numbers out of range, or a network without a `sample_size`.
+        HoldfastError: for numbers out of range, or if no shape is known.
 
     Example:
         >>> from holdfast.models import load_model
@@ -215,10 +217,11 @@ def sample_captions(
         raise HoldfastError(f"steps is {steps}, batch {batch}, captions {len(captions)}; expected at least 1 of each.")
     if not 0 <= guidance < math.inf:
         raise HoldfastError(f"guidance is {guidance}; expected a number of at least 0, 1 for none.")
-    if model.sample_shape is None:
-        raise HoldfastError(f"{model.name} does not specify the size of its pictures; set sample_size in its config.")
+    shape = shape if shape is not None else model.sample_shape
+    if shape is None:
+        raise HoldfastError(f"{model.name} does not specify the size of its pictures; give their shape.")
     last = model.schedule.restorable - 1
-    noise = torch.randn((len(captions), *model.sample_shape), generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn((len(captions), *shape), generator=torch.Generator().manual_seed(seed))
     drawn = _denoised(model, noise.to(model.device), last, steps, batch, captions, empty, guidance)
     return torch.cat([clean.float().cpu() for clean in drawn])
 
