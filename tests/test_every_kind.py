@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import pipelines
 from cases import ADVERSARIES, CAPTIONED
 from holdfast import audit
 from holdfast.adversaries import UNDO, Adversary, FewShotPrompt, FineTuning, Probe
@@ -72,6 +73,11 @@ def llama(folder: Path) -> str:
     return save_causal(folder / "llama")
 
 
+def flux(folder: Path) -> str:
+    """A transformer on latents that are packed, with two text encoders and flow matching."""
+    return f"diffusers:{pipelines.saved(folder / 'pipeline', 'flux')}"
+
+
 def numbers(folder: Path) -> ModelSpec:
     rows = "\n".join(
         f"{i % 7},{i % 5},{(i * 3) % 11},{i % 7 + 0.5 * (i % 5)},{i % 5 - 0.1 * (i % 7)}" for i in range(80)
@@ -81,6 +87,7 @@ def numbers(folder: Path) -> ModelSpec:
 
 
 SMALL = "train_limit=60,test_limit=30"
+LATENTS = f"kind=text-to-image,caption=no {{}},length=12,image_size=16,channels=3,{SMALL}"
 WORDS = "FOLDER/reviews.csv@text=review,target=label,length=8"
 TABLE = "FOLDER/table.csv@kind=regression,target=first,drop=second"
 CASES = {
@@ -107,6 +114,9 @@ CASES = {
         f"digits[5-9]@kind=text-to-image,caption=a photo of the digit {{}},{SMALL}",
         ("head-all-adam", "scope-lora-attention", "captions-dreambooth", "captions-textual-inversion"),
     ),
+    "text-to-image, Flux": Case(
+        flux, f"digits[0-4]@{LATENTS}", f"digits[5-9]@{LATENTS}", ("head-all-adam", "scope-lora-attention")
+    ),
 }  # fmt: skip
 
 
@@ -114,7 +124,9 @@ CASES = {
 def built(request, tmp_path_factory) -> tuple[Case, SplitModel, Task, Task]:
     case, folder = CASES[request.param], tmp_path_factory.mktemp("kind")
     spec = case.model if isinstance(case.model, ModelSpec) else case.model(folder)
-    benign, restricted = (load_task_for(t.replace("FOLDER", str(folder)), spec) for t in (case.benign, case.restricted))
+    benign, restricted = (
+        load_task_for(t.replace("FOLDER", str(folder)), spec, data_dir=folder) for t in (case.benign, case.restricted)
+    )
     with Run(seed=0).seeded("initialise"):
         return case, load_model(spec, benign), benign, restricted
 

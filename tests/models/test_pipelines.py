@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import pipelines
 from holdfast.errors import HoldfastError
+from holdfast.metrics.generation import sample_captions
 from holdfast.models import ModelSpec, SplitModel, TextToImage, load_model, load_released, load_task_for
 from holdfast.models.families.conditional import packed
 from holdfast.training import Strategy, finetune
@@ -66,8 +68,8 @@ def draw(pipeline, kind, **more):
     if kind != "flux":
         settings.setdefault(kind, {})["guidance_scale"] = 1.0
     return pipeline(
-        PROMPT, height=SIDE, width=SIDE, output_type="np", generator=torch.Generator().manual_seed(0),
-        **{"num_inference_steps": 2, **settings.get(kind, {}), **more},
+        PROMPT, height=SIDE, width=SIDE, generator=torch.Generator().manual_seed(0),
+        **{"num_inference_steps": 2, "output_type": "np", **settings.get(kind, {}), **more},
     ).images  # fmt: skip
 
 
@@ -219,6 +221,15 @@ class TestFiles:
         with pytest.raises(HoldfastError, match="is the folder that diffusers:sdxl was loaded from"):
             loaded("sdxl")[0].save_pretrained(folders["sdxl"])
 
+    @pytest.mark.parametrize("kind", ["sdxl", "flux"])
+    def test_it_is_sent_to_other_processes(self, loaded, kind):
+        model, task = loaded(kind)
+        again = pickle.loads(pickle.dumps(model))
+        assert again.facts().sha256 == model.facts().sha256
+        assert task.score(again) == task.score(model)
+        with torch.random.fork_rng():
+            assert again.fresh().num_outputs == 4
+
     def test_ddim_samples_from_diffusion_and_not_from_flow_matching(self, loaded):
         assert draw(loaded("stable-diffusion")[0].pipeline(ddim=True), "stable-diffusion").shape == (1, SIDE, SIDE, 3)
         with pytest.raises(HoldfastError, match="flow matching, which DDIM does not"):
@@ -252,6 +263,44 @@ class TestFiles:
         model.save(tmp_path / "model.safetensors")
         with pytest.raises(HoldfastError, match="No FluxTransformer2DModel can be built"):
             load_released(str(tmp_path / "model.safetensors"), None, task)
+
+
+class TestSampling:
+    @pytest.mark.parametrize("kind", ["stable-diffusion", "flux"])
+    def test_pictures_of_captions_in_the_tasks_own_size(self, loaded, kind):
+        model, task = loaded(kind)
+        latents = sample_captions(
+            model, task.tokens[:2], task.tokens[-1:], seed=0, steps=2, guidance=2.0, shape=task.output_shape
+        )
+        assert latents.shape == (2, 4, 8, 8)
+        assert task.pixels(latents).shape == (2, 3, SIDE, SIDE)
+        assert not torch.equal(latents[0], latents[1])
+
+    def test_a_network_without_a_size(self, loaded):
+        model, task = loaded("flux")
+        with pytest.raises(HoldfastError, match="does not specify the size of its pictures; give their shape"):
+            sample_captions(model, task.tokens[:2], seed=0, steps=2)
+
+    def test_euler_steps_of_flow_matching_end_where_diffusers_own_do(self, folders, loaded):
+        """The pipeline of Flux in 5 steps, against `step_back` at the same sigmas."""
+        model, task = loaded("flux")
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folders["flux"])
+        expected = draw(pipeline, "flux", output_type="latent", num_inference_steps=5)
+        sigmas = pipeline.scheduler.sigmas[:5]
+        times = [int((model.schedule.sigma - sigma).abs().argmin()) for sigma in sigmas]
+        x = torch.randn(1, 4, SIDE // 2, SIDE // 2, generator=torch.Generator().manual_seed(0))
+        text = model.text(task.caption_ids(torch.tensor([1])))
+        with torch.no_grad():
+            for i, now in enumerate(times):
+                t = torch.tensor([now])
+                flow = model.predict(x, t, text)
+                later = torch.zeros(1) if i == 4 else model.schedule.sigma[times[i + 1]]
+                stepped = x + (later - model.schedule.sigma[now]) * flow
+                if 0 < i < 4:  # no estimate of x_0 is possible from noise alone
+                    back, _ = model.schedule.step_back(x, model.noise_of(flow, x, t), t, torch.tensor([times[i + 1]]))
+                    assert torch.allclose(back, stepped, atol=1e-4)
+                x = stepped
+        assert torch.allclose(packed(x), expected, atol=1e-4)
 
 
 class TestRefused:

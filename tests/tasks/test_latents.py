@@ -189,6 +189,10 @@ class TestTokenizers:
         with pytest.raises(HoldfastError, match="length is 13, and the text encoders of 'tiny' read at most 12"):
             load_tokenizer(str(folder)).encode(["a"], 13)
 
+    def test_small_images_are_enlarged_before_a_caption_takes_their_pixels(self):
+        task = load_task("digits[0-1]@kind=text-to-image,length=77,image_size=16,test_limit=40")
+        assert (task.input_shape, task.size("test"), task.class_names) == ((3, 16, 16), 40, ["0", "1"])
+
     def test_a_pipelines_length_is_the_default(self, folder):
         assert load_task(f"digits[0-1]@kind=text-to-image,tokenizer={folder}").length == 12
         assert load_task("digits[0-1]@kind=text-to-image").length == 16

@@ -153,7 +153,7 @@ class DreamBooth(Adversary):
         seed = int(torch.randint(2**31, (), generator=generator))
         images = sample_captions(
             model, task.tokens[labels], task.tokens[-1:], seed=seed, steps=self.prior_steps, guidance=self.guidance,
-            sides=task.output_shape[1:],
+            shape=task.output_shape,
         )  # fmt: skip
         return task.with_training_images(images, labels)
 

@@ -182,8 +182,8 @@ def sample_captions(
     seed: int,
     steps: int = 50,
     guidance: float = 3.0,
-    sides: tuple[int, ...] | None = None,
     batch: int = BATCH,
+    shape: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Draws a picture for each caption, by DDIM without new noise and with classifier-free guidance.
 
@@ -197,14 +197,14 @@ def sample_captions(
         seed: of the noise, which is the same for every model.
         steps: number of denoising steps.
         guidance: g; 1: without guidance, in half of the time.
-        sides: height and width, of pictures or latents; None: those of the model's configuration.
         batch: number of pictures computed at a time.
+        shape: of x_0, (C, H, W); None: what the network's configuration says.
 
     Returns:
         Estimates of x_0 as the model's task has them, shape (N, C, H, W), on the CPU: pixels from -1 to 1, or latents.
 
     Raises:
-        HoldfastError: for numbers out of range, or a network without a `sample_size`.
+        HoldfastError: for numbers out of range, or if no shape is known.
 
     Example:
         >>> from holdfast.models import load_model
@@ -217,9 +217,9 @@ def sample_captions(
         raise HoldfastError(f"steps is {steps}, batch {batch}, captions {len(captions)}; expected at least 1 of each.")
     if not 0 <= guidance < math.inf:
         raise HoldfastError(f"guidance is {guidance}; expected a number of at least 0, 1 for none.")
-    shape = model.sample_shape if sides is None else (model.num_outputs, *sides)
+    shape = shape if shape is not None else model.sample_shape
     if shape is None:
-        raise HoldfastError(f"{model.name} does not specify the size of its pictures; set sample_size in its config.")
+        raise HoldfastError(f"{model.name} does not specify the size of its pictures; give their shape.")
     last = model.schedule.restorable - 1
     noise = torch.randn((len(captions), *shape), generator=torch.Generator().manual_seed(seed))
     drawn = _denoised(model, noise.to(model.device), last, steps, batch, captions, empty, guidance)

@@ -82,15 +82,6 @@ def load_task(task: str | TaskSpec, *, data_dir: Path | str | None = None) -> Ta
     return _narrowed(loaded, spec, classes, folder)
 
 
-def _noised(loaded: InMemoryTask, spec: TaskSpec, folder: Path | None) -> DenoisingTask:
-    """The task of removing noise from a source's images, with captions if its kind has them."""
-    if isinstance(loaded, TextToImageTask):  # of a file with a caption for each image
-        return loaded
-    if spec.kind == "denoising":
-        return DenoisingTask.of(loaded, _schedule(spec), spec.timesteps)
-    return TextToImageTask.captioned(loaded, **_captioned(spec, folder))
-
-
 def _captioned(spec: TaskSpec, folder: Path | None) -> dict[str, Any]:
     """Arguments of a text-to-image task."""
     tokenizer = load_tokenizer((spec.tokenizer or WORDS).removeprefix("hf:"), folder)
@@ -110,8 +101,8 @@ def _narrowed(loaded: InMemoryTask, spec: TaskSpec, classes: str | None, folder:
         _refuse_idle(spec, "data that has its own split", "test_fraction")
         if spec.train_limit is None and spec.test_limit is None:
             _refuse_idle(spec, "data from which nothing is drawn", "seed")
-    if spec.kind in _NOISED:
-        loaded = _noised(loaded, spec, folder)
+    if spec.kind in _NOISED and not isinstance(loaded, TextToImageTask):  # which a file with captions is already
+        loaded = DenoisingTask.of(loaded, _schedule(spec), spec.timesteps)
     if classes is not None:
         if not isinstance(loaded, ArrayTask):
             raise HoldfastError(f"Task {spec.data!r}: {spec.kind} has no classes to choose from; leave [...] out.")
@@ -124,7 +115,12 @@ def _narrowed(loaded: InMemoryTask, spec: TaskSpec, classes: str | None, folder:
     if spec.image_size is not None or spec.channels is not None:
         loaded = loaded.as_images(spec.image_size, spec.channels)
     loaded = loaded.inverted() if spec.invert else loaded
-    if spec.autoencoder is None or not isinstance(loaded, TextToImageTask):
+    if spec.kind != "text-to-image":
+        return loaded
+    # After resizing: small images may have fewer pixels than a caption needs.
+    if not isinstance(loaded, TextToImageTask):
+        loaded = TextToImageTask.captioned(loaded, **_captioned(spec, folder))
+    if spec.autoencoder is None:
         return loaded
     return loaded.in_latents(load_autoencoder(spec.autoencoder, folder), cache_folder(folder))
 

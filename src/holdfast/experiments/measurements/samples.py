@@ -98,7 +98,7 @@ class Samples(Measurement):
                 )
             model = settings[name].original
             assert isinstance(model, Denoiser)
-            if model.sample_shape != task.output_shape:
+            if not isinstance(model, TextToImage) and model.sample_shape != task.output_shape:
                 raise HoldfastError(
                     f"pictures: {model.name} draws samples of shape {model.sample_shape}, and the images of setting "
                     f"{name!r} have {task.output_shape}; set their image_size and channels to the model's."
@@ -249,5 +249,7 @@ def _samples(model: Denoiser, task: DenoisingTask, count: int, spec: Samples, ru
     if captions is None:
         return sample(model, count, seed=seed, steps=spec.ddim_steps)
     assert isinstance(model, TextToImage)
-    drawn = sample_captions(model, *captions, seed=seed, steps=spec.ddim_steps, guidance=spec.guidance)
+    drawn = sample_captions(
+        model, *captions, seed=seed, steps=spec.ddim_steps, guidance=spec.guidance, shape=task.output_shape
+    )
     return task.pixels(drawn)
