@@ -9,12 +9,14 @@ from holdfast.defenses import (
     LEACE,
     NTL,
     TAR,
+    ConceptErasure,
     ConditionNumber,
     DeepCondition,
     DeepIMMA,
     DeepOptKappa,
     DeepRIll,
     Defense,
+    DiffusionIMMA,
     FrontierDefense,
     OptKappa,
     RepNoise,
@@ -126,6 +128,41 @@ DENOISING: dict[str, Defense] = {
 }
 """Brief settings of every defense for denoisers."""
 
+_CAPTIONED = {
+    "iterations": 3, "steps": 2, "batch_sizes": (8,), "reinforcement_batch": 8, "guard_every": 1,
+    "max_benign_drop": 1.0,
+}  # fmt: skip
+_IMMA = {"iterations": 3, "batch_size": 8, "guard_every": 1, "max_benign_drop": 1.0}
+
+TEXT_TO_IMAGE: dict[str, Defense] = {
+    "sophon-dos": Sophon(
+        initialisations=("direct", "head", "last-half"),
+        scopes=("all", "norm"),
+        population=2,
+        lifetime=3,
+        disjoint=True,
+        **_CAPTIONED,
+    ),
+    "sophon-mse-ascent": Sophon(loss="mse-ascent", ema=0.7, joint_weight=0.1, distillation=1.0, **_CAPTIONED),
+    "trajectory-erasure": TrajectoryErasure(recovery_loops=2, probe_batch=8, max_timestep=500, **_CAPTIONED),
+    "imma-diffusion": DiffusionIMMA(
+        inner_steps=2, adaptation=Strategy(batch_size=8), validate_every=2, validation_steps=2, **_IMMA
+    ),
+    "imma-diffusion-lora": DiffusionIMMA(
+        adaptation=Strategy("direct", "lora-attention", "adamw", 1e-2, 8, rank=2),
+        optimizer="adamw",
+        weight_decay=0.01,
+        lifetime=2,
+        benign_weight=1.0,
+        **_IMMA,
+    ),
+    "concept-erasure": ConceptErasure(),
+    "concept-erasure-anchor": ConceptErasure(
+        target="a photo of the digit 0", preserve=("a photo",), preserve_weight=2.0, ridge=1e-3
+    ),
+}
+"""Brief settings of every defense for text-to-image models."""
+
 CAUSAL: dict[str, Defense] = {
     "sophon-ice": Sophon(max_benign_drop=1.0, **_BRIEF),
     "sophon-klu": Sophon(loss="klu", max_benign_drop=1.0, distillation=0.5, **_BRIEF),
@@ -150,6 +187,8 @@ DETERMINISTIC = {
     "signal-frontier",
     "leace",
     "leace-same-head",
+    "concept-erasure",
+    "concept-erasure-anchor",
 }
 """Those of them in which nothing is random."""
 

@@ -24,7 +24,7 @@ from holdfast.models import ModelSpec, SplitModel, load_model
 from holdfast.results import RunResult, read_result
 from holdfast.runtime.executors import Executor, executor
 from holdfast.runtime.run import Run
-from holdfast.tasks import ArrayTask, load_task
+from holdfast.tasks import ArrayTask, TextToImageTask, load_task
 from holdfast.training import pretrain
 from zoo import SETTINGS, denoising
 
@@ -126,6 +126,23 @@ def denoiser(tmp_path_factory: pytest.TempPathFactory) -> SplitModel:
     made = once(tmp_path_factory, "denoiser", denoising.benign_denoiser)
     SETTINGS["unet, benign"].original = made
     return made
+
+
+@pytest.fixture(scope="session")
+def digit_captions() -> tuple[TextToImageTask, TextToImageTask]:
+    """Digits with captions: benign and restricted."""
+    task = load_task("digits@kind=text-to-image,caption=a photo of the digit {},train_limit=400,test_limit=100")
+    assert isinstance(task, TextToImageTask)
+    return task.subset(range(8)), task.subset([8, 9])
+
+
+@pytest.fixture(scope="session")
+def text_to_image(
+    digit_captions: tuple[TextToImageTask, TextToImageTask], tmp_path_factory: pytest.TempPathFactory
+) -> SplitModel:
+    """A small one that knows its benign task a little; nobody may change it."""
+    spec = ModelSpec(name="text-unet", options={"widths": [8, 16]})
+    return once(tmp_path_factory, "text-to-image", lambda: _pretrained(spec, digit_captions[0], steps=30))
 
 
 @pytest.fixture(scope="session")

@@ -559,6 +559,67 @@ def kappa_of_features(z: Tensor) -> float:
     return float(values[-1] / values[0])
 
 
+# Text-to-image models
+
+
+def edited_weight(
+    weight: Tensor, erased: Tensor, targets: Tensor, preserved: Tensor, preserve_weight: float, ridge: float
+) -> Tensor:
+    """UCE, Eq. 7: sums of outer products, vector by vector, and an inverse."""
+    left, right = ridge * weight, ridge * torch.eye(weight.shape[1], dtype=weight.dtype)
+    for c, wanted in zip(erased, targets, strict=True):
+        left = left + torch.outer(weight @ wanted, c)
+        right = right + torch.outer(c, c)
+    for c in preserved:
+        left = left + preserve_weight * torch.outer(weight @ c, c)
+        right = right + preserve_weight * torch.outer(c, c)
+    return left @ torch.linalg.inv(right)
+
+
+def editing_objective(
+    edited: Tensor, weight: Tensor, erased: Tensor, targets: Tensor, preserved: Tensor, share: float, ridge: float
+) -> Tensor:
+    """What UCE minimises over the edited weight."""
+    total = ridge * ((edited - weight) ** 2).sum()
+    for c, wanted in zip(erased, targets, strict=True):
+        total = total + ((edited @ c - weight @ wanted) ** 2).sum()
+    for c in preserved:
+        total = total + share * ((edited @ c - weight @ c) ** 2).sum()
+    return total
+
+
+def bilevel_ascent(
+    model: nn.Module,
+    moved: set[str],
+    below: list[list[tuple[Tensor, Tensor]]],
+    above: list[tuple[Tensor, Tensor]],
+    below_rate: float,
+    above_rate: float,
+) -> dict[str, Tensor]:
+    """IMMA of a denoiser by plain descent and ascent, with theta and phi kept apart; phi is of all weights.
+
+    Args:
+        moved: names of theta's parameters among the model's.
+        below: for each round the batches that the adaptation takes steps on.
+        above: for each round the batch of the step above.
+    """
+    theta = {n: p.detach().clone() for n, p in model.named_parameters()}
+    phi = {n: torch.zeros_like(p) for n, p in theta.items()}
+
+    def gradients(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        at = {n: (theta[n] + phi[n]).requires_grad_() for n in theta}
+        loss = ((torch.func.functional_call(model, at, batch[0]) - batch[1]) ** 2).mean()
+        return dict(zip(at, torch.autograd.grad(loss, list(at.values())), strict=True))
+
+    for steps, batch in zip(below, above, strict=True):
+        for step in steps:
+            slope = gradients(step)
+            phi = {n: phi[n] - below_rate * slope[n] for n in phi}
+        slope = gradients(batch)
+        theta = {n: theta[n] + above_rate * slope[n] if n in moved else theta[n] for n in theta}
+    return theta
+
+
 # Language models
 
 

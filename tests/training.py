@@ -12,7 +12,7 @@ import pytest
 from _pytest.doctest import DoctestItem
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-FIXTURES = {"trained", "denoiser", "zoo_originals", "brief_folder", "brief_result"}
+FIXTURES = {"trained", "denoiser", "text_to_image", "zoo_originals", "brief_folder", "brief_result"}
 """Fixtures of conftest.py that train; a test that asks for one of them is marked."""
 
 MODULES = {

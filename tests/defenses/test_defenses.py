@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import reference
-from cases import DEFENSES, DENOISING, DETERMINISTIC
+from cases import DEFENSES, DENOISING, DETERMINISTIC, TEXT_TO_IMAGE
 from conftest import toy_task
 from holdfast.defenses import DEFENSES as REGISTRY
 from holdfast.defenses import Sophon
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def test_every_defense_has_a_case():
-    assert {type(d) for d in DEFENSES.values()} == set(REGISTRY.values())
+    assert {type(d) for d in (*DEFENSES.values(), *TEXT_TO_IMAGE.values())} == set(REGISTRY.values())
 
 
 @pytest.mark.parametrize("name", DEFENSES)
@@ -70,7 +70,7 @@ class Interrupted(Run):
     """Is killed before the third round."""
 
     def seeded(self, *purpose):
-        if purpose[:2] in (("sophon", 2), ("trajectory-erasure", 2)):
+        if purpose[:2] in (("sophon", 2), ("trajectory-erasure", 2), ("imma-diffusion", 2)):
             raise Killed
         return super().seeded(*purpose)
 
@@ -103,28 +103,55 @@ class TestSophonResumes:
             DEFENSES[name].immunize(model, benign, restricted, run=Run(1, CPU, tmp_path))
 
 
-@pytest.mark.parametrize("name", DENOISING)
-class TestOfDenoisers:
-    def test_stops_and_continues_to_the_same_model(self, name, denoiser, digit_images, tmp_path):
-        digest = denoiser.facts().sha256
-        whole, record = DENOISING[name].immunize(denoiser, *digit_images, run=Run(0, CPU))
-        assert denoiser.facts().sha256 == digest != whole.facts().sha256
-        assert all(p.isfinite().all() for p in whole.parameters())
-        assert not whole.training
+GENERATION = [("denoiser", DENOISING, n) for n in DENOISING] + [
+    ("text_to_image", TEXT_TO_IMAGE, n) for n in TEXT_TO_IMAGE
+]
+
+
+@pytest.mark.parametrize(("kind", "table", "name"), GENERATION, ids=[f"{kind}-{name}" for kind, _, name in GENERATION])
+def test_of_generation(kind, table, name, request, tmp_path):
+    """It leaves the original alone, depends on the seed, and stops and continues to the same model."""
+    original = request.getfixturevalue(kind)
+    tasks = request.getfixturevalue({"denoiser": "digit_images", "text_to_image": "digit_captions"}[kind])
+    digest, random = original.facts().sha256, name not in DETERMINISTIC
+    whole, record = table[name].immunize(original, *tasks, run=Run(0, CPU))
+    assert original.facts().sha256 == digest != whole.facts().sha256
+    assert all(p.isfinite().all() for p in whole.parameters())
+    assert not whole.training
+    assert set(whole.network.state_dict()) == set(original.network.state_dict())
+    if random:
         with pytest.raises(Killed):
-            DENOISING[name].immunize(denoiser, *digit_images, run=Interrupted(0, CPU, tmp_path))
-        resumed, again = DENOISING[name].immunize(denoiser, *digit_images, run=Run(0, CPU, tmp_path))
-        assert resumed.facts().sha256 == whole.facts().sha256
-        assert again.history == record.history
-        other, _ = DENOISING[name].immunize(denoiser, *digit_images, run=Run(1, CPU))
-        assert other.facts().sha256 != whole.facts().sha256
+            table[name].immunize(original, *tasks, run=Interrupted(0, CPU, tmp_path))
+    resumed, again = table[name].immunize(original, *tasks, run=Run(0, CPU, tmp_path))
+    assert resumed.facts().sha256 == whole.facts().sha256
+    assert again.history == record.history
+    other, _ = table[name].immunize(original, *tasks, run=Run(1, CPU))
+    assert (other.facts().sha256 != whole.facts().sha256) is random
 
 
 @pytest.mark.parametrize("name", [n for n, d in REGISTRY.items() if not issubclass(d, Sophon)])
-def test_what_is_for_classification_refuses_a_denoiser(name, denoiser, digit_images, run):
-    reasons = "denoising task .* For denoisers there are|is for classification"
+def test_what_is_not_for_denoisers_refuses_one(name, denoiser, digit_images, run):
+    reasons = "denoising task .* For denoisers there are|is for classification|is for text-to-image models"
     with pytest.raises(HoldfastError, match=reasons):
         REGISTRY[name]().immunize(denoiser, *digit_images, run=run)
+
+
+OF_CAPTIONS = {type(defense) for defense in TEXT_TO_IMAGE.values()}
+
+
+@pytest.mark.parametrize("name", [n for n, d in REGISTRY.items() if d not in OF_CAPTIONS])
+def test_what_is_for_classification_refuses_a_text_to_image_model(name, text_to_image, digit_captions, run):
+    reasons = "text-to-image task .* for text-to-image models also imma-diffusion|is for classification"
+    with pytest.raises(HoldfastError, match=reasons):
+        REGISTRY[name]().immunize(text_to_image, *digit_captions, run=run)
+
+
+@pytest.mark.parametrize("name", [n for n, d in REGISTRY.items() if d in OF_CAPTIONS and not issubclass(d, Sophon)])
+def test_what_is_for_text_to_image_models_refuses_a_classifier(name, model, benign, restricted, digit_captions, run):
+    with pytest.raises(HoldfastError, match=f"{name} is for text-to-image models.*got the classification task"):
+        REGISTRY[name]().immunize(model, benign, restricted, run=run)
+    with pytest.raises(HoldfastError, match="needs one noise of a captioned image"):
+        REGISTRY[name]().immunize(model, *digit_captions, run=run)
 
 
 def double(task):

@@ -14,6 +14,7 @@ from holdfast.metrics.generation import sample
 from holdfast.models import ModelSpec, load_model
 from holdfast.runtime.run import Run
 from holdfast.tasks import Schedule, load_task
+from holdfast.tasks.text_to_image import caption_tokens
 
 CPU = torch.device("cpu")
 BRIEF = {"iterations": 2, "steps": 2, "batch_sizes": (20,), "reinforcement_batch": 12, "probe_batch": 12,
@@ -86,6 +87,95 @@ class TestStates:
     def test_without_a_signal_at_the_end_they_begin_before_it(self):
         schedule = Schedule({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
         assert (states(50, schedule).t < schedule.restorable).all()
+
+
+class TestCaptionedStates:
+    """Images that are drawn for captions."""
+
+    @pytest.fixture
+    def captioned(self):
+        return load_task("digits[0-2]@kind=text-to-image,caption=the digit {},length=8,train_limit=40")
+
+    def made(self, task, count=200):
+        return SamplingStates(Schedule(), (1, 8, 8), count, device=CPU, generator=stream(), captioned=task)
+
+    def test_every_image_has_one_of_the_captions(self, captioned):
+        running = self.made(captioned)
+        assert set(running.labels.tolist()) == {-1, 0, 1, 2}
+        assert set(self.made(captioned.with_dropout(0)).labels.tolist()) == {0, 1, 2}
+        shown = running.inputs()
+        assert torch.equal(caption_tokens(shown[:, -2]), captioned.caption_ids(running.labels))
+        assert torch.equal(shown[:, [0, -1]], Schedule().with_steps(running.x, running.t))
+
+    def test_a_caption_stays_until_the_image_is_finished(self, captioned):
+        running = self.made(captioned)
+        running.t[:100] = 3
+        before = running.labels.clone()
+        running.advance(torch.zeros_like(running.x), stream(1))
+        assert torch.equal(running.labels[100:], before[100:])
+        assert not torch.equal(running.labels[:100], before[:100])
+
+    def test_without_captions_nothing_else_is_drawn(self):
+        """Denoisers' images are those of before there were captions: noise, then time steps."""
+        generator, running = stream(), states(6)
+        noise = torch.randn(6, 1, 8, 8, generator=generator)
+        late = torch.randint(running.stride, (6,), generator=generator)
+        assert torch.equal(running.x, noise)
+        assert torch.equal(running.t, 999 - late)
+        assert running.labels is None
+        assert set(running.saved()) == {"x", "t"}
+
+    def test_they_continue_from_what_was_saved(self, captioned):
+        running, again = self.made(captioned, 8), self.made(captioned, 8)
+        running.advance(torch.ones_like(running.x), stream(2))
+        running.t[:4] = 1
+        running.advance(torch.ones_like(running.x), stream(3))
+        again.restore({n: v.clone() for n, v in running.saved().items()})
+        assert torch.equal(again.inputs(), running.inputs())
+
+
+@pytest.mark.trains
+class TestTextToImage:
+    """SOPHON of text-to-image models: what is read from captions, and one noise level as in the released code."""
+
+    def test_the_pixel_probe_reads_what_the_head_sees(self, text_to_image, digit_captions):
+        batch = next(digit_captions[0].batches("test", 4, device=CPU))
+        with torch.no_grad():
+            (rows,) = text_to_image.features_by_depth(batch.x, 1)
+            head, outputs = text_to_image.head, digit_captions[0].probe_targets(text_to_image(batch.x))
+        assert torch.allclose(rows @ head.weight.flatten(1).T + head.bias, outputs, atol=1e-5)
+
+    def test_deeper_probes_are_refused(self, text_to_image, digit_captions, run):
+        with pytest.raises(
+            HoldfastError, match=r"the depth of a probe is 2; expected 1 for a denoiser. Set probe_depth"
+        ):
+            TrajectoryErasure(probe_depth=2).immunize(text_to_image, *digit_captions, run=run)
+
+    def test_at_one_time_step(self, text_to_image, digit_captions):
+        narrow = [task.with_timesteps([1]) for task in digit_captions]
+        assert Sophon().resolved(narrow[0]).loss == "dos"
+        brief = Sophon(
+            iterations=6, steps=2, initialisations=("direct",), learning_rates=(1e-5,), batch_sizes=(8,),
+            suppression_lr=1e-2, reinforcement_loops=0, guard=False,
+        )  # fmt: skip
+        _, record = brief.immunize(text_to_image, *narrow, run=Run(0, CPU))
+        assert record.completed
+        assert record.history["suppression_loss"][-1] < 0.8 * record.history["suppression_loss"][0]
+        with pytest.raises(HoldfastError, match="draws no samples"):
+            Sophon(sampling=1.0).immunize(text_to_image, *narrow, run=Run(0, CPU))
+
+    def test_the_states_are_of_the_benign_captions(self, text_to_image, digit_captions, monkeypatch):
+        seen = []
+        shown = SamplingStates.inputs
+        monkeypatch.setattr(SamplingStates, "inputs", lambda self: seen.append(shown(self)) or seen[-1])
+        Sophon(**BRIEF, sampling=1.0).immunize(text_to_image, *digit_captions, run=Run(0, CPU))
+        known = {tuple(ids) for ids in digit_captions[0].tokens.tolist()}
+        assert {tuple(ids) for x in seen for ids in caption_tokens(x[:, -2]).tolist()} <= known
+        assert len({tuple(ids) for ids in caption_tokens(seen[0][:, -2]).tolist()}) > 2
+
+    def test_small_images_are_refused(self, text_to_image, digit_captions, run):
+        with pytest.raises(HoldfastError, match="small_size is 4, which is for classification"):
+            Sophon(small_size=4, small_rounds=1).immunize(text_to_image, *digit_captions, run=run)
 
 
 class TestSampling:

@@ -1,10 +1,12 @@
 """Defenses: an open set. A new defense is one new file here that registers its class with `@register_defense`."""
 
 from holdfast.defenses.base import Defense, DefenseRecord
+from holdfast.defenses.concept_erasure import ConceptErasure
 from holdfast.defenses.deep.base import DeepDefense
 from holdfast.defenses.deep.condition_number import DeepCondition, DeepOptKappa, DeepRIll
 from holdfast.defenses.deep.imma import DeepIMMA
 from holdfast.defenses.deep.probe_suppression import RidgeProbeSuppression, SlowProbeSuppression
+from holdfast.defenses.diffusion_imma import DiffusionIMMA
 from holdfast.defenses.leace import LEACE
 from holdfast.defenses.linear.base import LinearDefense, LinearProblem
 from holdfast.defenses.linear.condition_number import ConditionNumber, RIllOnly
@@ -24,6 +26,7 @@ __all__ = [
     "LEACE",
     "NTL",
     "TAR",
+    "ConceptErasure",
     "ConditionNumber",
     "DeepCondition",
     "DeepDefense",
@@ -32,6 +35,7 @@ __all__ = [
     "DeepRIll",
     "Defense",
     "DefenseRecord",
+    "DiffusionIMMA",
     "FrontierDefense",
     "LinearDefense",
     "LinearProblem",

@@ -33,7 +33,7 @@ def list_defenses() -> list[str]:
 
     Example:
         >>> list_defenses()[:4]
-        ['condition', 'deep-condition', 'deep-imma', 'deep-opt-kappa']
+        ['concept-erasure', 'condition', 'deep-condition', 'deep-imma']
     """
     return list(DEFENSES)
 

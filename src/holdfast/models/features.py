@@ -201,7 +201,8 @@ def check_feature_width(model: SplitModel | None, task: Task) -> None:
     if task.no_features is not None:
         raise HoldfastError(
             f"Linear extractors and spectra need a vector of features a sample, which {task.described} does not have: "
-            f"{task.no_features}. For denoisers there are sophon and trajectory-erasure."
+            f"{task.no_features}. For denoisers there are sophon and trajectory-erasure; for text-to-image models also "
+            "imma-diffusion and concept-erasure."
         )
     if model is None:
         return

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from holdfast.tasks import TextToImageTask
 from holdfast.tasks.schedule import Schedule
 
 DDIM_STEPS = 50
@@ -26,11 +27,14 @@ class SamplingStates:
         shape: (C, H, W).
         count: number of images.
         device: where they are.
-        generator: draws noise on the CPU.
+        generator: draws noise on the CPU, and captions.
+        captioned: the task whose captions the images are drawn for, each image for one of them; also for the empty
+            caption, if its training leaves captions out. None: images are drawn without captions.
 
     Attributes:
         x: the images x_t, shape (count, C, H, W).
         t: their time steps, int64, shape (count,).
+        labels: numbers of their captions, int64, shape (count,); None without captions.
 
     Example:
         >>> states = SamplingStates(
@@ -48,17 +52,26 @@ class SamplingStates:
         *,
         device: torch.device,
         generator: torch.Generator,
+        captioned: TextToImageTask | None = None,
     ) -> None:
         self.schedule = schedule
+        self.captioned = captioned
         self.steps = schedule.restorable
         self.stride = max(1, self.steps // DDIM_STEPS)
         self.x = torch.empty(count, *shape, device=device)
         self.t = torch.empty(count, dtype=torch.int64, device=device)
+        self.labels = None if captioned is None else torch.empty_like(self.t)
         self._begin(torch.ones(count, dtype=torch.bool), generator)
 
     def inputs(self) -> Tensor:
-        """Returns the denoiser's inputs, with the time step as the last channel: shape (count, C + 1, H, W)."""
-        return self.schedule.with_steps(self.x, self.t)
+        """Returns the denoiser's inputs, with the time step as the last channel: shape (count, C + 1, H, W).
+
+        With captions there is one more channel; see `TextToImageTask`.
+        """
+        noised = self.schedule.with_steps(self.x, self.t)
+        if self.captioned is None or self.labels is None:
+            return noised
+        return self.captioned.inputs(noised, self.labels)
 
     @torch.no_grad()
     def advance(self, noise: Tensor, generator: torch.Generator, where: Tensor | None = None) -> None:
@@ -93,12 +106,18 @@ class SamplingStates:
             chosen = which.to(self.x.device)
             self.x[chosen] = noise.to(self.x)
             self.t[chosen] = (self.steps - 1 - late).to(self.t)
+            if self.captioned is not None and self.labels is not None:
+                first = -1 if self.captioned.dropout else 0
+                labels = torch.randint(first, len(self.captioned.captions), (count,), generator=generator)
+                self.labels[chosen] = labels.to(self.labels)
 
     def saved(self) -> dict[str, Tensor]:
         """Returns the tensors from which `restore` continues."""
-        return {"x": self.x, "t": self.t}
+        return {"x": self.x, "t": self.t, **({} if self.labels is None else {"labels": self.labels})}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts back what `saved` returned."""
         self.x.copy_(tensors["x"])
         self.t.copy_(tensors["t"])
+        if self.labels is not None:
+            self.labels.copy_(tensors["labels"])

@@ -31,7 +31,7 @@ from holdfast.models import SplitModel, check_fits
 from holdfast.runtime.devices import autocast
 from holdfast.runtime.distributed import process_group
 from holdfast.runtime.run import Run, derive_seed
-from holdfast.tasks import Batch, Task
+from holdfast.tasks import Batch, Task, TextToImageTask
 from holdfast.training import Precision
 
 
@@ -366,8 +366,14 @@ class _Immunization(Immunization[Sophon]):
     def _new_states(self, generator: torch.Generator) -> SamplingStates:
         schedule = self.benign.sampling_schedule
         assert schedule is not None
-        count, device = self.config.reinforcement_batch, self.run.device
-        return SamplingStates(schedule, self.benign.output_shape, count, device=device, generator=generator)
+        return SamplingStates(
+            schedule,
+            self.benign.output_shape,
+            self.config.reinforcement_batch,
+            device=self.run.device,
+            generator=generator,
+            captioned=self.benign if isinstance(self.benign, TextToImageTask) else None,
+        )
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, values = self.population.saved()

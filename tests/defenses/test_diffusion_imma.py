@@ -1,0 +1,142 @@
+"""IMMA of text-to-image models: its rounds are the equations', and the adaptation never reaches the model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import reference
+from holdfast.defenses import DiffusionIMMA, build_defense
+from holdfast.defenses import diffusion_imma as module
+from holdfast.errors import HoldfastError
+from holdfast.runtime.run import Run
+from holdfast.training import Strategy
+
+CPU = torch.device("cpu")
+PLAIN = Strategy("direct", "all", "sgd", 0.05, 8)
+BRIEF = DiffusionIMMA(iterations=3, batch_size=8, guard=False, adaptation=Strategy(batch_size=8))
+LORA = Strategy("direct", "lora-attention", "adam", 1e-2, 8, rank=2)
+
+
+def moved_by(model, other):
+    before = model.network.state_dict()
+    return {n for n, v in other.network.state_dict().items() if not torch.equal(v, before[n])}
+
+
+@pytest.mark.trains
+class TestRounds:
+    def test_they_are_the_equations(self, text_to_image, digit_captions, run):
+        """Two rounds of two steps below: phi goes on, and moves along with theta."""
+        _, restricted = digit_captions
+        defense = dataclasses.replace(
+            BRIEF, iterations=2, inner_steps=2, optimizer="sgd", learning_rate=0.2, clip=None, adaptation=PLAIN
+        )
+        made, record = defense.immunize(text_to_image, *digit_captions, run=run)
+        below, above = [], []
+        for number in range(2):
+            with run.seeded("imma-diffusion", number, 0) as generator:
+                stream = restricted.batches("train", 8, generator=generator, device=CPU)
+                below.append([next(stream), next(stream)])
+                above.append(next(restricted.batches("train", 8, generator=generator, device=CPU)))
+        theta = {f"network.{n}.weight" for n in text_to_image.cross_attention()}
+        expected = reference.bilevel_ascent(text_to_image, theta, below, above, 0.05, 0.2)
+        for name, value in made.named_parameters():
+            assert torch.allclose(value, expected[name], atol=1e-6), name
+        assert moved_by(text_to_image, made) == {n.removeprefix("network.") for n in theta}
+        assert all(len(series) == 2 for series in record.history.values())
+
+    @pytest.mark.parametrize("adaptation", [BRIEF.adaptation, LORA], ids=["all", "lora"])
+    def test_nothing_of_the_adaptation_reaches_the_model(self, text_to_image, digit_captions, run, adaptation):
+        """With a rate of nearly nothing above, the model stays what it is, whatever was learned below."""
+        still = dataclasses.replace(BRIEF, learning_rate=1e-12, adaptation=adaptation, inner_steps=3)
+        made, _ = still.immunize(text_to_image, *digit_captions, run=run)
+        for own, other in zip(made.parameters(), text_to_image.parameters(), strict=True):
+            assert torch.allclose(own, other, atol=1e-9)
+        moving, _ = dataclasses.replace(still, learning_rate=1e-3).immunize(text_to_image, *digit_captions, run=run)
+        assert moved_by(text_to_image, moving) == {f"{n}.weight" for n in text_to_image.cross_attention()}
+        assert list(moving.network.state_dict()) == list(text_to_image.network.state_dict())
+
+    def test_it_raises_the_loss_of_the_adapted_model(self, text_to_image, digit_captions):
+        def adapted(rate):
+            slow = Strategy(learning_rate=1e-4, batch_size=8)
+            longer = dataclasses.replace(BRIEF, iterations=16, learning_rate=rate, adaptation=slow)
+            losses = longer.immunize(text_to_image, *digit_captions, run=Run(0, CPU))[1].history["adapted_loss"]
+            return sum(losses[-4:]) / 4
+
+        assert adapted(3e-2) > 1.5 * adapted(1e-12)
+
+    def test_the_benign_loss_pulls_back(self, text_to_image, digit_captions, run):
+        def benign(weight):
+            defense = dataclasses.replace(BRIEF, iterations=10, learning_rate=1e-2, benign_weight=weight)
+            made, record = defense.immunize(text_to_image, *digit_captions, run=run)
+            assert (record.history["benign_loss"][0] is not None) is (weight > 0)
+            return digit_captions[0].score(made)
+
+        assert benign(20.0) < benign(0.0)
+
+    def test_an_adaptation_begins_again_after_its_lifetime(self, text_to_image, digit_captions, run, monkeypatch):
+        begun = []
+
+        class Counted(module._Adaptation):
+            def __init__(self, *given):
+                begun.append(given[0])
+                super().__init__(*given)
+
+        monkeypatch.setattr(module, "_Adaptation", Counted)
+        for lifetime, count in ((None, 1), (1, 5), (2, 3)):
+            begun.clear()
+            dataclasses.replace(BRIEF, iterations=5, lifetime=lifetime).immunize(
+                text_to_image, *digit_captions, run=run
+            )
+            assert len(begun) == count
+
+    def test_the_guard_goes_back_and_halves_the_rate(self, text_to_image, digit_captions, run):
+        violent = dataclasses.replace(
+            BRIEF, guard=True, guard_every=1, learning_rate=1.0, max_rollbacks=2, max_benign_drop=0.0
+        )
+        made, record = violent.immunize(text_to_image, *digit_captions, run=run)
+        assert "learning_rate halved to 0.5" in record.events[0].message
+        assert made.facts().sha256 == text_to_image.facts().sha256
+        assert not record.completed
+
+    def test_weights_that_the_owner_froze_stay(self, text_to_image, digit_captions, run):
+        model = text_to_image.clone()
+        first = next(iter(model.cross_attention()))
+        model.network.get_submodule(first).requires_grad_(False)
+        made, _ = BRIEF.immunize(model, *digit_captions, run=run)
+        assert moved_by(model, made) == {f"{n}.weight" for n in model.cross_attention()} - {f"{first}.weight"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inner_steps": 0}, "imma-diffusion: inner_steps is 0"),
+        ({"lifetime": 0}, "lifetime is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0"),
+        ({"clip": -1.0}, "clip is -1"),
+        ({"benign_weight": -1.0}, "benign_weight is -1"),
+        ({"optimizer": "adm"}, "did you mean 'adam'"),
+        ({"adaptation": Strategy("head")}, "adaptation starts from 'head'"),
+        ({"adaptation": Strategy(warmup=3)}, "adaptation has the schedule 'constant' with a warm-up of 3"),
+    ],
+)
+def test_bad_settings(change, message):
+    with pytest.raises(HoldfastError, match=message):
+        DiffusionIMMA(**change)
+
+
+def test_an_adaptation_that_cannot_start_is_refused(text_to_image, digit_captions, run):
+    with pytest.raises(HoldfastError, match=r"cannot be adapted: weights of 4 bits.*Set adaptation"):
+        dataclasses.replace(BRIEF, adaptation=Strategy(scope="qlora")).immunize(text_to_image, *digit_captions, run=run)
+
+
+def test_a_recipe_names_its_settings():
+    below = {"scope": "lora-attention", "learning_rate": 0.01}
+    made = build_defense({"name": "imma-diffusion", "inner_steps": 3, "adaptation": below})
+    assert made == DiffusionIMMA(inner_steps=3, adaptation=Strategy(scope="lora-attention", learning_rate=0.01))
+    assert build_defense({"name": made.name, **made.config()}) == made
+    with pytest.raises(HoldfastError, match="learning_rates"):
+        build_defense({"name": "imma-diffusion", "adaptation": {"learning_rates": 0.1}})
