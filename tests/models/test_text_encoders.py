@@ -86,9 +86,9 @@ class TestMemory:
         assert encoder.encoded == 5
 
     def test_it_stays_small(self, monkeypatch):
-        monkeypatch.setattr(text_encoders, "REMEMBERED", 3)
         encoder = frozen(Counting())
         texts = [f"text {i}" for i in range(7)]
+        monkeypatch.setattr(text_encoders, "REMEMBERED", 3 * ids_of("words", texts).shape[1] * encoder.width)
         for _ in range(2):
             for i in range(0, 7, 2):
                 ids = ids_of("words", texts[i : i + 2])

@@ -19,8 +19,8 @@ from holdfast.tasks.tokenizers import WORDS
 ENCODERS: Final = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 """Classes of the text encoders of pipelines."""
 
-REMEMBERED: Final = 4096
-"""Captions whose vectors are kept; a data set of more is encoded again and again."""
+REMEMBERED: Final = 2**28
+"""Numbers in the captions' vectors that are kept, 1 GiB; captions of more are encoded again and again."""
 
 
 class Encoded(NamedTuple):
@@ -92,7 +92,7 @@ class TextEncoder(nn.Module):
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             new = [row for row in dict.fromkeys(rows) if row not in self._known]
             encoded = {row: self.encode_row(torch.tensor([row], device=ids.device)) for row in new}
-        if len(self._known) + len(encoded) > REMEMBERED:
+        if (len(self._known) + len(encoded)) * ids.shape[1] * self.width > REMEMBERED:
             self._known = {row: self._known[row] for row in rows if row in self._known}
         self._known |= encoded
         found = [self._known[row] for row in rows]
