@@ -36,6 +36,7 @@ from holdfast.models.text_encoders import Encoded
 from holdfast.results import Event
 from holdfast.runtime.run import Run
 from holdfast.tasks import Task, TextToImageTask
+from holdfast.tasks.text_to_image import caption_tokens
 
 SAME = 1e-3
 """Vectors whose distance is below this share of their length count as one: encoders round."""
@@ -119,12 +120,12 @@ class ConceptErasure(Defense):
         """Edits the keys and values of a copy of the model; see `Defense.immunize`.
 
         Raises:
-            HoldfastError: for a model or tasks that are not text-to-image, or that do not fit; if a layer reads other
-                vectors than the text encoder's; or if all that a restricted caption says is preserved.
+            HoldfastError: for a model or tasks that are not text-to-image, or that do not fit; if a layer does not read
+                the text encoder's vectors; or if all that a restricted caption says is preserved.
         """
         checked, own, other = check_captioned(self, model, benign, restricted)
         edited = checked.clone().to(run.device).eval()
-        self._check_width(edited)
+        self._check_inputs(edited, other)
         preserved = torch.cat([
             _vectors(edited, own.tokens).flatten(0, 1), _vectors(edited, _ids(own, self.preserve)).flatten(0, 1)
         ])  # fmt: skip
@@ -140,13 +141,23 @@ class ConceptErasure(Defense):
         }  # fmt: skip
         return edited, DefenseRecord(history=history, events=[Event(iteration=0, message=message)])
 
-    def _check_width(self, model: TextToImage) -> None:
-        width = model.text.width
-        wrong = next((layer for layer in keys_and_values(model) if layer.in_features != width), None)
-        if wrong is not None:
+    def _check_inputs(self, model: TextToImage, task: TextToImageTask) -> None:
+        """Refuses layers that read another thing than the text encoder's vectors, such as a projection of them."""
+        batch = next(iter(task.sweep("train", 2, device=model.device)))
+        caught: list[Tensor] = []
+        layers = keys_and_values(model)
+        hooks = [layer.register_forward_pre_hook(lambda _, args: caught.append(args[0])) for layer in layers]
+        with torch.no_grad():
+            vectors = model.text(caption_tokens(batch.x[:, -2])).states
+            model(batch.x)
+        for hook in hooks:
+            hook.remove()
+        own = [x.shape == vectors.shape and torch.allclose(x, vectors.to(x.dtype), rtol=SAME) for x in caught]
+        if len(own) < len(layers) or not all(own):
             raise HoldfastError(
-                f"{self.name}: the text encoder of {model.name} has vectors of {width} numbers, and a layer of "
-                f"cross-attention reads {wrong.in_features}; only layers that read the encoder's own can be edited."
+                f"{self.name}: in {model.name}, layers that make keys and values of captions do not read the text "
+                "encoder's vectors, but a projection of them or states that depend on the image; the closed form is "
+                "for layers that read them as they are, as in Stable Diffusion."
             )
 
     def _erased(self, model: TextToImage, restricted: TextToImageTask, preserved: Tensor) -> tuple[Tensor, Tensor]:
