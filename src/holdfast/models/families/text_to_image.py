@@ -173,7 +173,8 @@ class TextToImage(Denoiser):
     def cross_attention(self) -> dict[str, nn.Linear]:
         """Returns the layers that make keys and values of the text's vectors, by their dotted names in `network`.
 
-        Transformers that attend to image and text together (Flux, SD3) have them as well.
+        Transformers that attend to image and text together (Flux, SD3) have them as well. Layers of transformers read
+        what earlier layers made of the text encoder's vectors, those of U-Nets the vectors themselves.
 
         Example:
             >>> from holdfast.tasks import load_task
