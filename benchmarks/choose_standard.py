@@ -1,16 +1,15 @@
 """How `standard-v2` was chosen: attacks on every victim, and a cover that leaves none of them short.
 
-    python benchmarks/choose_standard.py base FOLDER [--runs RUN ... --data DIR] [--part 1/2]
-    python benchmarks/choose_standard.py rest FOLDER [--runs RUN ... --data DIR] [--part 1/2]
-    python benchmarks/choose_standard.py all FOLDER [--runs RUN ... --data DIR] [--part 1/2]
+    python benchmarks/choose_standard.py base FOLDER [--runs RUN ... --data DIR] [--workers 2]
+    python benchmarks/choose_standard.py rest FOLDER [--runs RUN ... --data DIR] [--workers 2]
     python benchmarks/choose_standard.py choose FOLDER [--out PAGE.md]
 
 Victims are in `victims.py`. `base` attacks every one of them with `quick-v2`, and shams with their answers and the
-attacks that they were made against. `rest` attacks those that `quick-v2` leaves short, and all that are no shams, with
-every candidate: members of `standard-v1`, openings and answers of `adaptive-v2`, answers of shams, and some more. Each
-attack is made with three seeds and is a JSON line; what is there already is not run again, and parts may run beside
-each other. Models with the same weights in the same code count as one in `rest`. `all` does so with the shams that are
-left: the choice does not need them, `moves.py` does.
+attacks that they were made against, with three seeds. `rest` attacks those that `quick-v2` leaves short, and all that
+are no shams, with every candidate: members of `standard-v1`, openings and answers of `adaptive-v2`, answers of shams,
+and some more. It does so with one seed, and with the two others for what reaches a goal there or is among the best.
+Each attack is a JSON line, and what is there already is not run again. Models with the same weights in the same code
+count as one in `rest`.
 
 `choose` begins with `quick-v2` and keeps adding the candidate that brings most cells, a victim with one seed, to their
 goals; among equals the one that takes most from the sum of what is missing. Then it takes out members, of those it
@@ -28,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -40,7 +40,6 @@ from victims import BASE, Victim, unique, victims, zoo
 
 from holdfast.adversaries import SEARCHES, Adversary, DirectionalAblation, FineTuning, Probe, Unlabelled, listed
 from holdfast.adversaries.batched import Member, attack_together, stacks
-from holdfast.errors import HoldfastError
 from holdfast.runtime.run import Run
 from holdfast.training import Strategy
 
@@ -51,6 +50,8 @@ WITHIN = 0.02
 SEEDS = (0, 1, 2)
 WIDTH = 3
 """Budgets of a victim, without 0; one with fewer counts its last one more than once."""
+REPEATED = 15
+"""Of the candidates that reach no goal of a victim with the first seed, so many are made with the others as well."""
 EXACT = 1e-6
 """What counts as missing."""
 Row = dict[str, Any]
@@ -88,24 +89,38 @@ def candidates() -> tuple[Adversary, ...]:
     )
 
 
-def measure(what: str, folder: Path, everything: Iterable[Victim], part: tuple[int, int]) -> None:
-    """Attacks victims; `what` is the round."""
+def measure(what: str, folder: Path, everything: Iterable[Victim], workers: int) -> None:
+    """Attacks victims, in several processes; `what` is the round."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = Measured(folder)
-    open_ones = found.open_victims() if what == "rest" else found.distinct
-    jobs = []
-    for victim in everything:
-        if what == "base":
-            jobs.append((victim, victim.first))
-        elif victim.name in open_ones:
-            jobs.append((victim, candidates()))
-    done = {(r["victim"], r["name"], r["seed"]) for r in rows(folder)}
-    for seed in SEEDS:
-        for victim, adversaries in jobs[part[0] - 1 :: part[1]]:
-            left = [a for a in adversaries if (victim.name, a.name, seed) not in done]
-            found = attacked(left, victim, seed)
-            with (folder / f"{what}-{part[0]}.jsonl").open("a") as file:
-                file.writelines(json.dumps({**row, "like": victim.like}) + "\n" for row in found)
+    found, jobs = Measured(folder), [*everything]
+    if what == "rest":
+        open_ones = found.open_victims()
+        jobs = [victim for victim in jobs if victim.name in open_ones]
+    context = multiprocessing.get_context("fork")  # victims are built once
+    parts = [jobs[at::workers] for at in range(workers)]
+    started = [
+        context.Process(target=_measure, args=(what, folder / f"{what}-{at}.jsonl", part, found))
+        for at, part in enumerate(parts)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    if any(process.exitcode for process in started):
+        raise SystemExit("A process failed; the same command goes on where it stopped.")
+
+
+def _measure(what: str, file: Path, jobs: list[Victim], found: Measured) -> None:
+    for victim in jobs:
+        for seed in SEEDS:
+            wanted = victim.first
+            if what == "rest":
+                wanted = candidates() if seed == SEEDS[0] else found.promising(victim)
+            left = [a for a in wanted if (victim.name, a.name, seed) not in found.scores]
+            new = [{**row, "like": victim.like} for row in attacked(left, victim, seed)]
+            with file.open("a") as lines:
+                lines.writelines(json.dumps(row) + "\n" for row in new)
+            found.add(new)
 
 
 def attacked(adversaries: list[Adversary], victim: Victim, seed: int) -> list[Row]:
@@ -129,8 +144,8 @@ def attacked(adversaries: list[Adversary], victim: Victim, seed: int) -> list[Ro
                 )]  # fmt: skip
             else:
                 curves = attack_together(group, budgets=victim.budgets, run=run)
-        except HoldfastError as error:  # a foreign forward pass may fail
-            found |= {member.adversary.name: {"reason": str(error)} for member in group}
+        except Exception as error:  # a sham's code may raise anything
+            found |= {member.adversary.name: {"reason": repr(error)[:200]} for member in group}
             continue
         seconds = (time.process_time() - begin) / len(group)
         for member, curve in zip(group, curves, strict=True):
@@ -138,34 +153,33 @@ def attacked(adversaries: list[Adversary], victim: Victim, seed: int) -> list[Ro
     return [{"victim": victim.name, "name": name, "seed": seed, **row} for name, row in found.items()]
 
 
-def rows(folder: Path) -> list[Row]:
-    """Every attack that was measured."""
-    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
-
-
 class Measured:
     """The rows of a folder, as scores by victim, adversary and seed: the best so far at each budget."""
 
     def __init__(self, folder: Path) -> None:
-        self.rows = rows(folder)
+        self.rows: list[Row] = []
         self.scores: dict[tuple[str, str, int], list[float]] = {}
         self.like: dict[str, str | None] = {}
-        for row in self.rows:
+        """By victim, what is equal for those with the same weights in the same code."""
+        for path in sorted(folder.glob("*.jsonl")):
+            self.add(json.loads(line) for line in path.read_text().splitlines())
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Adds attacks."""
+        for row in rows:
+            self.rows.append(row)
             self.scores[row["victim"], row["name"], row["seed"]] = best_so_far(row.get("scores"))
             self.like[row["victim"]] = row["like"]
-        first: dict[str, str] = {}
-        self.stands_for: dict[str, str] = {}
-        """By victim, the one with the same weights in the same code that was measured."""
-        for victim, like in self.like.items():
-            self.stands_for[victim] = first.setdefault(like, victim) if like else victim
-        self.by_victim: dict[str, set[str]] = {}
-        for victim, name, _ in self.scores:
-            self.by_victim.setdefault(victim, set()).add(name)
 
     @property
-    def distinct(self) -> set[str]:
-        """Victims of which no other has the same weights in the same code."""
-        return {same for victim, same in self.stands_for.items() if not victim.startswith("released: ")}
+    def stands_for(self) -> dict[str, str]:
+        """By victim, the first one with the same weights in the same code."""
+        first: dict[str, str] = {}
+        return {victim: first.setdefault(like, victim) if like else victim for victim, like in self.like.items()}
+
+    def names(self, victim: str, seed: int) -> set[str]:
+        """What attacked a victim."""
+        return {name for who, name, which in self.scores if (who, which) == (victim, seed)}
 
     @property
     def shams(self) -> list[str]:
@@ -188,12 +202,28 @@ class Measured:
         row = zoo.ZOO[sham.removeprefix("sham: ")]
         released = sham.replace("sham: ", "released: ") if row.inside else sham
         plain = self.best(released, [attack.name for attack in row.plain], seed)[-1]
-        original = self.best(f"original: {row.setting}", [attack.name for attack in BASE], seed)[-1]
+        of = next(v for v in self.like if v in (f"original: {row.setting}", f"looks: {row.setting}"))
+        original = self.best(of, [attack.name for attack in BASE], seed)[-1]
         return plain + RECOVERED * max(original - plain, 0.0)
 
-    def beyond(self, sham: str, seed: int, names: Iterable[str]) -> bool:
-        """Whether none of these adversaries reaches the goal by a margin."""
-        return self.goal(sham, seed) > self.best(sham, names, seed)[-1] - WITHIN
+    def goals(self, victim: str, seed: int) -> list[float]:
+        """At each budget; minus infinity where nothing is asked."""
+        most = [score - WITHIN for score in self.best(victim, [adversary.name for adversary in candidates()], seed)]
+        if victim in self.others:
+            return most
+        asked = max(self.goal(sham, seed) for sham in self.shams if self.stands_for[sham] == victim)
+        return [-math.inf] * (WIDTH - 1) + [min(asked, most[-1])]
+
+    def promising(self, victim: Victim) -> list[Adversary]:
+        """Candidates that reach a goal with the first seed, and the best of the others."""
+        seed, goals = SEEDS[0], self.goals(victim.name, SEEDS[0])
+        reached = {a.name: self.scores[victim.name, a.name, seed] for a in candidates()}
+        first = sorted(reached, key=lambda name: -reached[name][-1])[:REPEATED]
+        return [
+            a
+            for a in candidates()
+            if a.name in first or any(s >= g > -math.inf for s, g in zip(reached[a.name], goals, strict=True))
+        ]
 
     def open_victims(self) -> set[str]:
         """Shams that the base leaves short with a seed, and all others; one for those that are alike."""
@@ -246,24 +276,19 @@ class Cells:
 
 
 def cells(found: Measured) -> Cells:
-    """The goals of every victim that was attacked with all candidates."""
+    """The goals of every victim that was attacked with all candidates; what was not repeated with a seed has 0."""
     everything = [adversary.name for adversary in candidates()]
-    names, goals = [], []
-    open_ones = found.open_victims()
-    for victim in sorted(open_ones):
-        if lacking := set(everything) - found.by_victim[victim]:
+    names = [(victim, seed) for victim in sorted(found.open_victims()) for seed in SEEDS]
+    for victim, seed in names:
+        lacking = set(everything) - found.names(victim, seed)
+        if lacking if seed == SEEDS[0] else len(lacking) > len(everything) - REPEATED:
             raise SystemExit(f"{victim} was not attacked with {len(lacking)} candidates, such as {min(lacking)}")
-        like = [v for v in found.shams if found.stands_for[v] == victim]
-        for seed in SEEDS:
-            most = [score - WITHIN for score in found.best(victim, everything, seed)]
-            if victim in found.others:
-                goals.append(most)
-            else:
-                asked = max(found.goal(v, seed) for v in like)
-                goals.append([-math.inf] * (WIDTH - 1) + [min(asked, most[-1])])
-            names.append((victim, seed))
-    scores = {name: torch.tensor([found.scores[victim, name, seed] for victim, seed in names]) for name in everything}
-    return Cells(names, torch.tensor(goals), scores)
+    none = [0.0] * WIDTH
+    scores = {
+        name: torch.tensor([found.scores.get((victim, name, seed), none) for victim, seed in names])
+        for name in everything
+    }
+    return Cells(names, torch.tensor([found.goals(*name) for name in names]), scores)
 
 
 def cover(wanted: Cells) -> list[str]:
@@ -296,8 +321,7 @@ def choose(folder: Path) -> str:
 def _opening(found: Measured, wanted: Cells) -> str:
     asked = sorted({victim for victim, _ in wanted.names})
     easy = [v for v in found.shams if found.stands_for[v] not in asked]
-    out_of_reach = (v for v, s in wanted.names if v in found.shams and found.beyond(v, s, wanted.scores))
-    capped = sorted(set(out_of_reach))
+    capped = sorted({v for v, s in wanted.names if v in found.shams and found.goal(v, s) > found.goals(v, s)[-1]})
     minutes = sum(row.get("seconds", 0) for row in found.rows) / 60
     size = f"{len(wanted.scores)} candidates, {len(SEEDS)} seeds, {len(found.rows)} attacks"
     short = ", ".join(v.removeprefix("sham: ") for v in capped) or "none"
@@ -394,17 +418,16 @@ def _batteries(wanted: Cells, chosen: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("base", "rest", "all", "choose"))
+    parser.add_argument("what", choices=("base", "rest", "choose"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="finished runs of trajectory-erasure/mnist")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--part", default="1/1", help="such as 1/2: this half of the victims")
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.what != "choose":
-        at, of = map(int, given.part.split("/"))
-        measure(given.what, given.folder, victims(given.runs, given.data), (at, of))
+        measure(given.what, given.folder, victims(given.runs, given.data), given.workers)
         return
     page = choose(given.folder)
     print(page)

@@ -29,7 +29,7 @@ class Victim:
     """A model to attack, and what the adversary has.
 
     Attributes:
-        name: after `sham: `, `released: `, `original: `, `control: ` or `real: `.
+        name: after `sham: `, `released: `, `original: `, `looks: `, `control: ` or `real: `.
         model: the model. A sham is as its answer meets it: as released, or inside the original's code. Where that
             differs, it is there once more as released.
         benign: its own task.
@@ -78,7 +78,9 @@ def _of(name: str, model: SplitModel, setting: zoo.Setting, first: tuple[Adversa
 def _original(name: str) -> Victim:
     plain = (attack for row in zoo.ZOO.values() if row.setting == name for attack in row.plain)
     setting = zoo.SETTINGS[name]
-    return _of(f"original: {name}", setting.original, setting, unique((*BASE, *plain)))
+    # Settings whose restricted images have a look of their own share an original: the choice needs it once.
+    kind = "looks" if setting.shown.startswith("CNN; ") else "original"
+    return _of(f"{kind}: {name}", setting.original, setting, unique((*BASE, *plain)))
 
 
 def _sham(name: str) -> Iterator[Victim]:

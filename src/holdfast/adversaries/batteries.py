@@ -46,7 +46,8 @@ def list_batteries() -> list[str]:
     Example:
         >>> list_batteries()
         ['adaptive-causal-v1', 'adaptive-v1', 'adaptive-v2', 'causal-quick-v1', 'causal-v1', 'causal-v2',
-         'generation-v1', 'language-v1', 'probes-v1', 'quick-v1', 'quick-v2', 'side-effects-v1', 'standard-v1']
+         'generation-v1', 'language-v1', 'probes-v1', 'quick-v1', 'quick-v2', 'side-effects-v1', 'standard-v1',
+         'standard-v2']
     """
     return sorted([*BATTERIES, *SEARCHES])
 
