@@ -264,7 +264,8 @@ class Cells:
 
     def of(self, seeds: Iterable[int]) -> Cells:
         """Those with some seeds alone."""
-        kept = [i for i, (_, seed) in enumerate(self.names) if seed in set(seeds)]
+        asked = {*seeds}
+        kept = [i for i, (_, seed) in enumerate(self.names) if seed in asked]
         scores = {name: each[kept] for name, each in self.scores.items()}
         return Cells([self.names[i] for i in kept], self.goals[kept], scores)
 

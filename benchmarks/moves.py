@@ -2,9 +2,9 @@
 
     python benchmarks/moves.py FOLDER [--out PAGE.md]
 
-FOLDER has the rows of its rounds `base`, `rest` and `all`. A move is an undo move, a start, a scope, a kind of
-gradient, a schedule, an option, or an adversary that is no fine-tuning. Scores are means over seeds of the best so far.
-The lead of a move on a victim is what the best attack with it has over the best attack without it.
+FOLDER has the rows of its rounds `base` and `rest`. A move is an undo move, a start, a scope, a kind of gradient, a
+schedule, an option, or an adversary that is no fine-tuning. Scores are means over seeds of the best so far, of attacks
+made with every seed. The lead of a move on a victim is what the best attack with it has over the best one without it.
 """
 
 from __future__ import annotations
@@ -45,11 +45,13 @@ class Lead:
         victim: attacked with every candidate.
         points: of the test score, after the last step; 0 if an attack without the move is as good.
         early: the largest at any budget.
+        once: after the last step with the first seed alone, with which every candidate was tried.
     """
 
     victim: str
     points: float
     early: float
+    once: float
 
 
 def leads(found: Measured) -> dict[str, list[Lead]]:
@@ -57,25 +59,30 @@ def leads(found: Measured) -> dict[str, list[Lead]]:
     of = {adversary.name: moves(adversary) for adversary in candidates()}
     every = {f"undo {name}" for name in UNDO} | {move for names in of.values() for move in names}
     table: dict[str, list[Lead]] = {move: [] for move in sorted(every)}
-    for victim, tried in found.by_victim.items():
-        if not set(of) <= tried:
+    for victim in found.like:
+        if not set(of) <= found.names(victim, SEEDS[0]):
             continue
-        means = {name: _mean(found, victim, name) for name in of}
-        for move, rows in table.items():
-            with_it, without = (_best([means[n] for n in of if (move in of[n]) == has]) for has in (True, False))
-            points = [100 * (a - b) for a, b in zip(with_it, without, strict=True)]
-            rows.append(Lead(victim, points[-1], max(points)))
+        tried = set.intersection(*(found.names(victim, seed) for seed in SEEDS)) & set(of)
+        means = {name: _mean(found, victim, name, SEEDS) for name in tried}
+        once = {name: _mean(found, victim, name, SEEDS[:1]) for name in of}
+        for move, each in table.items():
+            points = _over(means, {name for name in tried if move in of[name]})
+            first = _over(once, {name for name in of if move in of[name]})
+            each.append(Lead(victim, points[-1], max(points), first[-1]))
     return table
 
 
-def _mean(found: Measured, victim: str, name: str) -> list[float]:
-    """Over seeds, at each budget."""
-    each = [found.scores[victim, name, seed] for seed in SEEDS]
-    return [sum(column) / len(SEEDS) for column in zip(*each, strict=True)]
+def _mean(found: Measured, victim: str, name: str, seeds: tuple[int, ...]) -> list[float]:
+    """At each budget, in points."""
+    each = [found.scores[victim, name, seed] for seed in seeds]
+    return [100 * sum(column) / len(seeds) for column in zip(*each, strict=True)]
 
 
-def _best(scores: list[list[float]]) -> list[float]:
-    return [max(column) for column in zip(*scores, strict=True)] if scores else [0.0] * WIDTH
+def _over(means: dict[str, list[float]], some: set[str]) -> list[float]:
+    """What the best of some has over the best of the others, at each budget."""
+    parts = [[means[name] for name in means if (name in some) == inside] for inside in (True, False)]
+    with_it, without = ([max(column) for column in zip(*part, strict=True)] or [0.0] * WIDTH for part in parts)
+    return [a - b for a, b in zip(with_it, without, strict=True)]
 
 
 def page(found: Measured) -> str:
@@ -93,15 +100,16 @@ def page(found: Measured) -> str:
         elif (most := max(each, key=lambda lead: lead.early)).early >= 0:
             early.append(f"{move} (by {most.early:.1f} on {_short(most.victim)})")
         else:
-            nearest = max(each, key=lambda lead: lead.points)
-            nowhere.append(f"{move} ({-nearest.points:.1f} behind on {_short(nearest.victim)})")
+            nearest = max(each, key=lambda lead: lead.once)
+            nowhere.append(f"{move} ({-nearest.once:.1f} on {_short(nearest.victim)})")
     rows = "\n".join(lines)
     return f"""# For which victims a move is part of the best attack
 
 {len(victims)} victims, {shams} of them sham defenses as their answers meet them, the others originals, a fresh network
-and defended models; all {len(candidates())} candidates of [the choice of `standard-v2`](standard-v2.md) attacked each
-of them with three seeds. *Best for*: victims on which the best attack with the move is at least as good as the best one
-without it, after the last step, mean over seeds. *Alone*: it is better. In brackets, by how many points.
+and defended models. All {len(candidates())} candidates of [the choice of `standard-v2`](standard-v2.md) attacked each
+of them with one seed; what reached a goal or was among the best was repeated with two more, and is compared here.
+*Best for*: victims on which the best attack with the move is at least as good as the best one without it, after the
+last step, mean over three seeds. *Alone*: it is better. In brackets, by how many points.
 
 | move | best for | alone | victims |
 |---|---|---|---|
@@ -109,7 +117,8 @@ without it, after the last step, mean over seeds. *Alone*: it is better. In brac
 
 Best at an earlier step alone: {", ".join(early) or "none"}.
 
-Best nowhere, with the points that are missing on the nearest victim: {", ".join(nowhere) or "none"}.
+Best nowhere, with the points that are missing with the first seed on the nearest victim:
+{", ".join(nowhere) or "none"}.
 
 Made by `benchmarks/moves.py`.
 """
