@@ -90,7 +90,7 @@ def page(found: Measured) -> str:
     table = leads(found)
     victims = next(iter(table.values()))
     shams = sum(lead.victim.startswith("sham: ") for lead in victims)
-    lines, early, nowhere = [], [], []
+    lines, early, once, nowhere = [], [], [], []
     for move, each in sorted(table.items(), key=lambda pair: -max(lead.points for lead in pair[1])):
         first = sorted((lead for lead in each if lead.points >= 0), key=lambda lead: -lead.points)
         if first:
@@ -99,8 +99,9 @@ def page(found: Measured) -> str:
             lines.append(f"| {move} | {len(first)} | {alone} | {shown}{' ...' if len(first) > SHOWN else ''} |")
         elif (most := max(each, key=lambda lead: lead.early)).early >= 0:
             early.append(f"{move} (by {most.early:.1f} on {_short(most.victim)})")
+        elif (nearest := max(each, key=lambda lead: lead.once)).once >= 0:
+            once.append(f"{move} (by {nearest.once:.1f} on {_short(nearest.victim)})")
         else:
-            nearest = max(each, key=lambda lead: lead.once)
             nowhere.append(f"{move} ({-nearest.once:.1f} on {_short(nearest.victim)})")
     rows = "\n".join(lines)
     return f"""# For which victims a move is part of the best attack
@@ -115,10 +116,12 @@ last step, mean over three seeds. *Alone*: it is better. In brackets, by how man
 |---|---|---|---|
 {rows}
 
-Best at an earlier step alone: {", ".join(early) or "none"}.
+Best at an earlier step alone: {"; ".join(early) or "none"}.
+
+Best with the first seed alone, after the last step: {"; ".join(once) or "none"}.
 
 Best nowhere, with the points that are missing with the first seed on the nearest victim:
-{", ".join(nowhere) or "none"}.
+{"; ".join(nowhere) or "none"}.
 
 Made by `benchmarks/moves.py`.
 """
