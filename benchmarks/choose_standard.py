@@ -229,9 +229,13 @@ class Measured:
 
     def open_victims(self) -> set[str]:
         """Shams that the base leaves short with a seed, and all others; one for those that are alike."""
+        return {self.stands_for[victim] for victim in self.short} | set(self.others)
+
+    @property
+    def short(self) -> set[str]:
+        """Shams that the base leaves short with a seed."""
         base = [attack.name for attack in BASE]
-        short = {v for v in self.shams if any(self.best(v, base, s)[-1] < self.goal(v, s) for s in SEEDS)}
-        return {self.stands_for[victim] for victim in short} | set(self.others)
+        return {v for v in self.shams if any(self.best(v, base, s)[-1] < self.goal(v, s) for s in SEEDS)}
 
 
 def best_so_far(scores: list[float | None] | None) -> list[float]:
@@ -339,12 +343,11 @@ def choose(folder: Path) -> str:
 
 
 def _opening(found: Measured, wanted: Cells) -> str:
-    asked = sorted({victim for victim, _ in wanted.names})
-    easy = [v for v in found.shams if found.stands_for[v] not in asked]
+    short = len(found.short)
     capped = sorted({v for v, s in wanted.names if v in found.shams and found.goal(v, s) > found.goals(v, s)[-1]})
     minutes = sum(row.get("seconds", 0) for row in found.rows) / 60
     size = f"{len(wanted.scores)} candidates, {len(SEEDS)} seeds, {len(found.rows)} attacks"
-    short = ", ".join(v.removeprefix("sham: ") for v in capped) or "none"
+    lower = ", ".join(v.removeprefix("sham: ") for v in capped) or "none"
     return f"""# How `standard-v2` was chosen
 
 `python benchmarks/choose_standard.py`: {size},
@@ -352,11 +355,11 @@ def _opening(found: Measured, wanted: Cells) -> str:
 Victims: {len(found.shams)} shams of images and {len(found.others)} others: originals, a fresh network, defended models.
 A goal is, for a sham, {RECOVERED:.0%} of what the best plain attack loses by it, against the best of `quick-v2` on the
 original with the same seed; for the others, to be within {100 * WITHIN:.0f} points of the best of all candidates at
-each budget. `quick-v2` reaches it with every seed on {len(easy)} of the shams. The cover is for the other
-{len(found.shams) - len(easy)} and for all that are no shams.
+each budget. `quick-v2` reaches it with every seed on {len(found.shams) - short} of the shams. The cover is for the
+other {short} and for all that are no shams.
 
 For these shams the goal is what the best candidate reaches, less {100 * WITHIN:.0f} points, as that is lower with some
-seed: {short}."""
+seed: {lower}."""
 
 
 def _members(wanted: Cells, chosen: list[str]) -> str:
@@ -404,7 +407,7 @@ def _stability(wanted: Cells) -> str:
     counts = {n: sum(c == n for c in common.values()) for n in (3, 2, 1)}
     return "\n".join(lines) + (
         "\n\nA cell is a victim with one seed; *missing* are points on average over cells that miss their goal. An\n"
-        "attack that was not repeated with a seed counts as 0 there, so that these figures are lower than the truth. Of "
+        "attack that was not repeated with a seed counts as 0 there: these figures are lower than the truth. Of "
         f"the\n{len(common)} candidates that a cover of one seed adds, {counts[3]} are in all three, {counts[2]} in "
         f"two and {counts[1]} in one."
     )
@@ -431,10 +434,11 @@ def _batteries(wanted: Cells, chosen: list[str]) -> str:
     batteries = {f"`{name}`": [a.name for a in listed(name)] for name in PUBLISHED}
     batteries["`quick-v2` and the cover"] = [*(a.name for a in BASE), *chosen]
     batteries["all candidates"] = list(wanted.scores)
+    first = wanted.of(SEEDS[:1])
     for name, members in batteries.items():
-        shares = " | ".join(_shares(wanted.kind(sham), members) for sham in (True, False))
+        shares = " | ".join(_shares(first.kind(sham), members) for sham in (True, False))
         lines.append(f"| {name} | {len(members)} | {shares} |")
-    return "\n".join(lines)
+    return "Batteries with the first seed, with which every candidate attacked every victim:\n\n" + "\n".join(lines)
 
 
 def main() -> None:
