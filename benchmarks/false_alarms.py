@@ -1,26 +1,35 @@
-"""How often an audit calls a model worse than it is, where the truth is known: the model is no better than scratch.
+"""How often an audit is wrong where the truth is known, and how often it finds an advantage that is there.
 
-Under the null, the model in question is the original's architecture with fresh weights, so whatever an audit finds in
-its favour is luck: a verdict of `fails` or `partial` is a false alarm. Each repetition draws everything anew: the fresh
+Under the null, the audited model is the original's architecture with fresh weights, so whatever an audit finds in its
+favour is luck: a verdict of `fails` or `partial` is a false alarm. Each repetition draws everything anew: the fresh
 weights, the samples, the batches, the scratch control. Such a model has no benign score either, and every audit with
 the default limits must therefore be `invalid`; that rule is lifted for the count, and checked apart on the same trials.
 
+With `--audited original` it is the original itself, a defense of known effect: none. All of the advantage is left, and
+`fails` is right; its share is the power of the audit.
+
     python benchmarks/false_alarms.py --battery quick-v1
     python benchmarks/false_alarms.py --battery quick-v2 --decide
+    python benchmarks/false_alarms.py --battery standard-v2 --audits 60 --rows ROWS.jsonl [--part 1/2]
+    python benchmarks/false_alarms.py --battery standard-v2 --audited original --rows ROWS.jsonl
 
-Prints a table, writes it to docs/results/false-alarms-BATTERY.md (with `--decide`: false-alarms-BATTERY-decide.md), and
-exits with 1 if more than one repetition in twenty is a false alarm, or if the rule about the benign score misses one.
+With `--rows`, each audit is a line of that file, and one that is there is not done again. Prints a table, writes it to
+docs/results/false-alarms-BATTERY.md (with `--decide`: false-alarms-BATTERY-decide.md; of the original:
+power-BATTERY.md), and exits with 1 if more than one repetition in twenty is a false alarm, or if the rule about the
+benign score misses one.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +42,9 @@ from holdfast.tasks import ArrayTask, load_task
 from holdfast.training import pretrain
 
 WRONG = ("fails", "partial")
+LABELS = ("resists", "invalid", "partial", "fails")
 LIFTED = Thresholds(max_benign_drop=0.99)
+Row = dict[str, Any]
 
 
 def original(benign: ArrayTask) -> SplitModel:
@@ -44,103 +55,161 @@ def original(benign: ArrayTask) -> SplitModel:
     return pretrain(fresh, benign, steps=300, run=run)
 
 
-def null(seed: int, model: SplitModel, tasks: tuple[ArrayTask, ArrayTask], spec: AuditSpec) -> tuple[AuditResult, str]:
-    """One audit of fresh weights, and the label that the default limits give to the same trials."""
+def audited(
+    seed: int, model: SplitModel, tasks: tuple[ArrayTask, ArrayTask], spec: AuditSpec, *, null: bool
+) -> tuple[AuditResult, str]:
+    """One audit of fresh weights or of the original, and the label that the default limits give to the same trials."""
     with tempfile.TemporaryDirectory() as folder:
         run = Run(seed=seed, device=torch.device("cpu"), folder=Path(folder))
         with run.seeded("null"):
-            fresh = model.fresh()
+            released = model.fresh() if null else model
         lifted, default = (
-            audit(fresh, model, benign=tasks[0], restricted=tasks[1], run=run, spec=s)
+            audit(released, model, benign=tasks[0], restricted=tasks[1], run=run, spec=s)
             for s in (spec.model_copy(update={"thresholds": LIFTED}), spec)
         )
     return lifted, default.verdict.label
 
 
-def table(found: list[AuditResult], defaults: list[str], spec: AuditSpec, command: str, seconds: float) -> str:
+def row(seed: int, found: AuditResult, default: str, seconds: float) -> Row:
+    """What the page needs of an audit, advantages and bands in points."""
+    later = [r for r in found.by_budget if r.budget]
+    bands = [r.interval for r in found.by_budget if r.interval]
+    return {
+        "audit": seed,
+        "label": found.verdict.label,
+        "default": default,
+        "seeds": len(found.seeds),
+        "stopped": found.sequential.stopped if found.sequential else None,
+        "advantage": 100 * max(r.advantage or 0 for r in later),
+        "low": 100 * max(band.low for band in bands),
+        "high": 100 * max(band.high for band in bands),
+        "half": 100 * sum((band.high - band.low) / 2 for band in bands) / len(bands),
+        "retained": found.verdict.retained,
+        "seconds": seconds,
+    }
+
+
+def page(rows: list[Row], spec: AuditSpec, command: str, *, null: bool) -> str:
     """What was counted, as a page of the documentation."""
-    counts, rules = Counter(r.verdict.label for r in found), Counter(defaults)
-    wrong = sum(counts[label] for label in WRONG)
-    halves = [(r.interval.high - r.interval.low) / 2 for a in found for r in a.by_budget if r.interval]
-    rows = "\n".join(
-        f"| {seed} | {a.verdict.label} | {len(a.seeds)} "
-        f"| {100 * max(r.advantage or 0 for r in a.by_budget if r.budget):+.1f} "
-        f"| {100 * max(r.interval.low for r in a.by_budget if r.interval):+.1f} "
-        f"| {100 * max(r.interval.high for r in a.by_budget if r.interval):+.1f} |"
-        for seed, a in enumerate(found)
+    counts, rules = (Counter(r[key] for r in rows) for key in ("label", "default"))
+    lines = "\n".join(
+        f"| {r['audit']} | {r['label']} | {r['seeds']} | {r['advantage']:+.1f} | {r['low']:+.1f} | {r['high']:+.1f} |"
+        for r in rows
     )
-    labels = ("resists", "invalid", "partial", "fails")
-    return f"""# False alarms of {spec.battery}{" with `--decide`" if spec.decide else ""}
+    decide = " with `--decide`" if spec.decide else ""
+    title, truth, sum_ = _null(rows, counts) if null else _effect(rows, counts)
+    return f"""# {title} of {spec.battery}{decide}
 
-Fresh weights in place of the immunized model: no advantage over training from scratch, whatever the verdict. The
+{truth} The
 original is the built-in CNN, trained on the digits 0 to 6; restricted are the digits 7 to 9, {spec.shots} samples a
-class; budgets {", ".join(map(str, spec.budgets))}; {_seeds(found, spec)} an audit; {len(found)} audits, each with other
-fresh weights, samples and batches. The rule about the benign score is lifted in the first row, so that the statistics
-decide.
+class; budgets {", ".join(map(str, spec.budgets))}; {_seeds(rows, spec)} an audit; {len(rows)} audits.
 
-| | {" | ".join(labels)} |
-|---|{"---|" * len(labels)}
-| the statistics alone | {" | ".join(str(counts[label]) for label in labels)} |
-| with the default limits | {" | ".join(str(rules[label]) for label in labels)} |
+| | {" | ".join(LABELS)} |
+|---|{"---|" * len(LABELS)}
+| the statistics alone | {" | ".join(str(counts[label]) for label in LABELS)} |
+| with the default limits | {" | ".join(str(rules[label]) for label in LABELS)} |
 
-False alarms: **{wrong} of {len(found)}**. Half the width of the band is {100 * sum(halves) / len(halves):.1f} points on
-average over budgets. `invalid` in the first row means that the audit could not decide, and says so.
+{sum_} Half the width of the band is {sum(r["half"] for r in rows) / len(rows):.1f} points on average over budgets.
+`invalid` in the first row means that the audit could not decide, and says so.
 
 ```console
 $ {command}
 ```
 
-{seconds:.0f} seconds on one core. Each audit, advantages in points of accuracy at the budget where they are highest:
+{sum(r["seconds"] for r in rows):.0f} seconds on one core. Each audit, advantages in points of accuracy at the budget
+where they are highest:
 
 | audit | verdict | seeds | advantage | lower end of the band | upper end |
 |---|---|---|---|---|---|
-{rows}
+{lines}
 """
 
 
-def _seeds(found: list[AuditResult], spec: AuditSpec) -> str:
+def _null(rows: list[Row], counts: Counter[str]) -> tuple[str, str, str]:
+    """Title, what is audited, and the result."""
+    wrong = sum(counts[label] for label in WRONG)
+    return (
+        "False alarms",
+        "Fresh weights in place of the immunized model: no advantage over training from scratch, whatever the verdict. "
+        "Each\naudit has other fresh weights, samples and batches. The rule about the benign score is lifted in the "
+        "first row, so\nthat the statistics decide.",
+        f"False alarms: **{wrong} of {len(rows)}**.",
+    )
+
+
+def _effect(rows: list[Row], counts: Counter[str]) -> tuple[str, str, str]:
+    """The same for the original."""
+    kept = [r["retained"] for r in rows if r["retained"] is not None]
+    mean = f"{sum(kept) / len(kept):.0%}" if kept else "-"
+    return (
+        "Power",
+        "The original itself in place of the immunized model, a defense of known effect: none, so that `fails` is "
+        "right. Each\naudit has other samples and batches.",
+        f"Found: **{counts['fails']} of {len(rows)}**; retained {mean} of the original's advantage on average.",
+    )
+
+
+def _seeds(rows: list[Row], spec: AuditSpec) -> str:
     """The number of seeds; with `--decide`, how many were added and why it stopped."""
     if not spec.decide:
         return f"{spec.seeds} seeds"
-    stops = Counter(a.sequential.stopped for a in found if a.sequential is not None)
-    mean = sum(len(a.seeds) for a in found) / len(found)
+    stops = Counter(r["stopped"] for r in rows if r["stopped"] is not None)
+    mean = sum(r["seeds"] for r in rows) / len(rows)
     why = ", ".join(f"{stop} {count}" for stop, count in stops.most_common())
     return f"{spec.seeds} to {spec.most_seeds} seeds, added until the band decides ({mean:.1f} on average; {why}),"
 
 
-def main() -> int:
-    """Runs, prints and writes; returns the exit code."""
+def read(path: Path | None) -> dict[int, Row]:
+    """The audits that are there, by number."""
+    lines = path.read_text().splitlines() if path is not None and path.exists() else []
+    return {each["audit"]: each for each in map(json.loads, lines)}
+
+
+def options() -> argparse.Namespace:
+    """What was given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--battery", default="quick-v1")
     parser.add_argument("--audits", type=int, default=20)
+    parser.add_argument("--audited", choices=("fresh", "original"), default="fresh")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--decide", action="store_true", help="add seeds until the band decides, or --max-seeds end")
     parser.add_argument("--max-seeds", type=int, help="four times --seeds by default")
     parser.add_argument("--shots", type=int, default=2)
     parser.add_argument("--budgets", type=int, nargs="+", default=[0, 5, 10, 20])
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--part", default="1/1", help="such as 1/2: this half of the audits")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "results")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Runs, prints and writes; returns the exit code."""
+    given = options()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     tasks = load_task("digits[0-6]"), load_task("digits[7-9]")
     spec = AuditSpec(
-        battery=options.battery, budgets=tuple(options.budgets), seeds=options.seeds, shots=options.shots,
-        side_effects=False, decide=options.decide, max_seeds=options.max_seeds,
+        battery=given.battery, budgets=tuple(given.budgets), seeds=given.seeds, shots=given.shots,
+        side_effects=False, decide=given.decide, max_seeds=given.max_seeds,
     )  # fmt: skip
-    begin = time.perf_counter()
-    found, defaults = [], []
-    model = original(tasks[0])
-    for seed in range(options.audits):
-        result, default = null(seed, model, tasks, spec)
+    done, model, null = read(given.rows), original(tasks[0]), given.audited == "fresh"
+    at, of = map(int, given.part.split("/"))
+    for seed in range(given.audits)[at - 1 :: of]:
+        if seed in done:
+            continue
+        begin = time.perf_counter()
+        result, default = audited(seed, model, tasks, spec, null=null)
         print(f"{seed:3} {result.verdict.label:8} (default limits: {default}) {result.verdict.sentence}", flush=True)
-        found.append(result)
-        defaults.append(default)
-    command = f"python benchmarks/false_alarms.py {' '.join(sys.argv[1:])}".strip()
-    page = table(found, defaults, spec, command, time.perf_counter() - begin)
-    print(page)
-    name = f"false-alarms-{options.battery}{'-decide' if options.decide else ''}.md"
-    (options.out / name).write_text(page)
-    wrong = sum(r.verdict.label in WRONG for r in found)
-    return int(wrong > options.audits / 20 or any(label != "invalid" for label in defaults))
+        done[seed] = row(seed, result, default, time.perf_counter() - begin)
+        if given.rows is not None:
+            with given.rows.open("a") as file:
+                file.write(json.dumps(done[seed]) + "\n")
+    rows = [done[seed] for seed in sorted(done)]
+    text = page(rows, spec, f"python benchmarks/false_alarms.py {' '.join(sys.argv[1:])}".strip(), null=null)
+    print(text)
+    kind = f"{'false-alarms' if null else 'power'}-{given.battery}{'-decide' if given.decide else ''}"
+    (given.out / f"{kind}.md").write_text(text)
+    wrong = sum(r["label"] in WRONG for r in rows)
+    return int(null and (wrong > len(rows) / 20 or any(r["default"] != "invalid" for r in rows)))
 
 
 if __name__ == "__main__":

@@ -1,141 +1,145 @@
-"""Measures which attack is the best on each victim: on every sham defense of vision, and on what they are made from.
+"""For which victims each move is part of the best attack, from the attacks of `choose_standard.py`.
 
-    python benchmarks/moves.py ROWS.jsonl [--seeds 2] [--only VICTIM ...] [--out PAGE.md]
+    python benchmarks/moves.py FOLDER [--out PAGE.md]
 
-Each move and setting alone is an attack, besides the usual one: nothing else changes. A victim is a line of ROWS.jsonl,
-and one that is there is not measured again. The page says for which victims an attack is the best, and which attacks
-are the best nowhere. Attacks are on the victim as released, not inside the original's code.
+FOLDER has the rows of its rounds `base` and `rest`. A move is an undo move, a start, a scope, a kind of gradient, a
+schedule, an option, or an adversary that is no fine-tuning. Scores are means over seeds of the best so far, of attacks
+made with every seed. The lead of a move on a victim is what the best attack with it has over the best one without it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
+from choose_standard import SEEDS, WIDTH, Measured, candidates
 
-from holdfast.adversaries import UNDO, Adversary, DirectionalAblation, FineTuning, Probe, Unlabelled, listed
-from holdfast.training import Strategy
+from holdfast.adversaries import UNDO, Adversary, DirectionalAblation, FineTuning, Probe, Unlabelled
+from holdfast.adversaries.finetuning import OPTIONS
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from zoo import SETTINGS, ZOO, case  # the zoo belongs to the tests
-from zoo.measure import best
-from zoo.settings import ADAM
-
-SHOWN = 6
-"""Victims of an attack that the page names."""
+SHOWN = 4
+"""Victims of a move that the page names."""
 
 
-def usual(**change: Any) -> Strategy:
-    """The usual strategy with one change."""
-    return Strategy(**{**ADAM.settings(), **change})
+def moves(adversary: Adversary) -> set[str]:
+    """What an adversary does beside usual fine-tuning."""
+    if isinstance(adversary, Probe):
+        return {f"probe, {adversary.solver}"}
+    found = {DirectionalAblation: {"directional ablation"}, Unlabelled: {"few labels"}}.get(type(adversary), set())
+    if isinstance(adversary, FineTuning):
+        found |= {f"undo {name}" for name in adversary.undo}
+        found |= {name for name in OPTIONS[1:] if getattr(adversary, name)}
+    strategy = adversary.strategy
+    found |= {f"start {strategy.initialisation}", f"scope {strategy.scope}"}
+    found |= {f"gradient {strategy.gradient}"} if strategy.gradient != "raw" else set()
+    found |= {f"schedule {strategy.schedule}"} if strategy.schedule != "constant" else set()
+    return found | ({"sharpness"} if strategy.sharpness else set())
 
 
-def attacks() -> dict[str, Adversary]:
-    """Every attack by what it changes."""
-    starts = ("direct", "last-block", "last-half", "shrink-perturb")
-    scopes = ("head", "last-block", "norm", "lora")
-    gradients = ("normalised", "sign", "layerwise", "orthogonal")
-    options: dict[str, Any] = {
-        "burn_in": 3, "replay": 1.0, "anchor": 1.0, "benign_first": 5, "benign_floor": 0.8, "distil_first": 10,
-        "augment": "rand-m5-n1",
-    }  # fmt: skip
-    return {
-        "usual": FineTuning(ADAM),
-        **{adversary.name: adversary for adversary in listed("quick-v1") if adversary.name != FineTuning(ADAM).name},
-        **{f"undo {name}": FineTuning(ADAM, undo=(name,)) for name in UNDO},
-        **{f"start {name}": FineTuning(usual(initialisation=name)) for name in starts},
-        **{f"scope {name}": FineTuning(usual(scope=name, learning_rate=1e-2)) for name in scopes},
-        **{
-            f"gradient {name}": FineTuning(usual(optimizer="sgd", learning_rate=5e-2, gradient=name))
-            for name in gradients
-        },
-        **{name: FineTuning(ADAM, **{name: value}) for name, value in options.items()},
-        "anchor, low rate": FineTuning(usual(initialisation="direct", learning_rate=3e-5), anchor=1.0),
-        "sharpness": FineTuning(usual(sharpness=0.05)),
-        "cosine": FineTuning(usual(learning_rate=4e-3, schedule="cosine", schedule_steps=20, warmup=2)),
-        "restarts": FineTuning(usual(learning_rate=4e-3, schedule="restarts", schedule_steps=10)),
-        "negate-head, direct": FineTuning(usual(initialisation="direct", learning_rate=1e-4), undo=("negate-head",)),
-        "probe newton": Probe("newton"),
-        "probe ridge": Probe("ridge", "whitened"),
-        "probe adam": Probe("adam", "standardised", 1e-1),
-        "ablation": DirectionalAblation(ADAM, depth=1.0),
-        "unlabelled": Unlabelled(ADAM, share=0.5),
-    }
+@dataclass(frozen=True)
+class Lead:
+    """The best attack with a move, against the best without it.
+
+    Attributes:
+        victim: attacked with every candidate.
+        points: of the test score, after the last step; 0 if an attack without the move is as good.
+        early: the largest at any budget.
+        once: after the last step with the first seed alone, with which every candidate was tried.
+    """
+
+    victim: str
+    points: float
+    early: float
+    once: float
 
 
-def victims() -> list[str]:
-    """Names of the shams of vision, and of their originals."""
-    settings = [f"original: {name}" for name, setting in SETTINGS.items() if setting.domain == "vision"]
-    return [*settings, *(name for name, sham in ZOO.items() if sham.domain == "vision")]
+def leads(found: Measured) -> dict[str, list[Lead]]:
+    """By move, its lead on every victim that was attacked with all candidates."""
+    of = {adversary.name: moves(adversary) for adversary in candidates()}
+    every = {f"undo {name}" for name in UNDO} | {move for names in of.values() for move in names}
+    table: dict[str, list[Lead]] = {move: [] for move in sorted(every)}
+    for victim in found.like:
+        if not set(of) <= found.names(victim, SEEDS[0]):
+            continue
+        tried = set.intersection(*(found.names(victim, seed) for seed in SEEDS)) & set(of)
+        means = {name: _mean(found, victim, name, SEEDS) for name in tried}
+        once = {name: _mean(found, victim, name, SEEDS[:1]) for name in of}
+        for move, each in table.items():
+            points = _over(means, {name for name in tried if move in of[name]})
+            first = _over(once, {name for name in of if move in of[name]})
+            each.append(Lead(victim, points[-1], max(points), first[-1]))
+    return table
+
+
+def _mean(found: Measured, victim: str, name: str, seeds: tuple[int, ...]) -> list[float]:
+    """At each budget, in points."""
+    each = [found.scores[victim, name, seed] for seed in seeds]
+    return [100 * sum(column) / len(seeds) for column in zip(*each, strict=True)]
+
+
+def _over(means: dict[str, list[float]], some: set[str]) -> list[float]:
+    """What the best of some has over the best of the others, at each budget."""
+    parts = [[means[name] for name in means if (name in some) == inside] for inside in (True, False)]
+    with_it, without = ([max(column) for column in zip(*part, strict=True)] or [0.0] * WIDTH for part in parts)
+    return [a - b for a, b in zip(with_it, without, strict=True)]
+
+
+def page(found: Measured) -> str:
+    """The page."""
+    table = leads(found)
+    victims = next(iter(table.values()))
+    shams = sum(lead.victim.startswith("sham: ") for lead in victims)
+    lines, early, once, nowhere = [], [], [], []
+    for move, each in sorted(table.items(), key=lambda pair: -max(lead.points for lead in pair[1])):
+        first = sorted((lead for lead in each if lead.points >= 0), key=lambda lead: -lead.points)
+        if first:
+            alone = sum(lead.points > 0 for lead in first)
+            shown = ", ".join(f"{_short(lead.victim)} ({lead.points:.1f})" for lead in first[:SHOWN])
+            lines.append(f"| {move} | {len(first)} | {alone} | {shown}{' ...' if len(first) > SHOWN else ''} |")
+        elif (most := max(each, key=lambda lead: lead.early)).early >= 0:
+            early.append(f"{move} (by {most.early:.1f} on {_short(most.victim)})")
+        elif (nearest := max(each, key=lambda lead: lead.once)).once >= 0:
+            once.append(f"{move} (by {nearest.once:.1f} on {_short(nearest.victim)})")
+        else:
+            nowhere.append(f"{move} ({-nearest.once:.1f} on {_short(nearest.victim)})")
+    rows = "\n".join(lines)
+    return f"""# For which victims a move is part of the best attack
+
+{len(victims)} victims, {shams} of them sham defenses as their answers meet them, the others originals, a fresh network
+and defended models. All {len(candidates())} candidates of [the choice of `standard-v2`](standard-v2.md) attacked each
+of them with one seed; what reached a goal or was among the best was repeated with two more, and is compared here.
+*Best for*: victims on which the best attack with the move is at least as good as the best one without it, after the
+last step, mean over three seeds. *Alone*: it is better. In brackets, by how many points.
+
+| move | best for | alone | victims |
+|---|---|---|---|
+{rows}
+
+Best at an earlier step alone: {"; ".join(early) or "none"}.
+
+Best with the first seed alone, after the last step: {"; ".join(once) or "none"}.
+
+Best nowhere, with the points that are missing with the first seed on the nearest victim:
+{"; ".join(nowhere) or "none"}.
+
+Made by `benchmarks/moves.py`.
+"""
+
+
+def _short(victim: str) -> str:
+    return victim.removeprefix("sham: ")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    lines = options.rows.read_text().splitlines() if options.rows.exists() else []
-    done = {found["victim"]: found["scores"] for found in map(json.loads, lines)}
-    for victim in options.only or victims():
-        if victim not in done:
-            done[victim] = scores(victim, options.seeds)
-            with options.rows.open("a") as file:
-                file.write(json.dumps({"victim": victim, "seeds": options.seeds, "scores": done[victim]}) + "\n")
-            print(victim, *sorted(done[victim].items(), key=lambda each: -each[1])[:3], flush=True)
-    text = page(done, options.seeds)
+    given = parser.parse_args()
+    text = page(Measured(given.folder))
     print(text)
-    if options.out:
-        options.out.write_text(text)
-
-
-def scores(victim: str, seeds: int) -> dict[str, float]:
-    """The best score of each attack that can be made on a victim."""
-    if victim in ZOO:
-        built = case(victim)
-        model, setting = built.model, built.setting
-    else:
-        setting = SETTINGS[victim.removeprefix("original: ")]
-        model = setting.original
-    fit = {n: a for n, a in attacks().items() if a.not_applicable(model, setting.restricted) is None}
-    return {name: best([attack], model, setting, seeds).score for name, attack in fit.items()}
-
-
-def page(done: dict[str, dict[str, float]], seeds: int) -> str:
-    """The page."""
-    first: dict[str, list[str]] = {name: [] for name in attacks()}
-    for victim, found in done.items():
-        highest = max(found.values())
-        winners = [name for name, score in found.items() if score == highest]
-        for name in winners:
-            first[name].append(victim if len(winners) == 1 else f"{victim} (with others)")
-    rows = [
-        f"| {name} | {len(best_for)} | {', '.join(best_for[:SHOWN])}{' ...' if len(best_for) > SHOWN else ''} |"
-        for name, best_for in sorted(first.items(), key=lambda each: -len(each[1]))
-        if best_for
-    ]
-    nowhere = ", ".join(name for name, best_for in first.items() if not best_for)
-    lines = "\n".join(rows)
-    return f"""# Which attack is the best, and where
-
-{len(done)} victims: sham defenses of vision, as released, and what they are made from. Each attack changes one thing of
-the usual one, a fresh head and Adam at 1e-3; best score at any budget, mean over {seeds} seeds. Where several attacks
-reach the same score, each counts, *with others*.
-
-| attack | best for | victims |
-|---|---|---|
-{lines}
-
-Best nowhere: {nowhere or "none"}.
-
-Made by `benchmarks/moves.py`.
-"""
+    if given.out:
+        given.out.write_text(text)
 
 
 if __name__ == "__main__":

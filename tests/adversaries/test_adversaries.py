@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cases import ADVERSARIES
-from holdfast.adversaries import BATTERIES, SEARCHES, Adversary, FineTuning, Probe, battery, build
+from holdfast.adversaries import BATTERIES, SEARCHES, UNDO, Adversary, FineTuning, Probe, battery, build
 from holdfast.adversaries.benign_data import BenignTraining
 from holdfast.adversaries.probes import prepare
 from holdfast.adversaries.search_space import MOVES
@@ -315,6 +315,7 @@ class TestBatteries:
             ("text-to-image-quick-v1", "fced912d7e98f7c7f301760cb82efb928cf28596fbd5fc732265b8e9d5f4041e"),
             ("text-to-image-v1", "f3f6dfe221ee2a45a9c9b768628e416b99b57cc5a82ebbe8e010dba9df90ef21"),
             ("standard-v1", "f72a3f52a5a82834788f8dd1955b1984b1af78a4decfd3785566de87db024f79"),
+            ("standard-v2", "13561b184e907fa220bd50a934e4b637da185e9dad7a0b51a38074f5407014e5"),
         ],
     )
     def test_a_published_battery_never_changes(self, name, frozen):
@@ -379,6 +380,14 @@ class TestBatteries:
         moves = {move for a in tuned for move in a.undo}
         assert moves == {move for each in MOVES.values() for move in each} - {"thaw", "insert"}  # others are newer
         assert "normalised" in {s.gradient for s in strategies}
+
+    def test_the_second_standard_begins_as_the_quick_one_and_shows_images_in_every_way(self):
+        members = battery("standard-v2")
+        assert members[: len(battery("quick-v2"))] == battery("quick-v2")
+        moves = {move for a in members if isinstance(a, FineTuning) for move in a.undo}
+        assert {name for name in UNDO if name.endswith("-inputs")} <= moves
+        assert {"negate-head", "widen", "low-rank", "round-int8", *(f"renew-quarter-{k}" for k in range(1, 5))} <= moves
+        assert any(isinstance(a, FineTuning) and a.distil_first for a in members)
 
     def test_standard_runs_on_networks_without_batch_normalisation(self, benign):
         """Of several moves, one that has nothing to do does not keep the others from being made."""

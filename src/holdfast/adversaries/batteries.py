@@ -47,7 +47,7 @@ def list_batteries() -> list[str]:
         >>> list_batteries()
         ['adaptive-causal-v1', 'adaptive-v1', 'adaptive-v2', 'causal-quick-v1', 'causal-v1', 'causal-v2',
          'generation-v1', 'language-v1', 'probes-v1', 'quick-v1', 'quick-v2', 'side-effects-v1', 'standard-v1',
-         'text-to-image-quick-v1', 'text-to-image-v1']
+         'standard-v2', 'text-to-image-quick-v1', 'text-to-image-v1']
     """
     return sorted([*BATTERIES, *SEARCHES])
 

@@ -90,6 +90,50 @@ register_battery(
         FineTuning(Strategy("head", "all", "momentum", 3e-2, 50, gradient="normalised")),
     ),
 )
+# quick-v2; then the cover of 60 shams of images, their originals and defended models, each with three seeds: for every
+# one of them some member reaches its goal (docs/results/standard-v2.md, benchmarks/choose_standard.py). The last eleven
+# answer mechanisms that the cover undoes only because it is lucky with these victims, and add adapters.
+register_battery(
+    "standard-v2",
+    (
+        *listed("quick-v2"),
+        Probe("ridge", "raw"),
+        FineTuning(Strategy("last-block", "all", "adam", 1e-3, 50), undo=SCALES),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("stretch-inputs",)),
+        FineTuning(Strategy("last-block", "all", "adadelta", 1.0, 50)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("invert-inputs",)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("enlarge-inputs",)),
+        FineTuning(Strategy("head", "all", "momentum", 1e-2, 50, gradient="orthogonal")),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("grey-inputs",)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("mirror-inputs",)),
+        DirectionalAblation(Strategy("head", "all", "adam", 1e-3, 50), depth=1.0),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("reset-worst",)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=(*SCALES, "whiten")),
+        FineTuning(Strategy("last-block", "last-block", "adam", 1e-2, 50)),
+        FineTuning(Strategy("head", "all", "adagrad", 1e-2, 50), undo=("low-rank",)),
+        FineTuning(Strategy("direct", "all", "adam", 1e-2, 50), distil_first=10),
+        FineTuning(Strategy("last-half", "all", "adam", 1e-2, 50)),
+        FineTuning(Strategy("head", "all", "adam", 1e-2, 50), undo=("shrink-perturb",)),
+        FineTuning(Strategy("direct", "head", "adam", 1e-2, 50), undo=("negate-head",)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("equalise", "recalibrate")),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("renew-quarter-4",)),
+        FineTuning(Strategy("head", "head", "adam", 1e-2, 50), undo=("balance",)),
+        FineTuning(Strategy("head", "all", "adam", 1e-2, 50), distil_first=10),
+        FineTuning(Strategy("last-half", "all", "nesterov", 1e-1, 50)),
+        FineTuning(Strategy("last-block", "all", "adam", 1e-2, 50)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("activation",)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=(*SCALES, "standardise")),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("widen",)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("renew-quarter-1",)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("renew-quarter-2",)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("renew-quarter-3",)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("round-int8",)),
+        FineTuning(Strategy("head", "all", "adam", 1e-3, 50), undo=("renormalise-inputs",)),
+        FineTuning(Strategy("direct", "all", "adam", 3e-5, 50), anchor=1.0),
+        FineTuning(Strategy("head", "all", "momentum", 3e-2, 50, gradient="normalised")),
+        FineTuning(Strategy("last-block", "lora", "adamw", 1e-2, 50)),
+    ),
+)
 # Harmless users: an audit measures how well they can still fine-tune the model, on other tasks than the restricted one.
 register_battery(
     "side-effects-v1",

@@ -151,7 +151,7 @@ class Audit(TrackOption, ComputeOptions, ModelOptions, Command):
     original_mean: str | None = option("As --mean, for ORIGINAL.", None)
     original_std: str | None = option("As --std, for ORIGINAL.", None)
     battery: str = option(
-        "Adversaries: quick-v1, quick-v2, standard-v1, probes-v1, generation-v1, text-to-image-quick-v1, "
+        "Adversaries: quick-v1, quick-v2, standard-v1, standard-v2, probes-v1, generation-v1, text-to-image-quick-v1, "
         "text-to-image-v1, language-v1, causal-quick-v1, causal-v1, causal-v2, or a search: adaptive-v1, adaptive-v2, "
         "adaptive-causal-v1.",
         "quick-v1",
