@@ -275,3 +275,77 @@ def test_findings_say_whether_released_models_still_make_pictures(distance, said
     }
     (found,) = _about_samples(albums)
     assert said in found
+
+
+CAPTIONED = {"kind": "text-to-image", "caption": "a photo of the digit {}", "test_limit": 40}
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    setting = {
+        "model": {"name": "text-unet", "options": {"widths": [8, 8]}},
+        "pretrain": {"steps": 20, "batch_size": 16},
+        "benign": {"data": "digits[0-4]", **CAPTIONED},
+        "restricted": {"data": "digits[5-9]", **CAPTIONED},
+    }
+    pictures = {**BASE["pictures"], "early": [0], "error_steps": 2}
+    chosen = recipe(
+        settings={"digits": setting},
+        seeds=1,
+        shots=8,
+        pictures=pictures,
+        attacks={"direct": BASE["attacks"]["direct"]},
+    )
+    folder = tmp_path_factory.mktemp("captions") / "whole"
+    run(folder, chosen)
+    return read_result(folder)
+
+
+class TestCaptions:
+    """Samples of text-to-image models."""
+
+    def test_a_row_for_each_budget(self, captioned):
+        early = [f"{model}, {n}" for model in ("scratch", "original", "SOPHON") for n in ("0 steps", "1 step")]
+        assert captioned.figures["samples_restricted"].rows == ["test images", *early]
+        assert captioned.figures["samples_benign"].rows == ["test images", "original", "SOPHON"]
+        assert "Each has the caption of the test image in its place" in captioned.figures["samples_benign"].note
+
+    def test_errors_by_noise_level(self, captioned):
+        lines = captioned.figures["errors_restricted"]
+        assert (lines.x, list(lines.series)) == ([0.0, 999.0], ["scratch", "original", "SOPHON"])
+        assert all(len(values) == 2 and min(values) > 0 for values in lines.series.values())
+
+    def test_samples_are_compared_with_what_was_asked_for(self, captioned):
+        table = captioned.tables["generation"]
+        shares = {row["model"]: row for row in table.rows if row["model"] != "training images"}
+        assert all(0 <= shares[m]["restricted_recognised"].mean <= 100 for m in ("scratch", "original", "SOPHON"))
+        assert "learned all captions of both tasks" in table.note
+        assert any("recognised as what the restricted captions say" in finding for finding in captioned.findings)
+
+
+def test_recognised_counts_the_classes_of_both_tasks(tmp_path):
+    """Real images of the captions that were asked for are recognised, others are not."""
+    tasks = [load_task(f"digits[{which}]@kind=text-to-image,test_limit=200") for which in ("0-4", "5-9")]
+    run = Run(seed=0, device=torch.device("cpu"), folder=tmp_path)
+    images = sample_images.setting_images(Samples(measured=60), *tasks, run)
+    attack = recipe().plan()[0].adversary
+    for adversary, task in ((None, tasks[0]), (attack, tasks[1])):
+        subject = PicturedModel("s", "m", "immunized", adversary)
+        real = sample_images.drawn_images(task, "test", 60, run)
+        right, wrong = images.recognised(real, subject, run), images.recognised(real.flip(0), subject, run)
+        assert right > 0.8
+        assert wrong < 0.5
+
+
+def test_captions_of_single_images_are_not_classes():
+    digits = load_task("digits[0-4]@kind=text-to-image,train_limit=40")
+    assert sample_images._labelled(digits, digits) is None
+
+
+@pytest.mark.parametrize(("far", "said"), [(3.0, False), (8.0, True)])
+def test_a_model_is_said_to_be_ruined_beyond_twice_the_distance(far, said):
+    albums = {
+        PicturedModel("s", "original", "original"): ModelSamples({}, Distance(2.0, 0.1)),
+        PicturedModel("s", "D", "immunized"): ModelSamples({}, Distance(far, 0.1)),
+    }
+    assert ("ruined" in _about_samples(albums)[0]) is said

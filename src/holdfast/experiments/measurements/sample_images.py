@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -31,8 +31,13 @@ if TYPE_CHECKING:
 CLASSIFIER_STEPS: Final = 400
 """Training steps of the classifier whose features are compared."""
 
+SPLITS: Final[Sequence[Split]] = ("train", "test")
+
 LEAST: Final = 3
 """Samples that a kernel distance needs."""
+
+PER_CAPTION: Final = 10
+"""Training images a caption, on average, from which captions can be learned as classes."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ class SettingImages:
     Attributes:
         benign: the model's own task.
         restricted: the task that it must not be fine-tuned to.
-        classifier: on the CPU; None: no distance is measured.
+        classifier: of the benign images, and of the restricted ones if they have captions; on the CPU. None: no
+            distance is measured.
         accuracy: its test accuracy.
         unit: root mean square of its features on training images. Features are divided by it, because the kernel adds
             1 to their product and so depends on their size.
@@ -92,6 +98,23 @@ class SettingImages:
     def task(self, subject: PicturedModel) -> DenoisingTask:
         """Returns the task whose images a model should make."""
         return self.benign if subject.adversary is None else self.restricted
+
+    @torch.no_grad()
+    def recognised(self, pictures: Tensor, subject: PicturedModel, run: Run) -> float | None:
+        """Returns the share of samples of captions that the classifier takes for what their caption says.
+
+        Args:
+            pictures: one for each caption that the model was asked for, in their order.
+            subject: the model.
+            run: decides the captions.
+        """
+        task = self.task(subject)
+        if self.classifier is None or not isinstance(task, TextToImageTask):
+            return None
+        first = 0 if subject.adversary is None else len(self.benign.class_names)
+        wanted = first + labels_of(task, len(pictures), run)
+        found = torch.cat([self.classifier(part).argmax(1) for part in torch.split(pictures, 256)])
+        return float((found == wanted).double().mean())
 
 
 @dataclass(frozen=True)
@@ -136,12 +159,14 @@ class ModelSamples(NamedTuple):
     Attributes:
         pictures: by kind.
         distance: of samples from test images; None: not measured.
+        recognised: see `SettingImages.recognised`.
         errors: at each of `error_steps`; None where it is not finite.
     """
 
     pictures: dict[str, Tensor]
     distance: Distance | None = None
     errors: tuple[float | None, ...] = ()
+    recognised: float | None = None
 
 
 def error_steps(task: DenoisingTask, spec: Samples) -> tuple[int, ...]:
@@ -169,15 +194,17 @@ def drawn_rows(task: DenoisingTask, split: Split, count: int, run: Run, use: str
     return torch.randperm(task.size(split), generator=run.generator("pictures", use, split))[:count]
 
 
-def captions_of(task: DenoisingTask, count: int, run: Run, use: str = "measured") -> tuple[Tensor, Tensor] | None:
-    """Returns the token ids of the captions of `count` test images, and of the empty caption; None: it has none.
+def labels_of(task: DenoisingTask, count: int, run: Run, use: str = "measured") -> Tensor:
+    """Returns the labels of `count` test images; if there are more pictures than test images, they come again."""
+    rows = drawn_rows(task, "test", count, run, use)
+    return task.labels("test")[rows[torch.arange(count) % len(rows)]]
 
-    There may be more pictures than test images; then captions come again.
-    """
+
+def captions_of(task: DenoisingTask, count: int, run: Run, use: str = "measured") -> tuple[Tensor, Tensor] | None:
+    """Returns the token ids of the captions of `count` test images, and of the empty caption; None: it has none."""
     if not isinstance(task, TextToImageTask):
         return None
-    rows = drawn_rows(task, "test", count, run, use)
-    return task.caption_ids(task.labels("test")[rows[torch.arange(count) % len(rows)]]), task.tokens[-1:]
+    return task.caption_ids(labels_of(task, count, run, use)), task.tokens[-1:]
 
 
 def shown_images(task: DenoisingTask, spec: Samples, run: Run) -> Tensor:
@@ -186,14 +213,15 @@ def shown_images(task: DenoisingTask, spec: Samples, run: Run) -> Tensor:
 
 
 def setting_images(spec: Samples, benign: DenoisingTask, restricted: DenoisingTask, run: Run) -> SettingImages:
-    """Trains a small classifier on the labelled benign images, if they have several classes."""
+    """Trains a small classifier on the labelled benign images, if they have several classes.
+
+    Of images with captions, each caption is a class, and the restricted ones are learned as well: so samples after an
+    attack can be compared with what was asked for.
+    """
     fewest = min(benign.size("test"), restricted.size("test"))
-    if not spec.measured or benign.labels("train").bincount().count_nonzero() < 2 or fewest < LEAST:
+    labelled = _labelled(benign, restricted) if spec.measured and fewest >= LEAST else None
+    if labelled is None:
         return SettingImages(benign, restricted)
-    labelled = ArrayTask(
-        benign.name, _bytes(benign, "train"), benign.labels("train").numpy(),
-        _bytes(benign, "test"), benign.labels("test").numpy(), benign.class_names,
-    )  # fmt: skip
     with run.seeded("pictures", "classifier"):
         fresh = load_model("cnn", labelled)
     assert run.folder is not None
@@ -214,6 +242,21 @@ def setting_images(spec: Samples, benign: DenoisingTask, restricted: DenoisingTa
     ((classifier, _),) = run_jobs(train, None, [Job(key, None, "the classifier")], store, run=run, executor=None)
     size = float(_features(classifier, drawn_images(benign, "train", spec.measured, run)).square().mean().sqrt())
     return SettingImages(benign, restricted, classifier, labelled.score(classifier), size or 1.0)
+
+
+def _labelled(benign: DenoisingTask, restricted: DenoisingTask) -> ArrayTask | None:
+    """The images that the classifier learns; None if there are no classes, or hardly any images of each."""
+    captioned = isinstance(benign, TextToImageTask)
+    tasks = (benign, restricted) if captioned else (benign,)
+    names = [f"{task.name}: {name}" if captioned else name for task in tasks for name in task.class_names]
+    images = sum(task.size("train") for task in tasks)
+    seen = sum(int(task.labels("train").bincount().count_nonzero()) for task in tasks)
+    if seen < 2 or (captioned and images < PER_CAPTION * len(names)):
+        return None
+    first = (0, len(benign.class_names))  # number of each task's first class
+    x = {s: np.concatenate([_bytes(task, s) for task in tasks]) for s in SPLITS}
+    y = {s: np.concatenate([n + t.labels(s).numpy() for n, t in zip(first, tasks, strict=False)]) for s in SPLITS}
+    return ArrayTask(benign.name, x["train"], y["train"], x["test"], y["test"], names)
 
 
 def _bytes(task: DenoisingTask, split: Split) -> npt.NDArray[Any]:

@@ -55,6 +55,7 @@ def lay_out(context: SampleContext, samples_of: Mapping[PicturedModel, ModelSamp
             figures[f"{key}_{i}" if several else key] = figure
         if context.images[name].classifier is not None:
             rows += [{"setting": name, **row} if several else row for row in _rows(context, name, own)]
+            findings += [prefix + finding for finding in _about_captions(own)]
             findings += [prefix + finding for finding in _about_samples(own)]
         elif context.spec.measured:
             findings.append(
@@ -141,7 +142,29 @@ def _rows(
     for subject, made in samples_of.items():
         if made.distance is not None:
             rows.setdefault(subject.model, {})["benign" if subject.adversary is None else "restricted"] = made.distance
-    return [{"model": model, **_cells(distances)} for model, distances in rows.items()]
+    asked = isinstance(images.benign, TextToImageTask)
+    return [
+        {"model": model, **_cells(distances), **(_recognised(model, samples_of) if asked else {})}
+        for model, distances in rows.items()
+    ]
+
+
+def _recognised(model: str, samples_of: Mapping[PicturedModel, ModelSamples]) -> dict[str, str | Cell]:
+    """In percent, the share of samples that are taken for what their caption says."""
+    shares = {
+        s.adversary is None: made.recognised for s, made in samples_of.items() if s.model == model and not s.early
+    }
+    known = {role: shares.get(released) for role, released in (("restricted", False), ("benign", True))}
+    return {f"{role}_recognised": Cell.of([] if v is None else [100 * v]) for role, v in known.items()}
+
+
+def _about_captions(samples_of: Mapping[PicturedModel, ModelSamples]) -> list[str]:
+    """Says which models draw what their captions say, after the attack."""
+    shares = {s.model: made.recognised for s, made in samples_of.items() if s.adversary is not None and not s.early}
+    listed = ", ".join(f"{model} {share:.0%}" for model, share in shares.items() if share is not None)
+    return (
+        [f"After the attack, samples are recognised as what the restricted captions say: {listed}."] if listed else []
+    )
 
 
 def _about_samples(samples_of: Mapping[PicturedModel, ModelSamples]) -> list[str]:
@@ -189,4 +212,9 @@ def _note(context: SampleContext) -> str:
         f"{CLASSIFIER_STEPS} steps on the labelled benign images (test accuracy {', '.join(known)}), not of a network "
         "trained on ImageNet; their mean square on training images is set to 1. Compare numbers in this table only. "
         "The row of training images is the floor: the distance of real images from other real images."
+    ) + (
+        " For images with captions the classifier learned all captions of both tasks; *recognised* is the share of "
+        "samples, in percent, that it takes for what their caption says."
+        if any(isinstance(s.benign, TextToImageTask) for s in context.images.values())
+        else ""
     )

@@ -184,7 +184,11 @@ class _SampleStore:
 
     def put(self, key: str, value: ModelSamples) -> None:
         distance = value.distance
-        meta = {"distance": distance and [*map(str, distance)], "errors": list(value.errors)}
+        meta = {
+            "distance": distance and [*map(str, distance)],
+            "errors": list(value.errors),
+            "recognised": value.recognised,
+        }
         process_group().on_main_process(lambda: save_tensors(self._file(key), value.pictures, meta))
 
     def get(self, key: str) -> ModelSamples:
@@ -196,9 +200,10 @@ class _SampleStore:
                 raise ValueError(f"it holds pictures {counts} instead of {dict(self.pictures[key])}")
             distance = None if meta["distance"] is None else Distance(*map(float, meta["distance"]))
             errors = tuple(None if value is None else float(value) for value in meta["errors"])
+            recognised = None if meta["recognised"] is None else float(meta["recognised"])
         except (KeyError, TypeError, ValueError) as error:
             raise HoldfastError(f"{str(file)!r} is damaged ({error}); delete it, and it is made again.") from error
-        return ModelSamples(tensors, distance, errors)
+        return ModelSamples(tensors, distance, errors, recognised)
 
 
 def _make(context: SampleContext, subject: PicturedModel) -> ModelSamples:
@@ -227,7 +232,7 @@ def _make(context: SampleContext, subject: PicturedModel) -> ModelSamples:
         return ModelSamples(made, None, errors)
     real = drawn_images(task, "test", spec.measured, run)
     distance = kernel_distance(images.features(samples[: spec.measured]), images.features(real))
-    return ModelSamples(made, distance, errors)
+    return ModelSamples(made, distance, errors, images.recognised(samples[: spec.measured], subject, run))
 
 
 def _restored(model: Denoiser, task: DenoisingTask, spec: Samples, run: Run) -> dict[str, Tensor]:
