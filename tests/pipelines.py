@@ -148,3 +148,32 @@ def saved(folder: Path, kind: str = "stable-diffusion") -> Path:
         pipeline = PIPELINES[kind]()
     pipeline.save_pretrained(folder)
     return folder
+
+
+def saved_clip(folder: Path) -> str:
+    """A CLIP model with random weights, its tokenizer and its image processor."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    layers: dict[str, Any] = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text: dict[str, Any] = {
+        **layers,
+        "vocab_size": 75,
+        "max_position_embeddings": 12,
+        "bos_token_id": 73,
+        "eos_token_id": 74,
+    }
+    config = CLIPConfig(
+        text_config=text, vision_config={**layers, "image_size": 16, "patch_size": 8}, projection_dim=8
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(folder)
+    clip_tokenizer().save_pretrained(folder)
+    sides = {"height": 16, "width": 16}
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=sides).save_pretrained(folder)
+    return str(folder)

@@ -25,6 +25,7 @@ from holdfast.runtime.run import Run
 from holdfast.runtime.storage import load_tensors, save_tensors
 from holdfast.tasks import load_task
 from holdfast.tasks.splits import halves
+from pipelines import saved_clip
 
 DENOISING = {"kind": "denoising", "test_limit": 40}
 BASE = {
@@ -282,13 +283,15 @@ CAPTIONED = {"kind": "text-to-image", "caption": "a photo of the digit {}", "tes
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
+    """A protocol of text-to-image models, with a CLIP model."""
     setting = {
         "model": {"name": "text-unet", "options": {"widths": [8, 8]}},
         "pretrain": {"steps": 20, "batch_size": 16},
         "benign": {"data": "digits[0-4]", **CAPTIONED},
         "restricted": {"data": "digits[5-9]", **CAPTIONED},
     }
-    pictures = {**BASE["pictures"], "early": [0], "error_steps": 2}
+    clip = saved_clip(tmp_path_factory.mktemp("clip"))
+    pictures = {**BASE["pictures"], "early": [0], "error_steps": 2, "clip": clip}
     chosen = recipe(
         settings={"digits": setting},
         seeds=1,
@@ -319,6 +322,7 @@ class TestCaptions:
         table = captioned.tables["generation"]
         shares = {row["model"]: row for row in table.rows if row["model"] != "training images"}
         assert all(0 <= shares[m]["restricted_recognised"].mean <= 100 for m in ("scratch", "original", "SOPHON"))
+        assert all(-100 <= shares[m]["benign_clip"].mean <= 100 for m in ("original", "SOPHON"))
         assert "learned all captions of both tasks" in table.note
         assert any("recognised as what the restricted captions say" in finding for finding in captioned.findings)
 
@@ -335,6 +339,16 @@ def test_recognised_counts_the_classes_of_both_tasks(tmp_path):
         right, wrong = images.recognised(real, subject, run), images.recognised(real.flip(0), subject, run)
         assert right > 0.8
         assert wrong < 0.5
+
+
+def test_clip_needs_captions_and_a_folder(tmp_path):
+    pictures = {**BASE["pictures"], "clip": str(tmp_path)}
+    with pytest.raises(HoldfastError, match="no setting has any"):
+        run(tmp_path / "a", recipe(pictures=pictures))
+    setting = {**BASE["settings"]["digits"], "model": {"name": "text-unet", "options": {"widths": [8, 8]}}}
+    setting |= {"benign": {"data": "digits[0-4]", **CAPTIONED}, "restricted": {"data": "digits[5-9]", **CAPTIONED}}
+    with pytest.raises(HoldfastError, match="Expected a folder with a CLIPModel"):
+        run(tmp_path / "b", recipe(pictures=pictures, settings={"x": setting}))
 
 
 def test_captions_of_single_images_are_not_classes():

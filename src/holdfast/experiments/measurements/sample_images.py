@@ -160,6 +160,7 @@ class ModelSamples(NamedTuple):
         pictures: by kind.
         distance: of samples from test images; None: not measured.
         recognised: see `SettingImages.recognised`.
+        similarity: of samples and their captions, see `clip_similarity`; None: not measured.
         errors: at each of `error_steps`; None where it is not finite.
     """
 
@@ -167,6 +168,7 @@ class ModelSamples(NamedTuple):
     distance: Distance | None = None
     errors: tuple[float | None, ...] = ()
     recognised: float | None = None
+    similarity: float | None = None
 
 
 def error_steps(task: DenoisingTask, spec: Samples) -> tuple[int, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 from holdfast.experiments.measurements.sample_images import (
     CLASSIFIER_STEPS,
     LEAST,
+    SPLITS,
     ModelSamples,
     PicturedModel,
     SampleContext,
@@ -22,7 +23,6 @@ from holdfast.results.image_grid import draw
 from holdfast.results.tables import Cell, Figure, Lines, Outcome, Table, finite
 from holdfast.runtime.run import derive_seed
 from holdfast.tasks import DenoisingTask, TextToImageTask
-from holdfast.tasks.base import Split
 
 if TYPE_CHECKING:
     from holdfast.experiments.measurements.samples import Samples
@@ -32,8 +32,6 @@ ACROSS: Final = 8
 
 RUINED: Final = 2.0
 """Samples that are this many times as far from real images as the original's, beyond the noise, are of no use."""
-
-_SPLITS: Final[Sequence[Split]] = ("train", "test")
 
 
 def lay_out(context: SampleContext, samples_of: Mapping[PicturedModel, ModelSamples]) -> Outcome:
@@ -53,11 +51,9 @@ def lay_out(context: SampleContext, samples_of: Mapping[PicturedModel, ModelSamp
         prefix = f"{name}: " if several else ""
         for key, figure in _figures(context, context.images[name], own, prefix):
             figures[f"{key}_{i}" if several else key] = figure
-        if context.images[name].classifier is not None:
-            rows += [{"setting": name, **row} if several else row for row in _rows(context, name, own)]
-            findings += [prefix + finding for finding in _about_captions(own)]
-            findings += [prefix + finding for finding in _about_samples(own)]
-        elif context.spec.measured:
+        rows += [{"setting": name, **row} if several else row for row in _rows(context, name, own)]
+        findings += [prefix + finding for finding in (*_about_captions(own), *_about_samples(own))]
+        if context.images[name].classifier is None and context.spec.measured:
             findings.append(
                 f"{prefix}The distance of samples from test images was not measured: it needs labels of at least two "
                 f"classes on the benign images, and {LEAST} test images of both tasks."
@@ -132,30 +128,36 @@ def _prompts(task: DenoisingTask, spec: Samples) -> str:
 def _rows(
     context: SampleContext, setting: str, samples_of: Mapping[PicturedModel, ModelSamples]
 ) -> list[dict[str, str | Cell]]:
-    """A row for training images, which is the floor, then one for each model."""
+    """A row for training images, which is the floor, then one for each model; none if nothing was measured."""
     images, count, run = context.images[setting], context.spec.measured, context.run
-    rows: dict[str, dict[str, Distance]] = {"training images": {}}
-    for task_role, task in (("restricted", images.restricted), ("benign", images.benign)):
-        train, test = (images.features(drawn_images(task, s, count, run)) for s in _SPLITS)
-        if len(train) >= LEAST:
-            rows["training images"][task_role] = kernel_distance(train, test)
+    asked, clip = isinstance(images.benign, TextToImageTask), context.spec.clip is not None
+    rows: dict[str, dict[str, Distance]] = {}
+    if images.classifier is not None:
+        rows["training images"] = {}
+        for task_role, task in (("restricted", images.restricted), ("benign", images.benign)):
+            train, test = (images.features(drawn_images(task, s, count, run)) for s in SPLITS)
+            if len(train) >= LEAST:
+                rows["training images"][task_role] = kernel_distance(train, test)
     for subject, made in samples_of.items():
         if made.distance is not None:
             rows.setdefault(subject.model, {})["benign" if subject.adversary is None else "restricted"] = made.distance
-    asked = isinstance(images.benign, TextToImageTask)
+        elif made.similarity is not None and not subject.early:
+            rows.setdefault(subject.model, {})
     return [
-        {"model": model, **_cells(distances), **(_recognised(model, samples_of) if asked else {})}
+        {"model": model, **_cells(distances), **(_captioned(model, samples_of, clip) if asked else {})}
         for model, distances in rows.items()
     ]
 
 
-def _recognised(model: str, samples_of: Mapping[PicturedModel, ModelSamples]) -> dict[str, str | Cell]:
-    """In percent, the share of samples that are taken for what their caption says."""
-    shares = {
-        s.adversary is None: made.recognised for s, made in samples_of.items() if s.model == model and not s.early
-    }
-    known = {role: shares.get(released) for role, released in (("restricted", False), ("benign", True))}
-    return {f"{role}_recognised": Cell.of([] if v is None else [100 * v]) for role, v in known.items()}
+def _captioned(model: str, samples_of: Mapping[PicturedModel, ModelSamples], clip: bool) -> dict[str, str | Cell]:
+    """The share of samples that are taken for what their caption says, and their similarity to it, in hundredths."""
+    own = {s.adversary is None: made for s, made in samples_of.items() if s.model == model and not s.early}
+    cells: dict[str, str | Cell] = {}
+    for role, released in (("restricted", False), ("benign", True)):
+        made = own.get(released, ModelSamples({}))
+        for name, share in (("recognised", made.recognised), *([("clip", made.similarity)] if clip else [])):
+            cells[f"{role}_{name}"] = Cell.of([] if share is None else [100 * share])
+    return cells
 
 
 def _about_captions(samples_of: Mapping[PicturedModel, ModelSamples]) -> list[str]:
@@ -204,7 +206,7 @@ def _cells(distances: Mapping[str, Distance]) -> dict[str, str | Cell]:
 
 def _note(context: SampleContext) -> str:
     known = [f"{s.accuracy:.1%}" for s in context.images.values() if s.classifier is not None]
-    return (
+    sentences = [
         "A thousand times the squared kernel distance, with the kernel of KID (Binkowski et al. 2018), between "
         f"{context.spec.measured} samples and as many test images, or all there are: of the restricted task after the "
         "attack, and of the benign task as released. Lower is better; each distance is followed by its standard error. "
@@ -212,9 +214,14 @@ def _note(context: SampleContext) -> str:
         f"{CLASSIFIER_STEPS} steps on the labelled benign images (test accuracy {', '.join(known)}), not of a network "
         "trained on ImageNet; their mean square on training images is set to 1. Compare numbers in this table only. "
         "The row of training images is the floor: the distance of real images from other real images."
-    ) + (
-        " For images with captions the classifier learned all captions of both tasks; *recognised* is the share of "
-        "samples, in percent, that it takes for what their caption says."
-        if any(isinstance(s.benign, TextToImageTask) for s in context.images.values())
-        else ""
-    )
+    ] * bool(known)
+    if known and any(isinstance(s.benign, TextToImageTask) for s in context.images.values()):
+        sentences.append(
+            "For images with captions the classifier learned all captions of both tasks; *recognised* is the share of "
+            "samples, in percent, that it takes for what their caption says."
+        )
+    if context.spec.clip is not None:
+        sentences.append(
+            f"*clip* is a hundred times the cosine of samples and captions by the CLIP model {context.spec.clip}."
+        )
+    return " ".join(sentences)

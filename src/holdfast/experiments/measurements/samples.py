@@ -28,10 +28,12 @@ from holdfast.experiments.measurements.sample_images import (
     drawn_images,
     drawn_rows,
     error_steps,
+    labels_of,
     setting_images,
 )
 from holdfast.experiments.measurements.sample_tables import lay_out
 from holdfast.experiments.setting import ORIGINAL, Setting, role_of
+from holdfast.metrics.clip import clip_similarity, load_clip
 from holdfast.metrics.generation import Distance, denoise, kernel_distance, sample, sample_captions
 from holdfast.models import Denoiser, SplitModel, TextToImage
 from holdfast.results.tables import Outcome, finite
@@ -40,7 +42,7 @@ from holdfast.runtime.executors import Executor
 from holdfast.runtime.jobs import Job, run_jobs
 from holdfast.runtime.run import Run, derive_seed, fingerprint
 from holdfast.runtime.storage import load_tensors, save_tensors
-from holdfast.tasks import DenoisingTask
+from holdfast.tasks import DenoisingTask, TextToImageTask
 
 
 @MEASUREMENTS.register("pictures")
@@ -67,6 +69,11 @@ class Samples(Measurement):
     error_steps: int = Field(
         8, ge=0, le=100, description="Time steps at which the error on test images is measured; below 2: none."
     )
+    clip: str | None = Field(
+        None,
+        description="A folder with a CLIP model of transformers, by which samples are compared with their captions; "
+        "null: none.",
+    )
     measured: int = Field(256, ge=0, description="Samples whose distance from test images is measured; 0: none.")
 
     def levels(self, steps: int) -> tuple[int, ...]:
@@ -84,6 +91,10 @@ class Samples(Measurement):
         tasks = _denoising(settings)
         if not tasks:
             raise HoldfastError("pictures are made of denoisers, and no setting has one; leave the section out.")
+        if self.clip is not None:
+            if not any(isinstance(task, TextToImageTask) for task, _ in tasks.values()):
+                raise HoldfastError("pictures: clip compares samples with their captions, and no setting has any.")
+            load_clip(self.clip)
         if 0 < self.measured < LEAST:
             raise HoldfastError(
                 f"pictures: measured is {self.measured}; expected at least {LEAST}, or 0 for no distance."
@@ -188,6 +199,7 @@ class _SampleStore:
             "distance": distance and [*map(str, distance)],
             "errors": list(value.errors),
             "recognised": value.recognised,
+            "similarity": value.similarity,
         }
         process_group().on_main_process(lambda: save_tensors(self._file(key), value.pictures, meta))
 
@@ -200,10 +212,12 @@ class _SampleStore:
                 raise ValueError(f"it holds pictures {counts} instead of {dict(self.pictures[key])}")
             distance = None if meta["distance"] is None else Distance(*map(float, meta["distance"]))
             errors = tuple(None if value is None else float(value) for value in meta["errors"])
-            recognised = None if meta["recognised"] is None else float(meta["recognised"])
+            recognised, similarity = (
+                None if meta[key] is None else float(meta[key]) for key in ("recognised", "similarity")
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise HoldfastError(f"{str(file)!r} is damaged ({error}); delete it, and it is made again.") from error
-        return ModelSamples(tensors, distance, errors, recognised)
+        return ModelSamples(tensors, distance, errors, recognised, similarity)
 
 
 def _make(context: SampleContext, subject: PicturedModel) -> ModelSamples:
@@ -228,11 +242,21 @@ def _make(context: SampleContext, subject: PicturedModel) -> ModelSamples:
     made["samples"] = samples[: spec.samples]
     levels = () if subject.early else error_steps(task, spec)
     errors = tuple(finite(task.with_timesteps([t]).score(model)) for t in levels)
+    similarity = None if subject.early else _similarity(samples, task, spec, run)
     if not measured:
-        return ModelSamples(made, None, errors)
+        return ModelSamples(made, None, errors, None, similarity)
     real = drawn_images(task, "test", spec.measured, run)
     distance = kernel_distance(images.features(samples[: spec.measured]), images.features(real))
-    return ModelSamples(made, distance, errors, images.recognised(samples[: spec.measured], subject, run))
+    recognised = images.recognised(samples[: spec.measured], subject, run)
+    return ModelSamples(made, distance, errors, recognised, similarity)
+
+
+def _similarity(samples: Tensor, task: DenoisingTask, spec: Samples, run: Run) -> float | None:
+    """How well samples fit their captions by the given CLIP model, on average; None: there is none, or no number."""
+    if spec.clip is None or not isinstance(task, TextToImageTask):
+        return None
+    captions = [task.captions[label] for label in labels_of(task, len(samples), run).tolist()]
+    return finite(float(clip_similarity(spec.clip, samples, captions).mean()))
 
 
 def _restored(model: Denoiser, task: DenoisingTask, spec: Samples, run: Run) -> dict[str, Tensor]:
