@@ -118,8 +118,8 @@ class; budgets {", ".join(map(str, spec.budgets))}; {_seeds(rows, spec)} an audi
 $ {command}
 ```
 
-{sum(r["seconds"] for r in rows):.0f} seconds on one core. Each audit, advantages in points of accuracy at the budget
-where they are highest:
+{sum(r["seconds"] for r in rows):.0f} seconds in all, by the clock, on a core that other jobs may share. Each audit,
+advantages in points of accuracy at the budget where they are highest:
 
 | audit | verdict | seeds | advantage | lower end of the band | upper end |
 |---|---|---|---|---|---|
