@@ -13,7 +13,8 @@ With `--audited original` it is the original itself, a defense of known effect: 
     python benchmarks/false_alarms.py --battery standard-v2 --audits 60 --rows ROWS.jsonl [--part 1/2]
     python benchmarks/false_alarms.py --battery standard-v2 --audited original --rows ROWS.jsonl
 
-With `--rows`, each audit is a line of that file, and one that is there is not done again. Prints a table, writes it to
+With `--rows`, each audit is a line of that file, and one that is there is not done again; `--page` writes the page of
+those that are there. Prints a table, writes it to
 docs/results/false-alarms-BATTERY.md (with `--decide`: false-alarms-BATTERY-decide.md; of the original:
 power-BATTERY.md), and exits with 1 if more than one repetition in twenty is a false alarm, or if the rule about the
 benign score misses one.
@@ -89,7 +90,7 @@ def row(seed: int, found: AuditResult, default: str, seconds: float) -> Row:
     }
 
 
-def page(rows: list[Row], spec: AuditSpec, command: str, *, null: bool) -> str:
+def page(rows: list[Row], spec: AuditSpec, command: str, *, planned: int, null: bool) -> str:
     """What was counted, as a page of the documentation."""
     counts, rules = (Counter(r[key] for r in rows) for key in ("label", "default"))
     lines = "\n".join(
@@ -97,12 +98,13 @@ def page(rows: list[Row], spec: AuditSpec, command: str, *, null: bool) -> str:
         for r in rows
     )
     decide = " with `--decide`" if spec.decide else ""
+    few = f" {planned} were planned; so few say little." if len(rows) < planned else ""
     title, truth, sum_ = _null(rows, counts) if null else _effect(rows, counts)
     return f"""# {title} of {spec.battery}{decide}
 
 {truth} The
 original is the built-in CNN, trained on the digits 0 to 6; restricted are the digits 7 to 9, {spec.shots} samples a
-class; budgets {", ".join(map(str, spec.budgets))}; {_seeds(rows, spec)} an audit; {len(rows)} audits.
+class; budgets {", ".join(map(str, spec.budgets))}; {_seeds(rows, spec)} an audit; {len(rows)} audits.{few}
 
 | | {" | ".join(LABELS)} |
 |---|{"---|" * len(LABELS)}
@@ -116,8 +118,8 @@ class; budgets {", ".join(map(str, spec.budgets))}; {_seeds(rows, spec)} an audi
 $ {command}
 ```
 
-{sum(r["seconds"] for r in rows):.0f} seconds on one core. Each audit, advantages in points of accuracy at the budget
-where they are highest:
+{sum(r["seconds"] for r in rows):.0f} seconds in all, by the clock, on a core that other jobs may share. Each audit,
+advantages in points of accuracy at the budget where they are highest:
 
 | audit | verdict | seeds | advantage | lower end of the band | upper end |
 |---|---|---|---|---|---|
@@ -177,6 +179,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--shots", type=int, default=2)
     parser.add_argument("--budgets", type=int, nargs="+", default=[0, 5, 10, 20])
     parser.add_argument("--rows", type=Path)
+    parser.add_argument("--page", action="store_true", help="write the page of the audits that are there")
     parser.add_argument("--part", default="1/1", help="such as 1/2: this half of the audits")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "results")
     return parser.parse_args()
@@ -193,7 +196,7 @@ def main() -> int:
     )  # fmt: skip
     done, model, null = read(given.rows), original(tasks[0]), given.audited == "fresh"
     at, of = map(int, given.part.split("/"))
-    for seed in range(given.audits)[at - 1 :: of]:
+    for seed in () if given.page else range(given.audits)[at - 1 :: of]:
         if seed in done:
             continue
         begin = time.perf_counter()
@@ -204,7 +207,13 @@ def main() -> int:
             with given.rows.open("a") as file:
                 file.write(json.dumps(done[seed]) + "\n")
     rows = [done[seed] for seed in sorted(done)]
-    text = page(rows, spec, f"python benchmarks/false_alarms.py {' '.join(sys.argv[1:])}".strip(), null=null)
+    text = page(
+        rows,
+        spec,
+        f"python benchmarks/false_alarms.py {' '.join(sys.argv[1:])}".strip(),
+        planned=given.audits,
+        null=null,
+    )
     print(text)
     kind = f"{'false-alarms' if null else 'power'}-{given.battery}{'-decide' if given.decide else ''}"
     (given.out / f"{kind}.md").write_text(text)

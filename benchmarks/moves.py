@@ -59,9 +59,7 @@ def leads(found: Measured) -> dict[str, list[Lead]]:
     of = {adversary.name: moves(adversary) for adversary in candidates()}
     every = {f"undo {name}" for name in UNDO} | {move for names in of.values() for move in names}
     table: dict[str, list[Lead]] = {move: [] for move in sorted(every)}
-    for victim in found.like:
-        if not set(of) <= found.names(victim, SEEDS[0]):
-            continue
+    for victim in sorted(found.open_victims()):
         tried = set.intersection(*(found.names(victim, seed) for seed in SEEDS)) & set(of)
         means = {name: _mean(found, victim, name, SEEDS) for name in tried}
         once = {name: _mean(found, victim, name, SEEDS[:1]) for name in of}
