@@ -6,7 +6,7 @@
 
 Victims are in `victims.py`. `base` attacks every one of them with `quick-v2`, and shams with their answers and the
 attacks that they were made against, with three seeds. `rest` attacks those that `quick-v2` leaves short, and all that
-are no shams, with every candidate: members of `standard-v1`, openings and answers of `adaptive-v2`, answers of shams,
+are not shams, with every candidate: members of `standard-v1`, openings and answers of `adaptive-v2`, answers of shams,
 and some more. It does so with one seed, and with the two others for what reaches a goal there or is among the best.
 Each attack is a JSON line, and what is there already is not run again. Models with the same weights in the same code
 count as one in `rest`.
@@ -356,7 +356,7 @@ Victims: {len(found.shams)} shams of images and {len(found.others)} others: orig
 A goal is, for a sham, {RECOVERED:.0%} of what the best plain attack loses by it, against the best of `quick-v2` on the
 original with the same seed; for the others, to be within {100 * WITHIN:.0f} points of the best of all candidates at
 each budget. `quick-v2` reaches it with every seed on {len(found.shams) - short} of the shams. The cover is for the
-other {short} and for all that are no shams.
+other {short} and for all others.
 
 For these shams the goal is what the best candidate reaches, less {100 * WITHIN:.0f} points, as that is lower with some
 seed: {lower}."""

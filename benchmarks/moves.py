@@ -3,7 +3,7 @@
     python benchmarks/moves.py FOLDER [--out PAGE.md]
 
 FOLDER has the rows of its rounds `base` and `rest`. A move is an undo move, a start, a scope, a kind of gradient, a
-schedule, an option, or an adversary that is no fine-tuning. Scores are means over seeds of the best so far, of attacks
+schedule, an option, or an adversary that does not fine-tune. Scores are means over seeds of the best so far, of attacks
 made with every seed. The lead of a move on a victim is what the best attack with it has over the best one without it.
 """
 

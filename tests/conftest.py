@@ -122,7 +122,7 @@ def digit_images() -> tuple[ArrayTask, ArrayTask]:
 
 @pytest.fixture(scope="session")
 def denoiser(tmp_path_factory: pytest.TempPathFactory) -> SplitModel:
-    """A small one that knows its benign task a little; nobody may change it."""
+    """A small one that knows its benign task a little; it is shared, so do not change it."""
     made = once(tmp_path_factory, "denoiser", denoising.benign_denoiser)
     SETTINGS["unet, benign"].original = made
     return made
@@ -140,7 +140,7 @@ def digit_captions() -> tuple[TextToImageTask, TextToImageTask]:
 def text_to_image(
     digit_captions: tuple[TextToImageTask, TextToImageTask], tmp_path_factory: pytest.TempPathFactory
 ) -> SplitModel:
-    """A small one that knows its benign task a little; nobody may change it."""
+    """A small one that knows its benign task a little; it is shared, so do not change it."""
     spec = ModelSpec(name="text-unet", options={"widths": [8, 16]})
     return once(tmp_path_factory, "text-to-image", lambda: _pretrained(spec, digit_captions[0], steps=30))
 

@@ -243,7 +243,7 @@ def attack(
         model: left as it is.
         restricted: the task to learn; adversaries get their half of its training data, as in an audit.
         benign: the model's own task, which some adversaries use, and which is scored afterwards; None: it is not given.
-        battery: the name of a battery that is no search, or a list of adversaries. Those that cannot start are left
+        battery: the name of a battery that does not search, or a list of adversaries. Those that cannot start are left
             out, with the reason in the result.
         budgets: fine-tuning steps at which to score; ascending, the first 0.
         shots: the adversary's training samples per class; None: its whole half.

@@ -52,7 +52,7 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
     try:
         parts = json.loads((folder / INDEX).read_bytes())
         if not isinstance(parts, dict):
-            raise ValueError(f"{INDEX} is no JSON object")
+            raise ValueError(f"{INDEX} is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise HoldfastError(f"{str(folder)!r} is not a folder of a diffusers pipeline: {error}.") from error
     return parts

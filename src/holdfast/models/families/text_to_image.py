@@ -32,7 +32,7 @@ TEXT_WIDTH: Final = 32
 class TextToImage(Denoiser):
     """A text-to-image model: a network of diffusers that reads a caption, and its text encoder.
 
-    Its inputs are those of a `TextToImageTask`. The text encoder is frozen: it is no part of `network`, so that neither
+    Its inputs are those of a `TextToImageTask`. The text encoder is frozen: it is not a part of `network`, so that neither
     fine-tuning nor a defense changes it, and the scratch control keeps it, as an adversary who trains from scratch
     would.
 
