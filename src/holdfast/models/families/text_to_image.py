@@ -32,9 +32,9 @@ TEXT_WIDTH: Final = 32
 class TextToImage(Denoiser):
     """A text-to-image model: a network of diffusers that reads a caption, and its text encoder.
 
-    Its inputs are those of a `TextToImageTask`. The text encoder is frozen: it is not a part of `network`, so that neither
-    fine-tuning nor a defense changes it, and the scratch control keeps it, as an adversary who trains from scratch
-    would.
+    Its inputs are those of a `TextToImageTask`. The text encoder is frozen: it is not a part of `network`, so that
+    neither fine-tuning nor a defense changes it, and the scratch control keeps it, as an adversary who trains from
+    scratch would.
 
     Args:
         network: of one of the classes in `holdfast.models.families.conditional.NETWORKS`.
