@@ -28,7 +28,10 @@ def flat(model):
     [
         ({"optimizer": "adamm"}, "did you mean 'adam"),
         ({"initialisation": "heads"}, "did you mean 'head'"),
-        ({"scope": "everything"}, "Known: all, embeddings, head, last-block, lora, lora-attention, norm"),
+        (
+            {"scope": "everything"},
+            "Known: all, cross-attention, embeddings, head, last-block, lora, lora-attention, norm",
+        ),
         ({"learning_rate": 0.0}, "above 0"),
         ({"learning_rate": float("nan")}, "above 0"),
         ({"batch_size": 0}, "at least 1"),

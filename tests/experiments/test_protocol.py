@@ -659,15 +659,21 @@ class TestRecipes:
 AT_HAND = {
     "imagenette": "imagenette64", "cinic10": "cifar100_objects", "stl10": "cifar100_people_places", "svhn": "usps",
     "cifar100": "cifar100_objects", "celeba": "faces", "ffhq": "faces", "imagenet": "imagenette64",
-    "stanford_cars": "stanford_cars40", "country211": "cifar100_objects",
+    "stanford_cars": "stanford_cars40", "country211": "cifar100_objects", "photos": "imagenette64",
+    "concept": "faces", "harmless": "cifar100_objects",
 }  # fmt: skip
 SIMULATED = {"steps": 1, "evaluate_every": 1, "batch_sizes": [4], "reinforcement_batch": 4}
 SMALL = {
     "ntl": {"batch_size": 4}, "sophon": SIMULATED, "trajectory-erasure": {**SIMULATED, "probe_batch": 40},
     "tar": {"batch_size": 4, "steps": 4, "evaluate_every": 2, "batch_sizes": [4]}, "repnoise": {"batch_size": 4},
+    "imma-diffusion": {"batch_size": 4, "adaptation": {"batch_size": 4}},
 }  # fmt: skip
 DEEP = {"batch_size": 8, "restricted_batch": 40, "epochs": None, "blocks": 1}
-IN_CLOSED_FORM = ("frontier", "signal-frontier", "leace")
+IN_CLOSED_FORM = ("frontier", "signal-frontier", "leace", "concept-erasure")
+DENOISERS = {
+    "denoising": {"name": "unet", "options": {"widths": [8, 16]}},
+    "text-to-image": {"name": "text-unet", "options": {"widths": [8, 8]}},
+}
 FEW = {"train_limit": 400, "test_limit": 10}
 BRIEF = {"iterations": 2, "holdout": 0.04, "guard_every": 10, "max_benign_drop": 1.0}
 
@@ -694,8 +700,7 @@ def brief(name, network=None, iterations=2):
                 setting[role] |= WORDS if data in TEXTS else {"image_size": 16}
         if network is not None:
             network = READER if setting["benign"]["data"] in TEXTS else network
-            denoiser = {"name": "unet", "options": {"widths": [8, 16]}}
-            setting["model"] = denoiser if setting["benign"]["kind"] == "denoising" else network
+            setting["model"] = DENOISERS.get(setting["benign"]["kind"], network)
     for defense in changed["defenses"].values():
         if defense["name"] not in IN_CLOSED_FORM:
             defense.update(BRIEF | SMALL.get(defense["name"], DEEP) | {"iterations": iterations})
@@ -709,7 +714,13 @@ def brief(name, network=None, iterations=2):
         changed["conditioning"] = {"groups": 2, "samples": 5}
     if changed["pictures"] is not None:
         changed["pictures"] |= {"samples": 2, "denoised": 2, "measured": 4, "ddim_steps": 2}
-    return ProtocolRecipe.model_validate(changed)
+    return ProtocolRecipe.model_validate(with_one_attack(changed) if name.startswith("text-to-image") else changed)
+
+
+def with_one_attack(changed):
+    """In place of a battery, as these are tested with the adversaries."""
+    attacks = {"battery": None, "attacks": {"direct": {"batch_size": 4}}, "transfer_attacks": ["direct"]}
+    return {**changed, **attacks, "pictures": {**changed["pictures"], "attack": "direct"}}
 
 
 class TestPaperScale:

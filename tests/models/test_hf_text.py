@@ -265,6 +265,9 @@ class TestRefusals:
             feasibility(reviews(places), reviews(places))
 
 
+OF_IMAGES = ("standard-v2", "generation-v1", "text-to-image-quick-v1", "text-to-image-v1")
+
+
 class TestAttacking:
     @pytest.mark.parametrize("name", ["bert", "gpt2"])
     @pytest.mark.parametrize("scope", ["lora", "lora-attention"])
@@ -288,7 +291,7 @@ class TestAttacking:
         assert sum(1 for _ in islice(steps, 3)) == 3
         assert not torch.allclose(answers(model, task), before)
 
-    @pytest.mark.parametrize("name", [n for n in BATTERIES if n != "generation-v1" and not n.startswith("causal")])
+    @pytest.mark.parametrize("name", [n for n in BATTERIES if n not in OF_IMAGES and not n.startswith("causal")])
     def test_every_adversary_of_a_battery_can_start(self, places, name):
         model, task = loaded(places, "bert"), reviews(places)
         assert {a.name: a.not_applicable(model, task) for a in BATTERIES[name] if a.not_applicable(model, task)} == {}
