@@ -247,7 +247,7 @@ def setting_images(spec: Samples, benign: DenoisingTask, restricted: DenoisingTa
 
 
 def _labelled(benign: DenoisingTask, restricted: DenoisingTask) -> ArrayTask | None:
-    """The images that the classifier learns; None if there are no classes, or hardly any images of each."""
+    """The images that the classifier learns; None without classes, or with few images of each."""
     captioned = isinstance(benign, TextToImageTask)
     tasks = (benign, restricted) if captioned else (benign,)
     names = [f"{task.name}: {name}" if captioned else name for task in tasks for name in task.class_names]
