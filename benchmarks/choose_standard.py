@@ -69,7 +69,7 @@ def candidates() -> tuple[Adversary, ...]:
             *BASE,
             *listed("standard-v1"),
             *(search.make({**search.default, **point}) for point in points),
-            *(row.answer for row in zoo.ZOO.values() if row.domain == "vision"),
+            *(row.answer for row in zoo.ZOO.values() if row.domain == "vision" and not row.held_out),
             FineTuning(Strategy("head", "all", "adam", 1e-3, 50, schedule="cosine", schedule_steps=50, warmup=5)),
             FineTuning(Strategy("head", "all", "adam", 4e-3, 50, schedule="restarts", schedule_steps=10)),
             FineTuning(Strategy("direct", "all", "adam", 1e-4, 50)),

@@ -1,19 +1,27 @@
-"""For which victims each move is part of the best attack, from the attacks of `choose_standard.py`.
+"""For which victims each move is part of the best attack.
 
-    python benchmarks/moves.py FOLDER [--out PAGE.md]
+    python benchmarks/moves.py FOLDER [--runs RUN ... --data DIR] [--part 1/2]
+    python benchmarks/moves.py FOLDER --out PAGE.md
 
-FOLDER has the rows of its rounds `base` and `rest`. A move is an undo move, a start, a scope, a kind of gradient, a
-schedule, an option, or an adversary that does not fine-tune. Scores are means over seeds of the best so far, of attacks
-made with every seed. The lead of a move on a victim is what the best attack with it has over the best one without it.
+FOLDER has the rows of `choose_standard.py`. The first command attacks the victims of its round `rest`, and shams that
+had no part in the choice, with every candidate and the answers of these shams, with three seeds; what is there already
+is not run again. `--part` is a share of the victims. The second writes the page.
+
+A move is an undo move, a start, a scope, a kind of gradient, a schedule, an option, or an adversary that does not
+fine-tune. Scores are means over seeds of the best so far. The lead of a move on a victim is what the best attack with
+it has over the best one without it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from choose_standard import SEEDS, WIDTH, Measured, candidates
+import torch
+from choose_standard import SEEDS, WIDTH, Measured, attacked, candidates
+from victims import Victim, held_out, unique, victims, zoo
 
 from holdfast.adversaries import UNDO, Adversary, DirectionalAblation, FineTuning, Probe, Unlabelled
 from holdfast.adversaries.finetuning import OPTIONS
@@ -37,36 +45,60 @@ def moves(adversary: Adversary) -> set[str]:
     return found | ({"sharpness"} if strategy.sharpness else set())
 
 
+def everything() -> tuple[Adversary, ...]:
+    """Every candidate of the choice, and the answers of shams that were made later."""
+    later = (row.answer for row in zoo.ZOO.values() if row.domain == "vision" and row.held_out)
+    return unique((*candidates(), *later))
+
+
+def measure(folder: Path, runs: list[Path], data: Path | None, part: tuple[int, int]) -> None:
+    """Attacks every victim with every adversary and seed, where that has not been done."""
+    chosen_with = Measured(folder)
+    asked = chosen_with.open_victims()
+    jobs = [victim for victim in victims(runs, data) if victim.name in asked]
+    jobs = [*jobs, *held_out()][part[0] - 1 :: part[1]]
+    own = folder / "moves"
+    own.mkdir(exist_ok=True)
+    for victim in jobs:
+        _measure(victim, chosen_with, own, part[0])
+
+
+def _measure(victim: Victim, chosen_with: Measured, own: Path, number: int) -> None:
+    known = {*chosen_with.scores, *Measured(own).scores}
+    for seed in SEEDS:
+        left = [a for a in everything() if (victim.name, a.name, seed) not in known]
+        rows = [{**row, "like": victim.like} for row in attacked(left, victim, seed)]
+        with (own / f"{number}.jsonl").open("a") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in rows)
+    print(victim.name, flush=True)
+
+
 @dataclass(frozen=True)
 class Lead:
     """The best attack with a move, against the best without it.
 
     Attributes:
-        victim: attacked with every candidate.
+        victim: attacked with every adversary.
         points: of the test score, after the last step; 0 if an attack without the move is as good.
         early: the largest at any budget.
-        once: after the last step with the first seed alone, with which every candidate was tried.
     """
 
     victim: str
     points: float
     early: float
-    once: float
 
 
-def leads(found: Measured) -> dict[str, list[Lead]]:
-    """By move, its lead on every victim that was attacked with all candidates."""
-    of = {adversary.name: moves(adversary) for adversary in candidates()}
-    every = {f"undo {name}" for name in UNDO} | {move for names in of.values() for move in names}
+def leads(found: Measured, names: list[str]) -> dict[str, list[Lead]]:
+    """By move, its lead on each of these victims."""
+    of = {adversary.name: moves(adversary) for adversary in everything()}
+    every = {f"undo {name}" for name in UNDO} | {move for own in of.values() for move in own}
     table: dict[str, list[Lead]] = {move: [] for move in sorted(every)}
-    for victim in sorted(found.open_victims()):
+    for victim in names:
         tried = set.intersection(*(found.names(victim, seed) for seed in SEEDS)) & set(of)
         means = {name: _mean(found, victim, name, SEEDS) for name in tried}
-        once = {name: _mean(found, victim, name, SEEDS[:1]) for name in of}
         for move, each in table.items():
             points = _over(means, {name for name in tried if move in of[name]})
-            first = _over(once, {name for name in of if move in of[name]})
-            each.append(Lead(victim, points[-1], max(points), first[-1]))
+            each.append(Lead(victim, points[-1], max(points)))
     return table
 
 
@@ -83,12 +115,15 @@ def _over(means: dict[str, list[float]], some: set[str]) -> list[float]:
     return [a - b for a, b in zip(with_it, without, strict=True)]
 
 
-def page(found: Measured) -> str:
+def page(folder: Path) -> str:
     """The page."""
-    table = leads(found)
-    victims = next(iter(table.values()))
-    shams = sum(lead.victim.startswith("sham: ") for lead in victims)
-    lines, early, once, nowhere = [], [], [], []
+    found = Measured(folder)
+    names = sorted(found.open_victims())
+    found.add(Measured(folder / "moves").rows)
+    names += sorted(victim for victim in found.like if victim.startswith("held out: "))
+    table = leads(found, names)
+    shams, later = (sum(name.startswith(kind) for name in names) for kind in ("sham: ", "held out: "))
+    lines, early, nowhere = [], [], []
     for move, each in sorted(table.items(), key=lambda pair: -max(lead.points for lead in pair[1])):
         first = sorted((lead for lead in each if lead.points >= 0), key=lambda lead: -lead.points)
         if first:
@@ -97,18 +132,18 @@ def page(found: Measured) -> str:
             lines.append(f"| {move} | {len(first)} | {alone} | {shown}{' ...' if len(first) > SHOWN else ''} |")
         elif (most := max(each, key=lambda lead: lead.early)).early >= 0:
             early.append(f"{move} (by {most.early:.1f} on {_short(most.victim)})")
-        elif (nearest := max(each, key=lambda lead: lead.once)).once >= 0:
-            once.append(f"{move} (by {nearest.once:.1f} on {_short(nearest.victim)})")
         else:
-            nowhere.append(f"{move} ({-nearest.once:.1f} on {_short(nearest.victim)})")
+            nearest = max(each, key=lambda lead: lead.early)
+            nowhere.append(f"{move} ({-nearest.early:.1f} on {_short(nearest.victim)})")
     rows = "\n".join(lines)
     return f"""# For which victims a move is part of the best attack
 
-{len(victims)} victims, {shams} of them sham defenses as their answers meet them, the others originals, a fresh network
-and defended models. All {len(candidates())} candidates of [the choice of `standard-v2`](standard-v2.md) attacked each
-of them with one seed; what reached a goal or was among the best was repeated with two more, and is compared here.
+{len(names)} victims: {shams} sham defenses that `quick-v2` leaves short, {later} sham defenses that were made after
+[the choice of `standard-v2`](standard-v2.md), and originals, a fresh network and defended models. Shams are attacked
+as their answers meet them. Each of {len(everything())} attacks was made on each victim with {len(SEEDS)} seeds: the
+{len(candidates())} candidates of that choice, and the answers of the later shams.
 *Best for*: victims on which the best attack with the move is at least as good as the best one without it, after the
-last step, mean over three seeds. *Alone*: it is better. In brackets, by how many points.
+last step, mean over the seeds. *Alone*: it is better. In brackets, by how many points.
 
 | move | best for | alone | victims |
 |---|---|---|---|
@@ -116,28 +151,30 @@ last step, mean over three seeds. *Alone*: it is better. In brackets, by how man
 
 Best at an earlier step alone: {"; ".join(early) or "none"}.
 
-Best with the first seed alone, after the last step: {"; ".join(once) or "none"}.
-
-Best nowhere, with the points that are missing with the first seed on the nearest victim:
-{"; ".join(nowhere) or "none"}.
+Best nowhere, with the points that are missing on the nearest victim: {"; ".join(nowhere) or "none"}.
 
 Made by `benchmarks/moves.py`.
 """
 
 
 def _short(victim: str) -> str:
-    return victim.removeprefix("sham: ")
+    return victim.removeprefix("sham: ").removeprefix("held out: ")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="finished runs of trajectory-erasure/mnist")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--part", default="1/1")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    text = page(Measured(given.folder))
-    print(text)
-    if given.out:
-        given.out.write_text(text)
+    if not given.out:
+        torch.set_num_threads(1)
+        at, of = map(int, given.part.split("/"))
+        measure(given.folder, given.runs, given.data, (at, of))
+        return
+    given.out.write_text(page(given.folder))
 
 
 if __name__ == "__main__":

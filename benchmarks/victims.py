@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ class Victim:
     """A model to attack, and what the adversary has.
 
     Attributes:
-        name: after `sham: `, `released: `, `original: `, `looks: `, `control: ` or `real: `.
+        name: after `sham: `, `held out: `, `released: `, `original: `, `looks: `, `control: ` or `real: `.
         model: the model. A sham is as its answer meets it: as released, or inside the original's code. Where that
             differs, it is there once more as released.
         benign: its own task.
@@ -58,14 +58,20 @@ class Victim:
 
 def victims(runs: list[Path], data: Path | None) -> Iterator[Victim]:
     """Every victim; `runs` are finished runs of the recipe trajectory-erasure/mnist."""
-    settings = {row.setting for row in zoo.ZOO.values() if row.domain == "vision"}
-    for setting in sorted(settings):
+    shams = {name: row for name, row in zoo.ZOO.items() if row.domain == "vision" and not row.held_out}
+    for setting in sorted({row.setting for row in shams.values()}):
         yield _original(setting)
-    for name, row in zoo.ZOO.items():
-        if row.domain == "vision":
-            yield from _sham(name)
+    for name in shams:
+        yield from _sham(name)
     yield from _defended()
     yield from _mnist(runs, data)
+
+
+def held_out() -> Iterator[Victim]:
+    """Shams of images that had no part in the choice, as their answers meet them."""
+    for name, row in zoo.ZOO.items():
+        if row.domain == "vision" and row.held_out:
+            yield replace(list(_sham(name))[-1], name=f"held out: {name}")
 
 
 def _of(name: str, model: SplitModel, setting: zoo.Setting, first: tuple[Adversary, ...]) -> Victim:
@@ -76,7 +82,8 @@ def _of(name: str, model: SplitModel, setting: zoo.Setting, first: tuple[Adversa
 
 
 def _original(name: str) -> Victim:
-    plain = (attack for row in zoo.ZOO.values() if row.setting == name for attack in row.plain)
+    rows = (row for row in zoo.ZOO.values() if row.setting == name and not row.held_out)
+    plain = (attack for row in rows for attack in row.plain)
     setting = zoo.SETTINGS[name]
     # Settings whose restricted images have a look of their own share an original: the choice needs it once.
     kind = "looks" if setting.shown.startswith("CNN; ") else "original"

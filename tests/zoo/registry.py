@@ -29,6 +29,7 @@ class Sham:
         make: builds it; random draws are from torch's global generator.
         plain: attacks under which it looks resistant, if they are not those of the setting.
         family: the module that defines it.
+        held_out: whether it was made after the newest battery was chosen and had no part in the choice.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Sham:
     make: Make
     plain: tuple[Adversary, ...]
     family: str
+    held_out: bool = False
 
     @property
     def domain(self) -> str:
@@ -57,6 +59,7 @@ def sham(
     inside: bool = False,
     plain: tuple[Adversary, ...] | None = None,
     name: str | None = None,
+    held_out: bool = False,
 ) -> Callable[[Make], Make]:
     """Returns a decorator that registers a function under its name; see `Sham` for the arguments."""
 
@@ -67,7 +70,7 @@ def sham(
             raise ValueError(f"the sham {own!r} needs an unused name and a docstring")
         fit = SETTINGS[setting].plain if plain is None else plain
         family = function.__module__.rpartition(".")[2]
-        ZOO[own] = Sham(own, setting, mechanism, answer, inside, function, fit, family)
+        ZOO[own] = Sham(own, setting, mechanism, answer, inside, function, fit, family, held_out)
         return function
 
     return register
