@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from holdfast.errors import HoldfastError
 from holdfast.models import Denoiser, ModelSpec, architecture_differences, load_model, load_released
 from holdfast.runtime.run import Run
-from holdfast.tasks import Schedule, load_task
+from holdfast.tasks import Batch, Schedule, load_task
 from holdfast.training import PretrainSpec, Strategy, finetune, prepare, pretrain
 
 diffusers = pytest.importorskip("diffusers")
@@ -258,6 +258,31 @@ class TestPredictions:
         model.precision = torch.float64
         found = model(schedule.noised(x0, t, noise).double())
         assert torch.allclose(found, noise, atol=1e-4 if kind == "sample" else 1e-6)
+
+    @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
+    def test_training_descends_the_error_of_the_networks_own_prediction(self, kind):
+        """As the training examples of diffusers do: v by the scheduler's `get_velocity`, noise - x_0 in a flow."""
+        schedule = Schedule.named("flow") if kind == "flow" else Schedule({"prediction_type": kind})
+        task = load_task("digits@kind=denoising").with_schedule(schedule)
+        model = Denoiser(network(), scheduler=schedule.config)
+        x0, t = task.images("train")[:6], torch.tensor([1, 5, 100, 500, 900, 998])
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+        x = schedule.noised(x0, t, noise)
+        target = {"epsilon": noise, "sample": x0, "flow": noise - x0}.get(kind)
+        if target is None:
+            target = schedule.scheduler().get_velocity(x0, noise, t)
+        wanted = (model.network(x[:, :-1], schedule.network_time(t)).sample - target).square().mean()
+        found = task.loss(model, Batch(x, noise))
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
+        ours, theirs = (torch.autograd.grad(loss, model.network.conv_out.weight)[0] for loss in (found, wanted))
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+    def test_a_step_of_noise_alone_has_no_infinite_loss(self):
+        schedule = Schedule({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
+        task = load_task("digits@kind=denoising").with_schedule(schedule)
+        noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        x = schedule.noised(task.images("train")[:2], torch.tensor([999, 998]), noise)
+        assert task.loss(Denoiser(network(), scheduler=schedule.config), Batch(x, noise)).isfinite()
 
     @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
     def test_half_precision_does_not_round_the_noise_away(self, denoiser, task, kind):

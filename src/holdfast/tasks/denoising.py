@@ -20,7 +20,7 @@ from typing import ClassVar, Self
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.errors import HoldfastError
 from holdfast.results import TaskFacts
@@ -279,6 +279,17 @@ class DenoisingTask(ArrayTask):
     def probe_targets(self, y: Tensor) -> Tensor:
         """See `Task.probe_targets`: the noise of each pixel, shape (N H W, C)."""
         return y.movedim(1, -1).flatten(0, -2)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Returns the mean squared error of what the model's network predicts: the noise, v, x_0 or the flow.
+
+        Training scripts descend it. Scores are those of the noise, whatever a network predicts.
+        """
+        weights = getattr(model, "loss_weights", lambda _: None)(batch.x)
+        if weights is None:
+            return super().loss(model, batch)
+        errors = (model(batch.x) - batch.y).square().flatten(1).mean(1)
+        return (weights * errors).mean()
 
     def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
         """See `Task.loss_of`."""

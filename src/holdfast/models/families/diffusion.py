@@ -133,6 +133,36 @@ class Denoiser(SplitModel):
             return (signal * output + spread * noised).to(output.dtype)
         return ((noised - signal * output) / spread).to(output.dtype)
 
+    def loss_weights(self, x: Tensor) -> Tensor | None:
+        """Returns factors that make of the squared error of the noise that of what the network predicts.
+
+        With the shares a and b of `Schedule.shares`, an error of v or u is a times as large in the noise, and one of
+        x_0 is a / b times as large; see `forward`. Training scripts descend the error of the network's own prediction.
+
+        Args:
+            x: inputs, as `forward` takes them.
+
+        Returns:
+            Shape (N,), float32; 1 / a^2 is at most 1e6, as the noise says nothing of v where a is 0. None: all are 1,
+            as the network predicts the noise.
+
+        Example:
+            >>> from holdfast.tasks import load_task
+            >>> from holdfast.models import ModelSpec, load_model
+            >>> task = load_task("digits@kind=denoising,schedule=flow")
+            >>> model = load_model(ModelSpec(name="unet", options={"schedule": "flow"}), task)
+            >>> x = torch.zeros(2, 2, 8, 8)
+            >>> x[1, -1] = 499
+            >>> [round(weight, 1) for weight in model.loss_weights(x).tolist()]
+            [1.0, 4.0]
+        """
+        if self.predicts == "epsilon":
+            return None
+        t = x[:, -1, 0, 0].round().long()
+        signal, spread = (share.flatten() for share in self.schedule.shares(t, x.device))
+        weights = 1 / signal.square().clamp_min(1e-6)
+        return weights * spread.square() if self.predicts == "sample" else weights
+
     def not_probed(self, depth: int) -> str | None:
         """See `SplitModel.not_probed`: for the last block of models that predict epsilon."""
         if self.predicts != "epsilon":
