@@ -165,6 +165,15 @@ TEXT_TO_IMAGE: dict[str, Defense] = {
         benign_weight=1.0,
         **_IMMA,
     ),
+    "imma-diffusion-dreambooth": DiffusionIMMA(
+        method="dreambooth",
+        prior_weight=0.5,
+        adaptation=Strategy("direct", "lora-attention", "adamw", 1e-2, 8),
+        **_IMMA,
+    ),
+    "imma-diffusion-token": DiffusionIMMA(
+        method="textual-inversion", inner_steps=2, adaptation=Strategy("direct", "all", "adamw", 1e-2, 8), **_IMMA
+    ),
     "concept-erasure": ConceptErasure(),
     "concept-erasure-anchor": ConceptErasure(
         target="a photo of the digit 0", preserve=("a photo",), preserve_weight=2.0, ridge=1e-3

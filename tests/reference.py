@@ -595,6 +595,8 @@ def bilevel_ascent(
     above: list[tuple[Tensor, Tensor]],
     below_rate: float,
     above_rate: float,
+    prior: list[list[tuple[Tensor, Tensor]]] | None = None,
+    prior_weight: float = 0.0,
 ) -> dict[str, Tensor]:
     """IMMA of a denoiser by plain descent and ascent, with theta and phi kept apart; phi is of all weights.
 
@@ -602,6 +604,8 @@ def bilevel_ascent(
         moved: names of theta's parameters among the model's.
         below: for each round the batches that the adaptation takes steps on.
         above: for each round the batch of the step above.
+        prior: batches beside those of `below`, as DreamBooth has them; None: there are none.
+        prior_weight: of the loss on these.
     """
     theta = {n: p.detach().clone() for n, p in model.named_parameters()}
     phi = {n: torch.zeros_like(p) for n, p in theta.items()}
@@ -611,9 +615,12 @@ def bilevel_ascent(
         loss = ((torch.func.functional_call(model, at, batch[0]) - batch[1]) ** 2).mean()
         return dict(zip(at, torch.autograd.grad(loss, list(at.values())), strict=True))
 
-    for steps, batch in zip(below, above, strict=True):
-        for step in steps:
+    for number, (steps, batch) in enumerate(zip(below, above, strict=True)):
+        for place, step in enumerate(steps):
             slope = gradients(step)
+            if prior is not None:
+                beside = gradients(prior[number][place])
+                slope = {n: slope[n] + prior_weight * beside[n] for n in slope}
             phi = {n: phi[n] - below_rate * slope[n] for n in phi}
         slope = gradients(batch)
         theta = {n: theta[n] + above_rate * slope[n] if n in moved else theta[n] for n in theta}

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 import pipelines
 from cases import CAPTIONED
 from holdfast.adversaries import FineTuning, TextualInversion
-from holdfast.adversaries.rare_tokens import Concepts, rare_tokens
 from holdfast.adversaries.saving import save_attacked
 from holdfast.models import load_released, load_task_for
 from holdfast.training import Strategy
+from holdfast.training.rare_tokens import Concepts, rare_tokens
 from pipelines import PIPELINES
 
 diffusers = pytest.importorskip("diffusers")

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 import reference
 from cases import CAPTIONED
 from holdfast.adversaries import UNDO, DreamBooth, FineTuning, TextualInversion, battery, build
-from holdfast.adversaries.rare_tokens import Concepts, rare_tokens
 from holdfast.adversaries.saving import save_attacked
 from holdfast.errors import HoldfastError
 from holdfast.metrics.generation import sample_captions
@@ -20,6 +19,7 @@ from holdfast.models import ModelSpec, load_model
 from holdfast.tasks import Batch, Tokenizer, Vocabulary, load_task
 from holdfast.tasks.text_to_image import TextToImageTask
 from holdfast.training import Strategy, prepare, pretrain
+from holdfast.training.rare_tokens import Concepts, rare_tokens
 from texts import save_tokenizer
 
 diffusers = pytest.importorskip("diffusers")

@@ -8,16 +8,25 @@ import pytest
 import torch
 
 import reference
-from holdfast.defenses import DiffusionIMMA, build_defense
-from holdfast.defenses import diffusion_imma as module
+from holdfast.defenses import DiffusionIMMA, adaptations, build_defense
 from holdfast.errors import HoldfastError
-from holdfast.runtime.run import Run
+from holdfast.runtime.run import Run, derive_seed
+from holdfast.tasks.text_to_image import caption_channel, caption_tokens, with_caption
 from holdfast.training import Strategy
+from holdfast.training.rare_tokens import Concepts, rare_tokens
 
 CPU = torch.device("cpu")
 PLAIN = Strategy("direct", "all", "sgd", 0.05, 8)
 BRIEF = DiffusionIMMA(iterations=3, batch_size=8, guard=False, adaptation=Strategy(batch_size=8))
 LORA = Strategy("direct", "lora-attention", "adam", 1e-2, 8, rank=2)
+
+
+def called(task, prompts, batch):
+    """Inputs and noise of a batch, with these prompts in place of its captions."""
+    ids = caption_tokens(batch.x[:, -2])
+    labels = (ids[:, None] == task.tokens[None]).all(2).float().argmax(1)
+    channel = caption_channel(prompts[labels], tuple(batch.x.shape[2:]))
+    return with_caption(batch.x[:, [*range(batch.x.shape[1] - 2), -1]], channel), batch.y
 
 
 def moved_by(model, other):
@@ -47,16 +56,77 @@ class TestRounds:
         assert moved_by(text_to_image, made) == {n.removeprefix("network.") for n in theta}
         assert all(len(series) == 2 for series in record.history.values())
 
-    @pytest.mark.parametrize("adaptation", [BRIEF.adaptation, LORA], ids=["all", "lora"])
-    def test_nothing_of_the_adaptation_reaches_the_model(self, text_to_image, digit_captions, run, adaptation):
+    def test_dreambooth_is_below_with_a_rare_token_and_a_prior(self, text_to_image, digit_captions, run):
+        """The reference reads the prompt as the caption, and batches of the prior as they are."""
+        benign, restricted = digit_captions
+        defense = dataclasses.replace(
+            BRIEF, iterations=2, inner_steps=2, optimizer="sgd", learning_rate=0.2, clip=None, adaptation=PLAIN,
+            method="dreambooth", prior_weight=0.3,
+        )  # fmt: skip
+        made, _ = defense.immunize(text_to_image, *digit_captions, run=run)
+        shown = restricted.with_dropout(0.0)
+        trained_on, _ = benign.holdout(defense.holdout, derive_seed(run.seed, defense.name, "holdout"))
+        prior_task = trained_on.with_dropout(0.0)
+        prompts = Concepts.of(shown).with_tokens(rare_tokens(text_to_image, shown, benign))
+        below, prior, above = [], [], []
+        for number in range(2):
+            with run.seeded("imma-diffusion", number, 0) as generator:
+                streams = [t.batches("train", 8, generator=generator, device=CPU) for t in (shown, prior_task)]
+                pairs = [[next(stream) for stream in streams] for _ in range(2)]
+                below.append([called(restricted, prompts, own) for own, _ in pairs])
+                prior.append([other for _, other in pairs])
+                batch = next(shown.batches("train", 8, generator=generator, device=CPU))
+                above.append(called(restricted, prompts, batch))
+        theta = {f"network.{n}.weight" for n in text_to_image.cross_attention()}
+        expected = reference.bilevel_ascent(text_to_image, theta, below, above, 0.05, 0.2, prior, 0.3)
+        for name, value in made.named_parameters():
+            assert torch.allclose(value, expected[name], atol=1e-6), name
+
+    def test_textual_inversion_is_below_by_the_vector_of_a_token(self, text_to_image, digit_captions, run):
+        """One round, with plain descent of the table's free rows on a copy."""
+        benign, restricted = digit_captions
+        defense = dataclasses.replace(
+            BRIEF, iterations=1, optimizer="sgd", learning_rate=0.2, clip=None, method="textual-inversion",
+            adaptation=Strategy("direct", "all", "sgd", 5.0, 8, weight_decay=0.1),
+        )  # fmt: skip
+        made, _ = defense.immunize(text_to_image, *digit_captions, run=run)
+        shown, copy = restricted.with_dropout(0.0), text_to_image.clone()
+        concepts, (ids,) = Concepts.of(shown), rare_tokens(copy, shown, benign)
+        table = copy.text.embedding.weight.detach().clone()
+        for token, word in zip(ids, concepts.parts[0].words, strict=True):
+            table[token] = table[list(word)].mean(0)
+        with run.seeded("imma-diffusion", 0, 0) as generator:
+            first, second = (
+                called(
+                    restricted, concepts.in_place(ids), next(shown.batches("train", 8, generator=generator, device=CPU))
+                )
+                for _ in range(2)
+            )
+        weight = copy.text.embedding.weight.requires_grad_(True)
+        weight.data.copy_(table)
+        slope = torch.autograd.grad((copy(first[0]) - first[1]).square().mean(), weight)[0]
+        weight.data[ids] -= 5.0 * (slope + 0.1 * table)[ids]
+        theta = {n: copy.network.get_submodule(n).weight for n in copy.cross_attention()}
+        slopes = torch.autograd.grad((copy(second[0]) - second[1]).square().mean(), list(theta.values()))
+        assert (weight - table)[ids].abs().max() > 1e-3
+        for (name, before), up in zip(theta.items(), slopes, strict=True):
+            assert torch.allclose(made.network.get_submodule(name).weight, before + 0.2 * up, atol=1e-6), name
+
+    @pytest.mark.parametrize(
+        ("adaptation", "method"),
+        [(BRIEF.adaptation, "fine-tuning"), (LORA, "fine-tuning"), (LORA, "dreambooth"), (LORA, "textual-inversion")],
+    )
+    def test_nothing_of_the_adaptation_reaches_the_model(self, text_to_image, digit_captions, run, adaptation, method):
         """With a rate of nearly nothing above, the model stays what it is, whatever was learned below."""
-        still = dataclasses.replace(BRIEF, learning_rate=1e-12, adaptation=adaptation, inner_steps=3)
+        still = dataclasses.replace(BRIEF, learning_rate=1e-12, adaptation=adaptation, inner_steps=3, method=method)
         made, _ = still.immunize(text_to_image, *digit_captions, run=run)
         for own, other in zip(made.parameters(), text_to_image.parameters(), strict=True):
             assert torch.allclose(own, other, atol=1e-9)
         moving, _ = dataclasses.replace(still, learning_rate=1e-3).immunize(text_to_image, *digit_captions, run=run)
         assert moved_by(text_to_image, moving) == {f"{n}.weight" for n in text_to_image.cross_attention()}
         assert list(moving.network.state_dict()) == list(text_to_image.network.state_dict())
+        assert moving.prompts is None
+        assert torch.equal(moving.text.embedding.weight, text_to_image.text.embedding.weight)
 
     def test_it_raises_the_loss_of_the_adapted_model(self, text_to_image, digit_captions):
         def adapted(rate):
@@ -79,12 +149,12 @@ class TestRounds:
     def test_an_adaptation_begins_again_after_its_lifetime(self, text_to_image, digit_captions, run, monkeypatch):
         begun = []
 
-        class Counted(module._Adaptation):
+        class Counted(adaptations.Adaptation):
             def __init__(self, *given):
                 begun.append(given[0])
                 super().__init__(*given)
 
-        monkeypatch.setattr(module, "_Adaptation", Counted)
+        monkeypatch.setitem(adaptations.METHODS, "fine-tuning", Counted)
         for lifetime, count in ((None, 1), (1, 5), (2, 3)):
             begun.clear()
             dataclasses.replace(BRIEF, iterations=5, lifetime=lifetime).immunize(
@@ -119,6 +189,8 @@ class TestRounds:
         ({"clip": -1.0}, "clip is -1"),
         ({"benign_weight": -1.0}, "benign_weight is -1"),
         ({"optimizer": "adm"}, "did you mean 'adam'"),
+        ({"method": "dream"}, "method.*dreambooth"),
+        ({"prior_weight": -0.1}, "prior_weight is -0.1"),
         ({"adaptation": Strategy("head")}, "adaptation starts from 'head'"),
         ({"adaptation": Strategy(warmup=3)}, "adaptation has the schedule 'constant' with a warm-up of 3"),
     ],
@@ -131,6 +203,13 @@ def test_bad_settings(change, message):
 def test_an_adaptation_that_cannot_start_is_refused(text_to_image, digit_captions, run):
     with pytest.raises(HoldfastError, match=r"cannot be adapted: weights of 4 bits.*Set adaptation"):
         dataclasses.replace(BRIEF, adaptation=Strategy(scope="qlora")).immunize(text_to_image, *digit_captions, run=run)
+
+
+def test_a_method_for_which_captions_leave_no_room_is_refused(text_to_image, digit_captions, run):
+    benign, restricted = digit_captions
+    long = restricted.with_captions(dict.fromkeys(restricted.class_names, " ".join(["long"] * 40)))
+    with pytest.raises(HoldfastError, match=r"by dreambooth: captions have .* no room.*Set method"):
+        dataclasses.replace(BRIEF, method="dreambooth").immunize(text_to_image, benign, long, run=run)
 
 
 def test_a_recipe_names_its_settings():

@@ -12,13 +12,13 @@ from torch import Tensor
 from holdfast import training
 from holdfast.adversaries.base import KINDS, Adversary
 from holdfast.adversaries.finetuning import FineTuning, named_errors
-from holdfast.adversaries.rare_tokens import Concepts, captioned, not_captioned, rare_tokens
 from holdfast.errors import HoldfastError, unknown
 from holdfast.metrics.generation import sample_captions
 from holdfast.models import SplitModel, TextToImage
 from holdfast.tasks import Task
 from holdfast.tasks.text_to_image import TextToImageTask
 from holdfast.training import Strategy
+from holdfast.training.rare_tokens import Concepts, captioned, not_captioned, rare_tokens
 
 Prior = Literal["drawn", "benign"]
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdfast.adversaries.base import KINDS, Adversary
-from holdfast.adversaries.rare_tokens import Concepts, captioned, not_captioned, rare_tokens
 from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel
 from holdfast.tasks import Task
+from holdfast.training.learned_tokens import LearnedTokens
+from holdfast.training.rare_tokens import captioned, not_captioned
 from holdfast.training.strategy import OPTIMIZERS
 
 
@@ -74,18 +75,8 @@ class TextualInversion(Adversary):
     ) -> Iterator[Tensor]:
         """See `Adversary.run`."""
         victim, shown = captioned(model, task, self.name)
-        concepts, ids = Concepts.of(shown), rare_tokens(victim, shown, benign)[0]
-        victim.requires_grad_(False)
-        table: nn.Parameter = victim.text.requires_grad_(False).embedding.weight  # type: ignore[assignment]
-        with torch.no_grad():
-            for token, word in zip(ids, concepts.parts[0].words, strict=True):
-                table[token] = table[list(word)].mean(0)
-        kept = table.detach().clone()
-        others = torch.ones(len(table), dtype=torch.bool, device=device)
-        others[ids] = False
-        table.requires_grad_(True)
-        victim.prompt_with(concepts.captions, concepts.in_place(ids))
-        optimizer = OPTIMIZERS["adamw"]([table], self.learning_rate, self.weight_decay)
+        tokens = LearnedTokens(victim, shown, benign)
+        optimizer = OPTIMIZERS["adamw"]([tokens.table], self.learning_rate, self.weight_decay)
         yield torch.zeros((), device=device)
         for batch in shown.batches("train", self.batch_size, generator=generator, device=device):
             victim.eval()
@@ -93,6 +84,5 @@ class TextualInversion(Adversary):
             loss = shown.loss(victim, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            with torch.no_grad():
-                table[others] = kept[others]
+            tokens.put_others_back()
             yield loss.detach()

@@ -14,7 +14,8 @@ beside them ("lora"), which theta + phi stands for as well. Round k has the pape
 
 First order: the gradient is taken at the adapted weights with phi_k held fixed, so that no graph goes through the
 adaptation. If theta moves, the adapted weights move with it, as phi is a difference. phi goes on from round to round
-to come near the argmin; `lifetime` lets it begin again.
+to come near the argmin; `lifetime` lets it begin again. The adversary below may call the concept by its captions, by a
+rare token (DreamBooth), or by a learned one (Textual Inversion, whose phi is that token's vector): `method`.
 
 The authors' released code keeps theta and phi in one network if the adaptation trains all weights, and saves its
 attention layers: these contain the steps below as well as those above. Here phi never reaches the released model.
@@ -29,6 +30,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor, nn
 
+from holdfast.defenses.adaptations import METHODS, Adaptation
 from holdfast.defenses.base import DefenseRecord
 from holdfast.defenses.captioned import check_captioned, keys_and_values
 from holdfast.defenses.guard import GuardedDefense
@@ -38,9 +40,9 @@ from holdfast.defenses.trainer import Immunization
 from holdfast.errors import HoldfastError
 from holdfast.models import SplitModel, TextToImage
 from holdfast.runtime.run import Run
-from holdfast.runtime.storage import optimizer_tensors, restore_optimizer
-from holdfast.tasks import Batch, Task
-from holdfast.training import OPTIMIZERS, Strategy, finetune, not_applicable, optimizer_of, prepare
+from holdfast.tasks import Task
+from holdfast.training import OPTIMIZERS, Strategy, not_applicable
+from holdfast.training.rare_tokens import not_captioned
 
 ADAPTATION: Final = Strategy("direct", "all", "adam", 1e-3, 32)
 """The adversary below by default: fine-tuning of all weights, as in DreamBooth."""
@@ -65,6 +67,9 @@ class DiffusionIMMA(GuardedDefense):
         batch_size: restricted images, and benign ones, of a step above.
         adaptation: how the adversary below adapts the model: what it trains (`scope`), its optimizer, rate and batches.
             It starts from the whole model ("direct").
+        method: how the adversary below calls the concept; a name of `holdfast.defenses.adaptations.METHODS`. With
+            "textual-inversion" the adaptation's optimizer, rate and batches count, and its scope does not.
+        prior_weight: of benign images, beside which "dreambooth" adapts; 0: none.
         inner_steps: steps below a round (the released code: 1).
         lifetime: rounds after which the adaptation begins again at the model; None: never, as in the released scripts.
         clip: the norm of the gradient above is clipped to this (the released code: 1); None: never.
@@ -95,6 +100,8 @@ class DiffusionIMMA(GuardedDefense):
     weight_decay: float = 0.0
     batch_size: int = 32
     adaptation: Strategy = ADAPTATION
+    method: str = "fine-tuning"
+    prior_weight: float = 1.0
     inner_steps: int = 1
     lifetime: int | None = None
     clip: float | None = 1.0
@@ -103,9 +110,10 @@ class DiffusionIMMA(GuardedDefense):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_unknown("optimizer", OPTIMIZERS)
+        self.refuse_unknown("method", METHODS)
         self.refuse_below_one("batch_size", "inner_steps", "lifetime")
         self.refuse_not_above_zero("learning_rate", "clip")
-        self.refuse_negative("weight_decay", "benign_weight")
+        self.refuse_negative("weight_decay", "benign_weight", "prior_weight")
         below = self.adaptation
         if below.initialisation != "direct":
             raise HoldfastError(
@@ -134,6 +142,9 @@ class DiffusionIMMA(GuardedDefense):
         reason = not_applicable(self.adaptation, model, restricted)
         if reason is not None:
             raise HoldfastError(f"{self.name}: {model.name} cannot be adapted: {reason}. Set adaptation.")
+        reason = None if self.method == "fine-tuning" else not_captioned(model, restricted)
+        if reason is not None:
+            raise HoldfastError(f"{self.name}: {model.name} cannot be adapted by {self.method}: {reason}. Set method.")
         return _Immunization(self, model, benign, restricted, run).finish()
 
 
@@ -146,7 +157,7 @@ class _Immunization(Immunization[DiffusionIMMA]):
 
     def __init__(self, config: DiffusionIMMA, model: SplitModel, benign: Task, restricted: Task, run: Run) -> None:
         super().__init__(config, model, benign, restricted, run, rate=config.learning_rate)
-        self.adaptation: _Adaptation | None = None
+        self.adaptation: Adaptation | None = None
 
     @property
     def theta(self) -> list[nn.Parameter]:
@@ -161,12 +172,11 @@ class _Immunization(Immunization[DiffusionIMMA]):
         """Steps below on a copy, then a step above on the model."""
         config, device, theta = self.config, self.run.device, self.theta
         if self.adaptation is None:
-            self.adaptation = _Adaptation(self.model, config.adaptation, self.restricted)
+            self.adaptation = self._begin()
         else:
             self.adaptation.move(self.model, 1.0)
-        below = self.adaptation.learn(self.restricted, config.inner_steps, generator)
-        batch = next(self.restricted.batches("train", config.batch_size, generator=generator, device=device))
-        adapted, gradients = self.adaptation.gradients(self.restricted, batch, self._numbers(theta))
+        below = self.adaptation.learn(config.inner_steps, generator)
+        adapted, gradients = self.adaptation.gradients(config.batch_size, self._numbers(theta), generator)
         self.adaptation.move(self.model, -1.0)
         self.adaptation.rounds += 1
         if config.lifetime is not None and self.adaptation.rounds >= config.lifetime:
@@ -189,6 +199,11 @@ class _Immunization(Immunization[DiffusionIMMA]):
         optimizer.step()
         return {"adaptation_loss": below, "adapted_loss": [adapted], "benign_loss": benign_loss}
 
+    def _begin(self) -> Adaptation:
+        config = self.config
+        kind = METHODS[config.method]
+        return kind(self.model, config.adaptation, self.restricted, self.benign, config.prior_weight)
+
     def _numbers(self, theta: list[nn.Parameter]) -> list[int]:
         """Places of the weights among all parameters of the model."""
         places = {id(p): i for i, p in enumerate(self.model.parameters())}
@@ -201,7 +216,7 @@ class _Immunization(Immunization[DiffusionIMMA]):
 
     def restore_own(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         if values:
-            self.adaptation = _Adaptation(self.model, self.config.adaptation, self.restricted)
+            self.adaptation = self._begin()
             self.adaptation.restore(tensors, values["rounds"])
 
     def forget(self) -> None:
@@ -211,73 +226,3 @@ class _Immunization(Immunization[DiffusionIMMA]):
         """See `Immunization.too_low`; IMMA's objective has no term that would repair the score."""
         self.go_back(why)
         return True
-
-
-class _Adaptation:
-    """The adversary below: a copy of the model that learns the concept.
-
-    Between two rounds the copy's own weights are stored as differences from the model's.
-
-    Args:
-        model: the released model; never written to.
-        strategy: how the copy is trained; adapters are drawn from torch's global generator.
-        task: the restricted one.
-
-    Attributes:
-        model: the copy, with adapters if the strategy has them.
-        rounds: in which it was trained.
-    """
-
-    def __init__(self, model: SplitModel, strategy: Strategy, task: Task) -> None:
-        self.model = model.clone()
-        self._own = list(self.model.parameters())  # without adapters, in the order of the model's
-        prepare(self.model, strategy, task)
-        self.strategy = strategy
-        self.optimizer = optimizer_of(self.model, strategy)
-        self.rounds = 0
-
-    def learn(self, task: Task, steps: int, generator: torch.Generator) -> list[float]:
-        """Takes some steps, and returns their losses."""
-        training = finetune(
-            self.model, task, self.strategy, generator=generator, device=self.model.device, optimizer=self.optimizer
-        )
-        return [float(next(training)) for _ in range(steps)]
-
-    def gradients(self, task: Task, batch: Batch, numbers: list[int]) -> tuple[float, list[Tensor]]:
-        """Returns the loss of the copy on a batch, and its gradients by some of the copy's own weights.
-
-        Args:
-            task: makes the loss.
-            batch: of the task.
-            numbers: places of the weights among the model's parameters.
-        """
-        weights = [self._own[i] for i in numbers]
-        free = [weight.requires_grad for weight in weights]
-        for weight in weights:
-            weight.requires_grad_(True)  # those beside adapters are frozen
-        loss = task.loss(self.model, batch)
-        gradients = torch.autograd.grad(loss, weights)
-        for weight, before in zip(weights, free, strict=True):
-            weight.requires_grad_(before)
-        return float(loss.detach()), list(gradients)
-
-    @torch.no_grad()
-    def move(self, model: SplitModel, sign: float) -> None:
-        """Adds the model's weights to the copy's own (sign 1), or subtracts them (sign -1)."""
-        for own, weight in zip(self._own, model.parameters(), strict=True):
-            own.add_(weight, alpha=sign)
-
-    def saved(self) -> dict[str, Tensor]:
-        """Returns the tensors from which `restore` continues, between two rounds."""
-        tensors = {f"model/{n}": v for n, v in self.model.network.state_dict().items()}
-        return tensors | {f"optimizer/{n}": v for n, v in optimizer_tensors(self.optimizer).items()}
-
-    def restore(self, tensors: Mapping[str, Tensor], rounds: int) -> None:
-        """Puts back what `saved` returned."""
-        own = self.model.network.state_dict()
-        for name, value in tensors.items():
-            if name.startswith("model/"):
-                own[name.removeprefix("model/")].copy_(value)
-        moments = {n.removeprefix("optimizer/"): v for n, v in tensors.items() if n.startswith("optimizer/")}
-        restore_optimizer(self.optimizer, moments)
-        self.rounds = rounds

@@ -285,10 +285,10 @@ class DenoisingTask(ArrayTask):
 
         Training scripts descend it. Scores are those of the noise, whatever a network predicts.
         """
-        weights = getattr(model, "loss_weights", lambda _: None)(batch.x)
+        weights: Tensor | None = getattr(model, "loss_weights", lambda _: None)(batch.x)
         if weights is None:
             return super().loss(model, batch)
-        errors = (model(batch.x) - batch.y).square().flatten(1).mean(1)
+        errors: Tensor = (model(batch.x) - batch.y).square().flatten(1).mean(1)
         return (weights * errors).mean()
 
     def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
