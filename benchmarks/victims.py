@@ -63,8 +63,8 @@ def victims(runs: list[Path], data: Path | None) -> Iterator[Victim]:
         yield _original(setting)
     for name in shams:
         yield from _sham(name)
-    yield from _defended()
-    yield from _mnist(runs, data)
+    yield from defended()
+    yield from mnist(runs, data)
 
 
 def held_out() -> Iterator[Victim]:
@@ -99,7 +99,7 @@ def _sham(name: str) -> Iterator[Victim]:
         yield _of(f"sham: {name}", case.model, case.setting, unique((*BASE, *row.plain, row.answer)))
 
 
-def _defended() -> Iterator[Victim]:
+def defended() -> Iterator[Victim]:
     """A fresh network, and the CNN with BatchNorm after defenses of the package."""
     setting, run = zoo.SETTINGS["batch"], Run(seed=0, device=torch.device("cpu"))
     brief = {"iterations": 60, "steps": 10, "batch_sizes": (20,), "guard": False}
@@ -116,7 +116,7 @@ def _defended() -> Iterator[Victim]:
         yield _of(f"real: {name}", model, setting, BASE)
 
 
-def _mnist(runs: list[Path], data: Path | None) -> Iterator[Victim]:
+def mnist(runs: list[Path], data: Path | None) -> Iterator[Victim]:
     """What the recipe immunized, and its original, with five images a class."""
     if not runs:
         return
