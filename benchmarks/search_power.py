@@ -210,8 +210,8 @@ def page(rows: list[Row]) -> str:
         "Made by `benchmarks/search_power.py`; verdicts are by `benchmarks/shams.py`. One seed; the samples and steps",
         "of each setting. A score is that of the best trial so far, chosen on half of the test folds and scored on the",
         f"other half. A sham is undone once it is within {100 * MARGIN:.0f} points of the best of `adaptive-v1` on the",
-        "original. Of a defended model the share of the advantage counts: 0 is a fresh network, 1 the original, each at",
-        f"the best of `adaptive-v1` with {trials} trials.",
+        "original. Of a defended model the share of the advantage counts: 0 is a fresh network, 1 the original, each",
+        f"at the best of `adaptive-v1` with {trials} trials.",
     ]
     for kind, title in KINDS.items():
         own = [row for row in rows if row["kind"] == kind]
