@@ -177,3 +177,20 @@ def saved_clip(folder: Path) -> str:
     sides = {"height": 16, "width": 16}
     CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=sides).save_pretrained(folder)
     return str(folder)
+
+
+def saved_inception(folder: Path) -> str:
+    """A file with random weights of torch-fidelity's Inception network, in half precision."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_args: Any, **_kwargs: Any) -> Any:
+            """Keeps the weights that it was made with."""
+
+    file = folder / "inception.pth"
+    torch.save({}, file)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Untrained("inception", ["2048"], str(file))
+    torch.save(network.half().state_dict(), file)
+    return str(file)

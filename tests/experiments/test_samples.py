@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from holdfast.errors import HoldfastError
@@ -17,6 +18,7 @@ from holdfast.experiments.measurements.sample_tables import _about_samples
 from holdfast.experiments.measurements.samples import PicturedModel, Samples
 from holdfast.experiments.recipe import ProtocolRecipe
 from holdfast.experiments.runner import run_recipe
+from holdfast.metrics import inception
 from holdfast.metrics.generation import Distance
 from holdfast.models import ModelSpec, load_model
 from holdfast.results import read_result
@@ -281,9 +283,20 @@ def test_findings_say_whether_released_models_still_make_pictures(distance, said
 CAPTIONED = {"kind": "text-to-image", "caption": "a photo of the digit {}", "test_limit": 40}
 
 
+def few_colours(place):
+    """In place of the Inception network: the mean colours of four quarters."""
+    assert place == "weights.pth"
+
+    class Network(torch.nn.Module):
+        def forward(self, x):
+            return (F.adaptive_avg_pool2d(x.float() / 255, 2).flatten(1),)
+
+    return Network()
+
+
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
-    """A protocol of text-to-image models, with a CLIP model."""
+    """A protocol of text-to-image models, with a CLIP model and what stands for Inception."""
     setting = {
         "model": {"name": "text-unet", "options": {"widths": [8, 8]}},
         "pretrain": {"steps": 20, "batch_size": 16},
@@ -291,7 +304,7 @@ def captioned(tmp_path_factory):
         "restricted": {"data": "digits[5-9]", **CAPTIONED},
     }
     clip = saved_clip(tmp_path_factory.mktemp("clip"))
-    pictures = {**BASE["pictures"], "early": [0], "error_steps": 2, "clip": clip}
+    pictures = {**BASE["pictures"], "early": [0], "error_steps": 2, "clip": clip, "inception": "weights.pth"}
     chosen = recipe(
         settings={"digits": setting},
         seeds=1,
@@ -300,7 +313,10 @@ def captioned(tmp_path_factory):
         attacks={"direct": BASE["attacks"]["direct"]},
     )
     folder = tmp_path_factory.mktemp("captions") / "whole"
-    run(folder, chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (samples, inception):
+            patch.setattr(module, "load_inception", few_colours)
+        run(folder, chosen)
     return read_result(folder)
 
 
@@ -326,6 +342,17 @@ class TestCaptions:
         assert "learned all captions of both tasks" in table.note
         assert any("recognised as what the restricted captions say" in finding for finding in captioned.findings)
 
+    def test_kid_and_fid_where_inception_is_given(self, captioned):
+        table = captioned.tables["generation"]
+        rows = {row["model"]: row for row in table.rows}
+        for model, roles in (("training images", 2), ("scratch", 1), ("original", 2), ("SOPHON", 2)):
+            for role in ("restricted", "benign")[:roles]:
+                assert rows[model][f"{role}_fid"].mean > 0
+                assert rows[model][f"{role}_kid_error"].mean > 0
+        assert rows["scratch"]["benign_fid"].mean is None
+        assert rows["training images"]["benign_fid"].mean < rows["scratch"]["restricted_fid"].mean
+        assert "weights weights.pth" in table.note
+
 
 def test_recognised_counts_the_classes_of_both_tasks(tmp_path):
     """Real images of the captions that were asked for are recognised, others are not."""
@@ -349,6 +376,13 @@ def test_clip_needs_captions_and_a_folder(tmp_path):
     setting |= {"benign": {"data": "digits[0-4]", **CAPTIONED}, "restricted": {"data": "digits[5-9]", **CAPTIONED}}
     with pytest.raises(HoldfastError, match="Expected a folder with a CLIPModel"):
         run(tmp_path / "b", recipe(pictures=pictures, settings={"x": setting}))
+
+
+def test_inception_needs_its_file_and_measured_samples(tmp_path):
+    for change, words in (({}, "Inception weights"), ({"measured": 0}, "measured is 0")):
+        pictures = {**BASE["pictures"], "inception": str(tmp_path / "none.pth"), **change}
+        with pytest.raises(HoldfastError, match=words):
+            run(tmp_path / words, recipe(pictures=pictures))
 
 
 def test_captions_of_single_images_are_not_classes():

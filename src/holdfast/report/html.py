@@ -267,6 +267,12 @@ COLUMNS = {
     "tau_benign_ratio": "ratio ",
     "restricted_error": "its error",
     "benign_error": "its error ",
+    "restricted_kid": "restricted KID",
+    "restricted_kid_error": "KID's error",
+    "restricted_fid": "restricted FID",
+    "benign_kid": "benign KID",
+    "benign_kid_error": "KID's error ",
+    "benign_fid": "benign FID",
 }
 """Headings of columns, by their name in `result.json`."""
 

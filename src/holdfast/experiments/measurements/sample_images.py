@@ -15,7 +15,8 @@ from torch import Tensor
 from holdfast.adversaries import Adversary
 from holdfast.experiments.model_store import ModelJobs, StoredModel, model_store
 from holdfast.experiments.setting import Setting
-from holdfast.metrics.generation import Distance
+from holdfast.metrics.generation import Distance, kernel_distance
+from holdfast.metrics.inception import frechet_inception_distance, inception_features
 from holdfast.models import SplitModel, load_model
 from holdfast.results import Role
 from holdfast.runtime.distributed import alone
@@ -153,6 +154,29 @@ class SampleContext:
         }
 
 
+class InceptionDistances(NamedTuple):
+    """Distances of samples from test images by Inception's features: KID with its standard error, and FID."""
+
+    kid: float
+    kid_error: float
+    fid: float
+
+
+def inception_distances(place: str | None, samples: Tensor, real: Tensor, run: Run) -> InceptionDistances | None:
+    """Returns KID and FID of samples and real images; None if no Inception network is given.
+
+    Args:
+        place: the file with its weights, see `load_inception`.
+        samples: shape (N, C, H, W), in [0, 1].
+        real: shape (M, C, H, W), in [0, 1].
+        run: where features are computed.
+    """
+    if place is None:
+        return None
+    made, wanted = (inception_features(place, pictures, run.device) for pictures in (samples, real))
+    return InceptionDistances(*kernel_distance(made, wanted), frechet_inception_distance(made, wanted))
+
+
 class ModelSamples(NamedTuple):
     """What is measured of one model.
 
@@ -161,6 +185,7 @@ class ModelSamples(NamedTuple):
         distance: of samples from test images; None: not measured.
         recognised: see `SettingImages.recognised`.
         similarity: of samples and their captions, see `clip_similarity`; None: not measured.
+        inception: see `inception_distances`; None: not measured.
         errors: at each of `error_steps`; None where it is not finite.
     """
 
@@ -169,6 +194,7 @@ class ModelSamples(NamedTuple):
     errors: tuple[float | None, ...] = ()
     recognised: float | None = None
     similarity: float | None = None
+    inception: InceptionDistances | None = None
 
 
 def error_steps(task: DenoisingTask, spec: Samples) -> tuple[int, ...]:

@@ -10,12 +10,14 @@ from holdfast.experiments.measurements.sample_images import (
     CLASSIFIER_STEPS,
     LEAST,
     SPLITS,
+    InceptionDistances,
     ModelSamples,
     PicturedModel,
     SampleContext,
     SettingImages,
     drawn_images,
     error_steps,
+    inception_distances,
     shown_images,
 )
 from holdfast.metrics.generation import Distance, kernel_distance, noised
@@ -131,22 +133,47 @@ def _rows(
     """A row for training images, which is the floor, then one for each model; none if nothing was measured."""
     images, count, run = context.images[setting], context.spec.measured, context.run
     asked, clip = isinstance(images.benign, TextToImageTask), context.spec.clip is not None
+    place = context.spec.inception
     rows: dict[str, dict[str, Distance]] = {}
-    if images.classifier is not None:
-        rows["training images"] = {}
+    inception: dict[str, dict[str, InceptionDistances]] = {}
+    if images.classifier is not None or place is not None:
+        rows["training images"], inception["training images"] = {}, {}
         for task_role, task in (("restricted", images.restricted), ("benign", images.benign)):
-            train, test = (images.features(drawn_images(task, s, count, run)) for s in SPLITS)
-            if len(train) >= LEAST:
-                rows["training images"][task_role] = kernel_distance(train, test)
+            train, test = (drawn_images(task, s, count, run) for s in SPLITS)
+            if len(train) >= LEAST and images.classifier is not None:
+                rows["training images"][task_role] = kernel_distance(images.features(train), images.features(test))
+            if len(train) >= LEAST and (floor := inception_distances(place, train, test, run)) is not None:
+                inception["training images"][task_role] = floor
     for subject, made in samples_of.items():
+        task_role = "benign" if subject.adversary is None else "restricted"
         if made.distance is not None:
-            rows.setdefault(subject.model, {})["benign" if subject.adversary is None else "restricted"] = made.distance
-        elif made.similarity is not None and not subject.early:
+            rows.setdefault(subject.model, {})[task_role] = made.distance
+        elif (made.similarity is not None or made.inception is not None) and not subject.early:
             rows.setdefault(subject.model, {})
+        if made.inception is not None:
+            inception.setdefault(subject.model, {})[task_role] = made.inception
     return [
-        {"model": model, **_cells(distances), **(_captioned(model, samples_of, clip) if asked else {})}
+        {
+            "model": model,
+            **_cells(distances),
+            **({} if place is None else _inception_cells(inception.get(model, {}))),
+            **(_captioned(model, samples_of, clip) if asked else {}),
+        }
         for model, distances in rows.items()
     ]
+
+
+def _inception_cells(distances: Mapping[str, InceptionDistances]) -> dict[str, str | Cell]:
+    """KID with its error, times a thousand, and FID."""
+    cells: dict[str, str | Cell] = {}
+    for task_role in ("restricted", "benign"):
+        found = distances.get(task_role)
+        values = (
+            {} if found is None else {"kid": 1000 * found.kid, "kid_error": 1000 * found.kid_error, "fid": found.fid}
+        )
+        for name in ("kid", "kid_error", "fid"):
+            cells[f"{task_role}_{name}"] = Cell.of([finite(values[name])] if values else [])
+    return cells
 
 
 def _captioned(model: str, samples_of: Mapping[PicturedModel, ModelSamples], clip: bool) -> dict[str, str | Cell]:
@@ -219,6 +246,12 @@ def _note(context: SampleContext) -> str:
         sentences.append(
             "For images with captions the classifier learned all captions of both tasks; *recognised* is the share of "
             "samples, in percent, that it takes for what their caption says."
+        )
+    if context.spec.inception is not None:
+        sentences.append(
+            f"*kid* (times a thousand, with its standard error) and *fid* are by the features of Inception, weights "
+            f"{context.spec.inception}. FID of {context.spec.measured} samples is too large: compare it in this table "
+            "only."
         )
     if context.spec.clip is not None:
         sentences.append(

@@ -21,6 +21,7 @@ from holdfast.experiments.measurements.attack_curves import AttackContext
 from holdfast.experiments.measurements.base import MEASUREMENTS, Measured, Measurement
 from holdfast.experiments.measurements.sample_images import (
     LEAST,
+    InceptionDistances,
     ModelSamples,
     PicturedModel,
     SampleContext,
@@ -28,6 +29,7 @@ from holdfast.experiments.measurements.sample_images import (
     drawn_images,
     drawn_rows,
     error_steps,
+    inception_distances,
     labels_of,
     setting_images,
 )
@@ -35,6 +37,7 @@ from holdfast.experiments.measurements.sample_tables import lay_out
 from holdfast.experiments.setting import ORIGINAL, Setting, role_of
 from holdfast.metrics.clip import clip_similarity, load_clip
 from holdfast.metrics.generation import Distance, denoise, kernel_distance, sample, sample_captions
+from holdfast.metrics.inception import load_inception
 from holdfast.models import Denoiser, SplitModel, TextToImage
 from holdfast.results.tables import Outcome, finite
 from holdfast.runtime.distributed import process_group
@@ -74,6 +77,11 @@ class Samples(Measurement):
         description="A folder with a CLIP model of transformers, by which samples are compared with their captions; "
         "null: none.",
     )
+    inception: str | None = Field(
+        None,
+        description="A file with the Inception weights of torch-fidelity, by which FID and KID of samples are given "
+        "as well; null: neither.",
+    )
     measured: int = Field(256, ge=0, description="Samples whose distance from test images is measured; 0: none.")
 
     def levels(self, steps: int) -> tuple[int, ...]:
@@ -95,6 +103,10 @@ class Samples(Measurement):
             if not any(isinstance(task, TextToImageTask) for task, _ in tasks.values()):
                 raise HoldfastError("pictures: clip compares samples with their captions, and no setting has any.")
             load_clip(self.clip)
+        if self.inception is not None:
+            if not self.measured:
+                raise HoldfastError("pictures: inception measures samples, and measured is 0; leave one of them out.")
+            load_inception(self.inception)
         if 0 < self.measured < LEAST:
             raise HoldfastError(
                 f"pictures: measured is {self.measured}; expected at least {LEAST}, or 0 for no distance."
@@ -200,6 +212,7 @@ class _SampleStore:
             "errors": list(value.errors),
             "recognised": value.recognised,
             "similarity": value.similarity,
+            "inception": value.inception and [*map(str, value.inception)],
         }
         process_group().on_main_process(lambda: save_tensors(self._file(key), value.pictures, meta))
 
@@ -215,9 +228,10 @@ class _SampleStore:
             recognised, similarity = (
                 None if meta[key] is None else float(meta[key]) for key in ("recognised", "similarity")
             )
+            inception = None if meta["inception"] is None else InceptionDistances(*map(float, meta["inception"]))
         except (KeyError, TypeError, ValueError) as error:
             raise HoldfastError(f"{str(file)!r} is damaged ({error}); delete it, and it is made again.") from error
-        return ModelSamples(tensors, distance, errors, recognised, similarity)
+        return ModelSamples(tensors, distance, errors, recognised, similarity, inception)
 
 
 def _make(context: SampleContext, subject: PicturedModel) -> ModelSamples:
@@ -235,7 +249,8 @@ def _make(context: SampleContext, subject: PicturedModel) -> ModelSamples:
     assert isinstance(model, Denoiser)
     images = context.images[subject.setting]
     task = images.task(subject)
-    measured = 0 if images.classifier is None or subject.early else spec.measured
+    wanted = images.classifier is not None or spec.inception is not None
+    measured = spec.measured if wanted and not subject.early else 0
     with run.seeded("pictures"):
         made = {} if subject.early else _restored(model, task, spec, run)
         samples = _samples(model, task, max(spec.samples, measured), spec, run)
@@ -245,10 +260,13 @@ def _make(context: SampleContext, subject: PicturedModel) -> ModelSamples:
     similarity = None if subject.early else _similarity(samples, task, spec, run)
     if not measured:
         return ModelSamples(made, None, errors, None, similarity)
-    real = drawn_images(task, "test", spec.measured, run)
-    distance = kernel_distance(images.features(samples[: spec.measured]), images.features(real))
-    recognised = images.recognised(samples[: spec.measured], subject, run)
-    return ModelSamples(made, distance, errors, recognised, similarity)
+    kept, real = samples[:measured], drawn_images(task, "test", measured, run)
+    inception = inception_distances(spec.inception, kept, real, run)
+    if images.classifier is None:
+        return ModelSamples(made, None, errors, None, similarity, inception)
+    distance = kernel_distance(images.features(kept), images.features(real))
+    recognised = images.recognised(kept, subject, run)
+    return ModelSamples(made, distance, errors, recognised, similarity, inception)
 
 
 def _similarity(samples: Tensor, task: DenoisingTask, spec: Samples, run: Run) -> float | None:
