@@ -20,6 +20,7 @@ from holdfast.results import Curve, Role
 from holdfast.runtime.registry import Registry
 from holdfast.runtime.run import Run
 from holdfast.tasks import Task
+from holdfast.training import Strategy
 
 
 class Adversary(ABC):
@@ -308,6 +309,53 @@ def _head_on_features(model: SplitModel, task: Task) -> tuple[SplitModel, Task]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class StrategyAdversary(Adversary):
+    """An adversary that does something beside fine-tuning by a strategy: its settings are the strategy's and its own.
+
+    A subclass is a frozen dataclass with further fields before `name`. It sets `kind`, its registered name.
+    """
+
+    kind: ClassVar[str]
+
+    strategy: Strategy
+
+    @property
+    def batch_size(self) -> int:  # type: ignore[override]
+        """Restricted samples per step."""
+        return self.strategy.batch_size
+
+    @property
+    def trains_head_in_place(self) -> bool:
+        """See `Adversary.trains_head_in_place`."""
+        return self.strategy.initialisation == "direct"
+
+    @classmethod
+    def _own(cls) -> list[str]:
+        """Names of the settings besides the strategy's."""
+        return [f.name for f in fields(cls) if f.name not in ("strategy", "name")]
+
+    def config(self) -> dict[str, Any]:
+        """See `Adversary.config`."""
+        own = {name: getattr(self, name) for name in self._own()}
+        own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+        return {"kind": self.kind, **own, **self.strategy.settings()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Returns the adversary that has this `config`.
+
+        Raises:
+            HoldfastError: for an unknown setting.
+        """
+        own = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in cls._own()}
+        rest = {k: v for k, v in config.items() if k not in own and k != "kind"}
+        for key in rest:
+            if key not in Strategy.__dataclass_fields__:
+                raise unknown(f"setting of {cls.kind}", key, [*Strategy.__dataclass_fields__, *cls._own()])
+        return cls(Strategy(**rest), **own)
 
 
 KINDS: Final[Registry[type[Adversary]]] = Registry("kind of adversary", "holdfast.adversaries")

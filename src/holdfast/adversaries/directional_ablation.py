@@ -13,17 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
 
-from holdfast.adversaries.base import KINDS, Adversary
+from holdfast.adversaries.base import KINDS, StrategyAdversary
 from holdfast.adversaries.finetuning import FineTuning
 from holdfast.errors import HoldfastError
 from holdfast.models import CausalModel, SplitModel
 from holdfast.tasks import Task
-from holdfast.training import Strategy
 
 WRITERS: Final = frozenset({"o_proj", "down_proj", "out_proj", "fc2", "dense", "dense_4h_to_h", "c_proj", "wo", "w2"})
 """Names of the layers that write into the hidden states, in the causal models of transformers."""
@@ -34,7 +33,7 @@ ROWS = 64
 
 @KINDS.register("directional-ablation")
 @dataclass(frozen=True)
-class DirectionalAblation(Adversary):
+class DirectionalAblation(StrategyAdversary):
     """Ablates one direction, then fine-tunes; at budget 0 it is the ablation alone. Needs the benign task.
 
     Attributes:
@@ -47,11 +46,13 @@ class DirectionalAblation(Adversary):
         HoldfastError: for a depth out of range.
 
     Example:
+        >>> from holdfast.training import Strategy
         >>> DirectionalAblation(Strategy("direct", "all", "adamw", 1e-4, 16)).name
         'ablation at 0.6, direct+all adamw 0.0001 b16'
     """
 
-    strategy: Strategy
+    kind: ClassVar[str] = "directional-ablation"
+
     depth: float = 0.6
     name: str = field(default="")
 
@@ -60,30 +61,6 @@ class DirectionalAblation(Adversary):
             raise HoldfastError(f"depth is {self.depth}; expected a share above 0, at most 1.")
         shown = f"ablation at {self.depth:g}, {FineTuning(self.strategy).name}"
         object.__setattr__(self, "name", self.name or shown)
-
-    @property
-    def batch_size(self) -> int:  # type: ignore[override]
-        """Samples per step."""
-        return self.strategy.batch_size
-
-    @property
-    def trains_head_in_place(self) -> bool:
-        """See `Adversary.trains_head_in_place`."""
-        return self.strategy.initialisation == "direct"
-
-    def config(self) -> dict[str, Any]:
-        """See `Adversary.config`."""
-        return {"kind": "directional-ablation", "depth": self.depth, **self.strategy.settings()}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """Returns the adversary that has this `config`.
-
-        Raises:
-            HoldfastError: for an unknown setting.
-        """
-        rest = {k: v for k, v in config.items() if k not in ("kind", "depth")}
-        return cls(FineTuning.from_config(rest).strategy, **{k: config[k] for k in ("depth",) if k in config})
 
     def not_applicable(self, model: SplitModel, task: Task) -> str | None:
         """See `Adversary.not_applicable`."""

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from holdfast import training
-from holdfast.adversaries.base import KINDS, Adversary
+from holdfast.adversaries.base import KINDS, StrategyAdversary
 from holdfast.adversaries.finetuning import FineTuning, named_errors
 from holdfast.errors import HoldfastError, unknown
 from holdfast.metrics.generation import sample_captions
 from holdfast.models import SplitModel, TextToImage
 from holdfast.tasks import Task
 from holdfast.tasks.text_to_image import TextToImageTask
-from holdfast.training import Strategy
 from holdfast.training.rare_tokens import Concepts, captioned, not_captioned, rare_tokens
 
 Prior = Literal["drawn", "benign"]
 
-OWN = ("prior", "prior_weight", "prior_images", "prior_steps", "guidance", "undo")
-"""Settings of `DreamBooth` besides its strategy."""
-
 
 @KINDS.register("dreambooth")
 @dataclass(frozen=True)
-class DreamBooth(Adversary):
+class DreamBooth(StrategyAdversary):
     """Fine-tuning on captions with a rare token before their last word, beside images of the prior.
 
     After Ruiz et al. (CVPR 2023), as `train_dreambooth.py` of diffusers has it: the loss of a step is the mean squared
@@ -53,11 +49,13 @@ class DreamBooth(Adversary):
         HoldfastError: for a number out of range, or an unknown move.
 
     Example:
+        >>> from holdfast.training import Strategy
         >>> DreamBooth(Strategy("direct", "lora-attention", "adamw", 1e-3)).name
         'dreambooth, 20 drawn for prior 1, direct+lora-attention adamw 0.001 b50'
     """
 
-    strategy: Strategy
+    kind: ClassVar[str] = "dreambooth"
+
     prior: Prior = "drawn"
     prior_weight: float = 1.0
     prior_images: int = 20
@@ -89,35 +87,6 @@ class DreamBooth(Adversary):
     @property
     def _tuning(self) -> FineTuning:
         return FineTuning(self.strategy, undo=self.undo)
-
-    @property
-    def batch_size(self) -> int:  # type: ignore[override]
-        """Restricted samples per step; as many of the prior come beside them."""
-        return self.strategy.batch_size
-
-    @property
-    def trains_head_in_place(self) -> bool:
-        """See `Adversary.trains_head_in_place`."""
-        return self.strategy.initialisation == "direct"
-
-    def config(self) -> dict[str, Any]:
-        """See `Adversary.config`."""
-        own = {name: getattr(self, name) for name in OWN} | {"undo": list(self.undo)}
-        return {"kind": "dreambooth", **own, **self.strategy.settings()}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """Returns the adversary that has this `config`.
-
-        Raises:
-            HoldfastError: for an unknown setting.
-        """
-        own = {k: config[k] for k in OWN if k in config}
-        rest = {k: v for k, v in config.items() if k not in own and k != "kind"}
-        for key in rest:
-            if key not in Strategy.__dataclass_fields__:
-                raise unknown("setting of dreambooth", key, [*Strategy.__dataclass_fields__, *OWN])
-        return cls(Strategy(**rest), **{**own, "undo": tuple(own.get("undo", ()))})
 
     def not_applicable(self, model: SplitModel, task: Task) -> str | None:
         """See `Adversary.not_applicable`."""

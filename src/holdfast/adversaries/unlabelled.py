@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast import training
-from holdfast.adversaries.base import KINDS, Adversary
+from holdfast.adversaries.base import KINDS, StrategyAdversary
 from holdfast.adversaries.finetuning import FineTuning
-from holdfast.errors import HoldfastError, unknown
+from holdfast.errors import HoldfastError
 from holdfast.losses import negative_entropy
 from holdfast.models import SplitModel
 from holdfast.tasks import Task
-from holdfast.training import Strategy
-
-OWN = ("share", "entropy", "pseudo", "threshold", "undo")
-"""Settings of `Unlabelled` besides its strategy."""
 
 
 @KINDS.register("unlabelled")
 @dataclass(frozen=True)
-class Unlabelled(Adversary):
+class Unlabelled(StrategyAdversary):
     """Fine-tuning on all samples with the labels of a part of them; for classes.
 
     Each step has a batch with labels, and one without, on which the model becomes surer of what it finds: entropy
@@ -45,11 +41,13 @@ class Unlabelled(Adversary):
         HoldfastError: for a number out of range, or an unknown move.
 
     Example:
+        >>> from holdfast.training import Strategy
         >>> Unlabelled(Strategy("head", "all", "adam", 1e-3)).name
         'unlabelled, 0.1 labelled, entropy 0.1, pseudo 0.5 at 0.9, initFC+all adam 0.001 b50'
     """
 
-    strategy: Strategy
+    kind: ClassVar[str] = "unlabelled"
+
     share: float = 0.1
     entropy: float = 0.1
     pseudo: float = 0.5
@@ -72,35 +70,6 @@ class Unlabelled(Adversary):
     @property
     def _tuning(self) -> FineTuning:
         return FineTuning(self.strategy, undo=self.undo)
-
-    @property
-    def batch_size(self) -> int:  # type: ignore[override]
-        """Samples with labels per step; as many come without."""
-        return self.strategy.batch_size
-
-    @property
-    def trains_head_in_place(self) -> bool:
-        """See `Adversary.trains_head_in_place`."""
-        return self.strategy.initialisation == "direct"
-
-    def config(self) -> dict[str, Any]:
-        """See `Adversary.config`."""
-        own = {name: getattr(self, name) for name in OWN} | {"undo": list(self.undo)}
-        return {"kind": "unlabelled", **own, **self.strategy.settings()}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """Returns the adversary that has this `config`.
-
-        Raises:
-            HoldfastError: for an unknown setting.
-        """
-        own = {k: config[k] for k in OWN if k in config}
-        rest = {k: v for k, v in config.items() if k not in own and k != "kind"}
-        for key in rest:
-            if key not in Strategy.__dataclass_fields__:
-                raise unknown("setting of unlabelled", key, [*Strategy.__dataclass_fields__, *OWN])
-        return cls(Strategy(**rest), **{**own, "undo": tuple(own.get("undo", ()))})
 
     def not_applicable(self, model: SplitModel, task: Task) -> str | None:
         """See `Adversary.not_applicable`."""
