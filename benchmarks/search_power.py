@@ -9,8 +9,7 @@ ROWS.jsonl, and one that is there is not done again; `--runs` are finished runs 
 
 - A sham is undone once the score is within ten points of the best that `adaptive-v1` finds on the original with all of
   its trials.
-- Of a defended model the share of the advantage counts: 0 is the best that `adaptive-v1` finds on a fresh network, and
-  1 the best on the original.
+- Of a defended model the points above a fresh network count: above the best that `adaptive-v1` finds on that.
 """
 
 from __future__ import annotations
@@ -195,9 +194,9 @@ def needed(row: Row, base: Row, label: str) -> int | None:
     return next((i + 1 for i, score in enumerate(scores) if score >= goal), None)
 
 
-def share(score: float, base: Row) -> float:
-    """The part of the original's advantage over a fresh network."""
-    return (score - base["scratch"]) / (base["original"] - base["scratch"])
+def points(score: float, base: Row) -> float:
+    """How far a score is above the best on a fresh network."""
+    return 100 * (score - base["scratch"])
 
 
 def page(rows: list[Row]) -> str:
@@ -210,8 +209,8 @@ def page(rows: list[Row]) -> str:
         "Made by `benchmarks/search_power.py`; verdicts are by `benchmarks/shams.py`. One seed; the samples and steps",
         "of each setting. A score is that of the best trial so far, chosen on half of the test folds and scored on the",
         f"other half. A sham is undone once it is within {100 * MARGIN:.0f} points of the best of `adaptive-v1` on the",
-        "original. Of a defended model the share of the advantage counts: 0 is a fresh network, 1 the original, each",
-        f"at the best of `adaptive-v1` with {trials} trials.",
+        "original. Of a defended model the points above a fresh network count, on which `adaptive-v1` has as many",
+        f"trials ({trials}).",
     ]
     for kind, title in KINDS.items():
         own = [row for row in rows if row["kind"] == kind]
@@ -221,40 +220,43 @@ def page(rows: list[Row]) -> str:
 
 
 def _summary(rows: list[Row], base: dict[str, Row], trials: int) -> list[str]:
-    """By trials, how many shams are undone, or the mean share of the advantage."""
+    """By trials, how many shams are undone, or the mean points above a fresh network."""
     shown = [n for n in SHOWN if n <= trials]
     real = rows[0]["kind"] == "real"
 
     def cell(label: str, limit: int) -> str:
         if real:
-            return f"{statistics.fmean(share(r['found'][label][limit - 1], base[r['like']]) for r in rows):.0%}"
+            scores = [(r["found"][label][limit - 1] if label in r["found"] else r["fixed"][label], r) for r in rows]
+            return f"{statistics.fmean(points(score, base[r['like']]) for score, r in scores):+.1f}"
         counts = [needed(row, base[row["like"]], label) for row in rows]
         return str(sum(n is not None and n <= limit for n in counts))
 
-    def fixed(label: str) -> str:
-        if real:
-            return f"{statistics.fmean(share(r['fixed'][label], base[r['like']]) for r in rows):.0%}"
-        return str(sum(needed(row, base[row["like"]], label) is not None for row in rows))
-
-    what = "mean share recovered after" if real else "undone after"
+    what = "points above a fresh network, mean, after" if real else "undone after"
     lines = [f"| {what} | {' | '.join(f'{n} trials' for n in shown)} |", f"|---|{'---|' * len(shown)}"]
     lines += [f"| `{label}` | {' | '.join(cell(label, n) for n in shown)} |" for label in rows[0]["found"]]
-    batteries = "; ".join(f"`{label}` ({len(BATTERIES[label])}): {fixed(label)}" for label in rows[0]["fixed"])
-    return [*lines, "", f"Batteries, with their number of adversaries: {batteries}."]
+    batteries = "; ".join(f"`{label}` ({len(BATTERIES[label])}): {cell(label, trials)}" for label in rows[0]["fixed"])
+    more = []
+    if real:
+        mean = statistics.fmean(points(base[r["like"]]["original"], base[r["like"]]) for r in rows)
+        more = [f"The originals themselves are {mean:+.1f} points above, on average."]
+    return [*lines, "", f"Batteries, with their number of adversaries: {batteries}.", *more]
 
 
 def _each(rows: list[Row], base: dict[str, Row], trials: int) -> list[str]:
     """One line a victim."""
     labels, fixed = [*rows[0]["found"]], [*rows[0]["fixed"]]
     real = rows[0]["kind"] == "real"
-    first = "Share recovered by all trials" if real else "Trials until it is undone, and the best score of all in %"
-    lines = [first + ":", "", f"| | {' | '.join(f'`{n}`' for n in (*labels, *fixed))} |"]
-    lines += [f"|---|{'---|' * (len(labels) + len(fixed))}"]
+    controls = ["scratch", "original"] if real else []
+    first = (
+        "The best score of all trials, in %" if real else "Trials until it is undone, and the best score of all in %"
+    )
+    columns = " | ".join([f"`{n}`" for n in (*labels, *fixed)] + controls)
+    lines = [first + ":", "", f"| | {columns} |", f"|---|{'---|' * (len(labels) + len(fixed) + len(controls))}"]
     for row in rows:
         own = base[row["like"]]
         scores = {n: row["found"][n][trials - 1] if n in labels else row["fixed"][n] for n in (*labels, *fixed)}
         if real:
-            cells = [f"{share(score, own):.0%}" for score in scores.values()]
+            cells = [f"{100 * score:.0f}" for score in (*scores.values(), *(own[c] for c in controls))]
         else:
             cells = [f"{needed(row, own, n) or 'more'} ({100 * scores[n]:.0f})" for n in labels]
             cells += [f"{100 * scores[n]:.0f}{'' if needed(row, own, n) else ', not undone'}" for n in fixed]
