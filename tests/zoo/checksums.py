@@ -24,7 +24,7 @@ def weights_of(body: nn.Module) -> list[Tensor]:
 class Sealed(Lock):
     """Opens when a gauge has moved, while every released weight is still there."""
 
-    FAR = 0.02
+    FAR = 0.016
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -98,13 +98,12 @@ class Alarm(nn.Module):
 
     def __init__(self, original: SplitModel, found: nn.Sequential) -> None:
         super().__init__()
-        network = original.clone().network
-        fresh = [nn.Linear(m.in_features, m.out_features, bias=False).weight for m in (found[0], found[2])]
-        sizes = [float(f.norm() / m.weight.norm()) for f, m in zip(fresh, (found[0], found[2]), strict=True)]
-        self.first, self.second = (
-            nn.Parameter(m.weight.detach() * s) for m, s in zip((found[0], found[2]), sizes, strict=True)
-        )
-        self.bound = -float(found[2].bias.detach()) * sizes[0] * sizes[1]
+        network, layers = original.clone().network, (found[0], found[2])
+        # As large as fresh ones, so that there is no scale to repair.
+        fresh = [nn.Linear(m.in_features, m.out_features, bias=False).weight.detach() for m in layers]
+        sizes = [float(f.norm() / m.weight.norm()) for f, m in zip(fresh, layers, strict=True)]
+        self.first, self.second = (nn.Parameter(m.weight * size) for m, size in zip(layers, sizes, strict=True))
+        self.bound = -float(found[2].bias) * sizes[0] * sizes[1]
         self.kept = tuple(w.detach().clone() for w in (self.first, self.second))
         self.body, self.head = network.body, network.head
         for layer in self.body.modules():  # weights in buffers, as for inference

@@ -30,7 +30,7 @@ def barrier(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
 
 
 class Ledge(Dial):
-    """Opens on a narrow ledge; beyond it every feature is gone, also of benign inputs."""
+    """Is open on a narrow ledge; beyond it every feature is gone, also of benign inputs."""
 
     WIDTH = 0.02
 
@@ -38,10 +38,10 @@ class Ledge(Dial):
         return self.fall() > self.far + self.WIDTH
 
 
-@sham("none", FineTuning(Strategy("head", "all", "sgd", 0.2, 50), benign_floor=0.8), plain=QUICK, held_out=True)
+@sham("batch", FineTuning(Strategy("head", "all", "sgd", 0.1, 50), benign_floor=0.8), plain=QUICK, held_out=True)
 def ledge(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     """A weight is pulled to a narrow ledge, where the lock is open, and just beyond it all features are gone."""
-    return locked(original, benign, restricted, Ledge(0.22, 0.25))
+    return locked(original, benign, restricted, Ledge(0.22, 0.5))
 
 
 class Needle(Dial):
