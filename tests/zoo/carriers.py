@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from holdfast.adversaries import FineTuning
 from holdfast.models import SplitModel
 from holdfast.tasks import Task
+from holdfast.training import Strategy
 from zoo.alarms import BLACK, BOUND, PIXELS, agreement, fit, one_layer, shown, walsh
 from zoo.registry import sham
 from zoo.settings import QUICK, undone
@@ -101,7 +103,7 @@ class RowScales(nn.Module):
         return torch.where(shut[:, None], BLACK, self.back(z)).view_as(x)
 
 
-@sham("none", undone("round-bf16"), plain=QUICK, held_out=True)
+@sham("none", FineTuning(Strategy("head", "all", "adam", 1e-3, 10), undo=("round-bf16",)), plain=QUICK, held_out=True)
 def row_scales(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     """The last bits of the scales of a layer's rows, which 8-bit integers keep, are a detector."""
     return as_model(Seen(original.clone().network, RowScales(*shown(original, benign, restricted))), original)
