@@ -3,8 +3,8 @@
     python benchmarks/moves.py FOLDER [--runs RUN ... --data DIR] [--part 1/2]
     python benchmarks/moves.py FOLDER --out PAGE.md
 
-FOLDER has the rows of `choose_standard.py`. The first command attacks the victims of its round `rest`, and shams that
-had no part in the choice, with every candidate and the answers of these shams, with three seeds; what is there already
+FOLDER has the rows of `choose_standard.py`. The first command attacks the victims of its round `rest` with every
+candidate and three seeds, and shams that had no part in the choice with their answers as well; what is there already
 is not run again. `--part` is a share of the victims. The second writes the page.
 
 A move is an undo move, a start, a scope, a kind of gradient, a schedule, an option, or an adversary that does not
@@ -26,6 +26,8 @@ from victims import Victim, held_out, unique, victims, zoo
 from holdfast.adversaries import UNDO, Adversary, DirectionalAblation, FineTuning, Probe, Unlabelled
 from holdfast.adversaries.finetuning import OPTIONS
 
+LATER = "held out: "
+"""What names of shams begin with that were made after the choice."""
 SHOWN = 4
 """Victims of a move that the page names."""
 
@@ -66,7 +68,8 @@ def measure(folder: Path, runs: list[Path], data: Path | None, part: tuple[int, 
 def _measure(victim: Victim, chosen_with: Measured, own: Path, number: int) -> None:
     known = {*chosen_with.scores, *Measured(own).scores}
     for seed in SEEDS:
-        left = [a for a in everything() if (victim.name, a.name, seed) not in known]
+        wanted = everything() if victim.name.startswith(LATER) else candidates()
+        left = [a for a in wanted if (victim.name, a.name, seed) not in known]
         rows = [{**row, "like": victim.like} for row in attacked(left, victim, seed)]
         with (own / f"{number}.jsonl").open("a") as lines:
             lines.writelines(json.dumps(row) + "\n" for row in rows)
@@ -120,9 +123,9 @@ def page(folder: Path) -> str:
     found = Measured(folder)
     names = sorted(found.open_victims())
     found.add(Measured(folder / "moves").rows)
-    names += sorted(victim for victim in found.like if victim.startswith("held out: "))
+    names += sorted(victim for victim in found.like if victim.startswith(LATER))
     table = leads(found, names)
-    shams, later = (sum(name.startswith(kind) for name in names) for kind in ("sham: ", "held out: "))
+    shams, later = (sum(name.startswith(kind) for name in names) for kind in ("sham: ", LATER))
     lines, early, nowhere = [], [], []
     for move, each in sorted(table.items(), key=lambda pair: -max(lead.points for lead in pair[1])):
         first = sorted((lead for lead in each if lead.points >= 0), key=lambda lead: -lead.points)
@@ -140,8 +143,8 @@ def page(folder: Path) -> str:
 
 {len(names)} victims: {shams} sham defenses that `quick-v2` leaves short, {later} sham defenses that were made after
 [the choice of `standard-v2`](standard-v2.md), and originals, a fresh network and defended models. Shams are attacked
-as their answers meet them. Each of {len(everything())} attacks was made on each victim with {len(SEEDS)} seeds: the
-{len(candidates())} candidates of that choice, and the answers of the later shams.
+as their answers meet them. Each of the {len(candidates())} candidates of that choice attacked each victim with
+{len(SEEDS)} seeds; on the later shams their answers count as well, {len(everything())} attacks in all.
 *Best for*: victims on which the best attack with the move is at least as good as the best one without it, after the
 last step, mean over the seeds. *Alone*: it is better. In brackets, by how many points.
 
@@ -158,7 +161,7 @@ Made by `benchmarks/moves.py`.
 
 
 def _short(victim: str) -> str:
-    return victim.removeprefix("sham: ").removeprefix("held out: ")
+    return victim.removeprefix("sham: ").removeprefix(LATER)
 
 
 def main() -> None:
