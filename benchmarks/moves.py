@@ -20,14 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from choose_standard import SEEDS, WIDTH, Measured, attacked, candidates
-from victims import Victim, held_out, unique, victims, zoo
+from choose_standard import RECOVERED, SEEDS, WIDTH, Measured, attacked, candidates
+from victims import BASE, Victim, held_out, unique, victims, zoo
 
-from holdfast.adversaries import UNDO, Adversary, DirectionalAblation, FineTuning, Probe, Unlabelled
+from holdfast.adversaries import UNDO, Adversary, DirectionalAblation, FineTuning, Probe, Unlabelled, listed
 from holdfast.adversaries.finetuning import OPTIONS
 
 LATER = "held out: "
 """What names of shams begin with that were made after the choice."""
+ORIGINAL = "original of later ones: "
+"""What names of their originals begin with."""
 SHOWN = 4
 """Victims of a move that the page names."""
 
@@ -69,6 +71,7 @@ def _measure(victim: Victim, chosen_with: Measured, own: Path, number: int) -> N
     known = {*chosen_with.scores, *Measured(own).scores}
     for seed in SEEDS:
         wanted = everything() if victim.name.startswith(LATER) else candidates()
+        wanted = BASE if victim.name.startswith(ORIGINAL) else wanted
         left = [a for a in wanted if (victim.name, a.name, seed) not in known]
         rows = [{**row, "like": victim.like} for row in attacked(left, victim, seed)]
         with (own / f"{number}.jsonl").open("a") as lines:
@@ -118,6 +121,21 @@ def _over(means: dict[str, list[float]], some: set[str]) -> list[float]:
     return [a - b for a, b in zip(with_it, without, strict=True)]
 
 
+def short_of(found: Measured, battery: str) -> list[str]:
+    """Later shams of which a battery does not recover `RECOVERED` of what `quick-v2` loses by them, as released."""
+    members, base = ([attack.name for attack in adversaries] for adversaries in (listed(battery), BASE))
+    short = []
+    for victim in (name for name in found.like if name.startswith(LATER)):
+        original = ORIGINAL + zoo.ZOO[victim.removeprefix(LATER)].setting
+        whole, plain, reached = (
+            sum(found.best(who, names, seed)[-1] for seed in SEEDS) / len(SEEDS)
+            for who, names in ((original, base), (victim, base), (victim, members))
+        )
+        if reached < plain + RECOVERED * (whole - plain):
+            short.append(victim.removeprefix(LATER))
+    return short
+
+
 def page(folder: Path) -> str:
     """The page."""
     found = Measured(folder)
@@ -139,6 +157,8 @@ def page(folder: Path) -> str:
             nearest = max(each, key=lambda lead: lead.early)
             nowhere.append(f"{move} ({-nearest.early:.1f} on {_short(nearest.victim)})")
     rows = "\n".join(lines)
+    batteries = {name: short_of(found, name) for name in ("quick-v2", "standard-v1", "standard-v2")}
+    missed = "; ".join(f"`{name}` on {later - len(short)}" for name, short in batteries.items())
     return f"""# For which victims a move is part of the best attack
 
 {len(names)} victims: {shams} sham defenses that `quick-v2` leaves short, {later} sham defenses that were made after
@@ -155,6 +175,11 @@ last step, mean over the seeds. *Alone*: it is better. In brackets, by how many 
 Best at an earlier step alone: {"; ".join(early) or "none"}.
 
 Best nowhere, with the points that are missing on the nearest victim: {"; ".join(nowhere) or "none"}.
+
+An audit also attacks a model's weights inside the original's code, where they fit, which undoes most of the {later}
+later shams at once. **Attacked in the code that they are released with**, a battery recovers {RECOVERED:.0%} of what
+`quick-v2` loses by them (means over the seeds, after the last step): {missed}. `standard-v2` does not on:
+{", ".join(batteries["standard-v2"]) or "none"}.
 
 Made by `benchmarks/moves.py`.
 """

@@ -160,6 +160,7 @@ def page(rows: list[Row], options: argparse.Namespace) -> str:
     labels = ", ".join(f"{counts[label]} `{label}`" for label in ("resists", "invalid", "partial", "fails"))
     seeds = ", ".join(map(str, sorted({row["seeds"] for row in rows})))
     control = sum(row["control"] for row in rows)
+    later = sum(ZOO[row["name"]].held_out for row in rows)
     vision = sum(sham.domain == "vision" for sham in ZOO.values())
     lines = "\n".join(map(shown, rows))
     minutes = sum(row["seconds"] for row in rows) / 60
@@ -167,7 +168,8 @@ def page(rows: list[Row], options: argparse.Namespace) -> str:
 
 `python benchmarks/shams.py ROWS.jsonl --battery {options.battery} --seeds {options.seeds}`:
 {len(rows)} of {vision} shams, {seeds} seeds, {minutes:.0f} minutes of a core; tasks, samples and budgets are those of
-each sham's setting. Verdicts: {labels}.
+each sham's setting. {later} of them were made after the battery was chosen.
+Verdicts: {labels}.
 *(control)*: {control} audits are invalid because the original's own advantage is not certain with so few seeds,
 whatever the sham does.
 

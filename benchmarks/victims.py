@@ -29,7 +29,8 @@ class Victim:
     """A model to attack, and what the adversary has.
 
     Attributes:
-        name: after `sham: `, `held out: `, `released: `, `original: `, `looks: `, `control: ` or `real: `.
+        name: after `sham: `, `held out: `, `released: `, `original of later ones: `, `original: `, `looks: `, `control: `
+            or `real: `.
         model: the model. A sham is as its answer meets it: as released, or inside the original's code. Where that
             differs, it is there once more as released.
         benign: its own task.
@@ -68,10 +69,12 @@ def victims(runs: list[Path], data: Path | None) -> Iterator[Victim]:
 
 
 def held_out() -> Iterator[Victim]:
-    """Shams of images that had no part in the choice, as their answers meet them."""
-    for name, row in zoo.ZOO.items():
-        if row.domain == "vision" and row.held_out:
-            yield replace(list(_sham(name))[-1], name=f"held out: {name}")
+    """Shams of images that had no part in the choice, as their answers meet them, and before them their originals."""
+    shams = {name: row for name, row in zoo.ZOO.items() if row.domain == "vision" and row.held_out}
+    for setting in sorted({row.setting for row in shams.values()}):
+        yield _of(f"original of later ones: {setting}", zoo.SETTINGS[setting].original, zoo.SETTINGS[setting], BASE)
+    for name in shams:
+        yield replace(list(_sham(name))[-1], name=f"held out: {name}")
 
 
 def _of(name: str, model: SplitModel, setting: zoo.Setting, first: tuple[Adversary, ...]) -> Victim:
