@@ -29,8 +29,8 @@ class Victim:
     """A model to attack, and what the adversary has.
 
     Attributes:
-        name: after `sham: `, `held out: `, `released: `, `original of later ones: `, `original: `, `looks: `, `control: `
-            or `real: `.
+        name: after `sham: `, `held out: `, `released: `, `original of later ones: `, `original: `, `looks: `,
+            `control: ` or `real: `.
         model: the model. A sham is as its answer meets it: as released, or inside the original's code. Where that
             differs, it is there once more as released.
         benign: its own task.
