@@ -402,9 +402,10 @@ class TestEveryAdversaryOfCaptions:
 
 
 class TestBattery:
-    def test_all_of_it_runs(self, model, tasks, run):
+    def test_all_of_it_runs(self, tasks, run):
         benign, restricted = tasks
         restricted = restricted.few_shot(20, 0)
+        model = load_model(ModelSpec(name="text-unet", options={"widths": [8]}), benign)
         for adversary in battery("text-to-image-v1"):
             assert adversary.not_applicable(model, restricted) is None, adversary.name
             curve = adversary.attack(model, restricted, budgets=[0, 1], run=run, benign=benign)

@@ -53,14 +53,9 @@ class Adaptation:
     def learn(self, steps: int, generator: torch.Generator) -> list[float]:
         """Takes some steps, and returns their losses."""
         training = finetune(
-            self.model,
-            self.task,
-            self.strategy,
-            generator=generator,
-            device=self.model.device,
-            optimizer=self.optimizer,
-            penalty=self._beside(generator),
-        )
+            self.model, self.task, self.strategy, generator=generator, device=self.model.device,
+            optimizer=self.optimizer, penalty=self._beside(generator),
+        )  # fmt: skip
         return [float(next(training)) for _ in range(steps)]
 
     def _beside(self, generator: torch.Generator) -> Callable[[], Tensor] | None:
@@ -153,10 +148,8 @@ class TokenAdaptation(Adaptation):
 
     def learn(self, steps: int, generator: torch.Generator) -> list[float]:
         """See `Adaptation.learn`."""
-        batches = self.task.batches(
-            "train", self.strategy.batch_size, generator=generator, device=self.model.device
-        )  # fmt: skip
-        losses = []
+        size, device = self.strategy.batch_size, self.model.device
+        batches, losses = self.task.batches("train", size, generator=generator, device=device), []
         for batch in islice(batches, steps):
             self.model.eval()
             self.optimizer.zero_grad(set_to_none=True)

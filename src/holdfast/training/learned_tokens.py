@@ -35,7 +35,7 @@ class LearnedTokens:
         >>> model = load_model("text-unet", task)
         >>> tokens = LearnedTokens(model, task, None)
         >>> [name for name, p in model.text.named_parameters() if p.requires_grad], tokens.ids
-        (['embedding.weight'], [883, 1023])
+        (['words.weight'], [883, 1023])
     """
 
     def __init__(self, model: TextToImage, task: TextToImageTask, benign: Task | None) -> None:

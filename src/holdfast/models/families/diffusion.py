@@ -147,6 +147,7 @@ class Denoiser(SplitModel):
             as the network predicts the noise.
 
         Example:
+            >>> import torch
             >>> from holdfast.tasks import load_task
             >>> from holdfast.models import ModelSpec, load_model
             >>> task = load_task("digits@kind=denoising,schedule=flow")
