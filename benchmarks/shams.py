@@ -151,7 +151,9 @@ def shown(row: Row) -> str:
     share = "-" if row["retained"] is None else f"{row['retained']:.0%}"
     high = "-" if row["advantage"] is None else f"{100 * row['advantage']:+.1f}"
     label = f"`{row['verdict']}`{' (control)' if row['control'] else ''}"
-    return f"| {row['name']} | {label} | {high} | {share} | {row['best']} | {', '.join(row['flags']) or '-'} |"
+    flags, sham = ", ".join(row["flags"]) or "-", ZOO[row["name"]]
+    name = f"{row['name']}{' (later)' if sham.held_out else ''}"
+    return f"| {name} | {sham.mechanism} | {label} | {high} | {share} | {row['best']} | {flags} |"
 
 
 def page(rows: list[Row], options: argparse.Namespace) -> str:
@@ -168,13 +170,13 @@ def page(rows: list[Row], options: argparse.Namespace) -> str:
 
 `python benchmarks/shams.py ROWS.jsonl --battery {options.battery} --seeds {options.seeds}`:
 {len(rows)} of {vision} shams, {seeds} seeds, {minutes:.0f} minutes of a core; tasks, samples and budgets are those of
-each sham's setting. {later} of them were made after the battery was chosen.
+each sham's setting. {later} of them, *(later)*, were made after the battery was chosen.
 Verdicts: {labels}.
 *(control)*: {control} audits are invalid because the original's own advantage is not certain with so few seeds,
 whatever the sham does.
 
-| sham | verdict | largest advantage | retained | best adversary | critical flags |
-|---|---|---|---|---|---|
+| sham | mechanism | verdict | largest advantage | retained | best adversary | critical flags |
+|---|---|---|---|---|---|---|
 {lines}
 """
 
