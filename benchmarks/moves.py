@@ -157,7 +157,7 @@ def page(folder: Path) -> str:
             nearest = max(each, key=lambda lead: lead.early)
             nowhere.append(f"{move} ({-nearest.early:.1f} on {_short(nearest.victim)})")
     rows = "\n".join(lines)
-    batteries = {name: short_of(found, name) for name in ("quick-v2", "standard-v1", "standard-v2")}
+    batteries = {name: short_of(found, name) for name in ("standard-v1", "standard-v2")}
     missed = "; ".join(f"`{name}` on {later - len(short)}" for name, short in batteries.items())
     return f"""# For which victims a move is part of the best attack
 

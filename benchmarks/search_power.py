@@ -206,12 +206,11 @@ def page(rows: list[Row]) -> str:
     sections = [
         "# How much searches find",
         "",
-        "Made by `benchmarks/search_power.py`; verdicts are by `benchmarks/shams.py`. One seed; the samples and steps",
-        "of each setting; weights that fit are attacked inside the original's code. A score is that of the best trial",
-        "so far, chosen on half of the test folds and scored on the",
-        f"other half. A sham is undone once it is within {100 * MARGIN:.0f} points of the best of `adaptive-v1` on the",
-        "original. Of a defended model the points above a fresh network count, on which `adaptive-v1` has as many",
-        f"trials ({trials}).",
+        "Made by `benchmarks/search_power.py`. One seed; the samples and steps of each setting. Weights that fit are",
+        "attacked inside the original's code. A score is that of the best trial so far, chosen on half of the test",
+        f"folds and scored on the other half. A sham is undone once it is within {100 * MARGIN:.0f} points of the best",
+        "of `adaptive-v1` on the original. Of a defended model the points above a fresh network count, on which",
+        f"`adaptive-v1` has as many trials ({trials}).",
     ]
     for kind, title in KINDS.items():
         own = [row for row in rows if row["kind"] == kind]

@@ -114,7 +114,12 @@ class TestRounds:
 
     @pytest.mark.parametrize(
         ("adaptation", "method"),
-        [(BRIEF.adaptation, "fine-tuning"), (LORA, "fine-tuning"), (LORA, "dreambooth"), (LORA, "textual-inversion")],
+        [
+            (BRIEF.adaptation, "fine-tuning"),
+            (LORA, "fine-tuning"),
+            (LORA, "dreambooth"),
+            (BRIEF.adaptation, "textual-inversion"),
+        ],
     )
     def test_nothing_of_the_adaptation_reaches_the_model(self, text_to_image, digit_captions, run, adaptation, method):
         """With a rate of nearly nothing above, the model stays what it is, whatever was learned below."""
@@ -191,6 +196,7 @@ class TestRounds:
         ({"optimizer": "adm"}, "did you mean 'adam'"),
         ({"method": "dream"}, "method.*dreambooth"),
         ({"prior_weight": -0.1}, "prior_weight is -0.1"),
+        ({"method": "textual-inversion", "adaptation": LORA}, "adaptation has scope 'lora-attention', which textual"),
         ({"adaptation": Strategy("head")}, "adaptation starts from 'head'"),
         ({"adaptation": Strategy(warmup=3)}, "adaptation has the schedule 'constant' with a warm-up of 3"),
     ],

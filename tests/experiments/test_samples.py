@@ -179,7 +179,9 @@ def test_without_labels_there_is_no_measure(tmp_path):
     )  # fmt: skip
     found = run(tmp_path / "new", plain)
     assert "generation" not in found.tables
-    assert any("distance of samples from test images was not measured" in finding for finding in found.findings)
+    assert any(
+        "distance of samples from test images was not measured by a classifier" in finding for finding in found.findings
+    )
     assert [name for name, f in found.figures.items() if f.kind == "pictures"] == [
         "restored_restricted_10", "restored_restricted_700", "samples_restricted",
         "restored_benign_10", "restored_benign_700", "samples_benign",

@@ -277,12 +277,28 @@ class TestPredictions:
         ours, theirs = (torch.autograd.grad(loss, model.network.conv_out.weight)[0] for loss in (found, wanted))
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
+    @pytest.mark.parametrize("kind", ["v_prediction", "flow"])
+    def test_half_precision_does_not_amplify_rounding_in_the_loss(self, kind):
+        schedule = Schedule.named("flow") if kind == "flow" else Schedule({"prediction_type": kind})
+        task = load_task("digits@kind=denoising").with_schedule(schedule)
+        batch = next(task.sweep("test", 200, device=CPU))
+        wide, half = (Denoiser(network(), scheduler=schedule.config).eval() for _ in "ab")
+        half.to(torch.bfloat16)
+        with torch.no_grad():
+            wanted, found = (model.prediction_errors(batch.x, batch.y) for model in (wide, half))
+        assert found.dtype == torch.float32
+        assert (found - wanted).norm() < 0.05 * wanted.norm()
+        assert (found - wanted).abs().max() < 0.2 * wanted.mean()
+
     def test_a_step_of_noise_alone_has_no_infinite_loss(self):
         schedule = Schedule({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
         task = load_task("digits@kind=denoising").with_schedule(schedule)
         noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         x = schedule.noised(task.images("train")[:2], torch.tensor([999, 998]), noise)
-        assert task.loss(Denoiser(network(), scheduler=schedule.config), Batch(x, noise)).isfinite()
+        model = Denoiser(network(), scheduler=schedule.config)
+        loss = task.loss(model, Batch(x, noise))
+        assert loss.isfinite()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(loss, [*model.parameters()], allow_unused=True))
 
     @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
     def test_half_precision_does_not_round_the_noise_away(self, denoiser, task, kind):

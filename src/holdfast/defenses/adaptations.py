@@ -1,6 +1,7 @@
 """Adaptations to a concept that a defense simulates.
 
-A copy of a text-to-image model learns it by fine-tuning, DreamBooth or Textual Inversion, as these adversaries do.
+A copy of a text-to-image model learns it by fine-tuning, DreamBooth or Textual Inversion, as these adversaries do; the
+prior of DreamBooth are benign images.
 """
 
 from __future__ import annotations

@@ -47,6 +47,9 @@ from holdfast.training.rare_tokens import not_captioned
 ADAPTATION: Final = Strategy("direct", "all", "adam", 1e-3, 32)
 """The adversary below by default: fine-tuning of all weights, as in DreamBooth."""
 
+NOT_OF_TOKENS: Final = ("scope", "gradient", "micro_batch", "sharpness", "precision")
+"""Settings of an adaptation that Textual Inversion, which trains word vectors alone, does not have."""
+
 
 @register_defense
 @dataclass
@@ -68,7 +71,7 @@ class DiffusionIMMA(GuardedDefense):
         adaptation: how the adversary below adapts the model: what it trains (`scope`), its optimizer, rate and batches.
             It starts from the whole model ("direct").
         method: how the adversary below calls the concept; a name of `holdfast.defenses.adaptations.METHODS`. With
-            "textual-inversion" the adaptation's optimizer, rate and batches count, and its scope does not.
+            "textual-inversion" the adaptation has an optimizer, a rate and batches, and nothing else.
         prior_weight: of benign images, beside which "dreambooth" adapts; 0: none.
         inner_steps: steps below a round (the released code: 1).
         lifetime: rounds after which the adaptation begins again at the model; None: never, as in the released scripts.
@@ -120,6 +123,12 @@ class DiffusionIMMA(GuardedDefense):
                 f"{self.name}: adaptation starts from {below.initialisation!r}; an adaptation to a concept starts from "
                 "the whole model, 'direct'."
             )
+        ignored = [name for name in NOT_OF_TOKENS if getattr(below, name) != getattr(ADAPTATION, name)]
+        if self.method == "textual-inversion" and ignored:
+            raise HoldfastError(
+                f"{self.name}: adaptation has {ignored[0]} {getattr(below, ignored[0])!r}, which textual-inversion "
+                "does not use; leave it out."
+            )
         if below.schedule != "constant" or below.warmup:
             raise HoldfastError(
                 f"{self.name}: adaptation has the schedule {below.schedule!r} with a warm-up of {below.warmup}; it is "
@@ -139,7 +148,7 @@ class DiffusionIMMA(GuardedDefense):
                 start on them; or if the folder holds the state of another immunization.
         """
         check_captioned(self, model, benign, restricted)
-        reason = not_applicable(self.adaptation, model, restricted)
+        reason = None if self.method == "textual-inversion" else not_applicable(self.adaptation, model, restricted)
         if reason is not None:
             raise HoldfastError(f"{self.name}: {model.name} cannot be adapted: {reason}. Set adaptation.")
         reason = None if self.method == "fine-tuning" else not_captioned(model, restricted)

@@ -283,13 +283,12 @@ class DenoisingTask(ArrayTask):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the mean squared error of what the model's network predicts: the noise, v, x_0 or the flow.
 
-        Training scripts descend it. Scores are those of the noise, whatever a network predicts.
+        Training scripts descend it. Scores are those of the noise, whatever a network predicts, and so is `loss_of`.
         """
-        weights: Tensor | None = getattr(model, "loss_weights", lambda _: None)(batch.x)
-        if weights is None:
+        if getattr(model, "predicts", "epsilon") == "epsilon":
             return super().loss(model, batch)
-        errors: Tensor = (model(batch.x) - batch.y).square().flatten(1).mean(1)
-        return (weights * errors).mean()
+        errors: Tensor = model.prediction_errors(batch.x, batch.y)  # type: ignore[operator]
+        return errors.mean()
 
     def loss_of(self, outputs: Tensor, batch: Batch) -> Tensor:
         """See `Task.loss_of`."""

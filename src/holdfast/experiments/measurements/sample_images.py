@@ -163,15 +163,15 @@ class InceptionDistances(NamedTuple):
 
 
 def inception_distances(place: str | None, samples: Tensor, real: Tensor, run: Run) -> InceptionDistances | None:
-    """Returns KID and FID of samples and real images; None if no Inception network is given.
+    """Returns KID and FID of samples and real images; None if no Inception network is given, or there are too few.
 
     Args:
-        place: the file with its weights, see `load_inception`.
+        place: the file with its weights, also searched for in `$HOLDFAST_DATA`; None: there is none.
         samples: shape (N, C, H, W), in [0, 1].
         real: shape (M, C, H, W), in [0, 1].
         run: where features are computed.
     """
-    if place is None:
+    if place is None or min(len(samples), len(real)) < LEAST:
         return None
     made, wanted = (inception_features(place, pictures, run.device) for pictures in (samples, real))
     return InceptionDistances(*kernel_distance(made, wanted), frechet_inception_distance(made, wanted))

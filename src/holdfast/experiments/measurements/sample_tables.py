@@ -57,8 +57,8 @@ def lay_out(context: SampleContext, samples_of: Mapping[PicturedModel, ModelSamp
         findings += [prefix + finding for finding in (*_about_captions(own), *_about_samples(own))]
         if context.images[name].classifier is None and context.spec.measured:
             findings.append(
-                f"{prefix}The distance of samples from test images was not measured: it needs labels of at least two "
-                f"classes on the benign images, and {LEAST} test images of both tasks."
+                f"{prefix}The distance of samples from test images was not measured by a classifier's features: it "
+                f"needs labels of at least two classes on the benign images, and {LEAST} test images of both tasks."
             )
     tables = {"generation": Table(title="Samples and test images", rows=rows, note=_note(context))} if rows else {}
     return Outcome(tables, figures, findings)
@@ -237,7 +237,7 @@ def _note(context: SampleContext) -> str:
         "A thousand times the squared kernel distance, with the kernel of KID (Binkowski et al. 2018), between "
         f"{context.spec.measured} samples and as many test images, or all there are: of the restricted task after the "
         "attack, and of the benign task as released. Lower is better; each distance is followed by its standard error. "
-        "This is neither FID nor KID: the features are those of a small classifier, trained for "
+        "These distances are neither FID nor KID: the features are those of a small classifier, trained for "
         f"{CLASSIFIER_STEPS} steps on the labelled benign images (test accuracy {', '.join(known)}), not of a network "
         "trained on ImageNet; their mean square on training images is set to 1. Compare numbers in this table only. "
         "The row of training images is the floor: the distance of real images from other real images."

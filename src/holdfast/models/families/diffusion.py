@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -110,10 +111,14 @@ class Denoiser(SplitModel):
         Returns:
             Shape (N, C, H, W).
         """
+        return self.noise_of(*self._predicted(x))
+
+    def _predicted(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the network returns for inputs, x_t in its precision, and the time steps."""
         t = x[:, -1, 0, 0].round().long()
         noised = x[:, :-1].to(self.precision or self.dtype)
         output: Tensor = self.network(noised, self.schedule.network_time(t)).sample
-        return self.noise_of(output, noised, t)
+        return output, noised, t
 
     def noise_of(self, output: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """Returns the noise that the network's prediction means; see `forward`.
@@ -133,18 +138,19 @@ class Denoiser(SplitModel):
             return (signal * output + spread * noised).to(output.dtype)
         return ((noised - signal * output) / spread).to(output.dtype)
 
-    def loss_weights(self, x: Tensor) -> Tensor | None:
-        """Returns factors that make of the squared error of the noise that of what the network predicts.
+    def prediction_errors(self, x: Tensor, noise: Tensor) -> Tensor:
+        """Returns the squared errors of what the network predicts, which training scripts descend.
 
-        With the shares a and b of `Schedule.shares`, an error of v or u is a times as large in the noise, and one of
-        x_0 is a / b times as large; see `forward`. Training scripts descend the error of the network's own prediction.
+        With the shares a and b of `Schedule.shares`, the noise epsilon in x_t means v = (epsilon - b x_t) / a, the flow
+        u = (epsilon - x_t) / a, and x_0 = (x_t - b epsilon) / a; see `forward`. They are compared in float32 at least,
+        as 1 / a would amplify the rounding of a noise in half precision.
 
         Args:
             x: inputs, as `forward` takes them.
+            noise: epsilon, shape (N, C, H, W).
 
         Returns:
-            Shape (N,), float32; 1 / a^2 is at most 1e6, as the noise says nothing of v where a is 0. None: all are 1,
-            as the network predicts the noise.
+            Means over the pixels, shape (N,); 0 for an image of which nothing is left, as it has no target.
 
         Example:
             >>> import torch
@@ -152,17 +158,24 @@ class Denoiser(SplitModel):
             >>> from holdfast.models import ModelSpec, load_model
             >>> task = load_task("digits@kind=denoising,schedule=flow")
             >>> model = load_model(ModelSpec(name="unet", options={"schedule": "flow"}), task)
-            >>> x = torch.zeros(2, 2, 8, 8)
-            >>> x[1, -1] = 499
-            >>> [round(weight, 1) for weight in model.loss_weights(x).tolist()]
-            [1.0, 4.0]
+            >>> batch = next(task.sweep("test", 2, device=model.device))
+            >>> errors = model.prediction_errors(batch.x, batch.y)
+            >>> errors.shape, bool(torch.allclose(task.loss(model, batch), errors.mean()))
+            (torch.Size([2]), True)
         """
-        if self.predicts == "epsilon":
-            return None
-        t = x[:, -1, 0, 0].round().long()
-        signal, spread = (share.flatten() for share in self.schedule.shares(t, x.device))
-        weights = 1 / signal.square().clamp_min(1e-6)
-        return weights * spread.square() if self.predicts == "sample" else weights
+        output, _, t = self._predicted(x)
+        noised, target = x[:, : noise.shape[1]], noise
+        signal, spread = self.schedule.shares(t, x.device)
+        left = signal > 0
+        share = torch.where(left, signal, 1.0)  # a target that is not finite would make gradients NaN
+        if self.predicts == FLOW:
+            target = (noise - noised) / share
+        elif self.predicts == "v_prediction":
+            target = (noise - spread * noised) / share
+        elif self.predicts == "sample":
+            target = (noised - spread * noise) / share
+        errors = (output - target).square().flatten(1).mean(1)  # of float32, as the target is
+        return torch.where(left.flatten(), errors, 0.0) if self.predicts != "epsilon" else errors
 
     def not_probed(self, depth: int) -> str | None:
         """See `SplitModel.not_probed`: for the last block of models that predict epsilon."""

@@ -126,10 +126,13 @@ class TextToImage(Denoiser):
         Returns:
             Shape (N, C, H, W).
         """
+        return super().forward(x)
+
+    def _predicted(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         t = x[:, -1, 0, 0].round().long()
         noised = x[:, :-2].to(self.precision or self.dtype)
         encoded = self.text(self._prompted(caption_tokens(x[:, -2])))
-        return self.noise_of(self.predict(noised, t, encoded), noised, t)
+        return self.predict(noised, t, encoded), noised, t
 
     def predict(self, noised: Tensor, t: Tensor, encoded: Encoded) -> Tensor:
         """Returns what the network makes of x_t at step t with the captions' vectors."""
