@@ -20,7 +20,7 @@ class LearnedTokens:
     Args:
         model: changed in place: all its weights are frozen but the table, and it reads the tokens.
         task: whose captions are read with the tokens.
-        benign: tokens of its captions are not free; None: there is no such task.
+        benign: the model's own task, whose captions' tokens are taken; None if it is not available.
 
     Attributes:
         table: word vectors of the first text encoder, to be trained; shape (tokens, D).
