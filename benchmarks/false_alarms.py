@@ -1,23 +1,18 @@
-"""How often an audit is wrong where the truth is known, and how often it finds an advantage that is there.
+"""How often an audit finds an advantage where none is; `power.py` asks how often it finds one that is there.
 
 Under the null, the audited model is the original's architecture with fresh weights, so whatever an audit finds in its
 favour is luck: a verdict of `fails` or `partial` is a false alarm. Each repetition draws everything anew: the fresh
 weights, the samples, the batches, the scratch control. Such a model has no benign score either, and every audit with
 the default limits must therefore be `invalid`; that rule is lifted for the count, and checked apart on the same trials.
 
-With `--audited original` it is the original itself, a defense of known effect: none. All of the advantage is left, and
-`fails` is right; its share is the power of the audit.
-
     python benchmarks/false_alarms.py --battery quick-v1
     python benchmarks/false_alarms.py --battery quick-v2 --decide
     python benchmarks/false_alarms.py --battery standard-v2 --audits 60 --rows ROWS.jsonl [--part 1/2]
-    python benchmarks/false_alarms.py --battery standard-v2 --audited original --rows ROWS.jsonl
 
 With `--rows`, each audit is a line of that file, and one that is there is not done again; `--page` writes the page of
-those that are there. Prints a table, writes it to
-docs/results/false-alarms-BATTERY.md (with `--decide`: false-alarms-BATTERY-decide.md; of the original:
-power-BATTERY.md), and exits with 1 if more than one repetition in twenty is a false alarm, or if the rule about the
-benign score misses one.
+those that are there. Prints a table, writes it to docs/results/false-alarms-BATTERY.md (with `--decide`:
+false-alarms-BATTERY-decide.md), and exits with 1 if more than one repetition in twenty is a false alarm, or if the rule
+about the benign score misses one.
 """
 
 from __future__ import annotations
@@ -48,24 +43,24 @@ LIFTED = Thresholds(max_benign_drop=0.99)
 Row = dict[str, Any]
 
 
-def original(benign: ArrayTask) -> SplitModel:
-    """A model of the digits 0 to 6 that is a better start for the others than none."""
+def original(benign: ArrayTask, steps: int = 300) -> SplitModel:
+    """A model of the digits 0 to 6 that is a better start for the others than none, the more so the more `steps`."""
     run = Run(seed=0, device=torch.device("cpu"))
     with run.seeded("initialise"):
         fresh = load_model(ModelSpec(name="cnn", options={"depth": 3}), benign)
-    return pretrain(fresh, benign, steps=300, run=run)
+    return pretrain(fresh, benign, steps=steps, run=run)
 
 
 def audited(
-    seed: int, model: SplitModel, tasks: tuple[ArrayTask, ArrayTask], spec: AuditSpec, *, null: bool
+    seed: int, released: SplitModel | None, model: SplitModel, tasks: tuple[ArrayTask, ArrayTask], spec: AuditSpec
 ) -> tuple[AuditResult, str]:
-    """One audit of fresh weights or of the original, and the label that the default limits give to the same trials."""
+    """One audit of a model, or of fresh weights, and the label that the default limits give to the same trials."""
     with tempfile.TemporaryDirectory() as folder:
         run = Run(seed=seed, device=torch.device("cpu"), folder=Path(folder))
         with run.seeded("null"):
-            released = model.fresh() if null else model
+            given = released or model.fresh()
         lifted, default = (
-            audit(released, model, benign=tasks[0], restricted=tasks[1], run=run, spec=s)
+            audit(given, model, benign=tasks[0], restricted=tasks[1], run=run, spec=s)
             for s in (spec.model_copy(update={"thresholds": LIFTED}), spec)
         )
     return lifted, default.verdict.label
@@ -90,7 +85,7 @@ def row(seed: int, found: AuditResult, default: str, seconds: float) -> Row:
     }
 
 
-def page(rows: list[Row], spec: AuditSpec, command: str, *, planned: int, null: bool) -> str:
+def page(rows: list[Row], spec: AuditSpec, command: str, *, planned: int) -> str:
     """What was counted, as a page of the documentation."""
     counts, rules = (Counter(r[key] for r in rows) for key in ("label", "default"))
     lines = "\n".join(
@@ -99,10 +94,12 @@ def page(rows: list[Row], spec: AuditSpec, command: str, *, planned: int, null: 
     )
     decide = " with `--decide`" if spec.decide else ""
     few = f" {planned} were planned; so few say little." if len(rows) < planned else ""
-    title, truth, sum_ = _null(rows, counts) if null else _effect(rows, counts)
-    return f"""# {title} of {spec.battery}{decide}
+    wrong = sum(counts[label] for label in WRONG)
+    return f"""# False alarms of {spec.battery}{decide}
 
-{truth} The
+Fresh weights in place of the immunized model: no advantage over training from scratch, whatever the verdict. Each
+audit has other fresh weights, samples and batches. The rule about the benign score is lifted in the first row, so
+that the statistics decide. The
 original is the built-in CNN, trained on the digits 0 to 6; restricted are the digits 7 to 9, {spec.shots} samples a
 class; budgets {", ".join(map(str, spec.budgets))}; {_seeds(rows, spec)} an audit; {len(rows)} audits.{few}
 
@@ -111,7 +108,8 @@ class; budgets {", ".join(map(str, spec.budgets))}; {_seeds(rows, spec)} an audi
 | the statistics alone | {" | ".join(str(counts[label]) for label in LABELS)} |
 | with the default limits | {" | ".join(str(rules[label]) for label in LABELS)} |
 
-{sum_} Half the width of the band is {sum(r["half"] for r in rows) / len(rows):.1f} points on average over budgets.
+False alarms: **{wrong} of {len(rows)}**.
+Half the width of the band is {sum(r["half"] for r in rows) / len(rows):.1f} points on average over budgets.
 `invalid` in the first row means that the audit could not decide, and says so.
 
 ```console
@@ -125,30 +123,6 @@ advantages in points of accuracy at the budget where they are highest:
 |---|---|---|---|---|---|
 {lines}
 """
-
-
-def _null(rows: list[Row], counts: Counter[str]) -> tuple[str, str, str]:
-    """Title, what is audited, and the result."""
-    wrong = sum(counts[label] for label in WRONG)
-    return (
-        "False alarms",
-        "Fresh weights in place of the immunized model: no advantage over training from scratch, whatever the verdict. "
-        "Each\naudit has other fresh weights, samples and batches. The rule about the benign score is lifted in the "
-        "first row, so\nthat the statistics decide.",
-        f"False alarms: **{wrong} of {len(rows)}**.",
-    )
-
-
-def _effect(rows: list[Row], counts: Counter[str]) -> tuple[str, str, str]:
-    """The same for the original."""
-    kept = [r["retained"] for r in rows if r["retained"] is not None]
-    mean = f"{sum(kept) / len(kept):.0%}" if kept else "-"
-    return (
-        "Power",
-        "The original itself in place of the immunized model, a defense of known effect: none, so that `fails` is "
-        "right. Each\naudit has other samples and batches.",
-        f"Found: **{counts['fails']} of {len(rows)}**; retained {mean} of the original's advantage on average.",
-    )
 
 
 def _seeds(rows: list[Row], spec: AuditSpec) -> str:
@@ -172,7 +146,6 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--battery", default="quick-v1")
     parser.add_argument("--audits", type=int, default=20)
-    parser.add_argument("--audited", choices=("fresh", "original"), default="fresh")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--decide", action="store_true", help="add seeds until the band decides, or --max-seeds end")
     parser.add_argument("--max-seeds", type=int, help="four times --seeds by default")
@@ -194,13 +167,13 @@ def main() -> int:
         battery=given.battery, budgets=tuple(given.budgets), seeds=given.seeds, shots=given.shots,
         side_effects=False, decide=given.decide, max_seeds=given.max_seeds,
     )  # fmt: skip
-    done, model, null = read(given.rows), original(tasks[0]), given.audited == "fresh"
+    done, model = read(given.rows), original(tasks[0])
     at, of = map(int, given.part.split("/"))
     for seed in () if given.page else range(given.audits)[at - 1 :: of]:
         if seed in done:
             continue
         begin = time.perf_counter()
-        result, default = audited(seed, model, tasks, spec, null=null)
+        result, default = audited(seed, None, model, tasks, spec)
         print(f"{seed:3} {result.verdict.label:8} (default limits: {default}) {result.verdict.sentence}", flush=True)
         done[seed] = row(seed, result, default, time.perf_counter() - begin)
         if given.rows is not None:
@@ -212,13 +185,11 @@ def main() -> int:
         spec,
         f"python benchmarks/false_alarms.py {' '.join(sys.argv[1:])}".strip(),
         planned=given.audits,
-        null=null,
     )
     print(text)
-    kind = f"{'false-alarms' if null else 'power'}-{given.battery}{'-decide' if given.decide else ''}"
-    (given.out / f"{kind}.md").write_text(text)
+    (given.out / f"false-alarms-{given.battery}{'-decide' if given.decide else ''}.md").write_text(text)
     wrong = sum(r["label"] in WRONG for r in rows)
-    return int(null and (wrong > len(rows) / 20 or any(r["default"] != "invalid" for r in rows)))
+    return int(wrong > len(rows) / 20 or any(r["default"] != "invalid" for r in rows))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,127 @@
+"""How often an audit finds an advantage that is there, for defenses of known effect.
+
+The original knows the digits 0 to 6 after 300 steps of training. A defense that takes all but the first N steps of them
+back is of known effect: what a model of N steps is worth to an attacker. 300 is a defense that does nothing, 0 would
+be one that leaves nothing (the null of `false_alarms.py`). The true advantage of each model is not printed anywhere, so
+it is the mean over all of its audits, which have other samples, batches and controls each; its standard error is given.
+
+    python benchmarks/power.py ROWS.jsonl --battery standard-v2 [--steps 3 10 30 300] [--audits 12] [--part 1/2]
+    python benchmarks/power.py ROWS.jsonl --battery standard-v2 --page
+
+Each audit is a line of ROWS.jsonl, and one that is there is not done again. Writes docs/results/power-BATTERY.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from false_alarms import LABELS, Row, audited, original, row
+
+from holdfast.auditing.spec import AuditSpec
+from holdfast.tasks import load_task
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard error."""
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{mean(values):+.1f} ± {error:.1f}"
+
+
+def line(rows: list[Row]) -> str:
+    """What audits of one model found, as a line of the table."""
+    counts = Counter(r["label"] for r in rows)
+    cells = [
+        str(rows[0]["steps"]),
+        spread([r["mean"] for r in rows]),
+        f"{100 * mean(r['benign'] for r in rows):.0f} %",
+        *(str(counts[label]) for label in LABELS),
+        f"{sum(r['low'] > 0 for r in rows)}",
+        f"{mean(r['half'] for r in rows):.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def page(rows: list[Row], spec: AuditSpec, command: str) -> str:
+    """What was counted, as a page of the documentation."""
+    by_steps = {steps: [r for r in rows if r["steps"] == steps] for steps in sorted({r["steps"] for r in rows})}
+    return f"""# Power of {spec.battery}
+
+How often an audit finds an advantage that is there. The original is the built-in CNN, trained on the digits 0 to 6 for
+300 steps; restricted are the digits 7 to 9, {spec.shots} samples a class; budgets {", ".join(map(str, spec.budgets))};
+{spec.seeds} seeds an audit. The audited model is the one after the steps in the first column: a defense that takes the
+rest of the training back. Each audit has other samples, batches and controls, so the mean of the advantages that
+they measure, over the budgets above 0, is close to the true one (± standard error). The rule about the benign score is
+lifted, so that the statistics decide.
+
+| steps | advantage, points | benign score | {" | ".join(LABELS)} | band above 0 | half the band |
+|---|---|---|{"---|" * len(LABELS)}---|---|
+{chr(10).join(map(line, by_steps.values()))}
+
+"Band above 0" counts audits whose band lies above zero at some budget. An audit that is `invalid` could not decide.
+
+```console
+$ {command}
+```
+
+{sum(r["seconds"] for r in rows):.0f} seconds in all, by the clock, on cores that other jobs may share.
+"""
+
+
+def options() -> argparse.Namespace:
+    """What was given on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--battery", default="standard-v2")
+    parser.add_argument("--steps", type=int, nargs="+", default=[3, 10, 30, 300])
+    parser.add_argument("--audits", type=int, default=12, help="of each model")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--shots", type=int, default=2)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[0, 5, 10, 20])
+    parser.add_argument("--part", default="1/1", help="such as 1/2: this half of the audits")
+    parser.add_argument("--page", action="store_true", help="write the page of the audits that are there")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "results")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Runs, prints and writes; returns the exit code."""
+    given = options()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    tasks = load_task("digits[0-6]"), load_task("digits[7-9]")
+    spec = AuditSpec(
+        battery=given.battery, budgets=tuple(given.budgets), seeds=given.seeds, shots=given.shots, side_effects=False
+    )
+    lines = given.rows.read_text().splitlines() if given.rows.exists() else []
+    done: dict[tuple[int, int], Row] = {(r["steps"], r["audit"]): r for r in map(json.loads, lines)}
+    at, of = map(int, given.part.split("/"))
+    jobs = [(audit, steps) for audit in range(given.audits) for steps in given.steps]
+    for audit, steps in () if given.page else jobs[at - 1 :: of]:
+        if (steps, audit) in done:
+            continue
+        begin = time.perf_counter()
+        released, whole = original(tasks[0], steps), original(tasks[0])
+        # Never the seeds of another model's audits: equal samples would make their means fall together.
+        found, _ = audited(1000 * steps + audit, released, whole, tasks, spec)
+        later = [each.advantage or 0 for each in found.by_budget if each.budget]
+        made = row(audit, found, found.verdict.label, time.perf_counter() - begin)
+        made |= {"steps": steps, "mean": 100 * mean(later), "benign": tasks[0].score(released)}
+        print(f"{steps:3} steps {audit:2} {made['label']:8} {found.verdict.sentence}", flush=True)
+        done[steps, audit] = made
+        with given.rows.open("a") as file:
+            file.write(json.dumps(made) + "\n")
+    text = page(list(done.values()), spec, f"python benchmarks/power.py {' '.join(sys.argv[1:])}")
+    print(text)
+    (given.out / f"power-{given.battery}.md").write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
