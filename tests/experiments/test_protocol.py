@@ -671,8 +671,8 @@ SMALL = {
 DEEP = {"batch_size": 8, "restricted_batch": 40, "epochs": None, "blocks": 1}
 IN_CLOSED_FORM = ("frontier", "signal-frontier", "leace", "concept-erasure")
 DENOISERS = {
-    "denoising": {"name": "unet", "options": {"widths": [8, 16]}},
-    "text-to-image": {"name": "text-unet", "options": {"widths": [8, 8]}},
+    "denoising": {"name": "unet", "options": {"widths": [8]}},
+    "text-to-image": {"name": "text-unet", "options": {"widths": [8]}},
 }
 FEW = {"train_limit": 400, "test_limit": 10}
 BRIEF = {"iterations": 2, "holdout": 0.04, "guard_every": 10, "max_benign_drop": 1.0}
@@ -697,7 +697,7 @@ def brief(name, network=None, iterations=2):
             data = AT_HAND.get(setting[role]["data"], setting[role]["data"])
             setting[role] |= {"data": data, **FEW, **({"channels": 3} if data in ("usps", "faces") else {})}
             if network is not None:
-                setting[role] |= WORDS if data in TEXTS else {"image_size": 16}
+                setting[role] |= WORDS if data in TEXTS else {"image_size": 8}
         if network is not None:
             network = READER if setting["benign"]["data"] in TEXTS else network
             setting["model"] = DENOISERS.get(setting["benign"]["kind"], network)
@@ -706,7 +706,7 @@ def brief(name, network=None, iterations=2):
             defense.update(BRIEF | SMALL.get(defense["name"], DEEP) | {"iterations": iterations})
         for strategy in defense.get("strategies") or []:
             strategy["batch_size"] = 4
-    changed |= {"shots": 1, "seeds": 1, "immunizations": 1, "epochs": [0, 1, 2], "epoch_of": "samples"}
+    changed |= {"shots": 1, "seeds": 1, "immunizations": 1, "epochs": [0, 2], "epoch_of": "samples"}
     for attack in changed["attacks"].values():
         attack["more_epochs"] = [3 for _ in attack["more_epochs"][:1]]
     changed["max_steps_per_epoch"] = 1
@@ -714,13 +714,16 @@ def brief(name, network=None, iterations=2):
         changed["conditioning"] = {"groups": 2, "samples": 5}
     if changed["pictures"] is not None:
         changed["pictures"] |= {"samples": 2, "denoised": 2, "measured": 4, "ddim_steps": 2}
-    return ProtocolRecipe.model_validate(with_one_attack(changed) if name.startswith("text-to-image") else changed)
+    return ProtocolRecipe.model_validate(with_one_attack(changed) if changed["battery"] else changed)
 
 
 def with_one_attack(changed):
-    """In place of a battery, as these are tested with the adversaries."""
-    attacks = {"battery": None, "attacks": {"direct": {"batch_size": 4}}, "transfer_attacks": ["direct"]}
-    return {**changed, **attacks, "pictures": {**changed["pictures"], "attack": "direct"}}
+    """In place of a battery, as these are tested with the adversaries, and run at the smoke scale."""
+    attacks = {"battery": None, "attacks": {"direct": {"batch_size": 4}}}
+    named = {"transfer_attacks": changed["transfer_attacks"] and ["direct"]}
+    if changed["pictures"] is not None:
+        named["pictures"] = {**changed["pictures"], "attack": "direct"}
+    return {**changed, **attacks, **named}
 
 
 class TestPaperScale:
@@ -752,6 +755,7 @@ class TestPaperScale:
                 name: setting.model_copy(
                     update={
                         "pretrain": setting.pretrain.model_copy(update={"steps": 1, "batch_size": 2}),
+                        "benign": setting.benign.model_copy(update={"train_limit": 50, "test_limit": 2}),
                         "restricted": setting.restricted.model_copy(update={"data": "cifar10[0-1]", "test_limit": 2}),
                     }
                 )

@@ -34,12 +34,12 @@ BASE = {
     "kind": "protocol",
     "title": "Digits",
     "threads": 1,
-    "seeds": 2,
+    "seeds": 1,
     "epochs": [0, 1],
     "max_steps_per_epoch": 3,
     "settings": {
         "digits": {
-            "model": {"name": "unet", "options": {"widths": [8, 8]}},
+            "model": {"name": "unet", "options": {"widths": [8]}},
             "pretrain": {"steps": 20, "batch_size": 16},
             "benign": {"data": "digits[0-4]", **DENOISING},
             "restricted": {"data": "digits[5-9]", **DENOISING},
@@ -48,6 +48,7 @@ BASE = {
     "defenses": {
         "SOPHON": {
             "name": "sophon", "loss": "dos", "iterations": 1, "steps": 1, "batch_sizes": [8], "reinforcement_batch": 8,
+            "max_benign_drop": 1.0,
         }
     },
     "attacks": {
@@ -300,7 +301,7 @@ def few_colours(place):
 def captioned(tmp_path_factory):
     """A protocol of text-to-image models, with a CLIP model and what stands for Inception."""
     setting = {
-        "model": {"name": "text-unet", "options": {"widths": [8, 8]}},
+        "model": {"name": "text-unet", "options": {"widths": [8]}},
         "pretrain": {"steps": 20, "batch_size": 16},
         "benign": {"data": "digits[0-4]", **CAPTIONED},
         "restricted": {"data": "digits[5-9]", **CAPTIONED},
@@ -309,7 +310,6 @@ def captioned(tmp_path_factory):
     pictures = {**BASE["pictures"], "early": [0], "error_steps": 2, "clip": clip, "inception": "weights.pth"}
     chosen = recipe(
         settings={"digits": setting},
-        seeds=1,
         shots=8,
         pictures=pictures,
         attacks={"direct": BASE["attacks"]["direct"]},
@@ -374,7 +374,7 @@ def test_clip_needs_captions_and_a_folder(tmp_path):
     pictures = {**BASE["pictures"], "clip": str(tmp_path)}
     with pytest.raises(HoldfastError, match="no setting has any"):
         run(tmp_path / "a", recipe(pictures=pictures))
-    setting = {**BASE["settings"]["digits"], "model": {"name": "text-unet", "options": {"widths": [8, 8]}}}
+    setting = {**BASE["settings"]["digits"], "model": {"name": "text-unet", "options": {"widths": [8]}}}
     setting |= {"benign": {"data": "digits[0-4]", **CAPTIONED}, "restricted": {"data": "digits[5-9]", **CAPTIONED}}
     with pytest.raises(HoldfastError, match="Expected a folder with a CLIPModel"):
         run(tmp_path / "b", recipe(pictures=pictures, settings={"x": setting}))
