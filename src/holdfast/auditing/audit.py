@@ -283,12 +283,14 @@ def _result(attacks: _Attacks, judged: _Judged) -> AuditResult:
 
 
 def _costs(attacks: _Attacks, comparison: Comparison, target: float | None, context: TrialContext) -> list[Cost]:
+    if target is None:
+        return []
     sizes = {c.adversary: c.batch_size for c in attacks.curves}
     sample, original = context.samples["restricted", 0], context.original
     flops = {
         a.name: a.flops_per_step(original, sample, run=context.run, benign=context.benign) for a in attacks.adversaries
     }
-    return [] if target is None else costs(comparison, target, sizes, flops)
+    return costs(comparison, target, sizes, flops)
 
 
 def _spoken(restricted: Task, context: TrialContext) -> Words:
