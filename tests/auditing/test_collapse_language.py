@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from holdfast.adversaries import FineTuning
+from holdfast.auditing import audit as auditing
 from holdfast.auditing.audit import audit
 from holdfast.auditing.retention import flags_of_collapse
 from holdfast.auditing.spec import AuditSpec
@@ -15,7 +18,7 @@ from holdfast.runtime.run import Run
 from holdfast.training import Strategy
 from zoo import SETTINGS, make
 from zoo.collapse import gradient
-from zoo.language import ANCHORED, LANGUAGE, brittle, coupled_gradients, language_original
+from zoo.language import ANCHORED, LANGUAGE, brittle, language_original
 from zoo.language import DESCENT as PLAIN
 from zoo.settings import CPU
 
@@ -23,6 +26,10 @@ BATTERY = {adversary.name: adversary for adversary in (*PLAIN, ANCHORED)}
 BUDGETS, SHOTS = (0, 15), 48
 STRONG = FineTuning(Strategy("direct", "all", "adamw", 2e-2, 8))
 """It destroys all models, and is the best from scratch."""
+
+
+made = cache(make)
+"""Makes a sham once; it is shared, so do not change it."""
 
 
 def tasks():
@@ -42,17 +49,29 @@ def attacked(model, role):
 
 
 @pytest.fixture(scope="module")
-def on_original():
-    return attacked(language_original(), "original")
+def audited():
+    """An audit of one of them, with seeds 0 and 1; its attacks on the original are those for all three."""
+    benign, _, restricted = tasks()
+    spec = AuditSpec(battery=(*PLAIN, ANCHORED, STRONG), budgets=BUDGETS, seeds=2, shots=SHOTS, side_effects=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auditing, "texts_and_measures", lambda *_: ([], []))  # they take a quarter of the time
+        return audit(
+            made(LANGUAGE[0]), language_original(), benign=benign, restricted=restricted, spec=spec, run=Run(0, CPU)
+        )
+
+
+def with_seed_0(result, role):
+    return {c.adversary: c for c in result.curves if (c.role, c.seed) == (role, 0) and c.adversary in BATTERY}
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
-def test_the_trap_works_and_an_anchor_gets_out_of_it(name, on_original):
+def test_the_trap_works_and_an_anchor_gets_out_of_it(name, audited):
     benign, _, restricted = tasks()
-    original, sham = language_original(), make(name)
+    original, sham = language_original(), made(name)
     side = Side(original=benign.audit_score(original), immunized=benign.audit_score(sham), chance=0.0)
     assert side.immunized > side.original - 0.1
-    on_sham = attacked(sham, "immunized")
+    on_original = with_seed_0(audited, "original")
+    on_sham = with_seed_0(audited, "immunized") if name == LANGUAGE[0] else attacked(sham, "immunized")
     plain, learned = on_sham[PLAIN[0].name], on_original[PLAIN[0].name]
     assert learned.benign_after > side.original / 2
     assert plain.benign_after < 0
@@ -75,26 +94,20 @@ def test_small_weights_compute_the_same():
 
 
 def test_gradients_are_coupled():
-    """On samples that the maker did not have; before the weights are made small, which changes the cosine."""
-    benign, defender, restricted = tasks()
+    """On samples that the maker did not have."""
+    benign, _, restricted = tasks()
     generator = torch.Generator().manual_seed(5)
     own, other = (next(t.batches("train", 64, generator=generator, device=CPU)) for t in (benign, restricted))
-    original = language_original()
     cosines = [
         float(F.cosine_similarity(gradient(m, benign, own), gradient(m, restricted, other), dim=0))
-        for m in (original.clone(), coupled_gradients(original, benign, defender))
+        for m in (language_original().clone(), made(LANGUAGE[1]).clone().train())
     ]
     assert cosines[1] < cosines[0] - 0.2
     assert cosines[1] < -0.2
 
 
-def test_an_audit_is_not_deceived():
-    benign, _, restricted = tasks()
-    spec = AuditSpec(battery=(*PLAIN, ANCHORED, STRONG), budgets=BUDGETS, seeds=2, shots=SHOTS, side_effects=False)
-    result = audit(
-        make("language-small-weights"), language_original(), benign=benign, restricted=restricted, spec=spec,
-        run=Run(0, CPU),
-    )  # fmt: skip
+def test_an_audit_is_not_deceived(audited):
+    result = audited
     assert result.verdict.label == "fails"
     (flag,) = [f for f in result.flags if f.name == "Collapses when fine-tuned"]
     assert flag.severity == "critical"

@@ -367,14 +367,16 @@ class TestLanguageModels:
         assert None not in (*curve.scores, curve.losses[1], curve.benign_after)
 
     @pytest.mark.parametrize("name", ["adaptive-v1", "adaptive-causal-v1"])
-    def test_an_audit_searches(self, subjects, run, name):
+    def test_an_audit_searches(self, subjects, run, name, monkeypatch):
         model, own, other = subjects
-        spec = AuditSpec(battery=name, budgets=(0, 2), seeds=1, trials=6, shots=16, side_effects=False)
+        monkeypatch.setattr(auditing, "texts_and_measures", lambda *_: ([], []))
+        monkeypatch.setattr(auditing, "red_flags", lambda *_, **__: [])
+        spec = AuditSpec(battery=name, budgets=(0, 2), seeds=1, trials=4, shots=16, side_effects=False)
         result = audit(model, model, benign=own, restricted=other, spec=spec, run=run)
-        assert Counter(t.role for t in result.search) == dict.fromkeys(ROLES, 6)
+        assert Counter(t.role for t in result.search) == dict.fromkeys(ROLES, 4)
         found = [t for t in result.search if t.role == "immunized"]
         from_scratch = {t.score for t in result.search if t.role == "scratch"}
-        assert name == "adaptive-v1" or len(from_scratch) == 6  # told apart below the unigram model, too
+        assert name == "adaptive-v1" or len(from_scratch) == 4  # told apart below the unigram model, too
         assert sum(t.confirmed for t in found) >= 3
         assert {c.adversary for c in result.curves} == {t.adversary for t in result.search if t.confirmed}
 
@@ -400,7 +402,7 @@ class TestSpaces:
     def test_every_point_is_an_adversary(self, name):
         searcher = replace(batteries.battery(name), openings=()).begin(0)
         names = set()
-        for _ in range(20):
+        for _ in range(10):
             found = searcher.ask(10)
             names |= {a.name for a in found}
             searcher.tell([0.0] * 10)

@@ -145,7 +145,7 @@ class TestSpec:
 
 
 FIXED = AuditSpec(
-    battery=tuple(battery("quick-v1")[:3]), budgets=(0, 5), seeds=2, shots=3, side_effects=False,
+    battery=tuple(battery("quick-v1")[1:3]), budgets=(0, 5), seeds=2, shots=3, side_effects=False,
     thresholds=Thresholds(max_benign_drop=0.99, min_scratch_gain=0.001),
 )  # fmt: skip
 STAGED = FIXED.model_copy(update={"decide": True, "max_seeds": 4})

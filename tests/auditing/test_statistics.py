@@ -42,7 +42,7 @@ def score_arrays(draw, *, count=1, least_seeds=1, least_folds=1):
 
 
 class TestSelection:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(score_arrays(), st.booleans(), st.data())
     def test_equals_the_loops(self, scores, both_ways, data):
         own = scores[0]
@@ -88,7 +88,7 @@ class TestSelection:
         assert folds == 1 or not {*first} & {*second}
         assert len(first) - len(second) in (0, 1)
 
-    @settings(deadline=None)
+    @settings(deadline=None, max_examples=40)
     @given(score_arrays())
     def test_never_above_the_best_adversary_of_each_sample(self, scores):
         own = scores[0]
@@ -98,7 +98,7 @@ class TestSelection:
         bound = (highest[..., first].mean(2) + highest[..., second].mean(2)) / 2
         assert (one.scores["immunized"] <= bound + 1e-12).all()
 
-    @settings(deadline=None)
+    @settings(deadline=None, max_examples=40)
     @given(score_arrays(), st.randoms(use_true_random=False))
     def test_order_of_seeds_is_nothing(self, scores, random):
         own, order = scores[0], list(range(scores[0].shape[1]))
@@ -114,7 +114,7 @@ class TestSelection:
             before, after = (compared(immunized=x, scratch=x) for x in (own, own[order]))
             np.testing.assert_allclose(before.scores["immunized"], after.scores["immunized"], atol=1e-12)
 
-    @settings(deadline=None)
+    @settings(deadline=None, max_examples=40)
     @given(score_arrays())
     def test_a_worse_adversary_changes_nothing(self, scores):
         own = scores[0]
@@ -160,25 +160,25 @@ class TestNotFinite:
 class TestBand:
     @pytest.mark.parametrize(("seeds", "folds"), [(2, 4), (3, 5), (5, 20)])
     def test_equals_the_loops(self, seeds, folds, monkeypatch):
-        monkeypatch.setattr(statistics, "REPLICATES", 50)
+        monkeypatch.setattr(statistics, "REPLICATES", 20)
         rng = np.random.default_rng(seeds)
         own, other = (rng.random((3, seeds, len(BUDGETS), folds)) for _ in range(2))
         one = compared((1, 2, 3, 4), 7, immunized=own, scratch=other)
         slow = [best_of_battery(x.tolist()) for x in (own, other)]
         band = [(i.low, i.high) for i in one.band("immunized")]
-        np.testing.assert_allclose(band, advantage_band(*slow, 7, 50), rtol=1e-9)
+        np.testing.assert_allclose(band, advantage_band(*slow, 7, 20), rtol=1e-9)
         np.testing.assert_allclose(
             one.advantage("immunized"), np.subtract(*(mean_best(h) for h in slow)), atol=1e-12
         )  # fmt: skip
 
-    @settings(deadline=None, max_examples=30)
+    @settings(deadline=None, max_examples=15)
     @given(score_arrays(least_seeds=2, least_folds=4))
     def test_a_model_against_itself_has_no_advantage_for_certain(self, scores):
         one = compared(immunized=scores[0], scratch=scores[0].copy())
         assert one.advantage("immunized").tolist() == [0.0] * len(BUDGETS)
         assert [(i.low, i.high) for i in one.band("immunized")[1:]] == [(0.0, 0.0)] * (len(BUDGETS) - 1)
 
-    @settings(deadline=None, max_examples=30)
+    @settings(deadline=None, max_examples=15)
     @given(score_arrays(count=2, least_seeds=2, least_folds=4))
     def test_it_is_around_the_advantage_and_the_same_twice(self, scores):
         first, second = (compared(immunized=scores[0], scratch=scores[1]) for _ in range(2))
@@ -214,7 +214,7 @@ class TestBand:
         assert one.rows()[1].interval.low < one.rows()[1].advantage < one.rows()[1].interval.high
         assert one.area("immunized") is None  # a mean over steps needs two
 
-    @settings(deadline=None, max_examples=25)
+    @settings(deadline=None, max_examples=15)
     @given(score_arrays(count=2, least_seeds=2, least_folds=4), st.sampled_from([0.25, 2.0]))
     def test_it_scales_with_the_scores(self, scores, factor):
         """By powers of two, which round nothing: other sums may break ties in another way."""

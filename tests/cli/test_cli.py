@@ -90,23 +90,25 @@ class TestHelp:
 
 
 class TestRun:
+    @pytest.mark.trains
     def test_smoke_leaves_a_folder_and_prints_the_verdict(self, tmp_path, capsys, monkeypatch):
-        brief = ("--set", "audit.shots=1", "--set", "audit.side_effects=false")
-        done = holdfast("run", "quickstart", "--scale", "smoke", *brief, cwd=tmp_path)
+        brief = ("--set", "audit.shots=1", "--set", "audit.side_effects=false", "--set", "pretrain.steps=10")
+        monkeypatch.chdir(tmp_path)
+        Path("own.yaml").write_text(inside(capsys, "recipes", "quickstart").stdout)
+        done = inside(capsys, "run", "own.yaml", "--scale", "smoke", *brief)
         assert done.returncode == 0, done.stderr
-        folder = tmp_path / "runs" / "quickstart"
+        folder = tmp_path / "runs" / "own"
         assert {"result.json", "report.html", "model.safetensors"} <= {p.name for p in folder.iterdir()}
         assert "Verdict: " in done.stdout
         assert "Threat model: An adversary with 3 labelled samples" in done.stdout
-        assert "runs/quickstart/report.html" in done.stdout
+        assert "runs/own/report.html" in done.stdout
 
-        monkeypatch.chdir(tmp_path)
-        again = inside(capsys, "run", "quickstart", "--scale", "smoke", *brief)
-        assert again.returncode == 0
+        again = holdfast("run", "own.yaml", "--scale", "smoke", *brief, cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
         assert "already complete" in again.stderr
         assert again.stdout == done.stdout
 
-        gated = inside(capsys, "run", "quickstart", "--scale", "smoke", *brief, "--gate")
+        gated = inside(capsys, "run", "own.yaml", "--scale", "smoke", *brief, "--gate")
         assert gated.returncode in (0, 3, 4)
         label = gated.stdout.split("Verdict: ")[1].split(".")[0]
         assert gated.returncode == {"RESISTS": 0, "PARTIAL": 3, "FAILS": 3, "INVALID": 4}[label]
@@ -148,9 +150,6 @@ class TestRun:
         refused(inside(capsys, "run", *arguments), *words)
         assert not (tmp_path / "runs").exists()
 
-    def test_bad_input_as_a_process(self, tmp_path):
-        refused(holdfast("run", "quickstrat", cwd=tmp_path), "did you mean 'quickstart'")
-
     def test_unwritable_output(self, tmp_path, capsys):
         (tmp_path / "file").write_text("")
         refused(inside(capsys, "run", "quickstart", "--out", tmp_path / "file" / "x"), "Cannot write to")
@@ -172,7 +171,9 @@ class TestImmunizeAndAudit:
         assert done.returncode in (0, 3, 4), done.stderr
         assert "5 steps" in done.stdout
 
-    def test_a_diffusers_folder_is_immunized_and_the_folder_that_comes_out_audited(self, denoiser, tmp_path, capsys):
+    def test_a_diffusers_folder_is_immunized_and_the_folder_that_comes_out_audited(
+        self, denoiser, tmp_path, capsys, brief_look
+    ):
         folder = denoiser.save_pretrained(tmp_path / "original")
         tasks = (
             "--benign", "digits[0-4]@kind=denoising,test_limit=20", "--device", "cpu",
@@ -219,7 +220,7 @@ class TestImmunizeAndAudit:
         """The original, audited as if it were immunized, on samples so few that it has an advantage."""
         done = inside(
             capsys, "audit", files / "original.safetensors", "--original", files / "original.safetensors", *self.COMMON,
-            "--out", tmp_path, "--budgets", "[0,2,4]", "--seeds", "2", "--shots", "5",
+            "--out", tmp_path, "--budgets", "[0,2]", "--seeds", "2", "--shots", "5", "--set", "side_effects=false",
         )  # fmt: skip
         assert done.returncode in (3, 4), done.stderr
         assert ("Verdict: FAILS" in done.stdout) == (done.returncode == 3)
@@ -240,7 +241,10 @@ class TestImmunizeAndAudit:
             f"    sham.inner.load_state_dict(load_file({str(files / 'original.safetensors')!r}))\n"
             "    return sham.requires_grad_(False)\n"
         )
-        audit = ("--original", files / "original.safetensors", "--budgets", "0,2", "--seeds", "1", "--shots", "2")
+        audit = (
+            "--original", files / "original.safetensors", "--budgets", "0,2", "--seeds", "1", "--shots", "2",
+            "--set", "side_effects=false",
+        )  # fmt: skip
         monkeypatch.chdir(tmp_path)
         done = inside(capsys, "audit", "sham.py:make", *audit, *self.COMMON, "--out", "audit")
         assert done.returncode in (3, 4), done.stderr
@@ -253,7 +257,7 @@ class TestImmunizeAndAudit:
     def test_exit_4_where_the_audit_proves_nothing(self, files, tmp_path, capsys):
         done = inside(
             capsys, "audit", files / "fresh.safetensors", "--original", files / "original.safetensors", *self.COMMON,
-            "--out", tmp_path, "--budgets", "[0,1]", "--seeds", "1", "--shots", "2",
+            "--out", tmp_path, "--budgets", "[0,1]", "--seeds", "1", "--shots", "2", "--set", "side_effects=false",
         )  # fmt: skip
         assert done.returncode == 4, done.stderr
         assert "Verdict: INVALID" in done.stdout
@@ -387,14 +391,8 @@ class TestImmunizeAndAudit:
 
 
 class TestOthers:
-    @pytest.mark.trains
-    def test_recipes(self, tmp_path, monkeypatch, capsys):
+    def test_recipes(self, capsys):
         assert "quickstart" in inside(capsys, "recipes").stdout
-        (tmp_path / "own.yaml").write_text(inside(capsys, "recipes", "quickstart").stdout)
-        monkeypatch.chdir(tmp_path)
-        brief = ("--set", "audit.seeds=1", "--set", "audit.side_effects=false")
-        assert inside(capsys, "run", "own.yaml", "--scale", "smoke", *brief).returncode == 0
-        assert (tmp_path / "runs" / "own" / "result.json").exists()
 
     def test_bad_folders(self, tmp_path, capsys):
         refused(inside(capsys, "report", tmp_path), "holds no result.json")

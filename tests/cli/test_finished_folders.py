@@ -9,6 +9,7 @@ import pytest
 from test_cli import files, inside, refused
 
 import holdfast
+from holdfast.adversaries import listed
 from holdfast.cli.main import main
 from holdfast.experiments.replay import replay
 
@@ -31,6 +32,7 @@ def audited(files, tmp_path_factory):
         arguments = [
             "audit", "fresh.safetensors", "--original", "original.safetensors", *TASKS, "--out", out,
             "--budgets", "0,2,4", "--seeds", 2, "--shots", 5, "--threads", 1, "--reported", 0.31,
+            "--set", "side_effects=false",
         ]  # fmt: skip
         with pytest.raises(SystemExit) as ended:
             main([str(a) for a in arguments])
@@ -94,7 +96,7 @@ class TestReplay:
     def test_an_audit_from_python_cannot_be_replayed(self, trained, benign, restricted, tmp_path, capsys):
         holdfast.audit(
             trained, original=trained, benign=benign, restricted=restricted, budgets=(0, 1), seeds=1, shots=2,
-            side_effects=False, folder=tmp_path,
+            battery=listed("quick-v1")[:1], side_effects=False, folder=tmp_path,
         )  # fmt: skip
         refused(inside(capsys, "replay", tmp_path), "does not say where its models and tasks came from", "from Python")
 

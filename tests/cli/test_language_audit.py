@@ -1,13 +1,13 @@
-"""The audit of a language model from the command line: killed, continued and replayed to the same figures."""
+"""The audit of a language model from the command line: stopped, continued and replayed to the same figures."""
 
 from __future__ import annotations
 
+import itertools
 import json
-import signal
 
 import pytest
 
-from children import start, wait_for
+from holdfast.auditing.trials import TrialContext
 from holdfast.cli.main import main
 from holdfast.results import read_result
 from texts import WORDS, save_causal, write_rows
@@ -26,33 +26,42 @@ def command(tmp_path_factory):
     }
     return [
         "audit", released, "--original", original, "--benign", f"{files['benign']}@length=8",
-        "--restricted", f"{files['restricted']}@length=8", "--battery", "causal-quick-v1", "--budgets", "0,2",
+        "--restricted", f"{files['restricted']}@length=8", "--battery", "causal-quick-v1", "--budgets", "0,1",
         "--seeds", "1", "--set", "side_effects=false", "--device", "cpu", "--threads", "1",
     ]  # fmt: skip
 
 
-def test_killed_and_continued_to_the_same_figures(command, tmp_path, capsys):
-    """kill -9 in the middle of the attacks; the second start computes the missing ones alone."""
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    trials = killed / "checkpoints" / "trials.jsonl"
-    process = start(*command, "--out", killed)
-    wait_for(lambda: trials.exists() and trials.read_text().count("\n") > 4, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def test_interrupted_and_continued_to_the_same_figures(command, tmp_path, capsys, monkeypatch):
+    """In the middle of the attacks; the second start computes the missing ones alone."""
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    trials = stopped / "checkpoints" / "trials.jsonl"
+    curves, groups = TrialContext.curves, itertools.count()
+
+    def interrupted(self, group):
+        if next(groups) == 3:
+            raise KeyboardInterrupt
+        return curves(self, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrialContext, "curves", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--out", str(stopped)])
+    assert ended.value.code == 130
     kept = trials.read_text().splitlines()
-    assert not (killed / "result.json").exists()
-    for folder in (killed, whole):
+    assert len(kept) > 1
+    assert not (stopped / "result.json").exists()
+    for folder in (stopped, whole):
         with pytest.raises(SystemExit) as ended:
             main([*command, "--out", str(folder)])
         assert ended.value.code in (3, 4)
     lines = trials.read_text().splitlines()
-    assert lines[: len(kept) - 1] == kept[:-1]  # the last line may have been cut off
+    assert lines[: len(kept)] == kept
     keys = [json.loads(line)["key"] for line in lines[1:]]
     others = (whole / "checkpoints" / "trials.jsonl").read_text().splitlines()
     assert len(kept) < len(lines) == len(others)
     assert sorted(keys) == sorted(json.loads(line)["key"] for line in others[1:])
-    assert read_result(killed).numbers() == read_result(whole).numbers()
+    assert read_result(stopped).numbers() == read_result(whole).numbers()
     with pytest.raises(SystemExit) as ended:
-        main(["replay", str(killed)])
+        main(["replay", str(stopped)])
     assert ended.value.code in (None, 0)
     capsys.readouterr()
