@@ -62,10 +62,9 @@ class TestStates:
         running.advance(torch.full_like(running.x, torch.nan), stream(1))
         assert running.x.isfinite().all()
 
-    def test_they_are_spread_over_all_time_steps(self, denoiser):
+    def test_they_are_spread_over_all_time_steps(self):
         running = states(200)
-        with torch.no_grad():
-            running.spread(denoiser, stream())
+        running.spread(lambda x: torch.zeros_like(x[:, :1]), stream())
         counts = torch.histc(running.t.float(), 5, 0, 1000)
         assert (counts > 15).all()
         assert len({int(t) % running.stride for t in running.t}) == running.stride
@@ -195,7 +194,7 @@ class TestSampling:
         """Against the same reinforcement without it, the outputs stay nearer to the original's."""
 
         def distance(weight):
-            settings = Sophon(**{**BRIEF, "iterations": 6, "suppression_lr": 3e-3, "reinforcement_loops": 3,
+            settings = Sophon(**{**BRIEF, "iterations": 3, "suppression_lr": 3e-3, "reinforcement_loops": 3,
                                  "reinforcement_lr": 2e-3}, sampling=weight)  # fmt: skip
             made, _ = settings.immunize(denoiser, *digit_images, run=Run(0, CPU))
             on_the_way = states(60)
@@ -249,7 +248,7 @@ class TestPixelProbe:
 
     def test_suppression_lowers_it(self, denoiser, digit_images):
         """Probes alone, without DoS: less of the restricted noise can be read from the features."""
-        settings = Sophon(**{**BRIEF, "iterations": 10, "suppression_lr": 3e-3}, loss="none", probe_weight=1.0)
+        settings = Sophon(**{**BRIEF, "iterations": 5, "suppression_lr": 3e-3}, loss="none", probe_weight=1.0)
         made, _ = settings.immunize(denoiser, *digit_images, run=Run(0, CPU))
         batch = next(digit_images[1].batches("test", 100, device=CPU))
 
