@@ -137,7 +137,8 @@ def noised():
 def captioned():
     """A narrow text-to-image model, and few images."""
     task = load_task("digits@kind=text-to-image,caption=a photo of the digit {},train_limit=100,test_limit=40")
-    return _fresh(ModelSpec(name="text-unet", options={"widths": [8]}), task), task.subset(range(8)), task.subset([8, 9])
+    spec = ModelSpec(name="text-unet", options={"widths": [8]})
+    return _fresh(spec, task), task.subset(range(8)), task.subset([8, 9])
 
 
 def _fresh(spec, task):
