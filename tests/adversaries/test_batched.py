@@ -18,7 +18,7 @@ from holdfast.models.families.builtin import CifarResNet
 from holdfast.runtime.run import Run
 from holdfast.training import Strategy, pretrain
 
-BUDGETS = (0, 5, 100)
+BUDGETS = (0, 5, 40)
 RATES = {"sgd": 0.05, "momentum": 5e-3, "nesterov": 5e-3, "adagrad": 5e-3, "adadelta": 0.5, "adam": 1e-3, "adamw": 1e-3}
 
 
@@ -81,7 +81,7 @@ class TestTheSameCurvesAsAlone:
             for start in ("direct", "last-block") for seed in (0, 1)
         ]  # fmt: skip
         assert [len(group) for group in stacks(members)] == [4]
-        assert_same(attack_together(members, budgets=(0, 40), run=run), [alone(m, run, (0, 40)) for m in members])
+        assert_same(attack_together(members, budgets=(0, 20), run=run), [alone(m, run, (0, 20)) for m in members])
 
     @pytest.mark.parametrize("norm", ["none", "batch"])
     def test_every_move_that_changes_weights_alone(self, norm, benign, restricted, run):
@@ -131,7 +131,7 @@ class TestTheSameCurvesAsAlone:
         model = SplitModel(nn.Sequential(body, nn.Linear(width, 5)), "1", mean=[0.5], std=[0.5])
         members = [Member(FineTuning(Strategy()), model, restricted, "immunized", seed) for seed in (0, 1, 2)]
         assert [len(group) for group in stacks(members)] == [3]
-        assert_same(attack_together(members, budgets=(0, 40), run=run), [alone(m, run, (0, 40)) for m in members])
+        assert_same(attack_together(members, budgets=(0, 20), run=run), [alone(m, run, (0, 20)) for m in members])
 
     def test_few_samples_and_another_task_each(self, models, restricted, run):
         members = [
@@ -139,7 +139,7 @@ class TestTheSameCurvesAsAlone:
             for seed in (0, 1)
         ]
         assert [len(group) for group in stacks(members)] == [2]
-        assert_same(attack_together(members, budgets=(0, 40), run=run), [alone(m, run, (0, 40)) for m in members])
+        assert_same(attack_together(members, budgets=(0, 20), run=run), [alone(m, run, (0, 20)) for m in members])
 
     def test_one_is_simply_run(self, models, restricted, run):
         member = Member(Probe("ridge"), models[0], restricted, "immunized", 0)

@@ -17,7 +17,7 @@ from holdfast.training.rare_tokens import Concepts, rare_tokens
 
 CPU = torch.device("cpu")
 PLAIN = Strategy("direct", "all", "sgd", 0.05, 8)
-BRIEF = DiffusionIMMA(iterations=3, batch_size=8, guard=False, adaptation=Strategy(batch_size=8))
+BRIEF = DiffusionIMMA(iterations=2, batch_size=8, guard=False, adaptation=Strategy(batch_size=8))
 LORA = Strategy("direct", "lora-attention", "adam", 1e-2, 8, rank=2)
 
 
@@ -123,7 +123,7 @@ class TestRounds:
     )
     def test_nothing_of_the_adaptation_reaches_the_model(self, text_to_image, digit_captions, run, adaptation, method):
         """With a rate of nearly nothing above, the model stays what it is, whatever was learned below."""
-        still = dataclasses.replace(BRIEF, learning_rate=1e-12, adaptation=adaptation, inner_steps=3, method=method)
+        still = dataclasses.replace(BRIEF, learning_rate=1e-12, adaptation=adaptation, inner_steps=2, method=method)
         made, _ = still.immunize(text_to_image, *digit_captions, run=run)
         for own, other in zip(made.parameters(), text_to_image.parameters(), strict=True):
             assert torch.allclose(own, other, atol=1e-9)
@@ -144,7 +144,7 @@ class TestRounds:
 
     def test_the_benign_loss_pulls_back(self, text_to_image, digit_captions, run):
         def benign(weight):
-            defense = dataclasses.replace(BRIEF, iterations=10, learning_rate=1e-2, benign_weight=weight)
+            defense = dataclasses.replace(BRIEF, iterations=6, learning_rate=1e-2, benign_weight=weight)
             made, record = defense.immunize(text_to_image, *digit_captions, run=run)
             assert (record.history["benign_loss"][0] is not None) is (weight > 0)
             return digit_captions[0].score(made)
@@ -160,16 +160,16 @@ class TestRounds:
                 super().__init__(*given)
 
         monkeypatch.setitem(adaptations.METHODS, "fine-tuning", Counted)
-        for lifetime, count in ((None, 1), (1, 5), (2, 3)):
+        for lifetime, count in ((None, 1), (1, 3), (2, 2)):
             begun.clear()
-            dataclasses.replace(BRIEF, iterations=5, lifetime=lifetime).immunize(
+            dataclasses.replace(BRIEF, iterations=3, lifetime=lifetime).immunize(
                 text_to_image, *digit_captions, run=run
             )
             assert len(begun) == count
 
     def test_the_guard_goes_back_and_halves_the_rate(self, text_to_image, digit_captions, run):
         violent = dataclasses.replace(
-            BRIEF, guard=True, guard_every=1, learning_rate=1.0, max_rollbacks=2, max_benign_drop=0.0
+            BRIEF, iterations=3, guard=True, guard_every=1, learning_rate=1.0, max_rollbacks=2, max_benign_drop=0.0
         )
         made, record = violent.immunize(text_to_image, *digit_captions, run=run)
         assert "learning_rate halved to 0.5" in record.events[0].message

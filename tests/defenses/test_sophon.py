@@ -796,9 +796,9 @@ class TestAveraging:
 
     @pytest.mark.parametrize("more", [{}, {"validate_every": 2, "validation_steps": 2}, {"max_benign_drop": 0.0}])
     @pytest.mark.parametrize("after", [0, 1, 2])
-    def test_stops_anywhere_and_continues_to_the_same(self, denoiser, digit_images, tmp_path, after, more):
+    def test_stops_anywhere_and_continues_to_the_same(self, trained, benign, restricted, tmp_path, after, more):
         settings = {"iterations": 5, "ema": 0.7, "guard_every": 2, "suppression_lr": 1e-2, **more}
-        whole, record = self.made(denoiser, digit_images, **settings)
+        whole, record = self.made(trained, (benign, restricted), **settings)
 
         class Stops(Run):
             def seeded(self, *purpose):
@@ -807,8 +807,8 @@ class TestAveraging:
                 return super().seeded(*purpose)
 
         with pytest.raises(Killed):
-            self.made(denoiser, digit_images, Stops(0, CPU, tmp_path), **settings)
-        resumed, again = self.made(denoiser, digit_images, Run(0, CPU, tmp_path), **settings)
+            self.made(trained, (benign, restricted), Stops(0, CPU, tmp_path), **settings)
+        resumed, again = self.made(trained, (benign, restricted), Run(0, CPU, tmp_path), **settings)
         assert resumed.facts().sha256 == whole.facts().sha256
         assert again.history == record.history
         assert again.events == record.events

@@ -179,12 +179,12 @@ def duplicate(module: M) -> M:
     Raises:
         HoldfastError: if its code does not allow one.
     """
-    # Every module has many empty dictionaries, most of them for hooks. Copying them here halves the time.
+    # Every module has many empty dictionaries and a set, most of them for hooks. Copying them here halves the time.
     empty = {
         id(value): type(value)()
         for each in module.modules()
         for value in vars(each).values()
-        if type(value) in (dict, OrderedDict) and not value
+        if type(value) in (dict, OrderedDict, set) and not value
     }
     try:
         return copy.deepcopy(module, empty)
