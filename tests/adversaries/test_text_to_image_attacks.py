@@ -388,7 +388,8 @@ class TestEveryAdversaryOfCaptions:
     def test_learns_on_a_copy_and_repeats(self, name, learned, tasks, run):
         benign, restricted = tasks
         adversary, digest = CAPTIONED[name], learned.facts().sha256
-        settings = {"budgets": [0, 1, 12], "run": run, "benign": benign, "score_benign": True}
+        enough = 25 if name.startswith("textual-inversion") else 12  # vectors alone learn slowly
+        settings = {"budgets": [0, 1, enough], "run": run, "benign": benign, "score_benign": True}
         curve = adversary.attack(learned, restricted, **settings)
         assert learned.facts().sha256 == digest
         assert curve.finite

@@ -82,7 +82,7 @@ class Killed(Exception):
 
 
 class Interrupted(Run):
-    """Is killed before the third round."""
+    """Is killed after two rounds."""
 
     rounds = 2
 
@@ -121,7 +121,7 @@ class TestSophonResumes:
 
 
 class Stopped(Interrupted):
-    """Is killed before the second round."""
+    """Is killed after one."""
 
     rounds = 1
 
