@@ -21,7 +21,7 @@ NARROW = {"channels": (8, 16, 32, 64)}
 ARCHITECTURES = {
     "cifar_resnet": ({}, "linear"),
     "cifar_vgg": ({"depth": 11}, "head"),
-    "cifar_vit": ({"depth": 2, "width": 64, "hidden": 128}, "mlp_head.1"),
+    "cifar_vit": ({"depth": 2}, "mlp_head.1"),
     "mnist_cnn": ({}, "fc2"),
     "small_caformer": ({"drop_path": 0.3}, "head.fc.fc2"),
     "timm:resnet10t": (NARROW, "fc"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 
 from holdfast.tasks.builtin import TASKS
@@ -11,14 +14,20 @@ from holdfast.tasks.classification import ArrayTask
 @TASKS.register("digits")
 def digits() -> ArrayTask:
     """Returns the 1,797 images; every fourth image of each class is for testing."""
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    x = np.round(raw.images * (255 / 16)).astype(np.uint8)
+    images, target = _read()
+    x = np.round(images * (255 / 16)).astype(np.uint8)
     rank = np.zeros(len(x), dtype=int)
     for c in range(10):
-        rank[raw.target == c] = np.arange(np.sum(raw.target == c))
+        rank[target == c] = np.arange(np.sum(target == c))
     test = rank % 4 == 3
     names = [str(c) for c in range(10)]
-    task = ArrayTask("digits", x[~test], raw.target[~test], x[test], raw.target[test], names)
+    task = ArrayTask("digits", x[~test], target[~test], x[test], target[test], names)
     return task.noted("embedded data of scikit-learn")
+
+
+def _read() -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images and their classes as `sklearn.datasets.load_digits` does, without a second for its import."""
+    package = find_spec("sklearn")
+    assert package is not None and package.origin is not None  # it is a dependency
+    rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(int)
