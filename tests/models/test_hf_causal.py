@@ -616,6 +616,7 @@ def audited(place, name, texts):
         patch.setattr(language_models, "TOKENS", 8)
         return audit(model, **own, **settings), audit(model, **own, **settings, reference=other), other
 
+
 def test_an_audit_tells_a_model_from_its_controls(texts, audited):
     result, restricted = audited[0], texts[1]
     scores = {curve.role: curve.scores for curve in result.curves}

@@ -505,3 +505,14 @@ class TestLimitedFolders:
     def test_without_limits_all_is_read(self, folder):
         task = load_task("pictures", data_dir=folder)
         assert (task.size("train"), task.size("test")) == (24, 12)
+
+
+def test_the_digits_are_those_that_scikit_learn_reads():
+    from sklearn.datasets import load_digits
+
+    from holdfast.tasks.builtin.digits import _read
+
+    theirs = load_digits()
+    for own, other in zip(_read(), (theirs.images, theirs.target), strict=True):
+        assert own.dtype == other.dtype
+        assert (own == other).all()

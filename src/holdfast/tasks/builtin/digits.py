@@ -28,6 +28,7 @@ def digits() -> ArrayTask:
 def _read() -> tuple[np.ndarray, np.ndarray]:
     """Returns the images and their classes as `sklearn.datasets.load_digits` does, without a second for its import."""
     package = find_spec("sklearn")
-    assert package is not None and package.origin is not None  # it is a dependency
+    assert package is not None  # it is a dependency
+    assert package.origin is not None
     rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(int)
