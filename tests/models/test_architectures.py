@@ -17,18 +17,19 @@ from holdfast.models import ModelSpec, every_tensor, load_model
 from holdfast.tasks import ArrayTask
 from holdfast.training import Strategy, finetune, prepare
 
+NARROW = {"channels": (8, 16, 32, 64)}
 ARCHITECTURES = {
     "cifar_resnet": ({}, "linear"),
     "cifar_vgg": ({"depth": 11}, "head"),
     "cifar_vit": ({"depth": 2}, "mlp_head.1"),
     "mnist_cnn": ({}, "fc2"),
     "small_caformer": ({"drop_path": 0.3}, "head.fc.fc2"),
-    "timm:resnet10t": ({}, "fc"),
-    "timm:resnet18": ({}, "fc"),
-    "timm:resnet50": ({}, "fc"),
+    "timm:resnet10t": (NARROW, "fc"),
+    "timm:resnet18": ({**NARROW, "layers": (1, 2, 1, 1)}, "fc"),
+    "timm:resnet50": ({**NARROW, "layers": (1, 2, 1, 1)}, "fc"),
     "timm:vgg11_bn": ({"mlp_ratio": 0.01, "drop_rate": 0.5}, "head.fc"),  # 10 in place of 129 million weights
     "timm:mobilenetv3_small_100": ({"drop_path_rate": 0.3}, "classifier"),
-    "timm:convnext_atto": ({"drop_path_rate": 0.3}, "head.fc"),
+    "timm:convnext_atto": ({"drop_path_rate": 0.3, "depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64)}, "head.fc"),
     "timm:vit_tiny_patch16_224": ({"patch_size": 8, "depth": 3}, "head"),
     "timm:swin_tiny_patch4_window7_224": ({"embed_dim": 24, "num_heads": (1, 2, 4, 8)}, "head.fc"),
     "timm:caformer_s18": ({}, "head.fc.fc2"),
@@ -49,7 +50,10 @@ def images(size, count=12, classes=4):
 
 
 @pytest.fixture(
-    scope="module", params=[(n, s) for n in ARCHITECTURES for s in (32, 64)], ids=lambda p: f"{p[0]}-{p[1]}"
+    scope="module",
+    # Options cannot make timm's CAFormer smaller: at 32 pixels, only the small one is built, of the same layers.
+    params=[(n, s) for n in ARCHITECTURES for s in (32, 64) if (n, s) != ("timm:caformer_s18", 32)],
+    ids=lambda p: f"{p[0]}-{p[1]}",
 )
 def built(request):
     name, size = request.param
@@ -150,8 +154,8 @@ def test_a_suppression_loop_leaves_the_model_alone(built):
     head = {id(p) for p in model.head.parameters()}
     for start in ("direct", "head"):
         simulation.zero()
-        strategy = Strategy(start, "all", "adam", 1e-3, 4)
-        seen = simulation.run(task, strategy, 2, None, generator=torch.Generator().manual_seed(0))
+        strategy = Strategy(start, "all", "adam", 1e-3, 2)
+        seen = simulation.run(task, strategy, 1, None, generator=torch.Generator().manual_seed(0))
         assert np.isfinite(seen.loss)
         assert unchanged(before, model)
         for parameter, gradient in zip(model.parameters(), simulation.gradients(), strict=True):

@@ -15,6 +15,7 @@ from holdfast.adversaries import DirectionalAblation, FewShotPrompt, FineTuning,
 from holdfast.adversaries.benign_data import BenignTraining
 from holdfast.adversaries.directional_ablation import _mean_state, ablate, writers
 from holdfast.api import audit, immunize
+from holdfast.auditing import language_models
 from holdfast.errors import HoldfastError
 from holdfast.metrics.diagnostics import inspect
 from holdfast.models import CausalModel, ModelSpec, SplitModel, check_fits, load_model, load_task_for
@@ -335,9 +336,10 @@ class TestStarts:
         assert not_applicable(strategy, model, questions) is None
         with torch.random.fork_rng():
             torch.manual_seed(0)
+            prepare(model, strategy, questions)
             losses = finetune(model, questions, strategy, generator=torch.Generator().manual_seed(0), device=CPU)
-            values = [float(loss) for _, loss in zip(range(40), losses, strict=False)]
-        assert values[-1] < values[1]
+            values = [float(loss) for _, loss in zip(range(15), losses, strict=False)]
+        assert values[-1] < values[0]
 
     def test_a_probe_on_one_vector_a_sample_does_not_apply(self, name, questions):
         reason = Probe("ridge", "raw").not_applicable(loaded(name, questions), questions)
@@ -418,24 +420,31 @@ class TestMemory:
         assert FineTuning(parts).name.endswith("in parts of 4")
         assert "micro_batch" not in FineTuning(whole).config()
 
-    @pytest.mark.parametrize("move", ["equalise", "revive", "reset-worst", "rescale"])
-    def test_checks_and_undo_moves_pass_few_rows_of_a_large_vocabulary(self, name, texts, move, monkeypatch):
-        model, task = loaded(name, texts[1]), texts[1]
+    @pytest.fixture
+    def seen(self, texts, monkeypatch):
+        """Rows of each forward pass, on a task of whose logits three rows at once are few enough."""
+        task, passed, forward = texts[1], [], CausalModel.forward
         monkeypatch.setattr("holdfast.tasks.next_token.SCORED_LOGITS", 3 * task.num_outputs * task.input_shape[0])
-        seen, forward = [], CausalModel.forward
 
         def watched(self, ids):
-            seen.append(len(ids))
+            passed.append(len(ids))
             return forward(self, ids)
 
         monkeypatch.setattr(CausalModel, "forward", watched)
-        run = Run(0, CPU)
-        assert not inspect(model, benign=texts[0], restricted=task, run=run).failures
+        assert task.size("train") > 3
+        return passed
+
+    def test_checks_pass_few_rows_of_a_large_vocabulary(self, name, texts, seen):
+        assert not inspect(loaded(name, texts[1]), benign=texts[0], restricted=texts[1], run=Run(0, CPU)).failures
+        assert max(seen) == 3
+
+    @pytest.mark.parametrize("move", ["equalise", "revive", "reset-worst", "rescale"])
+    def test_undo_moves_pass_few_rows_of_a_large_vocabulary(self, name, texts, move, seen):
+        model, task = loaded(name, texts[1]), texts[1]
         attack = FineTuning(Strategy("direct", "all", "adamw", 1e-3, 2), undo=(move,))
         assert attack.not_applicable(model, task) is None
-        attack.attack(model, task, budgets=(0, 1), run=run)
+        attack.attack(model, task, budgets=(0, 1), run=Run(0, CPU))
         assert max(seen) == 3
-        assert task.size("train") > 3
 
     def test_checkpointing_changes_no_step(self, name, questions):
         strategy = Strategy("direct", "all", "sgd", 1e-1, 6)
@@ -478,10 +487,6 @@ class TestPrompting:
             loaded(save_causal(place / "tiny", max_position_embeddings=10), questions), questions
         )
 
-
-def questions_rows(task):
-    return task._x["train"][:, 0], task._y["train"][:, 0]
-
     def test_what_it_writes_stays_within_the_context(self, place, questions):
         model = loaded(save_causal(place / "short", max_position_embeddings=12), questions)
         tokenizer = load_tokenizer(str(place / "short"))
@@ -500,6 +505,10 @@ def questions_rows(task):
     def test_an_example_must_fit(self, place, questions):
         model = loaded(save_causal(place / "narrow", max_position_embeddings=12), questions)
         assert "no room for an example" in FewShotPrompt(2).not_applicable(model, questions)
+
+
+def questions_rows(task):
+    return task._x["train"][:, 0], task._y["train"][:, 0]
 
 
 class TestAblation:
@@ -593,14 +602,23 @@ class TestDefenses:
             immunize(loaded(name, texts[0]), benign=texts[0], restricted=texts[1], defense="signal-frontier")
 
 
-def test_an_audit_tells_a_model_from_its_controls(name, texts):
+AUDITED = [FineTuning(Strategy("direct", "all", "adamw", 1e-2, 8)), Probe("ridge", "raw")]
+
+
+@pytest.fixture(scope="module")
+def audited(place, name, texts):
+    """Its own audit, and the same with a reference, which is returned as well."""
     benign, restricted = texts
-    model = loaded(name, benign)
-    result = audit(
-        model, original=model, benign=benign, restricted=restricted, budgets=(0, 5), seeds=1, threads=1,
-        battery=[FineTuning(Strategy("direct", "all", "adamw", 1e-2, 8)), Probe("ridge", "raw")],
-        thresholds=Thresholds(),
-    )  # fmt: skip
+    model, other = loaded(name, benign), loaded(save_causal(place / "other", num_hidden_layers=1), benign)
+    settings = {"budgets": (0, 5), "seeds": 1, "threads": 1, "battery": AUDITED, "side_effects": False}
+    own = {"original": model, "benign": benign, "restricted": restricted, "thresholds": Thresholds()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language_models, "TOKENS", 8)
+        return audit(model, **own, **settings), audit(model, **own, **settings, reference=other), other
+
+
+def test_an_audit_tells_a_model_from_its_controls(texts, audited):
+    result, restricted = audited[0], texts[1]
     scores = {curve.role: curve.scores for curve in result.curves}
     assert scores["immunized"] == scores["original"]
     assert scores["original"] != scores["scratch"]
@@ -613,17 +631,12 @@ def test_an_audit_tells_a_model_from_its_controls(name, texts):
     assert {t.adversary for t in result.texts} == {None, "direct+all adamw 0.01 b8"}
 
 
-def test_a_reference_stands_for_training_from_scratch(place, name, texts):
-    benign, restricted = texts
-    model, other = loaded(name, benign), loaded(save_causal(place / "other", num_hidden_layers=1), benign)
-    attacks = [FineTuning(Strategy("direct", "all", "adamw", 1e-2, 8))]
-    settings = {"budgets": (0, 5), "seeds": 1, "threads": 1, "battery": attacks, "side_effects": False}
-    own = {"original": model, "benign": benign, "restricted": restricted}
-    plain, against = audit(model, **own, **settings), audit(model, **own, **settings, reference=other)
+def test_a_reference_stands_for_training_from_scratch(texts, audited):
+    (benign, restricted), (plain, against, other) = texts, audited
     scores = [{c.role: c.scores for c in found.curves} for found in (plain, against)]
     assert scores[0]["scratch"] != scores[1]["scratch"]
     assert scores[0]["immunized"] == scores[1]["immunized"]
-    alone = attacks[0].attack(
+    alone = AUDITED[0].attack(
         other, restricted.halves(HALVES_SEED)[1], budgets=[0, 5], run=Run(0, CPU), role="scratch", benign=benign
     )
     assert alone.scores == scores[1]["scratch"]

@@ -339,6 +339,7 @@ class TestAudits:
         with patch.dict(BATTERIES._members, {"three": three}):
             yield
 
+    @pytest.mark.usefixtures("brief_look")
     def test_of_a_defended_model(self, original):
         benign, restricted, transfer = map(phrases, ("topic", "mood", "form"))
         assert benign.score(original) > 0.9
@@ -363,6 +364,7 @@ class TestAudits:
         assert [f.found for f in result.flags if f.severity == "critical"] == []
 
 
+@pytest.mark.usefixtures("brief_look")
 def test_the_recipe_runs_at_smoke_scale_without_data(tmp_path):
     """From an architecture to a verdict."""
     recipe = load("language/audit", scale="smoke", overrides=["audit.side_effects=false", "audit.battery=probes-v1"])
@@ -373,6 +375,7 @@ def test_the_recipe_runs_at_smoke_scale_without_data(tmp_path):
     assert again.facts().sha256 == result.provenance.models["immunized"].sha256
 
 
+@pytest.mark.usefixtures("brief_look")
 def test_the_command_line_takes_the_models_own_tokenizer(places, tmp_path, capsys, monkeypatch):
     """An audit, and one of its trials replayed to the last digit, without naming a tokenizer."""
     monkeypatch.chdir(places)

@@ -287,28 +287,23 @@ def triple(context, job):
     return 3 * job
 
 def go():
-    print(list(executor("processes:1").run(triple, None, [1])))
+    print(list(executor("processes:1").run(triple, None, [1])), flush=True)
 
-{start}
+if __name__ == "__main__" or "UNGUARDED" in os.environ:
+    go()
+    os.environ["UNGUARDED"] = "as if the line above were at the margin, for workers that start from now on"
+    go()
 """
 
 
-def script(tmp_path, start):
+def test_a_script_needs_a_guard_and_is_told_so(tmp_path):
     path = tmp_path / "script.py"
-    path.write_text(SCRIPT.format(start=start))
-    return subprocess.run([sys.executable, path], capture_output=True, text=True, check=False, timeout=300)
-
-
-class TestScripts:
-    def test_with_a_guard(self, tmp_path):
-        done = script(tmp_path, 'if __name__ == "__main__":\n    go()')
-        assert done.stdout == "[(0, 3)]\n", done.stderr
-
-    def test_without_a_guard_it_is_said_how_to_mend_it(self, tmp_path):
-        done = script(tmp_path, "go()")
-        assert done.returncode == 1
-        last = done.stderr.strip().splitlines()[-1]
-        assert 'belong under `if __name__ == "__main__":`' in last, done.stderr
+    path.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False, timeout=300)
+    assert done.stdout == "[(0, 3)]\n", done.stderr
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert 'belong under `if __name__ == "__main__":`' in last, done.stderr
 
 
 def children(pid: int) -> set[int]:
@@ -362,8 +357,8 @@ def command(tmp_path, trained):
     held = f"{tmp_path / 'held.py'}:make"
     return ["audit", held, "--weights", tmp_path / "fresh.safetensors", "--original", held, "--original-weights",
             tmp_path / "original.safetensors", "--head", "head", "--benign", "digits[0-4]", "--restricted",
-            "digits[5-9]", "--budgets", "0,2", "--seeds", "1", "--shots", "8", "--device", "cpu",
-            "--threads", "1"]  # fmt: skip
+            "digits[5-9]", "--battery", "quick-v1", "--budgets", "0,2", "--seeds", "1", "--shots", "8",
+            "--device", "cpu", "--threads", "1"]  # fmt: skip
 
 
 def test_interrupted_then_killed_then_continued_to_the_same_numbers(command, tmp_path):
@@ -374,17 +369,17 @@ def test_interrupted_then_killed_then_continued_to_the_same_numbers(command, tmp
     def finished():
         return trials.read_text().count("\n") - 1 if trials.exists() else 0
 
-    def begin_after(more):
+    def begin_after(more, workers):
         """Starts it, and returns when so many more trials are finished; the next ones never are."""
         enough = finished() + more
         (tmp_path / "limit").write_text(str(enough))
-        process = start(*arguments, "--executor", "processes:2", start_new_session=True)
+        process = start(*arguments, "--executor", f"processes:{workers}", start_new_session=True)
         wait_for(lambda: finished() >= enough, process)
         helpers = children(process.pid)
-        assert len(helpers) >= 2
+        assert len(helpers) >= workers
         return process, helpers
 
-    process, helpers = begin_after(2)
+    process, helpers = begin_after(2, workers=2)
     begin = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=120)
@@ -393,7 +388,7 @@ def test_interrupted_then_killed_then_continued_to_the_same_numbers(command, tmp
     assert time.monotonic() - begin < 30
     wait_for(lambda: not alive(helpers), seconds=60)
 
-    process, helpers = begin_after(3)
+    process, helpers = begin_after(3, workers=1)
     process.kill()
     process.wait()
     wait_for(lambda: not alive(helpers), seconds=60)

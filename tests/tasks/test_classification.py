@@ -505,3 +505,17 @@ class TestLimitedFolders:
     def test_without_limits_all_is_read(self, folder):
         task = load_task("pictures", data_dir=folder)
         assert (task.size("train"), task.size("test")) == (24, 12)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_digits_are_those_that_scikit_learn_reads(there, monkeypatch, tmp_path):
+    from sklearn.datasets import load_digits
+
+    from holdfast.tasks.builtin import digits
+
+    if not there:
+        monkeypatch.setattr(digits, "located", lambda _: str(tmp_path))
+    theirs = load_digits()
+    for own, other in zip(digits._read(), (theirs.images, theirs.target), strict=True):
+        assert own.dtype == other.dtype
+        assert (own == other).all()
