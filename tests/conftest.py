@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from threadpoolctl import threadpool_limits
 
 import training
 from fewer import cut
@@ -32,6 +33,7 @@ from zoo import SETTINGS, denoising
 # what else the machine does. `make test-portable` asks for two as well.
 THREADS = int(os.environ.get("HOLDFAST_TEST_THREADS", "1"))
 torch.set_num_threads(THREADS)
+threadpool_limits(THREADS)  # NumPy's, which is loaded: the variable would come too late
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
 # Nor is it their business how a terminal is, what started them, or what a person has set.
 for name in (

@@ -620,15 +620,30 @@ def scores(result):
     return result.tables["accuracy" if "accuracy" in result.tables else "error"]
 
 
+TWINS = ("condition/vit-country211", "condition/resnet18-cars", "condition/resnet18-country211")
+"""At smoke scale the same as `condition/vit-cars`, which runs in full."""
+
+
 class TestRecipes:
     @pytest.mark.parametrize("name", PROTOCOLS)
     def test_every_recipe_runs_at_smoke_scale(self, name, tmp_path, monkeypatch):
         monkeypatch.setattr(
             "holdfast.experiments.measurements.sample_images.CLASSIFIER_STEPS", 20
         )  # what a distance is worth is tested elsewhere
-        found = run(tmp_path, load(name, scale="smoke"))
+        brief = ["defenses={frontier: {name: frontier}}"] if name in TWINS else []
+        found = run(tmp_path, load(name, scale="smoke", overrides=brief))
         assert {row["model"] for row in scores(found).rows} >= {"original"}
         assert len(found.tables["immunization"].rows) >= 1
+
+    @pytest.mark.parametrize("name", TWINS)
+    def test_twins_differ_in_what_they_stand_for_alone(self, name):
+        one, other = (load(each, scale="smoke").resolved() for each in (name, "condition/vit-cars"))
+        for recipe in (one, other):
+            for described in ("title", "about", "paper", "source"):
+                recipe.pop(described, None)
+            for setting in recipe["settings"].values():
+                del setting["stands_for"]
+        assert one == other
 
     @pytest.mark.parametrize("name", PROTOCOLS)
     def test_every_number_of_the_paper_is_shown_at_paper_scale(self, name):
