@@ -8,7 +8,6 @@ from holdfast.adversaries import BATTERIES
 from holdfast.experiments.recipe import load
 from holdfast.experiments.runner import run_recipe
 
-
 SLOWED = ("line-search raw", "gd raw")
 NOT_STOPPED = ("line-search whitened", "gd whitened", "ridge raw", "ridge whitened")
 """Some of the linear probes, with their features."""
