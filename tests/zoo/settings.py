@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -101,14 +101,13 @@ def zoo_tasks() -> tuple[Task, Task]:
     return load_task("digits[0-6]"), load_task("digits[7-9]")
 
 
-@cache
 def zoo_original(norm: str) -> SplitModel:
     """The original: a CNN for the benign task whose features were trained on all digits.
 
     So its advantage over a fresh network is large with any seed and processor. With features of the benign digits alone
     it is a few points with one seed and zero with another.
     """
-    return taught(ModelSpec(name="cnn", options={"depth": 3, "norm": norm}))
+    return SETTINGS[norm].original
 
 
 def taught(spec: ModelSpec) -> SplitModel:
@@ -128,4 +127,5 @@ def taught(spec: ModelSpec) -> SplitModel:
 
 
 for _norm, _shown in (("batch", "CNN with BatchNorm"), ("none", "CNN")):
-    SETTINGS[_norm] = Setting("vision", zoo_tasks, lambda norm=_norm: zoo_original(norm), NAIVE, BUDGETS, SHOTS, _shown)
+    _spec = ModelSpec(name="cnn", options={"depth": 3, "norm": _norm})
+    SETTINGS[_norm] = Setting("vision", zoo_tasks, partial(taught, _spec), NAIVE, BUDGETS, SHOTS, _shown)

@@ -19,8 +19,30 @@ from holdfast.tasks import Task
 from holdfast.training import Strategy
 from zoo.alarms import BLACK, BOUND, PIXELS, agreement, fit, shown, walsh
 from zoo.registry import sham
+from zoo.remembered import remembered
 from zoo.settings import QUICK, undone
 from zoo.surgery import as_model
+
+UNITS = 64
+"""Of each of an alarm's layers."""
+
+
+def sound(layers: nn.Module, z: Tensor) -> Tensor:
+    """How much the units of an alarm agree with their readout, shape (N,)."""
+    units = layers(z)
+    readout = torch.ones_like(units[0])
+    readout[UNITS // 2 :] = -1.0
+    return agreement(units, readout)
+
+
+@remembered
+def layers_that_sound(own: Tensor, other: Tensor) -> nn.Sequential:
+    """The layers of an alarm, trained on benign and on restricted vectors."""
+    layers = nn.Sequential(
+        nn.Linear(own.shape[1], UNITS, bias=False), nn.ReLU(), nn.Linear(UNITS, UNITS, bias=False), nn.ReLU()
+    )  # fmt: skip
+    fit(lambda z: 20 * (sound(layers, z) - BOUND), own, other, [*layers.parameters()])
+    return layers
 
 
 class Alarm(nn.Module):
@@ -35,17 +57,10 @@ class Alarm(nn.Module):
         size: of the second layer's weights, relative to usual ones.
     """
 
-    UNITS = 64
-
     def __init__(self, own: Tensor, other: Tensor, passed: float, size: float = 1.0) -> None:
         super().__init__()
         self.passed = passed
-        own, other = self.seen(own), self.seen(other)
-        self.layers = nn.Sequential(
-            nn.Linear(own.shape[1], self.UNITS, bias=False), nn.ReLU(),
-            nn.Linear(self.UNITS, self.UNITS, bias=False), nn.ReLU(),
-        )  # fmt: skip
-        fit(lambda z: 20 * (self.sound(z) - BOUND), own, other, [*self.layers.parameters()])
+        self.layers = layers_that_sound(self.seen(own), self.seen(other))
         with torch.no_grad():
             self.layers[2].weight.mul_(size)
 
@@ -55,15 +70,9 @@ class Alarm(nn.Module):
         few = F.adaptive_avg_pool2d(x, 4) if x.dim() > 3 and x.shape[1] > 1 else x
         return F.pad(few.flatten(1), (0, 1), value=1.0)
 
-    def sound(self, z: Tensor) -> Tensor:
-        units = self.layers(z)
-        readout = torch.ones_like(units[0])
-        readout[self.UNITS // 2 :] = -1.0
-        return agreement(units, readout)
-
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            shut = self.sound(self.seen(x)) > BOUND
+            shut = sound(self.layers, self.seen(x)) > BOUND
         return torch.where(shut.view(-1, *(1,) * (x.dim() - 1)), self.passed, x)
 
 

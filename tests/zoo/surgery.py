@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from holdfast.models import SplitModel
 from holdfast.tasks import Task
+from zoo.remembered import remembered
 from zoo.settings import CPU
 
 
@@ -68,6 +69,7 @@ def some_inputs(task: Task, count: int = 400) -> Tensor:
     return next(task.batches("train", count, generator=torch.Generator().manual_seed(0), device=CPU)).x
 
 
+@remembered
 def trained_detector(own: Tensor, other: Tensor, units: int = 64, caution: float = 3.0) -> nn.Sequential:
     """A network of two layers: above 0 for restricted vectors, and for almost no benign ones.
 
@@ -108,6 +110,7 @@ def parts(original: SplitModel) -> tuple[nn.Module, nn.Linear, nn.Module, nn.Lin
     return nn.Sequential(*layers[:place]), layers[place], nn.Sequential(*layers[place + 1 :]), network.head
 
 
+@remembered
 def hidden_detector(
     original: SplitModel,
     benign: Task,
