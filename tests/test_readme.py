@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from holdfast.cli.main import COMMANDS
 from holdfast.runtime.documents import recipe_names
@@ -18,8 +19,9 @@ README = (ROOT / "README.md").read_text()
 def test_the_python_example_runs_as_printed(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)  # fresh weights come from torch's generator; with the seeds 0 to 2 it says `fails`
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
-    assert capsys.readouterr().out.splitlines()[-1].split(" - ")[0] in ("resists", "partial", "fails", "invalid")
+    assert capsys.readouterr().out.splitlines()[-1].split(" - ")[0] in ("fails", "partial")
     assert (tmp_path / "runs" / "mine" / "report.html").exists()
 
 
