@@ -40,6 +40,7 @@ def line(rows: list[Row]) -> str:
     counts = Counter(r["label"] for r in rows)
     cells = [
         str(rows[0]["steps"]),
+        str(len(rows)),
         spread([r["mean"] for r in rows]),
         f"{100 * mean(r['benign'] for r in rows):.0f} %",
         *(str(counts[label]) for label in LABELS),
@@ -61,8 +62,8 @@ rest of the training back. Each audit has other samples, batches and controls, s
 they measure, over the budgets above 0, is close to the true one (± standard error). The rule about the benign score is
 lifted, so that the statistics decide.
 
-| steps | advantage, points | benign score | {" | ".join(LABELS)} | band above 0 | half the band |
-|---|---|---|{"---|" * len(LABELS)}---|---|
+| steps | audits | advantage, points | benign score | {" | ".join(LABELS)} | band above 0 | half the band |
+|---|---|---|---|{"---|" * len(LABELS)}---|---|
 {chr(10).join(map(line, by_steps.values()))}
 
 "Band above 0" counts audits whose band lies above zero at some budget. An audit that is `invalid` could not decide.
