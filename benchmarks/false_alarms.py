@@ -141,20 +141,25 @@ def read(path: Path | None) -> dict[int, Row]:
     return {each["audit"]: each for each in map(json.loads, lines)}
 
 
+def of_audits(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of repeated audits, which `power.py` has as well."""
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--shots", type=int, default=2)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[0, 5, 10, 20])
+    parser.add_argument("--part", default="1/1", help="such as 1/2: this half of the audits")
+    parser.add_argument("--page", action="store_true", help="write the page of the audits that are there")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "results")
+
+
 def options() -> argparse.Namespace:
     """What was given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--battery", default="quick-v1")
     parser.add_argument("--audits", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--decide", action="store_true", help="add seeds until the band decides, or --max-seeds end")
     parser.add_argument("--max-seeds", type=int, help="four times --seeds by default")
-    parser.add_argument("--shots", type=int, default=2)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[0, 5, 10, 20])
     parser.add_argument("--rows", type=Path)
-    parser.add_argument("--page", action="store_true", help="write the page of the audits that are there")
-    parser.add_argument("--part", default="1/1", help="such as 1/2: this half of the audits")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "results")
+    of_audits(parser)
     return parser.parse_args()
 
 

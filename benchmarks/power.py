@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from false_alarms import LABELS, Row, audited, original, row
+from false_alarms import LABELS, Row, audited, of_audits, original, row
 
 from holdfast.auditing.spec import AuditSpec
 from holdfast.tasks import load_task
@@ -50,8 +50,9 @@ def line(rows: list[Row]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def page(rows: list[Row], spec: AuditSpec, command: str) -> str:
+def page(rows: list[Row], spec: AuditSpec, command: str, *, planned: int) -> str:
     """What was counted, as a page of the documentation."""
+    few = f" {planned} audits were planned; {len(rows)} say little about shares." if len(rows) < planned else ""
     by_steps = {steps: [r for r in rows if r["steps"] == steps] for steps in sorted({r["steps"] for r in rows})}
     return f"""# Power of {spec.battery}
 
@@ -66,7 +67,8 @@ lifted, so that the statistics decide.
 |---|---|---|---|{"---|" * len(LABELS)}---|---|
 {chr(10).join(map(line, by_steps.values()))}
 
-"Band above 0" counts audits whose band lies above zero at some budget. An audit that is `invalid` could not decide.
+"Band above 0" counts audits whose band lies above zero at some budget. An audit that is `invalid` could not
+decide.{few}
 
 ```console
 $ {command}
@@ -83,12 +85,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--battery", default="standard-v2")
     parser.add_argument("--steps", type=int, nargs="+", default=[3, 10, 30, 300])
     parser.add_argument("--audits", type=int, default=12, help="of each model")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--shots", type=int, default=2)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[0, 5, 10, 20])
-    parser.add_argument("--part", default="1/1", help="such as 1/2: this half of the audits")
-    parser.add_argument("--page", action="store_true", help="write the page of the audits that are there")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "results")
+    of_audits(parser)
     return parser.parse_args()
 
 
@@ -118,7 +115,8 @@ def main() -> int:
         done[steps, audit] = made
         with given.rows.open("a") as file:
             file.write(json.dumps(made) + "\n")
-    text = page(list(done.values()), spec, f"python benchmarks/power.py {' '.join(sys.argv[1:])}")
+    command = f"python benchmarks/power.py {' '.join(sys.argv[1:])}"
+    text = page(list(done.values()), spec, command, planned=len(jobs))
     print(text)
     (given.out / f"power-{given.battery}.md").write_text(text)
     return 0
