@@ -110,13 +110,13 @@ def zoo_original(norm: str) -> SplitModel:
     return SETTINGS[norm].original
 
 
-def taught(spec: ModelSpec) -> SplitModel:
+def taught(spec: ModelSpec, steps: int = 600) -> SplitModel:
     """A network for the benign digits that was trained on all of them, with the rows of its head for these."""
     benign, _ = zoo_tasks()
     digits, run = load_task("digits"), Run(seed=0, device=CPU)
     with run.seeded("initialise"):
         teacher, original = load_model(spec, digits), load_model(spec, benign)
-    teacher = pretrain(teacher, digits, steps=600, run=run)
+    teacher = pretrain(teacher, digits, steps=steps, run=run)
     head = {f"{teacher.head_name}.{n}" for n, _ in teacher.head.named_parameters()}
     state = {n: t for n, t in teacher.network.state_dict().items() if n not in head}
     original.network.load_state_dict(state, strict=False)
