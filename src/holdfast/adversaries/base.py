@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Final, Self, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from holdfast.errors import HoldfastError, unknown
 from holdfast.models import SplitModel, both_splits
@@ -140,6 +139,8 @@ class Adversary(ABC):
 
         Convolutions, matrix products and attention count; element-wise work, optimizers and decompositions do not.
         """
+        from torch.utils.flop_counter import FlopCounterMode  # slow to import, and few audits count operations
+
         victim, task = self._prepared(model, task, run.device)
         with run.seeded("attack", self.name, 0) as generator, FlopCounterMode(display=False) as counter:
             work = self.run(victim, task, benign=benign, generator=generator, device=run.device)

@@ -25,7 +25,7 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtri, stdtrit
+import scipy
 
 from holdfast.results import ROLES, BudgetRow, Cost, Curve, Interval, Role
 from holdfast.results.tables import Cell
@@ -322,9 +322,9 @@ def _quantile(drawn: Array, confidence: float) -> float:
     Where too few replicates lie beyond a quantile, a normal distribution bounds it: by the union over budgets.
     """
     deviation = drawn.std(0, ddof=1)
-    pointwise = float(ndtri((1 + confidence) / 2))
+    pointwise = float(scipy.special.ndtri((1 + confidence) / 2))
     if MORE_REPLICATES * (1 - confidence) < 1 - CONFIDENCE:
-        return float(ndtri(1 - (1 - confidence) / (2 * drawn.shape[1])))
+        return float(scipy.special.ndtri(1 - (1 - confidence) / (2 * drawn.shape[1])))
     varies = deviation > ROUNDING  # budgets without spread do not affect c
     if not varies.any():
         return pointwise
@@ -352,7 +352,7 @@ def small_sample(count: int, confidence: float = CONFIDENCE) -> float:
         [34.95, 4.72, 2.0, 1.33, 1.02]
     """
     level = (1 + confidence) / 2
-    return math.sqrt(count / (count - 1)) * float(stdtrit(count - 1, level) / ndtri(level))
+    return math.sqrt(count / (count - 1)) * float(scipy.special.stdtrit(count - 1, level) / scipy.special.ndtri(level))
 
 
 def _finite(value: float) -> float | None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy.special import ndtri, stdtrit
+import scipy
 
 from holdfast.errors import HoldfastError
 from holdfast.report import wording
@@ -85,10 +85,10 @@ class Entry:
         cell = self.key.last.best["immunized"]
         if cell.mean is None or cell.sd is None:
             return None
-        half = float(stdtrit(cell.n - 1, 0.975)) * cell.sd / math.sqrt(cell.n)
+        half = float(scipy.special.stdtrit(cell.n - 1, 0.975)) * cell.sd / math.sqrt(cell.n)
         if self.audit.spoken.is_share and self.audit.test_samples:
             samples = max(cell.mean * (1 - cell.mean), 0) / self.audit.test_samples
-            half = math.hypot(half, float(ndtri(0.975)) * math.sqrt(samples))
+            half = math.hypot(half, float(scipy.special.ndtri(0.975)) * math.sqrt(samples))
         return Interval(low=cell.mean - half, high=cell.mean + half)
 
     @property
