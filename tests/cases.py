@@ -118,21 +118,20 @@ _NOISED = {
 DENOISING: dict[str, Defense] = {
     "sophon-dos": Sophon(**_NOISED),
     "trajectory-erasure": TrajectoryErasure(recovery_loops=2, probe_batch=8, **_NOISED),
-    "sophon-mse-ascent": Sophon(loss="mse-ascent", **_NOISED),
+    "sophon-mse-ascent": Sophon(loss="mse-ascent", ema=0.7, joint_weight=0.1, **_NOISED),
     "sophon-exact": Sophon(second_order=True, optimizers=("sgd", "momentum"), **_NOISED),
-    "sophon-bf16": Sophon(precision="bf16", **_NOISED),
-    "sophon-averaged": Sophon(ema=0.7, joint_weight=0.1, **_NOISED),
     "sophon-lasting": Sophon(
         population=2,
         tasks=2,
         lifetime=4,
         disjoint=True,
         distillation=1.0,
-        validate_every=1,
+        validate_every=2,
         validation_steps=2,
         **_NOISED,
     ),
-    "sophon-wide": Sophon(
+    "sophon-wide-bf16": Sophon(
+        precision="bf16",
         initialisations=("head", "last-block", "last-half"),
         scopes=("all", "last-block", "norm"),
         tasks=2,

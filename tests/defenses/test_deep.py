@@ -147,17 +147,7 @@ def frozen_part(model: SplitModel, blocks: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", DEEP)
 class TestEveryDeepDefense:
-    def test_only_the_last_blocks_and_the_head_move(self, name, model, images):
-        before = frozen_part(model, 1)
-        immunized, record = DEFENSES[name].immunize(model, *images, run=Run(0, CPU))
-        after = frozen_part(immunized, 1)
-        assert before
-        assert all(torch.equal(before[n], after[n]) for n in before)
-        assert immunized.facts().sha256 != model.facts().sha256
-        assert all(p.requires_grad for p in immunized.parameters())
-        assert set(DEFENSES[name].terms) < set(record.history)
-
-    def test_is_interrupted_and_continues_to_the_same_model(self, name, model, images, tmp_path):
+    def test_moves_the_last_blocks_and_the_head_and_continues_to_the_same_model(self, name, model, images, tmp_path):
         class Killed(Exception):
             pass
 
@@ -168,7 +158,14 @@ class TestEveryDeepDefense:
                 return super().seeded(*purpose)
 
         defense = dataclasses.replace(DEFENSES[name], epochs=None, iterations=4)
+        before = frozen_part(model, 1)
         whole, record = defense.immunize(model, *images, run=Run(0, CPU))
+        after = frozen_part(whole, 1)
+        assert before
+        assert all(torch.equal(before[n], after[n]) for n in before)
+        assert whole.facts().sha256 != model.facts().sha256
+        assert all(p.requires_grad for p in whole.parameters())
+        assert set(defense.terms) < set(record.history)
         with pytest.raises(Killed):
             defense.immunize(model, *images, run=Interrupted(0, CPU, tmp_path))
         resumed, again = defense.immunize(model, *images, run=Run(0, CPU, tmp_path))

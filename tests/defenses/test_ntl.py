@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from torch import nn
 
 import reference
@@ -34,6 +34,7 @@ def two_batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class TestMMD:
+    @settings(max_examples=40)
     @given(two_batches(), st.integers(1, 6), st.sampled_from([1.5, 2.0, 3.0]))
     def test_equals_the_equation(self, batches, kernels, multiplier):
         x, y = batches
@@ -163,7 +164,8 @@ class TestNTL:
             BRIEF.immunize(model, narrow, wide, run=run)
 
     def test_fewer_restricted_classes_are_welcome(self, trained, benign, run):
-        immunized, _ = BRIEF.immunize(trained, benign, load_task("digits[7-9]"), run=run)
+        brief = dataclasses.replace(BRIEF, iterations=1)
+        immunized, _ = brief.immunize(trained, benign, load_task("digits[7-9]"), run=run)
         assert immunized.num_outputs == 5
 
     def test_inputs_of_two_shapes_are_refused(self, model, benign, run):
@@ -216,9 +218,6 @@ class TestNTL:
         resumed, again = BRIEF.immunize(trained, benign, restricted, run=Run(0, CPU, tmp_path))
         assert resumed.facts().sha256 == whole.facts().sha256
         assert again == record
-
-    def test_never_continues_the_work_of_another_setting(self, trained, benign, restricted, tmp_path):
-        BRIEF.immunize(trained, benign, restricted, run=Run(0, CPU, tmp_path))
         with pytest.raises(HoldfastError, match="another immunization"):
             dataclasses.replace(BRIEF, alpha=0.2).immunize(trained, benign, restricted, run=Run(0, CPU, tmp_path))
 

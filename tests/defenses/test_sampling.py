@@ -192,9 +192,9 @@ class TestSampling:
         with pytest.raises(HoldfastError, match="draws no samples"):
             Sophon(sampling=1.0).immunize(model, benign, restricted, run=run)
 
-    def test_it_holds_the_outputs_on_the_way(self, denoiser, digit_images):
+    def test_it_holds_the_outputs_on_the_way(self, denoiser, digit_images, monkeypatch):
         """Against the same reinforcement without it, the outputs stay nearer to the original's."""
-
+        monkeypatch.setattr(sampling, "DDIM_STEPS", 10)
         on_the_way = states(60)
         on_the_way.spread(denoiser, stream(9))
         x = on_the_way.inputs()
