@@ -105,11 +105,11 @@ CASES = {
         llama, "FOLDER/0.txt@length=8", "FOLDER/1.txt@length=8", ("direct-all-adam", "scope-lora-attention", "prompt")
     ),
     "denoising, U-Net": Case(
-        ModelSpec(name="unet", options={"widths": [8]}), f"digits[0-4]@kind=denoising,{SMALL}",
+        ModelSpec(name="unet", options={"widths": [8], "attention": 1}), f"digits[0-4]@kind=denoising,{SMALL}",
         f"digits[5-9]@kind=denoising,{SMALL}", ("head-all-adam", "scope-lora-attention"),
     ),
     "text-to-image, U-Net": Case(
-        ModelSpec(name="text-unet", options={"widths": [8]}),
+        ModelSpec(name="text-unet", options={"widths": [8], "attention": 1}),
         f"digits[0-4]@kind=text-to-image,caption=a photo of the digit {{}},{SMALL}",
         f"digits[5-9]@kind=text-to-image,caption=a photo of the digit {{}},{SMALL}",
         ("head-all-adam", "scope-lora-attention", "captions-dreambooth", "captions-textual-inversion"),
