@@ -38,7 +38,7 @@ from holdfast.defenses import (
 )
 from holdfast.training import OPTIMIZERS, Strategy
 
-_BRIEF = {"iterations": 3, "steps": 3, "batch_sizes": (20,), "reinforcement_batch": 32, "guard_every": 1}
+_BRIEF = {"iterations": 3, "steps": 2, "batch_sizes": (20,), "reinforcement_batch": 32, "guard_every": 1}
 
 _DEEP = {"iterations": 3, "batch_size": 20, "guard_every": 1, "max_benign_drop": 1.0}
 
@@ -48,7 +48,7 @@ DEFENSES: dict[str, Defense] = {
     "sophon-released": Sophon(
         loss="released", initialisations=("head",), optimizers=("sgd",), head_gradient=True, **_BRIEF
     ),
-    "sophon-many": Sophon(tasks=3, suppression_loops=2, reinforcement_loops=2, gamma=(0.1, 0.3, 0.6), **_BRIEF),
+    "sophon-many": Sophon(tasks=3, suppression_loops=2, reinforcement_loops=2, gamma=(0.3, 0.7), **_BRIEF),
     "sophon-ce-ascent": Sophon(loss="ce-ascent", **_BRIEF),
     "sophon-every-optimizer": Sophon(optimizers=tuple(OPTIMIZERS), **_BRIEF),
     "sophon-lasting": Sophon(
@@ -59,7 +59,7 @@ DEFENSES: dict[str, Defense] = {
         probe_weight=0.5,
         probe_batch=60,
         probe_depth=2,
-        evaluate_every=3,
+        evaluate_every=2,
         distillation=1.0,
         validate_every=2,
         validation_steps=2,

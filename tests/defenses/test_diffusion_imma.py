@@ -145,7 +145,7 @@ class TestRounds:
 
     def test_the_benign_loss_pulls_back(self, text_to_image, digit_captions, run):
         def benign(weight):
-            defense = dataclasses.replace(BRIEF, iterations=10, learning_rate=1e-2, benign_weight=weight)
+            defense = dataclasses.replace(BRIEF, iterations=5, learning_rate=1e-2, benign_weight=weight)
             made, record = defense.immunize(text_to_image, *digit_captions, run=run)
             assert (record.history["benign_loss"][0] is not None) is (weight > 0)
             return digit_captions[0].score(made)

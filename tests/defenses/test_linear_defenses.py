@@ -375,7 +375,7 @@ class TestRealData:
         ratios = problem.ratios(FrontierDefense().extractor(problem, run=run)[0])
         assert ratios.restricted >= 0.999 * problem.frontier.bound
         assert ratios.benign <= 1.001
-        own = problem.ratios(ConditionNumber(iterations=200, keep="rir").extractor(problem, run=run)[0])
+        own = problem.ratios(ConditionNumber(iterations=60, keep="rir").extractor(problem, run=run)[0])
         assert 1 < own.rir <= problem.frontier.bound
 
     def test_the_signal_frontier_on_real_features(self, data_dir, run):
@@ -385,7 +385,15 @@ class TestRealData:
 
         benign = load_task("cifar10@test_limit=300", data_dir=data_dir).few_shot(60, 0)
         restricted = load_task("cifar100_objects@test_limit=300", data_dir=data_dir).few_shot(60, 0)
-        model = load_model(ModelSpec(**spec), benign, data_dir=data_dir)
+        network = load_model(ModelSpec(**spec), benign, data_dir=data_dir).eval()
+
+        def seen(task, split):
+            with torch.no_grad():
+                return torch.cat([network.features(batch.x) for batch in task.sweep(split, 200, device=CPU)])
+
+        # All that follows is about the head's inputs: they are computed once, and the head is the whole model.
+        benign, restricted = (t.with_inputs(*(seen(t, s) for s in ("train", "test"))) for t in (benign, restricted))
+        model = SplitModel(nn.Sequential(network.head), "0")
         immunized, record = SignalFrontier().immunize(model, benign, restricted, run=run)
         assert record.history["ratio_benign"][0] <= 1.001
         probe = Probe("line-search", "raw")

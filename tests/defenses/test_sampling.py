@@ -165,7 +165,7 @@ class TestTextToImage:
             Sophon(sampling=1.0).immunize(text_to_image, *narrow, run=Run(0, CPU))
 
     def test_the_states_are_of_the_benign_captions(self, text_to_image, digit_captions, monkeypatch):
-        monkeypatch.setattr(sampling, "DDIM_STEPS", 10)
+        monkeypatch.setattr(sampling, "DDIM_STEPS", 4)
         seen = []
         shown = SamplingStates.inputs
         monkeypatch.setattr(SamplingStates, "inputs", lambda self: seen.append(shown(self)) or seen[-1])
@@ -210,7 +210,7 @@ class TestSampling:
 
     def test_at_the_original_it_costs_nothing(self, denoiser, digit_images, run, monkeypatch):
         """The first reinforcement loop alone: the distance and its gradient are zero there."""
-        monkeypatch.setattr(sampling, "DDIM_STEPS", 10)
+        monkeypatch.setattr(sampling, "DDIM_STEPS", 4)
         settings = {**BRIEF, "iterations": 1, "reinforcement_loops": 1, "suppression_lr": 1e-12}
         plain, with_it = (
             Sophon(**settings, sampling=weight).immunize(denoiser, *digit_images, run=run)[1].history

@@ -28,7 +28,7 @@ from holdfast.defenses.sophon.simulation import Simulation
 from holdfast.defenses.validation import VALIDATION, validation_score
 from holdfast.errors import HoldfastError
 from holdfast.losses import Objective, distillation_loss, inverse_cross_entropy, ridge_probe
-from holdfast.models import SplitModel, load_model
+from holdfast.models import ModelSpec, SplitModel, load_model
 from holdfast.runtime.run import Run
 from holdfast.tasks import load_task
 from holdfast.training import Strategy, pretrain
@@ -743,6 +743,16 @@ class TestKinds:
             Sophon(loss="dos").immunize(model, benign, restricted, run=run)
 
 
+@pytest.fixture(scope="module")
+def narrow():
+    """A narrow denoiser that knows nothing, and few images of two tasks."""
+    limits = "kind=denoising,train_limit=100,test_limit=30"
+    tasks = [load_task(f"digits{part}@{limits}") for part in ("[0-4]", "[5-9]")]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return load_model(ModelSpec(name="unet", options={"widths": [8], "attention": 1}), tasks[0]).eval(), tasks
+
+
 class TestAveraging:
     """An average of the weights is looked at, examined and released; what is trained is not it."""
 
@@ -752,55 +762,64 @@ class TestAveraging:
         settings = Sophon(**{"iterations": 4, "max_benign_drop": 1.0, **self.SETTINGS, **more})
         return settings.immunize(model, *tasks, run=run or Run(0, CPU))
 
-    def test_it_is_that_of_all_rounds_and_training_does_not_see_it(self, denoiser, digit_images):
-        states = [denoiser, *(self.made(denoiser, digit_images, iterations=n)[0] for n in (1, 2, 3))]
+    def test_it_is_that_of_all_rounds_and_training_does_not_see_it(self, narrow):
+        denoiser, _ = narrow
+        states = [denoiser, *(self.made(*narrow, iterations=n)[0] for n in (1, 2, 3))]
         expected = {n: v.clone() for n, v in denoiser.network.state_dict().items()}
         for later in states[1:]:
             for name, value in later.network.state_dict().items():
                 expected[name] = 0.7 * expected[name] + 0.3 * value
-        found, _ = self.made(denoiser, digit_images, iterations=3, ema=0.7)
+        found, _ = self.made(*narrow, iterations=3, ema=0.7)
         for name, value in found.network.state_dict().items():
             torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)
 
     @pytest.mark.parametrize("guard", [True, False])
-    def test_looking_changes_nothing_unless_the_guard_acts(self, denoiser, digit_images, guard, monkeypatch):
+    def test_looking_changes_nothing_unless_the_guard_acts(self, narrow, guard, monkeypatch):
         if not guard:
             monkeypatch.setattr(BenignGuard, "limit", 0.0)  # no state is a good one, and nobody minds
         (seldom, once), (often, record) = (
-            self.made(denoiser, digit_images, ema=0.7, guard=guard, guard_every=every) for every in (4, 1)
+            self.made(*narrow, ema=0.7, guard=guard, guard_every=every) for every in (4, 1)
         )
         assert None not in record.history["benign_score"]
         assert record.history["suppression_loss"] == once.history["suppression_loss"]
         assert often.facts().sha256 == seldom.facts().sha256
 
-    def test_what_was_examined_is_what_is_released(self, denoiser, digit_images, monkeypatch):
+    def test_what_was_examined_is_what_is_released(self, narrow, monkeypatch):
         examined = []
         monkeypatch.setattr(
             validation,
             "validation_score",
             lambda model, *_, **__: examined.append(model.facts().sha256) or -len(examined),
         )
-        found, _ = self.made(denoiser, digit_images, ema=0.7, validate_every=2)
+        found, _ = self.made(*narrow, ema=0.7, validate_every=2)
         assert len(set(examined)) == 2
         assert found.facts().sha256 == examined[-1]
 
     @pytest.mark.parametrize("recovery", [0, 3])
-    def test_after_a_bad_look_average_and_model_are_one(self, denoiser, digit_images, recovery, monkeypatch):
+    def test_after_a_bad_look_average_and_model_are_one(self, narrow, recovery, monkeypatch):
         settings = Sophon(iterations=1, ema=0.7, recovery_loops=recovery, **self.SETTINGS)
-        going = sophon._Immunization(settings, denoiser, *digit_images, Run(0, CPU))
+        denoiser, tasks = narrow
+        going = sophon._Immunization(settings, denoiser, *tasks, Run(0, CPU))
         scores = iter([1e9, 0.0])
-        monkeypatch.setattr(type(digit_images[0]), "score", lambda *_: next(scores))
+        monkeypatch.setattr(type(tasks[0]), "score", lambda *_: next(scores))
         made, record = going.finish()
         assert ("recovered to" if recovery else "halved") in record.events[0].message
         assert all(torch.equal(v, going.average.state[n]) for n, v in made.network.state_dict().items())
         same = made.facts().sha256 == denoiser.facts().sha256
         assert same is not bool(recovery)
 
-    @pytest.mark.parametrize("more", [{}, {"validate_every": 2, "validation_steps": 2}, {"max_benign_drop": 0.0}])
-    def test_stops_anywhere_and_continues_to_the_same(self, trained, benign, restricted, tmp_path, more):
+    @pytest.mark.parametrize(
+        ("more", "stops"),
+        [
+            ({}, (2, 3, 4)),
+            ({"validate_every": 2, "validation_steps": 2}, (3,)),
+            ({"max_benign_drop": 0.0}, (3, 4)),
+        ],
+    )
+    def test_stops_anywhere_and_continues_to_the_same(self, trained, benign, restricted, tmp_path, more, stops):
         settings = {"iterations": 5, "ema": 0.7, "guard_every": 2, "suppression_lr": 1e-2, **more}
         whole, record = self.made(trained, (benign, restricted), **settings)
-        for after in (2, 3, 4):
+        for after in stops:
             folder = tmp_path / str(after)
 
             class Stops(Run):

@@ -172,7 +172,7 @@ class TestTAR:
             return simulation.run(restricted, strategy, 8, None, generator=torch.Generator().manual_seed(9)).loss
 
         brief = TAR(
-            iterations=60, learning_rate=1e-3, steps=8, initialisations=("direct",), learning_rates=(3e-3,), guard=False
+            iterations=35, learning_rate=1e-3, steps=8, initialisations=("direct",), learning_rates=(3e-3,), guard=False
         )
         immunized, _ = brief.immunize(trained, benign, restricted, run=run)
         assert attacked(immunized) < attacked(trained) - 0.1

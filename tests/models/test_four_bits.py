@@ -10,6 +10,7 @@ import torch
 
 from holdfast.adversaries import FineTuning
 from holdfast.api import audit
+from holdfast.auditing import language_models
 from holdfast.models import load_model, load_task_for
 from holdfast.runtime.run import Run
 from holdfast.tasks import load_task
@@ -21,6 +22,12 @@ QLORA = Strategy("direct", "qlora", "adamw", 1e-2, 8, rank=4)
 needed = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason='needs bitsandbytes: pip install "holdfast[qlora]"'
 )
+
+
+@pytest.fixture(autouse=True)
+def _short_texts(monkeypatch):
+    """What audited models write is short."""
+    monkeypatch.setattr(language_models, "TOKENS", 4)
 
 
 @pytest.fixture(scope="module")

@@ -327,9 +327,15 @@ class TestSmallLlama:
             load_model("llama", load_task("digits"))
 
 
+STARTS = ["direct", "head", "last-block", "last-half", "shrink-perturb"]
+
+
 class TestStarts:
-    @pytest.mark.parametrize("start", ["direct", "head", "last-block", "last-half", "shrink-perturb"])
-    @pytest.mark.parametrize("scope", ["all", "norm", "lora", "lora-attention"])
+    @pytest.mark.parametrize(
+        ("start", "scope"),
+        [(start, "all") for start in STARTS]
+        + [(start, scope) for scope in ("norm", "lora", "lora-attention") for start in ("direct", "head")],
+    )
     def test_every_start_is_trained(self, name, questions, start, scope):
         model = loaded(name, questions)
         strategy = Strategy(start, scope, "adam", 1e-2, 6, rank=2)
@@ -338,7 +344,7 @@ class TestStarts:
             torch.manual_seed(0)
             prepare(model, strategy, questions)
             losses = finetune(model, questions, strategy, generator=torch.Generator().manual_seed(0), device=CPU)
-            values = [float(loss) for _, loss in zip(range(15), losses, strict=False)]
+            values = [float(loss) for _, loss in zip(range(8), losses, strict=False)]
         assert values[-1] < values[0]
 
     def test_a_probe_on_one_vector_a_sample_does_not_apply(self, name, questions):

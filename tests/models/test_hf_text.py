@@ -298,7 +298,8 @@ class TestAttacking:
 
     def test_a_head_for_fewer_classes_cannot_be_kept(self, places):
         four = load_task_for("phrases-topic@length=8", f"hf:{places / 'bert'}")
-        reasons = {a.strategy.initialisation: a.not_applicable(loaded(places, "bert"), four) for a in TUNED}
+        model = loaded(places, "bert")
+        reasons = {a.strategy.initialisation: a.not_applicable(model, four) for a in TUNED}
         assert "it keeps the head, which has 2 outputs, and the task has 4 classes" in reasons.pop("direct")
         assert set(reasons.values()) == {None}
 
@@ -366,9 +367,11 @@ class TestAudits:
 
 @pytest.mark.usefixtures("brief_look")
 def test_the_recipe_runs_at_smoke_scale_without_data(tmp_path):
-    """From an architecture to a verdict."""
-    recipe = load("language/audit", scale="smoke", overrides=["audit.side_effects=false", "audit.battery=probes-v1"])
-    result = run_recipe(recipe, folder=tmp_path, device="cpu", quiet=True)
+    """From an architecture to a verdict, by two probes."""
+    two = (Probe("ridge"), Probe("line-search"))
+    with patch.dict(BATTERIES._members, {"two": two}):
+        recipe = load("language/audit", scale="smoke", overrides=["audit.side_effects=false", "audit.battery=two"])
+        result = run_recipe(recipe, folder=tmp_path, device="cpu", quiet=True)
     assert result.provenance.tasks["restricted"].tokenizer == "words"
     assert result.audit.benign.original > 0.5
     again = load_model(str(tmp_path / "model.safetensors"), phrases("topic"))
@@ -424,12 +427,12 @@ class TestRealEncoder:
         probe = LogisticRegression(max_iter=1000).fit(x, task._y["train"])
         assert probe.score(x_test, task._y["test"]) > 0.95
 
-    def test_real_weights_and_sentences_can_be_defended_and_attacked(self, data_dir, run):
+    def test_real_weights_and_sentences_can_be_defended_and_attacked(self, few_data, run):
         pytest.importorskip("pyarrow")
         recipe = load("language/audit", overrides=["defense.iterations=1", "defense.steps=1"])
         brief = {"length": 8, "train_limit": 100, "test_limit": 10}
         benign, restricted = (
-            load_task_for(spec.model_copy(update=brief), recipe.model, data_dir=data_dir)
+            load_task_for(spec.model_copy(update=brief), recipe.model, data_dir=few_data)
             for spec in (recipe.transfer, recipe.restricted)
         )
         original = pretrain(load_model(recipe.model, benign), benign, steps=1, strategy=recipe.pretrain.strategy())

@@ -248,7 +248,8 @@ class TestCatalog:
     def test_timm_heads(self, name, head):
         from holdfast.models.families.timm import find_head
 
-        model = timm.create_model(name, num_classes=5)
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=5)
         assert find_head(name, model) == head
         assert model.get_submodule(head).out_features == 5
 
@@ -264,20 +265,23 @@ class TestCatalog:
         assert model.mean.shape == (1, 1, 1)
 
     @pytest.mark.parametrize(
-        ("name", "options", "weights", "task", "accuracy"),
+        ("name", "options", "weights", "task", "accuracy", "count"),
         [
-            ("cifar_resnet", {"depth": 20}, "cifar10_resnet20", "cifar10", 0.9173),
-            ("cifar_resnet", {"depth": 32}, "cifar10_resnet32", "cifar10", 0.9263),
-            ("cifar_resnet", {"depth": 56}, "cifar10_resnet56", "cifar10", 0.9339),
-            ("cifar_vit", {}, "cifar10_vit", "cifar10", 0.7372),
-            ("mnist_cnn", {}, "mnist_cnn", "mnist", 0.9894),
+            ("cifar_resnet", {"depth": 20}, "cifar10_resnet20", "cifar10", 0.9173, 600),
+            ("cifar_resnet", {"depth": 32}, "cifar10_resnet32", "cifar10", 0.9263, 150),
+            ("cifar_resnet", {"depth": 56}, "cifar10_resnet56", "cifar10", 0.9339, 150),
+            ("cifar_vit", {}, "cifar10_vit", "cifar10", 0.7372, 600),
+            ("mnist_cnn", {}, "mnist_cnn", "mnist", 0.9894, 600),
         ],
     )
-    def test_real_weights(self, data_dir, name, options, weights, task, accuracy):
-        """Published accuracies of the full test splits, within three standard errors of 600 images."""
-        task = load_task(TaskSpec(data=task, test_limit=600), data_dir=data_dir)
+    def test_real_weights(self, data_dir, name, options, weights, task, accuracy, count):
+        """Published accuracies of the full test splits, within three standard errors of so many images.
+
+        Of the three depths, one is measured closely.
+        """
+        task = load_task(TaskSpec(data=task, test_limit=count), data_dir=data_dir)
         spec = ModelSpec(name=name, options=options, weights=f"weights/{weights}.safetensors")
-        tolerance = 3 * (accuracy * (1 - accuracy) / 600) ** 0.5
+        tolerance = 3 * (accuracy * (1 - accuracy) / count) ** 0.5
         assert task.score(load_model(spec, task, data_dir=data_dir)) == pytest.approx(accuracy, abs=tolerance)
 
     @pytest.mark.parametrize(

@@ -345,7 +345,8 @@ def texts_of(path: Path, table: pd.DataFrame, columns: Sequence[str], notes: lis
                 f"{str(path)!r}: column {column!r} holds {type(wrong[0]).__name__}, not text; name a column of texts "
                 "with `text`."
             )
-    joined = table[list(columns)].fillna("").astype(str).agg(" ".join, axis=1).str.strip()
+    rows = table[list(columns)].fillna("").astype(str).itertuples(index=False, name=None)
+    joined = pd.Series([" ".join(row) for row in rows]).str.strip()
     empty = int((joined == "").sum())
     if empty == len(table):
         raise HoldfastError(
