@@ -217,6 +217,7 @@ ADVERSARIES: dict[str, Adversary] = {
         ("sgd", 0.1), ("momentum", 0.02), ("nesterov", 0.02), ("adagrad", 0.01), ("adadelta", 1.0), ("adam", 2e-3),
         ("adamw", 2e-3), ("adafactor", 0.05),
     )
+    if (start, scope) == ("head", "all") or optimizer in ("sgd", "adam")  # a start or scope is the same to all of them
 } | {
     f"probe-{solver}-{preparation}": Probe(solver, preparation, 0.1)
     for solver in SOLVERS for preparation in PREPARATIONS
