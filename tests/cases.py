@@ -257,7 +257,7 @@ CAPTIONED: dict[str, Adversary] = {
     "full": FineTuning(Strategy("direct", "all", "adam", 3e-3, 20)),
     "cross-attention": FineTuning(Strategy("direct", "cross-attention", "adamw", 1e-2, 20)),
     "lora-attention": FineTuning(Strategy("direct", "lora-attention", "adamw", 1e-2, 20)),
-    "dreambooth": DreamBooth(Strategy("direct", "all", "adamw", 3e-3, 20), prior_images=10, prior_steps=5),
+    "dreambooth": DreamBooth(Strategy("direct", "all", "adamw", 3e-3, 20), prior_images=4, prior_steps=2),
     "dreambooth-benign": DreamBooth(Strategy("direct", "cross-attention", "adamw", 1e-2, 20), prior="benign"),
     "dreambooth-lora": DreamBooth(Strategy("direct", "lora", "adamw", 1e-2, 20), prior_weight=0.0, undo=("equalise",)),
     "textual-inversion": TextualInversion(0.1, 20),

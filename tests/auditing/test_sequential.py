@@ -15,6 +15,7 @@ from hypothesis import example, given
 from pydantic import ValidationError
 
 from holdfast.adversaries import battery
+from holdfast.auditing import audit as auditing
 from holdfast.auditing.audit import audit
 from holdfast.auditing.sequential import LEVEL, Stage, spent, stages, stops, until_decided
 from holdfast.auditing.spec import AuditSpec
