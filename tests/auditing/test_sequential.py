@@ -152,6 +152,14 @@ FIXED = AuditSpec(
 STAGED = FIXED.model_copy(update={"decide": True, "max_seeds": 4})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _unseen():
+    """Red flags are looked for before the first look, whatever the seeds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auditing, "red_flags", lambda *_, **__: [])
+        yield
+
+
 @pytest.fixture(scope="module")
 def sides(trained, benign, restricted):
     """Of two seeds nothing can be said about fresh weights: the audit needs another look."""
