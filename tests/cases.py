@@ -216,6 +216,7 @@ ADVERSARIES: dict[str, Adversary] = {
         ("sgd", 0.1), ("momentum", 0.02), ("nesterov", 0.02), ("adagrad", 0.01), ("adadelta", 1.0), ("adam", 2e-3),
         ("adamw", 2e-3), ("adafactor", 0.05),
     )
+    if (start, scope) == ("head", "all") or optimizer in ("sgd", "adam")  # a start or scope is the same to all of them
 } | {
     f"probe-{solver}-{preparation}": Probe(solver, preparation, 0.1)
     for solver in SOLVERS for preparation in PREPARATIONS
@@ -255,7 +256,7 @@ CAPTIONED: dict[str, Adversary] = {
     "full": FineTuning(Strategy("direct", "all", "adam", 3e-3, 20)),
     "cross-attention": FineTuning(Strategy("direct", "cross-attention", "adamw", 1e-2, 20)),
     "lora-attention": FineTuning(Strategy("direct", "lora-attention", "adamw", 1e-2, 20)),
-    "dreambooth": DreamBooth(Strategy("direct", "all", "adamw", 3e-3, 20), prior_images=10, prior_steps=5),
+    "dreambooth": DreamBooth(Strategy("direct", "all", "adamw", 3e-3, 20), prior_images=4, prior_steps=2),
     "dreambooth-benign": DreamBooth(Strategy("direct", "cross-attention", "adamw", 1e-2, 20), prior="benign"),
     "dreambooth-lora": DreamBooth(Strategy("direct", "lora", "adamw", 1e-2, 20), prior_weight=0.0, undo=("equalise",)),
     "textual-inversion": TextualInversion(0.1, 20),

@@ -22,7 +22,7 @@ diffusers = pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.trains
 
-TASK = "digits[0-2]@kind=text-to-image,caption=No {},length=12,image_size=16,channels=3,train_limit=12,test_limit=8"
+TASK = "digits[0-2]@kind=text-to-image,caption=No {},length=12,image_size=16,channels=3,train_limit=12,test_limit=4"
 KINDS = pytest.mark.parametrize("kind", PIPELINES)
 
 

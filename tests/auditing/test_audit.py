@@ -72,14 +72,14 @@ class TestAudit:
         for row in result.by_budget:
             assert row.advantage == row.original_advantage
 
-    def test_a_fresh_model_is_never_called_failing(self, trained, benign, restricted, run):
+    def test_a_fresh_model_is_never_called_failing(self, trained, benign, restricted, run, unseen):
         with run.seeded("another"):
             fresh = trained.fresh()
         result = audit(fresh, trained, benign=benign, restricted=restricted, spec=BRIEF, run=run)
         assert result.verdict.label == "invalid"
         assert "benign-dropped" in [r.code for r in result.verdict.reasons]
 
-    def test_two_untrained_models_get_no_verdict(self, trained, benign, restricted, run):
+    def test_two_untrained_models_get_no_verdict(self, trained, benign, restricted, run, unseen):
         fresh = []
         for seed in (0, 1):
             with run.seeded("untrained", seed):
@@ -152,26 +152,30 @@ class TestAudit:
 
         def counted(self, *args, **kwargs):
             calls.append(self.name)
-            if len(calls) == 10:
+            if len(calls) == 5:
                 raise KeyboardInterrupt
             return attack(self, *args, **kwargs)
 
         monkeypatch.setattr(Adversary, "attack", counted)
-        sides = {"benign": benign, "restricted": restricted, "spec": ONE_BY_ONE}
+        battery = (FEW[0], FEW[3])
+        sides = {
+            "benign": benign, "restricted": restricted,
+            "spec": ONE_BY_ONE.model_copy(update={"battery": battery, "budgets": (0, 5)}),
+        }  # fmt: skip
         with pytest.raises(KeyboardInterrupt):
             audit(trained, trained, **sides, run=Run(0, CPU, tmp_path))
         with (tmp_path / "checkpoints" / "trials.jsonl").open("a") as journal:
             journal.write('{"key": "scratch/torn')
         calls.clear()
-        calls.extend(["before"] * 10)
+        calls.extend(["before"] * 5)
         resumed = audit(trained, trained, **sides, run=Run(0, CPU, tmp_path))
-        assert len(calls) - 10 == 3 * len(FEW) * 2 - 9
+        assert len(calls) - 5 == 3 * len(battery) * 2 - 4
         monkeypatch.setattr(Adversary, "attack", attack)
         whole = audit(trained, trained, **sides, run=Run(0, CPU))
         assert resumed == whole
         lines = (tmp_path / "checkpoints" / "trials.jsonl").read_text().splitlines()
         keys = [json.loads(line)["key"] for line in lines[1:]]
-        assert len(set(keys)) == len(keys) == 3 * len(FEW) * 2
+        assert len(set(keys)) == len(keys) == 3 * len(battery) * 2
         assert set(keys) == {
             f"restricted/{role}/{name}/{seed}"
             for role in ("immunized", "original", "scratch")
@@ -267,7 +271,7 @@ class TestSideEffects:
 
     SPEC = AuditSpec(battery=FEW[:2], budgets=(0, 5, 20), seeds=2, shots=5)
 
-    def test_of_a_model_that_nothing_was_done_to(self, trained, benign, restricted, run):
+    def test_of_a_model_that_nothing_was_done_to(self, trained, benign, restricted, run, unseen):
         result = audit(trained, trained.clone(), benign=benign, restricted=restricted, spec=self.SPEC, run=run)
         (side,) = result.side_effects
         assert (side.task, side.task_role, side.lost) == ("digits[0-4]", "benign", 0.0)
@@ -275,7 +279,7 @@ class TestSideEffects:
         assert [r.budget for r in side.by_budget] == [0, 5, 20]
         assert {c.task for c in result.curves} == {"restricted"}  # the verdict is about those alone
 
-    def test_of_a_model_that_learns_no_more(self, trained, benign, restricted, run):
+    def test_of_a_model_that_learns_no_more(self, trained, benign, restricted, run, unseen):
         """Dead units: no gradient reaches anything below the head, and the head sees the same for every input."""
         dead = trained.clone()
         with torch.no_grad():
@@ -314,7 +318,9 @@ class TestSideEffects:
 @pytest.fixture(scope="module")
 def result(trained, benign, restricted):
     spec = AuditSpec(budgets=(0, 5, 10), seeds=2, shots=5, side_effects=False)
-    return audit(trained, trained.clone(), benign=benign, restricted=restricted, spec=spec, run=Run(0, CPU))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auditing, "red_flags", lambda *_, **__: [])
+        return audit(trained, trained.clone(), benign=benign, restricted=restricted, spec=spec, run=Run(0, CPU))
 
 
 class TestResult:
@@ -419,7 +425,8 @@ def test_regression_is_audited_by_explained_variance(run):
         model.head.weight.copy_(w[:, :1].T / w[:, 0].norm())
         model.head.bias.zero_()
     immunized, _ = SignalFrontier(epsilon=1e-3).immunize(model, *tasks, run=run)
-    spec = AuditSpec(battery="probes-v1", budgets=(0, 5), seeds=2)
+    probes = [p for p in battery("probes-v1") if p.name in ("probe gd raw", "probe ridge raw", "probe ridge whitened")]
+    spec = AuditSpec(battery=probes, budgets=(0, 5), seeds=2)
     result = audit(immunized, model, benign=tasks[0], restricted=tasks[1], spec=spec, run=run)
     assert result.unit == "explained variance"
     assert result.chance == 0

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from holdfast.adversaries import listed
+from holdfast.auditing import audit as auditing
 from holdfast.auditing.audit import audit
 from holdfast.auditing.spec import AuditSpec
 from holdfast.auditing.trials import TrialContext
@@ -41,7 +42,10 @@ def sham(request, zoo_originals):
 
 @pytest.fixture(scope="module")
 def controls():
-    """Attacks on the original and from scratch are the same in all audits here: each runs once."""
+    """Attacks on the original and from scratch are the same in all audits here: each runs once.
+
+    Nor do audits look for flags before the attacks or count operations: what is tested here comes from the attacks.
+    """
     known, run = {}, TrialContext.curves
 
     def curves(context, trials):
@@ -52,6 +56,8 @@ def controls():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrialContext, "curves", curves)
+        patch.setattr(auditing, "red_flags", lambda *_, **__: [])
+        patch.setattr(auditing, "_costs", lambda *_: [])
         yield
 
 
@@ -67,22 +73,24 @@ def audited(sham, zoo_originals, tasks, controls):
 
 def means(curves):
     """Restricted and benign score after attacks, means over seeds."""
-    assert len(curves) == SEEDS
     return statistics.fmean(c.scores[-1] for c in curves), statistics.fmean(c.benign_after for c in curves)
 
 
 def after(adversary, result, role="immunized"):
-    return means([c for c in result.curves if (c.adversary, c.role) == (adversary.name, role)])
+    curves = [c for c in result.curves if (c.adversary, c.role) == (adversary.name, role)]
+    assert len(curves) == SEEDS
+    return means(curves)
 
 
-def attacked(adversary, model, tasks):
+def attacked(adversary, model, tasks, seeds=1):
+    """The same without an audit; with benign data one seed is like another."""
     benign, _, restricted = tasks
     curves = [
         adversary.attack(
-            model, restricted.few_shot(SHOTS, seed), budgets=BUDGETS, run=Run(seed=0, device=CPU), seed=seed,
+            model, restricted.few_shot(SHOTS, seed), budgets=(0, BUDGETS[-1]), run=Run(seed=0, device=CPU), seed=seed,
             benign=benign, score_benign=True,
         )
-        for seed in range(SEEDS)
+        for seed in range(seeds)
     ]  # fmt: skip
     return means(curves)
 
@@ -103,7 +111,7 @@ def test_the_trap_works_and_benign_data_get_out_of_it(sham, audited, tasks):
 def test_an_old_battery_gets_out_by_the_head_alone(sham, audited, tasks):
     """It does not move the body, so nothing collapses; it needs features that know the restricted task, as here."""
     trapped, _ = after(PLAIN[0], audited)
-    freed, held = attacked(HEAD_ALONE, sham, tasks)
+    freed, held = attacked(HEAD_ALONE, sham, tasks, SEEDS)
     assert HEAD_ALONE.name == "initFC+FC adam 0.01 b50"
     assert held == pytest.approx(tasks[0].score(sham))
     assert freed > trapped + 0.15

@@ -37,24 +37,27 @@ def tasks():
     return setting.benign, setting.defender, setting.restricted
 
 
-def attacked(model, role):
+def attacked(model, adversaries):
+    """The curves of attacks with seed 0, by adversary."""
     benign, _, restricted = tasks()
     return {
-        name: adversary.attack(
-            model, restricted.few_shot(SHOTS, 0), budgets=BUDGETS, run=Run(0, CPU), role=role, benign=benign,
-            score_benign=True,
+        adversary.name: adversary.attack(
+            model, restricted.few_shot(SHOTS, 0), budgets=BUDGETS, run=Run(0, CPU), benign=benign, score_benign=True
         )
-        for name, adversary in BATTERY.items()
-    }  # fmt: skip
+        for adversary in adversaries
+    }
 
 
 @pytest.fixture(scope="module")
 def audited():
     """An audit of one of them, with seeds 0 and 1; its attacks on the original are those for all three."""
     benign, _, restricted = tasks()
-    spec = AuditSpec(battery=(*PLAIN, ANCHORED, STRONG), budgets=BUDGETS, seeds=2, shots=SHOTS, side_effects=False)
+    spec = AuditSpec(battery=(PLAIN[0], ANCHORED, STRONG), budgets=BUDGETS, seeds=2, shots=SHOTS, side_effects=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auditing, "texts_and_measures", lambda *_: ([], []))  # they take a quarter of the time
+        # What is tested here comes from the attacks; these take a third of the time.
+        patch.setattr(auditing, "texts_and_measures", lambda *_: ([], []))
+        patch.setattr(auditing, "red_flags", lambda *_, **__: [])
+        patch.setattr(auditing, "_costs", lambda *_: [])
         return audit(
             made(LANGUAGE[0]), language_original(), benign=benign, restricted=restricted, spec=spec, run=Run(0, CPU)
         )
@@ -71,7 +74,11 @@ def test_the_trap_works_and_an_anchor_gets_out_of_it(name, audited):
     side = Side(original=benign.audit_score(original), immunized=benign.audit_score(sham), chance=0.0)
     assert side.immunized > side.original - 0.1
     on_original = with_seed_0(audited, "original")
-    on_sham = with_seed_0(audited, "immunized") if name == LANGUAGE[0] else attacked(sham, "immunized")
+    on_sham = (
+        {**with_seed_0(audited, "immunized"), **attacked(sham, PLAIN[1:])}
+        if name == LANGUAGE[0]
+        else attacked(sham, BATTERY.values())
+    )
     plain, learned = on_sham[PLAIN[0].name], on_original[PLAIN[0].name]
     assert learned.benign_after > side.original / 2
     assert plain.benign_after < 0

@@ -15,6 +15,7 @@ from hypothesis import example, given
 from pydantic import ValidationError
 
 from holdfast.adversaries import battery
+from holdfast.auditing import audit as auditing
 from holdfast.auditing.audit import audit
 from holdfast.auditing.sequential import LEVEL, Stage, spent, stages, stops, until_decided
 from holdfast.auditing.spec import AuditSpec
@@ -149,6 +150,14 @@ FIXED = AuditSpec(
     thresholds=Thresholds(max_benign_drop=0.99, min_scratch_gain=0.001),
 )  # fmt: skip
 STAGED = FIXED.model_copy(update={"decide": True, "max_seeds": 4})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unseen():
+    """Red flags are looked for before the first look, whatever the seeds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auditing, "red_flags", lambda *_, **__: [])
+        yield
 
 
 @pytest.fixture(scope="module")

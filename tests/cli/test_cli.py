@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import holdfast as holdfast_package
+from holdfast.auditing import audit as auditing
 from holdfast.cli.main import COMMANDS, _parser, main
 from holdfast.losses import LOSSES, inverse_cross_entropy
 from holdfast.results import ImmunizationResult
@@ -19,9 +20,9 @@ from holdfast.results import ImmunizationResult
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("HOLDFAST_DATA", "COLUMNS")}
 
 
-def holdfast(*arguments, cwd=None):
+def holdfast(*arguments):
     command = [sys.executable, "-m", "holdfast", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, check=False, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=300)
 
 
 def inside(capsys, *arguments):
@@ -50,6 +51,12 @@ def files(tmp_path_factory, trained, benign):
         trained.fresh().save(folder / "fresh.safetensors")
     torch.save(trained.network.state_dict(), folder / "pickle.pt")
     return folder
+
+
+@pytest.fixture
+def unseen(monkeypatch):
+    """Red flags are not looked for, where a test is about something else."""
+    monkeypatch.setattr(auditing, "red_flags", lambda *_, **__: [])
 
 
 class TestHelp:
@@ -103,7 +110,7 @@ class TestRun:
         assert "Threat model: An adversary with 3 labelled samples" in done.stdout
         assert "runs/own/report.html" in done.stdout
 
-        again = holdfast("run", "own.yaml", "--scale", "smoke", *brief, cwd=tmp_path)
+        again = inside(capsys, "run", "own.yaml", "--scale", "smoke", *brief)
         assert again.returncode == 0, again.stderr
         assert "already complete" in again.stderr
         assert again.stdout == done.stdout
@@ -159,25 +166,25 @@ class TestRun:
 class TestImmunizeAndAudit:
     COMMON = ("--benign", "digits[0-4]", "--restricted", "digits[5-9]", "--device", "cpu")
 
-    def test_immunize_writes_a_model_that_audit_takes(self, files, tmp_path, capsys):
+    def test_immunize_writes_a_model_that_audit_takes(self, files, tmp_path, capsys, unseen):
         brief = ("--set", "iterations=2", "--set", "steps=2", "--set", "batch_sizes=[20]")
         done = inside(
             capsys, "immunize", files / "original.safetensors", *self.COMMON, "--out", tmp_path / "made", *brief
         )
         assert done.returncode == 0, done.stderr
         made = tmp_path / "made" / "model.safetensors"
-        audit = ("--original", files / "original.safetensors", "--budgets", "0,2,5", "--seeds", "1", "--shots", "2")
+        audit = ("--original", files / "original.safetensors", "--budgets", "0,5", "--seeds", "1", "--shots", "2")
         done = inside(capsys, "audit", made, *audit, *self.COMMON, "--out", tmp_path / "audit")
         assert done.returncode in (0, 3, 4), done.stderr
         assert "5 steps" in done.stdout
 
     def test_a_diffusers_folder_is_immunized_and_the_folder_that_comes_out_audited(
-        self, denoiser, tmp_path, capsys, brief_look
+        self, denoiser, tmp_path, capsys, unseen
     ):
         folder = denoiser.save_pretrained(tmp_path / "original")
         tasks = (
-            "--benign", "digits[0-4]@kind=denoising,test_limit=20", "--device", "cpu",
-            "--restricted", "digits[5-9]@kind=denoising,test_limit=20",
+            "--benign", "digits[0-4]@kind=denoising,test_limit=8", "--device", "cpu",
+            "--restricted", "digits[5-9]@kind=denoising,test_limit=8",
         )  # fmt: skip
         brief = ("--set", "iterations=1", "--set", "steps=1", "--set", "batch_sizes=[10]")
         done = inside(capsys, "immunize", folder, *tasks, "--out", tmp_path / "made", *brief)
@@ -216,7 +223,7 @@ class TestImmunizeAndAudit:
         )  # fmt: skip
         refused(done, "the denoising task", "For denoisers there are sophon and trajectory-erasure")
 
-    def test_exit_3_where_the_model_does_not_resist(self, files, tmp_path, capsys):
+    def test_exit_3_where_the_model_does_not_resist(self, files, tmp_path, capsys, unseen):
         """The original, audited as if it were immunized, on samples so few that it has an advantage."""
         done = inside(
             capsys, "audit", files / "original.safetensors", "--original", files / "original.safetensors", *self.COMMON,
@@ -225,7 +232,7 @@ class TestImmunizeAndAudit:
         assert done.returncode in (3, 4), done.stderr
         assert ("Verdict: FAILS" in done.stdout) == (done.returncode == 3)
 
-    def test_audit_of_somebodys_code(self, files, tmp_path, monkeypatch, capsys):
+    def test_audit_of_somebodys_code(self, files, tmp_path, monkeypatch, capsys, unseen):
         """A network that hides the gradient, beside the file that it was made from."""
         (tmp_path / "sham.py").write_text(
             "import torch\nfrom torch import nn\nfrom safetensors.torch import load_file\n"
@@ -255,13 +262,19 @@ class TestImmunizeAndAudit:
         refused(done, "no layer 'inner.haed' to use as the head", "'inner.head'")
 
     def test_exit_4_where_the_audit_proves_nothing(self, files, tmp_path, capsys):
+        """With settings that have no option of their own."""
         done = inside(
             capsys, "audit", files / "fresh.safetensors", "--original", files / "original.safetensors", *self.COMMON,
             "--out", tmp_path, "--budgets", "[0,1]", "--seeds", "1", "--shots", "2", "--set", "side_effects=false",
+            "--set", "stacked=no", "--set", "thresholds.tolerance=0.01",
         )  # fmt: skip
         assert done.returncode == 4, done.stderr
         assert "Verdict: INVALID" in done.stdout
         assert "broken model is not a safe one" in done.stdout
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert result["audit"]["side_effects"] == []
+        assert result["recipe"]["audit"]["stacked"] is False
+        assert result["audit"]["verdict"]["thresholds"]["tolerance"] == 0.01
 
     def test_exit_3_where_nothing_was_immunized(self, files, tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(LOSSES, "ice", lambda z, y: inverse_cross_entropy(z, y) * math.nan)
@@ -295,19 +308,6 @@ class TestImmunizeAndAudit:
         done = inside(capsys, "audit", original, "--original", original, *self.COMMON, "--out", tmp_path / "o", *more)
         refused(done, *words)
         assert not (tmp_path / "o").exists()
-
-    def test_settings_of_an_audit_without_an_option_of_their_own(self, files, tmp_path, capsys):
-        original = files / "original.safetensors"
-        done = inside(
-            capsys, "audit", original, "--original", original, *self.COMMON, "--out", tmp_path, "--budgets", "0,1",
-            "--seeds", "1", "--shots", "2", "--set", "side_effects=false", "--set", "stacked=no",
-            "--set", "thresholds.tolerance=0.01",
-        )  # fmt: skip
-        assert done.returncode in (3, 4), done.stderr
-        result = json.loads((tmp_path / "result.json").read_text())
-        assert result["audit"]["side_effects"] == []
-        assert result["recipe"]["audit"]["stacked"] is False
-        assert result["audit"]["verdict"]["thresholds"]["tolerance"] == 0.01
 
     @pytest.mark.parametrize(
         ("more", "words"),

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from holdfast.auditing import audit as auditing
 from holdfast.auditing.trials import TrialContext
 from holdfast.cli.main import main
 from holdfast.results import read_result
@@ -33,6 +34,7 @@ def command(tmp_path_factory):
 
 def test_interrupted_and_continued_to_the_same_figures(command, tmp_path, capsys, monkeypatch):
     """In the middle of the attacks; the second start computes the missing ones alone."""
+    monkeypatch.setattr(auditing, "red_flags", lambda *_, **__: [])  # nothing of them is kept
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     trials = stopped / "checkpoints" / "trials.jsonl"
     curves, groups = TrialContext.curves, itertools.count()

@@ -114,7 +114,10 @@ def in_order(model: SplitModel, x: Tensor) -> list[tuple[str, nn.Module]]:
 
 def counterpart(reference: SplitModel, name: str) -> nn.Module | None:
     """Returns the reference's layer with this name, if it has one."""
-    return dict(reference.network.named_modules()).get(name)
+    try:
+        return reference.network.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def fresh_values(layer: nn.Module, reference: nn.Module | None, name: str) -> Tensor:
