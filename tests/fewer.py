@@ -21,6 +21,10 @@ def cut(source: Path, into: Path) -> Path:
     text = source / "tiny_shakespeare.txt"
     if text.is_file():
         (into / text.name).write_text(text.read_text()[:40_000])
+    trained = source / "weights" / "cifar10_resnet20.safetensors"
+    if trained.is_file():
+        (into / "weights").mkdir()
+        shutil.copy(trained, into / "weights")
     model = source / "weights" / "stories260K"
     if model.is_dir():
         shutil.copytree(model, into / "weights" / model.name)

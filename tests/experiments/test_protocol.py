@@ -624,26 +624,31 @@ TWINS = ("condition/vit-country211", "condition/resnet18-cars", "condition/resne
 """At smoke scale the same as `condition/vit-cars`, which runs in full."""
 
 
+def what_runs(recipe):
+    """All settings of a recipe but the words about it."""
+    found = recipe.resolved()
+    for described in ("title", "about", "paper", "source"):
+        found.pop(described, None)
+    for setting in found["settings"].values():
+        del setting["stands_for"]
+    return found
+
+
 class TestRecipes:
     @pytest.mark.parametrize("name", PROTOCOLS)
     def test_every_recipe_runs_at_smoke_scale(self, name, tmp_path, monkeypatch):
         monkeypatch.setattr(
             "holdfast.experiments.measurements.sample_images.CLASSIFIER_STEPS", 20
         )  # what a distance is worth is tested elsewhere
-        brief = ["defenses={frontier: {name: frontier}}"] if name in TWINS else []
+        brief = ["defenses={frontier: {name: frontier}}", "battery=null"] if name in TWINS else []
         found = run(tmp_path, load(name, scale="smoke", overrides=brief))
         assert {row["model"] for row in scores(found).rows} >= {"original"}
         assert len(found.tables["immunization"].rows) >= 1
 
     @pytest.mark.parametrize("name", TWINS)
     def test_twins_differ_in_what_they_stand_for_alone(self, name):
-        one, other = (load(each, scale="smoke").resolved() for each in (name, "condition/vit-cars"))
-        for recipe in (one, other):
-            for described in ("title", "about", "paper", "source"):
-                recipe.pop(described, None)
-            for setting in recipe["settings"].values():
-                del setting["stands_for"]
-        assert one == other
+        one, other = (load(each, scale="smoke") for each in (name, "condition/vit-cars"))
+        assert what_runs(one) == what_runs(other)
 
     @pytest.mark.parametrize("name", PROTOCOLS)
     def test_every_number_of_the_paper_is_shown_at_paper_scale(self, name):
@@ -686,8 +691,8 @@ SMALL = {
 DEEP = {"batch_size": 8, "restricted_batch": 40, "epochs": None, "blocks": 1}
 IN_CLOSED_FORM = ("frontier", "signal-frontier", "leace", "concept-erasure")
 DENOISERS = {
-    "denoising": {"name": "unet", "options": {"widths": [8]}},
-    "text-to-image": {"name": "text-unet", "options": {"widths": [8]}},
+    "denoising": {"name": "unet", "options": {"widths": [8], "attention": 4}},
+    "text-to-image": {"name": "text-unet", "options": {"widths": [8], "attention": 4}},  # in the middle alone
 }
 FEW = {"train_limit": 400, "test_limit": 10}
 BRIEF = {"iterations": 2, "holdout": 0.04, "guard_every": 10, "max_benign_drop": 1.0}
@@ -697,7 +702,7 @@ WORDS = {"tokenizer": "words", "length": 8, "train_limit": 400}
 READER = {"name": "hf:tiny", "options": {"config": {**BERT, "vocab_size": 1024}}}
 
 
-def brief(name, network=None, iterations=2):
+def brief(name, network, iterations=2):
     """A recipe's paper scale, on the data at hand and for a few rounds of everything; `network` instead of its own."""
     chosen = load(name, scale="paper")
     changed = chosen.model_dump(mode="json", exclude={"scales"})
@@ -716,20 +721,48 @@ def brief(name, network=None, iterations=2):
         if network is not None:
             network = READER if setting["benign"]["data"] in TEXTS else network
             setting["model"] = DENOISERS.get(setting["benign"]["kind"], network)
+    changed["settings"] = distinct(changed["settings"])
     for defense in changed["defenses"].values():
         if defense["name"] not in IN_CLOSED_FORM:
             defense.update(BRIEF | SMALL.get(defense["name"], DEEP) | {"iterations": iterations})
         for strategy in defense.get("strategies") or []:
             strategy["batch_size"] = 4
     changed |= {"shots": 1, "seeds": 1, "immunizations": 1, "epochs": [0, 2], "epoch_of": "samples"}
+    changed["attacks"] = {label: attack for label, attack in changed["attacks"].items() if label in only_here(name)}
     for attack in changed["attacks"].values():
         attack["more_epochs"] = [3 for _ in attack["more_epochs"][:1]]
     changed["max_steps_per_epoch"] = 1
     if changed["conditioning"] is not None:
         changed["conditioning"] = {"groups": 2, "samples": 5}
     if changed["pictures"] is not None:
-        changed["pictures"] |= {"samples": 2, "denoised": 2, "measured": 4, "ddim_steps": 2}
+        early = changed["pictures"]["early"][:1]
+        changed["pictures"] |= {
+            "samples": 2,
+            "denoised": 2,
+            "measured": 4,
+            "ddim_steps": 2,
+            "error_steps": 2,
+            "early": early,
+        }
     return ProtocolRecipe.model_validate(with_one_attack(changed) if changed["battery"] else changed)
+
+
+def distinct(settings):
+    """The first of those settings that differ in names alone, as with the same network in place of theirs."""
+    kept = {}
+    for name, setting in settings.items():
+        unnamed = {**setting, "stands_for": None}
+        if unnamed not in [{**each, "stands_for": None} for each in kept.values()]:
+            kept[name] = setting
+    return kept
+
+
+def only_here(name):
+    """Labels of a paper scale's attacks without those that the smoke scale runs as they are; at least one."""
+    chosen, brief = (load(name, scale=scale) for scale in ("paper", "smoke"))
+    shown = [chosen.pictures.attack] if chosen.pictures is not None and chosen.pictures.attack is not None else []
+    own = [label for label, attack in chosen.attacks.items() if attack != brief.attacks.get(label)]
+    return [*own, *shown, *chosen.transfer_attacks] or list(chosen.attacks)[:1]
 
 
 def with_one_attack(changed):
@@ -741,17 +774,39 @@ def with_one_attack(changed):
     return {**changed, **attacks, **named}
 
 
+ONE_STEP = {
+    "iterations": 1, "steps": 1, "evaluate_every": 1, "tasks": 1, "batch_sizes": (2,), "reinforcement_batch": 2,
+    "max_benign_drop": 1.0, "guard": False, "initialisations": ("direct",),
+}  # fmt: skip
+"""SOPHON on networks of the papers' size."""
+
+
+SMALL_NETWORK = {"name": "cifar_resnet", "options": {"depth": 8}}
+BRIEF_TWINS = {
+    "condition/resnet18-cars": "condition/vit-cars",
+    "condition/resnet18-country211": "condition/vit-country211",
+    "sophon/generation-domains": "sophon/generation",
+}
+"""Recipes that are the same as another one when `brief` has replaced the network and the data."""
+
+
 class TestPaperScale:
     """Everything of the paper's scale but its length."""
 
-    @pytest.mark.parametrize("name", PROTOCOLS)
+    @pytest.mark.parametrize(("name", "other"), BRIEF_TWINS.items())
+    def test_brief_twins_differ_in_words_alone(self, name, other):
+        one, two = (what_runs(brief(each, SMALL_NETWORK)) for each in (name, other))
+        assert list(one.pop("settings").values()) == list(two.pop("settings").values())
+        assert one == two
+
+    @pytest.mark.parametrize("name", [name for name in PROTOCOLS if name not in BRIEF_TWINS])
     def test_starts_and_takes_two_loops_of_everything(self, name, few_data, tmp_path, monkeypatch):
         monkeypatch.setattr(
             "holdfast.experiments.measurements.sample_images.CLASSIFIER_STEPS", 20
         )  # what a distance is worth is tested elsewhere
         if name.startswith(("language/", "causal/stories")):
             pytest.importorskip("pyarrow")
-        chosen = brief(name, {"name": "cifar_resnet", "options": {"depth": 8}})
+        chosen = brief(name, SMALL_NETWORK)
         found = run(tmp_path, chosen, data_dir=few_data)
         at_once = sum(defense["name"] in IN_CLOSED_FORM for defense in chosen.defenses.values())
         rounds = [row["rounds"].mean for row in found.tables["immunization"].rows]
@@ -759,28 +814,22 @@ class TestPaperScale:
         assert set(rounds) - {0} == {2}
         assert scores(found).rows[0].get("epoch 2", Cell.of([0.0])).mean is not None
 
-    def test_the_papers_network_is_immunized_and_attacked(self, few_data, tmp_path):
-        """A step of everything that a network does here; `brief` has two, and more attacks, on a small one."""
-        chosen = brief("sophon/overall", iterations=1)
-        smaller = {"tasks": 1, "batch_sizes": [2], "reinforcement_batch": 2}
-        one = {
-            "attacks": {"direct+all": chosen.attacks["direct+all"].model_copy(update={"batch_size": 2})},
-            "defenses": {"SOPHON": chosen.defenses["SOPHON"] | smaller},
-            "settings": {
-                name: setting.model_copy(
-                    update={
-                        "pretrain": setting.pretrain.model_copy(update={"steps": 1, "batch_size": 2}),
-                        "benign": setting.benign.model_copy(update={"train_limit": 50, "test_limit": 2}),
-                        "restricted": setting.restricted.model_copy(update={"data": "cifar10[0-1]", "test_limit": 2}),
-                    }
-                )
-                for name, setting in chosen.settings.items()
-            },
-        }
-        chosen = chosen.model_copy(update={**one, "epochs": (0, 1)})
-        found = run(tmp_path, chosen, data_dir=few_data)
-        assert next(iter(found.provenance.models.values())).parameters == 53_922_928  # the paper: 53.9M
-        assert rows(found)["SOPHON", "direct+all"]["epoch 1"].mean is not None
+    def test_the_papers_network_is_immunized_and_attacked(self, few_data):
+        """A step of everything that a network does; `brief` has two, of more attacks and on a small network."""
+        chosen = load("sophon/overall", scale="paper")
+        setting, defense = next(iter(chosen.settings.values())), chosen.build_defenses()["SOPHON"]
+        few = {"train_limit": 50, "test_limit": 2}
+        benign = load_task(setting.benign.model_copy(update={**few, "data": AT_HAND["imagenette"]}), data_dir=few_data)
+        restricted = load_task(setting.restricted.model_copy(update={**few, "data": "cifar10[0-1]"}), data_dir=few_data)
+        model, own = load_model(setting.model, benign), Run(0, torch.device("cpu"))
+        assert sum(p.numel() for p in model.parameters()) == 53_922_928  # the paper: 53.9M
+        immunized, record = dataclasses.replace(defense, **ONE_STEP).immunize(model, benign, restricted, run=own)
+        assert record.completed
+        assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), immunized.parameters(), strict=True))
+        attack = next(a.adversary for a in chosen.plan() if a.label == "direct+all")
+        brief = dataclasses.replace(attack, strategy=dataclasses.replace(attack.strategy, batch_size=2))
+        curve = brief.attack(immunized, restricted, budgets=(0, 1), run=own)
+        assert all(score is not None and 0 <= score <= 1 for score in curve.scores)
 
     def test_the_denoiser_of_the_papers_scale_is_immunized(self, few_data, tmp_path):
         chosen = load("sophon/generation", scale="paper")
@@ -792,11 +841,7 @@ class TestPaperScale:
         )
         model = load_model(setting.model, benign)
         assert sum(p.numel() for p in model.parameters()) == 38_383_107  # Ho et al. 2020: 35.7M, attention at 16 alone
-        brief = {"iterations": 1, "steps": 1, "tasks": 1, "batch_sizes": (2,), "reinforcement_batch": 2}
-        loose = {"max_benign_drop": 1.0, "guard": False, "initialisations": ("direct",)}
-        immunized, record = dataclasses.replace(defense, **brief, **loose).immunize(
-            model, benign, restricted, run=Run(0)
-        )
+        immunized, record = dataclasses.replace(defense, **ONE_STEP).immunize(model, benign, restricted, run=Run(0))
         assert record.completed
         assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), immunized.parameters(), strict=True))
 

@@ -39,7 +39,7 @@ BASE = {
     "max_steps_per_epoch": 3,
     "settings": {
         "digits": {
-            "model": {"name": "unet", "options": {"widths": [8]}},
+            "model": {"name": "unet", "options": {"widths": [8], "attention": 4}},  # in the middle alone
             "pretrain": {"steps": 20, "batch_size": 16},
             "benign": {"data": "digits[0-4]", **DENOISING},
             "restricted": {"data": "digits[5-9]", **DENOISING},
@@ -301,7 +301,7 @@ def few_colours(place):
 def captioned(tmp_path_factory):
     """A protocol of text-to-image models, with a CLIP model and what stands for Inception."""
     setting = {
-        "model": {"name": "text-unet", "options": {"widths": [8]}},
+        "model": {"name": "text-unet", "options": {"widths": [8], "attention": 4}},
         "pretrain": {"steps": 20, "batch_size": 16},
         "benign": {"data": "digits[0-4]", **CAPTIONED},
         "restricted": {"data": "digits[5-9]", **CAPTIONED},
