@@ -243,10 +243,6 @@ class TestAudit:
         assert after.verdict.thresholds == lax
         assert "no-original-advantage" in [r.code for r in after.verdict.reasons]
 
-    def test_workers_change_nothing(self, trained, benign, restricted, run, itself, two_workers):
-        sides = {"benign": benign, "restricted": restricted, "spec": BRIEF, "run": run}
-        assert audit(trained, trained, **sides, executor=two_workers) == itself
-
     def test_another_architecture_is_audited(self, trained, benign, restricted, run):
         """Whoever releases a model may give it any code; the controls stay those of the original."""
         other = pretrain(load_model("mlp", benign), benign, steps=100, run=run)

@@ -358,7 +358,7 @@ def command(tmp_path, trained):
     return ["audit", held, "--weights", tmp_path / "fresh.safetensors", "--original", held, "--original-weights",
             tmp_path / "original.safetensors", "--head", "head", "--benign", "digits[0-4]", "--restricted",
             "digits[5-9]", "--battery", "quick-v1", "--budgets", "0,2", "--seeds", "1", "--shots", "8",
-            "--device", "cpu", "--threads", "1"]  # fmt: skip
+            "--set", "side_effects=false", "--device", "cpu", "--threads", "1"]  # fmt: skip
 
 
 def test_interrupted_then_killed_then_continued_to_the_same_numbers(command, tmp_path):
