@@ -2,8 +2,8 @@
 
     python benchmarks/shams.py ROWS.jsonl [--battery standard-v2] [--seeds 5] [--only NAME ...] [--out PAGE.md]
 
-Without names, these are the shams of vision. A sham keeps its benign score, looks resistant to usual fine-tuning, and
-is not. None may be called `resists`; then it exits with 1.
+Without names, these are all shams: of vision, and of language and denoising, each of which takes minutes. A sham keeps
+its benign score, looks resistant to usual fine-tuning, and is not. None may be called `resists`; then it exits with 1.
 
 Each audit is a line of ROWS.jsonl, and one that is there is not done again. Shams of one setting have the same
 controls, which are attacked once; weights that are the original's in the original's code count as these.
@@ -90,7 +90,7 @@ def main() -> None:
     at, of = map(int, options.part.split("/"))
     done = read(options.rows)
     controls = Remembering()
-    names = options.only or [name for name, sham in ZOO.items() if sham.domain == "vision"]
+    names = options.only or list(ZOO)
     for name in names[at - 1 :: of]:
         if name not in done:
             done[name] = audited(name, options, controls)
@@ -163,14 +163,15 @@ def page(rows: list[Row], options: argparse.Namespace) -> str:
     seeds = ", ".join(map(str, sorted({row["seeds"] for row in rows})))
     control = sum(row["control"] for row in rows)
     later = sum(ZOO[row["name"]].held_out for row in rows)
-    vision = sum(sham.domain == "vision" for sham in ZOO.values())
+    domains = Counter(ZOO[row["name"]].domain for row in rows)
+    apart = ", ".join(f"{count} of {domain}" for domain, count in domains.items())
     lines = "\n".join(map(shown, rows))
     minutes = sum(row["seconds"] for row in rows) / 60
     return f"""# Verdicts on shams by {options.battery}
 
 `python benchmarks/shams.py ROWS.jsonl --battery {options.battery} --seeds {options.seeds}`:
-{len(rows)} of {vision} shams, {seeds} seeds, {minutes:.0f} minutes of a core; tasks, samples and budgets are those of
-each sham's setting. {later} of them, *(later)*, were made after the battery was chosen.
+{len(rows)} of {len(ZOO)} shams ({apart}), {seeds} seeds, {minutes:.0f} minutes of a core; tasks, samples and
+budgets are those of each sham's setting. {later} of them, *(later)*, were made after the battery was chosen.
 Verdicts: {labels}.
 *(control)*: {control} audits are invalid because the original's own advantage is not certain with so few seeds,
 whatever the sham does.
