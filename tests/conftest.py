@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import shutil
@@ -50,6 +51,12 @@ Made = TypeVar("Made")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(training)
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of every later collection of garbage: hundreds of thousands of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[], Made]) -> Made:

@@ -16,7 +16,7 @@ from holdfast.experiments.runner import run_recipe
 from holdfast.models import features
 from holdfast.results import read_result
 from holdfast.results.tables import Cell, Map
-from holdfast.runtime.documents import recipe_names
+from holdfast.runtime.documents import read_yaml, recipe_names, recipe_text
 from holdfast.runtime.run import Run
 from holdfast.spectral.rir import published_kappa
 from holdfast.tasks import load_task
@@ -32,7 +32,7 @@ BASE = {
     },
     "methods": {"best": {"name": "frontier"}, "first": {"name": "condition", "iterations": 5}},
 }
-STUDIES = [name for name in recipe_names() if isinstance(load(name), StudyRecipe)]
+STUDIES = [name for name in recipe_names() if read_yaml(recipe_text(name), name).get("kind") == "study"]
 PAIRS = {"digits": {"title": "Pairs", "class_pairs": {"data": {"data": "digits[0-3]"}}, "space": "ridge", "ridge": 0.5}}
 
 

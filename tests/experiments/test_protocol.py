@@ -26,7 +26,7 @@ from holdfast.experiments.runner import run_recipe
 from holdfast.models import load_model
 from holdfast.results import Curve, read_result
 from holdfast.results.tables import Cell, Lines
-from holdfast.runtime.documents import recipe_names
+from holdfast.runtime.documents import read_yaml, recipe_names, recipe_text
 from holdfast.runtime.run import Run
 from holdfast.tasks import TaskSpec, load_task
 from holdfast.tasks.downloads import TEXTS
@@ -34,7 +34,7 @@ from holdfast.tasks.splits import halves
 from holdfast.training import Strategy
 from texts import BERT
 
-PROTOCOLS = [name for name in recipe_names() if isinstance(load(name), ProtocolRecipe)]
+PROTOCOLS = [name for name in recipe_names() if read_yaml(recipe_text(name), name).get("kind") == "protocol"]
 DEFENSES = {
     "NTL": {"name": "ntl", "iterations": 2, "batch_size": 20, "holdout": 0.05},
     "SOPHON": {"name": "sophon", "iterations": 2, "steps": 2, "batch_sizes": [20], "reinforcement_batch": 32},
