@@ -44,7 +44,7 @@ def averages(group: ProcessGroup) -> dict[str, object]:
     alone_there = [p.grad.clone() for p in mine.parameters()]
     group.average_gradients(mine.parameters())
     partly = nn.ParameterList([nn.Parameter(torch.zeros(2)) for _ in range(3)])
-    partly[0].grad = torch.full((2,), 4.0) if group.main else None  # and nobody has one of the last
+    partly[0].grad = torch.full((2,), 4.0) if group.main else None  # and none has one of the last
     partly[1].grad = torch.full((2,), float(group.rank))
     group.average_gradients(partly)
     norm = nn.BatchNorm1d(2)

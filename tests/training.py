@@ -66,7 +66,7 @@ EXAMPLES = ("pretrain(", "immunize(", "audit(", "attack(", "finetune(", "run_rec
 
 
 class Steps:
-    """Counts steps of optimizers, whoever takes them."""
+    """Counts steps of all optimizers."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -244,7 +244,7 @@ class TestAudit:
         assert "no-original-advantage" in [r.code for r in after.verdict.reasons]
 
     def test_another_architecture_is_audited(self, trained, benign, restricted, run):
-        """Whoever releases a model may give it any code; the controls stay those of the original."""
+        """A publisher may give a model any code; the controls stay those of the original."""
         other = pretrain(load_model("mlp", benign), benign, steps=100, run=run)
         result = audit(other, trained, benign=benign, restricted=restricted, spec=BRIEF, run=run)
         assert result.benign.immunized > 0.8

@@ -64,7 +64,7 @@ class TestSelection:
         assert one.scores["immunized"].tolist() == [[0.0], [0.0]]
 
     def test_the_best_mean_over_seeds_not_the_mean_of_bests(self):
-        """Whoever attacks chooses before knowing the luck: a steady adversary is better than a lucky one."""
+        """An attacker chooses before knowing the luck: a steady adversary is better than a lucky one."""
         scores = np.zeros((4, 3, 1, 4))
         scores[3] = 0.5
         for s in range(3):
@@ -360,7 +360,7 @@ class TestShare:
 
 
 class TestFloor:
-    """An error has no end: a budget at which nobody has learned anything must not outweigh the others."""
+    """An error has no end: a budget at which no adversary has learned anything must not outweigh the others."""
 
     ROLES = {  # noqa: RUF012
         "scratch": [-4.0, -3.0, -1.0, 0.3],
@@ -461,7 +461,7 @@ class TestCurves:
         assert Comparison.of(curves).cells()[0]["scratch"].mean is None
 
     def test_a_model_without_any_score_leaves_the_others_theirs(self):
-        """One that nobody could run has no folds, and the controls have theirs and a band."""
+        """One that could not be run has no folds, and the controls have theirs and a band."""
         values = {"immunized": [None] * 4, "original": [0.1, 0.6, 0.7, 0.8], "scratch": [0.1, 0.2, 0.3, 0.4]}
         curves = [self.curve(role, "a", seed, v, folds=8) for role, v in values.items() for seed in (0, 1)]
         row = Comparison.of(curves).rows()[-1]

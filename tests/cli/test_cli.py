@@ -430,7 +430,7 @@ class TestOthers:
         line = text.splitlines().index(next(x for x in text.splitlines() if x.startswith("seed:"))) + 1
         refused(inside(capsys, "run", tmp_path / "own.yaml"), "'seed' is given twice", f"in line {line}")
 
-    def test_what_nobody_foresaw_is_one_message(self, capsys, monkeypatch):
+    def test_what_was_not_foreseen_is_one_message(self, capsys, monkeypatch):
         def fail():
             raise KeyError("surprise")
 

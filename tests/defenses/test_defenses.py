@@ -411,7 +411,7 @@ class TestSophon:
         assert [s == 0 for s in sizes] == [True, False, False] * 4  # they add up, and each loop begins anew
 
     def test_the_halved_rate_survives_a_resume(self, trained, benign, restricted, tmp_path):
-        """Stopped after the guard went back; whoever continues at the old rate ends with another model."""
+        """Stopped after the guard went back; to continue at the old rate would end in another model."""
         violent = Sophon(iterations=6, steps=2, suppression_lr=0.3, reinforcement_lr=1e-5, guard_every=1,
                          batch_sizes=(20,), clip=None)  # fmt: skip
 

@@ -776,7 +776,7 @@ class TestAveraging:
     @pytest.mark.parametrize("guard", [True, False])
     def test_looking_changes_nothing_unless_the_guard_acts(self, narrow, guard, monkeypatch):
         if not guard:
-            monkeypatch.setattr(BenignGuard, "limit", 0.0)  # no state is a good one, and nobody minds
+            monkeypatch.setattr(BenignGuard, "limit", 0.0)  # no state is a good one, and that is allowed
         (seldom, once), (often, record) = (
             self.made(*narrow, ema=0.7, guard=guard, guard_every=every) for every in (4, 1)
         )
@@ -849,7 +849,7 @@ class TestNothingAchieved:
         assert not record.completed
         assert "the model is unchanged" in record.events[-1].message
 
-    def test_nor_is_a_state_that_nobody_examined(self, model, benign, restricted, run, monkeypatch):
+    def test_nor_is_a_state_that_was_not_examined(self, model, benign, restricted, run, monkeypatch):
         monkeypatch.setattr(BenignGuard, "limit", 2.0)
         settings = Sophon(iterations=2, steps=1, guard=False, validate_every=1)
         _, record = settings.immunize(model, benign, restricted, run=run)

@@ -173,7 +173,7 @@ class TestRefusals:
         with pytest.raises(HoldfastError, match="needs the class"):
             Denoiser(network(class_embed_type="timestep"))
 
-    def test_a_prediction_that_nobody_knows(self):
+    def test_an_unknown_prediction(self):
         with pytest.raises(HoldfastError, match=r"prediction_type.*Known: epsilon, sample, v_prediction"):
             Denoiser(network(), scheduler={"prediction_type": "flow"})
 

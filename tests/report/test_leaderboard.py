@@ -86,7 +86,7 @@ def test_unreliable_has_a_reason(tmp_path, audit, reason):
     assert any(r.startswith(reason) for r in found) if reason else found == []
 
 
-def test_the_papers_number_is_reported_where_nobody_else_does(tmp_path):
+def test_the_papers_number_is_reported_where_no_one_else_does(tmp_path):
     audit = make_audit()
     last = audit.by_budget[-1]
     cell = Cell(mean=0.62, sd=0.01, n=3, paper=0.2)

@@ -71,7 +71,7 @@ class TestTwoProcesses:
             assert found["averages"]["union"]
             assert found["averages"]["differed before"]
 
-    def test_a_gradient_that_only_one_has_counts_half_and_one_that_nobody_has_is_none(self, both):
+    def test_a_gradient_that_only_one_has_counts_half_and_one_that_none_has_is_none(self, both):
         for found in both:
             assert found["averages"]["partly"] == [[2.0, 2.0], [0.5, 0.5], None]
 

@@ -41,7 +41,7 @@ def test_a_command_ends_with_the_code_and_says_how_to_continue(number, code, say
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_whoever_catches_ctrl_c_catches_it():
+def test_who_catches_ctrl_c_catches_it():
     with pytest.raises(KeyboardInterrupt), sigterm_raises():
         stops()
 
