@@ -12,7 +12,7 @@ from holdfast.auditing.curve_flags import flags_of_curves
 from holdfast.auditing.red_flags import OF_FRESH, REMEDIES, compare, flags_of_code, red_flags
 from holdfast.defenses.registry import build_defense
 from holdfast.experiments.recipe import load as load_recipe
-from holdfast.metrics.diagnostics import PARTS, inspect, rms
+from holdfast.metrics.diagnostics import PARTS, Inspection, inspect, rms
 from holdfast.models import ModelSpec, SplitModel, every_tensor, load_model
 from holdfast.results import Curve
 from holdfast.tasks import ArrayTask, TaskSpec, load_task
@@ -193,6 +193,13 @@ class TestExtremes:
         assert rms(torch.tensor([1, 7])) == pytest.approx(5.0)
         assert rms(torch.tensor([True, True])) == 1.0
         assert rms(torch.zeros(0)) == 0.0
+
+    @pytest.mark.parametrize(("accuracy", "turned"), [(0.75, False), (0.85, True)])
+    def test_a_negated_head_must_be_better_than_a_guess(self, accuracy, turned):
+        """A network that gives one answer is right on a whole class when its head is negated: half of two classes."""
+        never = Inspection(negated=0.0)
+        found = compare(Inspection(negated=accuracy, guess=0.5), never, never)
+        assert ("Answers turned around" in names(found)) is turned
 
     def test_weights_that_are_not_finite(self, zoo_originals, flags):
         model = zoo_originals["none"].clone()

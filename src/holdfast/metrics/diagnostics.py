@@ -51,6 +51,7 @@ class Inspection:
         activations: the same of each layer's outputs, on benign samples in evaluation mode.
         logits: the same of the logits on benign and on restricted samples; may not be finite.
         negated: accuracy of its own head times -1 on restricted samples; None: the head has too few outputs.
+        guess: accuracy of the best constant answer on the same samples.
         dead_units: largest share of a layer's inputs that are zero for all restricted samples, and the layer.
         dead_samples: largest share of restricted samples for which all inputs of a layer are zero, and the layer.
         in_a_row: condition numbers of linear layers whose output is the input of another linear layer.
@@ -71,6 +72,7 @@ class Inspection:
     activations: dict[str, float] = field(default_factory=dict)
     logits: dict[str, float] = field(default_factory=dict)
     negated: float | None = None
+    guess: float = 0.0
     dead_units: tuple[float, str] = (0.0, "")
     dead_samples: tuple[float, str] = (0.0, "")
     in_a_row: dict[str, float] = field(default_factory=dict)
@@ -177,6 +179,7 @@ def _evaluation(model: SplitModel, benign: Batch, restricted: Task, other: Batch
         result.dead_units, result.dead_samples = watch.dead_units, watch.dead_samples
     if restricted.labels_are_classes and model.num_outputs >= restricted.num_outputs:
         result.negated = restricted.batch_skill(-logits, other)
+        result.guess = float(other.y.bincount().max() / len(other.y))
 
 
 class _Watch:
