@@ -36,7 +36,7 @@ THREADS = int(os.environ.get("HOLDFAST_TEST_THREADS", "1"))
 torch.set_num_threads(THREADS)
 threadpool_limits(THREADS)  # NumPy's, which is loaded: the variable would come too late
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
-if os.environ.get("ATEN_CPU_CAPABILITY") == "default":
+if os.environ.get("ATEN_CPU_CAPABILITY"):
     # In bfloat16 it asks the processor for AVX-512, and not what torch was told to use.
     torch.backends.cuda.enable_flash_sdp(False)
 # Nor is it their business how a terminal is, what started them, or what a person has set.
