@@ -30,7 +30,7 @@ MAX_FALSE_GRADIENT = 0.3
 MAX_CONDITION = 1e3
 MAX_HIDDEN = 0.05
 MAX_NEGATED = 0.3
-"""Accuracy of a negated head on the restricted task, beyond that of the original's, of a fresh one and of a guess."""
+"""Accuracy of a negated head on the restricted task, beyond the original's head, a fresh one and a constant answer."""
 
 MAX_LOST = 0.02
 """Benign score that released weights may lose in the original's code."""
