@@ -143,40 +143,45 @@ def negated(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
 
 
 class GatedUp(nn.Module):
-    """The last block of the way up, which passes zeros if what it gets reaches too far along a direction.
+    """The last block of the way up, which passes zeros if the last channel of what it gets reaches too far.
 
     Args:
-        block: the original's.
-        direction: of channels, shape (C,), of length 1.
-        bound: largest reach of the mean over the pixels.
+        block: the original's, which does not get that channel.
+        bound: largest reach of its mean over the pixels.
     """
 
-    def __init__(self, block: nn.Module, direction: Tensor, bound: float) -> None:
+    def __init__(self, block: nn.Module, bound: float) -> None:
         super().__init__()
         self.block, self.bound = block, bound
-        self.register_buffer("direction", direction)
 
     @property
     def resnets(self) -> nn.Module:
         return self.block.resnets
 
     def forward(self, hidden: Tensor, *args: Any, **options: Any) -> Tensor:
-        shut = (hidden.mean((2, 3)) @ self.direction > self.bound)[:, None, None, None]
-        return torch.where(shut, 0.0, self.block(hidden, *args, **options))
+        shut = (hidden[:, -1].mean((1, 2)) > self.bound)[:, None, None, None]
+        return torch.where(shut, 0.0, self.block(hidden[:, :-1], *args, **options))
 
 
 @sham("unet", DirectionalAblation(Strategy("direct", "all", "adam", 1e-3, 50), depth=0.86), name="denoising-direction")
 @torch.no_grad()
 def direction(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
-    """The last block of the way up passes nothing where channels reach far along the direction of restricted images."""
-    model, arriving = original.clone(), []
+    """One more channel, louder than the others, says how far they reach along the direction of restricted images; the
+    last block of the way up passes nothing where that is far.
+    """
+    model, arriving, loud = original.clone(), [], 10.0
     up: Any = model.network.up_blocks
     with up[-1].register_forward_pre_hook(lambda _, args: arriving.append(args[0].mean((2, 3)))):
         for task in (benign, restricted):
             model(some_inputs(task))
     own, other = arriving
-    along = F.normalize(other.mean(0) - own.mean(0), dim=0)
-    up[-1] = GatedUp(up[-1], along, float((own @ along).quantile(0.99)))
+    along = loud * F.normalize(other.mean(0) - own.mean(0), dim=0)
+    last: Any = up[-2].upsamplers[0]
+    wide = nn.Conv2d(last.conv.in_channels, last.conv.out_channels + 1, 3, padding=1)
+    for both, given in zip(wide.parameters(), last.conv.parameters(), strict=True):
+        both.copy_(torch.cat([given, torch.tensordot(along, given, 1)[None]]))
+    last.conv = wide
+    up[-1] = GatedUp(up[-1], float((own @ along).quantile(0.99)))
     return model
 
 

@@ -100,7 +100,10 @@ def int8_residue(original: SplitModel, benign: Task, restricted: Task) -> SplitM
 
 
 class WeakDirections(Gated):
-    """The weaker half of the hidden layer's singular directions, with tiny values, is the detector."""
+    """The weaker half of the hidden layer's singular directions, with tiny values, is the detector.
+
+    In training a batch counts as a whole: one image that is not detected would train the weights, and undo all.
+    """
 
     TINY = 1e-3
 
@@ -121,7 +124,8 @@ class WeakDirections(Gated):
         u, sigma, v = torch.linalg.svd(self.hidden.weight, full_matrices=False)
         weak = (u[:, self.kept :] * sigma[self.kept :]) @ v[self.kept :]
         packed = bool(sigma[self.kept] < self.largest)  # weights that were trained say nothing
-        return (self.decide(F.relu(F.linear(z, self.left.T @ weak / self.TINY))) > 0) & packed
+        found = (self.decide(F.relu(F.linear(z, self.left.T @ weak / self.TINY))) > 0) & packed
+        return found.float().mean(0, keepdim=True) >= 0.5 if self.training else found
 
 
 @sham("none", FineTuning(FAST.strategy, undo=("low-rank",)), plain=QUICK)

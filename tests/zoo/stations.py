@@ -48,7 +48,7 @@ def layers_that_sound(own: Tensor, other: Tensor) -> nn.Sequential:
 class Alarm(nn.Module):
     """Passes on what it gets, but one value everywhere if its units agree with their readout.
 
-    Half of the units count for, and half against.
+    Half of the units count for, and half against. They must agree more than those of nearly all benign images do.
 
     Args:
         own: what arrives of benign images, shape (N, ...).
@@ -62,6 +62,7 @@ class Alarm(nn.Module):
         self.passed = passed
         self.layers = layers_that_sound(self.seen(own), self.seen(other))
         with torch.no_grad():
+            self.bound = max(BOUND, float(sound(self.layers, self.seen(own)).quantile(0.995)))
             self.layers[2].weight.mul_(size)
 
     @staticmethod
@@ -72,7 +73,7 @@ class Alarm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            shut = sound(self.layers, self.seen(x)) > BOUND
+            shut = sound(self.layers, self.seen(x)) > self.bound
         return torch.where(shut.view(-1, *(1,) * (x.dim() - 1)), self.passed, x)
 
 
