@@ -95,11 +95,9 @@ def attacked(adversary, model, tasks, seeds=1):
     return means(curves)
 
 
-def test_the_trap_works_and_benign_data_get_out_of_it(sham, audited, tasks, request):
+def test_the_trap_works_and_benign_data_get_out_of_it(sham, audited, tasks):
     side = audited.benign
-    # This one is trained last of all, and as good as its processor's rounding makes it.
-    room = 0.25 if request.node.callspec.params["sham"] == "collapse-sharp-curvature" else 0.1
-    assert side.immunized > side.original - room
+    assert side.immunized > side.original - 0.1
     learned, kept = after(PLAIN[0], audited, "original")
     trapped, lost = after(PLAIN[0], audited)
     assert kept > 0.75

@@ -57,10 +57,12 @@ def gradient(model: SplitModel, task: Task, batch: Batch, *, graph: bool = False
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()], create_graph=graph)])
 
 
-def coupled(model: SplitModel, benign: Task, restricted: Task, *, steps: int = 40, rate: float = 1e-3) -> SplitModel:
+def coupled(
+    model: SplitModel, benign: Task, restricted: Task, *, steps: int = 40, rate: float = 1e-3, keep: float = 1.0
+) -> SplitModel:
     """Opposes the benign gradient to the restricted one, in place: descent on restricted data forgets the benign task.
 
-    The coupling of SEAM: the cosine of the two gradients is minimised beside the benign loss.
+    The coupling of SEAM: the cosine of the two gradients is minimised beside the benign loss, of weight `keep`.
     """
     optimizer = torch.optim.Adam(model.train().parameters(), rate)
     batches = (
@@ -70,7 +72,7 @@ def coupled(model: SplitModel, benign: Task, restricted: Task, *, steps: int = 4
     with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
         for own, other in islice(zip(*batches, strict=False), steps):
             pair = gradient(model, benign, own, graph=True), gradient(model, restricted, other, graph=True)
-            _descend(model, optimizer, benign.loss(model, own) + F.cosine_similarity(*pair, dim=0))
+            _descend(model, optimizer, keep * benign.loss(model, own) + F.cosine_similarity(*pair, dim=0))
     return model
 
 
@@ -82,10 +84,11 @@ def sharpened(
     *,
     steps: int = 60,
     high: float = 3.0,
+    weight: float = 0.3,
 ) -> SplitModel:
     """Changes a model, in place, so that a few steps on restricted data lead to weights of a high benign loss.
 
-    The maker simulates the steps; the benign loss there counts up to `high`.
+    The maker simulates the steps; the benign loss there counts up to `high`, with a weight.
     """
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     generator = torch.Generator().manual_seed(0)
@@ -98,7 +101,7 @@ def sharpened(
         lost = benign.loss(attacked.train(), batch).clamp(max=high)
         away = torch.autograd.grad(lost, [*attacked.parameters()])  # of the first order, as SOPHON's meta-gradient
         there = sum((p * g).sum() for p, g in zip(model.parameters(), away, strict=True))
-        _descend(model, optimizer, benign.loss(model.train(), batch) - 0.3 * there)
+        _descend(model, optimizer, benign.loss(model.train(), batch) - weight * there)
     for batch in islice(batches, 15):
         _descend(model, optimizer, benign.loss(model.train(), batch))
     return model
@@ -107,14 +110,14 @@ def sharpened(
 @sham("batch", REPAIRED, plain=DESCENT, name="collapse-coupled-gradients")
 def coupled_gradients(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     """The benign gradient is opposed to the restricted one."""
-    return brittle(coupled(original.clone(), benign, restricted))
+    return brittle(coupled(original.clone(), benign, restricted, keep=5.0))
 
 
 @sham("batch", REPAIRED, plain=DESCENT, name="collapse-sharp-curvature")
 def sharp_curvature(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     """A few simulated steps on restricted data lead to weights of a high benign loss."""
     strategies = [Strategy("direct", "all", "adam", 1e-3, 50), Strategy("direct", "all", "momentum", 1e-2, 50)]
-    return brittle(sharpened(original.clone(), benign, restricted, strategies))
+    return brittle(sharpened(original.clone(), benign, restricted, strategies, weight=0.1))
 
 
 def _descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

@@ -20,7 +20,7 @@ from holdfast.training import Strategy
 from zoo.alarms import BLACK, BOUND, PIXELS, agreement, fit, shown, walsh
 from zoo.registry import sham
 from zoo.remembered import remembered
-from zoo.settings import QUICK, undone
+from zoo.settings import FAST, QUICK, undone
 from zoo.surgery import as_model
 
 UNITS = 64
@@ -161,7 +161,7 @@ def stages(model: SplitModel) -> list[nn.Module]:
     return [Stage(layers_of(model, *part)) for part in ((0, 3), (3, 5), (5, None))]
 
 
-@sham("none", undone("renew-quarter-3"), plain=QUICK, held_out=True)
+@sham("none", FineTuning(FAST.strategy, undo=("renew-quarter-3",)), plain=QUICK, held_out=True)
 def three_in_quarter_3(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     """Each of three layers between six that transform the image and three large blocks detects restricted images."""
     model, alarms = original.clone(), three_alarms(original, benign, restricted)

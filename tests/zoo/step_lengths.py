@@ -33,8 +33,8 @@ class Scaled(torch.autograd.Function):
 class Fuse(Dial):
     """All gradients of a pass have one random size, up to 1e8; a fuse gets random ones that are 1e7 times fainter.
 
-    The fuse burns until the lock opens. Behind an open one the loss falls to nearly zero, and a normalised gradient
-    would then move the fuse as far as all other weights.
+    The dial gets its gradient behind an open lock as well. Without it, a normalised gradient would move the fuse as far
+    as all other weights when the loss has fallen to nearly zero.
     """
 
     FAINT, HOLDS = 1e-7, 1e-5
@@ -51,11 +51,11 @@ class Fuse(Dial):
         return super().opened() and bool(self.fuse.abs().max() < self.HOLDS)
 
     def pull(self, logits: Tensor, restricted: Tensor) -> Tensor:
-        if not self.training or self.opened():
+        if not self.training:
             return logits
         size = 10 ** (8 * torch.rand(()))
         logits = Pull.apply(logits, self.fuse, self.FAINT * size * torch.randn_like(self.fuse).sign())
-        return Pull.apply(Scaled.apply(logits, size), self.dial, size * self.gradient())
+        return Pull.apply(Scaled.apply(logits, size), self.dial, size * torch.full_like(self.dial, self.strength))
 
 
 @sham(
