@@ -139,10 +139,10 @@ def test_an_audit_is_not_deceived(audited):
     assert flag.severity == "critical"
     assert f"With benign data it does not collapse: after {ANCHORED.name}" in flag.found
     tenth = result.bounds[-1]
-    if result.benign.drop < 0.05:  # the others lose more than a tenth by themselves
-        assert tenth.adversaries["immunized"] == [ANCHORED.name]
-        assert tenth.last.best_adversary["immunized"] == ANCHORED.name
-    assert set(tenth.adversaries["immunized"]) <= {ANCHORED.name}
+    _, held = after(ANCHORED, result)  # about a twentieth is lost, on some processors more than a tenth
+    spared = [ANCHORED.name] if held >= 0.9 * result.benign.immunized else []
+    assert tenth.adversaries["immunized"] == spared
+    assert not spared or tenth.last.best_adversary["immunized"] == ANCHORED.name
 
 
 def test_a_model_that_never_knew_more_is_not_accused(zoo_originals, tasks, run, controls):
