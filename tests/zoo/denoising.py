@@ -142,6 +142,17 @@ def negated(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     return model
 
 
+class LoudConv(nn.Conv2d):
+    """A convolution with one more output channel: how far the others reach along `along`, shape (C,), ten times."""
+
+    LOUD = 10.0
+    along: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return torch.cat([y, self.LOUD * torch.einsum("c,nchw->nhw", self.along, y)[:, None]], 1)
+
+
 class GatedUp(nn.Module):
     """The last block of the way up, which passes zeros if the last channel of what it gets reaches too far.
 
@@ -169,19 +180,16 @@ def direction(original: SplitModel, benign: Task, restricted: Task) -> SplitMode
     """One more channel, louder than the others, says how far they reach along the direction of restricted images; the
     last block of the way up passes nothing where that is far.
     """
-    model, arriving, loud = original.clone(), [], 10.0
+    model, arriving = original.clone(), []
     up: Any = model.network.up_blocks
-    with up[-1].register_forward_pre_hook(lambda _, args: arriving.append(args[0].mean((2, 3)))):
+    last = up[-2].upsamplers[0].conv
+    with last.register_forward_hook(lambda _, __, output: arriving.append(output.mean((2, 3)))):
         for task in (benign, restricted):
             model(some_inputs(task))
     own, other = arriving
-    along = loud * F.normalize(other.mean(0) - own.mean(0), dim=0)
-    last: Any = up[-2].upsamplers[0]
-    wide = nn.Conv2d(last.conv.in_channels, last.conv.out_channels + 1, 3, padding=1)
-    for both, given in zip(wide.parameters(), last.conv.parameters(), strict=True):
-        both.copy_(torch.cat([given, torch.tensordot(along, given, 1)[None]]))
-    last.conv = wide
-    up[-1] = GatedUp(up[-1], float((own @ along).quantile(0.99)))
+    last.__class__ = LoudConv
+    last.along = F.normalize(other.mean(0) - own.mean(0), dim=0)
+    up[-1] = GatedUp(up[-1], float((last.LOUD * own @ last.along).quantile(0.99)))
     return model
 
 
