@@ -28,7 +28,6 @@ from holdfast.runtime.executors import Executor, executor
 from holdfast.runtime.run import Run
 from holdfast.tasks import ArrayTask, TextToImageTask, load_task
 from holdfast.training import pretrain
-from zoo import SETTINGS, denoising
 
 # One thread, here and in the processes that tests start: as fast as two for networks this small, and indifferent to
 # what else the machine does. `make test-portable` asks for two as well.
@@ -135,6 +134,8 @@ def digit_images() -> tuple[ArrayTask, ArrayTask]:
 @pytest.fixture(scope="session")
 def denoiser(tmp_path_factory: pytest.TempPathFactory) -> SplitModel:
     """A small one that knows its benign task a little; it is shared, so do not change it."""
+    from zoo import SETTINGS, denoising
+
     made = once(tmp_path_factory, "denoiser", denoising.benign_denoiser)
     SETTINGS["unet, benign"].original = made
     return made
@@ -188,6 +189,8 @@ def _pretrained(spec: str | ModelSpec, task: ArrayTask, *, steps: int) -> SplitM
 @pytest.fixture(scope="session")
 def zoo_originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SplitModel]:
     """The two networks of digits that sham defenses are made of; the zoo makes its shams of them as well."""
+    from zoo import SETTINGS  # all adversaries that answer shams, which takes seconds
+
     made = once(tmp_path_factory, "zoo", lambda: {norm: SETTINGS[norm].original for norm in ("batch", "none")})
     for norm, original in made.items():
         SETTINGS[norm].original = original
