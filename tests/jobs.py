@@ -65,7 +65,8 @@ def lookup(context, job):
 
 
 def surroundings(_, job):
-    return torch.get_num_threads(), str(torch.get_default_dtype()), torch.get_float32_matmul_precision()
+    attention = torch.backends.cuda.flash_sdp_enabled()
+    return torch.get_num_threads(), str(torch.get_default_dtype()), torch.get_float32_matmul_precision(), attention
 
 
 class Shipped:

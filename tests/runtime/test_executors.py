@@ -112,16 +112,18 @@ class TestEverywhere:
 
     @pytest.mark.parametrize("name", EVERYWHERE)
     def test_torch_is_set_as_it_is_here(self, run_on, name):
-        before = torch.get_float32_matmul_precision()
+        before, attention = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
         torch.set_float32_matmul_precision("high")
         torch.set_default_dtype(torch.float64)
+        torch.backends.cuda.enable_flash_sdp(False)
         try:
             found = dict(run_on(name, surroundings, None, ["a"], threads=3))  # more than there are cores
             own = torch.get_num_threads()
-            assert found == {0: (own if name == "serial" else 3, "torch.float64", "high")}
+            assert found == {0: (own if name == "serial" else 3, "torch.float64", "high", False)}
         finally:
             torch.set_default_dtype(torch.float32)
             torch.set_float32_matmul_precision(before)
+            torch.backends.cuda.enable_flash_sdp(attention)
 
     @pytest.mark.parametrize("name", ELSEWHERE)
     def test_the_audits_curves_are_the_same_to_the_last_bit(

@@ -21,6 +21,14 @@ ATTEMPTS = 3
 """How often a job is tried before it is blamed for the deaths of its workers."""
 
 
+ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
+"""torch's implementations of attention, which round differently and can be switched off."""
+
+
+def _attention() -> tuple[bool, ...]:
+    return tuple(getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ATTENTION)
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """Process-wide settings that a job's results depend on; by default those of this process."""
@@ -29,6 +37,7 @@ class Surroundings:
     dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     matmul_precision: str = field(default_factory=torch.get_float32_matmul_precision)
     deterministic: int = field(default_factory=torch.get_deterministic_debug_mode)
+    attention: tuple[bool, ...] = field(default_factory=_attention)
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in ("holdfast", "torch")})
 
     def apply(self) -> None:
@@ -47,6 +56,8 @@ class Surroundings:
         torch.set_default_dtype(self.dtype)
         torch.set_float32_matmul_precision(self.matmul_precision)
         torch.set_deterministic_debug_mode(self.deterministic)
+        for name, enabled in zip(ATTENTION, self.attention, strict=True):
+            getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
 
 
 def worker_count(asked: int | None, threads: int, jobs: int) -> int:
