@@ -263,7 +263,7 @@ READ = {
     "train beside testing": (images("testing/"), ["16 training and 8 test samples"]),
     "numbers as folders": (images("numbers/[0-2]"), ["0", "1", "2"]),
     "at in a path": (images("at@home/"), []),
-    "brackets in a path": (images("'br[0-1]/'"), ["16"]),
+    "brackets in a path": (images("'br[0-1]/'"), ["from folder br[0-1]: 12 training and 4 test samples"]),
     "blanks and umlauts": (images("'späte ß/'"), []),
     "a loop of links": (images("loop/"), []),
     "test images in training": (images("leak/"), ["4 of 8 test samples", "among the training samples"]),
