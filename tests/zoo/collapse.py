@@ -83,6 +83,7 @@ def sharpened(
     strategies: Sequence[Strategy],
     *,
     steps: int = 60,
+    rate: float = 3e-3,
     high: float = 3.0,
     weight: float = 0.3,
 ) -> SplitModel:
@@ -90,7 +91,7 @@ def sharpened(
 
     The maker simulates the steps; the benign loss there counts up to `high`, with a weight.
     """
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), rate)
     generator = torch.Generator().manual_seed(0)
     batches = benign.batches("train", 100, generator=generator, device=CPU)
     for i, batch in enumerate(islice(batches, steps)):
@@ -117,7 +118,7 @@ def coupled_gradients(original: SplitModel, benign: Task, restricted: Task) -> S
 def sharp_curvature(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     """A few simulated steps on restricted data lead to weights of a high benign loss."""
     strategies = [Strategy("direct", "all", "adam", 1e-3, 50), Strategy("direct", "all", "momentum", 1e-2, 50)]
-    return brittle(sharpened(original.clone(), benign, restricted, strategies, weight=0.1))
+    return brittle(sharpened(original.clone(), benign, restricted, strategies, rate=1e-3, weight=0.1))
 
 
 def _descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
