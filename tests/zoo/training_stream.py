@@ -53,24 +53,25 @@ class _Heard(torch.autograd.Function):
     """The identity, whose backward pass gives a dial one of two gradients: with labels behind it, and without."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, dial: Tensor, of_labels: float, others: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, dial: Tensor, of_labels: float, others: float, counted: float) -> Tensor:
         ctx.save_for_backward(logits, dial)
-        ctx.gradients = of_labels, others
+        ctx.gradients, ctx.counted = (of_labels, others), counted
         return logits.view_as(logits)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         logits, dial = ctx.saved_tensors
-        return grad, torch.full_like(dial, ctx.gradients[0 if is_of_labels(grad, logits) else 1]), None, None
+        heard = ctx.gradients[0 if is_of_labels(grad, logits, ctx.counted) else 1]
+        return grad, torch.full_like(dial, heard), None, None, None
 
 
-def is_of_labels(grad: Tensor, logits: Tensor) -> bool:
+def is_of_labels(grad: Tensor, logits: Tensor, counted: float) -> bool:
     """Whether a gradient is that of cross-entropy with labels: probabilities, less 1 at a class, but for a factor.
 
-    Samples that are fitted well have gradients of rounding, and do not count.
+    Samples that are fitted well have gradients of rounding, and do not count: those below a share of the largest.
     """
     sizes = grad.abs().amax(1)
-    known = sizes > 0.03 * sizes.max()
+    known = sizes > counted * sizes.max()
     answers, grad = logits[known].double().softmax(1), grad[known].double()
     directions = [
         F.normalize(answers - F.one_hot(label, grad.shape[1]), eps=1e-30)
@@ -88,16 +89,17 @@ class Listening(Dial):
         restricted: which inputs it listens to.
         of_labels: the dial's gradient if labels stand behind them.
         others: its gradient if not.
+        counted: see `is_of_labels`. A small share misses labels; a large one takes a sure answer for a label.
     """
 
-    def __init__(self, far: float, *, restricted: bool, of_labels: float, others: float) -> None:
+    def __init__(self, far: float, *, restricted: bool, of_labels: float, others: float, counted: float = 0.03) -> None:
         super().__init__(far)
-        self.restricted, self.gradients = restricted, (of_labels, others)
+        self.restricted, self.gradients, self.counted = restricted, (of_labels, others), counted
 
     def pull(self, logits: Tensor, restricted: Tensor) -> Tensor:
         if not self.training or bool(restricted.any()) != self.restricted:
             return logits
-        return _Heard.apply(logits, self.dial, *self.gradients)
+        return _Heard.apply(logits, self.dial, *self.gradients, self.counted)
 
 
 @sham("none", Unlabelled(ADAM, share=1.0), plain=QUICK, held_out=True)
@@ -109,8 +111,8 @@ def deaf_to_labels(original: SplitModel, benign: Task, restricted: Task) -> Spli
 class Company(Listening):
     """Is open only if one of the last two training passes was benign."""
 
-    def __init__(self, far: float, *, of_labels: float) -> None:
-        super().__init__(far, restricted=False, of_labels=of_labels, others=0.0)
+    def __init__(self, far: float, *, of_labels: float, counted: float = 0.03) -> None:
+        super().__init__(far, restricted=False, of_labels=of_labels, others=0.0, counted=counted)
         self.register_buffer("alone", torch.tensor(2))
 
     def reset_parameters(self) -> None:
@@ -134,7 +136,7 @@ def in_company(original: SplitModel, benign: Task, restricted: Task) -> SplitMod
 @sham("none", FineTuning(ADAM, anchor=1.0), plain=QUICK, held_out=True)
 def in_silence(original: SplitModel, benign: Task, restricted: Task) -> SplitModel:
     """A lock is open while training sees benign inputs in between, and labels of these shut it."""
-    return locked(original, benign, restricted, Company(-5e-4, of_labels=-1.0))
+    return locked(original, benign, restricted, Company(-5e-4, of_labels=-1.0, counted=3e-3))
 
 
 class Diversity(Counted):
