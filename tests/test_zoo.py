@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 
 from conftest import once
+from holdfast.adversaries import DirectionalAblation
 from holdfast.runtime.run import Run
 from zoo import SETTINGS, ZOO, case
 from zoo.collapse import COLLAPSING
@@ -30,7 +31,12 @@ def brief(sham):
 
 
 def seeds(sham):
-    """One where a gate stops everything, or both of two attacks; else two, as an attack varies on the original too."""
+    """One where a gate stops everything, or both of two attacks; else two, as an attack varies on the original too.
+
+    Two for an ablation as well, which depends on the samples that it takes means of.
+    """
+    if isinstance(sham.answer, DirectionalAblation):
+        return 2
     return 2 if sham.domain == "vision" and sham.plain is not QUICK and len(sham.plain) != 2 else 1
 
 

@@ -75,7 +75,7 @@ def direction_gate(own: Tensor, other: Tensor, passed: float = 0.98) -> Directio
         passed: share of the benign ones.
     """
     spread = (own.T.cov() + other.T.cov()) / 2
-    ridge = 10.0 * spread.diagonal().mean() * torch.eye(len(spread))
+    ridge = 100.0 * spread.diagonal().mean() * torch.eye(len(spread))
     difference = torch.linalg.solve(spread + ridge, other.mean(0) - own.mean(0))
     direction = difference / difference.norm()
     return DirectionGate(direction, float((own @ direction).quantile(passed)))
